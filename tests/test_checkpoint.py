@@ -1,0 +1,219 @@
+"""Checkpoints: complete or not there; a damaged one is never loaded."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import checkpoint
+from training.checkpoint import CheckpointError
+
+TENSORS = {"unet": {"a": torch.arange(5.0), "b": torch.ones(2, 3)}, "ema_unet": {"a": torch.zeros(5)}}
+
+
+def save(folder: Path, step: int, total_limit: int | None = None) -> Path:
+    return checkpoint.save_checkpoint(folder, step, TENSORS, {"progress": {"step": step}}, total_limit)
+
+
+def test_round_trip(tmp_path):
+    tensors, state = checkpoint.load_checkpoint(save(tmp_path, 7), ["unet", "ema_unet"])
+    assert state == {"progress": {"step": 7}}
+    assert torch.equal(tensors["unet"]["b"], TENSORS["unet"]["b"])
+    assert torch.equal(tensors["ema_unet"]["a"], TENSORS["ema_unet"]["a"])
+
+
+def test_rotation_keeps_the_newest(tmp_path):
+    for step in (5, 20, 100):
+        save(tmp_path, step, total_limit=2)
+    assert list(checkpoint.list_checkpoints(tmp_path)) == [20, 100]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-20", "checkpoint-100"}
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 5)
+    checkpoint.save_checkpoint(tmp_path, 5, {"unet": {"a": torch.zeros(1)}}, {}, 1)
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoint-5", ["unet"])[0]["unet"]["a"].tolist() == [0.0]
+
+
+def test_latest_is_the_highest_step_and_ignores_other_names(tmp_path):
+    for step in (9, 100):
+        save(tmp_path, step)
+    for name in ("checkpoint-final", ".tmp-checkpoint-200", "abandoned-checkpoint-300"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-400").write_text("a file")
+    assert checkpoint.find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
+
+
+def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path):
+    assert checkpoint.find_checkpoint(tmp_path, "latest") is None
+    assert checkpoint.find_checkpoint(tmp_path / "nowhere", "latest") is None
+
+
+FILES = ["unet.safetensors", "ema_unet.safetensors", "state.json", "manifest.json"]
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "removed":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[:-1])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["removed", "truncated", "emptied", "flipped"])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_found_latest_falls_back_and_an_explicit_path_fails(tmp_path, name, how):
+    save(tmp_path, 1)
+    damage(save(tmp_path, 2) / name, how)
+    reports = []
+    assert checkpoint.find_checkpoint(tmp_path, "latest", reports.append).name == "checkpoint-1"
+    (report,) = reports
+    assert "checkpoint-2" in report
+    if not (name == "manifest.json" and how == "flipped"):  # a flipped digest accuses the file it belongs to
+        assert name in report
+    with pytest.raises(CheckpointError, match="checkpoint-2"):
+        checkpoint.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2"))
+
+
+def test_nothing_intact_is_an_error_not_a_fresh_start(tmp_path):
+    damage(save(tmp_path, 1) / "unet.safetensors", "flipped")
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        checkpoint.find_checkpoint(tmp_path, "latest")
+
+
+def test_an_explicit_path_that_does_not_exist_lists_what_is_there(tmp_path):
+    save(tmp_path, 3)
+    with pytest.raises(CheckpointError, match=r"does not exist.*checkpoint-3"):
+        checkpoint.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-4"))
+
+
+def test_a_checkpoint_without_a_file_that_is_needed(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no optimizer\.safetensors"):
+        checkpoint.load_checkpoint(save(tmp_path, 1), ["unet", "optimizer"])
+
+
+def test_newer_checkpoints_are_set_aside_not_deleted(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    checkpoint.set_aside_newer(tmp_path, 1, lambda line: None)
+    assert list(checkpoint.list_checkpoints(tmp_path)) == [1]
+    checkpoint.verify_checkpoint(tmp_path / "abandoned-checkpoint-3")
+
+
+def test_difference_names_what_differs():
+    text = checkpoint.difference({"a": 1, "b": [2]}, {"a": 1, "b": [3], "c": None, "d": 4})
+    assert text == "b: [2] -> [3]; d: None -> 4"
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_older_checkpoint(tmp_path):
+    """A real limit on the size of a file stands in for the disk; the write fails in the middle."""
+    code = """
+import resource, signal, sys, torch
+from pathlib import Path
+from training import checkpoint
+folder = Path(sys.argv[1])
+checkpoint.save_checkpoint(folder, 1, {"unet": {"a": torch.zeros(10)}}, {}, 1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    checkpoint.save_checkpoint(folder, 2, {"unet": {"a": torch.zeros(10_000)}}, {}, 1)
+except checkpoint.CheckpointError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert str(tmp_path / "checkpoint-2") in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1"}
+    assert checkpoint.find_checkpoint(tmp_path, "latest").name == "checkpoint-1"
+
+
+@pytest.mark.parametrize("delay_seconds", [0.0, 0.01, 0.03, 0.1, 0.2])
+def test_sigkill_while_saving_leaves_a_good_checkpoint(tmp_path, delay_seconds):
+    code = """
+import sys, torch
+from pathlib import Path
+from training import checkpoint
+tensors = {"unet": {"a": torch.zeros(500_000)}, "optimizer": {"b": torch.zeros(500_000)}}
+step = 1
+while True:
+    checkpoint.save_checkpoint(Path(sys.argv[1]), step, tensors, {"progress": {"step": step}}, 1)
+    print(step, flush=True)
+    step += 1
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    time.sleep(delay_seconds)
+    os.kill(process.pid, signal.SIGKILL)
+    written = [1, *(int(line) for line in process.stdout.read().split())]
+    lock = checkpoint.lock_output_dir(tmp_path)
+    folder = checkpoint.find_checkpoint(tmp_path, "latest", pytest.fail)
+    assert int(folder.name.split("-")[1]) >= written[-1]
+    assert not list(tmp_path.glob(".tmp-*"))
+    lock.release()
+
+
+def test_the_output_folder_is_locked_until_its_process_dies(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from training import checkpoint
+lock = checkpoint.lock_output_dir(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    with pytest.raises(CheckpointError, match="in use by another process"):
+        checkpoint.lock_output_dir(tmp_path)
+    process.kill()
+    process.wait()
+    checkpoint.lock_output_dir(tmp_path).release()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_optimizer_state_round_trip_is_exact(tmp_path, memory_format):
+    def build():
+        torch.manual_seed(0)
+        network = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+        return network, torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+
+    def update(network, optimizer, seed):
+        torch.manual_seed(seed)
+        network(torch.randn(2, 3, 5, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    straight = build()
+    for seed in (1, 2, 3):
+        update(*straight, seed)
+    before = build()
+    for seed in (1, 2):
+        update(*before, seed)
+    tensors = {"unet": before[0].state_dict(), "optimizer": checkpoint.optimizer_tensors(before[1], before[0])}
+    folder = checkpoint.save_checkpoint(tmp_path, 2, tensors, {}, None)
+    loaded, _ = checkpoint.load_checkpoint(folder, ["unet", "optimizer"])
+    network, optimizer = build()
+    network.load_state_dict(loaded["unet"])
+    checkpoint.restore_optimizer(optimizer, network, loaded["optimizer"])
+    assert optimizer.state[network.weight]["exp_avg"].stride() == network.weight.stride()
+    update(network, optimizer, 3)
+    assert torch.equal(network.weight, straight[0].weight)
+    ours, theirs = (checkpoint.optimizer_tensors(o, n) for n, o in ((network, optimizer), straight))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_manifest_lists_every_file(tmp_path):
+    folder = save(tmp_path, 1)
+    assert set(json.loads((folder / "manifest.json").read_text())) == {*FILES} - {"manifest.json"}

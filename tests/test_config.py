@@ -1,0 +1,107 @@
+"""The configuration: precedence, round trip, and one-line errors for what cannot work."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from diffusers import UNet2DModel
+
+from custom_unet import CustomUNet2DModel
+from training.config import UNET_OPTIONS, ConfigError, parse_config
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+BASE = "dataset_name: synthetic-faces\nmax_train_steps: 10\n"
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def parse(yaml_text: str = BASE, *flags: str):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml_text)
+        return parse_config(["--config", str(path), *flags])
+
+    return parse
+
+
+def test_flag_over_file_over_default(parse):
+    config = parse(BASE + "learning_rate: 3e-4\nresolution: 32\n", "--resolution", "16")
+    assert (config.learning_rate, config.resolution, config.train_batch_size) == (3e-4, 16, 16)
+
+
+def test_types_of_values(parse):
+    config = parse(
+        BASE + "block_out_channels: [8, 16]\nattention_head_dim: null\nsnr_gamma: 5\nrandom_flip: true\n",
+        *["--down_block_types", "DownBlock2D", "AttnDownBlock2D", "--no_add_attention", "--compile", "false"],
+    )
+    assert config.block_out_channels == [8, 16]
+    assert config.attention_head_dim is None
+    assert config.snr_gamma == 5.0
+    assert config.random_flip is True
+    assert config.down_block_types == ["DownBlock2D", "AttnDownBlock2D"]
+    assert config.add_attention is False
+    assert config.compile is False
+
+
+def test_saved_configuration_reads_back_unchanged(parse):
+    config = parse(BASE + "attention_head_dim: null\nblock_out_channels: [8, 16, 16, 16]\nsnr_gamma: 5\n")
+    assert parse(config.to_yaml()) == config
+
+
+def test_quickstart_is_the_default(capsys):
+    assert parse_config([]) == parse_config(["--config", str(CONFIGS[0].parent / "quickstart.yaml")])
+    assert "quickstart.yaml" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_build_their_network(path):
+    flags = ["--config", str(path)]
+    if "dataset_name" not in path.read_text():
+        flags += ["--train_data_dir", "somewhere"]
+    CustomUNet2DModel(**parse_config(flags).unet_kwargs())
+
+
+def test_network_options_are_those_of_diffusers(parse):
+    signature = inspect.signature(UNet2DModel.__init__).parameters
+    set_by_the_trainer = {"sample_size", "in_channels", "out_channels", "num_train_timesteps"}
+    unconditional = {"class_embed_type", "num_class_embeds"}
+    assert {*UNET_OPTIONS} == {*signature} - {"self"} - set_by_the_trainer - unconditional
+    kwargs = parse().unet_kwargs()
+    assert {name: kwargs[name] for name in UNET_OPTIONS} == {name: signature[name].default for name in UNET_OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "flags", "message"),
+    [
+        (BASE + "learning_rat: 1\n", [], "learning_rate"),
+        (BASE, ["--resoluton", "32"], "did you mean --resolution?"),
+        (BASE, ["--resol", "32"], "did you mean --resolution?"),
+        (BASE, ["--prediction_type", "v"], "v_prediction"),
+        (BASE, ["--resolution", "big"], "resolution"),
+        (BASE, ["--resolution", "-32"], "positive"),
+        (BASE, ["--learning_rate", "nan"], "positive"),
+        (BASE, ["--dropout", "1.5"], "[0, 1)"),
+        (BASE, ["--seed", "-1"], "negative"),
+        (BASE, ["--rescale_betas_zero_snr", "--prediction_type", "epsilon"], "zero SNR"),
+        (BASE, ["--train_data_dir", "x"], "exactly one"),
+        (BASE, ["--ddpm_num_inference_steps", "2000"], "1000"),
+        ("max_train_steps: 1\n", [], "exactly one"),
+        ("dataset_name: synthetic-faces\n", [], "no length"),
+        ("dataset_name: synthetic-faces\nmax_train_minutes: 5\n", ["--lr_scheduler", "cosine"], "cosine"),
+        (BASE + "seed: null\n", [], "null"),
+        (BASE + "seed: [1]\n", [], "int"),
+        (BASE + "block_out_channels: 8\n", [], "list"),
+        (BASE + "block_out_channels: {a: 1}\n", [], "list"),
+        ("- a\n- b\n", [], "mapping"),
+        ("a: [b\n", [], "cannot read"),
+    ],
+)
+def test_bad_input_is_one_line(parse, yaml_text, flags, message):
+    with pytest.raises(ConfigError) as error:
+        parse(yaml_text, *flags)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file():
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        parse_config(["--config", "nowhere.yaml"])

@@ -1,0 +1,524 @@
+"""CustomUNet2DModel against diffusers' UNet2DModel: the same names, numbers and gradients, and errors in one line."""
+
+import ast
+import inspect
+import itertools
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import UNet2DModel
+
+from custom_unet import CustomUNet2DModel, custom_unet_2d
+from custom_unet.custom_unet_2d import CheckpointedLayer, SelfAttention
+
+PLAIN_DOWN, PLAIN_UP = ("DownBlock2D", "DownBlock2D"), ("UpBlock2D", "UpBlock2D")
+ATTN_DOWN, ATTN_UP = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+ALL_ATTN = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2}
+RESNET_DOWN, RESNET_UP = ("ResnetDownsampleBlock2D",) * 2, ("ResnetUpsampleBlock2D",) * 2
+NCSNPP = {
+    "block_out_channels": (32, 32, 64),
+    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"),
+    "up_block_types": ("SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
+    "time_embedding_type": "fourier",
+    "norm_num_groups": None,
+    "norm_eps": 1e-6,
+    "mid_block_scale_factor": 2**0.5,
+    "attention_head_dim": None,
+}
+DDPM = {
+    "norm_eps": 1e-6,
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "downsample_padding": 0,
+    "attention_head_dim": None,
+}
+CELEBA_64 = {
+    **DDPM,
+    "sample_size": 64,
+    "block_out_channels": (128, 256, 256, 256, 512),
+    "dropout": 0.1,
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+}
+CELEBAHQ_256 = {
+    **DDPM,
+    "sample_size": 256,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": (*("DownBlock2D",) * 4, "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
+}
+
+# Every option at least once; what is not said comes from `tiny`.
+CONFIGS = {
+    "plain": {"down_block_types": PLAIN_DOWN, "up_block_types": PLAIN_UP, "add_attention": False},
+    "attention": {},
+    "attention everywhere": ALL_ATTN,
+    "one head a level": {**ALL_ATTN, "attention_head_dim": None},
+    "resnet blocks": {"down_block_types": RESNET_DOWN, "up_block_types": RESNET_UP},
+    "resnet resampling": {**ALL_ATTN, "downsample_type": "resnet", "upsample_type": "resnet"},
+    "resnet down, conv up": {**ALL_ATTN, "downsample_type": "resnet", "norm_eps": 1e-3},
+    "NCSN++": NCSNPP,
+    "NCSN++ scale_shift": {**NCSNPP, "resnet_time_scale_shift": "scale_shift", "add_attention": False},
+    "NCSN++ numbered groups": {**NCSNPP, "norm_num_groups": 8, "time_embedding_type": "positional", "sample_size": 12},
+    "NCSN++ attention everywhere": {
+        **NCSNPP,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("AttnSkipDownBlock2D",) * 2,
+        "up_block_types": ("AttnSkipUpBlock2D",) * 2,
+        "dropout": 0.3,
+        "attention_head_dim": 16,
+    },
+    "NCSN++ groups of few channels": {
+        **NCSNPP,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("SkipDownBlock2D",) * 2,
+        "up_block_types": ("SkipUpBlock2D",) * 2,
+        "center_input_sample": True,
+    },
+    "skip blocks and others": {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("SkipDownBlock2D", "DownBlock2D", "ResnetDownsampleBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "SkipUpBlock2D", "SkipUpBlock2D"),
+    },
+    "no bottleneck": {"mid_block_type": None},
+    "bottleneck without attention": {"add_attention": False, "mid_block_scale_factor": 3.0},
+    "scale_shift": {"resnet_time_scale_shift": "scale_shift", "mid_block_scale_factor": 2},
+    "attn_norm_num_groups": {"attn_norm_num_groups": 2},
+    "attn_norm_num_groups scale_shift": {"attn_norm_num_groups": 8, "resnet_time_scale_shift": "scale_shift"},
+    "positional sin first": {"flip_sin_to_cos": False, "freq_shift": 1, "time_embedding_dim": 24},
+    "positional odd width": {"block_out_channels": (9, 12), "norm_num_groups": 3, "attention_head_dim": 3},
+    "fourier": {"time_embedding_type": "fourier"},
+    "learned": {"time_embedding_type": "learned", "num_train_timesteps": 50},
+    "class table": {"num_class_embeds": 5},
+    "class as timestep": {"class_embed_type": "timestep", "num_class_embeds": 5},
+    "class as timestep fourier": {"class_embed_type": "timestep", "time_embedding_type": "fourier"},
+    "class as vector": {"class_embed_type": "identity"},
+    "asymmetric padding": {"downsample_padding": 0, "sample_size": (8, 12)},
+    "centered, other channels": {"center_input_sample": True, "in_channels": 1, "out_channels": 6},
+    "dropout": {"dropout": 0.4, "resnet_time_scale_shift": "scale_shift"},
+    "three layers, narrowing": {"layers_per_block": 3, "block_out_channels": (16, 8, 12), "sample_size": [8, 16]}
+    | {"down_block_types": ("AttnDownBlock2D", *ATTN_DOWN), "up_block_types": (*ATTN_UP, "AttnUpBlock2D")},
+    "one level": {
+        "block_out_channels": (8,),
+        "down_block_types": ("AttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "layers_per_block": 1,
+        "sample_size": 5,
+    },
+    "swish": {"act_fn": "swish"},
+    "mish": {"act_fn": "mish"},
+    "gelu": {"act_fn": "gelu"},
+    "relu": {"act_fn": "relu"},
+    "celeba 64": {**CELEBA_64, "block_out_channels": (8, 16, 16, 16, 32), "sample_size": 16},
+    "celebahq 256": {**CELEBAHQ_256, "block_out_channels": (8, 8, 16, 16, 32, 32), "sample_size": 32},
+}
+FEW_CONFIGS = ("attention", "NCSN++", "resnet resampling", "class table", "celeba 64")
+
+
+def tiny(name: str = "attention", **changes) -> dict:
+    base = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "down_block_types": ATTN_DOWN,
+        "up_block_types": ATTN_UP,
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+    }
+    return {**base, **CONFIGS[name], **changes}
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Move every parameter, so that no zero bias or unit gain hides a difference."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.3 if parameter.ndim == 1 else 0.02
+            parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
+
+
+def make_pair(config: dict) -> tuple[UNet2DModel, CustomUNet2DModel]:
+    """diffusers' network and ours with the same random weights, in training mode."""
+    torch.manual_seed(0)
+    reference, ours = UNet2DModel(**config), CustomUNet2DModel(**config)
+    randomize(reference)
+    ours.load_state_dict(reference.state_dict())
+    return reference.train(), ours.train()
+
+
+def make_inputs(model, batch_size: int = 2) -> dict:
+    torch.manual_seed(1)
+    size = model.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    labels = None
+    if model.config.class_embed_type == "identity":
+        labels = torch.randn(batch_size, 4 * model.config.block_out_channels[0])
+    elif model.config.class_embed_type or model.config.num_class_embeds:
+        labels = torch.randint(1, 5, (batch_size,))
+    return {
+        "sample": torch.randn(batch_size, model.config.in_channels, height, width),
+        "timestep": torch.randint(1, 50, (batch_size,)),
+        "class_labels": labels,
+    }
+
+
+def run(model, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The output, and the gradients of all parameters and of the input, for one draw of the dropout."""
+    model.zero_grad()
+    sample = inputs["sample"].clone().requires_grad_()
+    torch.manual_seed(2)
+    output = model(**{**inputs, "sample": sample}).sample
+    output.backward(torch.linspace(-1, 1, output.numel()).view_as(output))
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return output.detach(), {**gradients, "sample": sample.grad}
+
+
+def assert_same_gradients(ours: dict, expected: dict) -> None:
+    assert ours.keys() == expected.keys()
+    floor = 1e-3 * max(gradient.norm() for gradient in expected.values())  # some are zero but for rounding
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 1e-4 * max(gradient.norm(), floor), name
+
+
+def assert_one_line(error: pytest.ExceptionInfo) -> None:
+    assert str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------- as diffusers
+
+
+@pytest.fixture
+def dropout_by_position(monkeypatch):
+    """Dropout that depends on positions alone: PyTorch's also depends on the memory layout, where the two differ."""
+
+    def forward(dropout: torch.nn.Dropout, hidden: torch.Tensor) -> torch.Tensor:
+        kept = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0)) >= dropout.p
+        return hidden * kept / (1 - dropout.p) if dropout.training else hidden
+
+    monkeypatch.setattr(torch.nn.Dropout, "forward", forward)
+
+
+@pytest.mark.usefixtures("dropout_by_position")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_names_outputs_and_gradients_are_those_of_diffusers(name):
+    reference, ours = make_pair(tiny(name))
+    shapes = {key: value.shape for key, value in reference.state_dict().items()}
+    assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
+    assert dict(ours.config) == dict(reference.config)
+
+    inputs = make_inputs(reference)
+    expected, expected_gradients = run(reference, inputs)
+    output, gradients = run(ours, inputs)
+    assert expected.std() > 5e-3
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    assert_same_gradients(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_go_back_to_diffusers(name):
+    reference, ours = make_pair(tiny(name, dropout=0.0))
+    randomize(ours, seed=3)
+    inputs = make_inputs(ours)
+    before = reference(**inputs).sample
+    reference.load_state_dict(ours.state_dict())
+    output = ours(**inputs).sample
+    assert (output - before).abs().max() > 1e-3
+    torch.testing.assert_close(reference(**inputs).sample, output, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", FEW_CONFIGS)
+@pytest.mark.parametrize("source", [0, 1], ids=["from diffusers", "to diffusers"])
+def test_saved_folders_load_both_ways(name, source, tmp_path):
+    pair = make_pair(tiny(name))
+    saved, loader = pair[source].eval(), type(pair[1 - source])
+    saved.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == type(saved).__name__
+    loaded, info = loader.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    inputs = make_inputs(saved)
+    torch.testing.assert_close(loaded(**inputs).sample, saved(**inputs).sample, atol=1e-5, rtol=0)
+
+
+def test_signatures_are_those_of_diffusers():
+    for method in ("__init__", "forward"):
+        ours, theirs = (inspect.signature(getattr(c, method)).parameters for c in (CustomUNet2DModel, UNet2DModel))
+        assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
+
+
+@pytest.mark.parametrize(("config", "parameters"), [(CELEBA_64, 78_700_803), (CELEBAHQ_256, 113_673_219)])
+def test_parameter_counts_of_published_networks(config, parameters):
+    with torch.device("meta"):
+        assert CustomUNet2DModel(**config).num_parameters() == parameters
+
+
+def test_imports_nothing_but_torch_and_the_mixins():
+    imported = set()
+    for node in ast.walk(ast.parse(inspect.getsource(custom_unet_2d))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    assert imported == {
+        *("math", "functools.partial", "torch", "torch.nn", "torch.nn.functional"),
+        "diffusers.configuration_utils.ConfigMixin",
+        "diffusers.configuration_utils.register_to_config",
+        "diffusers.models.modeling_utils.ModelMixin",
+        "diffusers.models.unets.unet_2d.UNet2DOutput",
+    }
+
+
+def test_the_timestep_may_be_a_number_or_a_tensor_of_any_of_three_shapes():
+    _, model = make_pair(tiny())
+    sample = make_inputs(model)["sample"]
+    expected = model(sample, torch.tensor([7, 7])).sample
+    assert (model(sample, 8).sample - expected).abs().max() > 1e-4
+    for timestep in (7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor([7.0, 7.0])):
+        torch.testing.assert_close(model(sample, timestep).sample, expected)
+    torch.testing.assert_close(model(sample, 7, return_dict=False), (expected,))
+
+
+# ------------------------------------------------------------------------------------------- old attention names
+
+
+def with_old_names(state_dict: dict) -> dict:
+    renamed = {}
+    for key, value in state_dict.items():
+        for new, old in {
+            ".to_q.": ".query.",
+            ".to_k.": ".key.",
+            ".to_v.": ".value.",
+            ".to_out.0.": ".proj_attn.",
+        }.items():
+            key = key.replace(new, old)
+        renamed[key] = value
+    assert renamed.keys() != state_dict.keys()
+    return renamed
+
+
+@pytest.mark.parametrize("weights_file", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["celebahq 256", "NCSN++"])
+def test_old_attention_names_load_from_a_folder(name, weights_file, tmp_path):
+    reference, _ = make_pair(tiny(name))
+    reference.eval().save_config(tmp_path)
+    save = safetensors.torch.save_file if weights_file.endswith("safetensors") else torch.save
+    save(with_old_names(reference.state_dict()), tmp_path / weights_file)
+    loaded, info = CustomUNet2DModel.from_pretrained(
+        tmp_path, output_loading_info=True, use_safetensors=weights_file.endswith("safetensors")
+    )
+    assert not any(info.values())
+    inputs = make_inputs(reference)
+    torch.testing.assert_close(loaded(**inputs).sample, reference(**inputs).sample, atol=1e-5, rtol=0)
+
+
+def test_old_attention_names_load_from_a_state_dict():
+    reference, ours = make_pair(tiny(**ALL_ATTN))
+    randomize(ours, seed=3)
+    old = with_old_names(reference.state_dict())
+    keys = list(old)
+    ours.load_state_dict(old)
+    assert list(old) == keys
+    inputs = make_inputs(reference)
+    torch.testing.assert_close(ours(**inputs).sample, reference(**inputs).sample, atol=1e-5, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------- ways of running it
+
+
+@pytest.mark.parametrize("name", ["class table", "skip blocks and others"])
+def test_compiles_without_a_graph_break(name):
+    _, model = make_pair(tiny(name, layers_per_block=1))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = make_inputs(model)
+    (output, gradients), (expected, expected_gradients) = run(compiled, inputs), run(model, inputs)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    assert_same_gradients({k.removeprefix("_orig_mod."): v for k, v in gradients.items()}, expected_gradients)
+
+
+@pytest.mark.parametrize("name", ["attention", "NCSN++", "resnet resampling"])
+def test_channels_last_gives_the_same(name):
+    _, model = make_pair(tiny(name))
+    inputs = make_inputs(model)
+    expected, expected_gradients = run(model, inputs)
+    model.to(memory_format=torch.channels_last)
+    inputs["sample"] = inputs["sample"].contiguous(memory_format=torch.channels_last)
+    output, gradients = run(model, inputs)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    assert_same_gradients(gradients, expected_gradients)
+
+
+def saved_elements(model, inputs: dict) -> int:
+    """How many numbers the forward pass keeps for the backward pass."""
+    counted = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: counted.append(t.numel()), lambda _: None):
+        model(**inputs)
+    return sum(counted)
+
+
+@pytest.mark.parametrize("name", ["attention", "NCSN++ attention everywhere", "celeba 64", "no bottleneck"])
+def test_gradient_checkpointing_saves_memory_and_changes_no_gradient(name):
+    _, model = make_pair(tiny(name, dropout=0.3))
+    inputs = make_inputs(model)
+    expected, expected_gradients = run(model, inputs)
+    elements_without = saved_elements(model, inputs)
+
+    model.enable_gradient_checkpointing()
+    assert model.is_gradient_checkpointing
+    output, gradients = run(model, inputs)
+    assert torch.equal(output, expected)
+    assert_same_gradients(gradients, expected_gradients)
+    assert saved_elements(model, inputs) < 0.5 * elements_without
+
+    model.disable_gradient_checkpointing()
+    assert saved_elements(model, inputs) == elements_without
+
+
+def test_gradient_checkpointing_reaches_every_layer():
+    _, model = make_pair(tiny("NCSN++"))
+    recomputed = []
+    model.enable_gradient_checkpointing(lambda layer, *inputs: recomputed.append(layer) or layer(*inputs))
+    inputs = make_inputs(model)
+    model(**inputs)
+    layers = sum(isinstance(module, CheckpointedLayer) for module in model.modules())
+    assert len(recomputed) == layers > sum(isinstance(module, SelfAttention) for module in model.modules()) > 0
+    with torch.no_grad():
+        model(**inputs)
+    assert len(recomputed) == layers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["attention", "NCSN++", "class as timestep", "resnet resampling"])
+def test_half_precision(name, dtype, tmp_path):
+    _, model = make_pair(tiny(name))
+    inputs = make_inputs(model.eval())
+    inputs["timestep"] = inputs["timestep"].float()
+    expected = model(**inputs).sample.detach()
+    tolerance = {"atol": 0.2 * expected.std().item(), "rtol": 0.1}
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(model(**inputs).sample.float(), expected, **tolerance)
+
+    model.save_pretrained(tmp_path)
+    inputs["sample"] = inputs["sample"].to(dtype)
+    for half in (CustomUNet2DModel.from_pretrained(tmp_path, torch_dtype=dtype), model.to(dtype)):
+        output = half.train()(**inputs).sample
+        assert output.dtype == dtype
+        torch.testing.assert_close(output.float(), expected, **tolerance)
+        output.float().square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in half.parameters() if p.requires_grad)
+
+
+# -------------------------------------------------------------------------------------------------- what it refuses
+
+SKIP_DOWN, SKIP_UP = ("SkipDownBlock2D",) * 2, ("SkipUpBlock2D",) * 2
+REFUSED = {
+    "time_embedding_type": {"time_embedding_type": "sinusoidal"},
+    "mid_block_type": {"mid_block_type": "UNetMidBlock2DCrossAttn"},
+    "downsample_padding": {"downsample_padding": 2},
+    "downsample_type": {"downsample_type": "fir"},
+    "upsample_type": {"upsample_type": None},
+    "act_fn": {"act_fn": "tanh"},
+    "resnet_time_scale_shift='ada_group'": {"resnet_time_scale_shift": "ada_group"},
+    "resnet_time_scale_shift='spatial'": {"resnet_time_scale_shift": "spatial"},
+    "class_embed_type": {"class_embed_type": "projection"},
+    "CrossAttnDownBlock2D": {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")},
+    "KUpBlock2D": {"up_block_types": ("KUpBlock2D", "UpBlock2D")},
+    "down_block_types has 1 entries": {"down_block_types": ("DownBlock2D",)},
+    "up_block_types has 3 entries": {"up_block_types": ("UpBlock2D",) * 3},
+    "block_out_channels 3": {"block_out_channels": (8, 16, 16)},
+    r"block_out_channels=\(\)": {"block_out_channels": (), "down_block_types": (), "up_block_types": ()},
+    r"block_out_channels=\(8, 0\)": {"block_out_channels": (8, 0)},
+    r"block_out_channels=\(8, 16.0\)": {"block_out_channels": (8, 16.0)},
+    "sample_size=9": {"sample_size": 9},
+    r"sample_size=\(8, 7\)": {"sample_size": (8, 7)},
+    r"sample_size=\(8, 8, 8\)": {"sample_size": (8, 8, 8)},
+    "sample_size=0": {"sample_size": 0},
+    "sample_size=8.0": {"sample_size": 8.0},
+    "4 groups do not divide the 6 channels": {"block_out_channels": (6, 16)},
+    "5 groups do not divide": {"attn_norm_num_groups": 5},
+    "32 groups do not divide the 48 channels": {
+        "block_out_channels": (32, 48),
+        "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+    },
+    "0 groups do not divide": {"block_out_channels": (3, 16), "down_block_types": SKIP_DOWN, "norm_num_groups": 1},
+    "attention_head_dim=3 does not divide the 16": {"attention_head_dim": 3},
+    "attention_head_dim=32": {"attention_head_dim": 32},
+    "num_train_timesteps=None": {"time_embedding_type": "learned"},
+    "freq_shift=4": {"freq_shift": 4},
+    "in_channels=0": {"in_channels": 0},
+    "out_channels=-1": {"out_channels": -1},
+    "layers_per_block=0": {"layers_per_block": 0},
+    "layers_per_block=1.5": {"layers_per_block": 1.5},
+    "time_embedding_dim=0": {"time_embedding_dim": 0},
+    "attention_head_dim=0": {"attention_head_dim": 0},
+    "norm_num_groups=-4": {"norm_num_groups": -4},
+    "norm_num_groups=None": {"norm_num_groups": None},
+    "attn_norm_num_groups=0": {"attn_norm_num_groups": 0},
+    "num_class_embeds=0": {"num_class_embeds": 0},
+    "num_train_timesteps=-1": {"num_train_timesteps": -1},
+    "mid_block_scale_factor=0": {"mid_block_scale_factor": 0},
+    "norm_eps=0": {"norm_eps": 0.0},
+    "dropout=1.0": {"dropout": 1.0},
+    "dropout=-0.1": {"dropout": -0.1},
+    "in_channels=1": {"in_channels": 1, "down_block_types": SKIP_DOWN},
+    "out_channels=6": {"out_channels": 6, "up_block_types": SKIP_UP},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_construction_refuses_in_one_line(message):
+    with pytest.raises(ValueError, match=message) as error:
+        CustomUNet2DModel(**tiny(**REFUSED[message]))
+    assert_one_line(error)
+
+
+def test_head_width_counts_only_at_levels_with_attention():
+    with_attention_outside = {"down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": PLAIN_UP}
+    config = tiny(block_out_channels=(12, 16), attention_head_dim=3, add_attention=False, **with_attention_outside)
+    CustomUNet2DModel(**config)
+    with pytest.raises(ValueError, match="attention_head_dim=3 does not divide the 16"):
+        CustomUNet2DModel(**{**config, "add_attention": True})
+
+
+@pytest.mark.parametrize("path", ["down", "up"])
+def test_skip_blocks_are_refused_exactly_where_diffusers_crashes(path):
+    name, plain, skip = {
+        "down": ("down_block_types", "DownBlock2D", "SkipDownBlock2D"),
+        "up": ("up_block_types", "UpBlock2D", "SkipUpBlock2D"),
+    }[path]
+    others = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    for block_types, channels in itertools.product(itertools.product((plain, skip), repeat=3), (3, 4)):
+        config = tiny(block_out_channels=(8, 8, 8), in_channels=channels, out_channels=channels, **others)
+        config[name] = block_types
+        try:
+            CustomUNet2DModel(**config)
+        except ValueError:
+            with pytest.raises(RuntimeError):
+                UNet2DModel(**config)(torch.randn(1, channels, 8, 8), 1)
+        else:
+            UNet2DModel(**config)(torch.randn(1, channels, 8, 8), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, {"sample": torch.zeros(2, 4, 8, 8)}, r"\(2, 4, 8, 8\): expected \(batch, 3"),
+        ({}, {"sample": torch.zeros(3, 8, 8)}, r"sample has shape \(3, 8, 8\)"),
+        ({}, {"sample": torch.zeros(2, 3, 9, 8)}, "9x8 pixels: .* multiples of 2"),
+        ({}, {"sample": torch.zeros(2, 3, 8, 7)}, "8x7 pixels"),
+        ({}, {"class_labels": torch.tensor([1, 2])}, "class_labels were given"),
+        ({"num_class_embeds": 5}, {}, "class_labels is None"),
+    ],
+)
+def test_forward_refuses_in_one_line(changes, arguments, message):
+    model = CustomUNet2DModel(**tiny(**changes))
+    with pytest.raises(ValueError, match=message) as error:
+        model(**{"sample": torch.zeros(2, 3, 8, 8), "timestep": 1, **arguments})
+    assert_one_line(error)
+
+
+def test_other_sizes_than_sample_size_are_accepted():
+    _, model = make_pair(tiny(sample_size=None))
+    assert model(torch.zeros(2, 3, 6, 10), 1).sample.shape == (2, 3, 6, 10)

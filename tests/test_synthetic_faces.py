@@ -1,0 +1,254 @@
+import math
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.synthetic_faces import (
+    BINARY,
+    CATEGORICAL,
+    CONTINUOUS,
+    FACTORS,
+    PIXELS_PER_CHUNK,
+    SPLIT_SIZES,
+    VERSION,
+    contact_sheet,
+    draw_faces,
+    face_factors,
+    load_synthetic_faces,
+    main,
+    render_faces,
+    split_indices,
+)
+
+NEUTRAL_POSE = {"roll": 0.0, "yaw": 0.0, "scale": 0.66, "shift_x": 0.0, "shift_y": 0.06}
+EYES = (-0.72, -0.30, 0.72, 0.40)
+BROWS = (-0.75, -0.55, 0.75, -0.05)
+NOSE = (-0.25, 0.00, 0.25, 0.55)
+MOUTH = (-0.45, 0.40, 0.45, 0.95)
+# Where a factor may change the picture: left, top, right, bottom in head units. Factors not named: anywhere.
+REGIONS = {
+    "blush": (-0.80, 0.05, 0.80, 0.75),
+    "eye_size": EYES,
+    "eye_openness": EYES,
+    "eye_colour": EYES,
+    "gaze": EYES,
+    "brow_height": BROWS,
+    "brow_tilt": BROWS,
+    "brow_thickness": BROWS,
+    "nose_length": NOSE,
+    "nose_width": NOSE,
+    "mouth_width": MOUTH,
+    "mouth_open": MOUTH,
+    "smile": MOUTH,
+    "lip_colour": MOUTH,
+    "facial_hair": (-0.90, 0.05, 0.90, 1.15),
+    "glasses": (-0.95, -0.30, 0.95, 0.45),
+    "clothes_colour": (-2.0, 1.10, 2.0, 2.0),
+}
+
+
+def with_factors(factors, **values):
+    """The same faces with some factors set to one value for all."""
+    return factors | {name: np.full_like(factors[name], value) for name, value in values.items()}
+
+
+def extremes(name):
+    """Two values of a factor, as far apart as it goes."""
+    if name in CONTINUOUS:
+        low, high = CONTINUOUS[name]
+        # Cyclic palettes have one colour at both ends.
+        return (low, (low + high) / 2) if name in ("clothes_colour", "background_colour") else (low, high)
+    return (0, len(CATEGORICAL[name]) - 1) if name in CATEGORICAL else (False, True)
+
+
+# Splits
+
+
+def test_splits_have_their_sizes_and_share_no_face():
+    train, validation = split_indices("train"), split_indices("validation")
+    assert (len(train), len(validation)) == (SPLIT_SIZES["train"], SPLIT_SIZES["validation"])
+    assert train.start == 0
+    largest_train, largest_validation = split_indices("train", 2**40), split_indices("validation", 2**40)
+    assert largest_train.stop <= largest_validation.start
+    assert split_indices("train", 25_000)[:10_000] == train
+
+
+@pytest.mark.parametrize(
+    ("split", "num_images", "message"),
+    [
+        ("test", None, "no split 'test'; it has train, validation"),
+        ("train", 0, "not 0"),
+        ("validation", -3, "not -3"),
+        ("train", 2**40 + 1, "1 to 2"),
+    ],
+)
+def test_a_bad_split_is_refused_in_one_line(split, num_images, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        split_indices(split, num_images)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("indices", "seed"), [([3, -1], 0), ([3], -1)])
+def test_a_negative_index_or_seed_is_refused(indices, seed):
+    with pytest.raises(ValueError, match="0 or more, not"):
+        face_factors(indices, seed)
+
+
+def test_a_resolution_too_small_is_refused():
+    with pytest.raises(ValueError, match="not 4"):
+        render_faces([0], 4)
+
+
+# Factors
+
+
+def test_factors_keep_to_their_ranges_and_fill_them():
+    factors = face_factors(range(4000))
+    assert tuple(factors) == FACTORS
+    for name, (low, high) in CONTINUOUS.items():
+        column, span = factors[name], high - low
+        assert column.dtype == np.float32
+        assert low <= column.min() < low + 0.01 * span
+        assert high - 0.01 * span < column.max() <= np.float32(high)
+        assert abs(column.mean() - (low + high) / 2) < 0.02 * span  # 4 standard errors of a uniform mean
+    for name, odds in CATEGORICAL.items():
+        shares = np.bincount(factors[name], minlength=len(odds)) / 4000
+        np.testing.assert_allclose(shares, np.array(list(odds.values())) / sum(odds.values()), atol=0.035)
+    for name, probability in BINARY.items():
+        assert factors[name].dtype == bool
+        assert abs(factors[name].mean() - probability) < 0.03
+
+
+def test_factors_are_independent():
+    correlations = np.corrcoef(np.stack([column.astype(np.float64) for column in face_factors(range(4000)).values()]))
+    assert np.abs(correlations - np.eye(len(FACTORS))).max() < 5 / math.sqrt(4000)
+
+
+# Pictures
+
+
+def test_pictures_have_shape_dtype_and_contrast():
+    images = render_faces(range(256), 32)
+    assert images.shape == (256, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert 120 < images.mean() < 190
+    assert images.std() > 40
+    assert (images.reshape(256, -1).std(axis=1) > 20).all()  # no picture is flat
+    varied = images.std(axis=0).mean(axis=-1)  # (32, 32), over the faces
+    assert varied.min() > 10  # no pixel is the same everywhere
+    assert len(np.unique(images.reshape(256, -1), axis=0)) == 256
+    assert render_faces([], 32).shape == (0, 32, 32, 3)
+
+
+def test_a_face_does_not_depend_on_its_batch():
+    num_faces = PIXELS_PER_CHUNK // 32**2 + 5  # more than one chunk
+    images = render_faces(range(num_faces), 32)
+    np.testing.assert_array_equal(render_faces(range(num_faces)[::-1], 32), images[::-1])
+    for index in (0, 1, num_faces - 1):
+        np.testing.assert_array_equal(render_faces([index], 32)[0], images[index])
+
+
+def test_another_seed_gives_other_faces():
+    differences = np.abs(render_faces(range(16), 32).astype(int) - render_faces(range(16), 32, seed=1))
+    assert (differences.reshape(16, -1).mean(axis=1) > 5).all()
+
+
+def test_resolutions_show_the_same_face():
+    small, large = render_faces(range(64), 32), render_faces(range(64), 64)
+    averaged = large.reshape(64, 32, 2, 32, 2, 3).mean(axis=(2, 4))
+    difference = np.abs(small - averaged).reshape(64, -1).mean(axis=1)
+    other_face = np.abs(small - np.roll(averaged, 1, axis=0)).reshape(64, -1).mean(axis=1)
+    assert difference.max() < 5
+    assert other_face.min() > 2 * difference.max()
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_factor_changes_its_part_of_the_picture(name):
+    resolution, num_faces = 64, 32
+    factors = with_factors(face_factors(range(num_faces)), **NEUTRAL_POSE)
+    low, high = (draw_faces(with_factors(factors, **{name: value}), resolution) for value in extremes(name))
+    difference = np.abs(low.astype(int) - high).max(axis=-1)  # (n, R, R)
+    assert (difference.max(axis=(1, 2)) > 4).mean() > 0.6  # not all: a bald head has no fringe
+
+    left, top, right, bottom = REGIONS.get(name, (-9.0, -9.0, 9.0, 9.0))
+    axis = (np.arange(resolution) + 0.5) * 2 / resolution - 1
+    x, y = axis / NEUTRAL_POSE["scale"], (axis - NEUTRAL_POSE["shift_y"]) / NEUTRAL_POSE["scale"]
+    inside = ((top < y) & (y < bottom))[:, None] & ((left < x) & (x < right))[None, :]
+    assert difference[:, ~inside].max(initial=0) <= 1
+
+
+def test_a_smile_lifts_the_corners_of_the_mouth():
+    """Redness is what the lips add, so its height at the corners against the middle tells a smile from a frown."""
+    neutral = with_factors(face_factors(range(32)), **NEUTRAL_POSE, facial_hair=0, mouth_open=0.0, blush=0.0)
+    frown, smile = (draw_faces(with_factors(neutral, smile=value), 64).astype(float) for value in (-0.3, 1.0))
+    redder = (smile[..., 0] - smile[..., 1:].mean(axis=-1)) - (frown[..., 0] - frown[..., 1:].mean(axis=-1))
+    mouth = np.clip(redder.mean(axis=0)[38:54], 0, None)  # (rows, 64), what the smile reddened
+    rows = np.arange(len(mouth))[:, None]
+    height = (mouth * rows).sum(axis=0) / np.maximum(mouth.sum(axis=0), 1e-9)
+    assert height[30:34].mean() > height[[26, 27, 36, 37]].mean() + 1  # y points down: the middle hangs lower
+
+
+def test_turned_heads_look_the_way_they_turn():
+    factors = with_factors(face_factors(range(16)), **NEUTRAL_POSE)
+    centres = []
+    for yaw in (-1.0, 1.0):
+        lips = [draw_faces(with_factors(factors, yaw=yaw, lip_colour=colour), 64).astype(int) for colour in (0.0, 1.0)]
+        difference = np.abs(lips[0] - lips[1]).sum(axis=(0, 1, 3))  # (64,), by column
+        centres.append((difference * np.arange(64)).sum() / difference.sum())
+    assert centres[1] > centres[0] + 3  # pixels
+
+
+def test_ten_thousand_faces_take_under_twenty_seconds():
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        render_faces(range(512), 32)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) * 10_000 / 512 < 20
+
+
+def test_pixels_change_only_with_the_version():
+    """A random projection of each face; ±1 in a few pixels (another platform) stays within the tolerance."""
+    weights = np.random.Philox(key=0).random_raw(32 * 32 * 3) * 2.0**-63 - 1.0
+    fingerprint = render_faces(range(16), 32).reshape(16, -1) @ weights / math.sqrt(weights.size)
+    golden = {
+        1: (
+            (-69.46, -59.65, -31.45, -58.69, -3.39, -59.5, -85.4, -29.44),
+            (-34.36, -27.61, -4.79, -58.6, -71.55, -49.78, -25.98, -29.27),
+        )
+    }
+    np.testing.assert_allclose(fingerprint, np.ravel(golden[VERSION]), atol=0.05)
+
+
+# Data set and contact sheet
+
+
+def test_data_set_holds_the_pictures_and_their_factors():
+    dataset = load_synthetic_faces(300, "validation", 16, seed=3)
+    assert dataset.column_names == ["image", *FACTORS]
+    indices = split_indices("validation", 300)
+    pictures = np.stack([np.asarray(image) for image in dataset["image"]])
+    np.testing.assert_array_equal(pictures, render_faces(indices, 16, seed=3))
+    for name, column in face_factors(indices, seed=3).items():
+        np.testing.assert_array_equal(np.array(dataset[name]), column)
+    for name, odds in CATEGORICAL.items():
+        assert dataset.features[name].names == list(odds)
+
+
+def test_data_set_has_the_split_size_by_default(monkeypatch):
+    monkeypatch.setitem(SPLIT_SIZES, "validation", 10)
+    assert len(load_synthetic_faces(None, "validation", 8)) == 10
+
+
+def test_contact_sheet_reads_row_by_row(tmp_path, monkeypatch):
+    images = render_faces(range(5), 16)
+    sheet = np.asarray(contact_sheet(images))
+    assert sheet.shape == (32, 48, 3)
+    np.testing.assert_array_equal(sheet[16:, 16:32], images[4])
+    assert (sheet[16:, 32:] == 255).all()
+    out = tmp_path / "sheet.png"
+    monkeypatch.setattr("sys.argv", ["synthetic_faces", "--num_images", "5", "--resolution", "16", "--out", str(out)])
+    main()
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), sheet)

@@ -1,0 +1,501 @@
+"""The main job: trains an unconditional diffusion model and leaves it as a pipeline folder.
+
+    accelerate launch train_unet.py --config configs/quickstart.yaml [--flag value ...]
+
+The same command started again goes on from the newest checkpoint. Exit codes: 0 trained, or the time budget is used
+up; 1 the run failed; 2 bad configuration or data; 130 and 143 stopped by SIGINT or SIGTERM, after a checkpoint.
+"""
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from tqdm.auto import tqdm
+
+from custom_unet import CustomUNet2DModel
+from pipelines import CustomUNetPipeline
+from pipelines.export import export_pipeline
+from training import checkpoint
+from training.checkpoint import CheckpointError
+from training.config import ConfigError, TrainConfig, parse_config
+from training.data import (
+    DataError,
+    ImageStore,
+    ShuffledBatches,
+    make_loader,
+    open_image_store,
+    random_flip,
+    to_model_range,
+)
+from training.diffusion import diffusion_loss, heldout_loss, make_noise_scheduler, make_sampling_scheduler
+from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
+from training.processes import build_accelerator, on_any_process, on_main_process
+from training.run_log import RunLog
+from training.summary import duration, preflight_summary
+
+SPEED_REPORT_STEPS = 20  # updates after which speed and time left are told in a line of their own
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on. The message is one line."""
+
+
+@dataclass
+class Progress:
+    """How far a run is. Weights, EMA, learning rate and `step` move together; a skipped one moves only `attempts`."""
+
+    step: int = 0  # optimizer updates applied
+    attempts: int = 0  # updates tried: the position in the data stream
+    train_seconds: float = 0.0  # spent in updates, over all starts
+
+
+class Trainer:
+    """One run: its networks, data, optimizer and output folder, and the loop over them."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, deadline_seconds: float):
+        """Builds the networks, then opens the data.
+
+        Args:
+            deadline_seconds: on the clock of `time.monotonic`, when the run stops in good order; may be infinite.
+
+        Raises:
+            ConfigError, DataError: if the network cannot be built or the data cannot be had.
+        """
+        self.config, self.accelerator, self.deadline_seconds = config, accelerator, deadline_seconds
+        self.output_dir = Path(config.output_dir)
+        self.progress = Progress()
+        self.stop_signal: int | None = None
+        self.images_per_update = (
+            config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        )
+        self.build_networks()
+        self.open_data()
+        self.total_steps = config.max_train_steps
+        if self.total_steps is None and config.num_epochs is not None:
+            self.total_steps = math.ceil(config.num_epochs * len(self.store) / self.images_per_update)
+        self.learning_rate_at: Callable[[int], float] = learning_rate_schedule(config, self.total_steps)
+
+    # ---- Setting up
+
+    def build_networks(self) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
+        try:
+            self.network = CustomUNet2DModel(**config.unet_kwargs())
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if config.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self.network.to(self.accelerator.device)
+        self.ema_network = copy.deepcopy(self.network).eval().requires_grad_(False)
+        if config.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        # `unet` is `network` under autocast, torch.compile and DistributedDataParallel, where they are asked for
+        self.unet, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(config, self.network))
+        self.noise_scheduler = make_noise_scheduler(
+            config.ddpm_num_steps,
+            config.ddpm_beta_schedule,
+            config.beta_start,
+            config.beta_end,
+            config.prediction_type,
+            config.rescale_betas_zero_snr,
+        )
+        self.pipeline = CustomUNetPipeline(
+            self.ema_network, make_sampling_scheduler(self.noise_scheduler, config.sampler)
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def open_data(self) -> None:
+        config = self.config
+        self.store = self.open_store(config.split, config.max_images)
+        if self.images_per_update > len(self.store):
+            raise DataError(
+                f"{len(self.store)} images are fewer than the {self.images_per_update} of one update"
+                f" ({config.train_batch_size} x {config.gradient_accumulation_steps} accumulated x"
+                f" {self.accelerator.num_processes} processes); lower --train_batch_size"
+            )
+        self.heldout_images = None
+        if config.validation_split is not None:
+            store = self.open_store(config.validation_split, config.validation_images)
+            self.heldout_images = to_model_range(store.__getitems__(range(len(store))))
+
+    def open_store(self, split: str, max_images: int | None) -> ImageStore:
+        open_it = partial(open_image_store, **self.config.data_source(), split=split, max_images=max_images)
+        on_main_process(self.accelerator, lambda: len(open_it()))  # decodes the images once, for all processes
+        return open_it()
+
+    # ---- Checkpoints
+
+    def identity(self) -> dict:
+        """What a checkpoint and the run that goes on from it must have in common, as one flat dictionary."""
+        config = self.config
+        names = (
+            "prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr"
+            " train_batch_size gradient_accumulation_steps random_flip timestep_sampling seed"
+        ).split()
+        identity = config.unet_kwargs() | {name: getattr(config, name) for name in names}
+        identity |= {"num_processes": self.accelerator.num_processes, "data_fingerprint": self.store.fingerprint}
+        return json.loads(json.dumps(identity))  # tuples become lists, as in the file
+
+    def start_or_resume(self) -> None:
+        """Takes the output folder and restores the checkpoint to go on from, if any.
+
+        Raises:
+            CheckpointError: before anything is changed, if the folder is in use, if a checkpoint that should be there
+                is not or is damaged, or if it belongs to another run.
+        """
+        folder = on_main_process(self.accelerator, self.take_output_dir)
+        if folder is not None:
+            self.restore(folder)
+        if self.accelerator.is_main_process:
+            self.log = RunLog(self.output_dir / "log.jsonl", self.progress.step)
+            (self.output_dir / "config.yaml").write_text(self.config.to_yaml())
+        self.accelerator.init_trackers("unet", {k: str(v) for k, v in asdict(self.config).items()})
+
+    def take_output_dir(self) -> Path | None:
+        """Main process: locks the folder; returns the checkpoint to go on from, if any."""
+        config = self.config
+        self.lock = checkpoint.lock_output_dir(self.output_dir)
+        if config.overwrite_output_dir:
+            for path in [*self.output_dir.glob("*checkpoint-*"), *self.output_dir.glob("log.jsonl")]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        folder = checkpoint.find_checkpoint(self.output_dir, config.resume_from_checkpoint, print)
+        if folder is None:
+            return None
+        state = checkpoint.read_state(folder)
+        difference = checkpoint.difference(state["identity"], self.identity())
+        if difference:
+            raise CheckpointError(
+                f"{folder} belongs to another run ({difference}); restore these settings, take another --output_dir or"
+                " start anew with --overwrite_output_dir"
+            )
+        checkpoint.set_aside_newer(self.output_dir, state["progress"]["step"], print)
+        return folder
+
+    def restore(self, folder: Path) -> None:
+        tensors, state = checkpoint.load_checkpoint(folder, ["unet", "ema_unet", "optimizer"])
+        self.network.load_state_dict(tensors["unet"])
+        self.ema_network.load_state_dict(tensors["ema_unet"])
+        checkpoint.restore_optimizer(self.optimizer, self.network, tensors["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["grad_scaler"])
+        self.progress = Progress(**state["progress"])
+
+    def save(self) -> None:
+        """Writes a checkpoint and the pipeline folder of the EMA network."""
+        scaler = self.accelerator.scaler
+
+        def write() -> None:
+            checkpoint.save_checkpoint(
+                self.output_dir,
+                self.progress.step,
+                tensors={
+                    "unet": self.network.state_dict(),
+                    "ema_unet": self.ema_network.state_dict(),
+                    "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.network),
+                },
+                state={
+                    "progress": asdict(self.progress),
+                    "identity": self.identity(),
+                    "grad_scaler": scaler.state_dict() if scaler is not None else None,
+                },
+                total_limit=self.config.checkpoints_total_limit,
+            )
+            export_pipeline(self.pipeline, self.output_dir / "pipeline")
+
+        on_main_process(self.accelerator, write)
+
+    # ---- Training
+
+    def training_step(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """One optimizer update of the network and its EMA.
+
+        Returns:
+            this process's mean loss, the norm of the whole gradient before clipping, and whether the update was
+            applied: one whose gradient is not finite is skipped and leaves network, EMA and step as they were.
+        """
+        config, progress = self.config, self.progress
+        # 1. Everything random derives from (seed, attempt, rank), so that a resumed run repeats no and skips no number
+        entropy = np.random.SeedSequence((config.seed, progress.attempts, self.accelerator.process_index))
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+        # 2. Gradient of the mean loss, summed over micro-batches; processes average it with the last one
+        mean_loss = 0.0
+        for micro_batch in range(config.gradient_accumulation_steps):
+            clean_images = next(self.batches).to(self.accelerator.device, non_blocking=True)
+            if config.random_flip:
+                clean_images = random_flip(clean_images)
+            clean_images = to_model_range(clean_images)
+            if config.channels_last:
+                clean_images = clean_images.contiguous(memory_format=torch.channels_last)
+            is_last = micro_batch == config.gradient_accumulation_steps - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.unet):
+                loss = diffusion_loss(
+                    self.unet, self.noise_scheduler, clean_images, config.timestep_sampling, config.snr_gamma
+                )
+                self.accelerator.backward(loss / config.gradient_accumulation_steps)
+            mean_loss += loss.detach() / config.gradient_accumulation_steps
+
+        # 3. Update. One NaN would ruin every weight, so each step waits for the norm
+        grad_norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.max_grad_norm)
+        applied = bool(torch.isfinite(grad_norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate_at(progress.step)
+        if applied or self.accelerator.scaler is not None:
+            self.optimizer.step()  # the gradient scaler of fp16 skips what is not finite itself, and lowers its scale
+        self.optimizer.zero_grad()
+        progress.attempts += 1
+        if applied:
+            progress.step += 1
+            decay = ema_decay(progress.step, config.ema_inv_gamma, config.ema_power, config.ema_max_decay)
+            update_ema(self.ema_network, self.network, decay)
+        return mean_loss, grad_norm, applied
+
+    def train(self) -> None:
+        """Trains until the last step, the deadline or a signal, and leaves a checkpoint and the pipeline folder.
+
+        Raises:
+            TrainingFailed: after too many non-finite gradients in a row.
+        """
+        config, progress = self.config, self.progress
+        self.open_batches()
+        if progress.step == 0:
+            self.report_heldout_loss()
+        bar = tqdm(
+            desc="training",
+            unit="step",
+            initial=progress.step,
+            total=self.total_steps,
+            dynamic_ncols=True,
+            disable=not self.accelerator.is_local_main_process,
+        )
+        first_step, skipped_in_a_row, interval = progress.step, 0, Interval()
+        while (self.total_steps is None or progress.step < self.total_steps) and not self.should_stop():
+            started_at_seconds = time.perf_counter()
+            loss, grad_norm, applied = self.training_step()
+            seconds = time.perf_counter() - started_at_seconds
+            progress.train_seconds += seconds
+            interval.add_time(seconds)
+            if not applied:
+                skipped_in_a_row += 1
+                bar.write(f"step {progress.step + 1}: the gradient's norm is {grad_norm.item()}; update skipped")
+                if skipped_in_a_row == config.max_nonfinite_steps:
+                    raise TrainingFailed(
+                        f"{skipped_in_a_row} gradients in a row were not finite at step {progress.step + 1}; the last"
+                        " checkpoint is good: lower --learning_rate or look at the data"
+                    )
+                continue
+            skipped_in_a_row = 0
+            interval.add_update(loss, grad_norm)
+            bar.update()
+            if progress.step == first_step + SPEED_REPORT_STEPS:
+                bar.write(self.speed_report(interval))
+            if progress.step % config.logging_steps == 0 or progress.step == self.total_steps:
+                self.record_interval(interval, bar)
+                interval = Interval()
+            if progress.step % config.validation_steps == 0:
+                self.report_heldout_loss()
+            if progress.step % config.save_images_steps == 0:
+                self.save_samples()
+            if progress.step % config.checkpointing_steps == 0:
+                self.save()
+        bar.close()
+        self.finish()
+
+    def open_batches(self) -> None:
+        """An endless stream of uint8 batches (B, 3, H, W) from the current position in the data."""
+        order = ShuffledBatches(
+            len(self.store),
+            self.config.train_batch_size,
+            self.config.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            start_batch=self.progress.attempts * self.config.gradient_accumulation_steps,
+        )
+        pin_memory = self.accelerator.device.type == "cuda"
+        self.batches = iter(make_loader(self.store, order, self.config.dataloader_num_workers, pin_memory))
+        self.unet.train()
+
+    def dry_run(self) -> None:
+        """One update, to see that everything fits; nothing is written."""
+        self.open_batches()
+        started_at_seconds = time.perf_counter()
+        loss, grad_norm, _ = self.training_step()
+        seconds = time.perf_counter() - started_at_seconds
+        self.accelerator.print(
+            f"dry run: loss {loss:.4f}, gradient norm {grad_norm:.4f}, {seconds:.1f} s for one update"
+        )
+
+    def request_stop(self, signal_number: int, frame) -> None:
+        """Signal handler: the current update is finished, then the run stops in good order."""
+        self.stop_signal = signal_number
+
+    def should_stop(self) -> bool:
+        """Whether a signal came or the deadline passed, on any process."""
+        stop = self.stop_signal is not None or time.monotonic() >= self.deadline_seconds
+        return on_any_process(self.accelerator, stop)
+
+    def finish(self) -> None:
+        """Checkpoint, export, last held-out loss and samples; what the last step has done already is not repeated."""
+        step, config = self.progress.step, self.config
+        if step % config.checkpointing_steps or step == 0:
+            self.save()
+        if self.stop_signal is None and step % config.validation_steps:
+            self.report_heldout_loss()
+        if self.stop_signal is None and step % config.save_images_steps:
+            self.save_samples()
+        length = f"{step} of {self.total_steps} steps" if self.total_steps else f"{step} steps"
+        self.accelerator.print(
+            f"{length}, {self.images_seen:,} images in {duration(self.progress.train_seconds)} of training;"
+            f" the pipeline is {self.output_dir / 'pipeline'}"
+        )
+
+    # ---- What a person sees
+
+    @property
+    def images_seen(self) -> int:
+        return self.progress.attempts * self.images_per_update
+
+    def record(self, **values: float) -> None:
+        """One record in log.jsonl and the trackers."""
+        if self.accelerator.is_main_process:
+            self.log.write(self.progress.step, images_seen=self.images_seen, **values)
+            self.accelerator.log(values, step=self.progress.step)
+
+    def record_interval(self, interval: "Interval", bar: tqdm) -> None:
+        loss = self.accelerator.reduce(interval.loss_sum / interval.updates, "mean").item()
+        values = {
+            "loss": loss,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": interval.grad_norm.item(),
+            "images_per_second": interval.attempts * self.images_per_update / interval.seconds,
+            "skipped_steps": self.progress.attempts - self.progress.step,
+            "train_seconds": self.progress.train_seconds,
+        }
+        self.record(**values)
+        shown = {"loss": "loss", "lr": "learning_rate", "grad": "grad_norm", "images/s": "images_per_second"}
+        bar.set_postfix({name: f"{values[key]:.3g}" for name, key in shown.items()})
+
+    def report_heldout_loss(self) -> None:
+        if self.heldout_images is None or not self.accelerator.is_main_process:
+            return
+        with self.accelerator.autocast():
+            losses = heldout_loss(
+                self.ema_network, self.noise_scheduler, self.heldout_images, self.config.train_batch_size
+            )
+        self.record(**losses)
+        quarters = ", ".join(f"{losses[f'heldout_loss_q{q}']:.4f}" for q in (1, 2, 3, 4))
+        tqdm.write(
+            f"step {self.progress.step}: held-out loss {losses['heldout_loss']:.4f}"
+            f" (by quarter of the timesteps, least noise first: {quarters})"
+        )
+
+    def save_samples(self) -> None:
+        """A grid from fixed noise, one seed an image. A failure is told and does not end the training."""
+        if not self.accelerator.is_main_process:
+            return
+        config, step = self.config, self.progress.step
+        generators = [torch.Generator().manual_seed(seed) for seed in range(config.eval_batch_size)]
+        try:
+            with self.accelerator.autocast():
+                images = self.pipeline(
+                    config.eval_batch_size, generators, config.ddpm_num_inference_steps, output_type="pt"
+                ).images
+            columns = math.ceil(math.sqrt(config.eval_batch_size))
+            grid = to_pil_image(make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1.0))
+            folder = self.output_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            grid.save(folder / f"step-{step:07d}.png")
+            for tracker in self.accelerator.trackers:
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
+        except (RuntimeError, ValueError, OSError) as error:
+            tqdm.write(f"step {step}: sampling failed, training goes on: {error}")
+
+    def preflight(self) -> str:
+        return preflight_summary(
+            self.config,
+            self.network,
+            lambda images: diffusion_loss(self.network, self.noise_scheduler, images, "uniform", None),
+            source=self.store.description["source"],
+            num_images=len(self.store),
+            num_heldout_images=0 if self.heldout_images is None else len(self.heldout_images),
+            num_processes=self.accelerator.num_processes,
+            total_steps=self.total_steps,
+            step=self.progress.step,
+            device=str(self.accelerator.device),
+        )
+
+    def speed_report(self, interval: "Interval") -> str:
+        speed = interval.attempts * self.images_per_update / interval.seconds
+        left_seconds = self.deadline_seconds - time.monotonic()
+        if self.total_steps is not None:
+            steps_left = self.total_steps - self.progress.step
+            left_seconds = min(left_seconds, steps_left * self.images_per_update / speed)
+        left = f", {duration(left_seconds)} left" if math.isfinite(left_seconds) else ""
+        return f"{speed:.1f} images/s{left}"
+
+
+@dataclass
+class Interval:
+    """Sums between two log records; what lies on the device stays there until it is read."""
+
+    attempts: int = 0
+    seconds: float = 0.0
+    updates: int = 0
+    loss_sum: torch.Tensor | float = 0.0
+    grad_norm: torch.Tensor | float = 0.0  # of the last update
+
+    def add_time(self, seconds: float) -> None:
+        self.attempts += 1
+        self.seconds += seconds
+
+    def add_update(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        self.updates += 1
+        self.loss_sum = self.loss_sum + loss
+        self.grad_norm = grad_norm
+
+
+def run(config: TrainConfig, started_at_seconds: float) -> int:
+    """Trains as configured; returns the exit code."""
+    accelerator = build_accelerator(config)
+    trainer = Trainer(config, accelerator, started_at_seconds + 60 * (config.max_train_minutes or math.inf))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, trainer.request_stop)
+    try:
+        if not config.dry_run:
+            trainer.start_or_resume()
+        accelerator.print(f"{config.to_yaml()}\n{trainer.preflight()}\n", flush=True)
+        trainer.dry_run() if config.dry_run else trainer.train()
+    finally:
+        accelerator.end_training()
+    return 0 if trainer.stop_signal is None else 128 + trainer.stop_signal
+
+
+def main(arguments: list[str]) -> int:
+    started_at_seconds = time.monotonic()
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        return run(parse_config(arguments, report=print if rank == 0 else lambda line: None), started_at_seconds)
+    except (ConfigError, DataError, CheckpointError, TrainingFailed, OSError) as error:
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, (ConfigError, DataError)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

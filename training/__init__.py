@@ -1,0 +1,1 @@
+"""Everything the main job needs besides the network: configuration, data, diffusion mathematics, checkpoints."""
