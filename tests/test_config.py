@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import UNet2DModel
 
 from custom_unet import CustomUNet2DModel
@@ -55,9 +56,26 @@ def test_quickstart_is_the_default(capsys):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configurations_build_their_network(path):
     flags = ["--config", str(path)]
-    if "dataset_name" not in path.read_text():
+    if "\ndataset_name:" not in path.read_text():
         flags += ["--train_data_dir", "somewhere"]
-    CustomUNet2DModel(**parse_config(flags).unet_kwargs())
+    with torch.device("meta"):
+        CustomUNet2DModel(**parse_config(flags).unet_kwargs())
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("celeba64", 28_000_000, 32_000_000),
+        ("celeba64_ddim", 78_700_803, 78_700_803),
+        ("celebahq256", 113_673_219, 113_673_219),
+    ],
+)
+def test_parameter_counts_of_shipped_configurations(name, least, most):
+    path = CONFIGS[0].parent / f"{name}.yaml"
+    config = parse_config(["--config", str(path), "--dataset_name", "synthetic-faces"])
+    with torch.device("meta"):
+        network = CustomUNet2DModel(**config.unet_kwargs())
+    assert least <= sum(parameter.numel() for parameter in network.parameters()) <= most
 
 
 def test_network_options_are_those_of_diffusers(parse):

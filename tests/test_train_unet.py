@@ -1,6 +1,8 @@
-"""The main job as its users start it: whole runs, kills, resumes, signals and refusals, on a tiny network."""
+"""The main job as its users start it: whole runs, kills, resumes, signals and refusals, with a tiny network."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,37 +10,44 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
+import train_unet
+from pipelines import CustomUNetPipeline
+from training.config import TrainConfig
+from training.processes import build_accelerator
 from training.run_log import read_log
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TINY = """
-dataset_name: synthetic-faces
-max_images: 50
-crop: none
-resolution: 8
-random_flip: true
-down_block_types: [DownBlock2D, AttnDownBlock2D]
-up_block_types: [AttnUpBlock2D, UpBlock2D]
-block_out_channels: [8, 16]
-layers_per_block: 1
-norm_num_groups: 4
-dropout: 0.3
-train_batch_size: 7
-gradient_accumulation_steps: 2
-lr_warmup_steps: 2
-learning_rate: 1.0e-3
-max_train_steps: 9
-checkpointing_steps: 3
-validation_steps: 100
-save_images_steps: 100
-logging_steps: 1
-eval_batch_size: 4
-ddpm_num_inference_steps: 3
-report_to: none
-"""
-LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
+TINY = {
+    "dataset_name": "synthetic-faces",
+    "max_images": 50,
+    "crop": "none",
+    "resolution": 8,
+    "random_flip": True,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "dropout": 0.3,
+    "train_batch_size": 7,
+    "gradient_accumulation_steps": 2,
+    "lr_warmup_steps": 2,
+    "learning_rate": 1e-3,
+    "max_train_steps": 9,
+    "checkpointing_steps": 3,
+    "validation_steps": 100,
+    "save_images_steps": 100,
+    "logging_steps": 1,
+    "eval_batch_size": 4,
+    "ddpm_num_inference_steps": 3,
+    "report_to": "none",
+    "num_cpu_threads": 1,
+}
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -47,34 +56,40 @@ def cache_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def job(tmp_path, cache_dir):
-    """Starts the main job with the tiny configuration and further flags in a process of its own."""
+def start(tmp_path, cache_dir):
+    """Starts the main job with the tiny configuration and further flags, in one process or in two."""
     config_path = tmp_path / "tiny.yaml"
-    config_path.write_text(TINY)
+    config_path.write_text(yaml.safe_dump(TINY))
+    started = []
 
-    def start(*flags, output_dir: str = "run", num_processes: int | None = None) -> subprocess.Popen:
-        launcher = []
-        if num_processes:
-            launcher = [*LAUNCH, "--num_processes", str(num_processes)]
-            launcher += (
-                ["--cpu", "--main_process_port", "0", "--multi_cpu"][: 4 if False else 3] if num_processes > 1 else []
-            )
-        arguments = ["--config", config_path, "--output_dir", tmp_path / output_dir, "--cache_dir", cache_dir, *flags]
-        return subprocess.Popen(
-            [sys.executable, *launcher, "train_unet.py", *map(str, arguments)],
+    def start(*flags, output_dir: Path, num_processes: int = 1) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, *(TWO_PROCESSES if num_processes == 2 else []), "train_unet.py", "--config", config_path]
+            + ["--output_dir", output_dir, "--cache_dir", cache_dir, *flags],
             cwd=REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the process and those it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-    """Waits for the end and the exit code; returns stdout and stderr."""
+    """Waits for the end with this exit code; returns stdout and stderr."""
     stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == code, stderr[-3000:]
     return stdout + stderr
@@ -86,11 +101,11 @@ def wait_for_step(process: subprocess.Popen, output_dir: Path, step: int) -> Non
         time.sleep(0.005)
 
 
-def losses(output_dir: Path) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in read_log(output_dir / "log.jsonl") if "loss" in record}
+def records(output_dir: Path, key: str) -> dict[int, float]:
+    return {record["step"]: record[key] for record in read_log(output_dir / "log.jsonl") if key in record}
 
 
-def assert_same_checkpoint(one: Path, other: Path) -> None:
+def assert_same_tensors(one: Path, other: Path) -> None:
     names = {path.name for path in one.glob("*.safetensors")}
     assert names == {"unet.safetensors", "ema_unet.safetensors", "optimizer.safetensors"}
     for name in names:
@@ -98,3 +113,238 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
         assert ours.keys() == theirs.keys()
         for key in ours:
             assert torch.equal(ours[key], theirs[key]), f"{name}: {key}"
+
+
+def error_line(output: str) -> str:
+    (line,) = [line for line in output.splitlines() if "error: " in line]
+    assert "Traceback" not in output
+    return line
+
+
+def test_a_run_from_start_to_pipeline_and_the_same_command_again(start, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--validation_split", "validation", "--validation_images", "20", "--report_to", "tensorboard"]
+    output = finish(start(*flags, output_dir=run))
+    assert "parameters at 8x8" in output
+    assert "images/s" in output
+    assert "9 of 9 steps, 126 images" in output
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-9"}
+    assert list(records(run, "loss")) == list(range(1, 10))
+    assert list(records(run, "heldout_loss")) == [0, 9]
+    rate = records(run, "learning_rate")
+    assert rate[1] == 0
+    assert rate[2] == pytest.approx(0.5e-3)
+    assert rate[3] == pytest.approx(1e-3)
+    with Image.open(run / "samples" / "step-0000009.png") as grid:
+        assert grid.size == (2 * 8 + 3 * 2,) * 2
+    assert list(run.rglob("events.out.tfevents*"))
+    pipe = CustomUNetPipeline.from_pretrained(run / "pipeline")
+    ema = load_file(run / "checkpoint-9" / "ema_unet.safetensors")
+    assert all(torch.equal(value, ema[key]) for key, value in pipe.unet.state_dict().items())
+    assert len(pipe(batch_size=2, num_inference_steps=2).images) == 2
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert {key: saved[key] for key in TINY} == TINY
+
+    output = finish(start(*flags, output_dir=run))
+    assert "step 9" in output
+    assert list(records(run, "loss")) == list(range(1, 10))
+
+
+@pytest.mark.parametrize(("num_processes", "workers"), [(1, 0), (1, 2), (2, 0)])
+def test_killed_in_mid_epoch_and_resumed_equals_never_killed(start, tmp_path, num_processes, workers):
+    """50 images, 14 or 28 an update: checkpoints fall inside epochs. Dropout, flips and accumulation are on."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    flags = ["--dataloader_num_workers", str(workers)]
+    finish(start(*flags, output_dir=straight, num_processes=num_processes))
+    process = start(*flags, "--max_train_steps", "9", output_dir=broken, num_processes=num_processes)
+    wait_for_step(process, broken, 5)
+    kill(process)
+    if (broken / "checkpoint-9").exists():
+        pytest.fail("the run was over before it was killed")
+    resumed = finish(start(*flags, output_dir=broken, num_processes=num_processes))
+    assert "starts at          step 0" not in resumed
+    assert records(broken, "loss") == records(straight, "loss")
+    assert_same_tensors(broken / "checkpoint-9", straight / "checkpoint-9")
+
+
+def test_two_processes_and_accumulation_change_neither_the_learning_rate_nor_the_images(start, tmp_path):
+    finish(start("--train_batch_size", "14", output_dir=tmp_path / "one"))
+    finish(start(output_dir=tmp_path / "two", num_processes=2))
+    one, two = (records(tmp_path / name, "learning_rate") for name in ("one", "two"))
+    assert one == two
+    assert one[9] > 0
+    images = [records(tmp_path / name, "images_seen")[9] for name in ("one", "two")]
+    assert images == [9 * 28, 9 * 28]
+
+
+def test_time_budget_then_the_same_command_goes_on(start, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--max_train_steps", "100000", "--checkpointing_steps", "100000", "--max_train_minutes", "0.2"]
+    finish(start(*flags, output_dir=run))
+    first = max(records(run, "loss"))
+    assert (run / "pipeline" / "model_index.json").is_file()
+    assert (run / f"checkpoint-{first}").is_dir()
+    finish(start(*flags, output_dir=run))
+    assert max(records(run, "loss")) > first
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_checkpoint_and_the_documented_exit_code(start, tmp_path, number, code):
+    run = tmp_path / "run"
+    process = start("--max_train_steps", "100000", "--checkpointing_steps", "100000", output_dir=run)
+    wait_for_step(process, run, 2)
+    process.send_signal(number)
+    finish(process, code)
+    (folder,) = run.glob("checkpoint-*")
+    assert folder.name == f"checkpoint-{max(records(run, 'loss'))}"
+
+
+def test_dry_run_writes_nothing(start, tmp_path):
+    output = finish(start("--dry_run", output_dir=tmp_path / "run"))
+    assert "dry run: loss" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_run_and_a_missing_path_are_refused(start, tmp_path):
+    run = tmp_path / "run"
+    finish(start("--max_train_steps", "3", output_dir=run))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    other = ["--train_batch_size", "5", "--ddpm_beta_schedule", "scaled_linear", "--dropout", "0.1"]
+    line = error_line(finish(start(*other, output_dir=run), 1))
+    for difference in ("train_batch_size: 7 -> 5", "'linear' -> 'scaled_linear'", "dropout: 0.3 -> 0.1"):
+        assert difference in line
+    line = error_line(finish(start("--resume_from_checkpoint", run / "checkpoint-2", output_dir=run), 1))
+    assert "does not exist" in line
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--block_out_channels", "8", "18"], "groups"),
+        (["--resolution", "9"], "sample_size"),
+        (["--split", "test"], "validation"),
+        (["--train_batch_size", "51"], "50 images are fewer"),
+        (["--mixed_precision", "fp16"], "fp16"),
+        (["--report_to", "wandb"], "wandb"),
+        (["--learning_rat", "1"], "--learning_rate"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, cache_dir, capfd):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    arguments = ["--config", str(tmp_path / "tiny.yaml"), "--output_dir", str(tmp_path / "run")]
+    assert train_unet.main([*arguments, "--cache_dir", str(cache_dir), *flags]) == 2
+    output = capfd.readouterr()
+    assert message in error_line(output.err)
+    assert not (tmp_path / "run").exists()
+
+
+# Inside one process: what a step does with gradients that are not finite, and with a sampler that fails
+
+
+@pytest.fixture
+def trainer(tmp_path, cache_dir):
+    config = TrainConfig(**TINY | {"output_dir": str(tmp_path / "run"), "cache_dir": str(cache_dir), "dropout": 0.0})
+    trainer = train_unet.Trainer(config, build_accelerator(config), float("inf"))
+    trainer.start_or_resume()
+    trainer.open_batches()
+    yield trainer
+    trainer.lock.release()
+
+
+def weights(trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for n in (trainer.network, trainer.ema_network) for p in n.parameters()]
+
+
+def test_a_step_moves_network_and_ema_by_the_documented_amount(trainer):
+    trainer.training_step()  # the first learning rate is 0
+    ema_before = [p.clone() for p in trainer.ema_network.parameters()]
+    trainer.training_step()
+    decay = 1 - (1 + 2 / trainer.config.ema_inv_gamma) ** -trainer.config.ema_power
+    pairs = zip(ema_before, trainer.ema_network.parameters(), trainer.network.parameters(), strict=True)
+    for before, ema, weight in pairs:
+        torch.testing.assert_close(ema, decay * before + (1 - decay) * weight)
+    assert not all(torch.equal(b, e) for b, e in zip(ema_before, trainer.ema_network.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_whole(trainer, monkeypatch):
+    trainer.training_step()
+    before, rate = weights(trainer), trainer.optimizer.param_groups[0]["lr"]
+    monkeypatch.setattr(train_unet, "to_model_range", lambda images: images.float() * float("nan"))
+    _, grad_norm, applied = trainer.training_step()
+    assert not applied
+    assert not torch.isfinite(grad_norm)
+    assert (trainer.progress.step, trainer.progress.attempts) == (1, 2)
+    assert all(torch.equal(one, other) for one, other in zip(before, weights(trainer), strict=True))
+    monkeypatch.undo()
+    assert trainer.training_step()[2]
+    assert (trainer.progress.step, trainer.progress.attempts) == (2, 3)
+    assert trainer.optimizer.param_groups[0]["lr"] > rate
+
+
+def test_too_many_bad_gradients_in_a_row_end_the_run(trainer, monkeypatch):
+    monkeypatch.setattr(train_unet, "to_model_range", lambda images: images.float() * float("nan"))
+    trainer.config.max_nonfinite_steps = 3
+    with pytest.raises(train_unet.TrainingFailed, match="3 gradients in a row"):
+        trainer.train()
+    assert trainer.progress.attempts == 3
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch(trainer, monkeypatch):
+    """Two micro-batches of 7 give the mean of their gradients."""
+    gradients, losses = [], []
+    loss_of = train_unet.diffusion_loss
+
+    def recording_loss(*arguments):
+        loss = loss_of(*arguments)
+        gradients.append(torch.autograd.grad(loss, list(trainer.network.parameters()), retain_graph=True))
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(train_unet, "diffusion_loss", recording_loss)
+    loss, grad_norm, _ = trainer.training_step()
+    assert loss.item() == pytest.approx(sum(losses) / 2)
+    mean = torch.cat([(one + other).flatten() / 2 for one, other in zip(*gradients, strict=True)])
+    assert grad_norm.item() == pytest.approx(mean.norm().item(), rel=1e-5)
+
+
+def test_a_failing_sampler_does_not_end_the_training(trainer, capfd):
+    with torch.no_grad():
+        trainer.ema_network.conv_out.weight.fill_(float("nan"))
+    before = weights(trainer)
+    trainer.save_samples()
+    assert "sampling failed" in "".join(capfd.readouterr())
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, weights(trainer), strict=True))
+    assert trainer.network.training
+    assert trainer.training_step()[2]
+
+
+def test_bf16_autocast_reaches_the_network_alone(tmp_path, cache_dir, monkeypatch):
+    """The convolutions run in bfloat16; images, noise and loss stay float32."""
+    changes = {"output_dir": str(tmp_path / "run"), "cache_dir": str(cache_dir), "mixed_precision": "bf16"}
+    config = TrainConfig(**TINY | changes)
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = train_unet.Trainer(config, build_accelerator(config), float("inf"))
+    seen = {}
+    trainer.network.conv_in.register_forward_hook(
+        lambda m, args, out: seen.update(inside=out.dtype, inp=args[0].dtype)
+    )
+    mse = train_unet.diffusion_loss.__globals__["per_image_mse"]
+    monkeypatch.setitem(
+        train_unet.diffusion_loss.__globals__,
+        "per_image_mse",
+        lambda a, b: seen.update(output=a.dtype, target=b.dtype) or mse(a, b),
+    )
+    trainer.open_batches()
+    loss, _, applied = trainer.training_step()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert applied
+    assert seen == {"inp": torch.float32, "inside": torch.bfloat16, "output": torch.float32, "target": torch.float32}
+    assert loss.dtype == torch.float32
+
+
+def test_log_records_are_json_numbers(trainer):
+    trainer.record(loss=1.5)
+    assert json.loads((trainer.output_dir / "log.jsonl").read_text()) == {"step": 0, "images_seen": 0, "loss": 1.5}

@@ -112,6 +112,7 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the network")
     channels_last: bool = option(False, "channels-last memory format")
+    num_cpu_threads: int | None = option(None, "threads per process on a CPU; its share of the cores by default")
     max_nonfinite_steps: int = option(20, "stop after so many NaN or infinite gradients in a row")
     seed: int = option(0, "everything random derives from (seed, step, rank)")
 
@@ -199,7 +200,7 @@ POSITIVE = (
     "resolution ddpm_num_steps beta_start beta_end snr_gamma train_batch_size gradient_accumulation_steps"
     " learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_nonfinite_steps max_train_steps num_epochs"
     " max_train_minutes checkpointing_steps checkpoints_total_limit validation_steps validation_images"
-    " save_images_steps eval_batch_size ddpm_num_inference_steps logging_steps max_images"
+    " save_images_steps eval_batch_size ddpm_num_inference_steps logging_steps max_images num_cpu_threads"
 ).split()
 NON_NEGATIVE = "dataloader_num_workers lr_warmup_steps adam_weight_decay seed".split()
 BELOW_ONE = "dropout adam_beta1 adam_beta2 ema_max_decay".split()

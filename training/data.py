@@ -87,6 +87,8 @@ def open_image_store(
         raise DataError(f"unknown crop {crop!r}; take one of {', '.join(CROPS)}")
     if resolution < 1:
         raise DataError(f"the resolution is {resolution}; it must be at least 1")
+    if max_images is not None and max_images < 1:
+        raise DataError(f"max_images is {max_images}; it must be at least 1")
     root = Path(cache_dir) if cache_dir else _default_cache_dir()
     source = find_source(
         dataset_name,
@@ -123,7 +125,7 @@ def _is_complete(folder: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     print(f"the image store {folder} is damaged: building it again", flush=True)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     return False
 
 

@@ -21,7 +21,8 @@ def decode_image(encoded: bytes, crop: str, resolution: int) -> np.ndarray:
     """Decodes, crops and resizes one image.
 
     The EXIF orientation is applied. Transparent pixels are laid over white; grey, palette and CMYK images become RGB;
-    16-bit ones are scaled to 8 bits; colour profiles are ignored.
+    16-bit ones are scaled to 8 bits; colour profiles are ignored. Floating-point pixels, whose range no file tells,
+    are refused.
 
     Returns:
         uint8, shape (3, resolution, resolution).
@@ -70,7 +71,9 @@ def crop_box(crop: str, width: int, height: int) -> tuple[float, float, float, f
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16 bits, also where Pillow widens them to 32
+    if image.mode == "F":
+        raise BadImage("its pixels are floating-point numbers, of unknown range")
+    if image.mode.startswith("I"):  # 16 bits, also where Pillow widens them to 32
         image = Image.fromarray((np.asarray(image, dtype=np.float64).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -1,6 +1,7 @@
 """The processes of a run: how Accelerate is set up, and how its processes agree."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +45,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.distributed_type not in SUPPORTED:
         supported = ", ".join(kind.value for kind in SUPPORTED)
         raise ConfigError(f"the distributed type {accelerator.distributed_type.value} is not one of {supported}")
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` without --cpu leaves a process one thread, however many cores there are
+        share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(config.num_cpu_threads or max(share, 1))
     return accelerator
 
 

@@ -4,6 +4,7 @@ A source has `name`, `split`, `num_images` (None if only reading tells), `identi
 and `decode(crop, resolution)`, which yields each image as uint8 (3, R, R) or, where it cannot, says why in a string.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
+    HFValidationError,
     HTTPError,  # of the HTTP library in use, which differs between releases
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -79,8 +81,12 @@ class HuggingFaceImages:
     def decode(self, crop: str, resolution: int) -> Iterator[np.ndarray | str]:
         rows = self._open()
         if self.streaming:
-            for number, row in enumerate(rows):
-                yield _decode_row(number, row[self.image_column], crop, resolution)
+            number = 0
+            try:
+                for number, row in enumerate(rows):
+                    yield _decode_row(number, row[self.image_column], crop, resolution)
+            except (OSError, HTTPError, ValueError) as error:
+                raise DataError(f"the stream of {self.name} broke off after row {number}: {_reason(error)}") from error
         else:
             self.num_images = len(rows)
             yield from _in_worker_processes(_RowChunks(rows, self.image_column, crop, resolution))
@@ -89,16 +95,19 @@ class HuggingFaceImages:
         """The rows of the split, with the encoded bytes of the images."""
         try:
             rows = self._load()
-        except (OSError, HTTPError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except DataError:
+            raise
+        except (OSError, HTTPError, ValueError, datasets.exceptions.DatasetsError) as error:
             if os.path.isdir(self.name):
-                raise DataError(f"no data set in {_listing(Path(self.name))}: {reason}") from error
-            raise DataError(
-                f"cannot get {self.name} from the Hub and it is not cached: {reason}; check the network, or give"
-                f" --train_data_dir, or --dataset_name {SYNTHETIC_FACES}, which needs none"
-            ) from error
-        except datasets.exceptions.DatasetsError as error:
-            raise DataError(f"cannot read {self.name}: {' '.join(str(error).split())[:300]}") from error
+                raise DataError(f"no readable data set in {_listing(Path(self.name))}: {_reason(error)}") from error
+            if isinstance(error.__cause__, GatedRepoError):
+                raise _gated(self.name) from error
+            if isinstance(error, (OSError, HTTPError)):
+                raise DataError(
+                    f"cannot get {self.name} from the Hub and it is not cached: {_reason(error)}; check the network,"
+                    f" or give --train_data_dir, or --dataset_name {SYNTHETIC_FACES}, which needs none"
+                ) from error
+            raise DataError(f"cannot read {self.name}: {_reason(error)}") from error
         features = rows.features or dict.fromkeys(next(iter(rows), {}))
         if self.image_column not in features:
             raise DataError(f"{self.name} has no column {self.image_column!r}; it has {', '.join(features)}")
@@ -151,12 +160,14 @@ def find_source(
     if dataset_name == SYNTHETIC_FACES:
         return SyntheticFaces(split, max_images)
     if dataset_name is not None:
+        if os.path.isdir(dataset_name):  # `datasets` would prefer it to the Hub's
+            raise DataError(f"{dataset_name} is a local folder; give it as --train_data_dir")
         commit = _resolve_commit(dataset_name, dataset_revision, cache_dir / "commits.json")
         return HuggingFaceImages(dataset_name, commit, dataset_config_name, split, image_column, max_images, streaming)
-    folder = Path(train_data_dir)
+    folder = Path(os.path.abspath(train_data_dir))  # `datasets` has names of its own, such as `parquet`
     if not folder.is_dir():
-        where = _listing(folder.parent) if folder.parent.is_dir() else f"neither does {folder.parent}"
-        raise DataError(f"the folder {folder} does not exist; {where}")
+        nearest = next(parent for parent in folder.parents if parent.is_dir())
+        raise DataError(f"there is no folder {folder}; there is {_listing(nearest)}")
     if not any(path.is_file() for path in folder.rglob("*")):
         raise DataError(f"the folder {folder} has no files")
     return HuggingFaceImages(
@@ -173,17 +184,30 @@ def _resolve_commit(name: str, revision: str | None, record: Path) -> str | None
         known = {}
     try:
         commit = HfApi().dataset_info(name, revision=revision, timeout=20).sha
+    except HFValidationError as error:
+        raise DataError(f"{name!r} is neither {SYNTHETIC_FACES} nor a data set's id on the Hub") from error
     except GatedRepoError as error:
-        raise DataError(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`") from error
+        raise _gated(name) from error
     except RevisionNotFoundError as error:
         raise DataError(f"{name} has no revision {revision!r} on the Hub") from error
     except RepositoryNotFoundError as error:
         raise DataError(f"there is no data set {name} on the Hub, or it is private: `hf auth login`") from error
-    except (OSError, HTTPError):
+    except (OSError, HTTPError) as error:
+        print(f"no answer from the Hub, taking what is cached of {name}: {_reason(error)}", flush=True)
+        datasets.config.HF_HUB_OFFLINE = True  # or it asks again for half a minute before it looks into its cache
         return known.get(key, revision)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(known | {key: commit}))
+    with contextlib.suppress(OSError):  # the store tells of a cache that cannot be written
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(known | {key: commit}))
     return commit
+
+
+def _gated(name: str) -> DataError:
+    return DataError(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _file_fingerprint(folder: Path) -> str:
@@ -247,7 +271,8 @@ def _decode_row(number: int, cell: dict | None, crop: str, resolution: int) -> n
 
 def _in_worker_processes(chunks) -> Iterator[np.ndarray | str]:
     """The images of all chunks, in order, made on all cores."""
-    num_workers = min(len(os.sched_getaffinity(0)), len(chunks) - 1)  # not worth a process for a single chunk
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
+    num_workers = min(num_cores, len(chunks) - 1)  # not worth a process for a single chunk
     for chunk in DataLoader(chunks, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is):
         yield from chunk
 

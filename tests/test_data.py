@@ -1,0 +1,365 @@
+"""The store of decoded pixels and its faults, the sampler's stream of batches, the pixel range and the loader."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training import data, sources
+from training.data import (
+    DataError,
+    ShuffledBatches,
+    make_loader,
+    open_image_store,
+    random_flip,
+    to_model_range,
+    to_uint8,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NUM_IMAGES, SIDE = 150, 8  # three chunks of decoding
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    """uint8, shape (N, 8, 8, 3)."""
+    return np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def faces(tmp_path, pictures) -> Path:
+    """A folder of PNG files, in the order of their names."""
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i:04}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path, monkeypatch):
+    """Nothing is read from or left in the user's caches, in this process or its children."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
+
+
+def open_faces(folder: Path, **options) -> data.ImageStore:
+    options = {"resolution": SIDE, "crop": "none", "cache_dir": str(folder.parent / "cache")} | options
+    return open_image_store(train_data_dir=str(folder), **options)
+
+
+def error_of(call, *arguments, **options) -> str:
+    with pytest.raises(DataError) as error:
+        call(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def forbid_decoding(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(sources.HuggingFaceImages, "decode", refuse)
+
+
+# The store
+
+
+def test_the_store_holds_the_pixels_in_order(faces, pictures):
+    store = open_faces(faces)
+    np.testing.assert_array_equal(store.images, pictures.transpose(0, 3, 1, 2))
+    assert len(store) == NUM_IMAGES
+    assert torch.equal(store[7], torch.from_numpy(pictures[7]).permute(2, 0, 1))
+    assert torch.equal(store.__getitems__([9, 3]), torch.from_numpy(pictures[[9, 3]]).permute(0, 3, 1, 2))
+    facts = {"source": "faces", "split": "train", "crop": "none", "resolution": SIDE, "num_images": NUM_IMAGES}
+    assert store.description.items() >= (facts | {"num_skipped": 0, "fingerprint": store.fingerprint}).items()
+    with pytest.raises(ValueError, match="read-only"):
+        store.images[0] = 0
+
+
+def test_a_second_opening_decodes_nothing(faces, monkeypatch):
+    first = open_faces(faces)
+    forbid_decoding(monkeypatch)
+    second = open_faces(faces)
+    assert second.fingerprint == first.fingerprint
+    np.testing.assert_array_equal(second.images, first.images)
+    for other in ({"crop": "center"}, {"resolution": 4}, {"max_images": 3}, {"skip_bad_images": True}):
+        with pytest.raises(AssertionError, match="decoded again"):  # these are other stores
+            open_faces(faces, **other)
+
+
+def test_a_changed_file_makes_another_store(faces, pictures):
+    before = open_faces(faces)
+    Image.fromarray(255 - pictures[5]).save(faces / "0005.png")
+    after = open_faces(faces)
+    assert after.fingerprint != before.fingerprint
+    np.testing.assert_array_equal(after.images[5], 255 - pictures[5].transpose(2, 0, 1))
+    (faces / "0149.png").unlink()
+    assert len(open_faces(faces)) == NUM_IMAGES - 1
+
+
+def test_the_fingerprint_is_that_of_the_pixels_not_of_the_source(faces, tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    rows = [{"bytes": path.read_bytes(), "path": None} for path in sorted(faces.iterdir())]
+    datasets.Dataset.from_dict({"image": rows}).to_parquet(folder / "train.parquet")
+    from_folder, from_parquet = open_faces(faces), open_faces(folder)
+    assert from_folder.description["source"] != from_parquet.description["source"]
+    assert from_folder.fingerprint == from_parquet.fingerprint
+    assert open_faces(faces, max_images=149).fingerprint != from_folder.fingerprint
+
+
+def test_max_images_takes_the_first_ones(faces, pictures):
+    np.testing.assert_array_equal(open_faces(faces, max_images=70).images, pictures[:70].transpose(0, 3, 1, 2))
+    assert len(open_faces(faces, max_images=10_000)) == NUM_IMAGES
+    assert error_of(open_faces, faces, max_images=0) == "max_images is 0; it must be at least 1"
+
+
+def test_bad_arguments_are_refused(faces):
+    assert error_of(open_faces, faces, crop="middle").startswith("unknown crop 'middle'; take one of celeba_140")
+    assert error_of(open_faces, faces, resolution=0) == "the resolution is 0; it must be at least 1"
+
+
+BAD = {"truncated": None, "text": b"no image\nat all", "zero-byte": b""}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_image_is_named_by_row_and_file(faces, fault):
+    path = faces / "0100.png"
+    path.write_bytes(path.read_bytes()[:80] if BAD[fault] is None else BAD[fault])
+    message = error_of(open_faces, faces)
+    assert "faces, row 100 (0100.png): " in message
+    assert "--skip_bad_images" in message
+    assert not list((faces.parent / "cache").glob("*"))  # neither a store nor a temporary folder
+
+
+def test_bad_images_are_skipped_and_counted_when_asked(faces, pictures, capfd):
+    (faces / "0100.png").write_bytes(b"")
+    (faces / "0003.png").write_text("text")
+    store = open_faces(faces, skip_bad_images=True)
+    assert store.description["num_skipped"] == 2
+    assert len(store) == NUM_IMAGES - 2
+    np.testing.assert_array_equal(store.images, np.delete(pictures, [3, 100], 0).transpose(0, 3, 1, 2))
+    assert "left out 2 unreadable images, the first one: row 3 (0003.png)" in capfd.readouterr().out
+
+
+def test_only_bad_images_are_an_error(faces):
+    for path in faces.iterdir():
+        path.write_bytes(b"")
+    assert "has no usable image; 150 are unreadable" in error_of(open_faces, faces, skip_bad_images=True)
+
+
+@pytest.mark.parametrize("fault", ["truncated pixels", "no pixels", "half a meta", "no meta", "meta of another kind"])
+def test_a_damaged_store_is_built_again(faces, pictures, capfd, fault):
+    open_faces(faces)
+    (folder,) = (faces.parent / "cache").iterdir()
+    pixels, meta = folder / data.PIXELS, folder / data.META
+    match fault:
+        case "truncated pixels":
+            os.truncate(pixels, 1000)
+        case "no pixels":
+            pixels.unlink()
+        case "half a meta":
+            meta.write_text(meta.read_text()[:40])
+        case "no meta":
+            meta.unlink()
+        case "meta of another kind":
+            meta.write_text("[1, 2]")
+    store = open_faces(faces)
+    assert f"{folder} is damaged: building it again" in capfd.readouterr().out
+    np.testing.assert_array_equal(store.images, pictures.transpose(0, 3, 1, 2))
+
+
+STALL = f"""
+import itertools, sys, time, training.data
+decode = training.data.HuggingFaceImages.decode
+def stalling(self, *arguments):
+    yield from itertools.islice(decode(self, *arguments), 100)
+    print("halfway", flush=True)
+    time.sleep(60)
+training.data.HuggingFaceImages.decode = stalling
+training.data.open_image_store(train_data_dir=sys.argv[1], cache_dir=sys.argv[2], resolution={SIDE}, crop="none")
+"""
+
+
+def test_sigkill_while_building_leaves_no_store(faces, pictures, monkeypatch):
+    cache = faces.parent / "cache"
+    command = [sys.executable, "-c", STALL, str(faces), str(cache)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert any("halfway" in line for line in process.stdout)
+    (leftover,) = cache.iterdir()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    assert leftover.name.startswith(".tmp-")
+    assert (leftover / data.PIXELS).exists()
+    np.testing.assert_array_equal(open_faces(faces).images, pictures.transpose(0, 3, 1, 2))
+    forbid_decoding(monkeypatch)
+    open_faces(faces)
+
+
+def test_a_builder_that_comes_second_takes_the_store_of_the_first(faces, pictures, monkeypatch):
+    rename = Path.rename
+
+    def let_another_finish_first(temporary: Path, folder: Path):
+        monkeypatch.setattr(Path, "rename", rename)
+        assert open_faces(faces).fingerprint
+        assert len(list((faces.parent / "cache").iterdir())) == 2  # the other's store and this temporary folder
+        return rename(temporary, folder)
+
+    monkeypatch.setattr(Path, "rename", let_another_finish_first)
+    np.testing.assert_array_equal(open_faces(faces).images, pictures.transpose(0, 3, 1, 2))
+    assert len(list((faces.parent / "cache").iterdir())) == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(faces, tmp_path):
+    options = {"max_images": 60, "resolution": 16}  # 46,080 bytes
+    open_faces(faces, cache_dir=str(tmp_path / "first"), **options)  # so that `datasets` has its own cache already
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        message = error_of(open_faces, faces, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert message.startswith(f"could not write the image store {tmp_path}/cache/")
+    assert message.endswith("File too large")
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(open_faces(faces, **options)) == 60
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(faces, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    message = error_of(open_faces, faces, cache_dir=str(tmp_path / "file" / "cache"))
+    assert message == f"cannot write to the cache {tmp_path}/file/cache: Not a directory; set --cache_dir"
+
+
+def test_the_default_cache_is_in_the_users_cache_folder(faces, tmp_path):
+    open_faces(faces, cache_dir=None)
+    (folder,) = (tmp_path / "xdg" / "train_unet").iterdir()
+    assert json.loads((folder / data.META).read_text())["num_images"] == NUM_IMAGES
+
+
+# The sampler
+
+
+def stream(num_images: int, batch_size: int, num_batches: int, seed: int = 0, **options) -> list[int]:
+    batches = ShuffledBatches(num_images, batch_size, seed, num_batches=num_batches, **options)
+    return [index for batch in batches for index in batch]
+
+
+def test_each_epoch_has_every_image_once_though_batches_straddle_epochs():
+    indices = np.array(stream(10, 4, 25)).reshape(10, 10)  # 10 epochs
+    assert (np.sort(indices) == np.arange(10)).all()
+    assert len({tuple(epoch) for epoch in indices}) == 10  # each in another order
+    assert (indices != np.arange(10)).any(1).all()
+
+
+def test_the_seed_decides_the_order():
+    assert stream(50, 7, 20) == stream(50, 7, 20)
+    assert stream(50, 7, 20) != stream(50, 7, 20, seed=1)
+
+
+@pytest.mark.parametrize("start", [1, 7, 23, 100])
+def test_starting_later_equals_dropping_the_first_batches(start):
+    assert stream(23, 5, 60, start_batch=start) == stream(23, 5, start + 60)[start * 5 :]
+    assert (
+        stream(23, 5, 6, start_batch=start, rank=1, world_size=3)
+        == (stream(23, 5, start + 6, rank=1, world_size=3)[start * 5 :])
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_processes_together_are_one_with_a_larger_batch(world_size):
+    of_ranks = [list(ShuffledBatches(26, 5, 0, r, world_size, num_batches=30)) for r in range(world_size)]
+    together = [[index for part in batches for index in part] for batches in zip(*of_ranks, strict=True)]
+    assert together == list(ShuffledBatches(26, 5 * world_size, 0, num_batches=30))
+
+
+def test_without_a_number_of_batches_the_stream_is_endless():
+    batches = iter(ShuffledBatches(4, 3, 0))
+    assert [len(next(batches)) for _ in range(100)] == [3] * 100
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    ShuffledBatches(12, 4, 0, world_size=3)
+    message = error_of(ShuffledBatches, 11, 4, 0, world_size=3)
+    assert message == "11 images are fewer than a batch of 4 on 3 processes; lower --train_batch_size"
+
+
+# The pixel range
+
+
+def test_the_range_is_from_minus_one_to_one_and_back():
+    values = torch.arange(256, dtype=torch.uint8)
+    floats = to_model_range(values)
+    assert floats.dtype == torch.float32
+    assert (floats[0], floats[255]) == (-1, 1)
+    torch.testing.assert_close(floats.double(), torch.linspace(-1, 1, 256, dtype=torch.float64), rtol=0, atol=1e-7)
+    assert torch.equal(to_uint8(floats), values)
+    assert torch.equal(to_uint8(floats.half()), values)
+
+
+def test_to_uint8_rounds_and_clamps():
+    floats = (torch.tensor([-7.0, -0.6, 0.4, 0.6, 254.4, 254.6, 255.4, 300.0])) / 127.5 - 1
+    assert to_uint8(floats).tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
+
+
+def test_half_of_the_images_are_flipped_left_to_right():
+    images = torch.arange(2 * 3 * 4).reshape(1, 2, 3, 4).repeat(2000, 1, 1, 1)
+    torch.manual_seed(0)
+    flipped = random_flip(images)
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    assert torch.equal(flipped[~mirrored], images[~mirrored])
+    assert 900 < mirrored.sum() < 1100  # 4.5 standard deviations
+    torch.manual_seed(0)
+    assert torch.equal(random_flip(images), flipped)
+    assert not torch.equal(random_flip(images), flipped)
+
+
+# The loader
+
+
+def test_the_loader_gives_the_same_batches_with_and_without_workers(faces, pictures):
+    store = open_faces(faces)
+    batches = ShuffledBatches(NUM_IMAGES, 40, seed=3, num_batches=9)
+    expected = [torch.from_numpy(pictures[indices]).permute(0, 3, 1, 2) for indices in batches]
+    for num_workers in (0, 2):
+        loaded = list(make_loader(store, batches, num_workers, pin_memory=False))
+        assert len(loaded) == 9
+        assert all(torch.equal(a, b) for a, b in zip(loaded, expected, strict=True))
+        assert loaded[0].dtype == torch.uint8
+
+
+def test_the_benchmark_command_prints_images_per_second(faces, tmp_path, monkeypatch):
+    options = [
+        "--train_data_dir",
+        faces,
+        "--cache_dir",
+        tmp_path / "cache",
+        "--resolution",
+        "8",
+        "--num_batches",
+        "20",
+    ]
+    command = ["training.data", *map(str, options), "--crop", "none", "--batch_size"]
+    result = subprocess.run(
+        [sys.executable, "-m", *command, "64"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    rates = result.stdout.strip().splitlines()[-2:]
+    assert [line.split(" as ")[1] for line in rates] == ["uint8, 0 workers", "float32 in [-1, 1], 0 workers"]
+    assert all(float(line.split()[0].replace(",", "")) > 0 for line in rates)
+
+    monkeypatch.setattr(sys, "argv", [*command, "151"])
+    with pytest.raises(SystemExit, match=r"^error: 150 images are fewer than a batch of 151 on 1 processes"):
+        data.main()

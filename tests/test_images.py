@@ -1,0 +1,244 @@
+"""Decoding: crops against their pixel boxes, resizing against torch's, and what becomes of odd and damaged images."""
+
+import io
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training.images import MAX_PIXELS, BadImage, crop_box, decode_image
+
+BOXES = {
+    "celeba_140": (39, 179, 19, 159),
+    "celeba_128": (57, 185, 25, 153),
+}  # first and last row, first and last column
+
+
+def encode(image: Image.Image | np.ndarray, file_format: str = "PNG", **options) -> bytes:
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def coordinates(width: int, height: int, scale: int = 1) -> np.ndarray:
+    """Every pixel's row in the red channel and column in the green one, in pixels of an image `scale` as large."""
+    rows, columns = np.mgrid[:height, :width] * scale
+    return np.stack([rows, columns, np.zeros_like(rows)], -1).astype(np.uint8)
+
+
+def noise(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def antialiased_bicubic(pixels: np.ndarray, resolution: int) -> np.ndarray:
+    """(h, w, 3) uint8 -> (3, R, R) float, by torch."""
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].double()
+    options = {"mode": "bicubic", "antialias": True, "align_corners": False}
+    return torch.nn.functional.interpolate(tensor, (resolution, resolution), **options)[0].clamp(0, 255).numpy()
+
+
+# Crops
+
+
+@pytest.mark.parametrize("crop", BOXES)
+def test_celeba_crops_take_exactly_their_rows_and_columns(crop):
+    first_row, last_row, first_column, last_column = BOXES[crop]
+    side = last_row - first_row
+    pixels = decode_image(encode(coordinates(178, 218)), crop, side)  # no resizing: a pixel stays a pixel
+    np.testing.assert_array_equal(pixels[0], np.broadcast_to(np.arange(first_row, last_row)[:, None], (side, side)))
+    np.testing.assert_array_equal(pixels[1], np.broadcast_to(np.arange(first_column, last_column), (side, side)))
+
+
+@pytest.mark.parametrize("crop", BOXES)
+def test_celeba_crops_of_half_size_copies_are_the_same_regions(crop):
+    first_row, last_row, first_column, last_column = BOXES[crop]
+    assert crop_box(crop, 89, 109) == tuple(edge / 2 for edge in (first_column, first_row, last_column, last_row))
+    full = decode_image(encode(coordinates(178, 218)), crop, 32)[:2].astype(int)
+    half = decode_image(encode(coordinates(89, 109, scale=2)), crop, 32)[:2].astype(int)
+    # Half-size pixel i lies over the full-size pixels 2 i and 2 i + 1, whose mean coordinate is 2 i + 0.5; the rest of
+    # the difference is rounding. A box rounded to whole pixels would be off by 1 more.
+    assert np.abs(half + 0.5 - full).max() <= 0.5
+
+
+@pytest.mark.parametrize("size", [(178, 178), (218, 178), (178, 220), (64, 64), (177, 220)])
+@pytest.mark.parametrize("crop", BOXES)
+def test_celeba_crops_refuse_other_proportions(crop, size):
+    with pytest.raises(
+        BadImage, match=rf"^{size[0]} x {size[1]} pixels are not in CelebA's 178 x 218 .*{crop}"
+    ) as error:
+        decode_image(encode(noise(*size)), crop, 8)
+    assert "\n" not in str(error.value)
+
+
+def test_center_is_the_central_square():
+    wide, tall = (decode_image(encode(coordinates(*size)), "center", 60) for size in ((100, 60), (60, 100)))
+    assert wide[1, 0].tolist() == list(range(20, 80))
+    assert wide[0, :, 0].tolist() == list(range(60))
+    assert tall[0, :, 0].tolist() == list(range(20, 80))
+    assert tall[1, 0].tolist() == list(range(60))
+
+
+def test_none_is_the_whole_image():
+    pixels = decode_image(encode(coordinates(200, 100)), "none", 100)
+    np.testing.assert_allclose(pixels[0, :, 50], np.arange(100), atol=0)
+    np.testing.assert_allclose(pixels[1, 50], np.arange(100) * 2 + 0.5, atol=1)  # its two columns' mean
+
+
+# Resizing
+
+
+@pytest.mark.parametrize("resolution", [16, 64, 200])
+@pytest.mark.parametrize("crop", [*BOXES, "none"])
+def test_resizing_is_torchs_antialiased_bicubic(crop, resolution):
+    image = noise(178, 218) // 2 + 64  # no overshoot, which Pillow would clamp between its two passes
+    first_row, last_row, first_column, last_column = BOXES.get(crop, (0, 218, 0, 178))
+    expected = antialiased_bicubic(image[first_row:last_row, first_column:last_column], resolution)
+    actual = decode_image(encode(image), crop, resolution)
+    assert actual.shape == (3, resolution, resolution)
+    assert actual.dtype == np.uint8
+    # Pillow rounds after each of its two passes; at the rim of a crop it also reads the pixels beyond
+    assert np.abs(actual - expected)[:, 3:-3, 3:-3].max() <= 1.5
+
+
+def test_a_fine_checkerboard_becomes_grey():
+    checkerboard = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
+    pixels = decode_image(encode(checkerboard), "none", 32).astype(int)
+    assert np.abs(pixels[:, 2:-2, 2:-2] - 127.5).max() <= 1  # without antialiasing it would stay black and white
+
+
+# Modes
+
+
+def of_one_colour(mode: str, colour) -> Image.Image:
+    return Image.new(mode, (4, 4), colour)
+
+
+def palette(transparent: bool) -> bytes:
+    image = of_one_colour("P", 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    return encode(image, transparency=1) if transparent else encode(image)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "colour"),
+    [
+        (encode(of_one_colour("RGB", (1, 2, 3))), (1, 2, 3)),
+        (encode(of_one_colour("1", 1)), (255, 255, 255)),
+        (encode(of_one_colour("L", 77)), (77, 77, 77)),
+        (encode(of_one_colour("LA", (100, 51))), (224, 224, 224)),  # 255 - (255 - 100) 51 / 255
+        (encode(of_one_colour("RGBA", (255, 0, 100, 51))), (255, 204, 224)),
+        (encode(of_one_colour("RGBA", (9, 8, 7, 0))), (255, 255, 255)),
+        (encode(of_one_colour("RGB", (9, 8, 7)), transparency=(9, 8, 7)), (255, 255, 255)),
+        (palette(transparent=False), (10, 200, 30)),
+        (palette(transparent=True), (255, 255, 255)),
+        (encode(of_one_colour("CMYK", (255, 0, 0, 0)), "TIFF"), (0, 255, 255)),
+        (encode(of_one_colour("CMYK", (0, 0, 0, 128)), "TIFF"), (127, 127, 127)),
+        (encode(np.full((4, 4), 0, np.uint16)), (0, 0, 0)),
+        (encode(np.full((4, 4), 257 * 100, np.uint16)), (100, 100, 100)),  # 65535 is 255
+        (encode(np.full((4, 4), 65535, np.uint16)), (255, 255, 255)),
+        (encode(np.full((4, 4), 257 * 100, np.int32), "TIFF"), (100, 100, 100)),
+    ],
+)
+def test_every_mode_becomes_rgb(encoded, colour):
+    pixels = decode_image(encoded, "center", 2)
+    np.testing.assert_array_equal(pixels, np.broadcast_to(np.array(colour)[:, None, None], (3, 2, 2)))
+
+
+def test_floating_point_pixels_are_refused():
+    with pytest.raises(BadImage, match="floating-point"):
+        decode_image(encode(np.ones((4, 4), np.float32), "TIFF"), "none", 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_is_applied(orientation):
+    upright = noise(6, 6)
+    # How a camera stores the upright picture under each orientation (EXIF 2.3, 4.6.4, tag 274)
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[274] = orientation
+    pixels = decode_image(encode(np.ascontiguousarray(stored), exif=exif), "none", 6)
+    np.testing.assert_array_equal(pixels, upright.transpose(2, 0, 1))
+
+
+# Sizes
+
+
+def test_a_single_pixel_fills_the_image():
+    for crop in ("center", "none"):
+        pixels = decode_image(encode(of_one_colour("RGB", (5, 6, 7)).resize((1, 1))), crop, 8)
+        assert pixels.reshape(3, -1).T.tolist() == [[5, 6, 7]] * 64
+
+
+def test_a_very_long_image_gives_its_central_pixel_or_is_squeezed():
+    long = np.zeros((5000, 1, 3), np.uint8)
+    long[2500:] = 200
+    squeezed = decode_image(encode(long), "none", 8)
+    assert squeezed[:, :3].max() == 0
+    assert squeezed[:, 5:].min() == 200
+    center = decode_image(encode(long), "center", 8)
+    assert center.shape == (3, 8, 8)  # rows 2499.5 to 2500.5, from black to grey
+    assert center[:, 0].max() < 20
+    assert center[:, -1].min() > 180
+
+
+def gigantic_png(side: int) -> bytes:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))  # one bit a pixel
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + chunk(b"IDAT", zlib.compress(bytes((side // 8 + 1) * side)))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_too_many_pixels_are_refused_at_once():
+    encoded = gigantic_png(11_000)
+    assert len(encoded) < 100_000
+    started_at_seconds = time.perf_counter()
+    with pytest.raises(BadImage, match=f"^11000 x 11000 pixels are more than the limit of {MAX_PIXELS:,}$"):
+        decode_image(encoded, "center", 8)
+    assert time.perf_counter() - started_at_seconds < 0.5
+    with pytest.raises(BadImage):
+        decode_image(gigantic_png(20_000), "center", 8)  # beyond twice the limit Pillow itself refuses
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        b"",
+        b"this is no image\nbut text\n",
+        encode(noise(50, 50))[:1000],
+        encode(noise(50, 50), "JPEG")[:700],
+        encode(noise(50, 50))[:30],
+        encode(noise(50, 50))[:100] + b"garbage" * 20 + encode(noise(50, 50))[240:],
+        encode(noise(50, 50), "WEBP")[:500],
+        encode(noise(50, 50), "GIF")[:500],
+    ],
+    ids="zero text png jpeg header flipped webp gif".split(),
+)
+def test_damaged_images_are_refused_in_one_line(encoded):
+    with pytest.raises(BadImage) as error:
+        decode_image(encoded, "center", 8)
+    assert str(error.value)
+    assert "\n" not in str(error.value)

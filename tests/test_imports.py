@@ -1,0 +1,65 @@
+"""The rules of the house: which folder may import which, what ships alone, and clean code."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+OURS = {"custom_unet", "training", "pipelines", "eval", "train_unet"}
+FORBIDDEN = {
+    "custom_unet": {"training", "pipelines", "eval", "train_unet"},
+    "training": {"pipelines", "eval", "train_unet"},
+    "pipelines": {"training", "eval", "train_unet"},
+    "eval": {"train_unet"},
+    "train_unet.py": {"eval"},
+}
+SHIPPED = {
+    "custom_unet/custom_unet_2d.py": {
+        "diffusers.configuration_utils": {"ConfigMixin", "register_to_config"},
+        "diffusers.models.modeling_utils": {"ModelMixin"},
+        "diffusers.models.unets.unet_2d": {"UNet2DOutput"},
+    },
+    "pipelines/custom_unet_pipeline.py": None,
+}
+
+
+def imports(path: Path) -> list[tuple[str, set[str]]]:
+    """(module, names taken from it) of every import statement; a relative one starts with a dot."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, set()) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(("." * node.level + (node.module or ""), {alias.name for alias in node.names}))
+    return found
+
+
+@pytest.mark.parametrize("place", FORBIDDEN)
+def test_imports_run_one_way(place):
+    files = [REPOSITORY / place] if place.endswith(".py") else sorted((REPOSITORY / place).rglob("*.py"))
+    assert files
+    for path in files:
+        for module, _ in imports(path):
+            top = module.split(".")[0]
+            assert top not in FORBIDDEN[place], f"{path.relative_to(REPOSITORY)} imports {module}"
+            assert module != "eval", f"{path.relative_to(REPOSITORY)} hides the builtin eval"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_stand_alone(name):
+    for module, names in imports(REPOSITORY / name):
+        top = module.split(".")[0]
+        assert top in {"torch", "diffusers", *sys.stdlib_module_names}, f"{name} imports {module}"
+        if top == "diffusers" and SHIPPED[name] is not None:
+            assert names <= SHIPPED[name].get(module, set()), f"{name} takes {names} from {module}"
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff(arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *arguments, "."], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,413 @@
+"""Where images come from: folders, parquet, `save_to_disk`, the Hub (played by a loopback server), synthetic faces."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from training import sources
+from training.data import DataError, ImageStore, open_image_store
+from training.sources import HuggingFaceImages
+from training.synthetic_faces import render_faces
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SIDE = 8
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path, monkeypatch):
+    """Nothing is read from or left in the user's caches, in this process or its children."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # and put it back
+
+
+@pytest.fixture
+def open_store(tmp_path):
+    def open_store(folder: Path | str | None = None, **options) -> ImageStore:
+        options = {"resolution": SIDE, "crop": "none", "cache_dir": str(tmp_path / "cache")} | options
+        return open_image_store(train_data_dir=folder and str(folder), **options)
+
+    return open_store
+
+
+@pytest.fixture
+def error_of(open_store):
+    def error_of(*arguments, **options) -> str:
+        with pytest.raises(DataError) as error:
+            open_store(*arguments, **options)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return error_of
+
+
+def picture(i: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def png(i: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture(i)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_pictures(folder: Path, indices) -> Path:
+    folder.mkdir(parents=True)
+    for i in indices:
+        (folder / f"{i:03}.png").write_bytes(png(i))
+    return folder
+
+
+def rows(indices) -> datasets.Dataset:
+    cells = [{"bytes": png(i), "path": None} for i in indices]
+    columns = {"image": cells, "photo": cells[::-1], "age": list(indices)}
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+def assert_pictures(images: np.ndarray, indices) -> None:
+    np.testing.assert_array_equal(images, np.stack([picture(i) for i in indices]).transpose(0, 3, 1, 2))
+
+
+# Folders of images
+
+
+def test_nested_folders_of_images(tmp_path, open_store):
+    write_pictures(tmp_path / "faces" / "a", [0, 1])
+    write_pictures(tmp_path / "faces" / "b" / "deep", [2])
+    (tmp_path / "faces" / "README.md").write_text("about these faces")
+    assert_pictures(open_store(tmp_path / "faces").images, [0, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val"])
+def test_subfolders_are_splits(tmp_path, open_store, error_of, name):
+    write_pictures(tmp_path / "faces" / "train", [0, 1, 2])
+    write_pictures(tmp_path / "faces" / name, [3, 4])
+    assert_pictures(open_store(tmp_path / "faces").images, [0, 1, 2])
+    for alias in ("validation", "valid"):
+        assert_pictures(open_store(tmp_path / "faces", split=alias).images, [3, 4])
+    assert error_of(tmp_path / "faces", split="test").endswith("has no split 'test'; it has train, validation")
+
+
+def test_a_relative_folder_and_one_named_like_a_module_of_datasets(tmp_path, open_store, monkeypatch):
+    write_pictures(tmp_path / "imagefolder", [0, 1])
+    write_pictures(tmp_path / "others", [2])
+    monkeypatch.chdir(tmp_path)
+    assert_pictures(open_store("imagefolder").images, [0, 1])
+    monkeypatch.chdir("imagefolder")
+    store = open_store(".")
+    assert_pictures(store.images, [0, 1])
+    assert store.description["source"] == "imagefolder"
+
+
+# Parquet and save_to_disk
+
+
+def write_parquet(folder: Path) -> None:
+    folder.mkdir()
+    rows([0, 1, 2]).to_parquet(folder / "train-00000-of-00002.parquet")
+    rows([3, 4]).to_parquet(folder / "train-00001-of-00002.parquet")
+    rows([5]).to_parquet(folder / "validation-00000-of-00001.parquet")
+
+
+def write_dataset_dict(folder: Path) -> None:
+    datasets.DatasetDict({"train": rows(range(5)), "valid": rows([5])}).save_to_disk(folder)
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_dataset_dict])
+def test_parquet_and_a_saved_dict_of_splits(tmp_path, open_store, error_of, write):
+    folder = tmp_path / "data"
+    write(folder)
+    assert_pictures(open_store(folder).images, range(5))
+    assert_pictures(open_store(folder, split="valid").images, [5])
+    assert_pictures(open_store(folder, split="validation").images, [5])
+    assert_pictures(
+        open_store(folder, image_column="photo", max_images=2).images,
+        [4, 3] if write is write_dataset_dict else [2, 1],
+    )
+    assert "has no split 'test'; it has train, valid" in error_of(folder, split="test")
+    assert error_of(folder, image_column="img").endswith("has no column 'img'; it has image, photo, age")
+    assert error_of(folder, image_column="age") == f"the column 'age' of {folder} holds Value('int64'), not images"
+
+
+def test_a_saved_data_set_is_the_split_train(tmp_path, open_store, error_of):
+    rows([2, 0, 1]).save_to_disk(tmp_path / "data")
+    assert_pictures(open_store(tmp_path / "data").images, [2, 0, 1])
+    assert error_of(tmp_path / "data", split="validation").endswith("has no split 'validation'; it has train")
+
+
+def test_a_row_without_an_image_is_named(tmp_path, open_store, error_of):
+    features = datasets.Features({"image": datasets.Image()})
+    cells = [{"bytes": png(0), "path": "faces/zero.png"}, None]
+    datasets.Dataset.from_dict({"image": cells}, features=features).save_to_disk(tmp_path / "data")
+    assert "data, row 1: no image; " in error_of(tmp_path / "data")
+    assert_pictures(open_store(tmp_path / "data", skip_bad_images=True).images, [0])
+
+
+def test_streaming_gives_the_same_images(tmp_path):
+    write_parquet(tmp_path / "parquet")
+    write_pictures(tmp_path / "faces", range(5))
+    for folder in (tmp_path / "parquet", tmp_path / "faces"):
+        for max_images in (None, 2):
+            arguments = (str(folder), None, None, "train", "image", max_images)
+            streamed, read = (list(HuggingFaceImages(*arguments, streaming).decode("none", 4)) for streaming in (1, 0))
+            np.testing.assert_array_equal(streamed, read)
+            assert len(streamed) == (max_images or 5)
+
+
+def test_a_stream_that_breaks_off_is_told(tmp_path, monkeypatch):
+    def broken():
+        yield {"image": {"bytes": png(0), "path": None}}
+        raise ConnectionError("the server\nis gone")
+
+    source = HuggingFaceImages("someone/faces", None, None, "train", "image", None, streaming=True)
+    monkeypatch.setattr(source, "_open", broken)
+    with pytest.raises(DataError, match=r"^the stream of someone/faces broke off after row 0: the server is gone$"):
+        list(source.decode("none", SIDE))
+
+
+# What is not there, and what is damaged
+
+
+def test_missing_and_empty_folders_list_what_is_there(tmp_path, error_of):
+    for name in "abcdefg":
+        (tmp_path / "parent" / name / "empty").mkdir(parents=True)
+    parent = tmp_path / "parent"
+    listing = f"there is {parent}, which holds a, b, c, d, e and 2 more"
+    assert error_of(parent / "faces") == f"there is no folder {parent}/faces; {listing}"
+    assert error_of(parent / "x" / "faces") == f"there is no folder {parent}/x/faces; {listing}"
+    assert error_of(parent / "a") == f"the folder {parent}/a has no files"
+
+
+def test_folders_without_images_list_what_is_there(tmp_path, error_of):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "model.xyz").write_text("?")
+    assert error_of(tmp_path / "a").startswith(f"no readable data set in {tmp_path}/a, which holds model.xyz: ")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes.txt").write_text("a line\n")
+    assert error_of(tmp_path / "b") == f"{tmp_path}/b has no column 'image'; it has text"
+    assert error_of(tmp_path / "b" / "notes.txt").endswith(f"there is {tmp_path}/b, which holds notes.txt")
+
+
+@pytest.mark.parametrize("fault", ["parquet", "arrow", "state", "missing"])
+def test_damaged_data_sets_are_one_line(tmp_path, error_of, fault):
+    folder = tmp_path / "data"
+    if fault == "parquet":
+        folder.mkdir()
+        (folder / "train.parquet").write_bytes(b"PAR1 and nothing else")
+    else:
+        rows([0, 1]).save_to_disk(folder)
+        (arrow,) = folder.glob("*.arrow")
+        if fault == "arrow":
+            arrow.write_bytes(arrow.read_bytes()[:100])
+        elif fault == "state":
+            (folder / "state.json").write_text("{")
+        else:
+            arrow.unlink()
+    assert error_of(folder).startswith(f"no readable data set in {folder}, which holds ")
+
+
+def test_contradicting_arguments(tmp_path, error_of):
+    exactly_one = "give either dataset_name or train_data_dir, exactly one of them"
+    assert error_of() == exactly_one
+    assert error_of(tmp_path, dataset_name="synthetic-faces") == exactly_one
+    assert error_of(dataset_name=str(tmp_path)) == f"{tmp_path} is a local folder; give it as --train_data_dir"
+    assert error_of(dataset_name="a/b/c") == "'a/b/c' is neither synthetic-faces nor a data set's id on the Hub"
+    write_pictures(tmp_path / "faces", [0])
+    assert error_of(tmp_path / "faces", dataset_config_name="x").endswith("'x' not found. Available: ['default']")
+
+
+def test_synthetic_faces(open_store, error_of):
+    store = open_store(dataset_name="synthetic-faces", max_images=130, resolution=16)
+    np.testing.assert_array_equal(store.images, render_faces(range(130), 16).transpose(0, 3, 1, 2))
+    validation = open_store(dataset_name="synthetic-faces", max_images=3, split="valid", resolution=16)
+    assert (validation.images != store.images[:3]).any()
+    refused = error_of(dataset_name="synthetic-faces", split="test")
+    assert refused == "synthetic-faces has no split 'test'; it has train, validation"
+    assert "take none" in error_of(dataset_name="synthetic-faces", crop="celeba_140")
+
+
+# The Hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class LoopbackHub(BaseHTTPRequestHandler):
+    """Answers for data sets as the Hub does: `someone/faces` is public, `someone/gated` has its files behind terms."""
+
+    files: dict[str, bytes]
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        for name in ("someone/faces", "someone/gated"):
+            api, resolve = f"/api/datasets/{name}", f"/datasets/{name}/resolve/"
+            if path.startswith(api + "/tree/"):
+                return self.answer(200, [self.entry(file) for file in self.files])
+            if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
+                siblings = [{"rfilename": file} for file in self.files]
+                return self.answer(200, {"id": name, "sha": COMMIT, "siblings": siblings})
+            if path.startswith(api + "/revision/"):
+                return self.answer(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
+            if path.startswith(resolve) and name == "someone/gated":
+                return self.answer(403, {"error": "gated"}, {"X-Error-Code": "GatedRepo"})
+            if path.startswith(resolve):
+                content = self.files.get(path.removeprefix(resolve).split("/", 1)[1])
+                if content is not None:
+                    etag = hashlib.sha1(content).hexdigest()
+                    return self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+                return self.answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
+        if path == "/api/datasets/someone/private":
+            return self.answer(401, {"error": "who are you?"}, {"X-Error-Code": "RepoNotFound"})
+        if path == "/api/datasets/someone/locked":
+            return self.answer(403, {"error": "accept"}, {"X-Error-Code": "GatedRepo"})
+        return self.answer(404, {"error": "nothing here"})
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        paths = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+        self.answer(200, [self.entry(path) for path in paths if path in self.files])
+
+    def entry(self, path: str) -> dict:
+        return {"type": "file", "path": path, "size": len(self.files[path]), "oid": "0" * 40}
+
+    def answer(self, status: int, content: bytes | dict | list, headers: dict | None = None) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        first = 0
+        if status == 200 and isinstance(content, bytes) and (span := self.headers.get("Range")):
+            first, _, last = span.removeprefix("bytes=").partition("-")
+            first, last = int(first), min(int(last or len(body)), len(body) - 1)
+            headers = (headers or {}) | {"Content-Range": f"bytes {first}-{last}/{len(body)}"}
+            status, body = 206, body[first : last + 1]
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *a):
+        open("/tmp/pr/log", "a").write(repr(a) + "\n")
+
+
+@pytest.fixture
+def hub():
+    """The address of a Hub that runs until the test ends."""
+    file = io.BytesIO()
+    rows([0, 1, 2]).to_parquet(file)
+    LoopbackHub.files = {"train-00000-of-00001.parquet": file.getvalue(), "README.md": b"# Faces\n"}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), LoopbackHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+CASES = """
+import json, sys, time
+from training.data import DataError, open_image_store
+for case in json.loads(sys.argv[1]):
+    started_at_seconds = time.perf_counter()
+    try:
+        store = open_image_store(crop="none", **case)
+        answer = [store.fingerprint, store.description["revision"], len(store)]
+    except DataError as error:
+        answer = str(error)
+    print("ANSWER", json.dumps([answer, time.perf_counter() - started_at_seconds]), flush=True)
+"""
+
+
+def ask(cases: list[dict], endpoint: str, **environment) -> tuple[list, list[float]]:
+    """Opens stores one after another in a process whose Hub is at `endpoint`: the answers and their seconds."""
+    result = subprocess.run(
+        [sys.executable, "-c", CASES, json.dumps(cases)],
+        cwd=REPOSITORY,
+        env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("ANSWER ")]
+    answers, seconds = zip(*(json.loads(line.removeprefix("ANSWER ")) for line in lines), strict=True)
+    assert not any("\n" in answer for answer in answers)
+    return list(answers), list(seconds)
+
+
+NOWHERE = "http://127.0.0.1:9"  # the discard port: refuses connections
+
+
+def test_the_hub_with_and_without_a_network(tmp_path, hub, open_store):
+    write_parquet(tmp_path / "local")
+    fingerprint = open_store(tmp_path / "local", max_images=3).fingerprint
+    faces = {"dataset_name": "someone/faces", "resolution": SIDE, "cache_dir": str(tmp_path / "stores")}
+    streamed = faces | {"cache_dir": str(tmp_path / "streamed"), "streaming": True}
+    cases = [
+        streamed,
+        faces,
+        faces | {"dataset_revision": COMMIT},
+        faces | {"dataset_revision": "v9"},
+        faces | {"split": "validation"},
+        faces | {"dataset_name": "someone/gated"},
+        faces | {"dataset_name": "someone/locked"},
+        faces | {"dataset_name": "someone/private"},
+    ]
+    answers, _ = ask(cases, hub)
+    assert answers[:3] == [[fingerprint, COMMIT, 3]] * 3
+    log_in = "is gated: accept its terms on the Hub and log in with `hf auth login`"
+    assert answers[3:] == [
+        "someone/faces has no revision 'v9' on the Hub",
+        "someone/faces has no split 'validation'; it has train",
+        f"someone/gated {log_in}",
+        f"someone/locked {log_in}",
+        "there is no data set someone/private on the Hub, or it is private: `hf auth login`",
+    ]
+    assert len([path for path in (tmp_path / "stores").iterdir() if path.is_dir()]) == 1  # main is that commit
+
+    # Without a network: the store, then another resolution from what `datasets` keeps, then what was never fetched
+    never = {"dataset_name": "someone/other", "cache_dir": str(tmp_path / "stores")}
+    cases = [faces, streamed, faces | {"resolution": 4}, never, never | {"streaming": True}]
+    for endpoint, environment in ((NOWHERE, {}), (hub, {"HF_HUB_OFFLINE": "1"})):
+        answers, seconds = ask(cases, endpoint, **environment)
+        assert answers[:2] == [[fingerprint, COMMIT, 3]] * 2
+        assert answers[2][1:] == [COMMIT, 3]
+        for answer in answers[3:]:
+            assert answer.startswith("cannot get someone/other from the Hub and it is not cached: ")
+            assert answer.endswith("or give --train_data_dir, or --dataset_name synthetic-faces, which needs none")
+        assert max(seconds) < 10  # `datasets` itself tries for 23 seconds
+
+
+def test_the_commit_record_survives_damage_and_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    record = tmp_path / "cache" / "commits.json"
+    answer = type("Info", (), {"sha": "c1"})
+    monkeypatch.setattr(sources.HfApi, "dataset_info", lambda *_, **__: answer)
+    assert sources._resolve_commit("a/b", None, record) == "c1"
+    answer.sha = "c2"
+    assert sources._resolve_commit("a/b", "v2", record) == "c2"
+    assert json.loads(record.read_text()) == {"a/b@main": "c1", "a/b@v2": "c2"}
+    (tmp_path / "file").write_text("")
+    assert sources._resolve_commit("a/b", None, tmp_path / "file" / "commits.json") == "c2"
+
+    def unreachable(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr(sources.HfApi, "dataset_info", unreachable)
+    started_at_seconds = time.perf_counter()
+    assert sources._resolve_commit("a/b", None, record) == "c1"
+    assert sources._resolve_commit("a/b", "v2", record) == "c2"
+    assert sources._resolve_commit("a/b", "v3", record) == "v3"
+    record.write_text('{"a/b')
+    assert sources._resolve_commit("a/b", None, record) is None
+    assert time.perf_counter() - started_at_seconds < 5

@@ -1,0 +1,37 @@
+"""The estimate of the memory against a count by hand."""
+
+import torch
+
+from training.summary import activation_bytes, duration
+
+
+def test_activations_of_two_linear_layers():
+    first, second = torch.nn.Linear(8, 16, bias=False), torch.nn.Linear(16, 4, bias=False)
+    images = torch.randn(32, 8)
+    parameters = [first.weight, second.weight]
+    # kept: the input (32 x 8), the output of relu (32 x 16), once each; the weights are parameters; squares keep (32 x 4)
+    counted = activation_bytes(lambda: second(first(images).relu()).square().sum(), parameters)
+    assert counted == 4 * 32 * (8 + 16 + 4)
+
+
+def test_gradient_checkpointing_lowers_the_estimate():
+    from custom_unet import CustomUNet2DModel
+
+    network = CustomUNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    ).train()
+
+    def count() -> int:
+        return activation_bytes(lambda: network(torch.randn(4, 3, 8, 8), 5).sample.sum(), list(network.parameters()))
+
+    plain = count()
+    network.enable_gradient_checkpointing()
+    assert count() < 0.6 * plain
+
+
+def test_duration():
+    assert duration(3 * 3600 + 5 * 60 + 7.4) == "3:05:07"
