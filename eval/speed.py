@@ -147,6 +147,7 @@ def measured_config(arguments: list[str], steps: int) -> tuple[TrainConfig, bool
     last_grid = {"eval_batch_size": 1, "ddpm_num_inference_steps": 1}
     rest = {"gradient_accumulation_steps": 1, "validation_split": None, "report_to": "none", "dry_run": False}
     rest |= {"logging_steps": max(1, steps // 8), "resume_from_checkpoint": "latest"}
+    rest |= {"num_cpu_threads": config.num_cpu_threads or torch.get_num_threads()}
     return dataclasses.replace(config, **length, **intervals, **last_grid, **rest), stands_in
 
 

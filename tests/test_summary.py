@@ -9,7 +9,7 @@ def test_activations_of_two_linear_layers():
     first, second = torch.nn.Linear(8, 16, bias=False), torch.nn.Linear(16, 4, bias=False)
     images = torch.randn(32, 8)
     parameters = [first.weight, second.weight]
-    # kept: the input (32 x 8), the output of relu (32 x 16), once each; the weights are parameters; squares keep (32 x 4)
+    # kept: the input (32 x 8), the output of relu (32 x 16) once, what is squared (32 x 4); the weights are parameters
     counted = activation_bytes(lambda: second(first(images).relu()).square().sum(), parameters)
     assert counted == 4 * 32 * (8 + 16 + 4)
 

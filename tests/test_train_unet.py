@@ -1,13 +1,16 @@
 """The main job as its users start it: whole runs, kills, resumes, signals and refusals, with a tiny network."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -55,23 +58,23 @@ def cache_dir(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def start(tmp_path, cache_dir):
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, cache_dir):
     """Starts the main job with the tiny configuration and further flags, in one process or in two."""
-    config_path = tmp_path / "tiny.yaml"
+    config_path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     config_path.write_text(yaml.safe_dump(TINY))
     started = []
 
     def start(*flags, output_dir: Path, num_processes: int = 1) -> subprocess.Popen:
+        launcher = TWO_PROCESSES if num_processes == 2 else []
+        own_flags = ["--config", config_path, "--output_dir", output_dir, "--cache_dir", cache_dir]
         process = subprocess.Popen(
-            [sys.executable, *(TWO_PROCESSES if num_processes == 2 else []), "train_unet.py", "--config", config_path]
-            + ["--output_dir", output_dir, "--cache_dir", cache_dir, *flags],
+            [sys.executable, *launcher, "train_unet.py", *own_flags, *flags],
             cwd=REPOSITORY,
             env=os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
         )
         started.append(process)
         return process
@@ -81,10 +84,28 @@ def start(tmp_path, cache_dir):
         kill(process)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(start, tmp_path_factory):
+    """Number of processes -> the output folder of a run that nothing disturbed."""
+    runs = {}
+
+    def run_with(num_processes: int) -> Path:
+        if num_processes not in runs:
+            runs[num_processes] = tmp_path_factory.mktemp("uninterrupted") / "run"
+            finish(start(output_dir=runs[num_processes], num_processes=num_processes))
+        return runs[num_processes]
+
+    return run_with
+
+
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the process and those it started."""
+    """SIGKILL to the process and all it started, wherever in the tree."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(tree)
         process.communicate()
 
 
@@ -143,7 +164,7 @@ def test_a_run_from_start_to_pipeline_and_the_same_command_again(start, tmp_path
     assert all(torch.equal(value, ema[key]) for key, value in pipe.unet.state_dict().items())
     assert len(pipe(batch_size=2, num_inference_steps=2).images) == 2
     saved = yaml.safe_load((run / "config.yaml").read_text())
-    assert {key: saved[key] for key in TINY} == TINY
+    assert {key: saved[key] for key in TINY} == TINY | {"report_to": "tensorboard"}
 
     output = finish(start(*flags, output_dir=run))
     assert "step 9" in output
@@ -151,35 +172,34 @@ def test_a_run_from_start_to_pipeline_and_the_same_command_again(start, tmp_path
 
 
 @pytest.mark.parametrize(("num_processes", "workers"), [(1, 0), (1, 2), (2, 0)])
-def test_killed_in_mid_epoch_and_resumed_equals_never_killed(start, tmp_path, num_processes, workers):
+def test_killed_in_mid_epoch_and_resumed_equals_never_killed(start, uninterrupted, tmp_path, num_processes, workers):
     """50 images, 14 or 28 an update: checkpoints fall inside epochs. Dropout, flips and accumulation are on."""
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    flags = ["--dataloader_num_workers", str(workers)]
-    finish(start(*flags, output_dir=straight, num_processes=num_processes))
-    process = start(*flags, "--max_train_steps", "9", output_dir=broken, num_processes=num_processes)
+    straight, broken = uninterrupted(num_processes), tmp_path / "run"
+    arguments = {"output_dir": broken, "num_processes": num_processes}
+    process = start("--dataloader_num_workers", str(workers), **arguments)
     wait_for_step(process, broken, 5)
     kill(process)
-    if (broken / "checkpoint-9").exists():
-        pytest.fail("the run was over before it was killed")
-    resumed = finish(start(*flags, output_dir=broken, num_processes=num_processes))
-    assert "starts at          step 0" not in resumed
+    assert not (broken / "checkpoint-9").exists(), "the run was over before it was killed"
+    output = finish(start("--dataloader_num_workers", str(workers), **arguments))
+    assert re.search(r"starts at +step [36]\n", output)
     assert records(broken, "loss") == records(straight, "loss")
     assert_same_tensors(broken / "checkpoint-9", straight / "checkpoint-9")
 
 
-def test_two_processes_and_accumulation_change_neither_the_learning_rate_nor_the_images(start, tmp_path):
+def test_two_processes_and_accumulation_change_neither_the_learning_rate_nor_the_images(
+    start, uninterrupted, tmp_path
+):
     finish(start("--train_batch_size", "14", output_dir=tmp_path / "one"))
-    finish(start(output_dir=tmp_path / "two", num_processes=2))
-    one, two = (records(tmp_path / name, "learning_rate") for name in ("one", "two"))
+    runs = [tmp_path / "one", uninterrupted(2)]
+    one, two = (records(run, "learning_rate") for run in runs)
     assert one == two
     assert one[9] > 0
-    images = [records(tmp_path / name, "images_seen")[9] for name in ("one", "two")]
-    assert images == [9 * 28, 9 * 28]
+    assert [records(run, "images_seen")[9] for run in runs] == [9 * 28, 9 * 28]
 
 
 def test_time_budget_then_the_same_command_goes_on(start, tmp_path):
     run = tmp_path / "run"
-    flags = ["--max_train_steps", "100000", "--checkpointing_steps", "100000", "--max_train_minutes", "0.2"]
+    flags = ["--max_train_steps", "100000", "--checkpointing_steps", "100000", "--max_train_minutes", "0.1"]
     finish(start(*flags, output_dir=run))
     first = max(records(run, "loss"))
     assert (run / "pipeline" / "model_index.json").is_file()
@@ -205,16 +225,20 @@ def test_dry_run_writes_nothing(start, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_run_and_a_missing_path_are_refused(start, tmp_path):
-    run = tmp_path / "run"
-    finish(start("--max_train_steps", "3", output_dir=run))
+def test_a_checkpoint_of_another_run_and_a_missing_path_are_refused(uninterrupted, tmp_path, cache_dir, capfd):
+    run = uninterrupted(1)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    arguments = ["--config", tmp_path / "tiny.yaml", "--output_dir", run, "--cache_dir", cache_dir]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
-    other = ["--train_batch_size", "5", "--ddpm_beta_schedule", "scaled_linear", "--dropout", "0.1"]
-    line = error_line(finish(start(*other, output_dir=run), 1))
+
+    def refused(*flags) -> str:
+        assert train_unet.main([str(argument) for argument in (*arguments, *flags)]) == 1
+        return error_line(capfd.readouterr().err)
+
+    line = refused("--train_batch_size", "5", "--ddpm_beta_schedule", "scaled_linear", "--dropout", "0.1")
     for difference in ("train_batch_size: 7 -> 5", "'linear' -> 'scaled_linear'", "dropout: 0.3 -> 0.1"):
         assert difference in line
-    line = error_line(finish(start("--resume_from_checkpoint", run / "checkpoint-2", output_dir=run), 1))
-    assert "does not exist" in line
+    assert "does not exist" in refused("--resume_from_checkpoint", run / "checkpoint-2")
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
 
 

@@ -100,7 +100,7 @@ class HuggingFaceImages:
         except (OSError, HTTPError, ValueError, datasets.exceptions.DatasetsError) as error:
             if os.path.isdir(self.name):
                 raise DataError(f"no readable data set in {_listing(Path(self.name))}: {_reason(error)}") from error
-            if isinstance(error.__cause__, GatedRepoError):
+            if isinstance(error, datasets.exceptions.DatasetNotFoundError) and " gated " in str(error):
                 raise _gated(self.name) from error
             if isinstance(error, (OSError, HTTPError)):
                 raise DataError(
