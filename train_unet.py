@@ -192,7 +192,7 @@ class Trainer:
         self.network.load_state_dict(tensors["unet"])
         self.ema_network.load_state_dict(tensors["ema_unet"])
         checkpoint.restore_optimizer(self.optimizer, self.network, tensors["optimizer"])
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and state["grad_scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         self.progress = Progress(**state["progress"])
 
@@ -293,7 +293,7 @@ class Trainer:
             interval.add_time(seconds)
             if not applied:
                 skipped_in_a_row += 1
-                bar.write(f"step {progress.step + 1}: the gradient's norm is {grad_norm.item()}; update skipped")
+                self.tell(f"step {progress.step + 1}: the gradient's norm is {grad_norm.item()}; update skipped")
                 if skipped_in_a_row == config.max_nonfinite_steps:
                     raise TrainingFailed(
                         f"{skipped_in_a_row} gradients in a row were not finite at step {progress.step + 1}; the last"
@@ -304,7 +304,7 @@ class Trainer:
             interval.add_update(loss, grad_norm)
             bar.update()
             if progress.step == first_step + SPEED_REPORT_STEPS:
-                bar.write(self.speed_report(interval))
+                self.tell(self.speed_report(interval))
             if progress.step % config.logging_steps == 0 or progress.step == self.total_steps:
                 self.record_interval(interval, bar)
                 interval = Interval()
@@ -360,12 +360,17 @@ class Trainer:
         if self.stop_signal is None and step % config.save_images_steps:
             self.save_samples()
         length = f"{step} of {self.total_steps} steps" if self.total_steps else f"{step} steps"
-        self.accelerator.print(
+        self.tell(
             f"{length}, {self.images_seen:,} images in {duration(self.progress.train_seconds)} of training;"
             f" the pipeline is {self.output_dir / 'pipeline'}"
         )
 
     # ---- What a person sees
+
+    def tell(self, line: str) -> None:
+        """Prints a line above the progress bar, once."""
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
 
     @property
     def images_seen(self) -> int:
@@ -400,7 +405,7 @@ class Trainer:
             )
         self.record(**losses)
         quarters = ", ".join(f"{losses[f'heldout_loss_q{q}']:.4f}" for q in (1, 2, 3, 4))
-        tqdm.write(
+        self.tell(
             f"step {self.progress.step}: held-out loss {losses['heldout_loss']:.4f}"
             f" (by quarter of the timesteps, least noise first: {quarters})"
         )
@@ -425,7 +430,7 @@ class Trainer:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
         except (RuntimeError, ValueError, OSError) as error:
-            tqdm.write(f"step {step}: sampling failed, training goes on: {error}")
+            self.tell(f"step {step}: sampling failed, training goes on: {error}")
 
     def preflight(self) -> str:
         return preflight_summary(

@@ -43,6 +43,14 @@ def test_types_of_values(parse):
     assert config.compile is False
 
 
+def test_null_on_the_command_line_wins_over_the_file(parse):
+    config = parse(BASE + "validation_split: validation\nsnr_gamma: 5\n", "--validation_split", "null")
+    assert (config.validation_split, config.snr_gamma) == (None, 5.0)
+    assert parse(BASE, "--attention_head_dim", "null").attention_head_dim is None
+    with pytest.raises(ConfigError, match="seed"):
+        parse(BASE, "--seed", "null")
+
+
 def test_saved_configuration_reads_back_unchanged(parse):
     config = parse(BASE + "attention_head_dim: null\nblock_out_channels: [8, 16, 16, 16]\nsnr_gamma: 5\n")
     assert parse(config.to_yaml()) == config

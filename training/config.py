@@ -216,6 +216,8 @@ class _Parser(HfArgumentParser):
 def parse_config(arguments: list[str], report=print) -> TrainConfig:
     """Reads `[--config FILE.yaml] [--flag value ...]`; without `--config`, `configs/quickstart.yaml`.
 
+    `null` stands for no value, in the file and after a flag.
+
     Each entry of the file is turned into the flag of the same name, so that file and command line are read and checked
     by the same rules; flags of the command line come later and win.
 
@@ -228,8 +230,9 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
     if path is None:
         path = DEFAULT_CONFIG_PATH
         report(f"no --config given: taking configs/{path.name}")
-    tokens, nulls = _yaml_tokens(path)
-    parser.set_defaults(**nulls)
+    arguments, flag_nulls = _take_nulls(arguments)
+    tokens, file_nulls = _yaml_tokens(path, without=flag_nulls)
+    parser.set_defaults(**file_nulls, **flag_nulls)
     config, _, unknown = parser.parse_args_into_dataclasses(
         [*tokens, *arguments], return_remaining_strings=True, look_for_args_file=False
     )
@@ -239,8 +242,21 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
     return config
 
 
-def _yaml_tokens(path: Path) -> tuple[list[str], dict[str, None]]:
-    """The YAML file as command-line tokens, and the keys that it sets to null."""
+def _take_nulls(arguments: list[str]) -> tuple[list[str], dict[str, None]]:
+    """The arguments without each `--key null`, and those keys: argparse knows no type for it."""
+    rest, nulls = [], {}
+    for argument in arguments:
+        key = rest[-1].removeprefix("--").replace("-", "_") if rest else ""
+        if argument == "null" and key in TYPES and _is_optional(TYPES[key]):
+            nulls[key] = None
+            rest.pop()
+        else:
+            rest.append(argument)
+    return rest, nulls
+
+
+def _yaml_tokens(path: Path, without: dict) -> tuple[list[str], dict[str, None]]:
+    """The YAML file as command-line tokens, and the keys that it sets to null; keys in `without` are left out."""
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -251,6 +267,8 @@ def _yaml_tokens(path: Path) -> tuple[list[str], dict[str, None]]:
     for key, value in values.items():
         if key not in TYPES:
             raise ConfigError(f"unknown key {key!r} in {path}{_nearest(str(key))}")
+        if key in without:
+            continue
         if value is None:
             if not _is_optional(TYPES[key]):
                 raise ConfigError(f"{key} is null in {path}; it needs a value")
