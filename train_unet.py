@@ -45,7 +45,7 @@ from training.data import (
 from training.diffusion import diffusion_loss, heldout_loss, make_noise_scheduler, make_sampling_scheduler
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.processes import build_accelerator, on_any_process, on_main_process
-from training.run_log import RunLog
+from training.run_log import Interval, RunLog
 from training.summary import duration, preflight_summary
 
 SPEED_REPORT_STEPS = 20  # updates after which speed and time left are told in a line of their own
@@ -353,7 +353,7 @@ class Trainer:
     def finish(self) -> None:
         """Checkpoint, export, last held-out loss and samples; what the last step has done already is not repeated."""
         step, config = self.progress.step, self.config
-        if step % config.checkpointing_steps or step == 0:
+        if step % config.checkpointing_steps or not (self.output_dir / "pipeline").exists():
             self.save()
         if self.stop_signal is None and step % config.validation_steps:
             self.report_heldout_loss()
@@ -382,7 +382,7 @@ class Trainer:
             self.log.write(self.progress.step, images_seen=self.images_seen, **values)
             self.accelerator.log(values, step=self.progress.step)
 
-    def record_interval(self, interval: "Interval", bar: tqdm) -> None:
+    def record_interval(self, interval: Interval, bar: tqdm) -> None:
         loss = self.accelerator.reduce(interval.loss_sum / interval.updates, "mean").item()
         values = {
             "loss": loss,
@@ -446,7 +446,7 @@ class Trainer:
             device=str(self.accelerator.device),
         )
 
-    def speed_report(self, interval: "Interval") -> str:
+    def speed_report(self, interval: Interval) -> str:
         speed = interval.attempts * self.images_per_update / interval.seconds
         left_seconds = self.deadline_seconds - time.monotonic()
         if self.total_steps is not None:
@@ -454,26 +454,6 @@ class Trainer:
             left_seconds = min(left_seconds, steps_left * self.images_per_update / speed)
         left = f", {duration(left_seconds)} left" if math.isfinite(left_seconds) else ""
         return f"{speed:.1f} images/s{left}"
-
-
-@dataclass
-class Interval:
-    """Sums between two log records; what lies on the device stays there until it is read."""
-
-    attempts: int = 0
-    seconds: float = 0.0
-    updates: int = 0
-    loss_sum: torch.Tensor | float = 0.0
-    grad_norm: torch.Tensor | float = 0.0  # of the last update
-
-    def add_time(self, seconds: float) -> None:
-        self.attempts += 1
-        self.seconds += seconds
-
-    def add_update(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        self.updates += 1
-        self.loss_sum = self.loss_sum + loss
-        self.grad_norm = grad_norm
 
 
 def run(config: TrainConfig, started_at_seconds: float) -> int:

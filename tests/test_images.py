@@ -144,6 +144,7 @@ def palette(transparent: bool) -> bytes:
         (encode(np.full((4, 4), 65535, np.uint16)), (255, 255, 255)),
         (encode(np.full((4, 4), 257 * 100, np.int32), "TIFF"), (100, 100, 100)),
     ],
+    ids="rgb 1 l la rgba transparent rgb_key p p_key cyan cmyk_black black_16 grey_16 white_16 grey_32".split(),
 )
 def test_every_mode_becomes_rgb(encoded, colour):
     pixels = decode_image(encoded, "center", 2)

@@ -1,6 +1,8 @@
 """The log of a run survives kills and resumes."""
 
-from training.run_log import RunLog, read_log
+import torch
+
+from training.run_log import Interval, RunLog, read_log
 
 
 def test_records_after_the_resumed_step_and_half_lines_are_dropped(tmp_path):
@@ -17,3 +19,13 @@ def test_records_after_the_resumed_step_and_half_lines_are_dropped(tmp_path):
 
 def test_no_log_yet(tmp_path):
     assert read_log(tmp_path / "nowhere.jsonl") == []
+
+
+def test_an_interval_counts_skipped_updates_in_time_but_not_in_loss():
+    interval = Interval()
+    for seconds in (1.0, 2.0, 3.0):
+        interval.add_time(seconds)
+    interval.add_update(torch.tensor(0.5), torch.tensor(1.0))
+    interval.add_update(torch.tensor(1.5), torch.tensor(4.0))
+    assert (interval.attempts, interval.seconds, interval.updates) == (3, 6.0, 2)
+    assert (interval.loss_sum / interval.updates, interval.grad_norm) == (1.0, 4.0)

@@ -263,6 +263,15 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, cache_d
     assert not (tmp_path / "run").exists()
 
 
+def test_an_error_of_the_main_process_ends_all_processes(start, tmp_path):
+    process = start("--split", "nowhere", output_dir=tmp_path / "run", num_processes=2)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "\nerror: " in f"\n{stderr}"
+    assert "[rank 1] error: " in stderr
+    assert stderr.count("nowhere") >= 2
+
+
 # Inside one process: what a step does with gradients that are not finite, and with a sampler that fails
 
 

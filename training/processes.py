@@ -47,9 +47,16 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(f"the distributed type {accelerator.distributed_type.value} is not one of {supported}")
     if accelerator.device.type == "cpu":
         # `accelerate launch` without --cpu leaves a process one thread, however many cores there are
-        share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(config.num_cpu_threads or max(share, 1))
     return accelerator
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )  # macOS has no affinity
 
 
 def on_main_process(accelerator: Accelerator, action: Callable):

@@ -1,7 +1,10 @@
 """The log of a run as JSON lines: what curves and tables are made from."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 
 class RunLog:
@@ -32,3 +35,23 @@ def read_log(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return records
+
+
+@dataclass
+class Interval:
+    """Sums between two log records; what lies on the device stays there until it is read."""
+
+    attempts: int = 0
+    seconds: float = 0.0
+    updates: int = 0
+    loss_sum: Tensor | float = 0.0
+    grad_norm: Tensor | float = 0.0  # of the last update
+
+    def add_time(self, seconds: float) -> None:
+        self.attempts += 1
+        self.seconds += seconds
+
+    def add_update(self, loss: Tensor, grad_norm: Tensor) -> None:
+        self.updates += 1
+        self.loss_sum = self.loss_sum + loss
+        self.grad_norm = grad_norm

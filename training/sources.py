@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 from torch.utils.data import DataLoader
 
 from training.images import BadImage, decode_image
+from training.processes import available_cores
 from training.synthetic_faces import SYNTHETIC_FACES, VERSION, render_faces, split_indices
 
 CHUNK = 64  # images that a decoding process hands over at a time
@@ -271,8 +272,7 @@ def _decode_row(number: int, cell: dict | None, crop: str, resolution: int) -> n
 
 def _in_worker_processes(chunks) -> Iterator[np.ndarray | str]:
     """The images of all chunks, in order, made on all cores."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
-    num_workers = min(num_cores, len(chunks) - 1)  # not worth a process for a single chunk
+    num_workers = min(available_cores(), len(chunks) - 1)  # not worth a process for a single chunk
     for chunk in DataLoader(chunks, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is):
         yield from chunk
 
