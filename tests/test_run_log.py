@@ -2,7 +2,7 @@
 
 import torch
 
-from training.run_log import Interval, RunLog, read_log
+from training.run_log import Interval, RunLog, heldout_table, read_log
 
 
 def test_records_after_the_resumed_step_and_half_lines_are_dropped(tmp_path):
@@ -29,3 +29,17 @@ def test_an_interval_counts_skipped_updates_in_time_but_not_in_loss():
     interval.add_update(torch.tensor(1.5), torch.tensor(4.0))
     assert (interval.attempts, interval.seconds, interval.updates) == (3, 6.0, 2)
     assert (interval.loss_sum / interval.updates, interval.grad_norm) == (1.0, 4.0)
+
+
+def test_table_of_heldout_losses():
+    quarters = {f"heldout_loss_q{q}": q / 10 for q in (1, 2, 3, 4)}
+    records = [{"step": s, "images_seen": 1000 * s, "heldout_loss": 1 / (1 + s), **quarters} for s in range(5)]
+    records += [
+        {"step": s, "images_seen": s, "images_per_second": v, "train_seconds": 30 * v} for s, v in [(1, 2), (2, 6)]
+    ]
+    lines = heldout_table(records).splitlines()
+    assert lines[2:5] == [
+        f"| {images} | {loss} | 0.1000 | 0.2000 | 0.3000 | 0.4000 |"
+        for images, loss in (("0", "1.0000"), ("2,000", "0.3333"), ("4,000", "0.2000"))
+    ]
+    assert lines[-1] == "3.0 minutes in updates, median 4.0 images/s"

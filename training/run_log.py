@@ -1,6 +1,11 @@
-"""The log of a run as JSON lines: what curves and tables are made from."""
+"""The log of a run as JSON lines: what curves and tables are made from.
+
+`python -m training.run_log LOG.jsonl` prints the held-out losses at the start, in the middle and at the end.
+"""
 
 import json
+import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,3 +60,32 @@ class Interval:
         self.updates += 1
         self.loss_sum = self.loss_sum + loss
         self.grad_norm = grad_norm
+
+
+def heldout_table(records: list[dict]) -> str:
+    """The first, the middle and the last held-out loss as a Markdown table, and the median speed.
+
+    Raises:
+        ValueError: if there is none among the records.
+    """
+    heldout = [record for record in records if "heldout_loss" in record]
+    if not heldout:
+        raise ValueError(f"none of the {len(records)} records has a held-out loss; train with --validation_split")
+    lines = ["| images seen | held-out loss | q1 (least noise) | q2 | q3 | q4 |", "|---|---|---|---|---|---|"]
+    for record in (heldout[0], heldout[len(heldout) // 2], heldout[-1]):
+        values = [record["heldout_loss"], *(record[f"heldout_loss_q{q}"] for q in (1, 2, 3, 4))]
+        lines.append(f"| {record['images_seen']:,} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+    speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
+    minutes = max(record.get("train_seconds", 0) for record in records) / 60
+    return "\n".join(
+        [*lines, "", f"{minutes:.1f} minutes in updates, median {statistics.median(speeds):.1f} images/s"]
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m training.run_log LOG.jsonl")
+    try:
+        print(heldout_table(read_log(Path(sys.argv[1]))))
+    except ValueError as error:
+        raise SystemExit(f"error: {sys.argv[1]}: {error}") from None
