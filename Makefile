@@ -18,4 +18,4 @@ quickstart: setup
 	@echo "The faces: $$(ls runs/quickstart/samples/*.png | tail -n 1)"
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile

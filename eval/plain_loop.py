@@ -40,7 +40,12 @@ def run_plain_loop(config: TrainConfig) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, betas, config.adam_epsilon, config.adam_weight_decay
     )
-    schedule = get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, config.max_train_steps)
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
     ema_options = {"use_ema_warmup": True, "inv_gamma": config.ema_inv_gamma, "power": config.ema_power}
     ema = EMAModel(model.parameters(), config.ema_max_decay, **ema_options)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)

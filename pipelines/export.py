@@ -30,16 +30,24 @@ def export_pipeline(pipeline: CustomUNetPipeline, folder: Path) -> Path:
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     pipeline.save_pretrained(temporary)
-    index_path = temporary / "model_index.json"
-    index = json.loads(index_path.read_text())
-    index["_class_name"] = _ship_code(type(pipeline), temporary)
-    index["unet"] = _ship_code(type(pipeline.unet), temporary / "unet")
-    index_path.write_text(json.dumps(index, indent=2) + "\n")
+    code = {
+        "_class_name": _ship_code(type(pipeline), temporary),
+        "unet": _ship_code(type(pipeline.unet), temporary / "unet"),
+    }
+    _edit_json(temporary / "model_index.json", code)
+    _edit_json(temporary / "unet" / "config.json", {})
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _edit_json(path: Path, changes: dict) -> None:
+    """Applies the changes, and drops the path that the weights were loaded from: it tells of the author's machine."""
+    values = json.loads(path.read_text()) | changes
+    values.pop("_name_or_path", None)
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _ship_code(cls: type, folder: Path) -> list[str]:

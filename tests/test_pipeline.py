@@ -202,6 +202,12 @@ def test_what_the_folder_holds(model_repository):
     }
 
 
+def test_an_export_of_a_loaded_pipeline_does_not_tell_where_it_was_loaded_from(model_repository, tmp_path):
+    folder = export_pipeline(CustomUNetPipeline.from_pretrained(model_repository[0]), tmp_path / "again")
+    for path in folder.rglob("*.json"):
+        assert str(model_repository[0].parent) not in path.read_text()
+
+
 def test_exporting_again_replaces_the_folder_and_leaves_nothing_beside_it(pipe, tmp_path):
     export_pipeline(pipe, tmp_path / "faces")
     (tmp_path / "faces" / "stale").touch()

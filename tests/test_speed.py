@@ -16,8 +16,7 @@ layers_per_block: 1
 norm_num_groups: 4
 train_batch_size: 4
 mixed_precision: bf16
-max_train_minutes: 1000
-lr_scheduler: constant_with_warmup
+max_train_steps: 1000
 """
 
 
