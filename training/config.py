@@ -226,11 +226,11 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
     """
     parser = _Parser(TrainConfig, allow_abbrev=False, description="Trains an unconditional diffusion model of images.")
     parser.add_argument("--config", type=Path, help="YAML file whose keys are the flags below")
+    arguments, flag_nulls = _take_nulls(arguments)
     path = parser.parse_known_args(arguments)[0].config
     if path is None:
         path = DEFAULT_CONFIG_PATH
         report(f"no --config given: taking configs/{path.name}")
-    arguments, flag_nulls = _take_nulls(arguments)
     tokens, file_nulls = _yaml_tokens(path, without=flag_nulls)
     parser.set_defaults(**file_nulls, **flag_nulls)
     config, _, unknown = parser.parse_args_into_dataclasses(
