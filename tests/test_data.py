@@ -1,11 +1,14 @@
 """The store of decoded pixels and its faults, the sampler's stream of batches, the pixel range and the loader."""
 
+import errno
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -206,6 +209,35 @@ def test_sigkill_while_building_leaves_no_store(faces, pictures, monkeypatch):
     np.testing.assert_array_equal(open_faces(faces).images, pictures.transpose(0, 3, 1, 2))
     forbid_decoding(monkeypatch)
     open_faces(faces)
+
+
+def test_what_killed_builders_left_goes_when_it_is_old(faces):
+    cache = faces.parent / "cache"
+    for name in ("fresh", "old", "alive"):
+        (cache / f".tmp-{name}").mkdir(parents=True)
+        (cache / f".tmp-{name}" / data.PIXELS).write_bytes(b"?")
+    for path in (".tmp-old/" + data.PIXELS, ".tmp-old", ".tmp-alive"):  # a folder's time is not that of its file
+        long_ago = time.time() - data.STALE_SECONDS - 60
+        os.utime(cache / path, (long_ago, long_ago))
+    open_faces(faces)
+    assert {path.name for path in cache.glob(".tmp-*")} == {".tmp-fresh", ".tmp-alive"}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+def test_an_error_or_ctrl_c_while_decoding_ends_the_worker_processes(faces, monkeypatch, error):
+    monkeypatch.setattr(sources, "available_cores", lambda: 2)
+    seen = []
+
+    class Failing(data.tqdm):
+        def update(self, *_):
+            seen.append(len(multiprocessing.active_children()))
+            raise error
+
+    monkeypatch.setattr(data, "tqdm", Failing)
+    with pytest.raises((DataError, KeyboardInterrupt)):
+        open_faces(faces)
+    assert seen == [2]
+    assert not multiprocessing.active_children()
 
 
 def test_a_builder_that_comes_second_takes_the_store_of_the_first(faces, pictures, monkeypatch):

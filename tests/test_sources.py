@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -100,6 +101,83 @@ def test_subfolders_are_splits(tmp_path, open_store, error_of, name):
     assert error_of(tmp_path / "faces", split="test").endswith("has no split 'test'; it has train, validation")
 
 
+def write_files(folder: Path, names: list[str]) -> Path:
+    """Image i is in the i-th file."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(i))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["002.png", "003.png", "IMG_test_1.png"],
+        ["1.png", "test.png", "train_1.png", "val-2.png"],
+        ["alice/test/1.png", "bob/2.png"],
+        ["train2017/1.png", "val2017/2.png"],
+        ["[1].png", "a*b.png", "q?.png", "sp ace.png", "{x}.png"],
+        ["10.png", "9.PNG", "B/2.png", "a b/1.png", "a-b/1.png", "a.png", "a/1.png"],  # sorted by path
+        ["1.png", "2.png", ".hidden.png", "__MACOSX/2.png", "c/.cache/3.png"],  # the last three are passed over
+    ],
+)
+def test_names_of_files_make_no_splits_and_no_patterns(tmp_path, open_store, error_of, capfd, names):
+    folder = write_files(tmp_path / "faces", names)
+    (folder / "labels.csv").write_text("name,age\n1,2\n")
+    store = open_store(folder)
+    assert_pictures(store.images, range(2 if ".hidden.png" in names else len(names)))
+    told = f"all images of {folder} are in split train, also such as "
+    assert (told in capfd.readouterr().out) == any(word in name for name in names for word in ("test", "train2017"))
+    assert error_of(folder, split="test").endswith("has no split 'test'; it has train")
+
+
+def test_images_beside_the_splits_are_left_out_aloud(tmp_path, open_store, error_of, capfd):
+    folder = write_files(tmp_path / "faces", ["Train/a_test.png", "test/b.jpg/1.png", "masks/1.png", "2.png"])
+    assert_pictures(open_store(folder).images, [0])
+    assert f"left out 2 images of {folder} such as 2.png: splits are the folders at the top" in capfd.readouterr().out
+    assert_pictures(open_store(folder, split="test").images, [1])
+    assert error_of(folder, split="valid").endswith("has no split 'validation'; it has train, test")
+
+
+def test_a_name_that_datasets_would_drop_is_refused(tmp_path, error_of):
+    folder = write_files(tmp_path / "faces", ["1.png", "2::3.png"])
+    assert error_of(folder) == f"the name {folder}/2::3.png has a ::, which `datasets` cannot read; rename it"
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_names_the_images_and_their_order(tmp_path, open_store, name):
+    folder = write_files(tmp_path / "faces", ["a_test.png", "b.png", "unnamed.png"])
+    cells = [("b.png", 30), ("a_test.png", 40)]
+    if name == "metadata.csv":
+        lines = ["file_name,age", *(f"{file},{age}" for file, age in cells)]
+    else:
+        lines = [json.dumps({"file_name": file, "age": age}) for file, age in cells]
+    (folder / name).write_text("\n".join(lines))
+    assert_pictures(open_store(folder).images, [1, 0])
+
+
+def test_images_in_an_archive(tmp_path, open_store):
+    (tmp_path / "faces").mkdir()
+    with zipfile.ZipFile(tmp_path / "faces" / "faces.zip", "w") as archive:
+        for i in range(3):
+            archive.writestr(f"a/{i}.png", png(i))
+    assert_pictures(open_store(tmp_path / "faces").images, range(3))
+
+
+def test_a_readme_that_lists_the_files_is_followed(tmp_path, open_store):
+    folder = write_files(tmp_path / "faces", ["x/1.png", "y/2.png"])
+    data_files = "[{split: train, path: y/*}, {split: test, path: x/*}]"
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {data_files}\n---\n")
+    assert_pictures(open_store(folder).images, [1])
+    assert_pictures(open_store(folder, split="test").images, [0])
+
+
+def test_a_picture_beside_tables_is_not_the_data(tmp_path, open_store):
+    write_parquet(tmp_path / "data")
+    (tmp_path / "data" / "preview.png").write_bytes(png(9))
+    assert_pictures(open_store(tmp_path / "data").images, range(5))
+
+
 def test_a_relative_folder_and_one_named_like_a_module_of_datasets(tmp_path, open_store, monkeypatch):
     write_pictures(tmp_path / "imagefolder", [0, 1])
     write_pictures(tmp_path / "others", [2])
@@ -173,7 +251,7 @@ def test_a_stream_that_breaks_off_is_told(tmp_path, monkeypatch):
 
     source = HuggingFaceImages("someone/faces", None, None, "train", "image", None, streaming=True)
     monkeypatch.setattr(source, "_open", broken)
-    with pytest.raises(DataError, match=r"^the stream of someone/faces broke off after row 0: the server is gone$"):
+    with pytest.raises(DataError, match=r"^the stream of someone/faces broke off after 1 rows: the server is gone$"):
         list(source.decode("none", SIDE))
 
 
@@ -240,32 +318,39 @@ def test_synthetic_faces(open_store, error_of):
 
 # The Hub
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT, LATER_COMMIT = "0123456789abcdef0123456789abcdef01234567", "89abcdef" * 5
 
 
 class LoopbackHub(BaseHTTPRequestHandler):
     """Answers for data sets as the Hub does: `someone/faces` is public, `someone/gated` has its files behind terms."""
 
-    files: dict[str, bytes]
+    repositories: dict[
+        str, dict[str, dict[str, bytes]]
+    ]  # name -> commit, the first of which is main -> path -> content
+    lost: str | None  # a file that is listed and cannot be had
 
     def do_GET(self):
         path = self.path.split("?")[0]
-        for name in ("someone/faces", "someone/gated"):
+        for name, commits in self.repositories.items():
             api, resolve = f"/api/datasets/{name}", f"/datasets/{name}/resolve/"
-            if path.startswith(api + "/tree/"):
-                return self.answer(200, [self.entry(file) for file in self.files])
-            if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
-                siblings = [{"rfilename": file} for file in self.files]
-                return self.answer(200, {"id": name, "sha": COMMIT, "siblings": siblings})
-            if path.startswith(api + "/revision/"):
-                return self.answer(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
+            if path == api or path.startswith((api + "/revision/", api + "/tree/")):
+                commit = self.commit(name, path.removeprefix(api)[1:].split("/")[1] if path != api else "main")
+                if commit is None:
+                    return self.answer(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
+                entries = [self.entry(file, content) for file, content in commits[commit].items()]
+                if "/tree/" in path:
+                    return self.answer(200, entries)
+                siblings = [{"rfilename": entry["path"]} for entry in entries]
+                return self.answer(200, {"id": name, "sha": commit, "siblings": siblings})
             if path.startswith(resolve) and name == "someone/gated":
                 return self.answer(403, {"error": "gated"}, {"X-Error-Code": "GatedRepo"})
             if path.startswith(resolve):
-                content = self.files.get(path.removeprefix(resolve).split("/", 1)[1])
-                if content is not None:
+                revision, file = path.removeprefix(resolve).split("/", 1)
+                commit = self.commit(name, revision)
+                content = commits[commit].get(file)
+                if content is not None and file != self.lost:
                     etag = hashlib.sha1(content).hexdigest()
-                    return self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+                    return self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
                 return self.answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
         if path == "/api/datasets/someone/private":
             return self.answer(401, {"error": "who are you?"}, {"X-Error-Code": "RepoNotFound"})
@@ -275,12 +360,18 @@ class LoopbackHub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def do_POST(self):
+    def do_POST(self):  # /api/datasets/SOMEONE/NAME/paths-info/REVISION
+        _, _, _, owner, name, _, revision = self.path.split("/")
+        files = self.repositories[f"{owner}/{name}"][self.commit(f"{owner}/{name}", revision)]
         paths = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
-        self.answer(200, [self.entry(path) for path in paths if path in self.files])
+        self.answer(200, [self.entry(path, files[path]) for path in paths if path in files])
 
-    def entry(self, path: str) -> dict:
-        return {"type": "file", "path": path, "size": len(self.files[path]), "oid": "0" * 40}
+    def commit(self, name: str, revision: str) -> str | None:
+        commits = list(self.repositories[name])
+        return commits[0] if revision == "main" else revision if revision in commits else None
+
+    def entry(self, path: str, content: bytes) -> dict:
+        return {"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
 
     def answer(self, status: int, content: bytes | dict | list, headers: dict | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -302,12 +393,18 @@ class LoopbackHub(BaseHTTPRequestHandler):
         pass
 
 
+def parquet(indices) -> bytes:
+    file = io.BytesIO()
+    rows(indices).to_parquet(file)
+    return file.getvalue()
+
+
 @pytest.fixture
 def hub():
     """The address of a Hub that runs until the test ends."""
-    file = io.BytesIO()
-    rows([0, 1, 2]).to_parquet(file)
-    LoopbackHub.files = {"train-00000-of-00001.parquet": file.getvalue(), "README.md": b"# Faces\n"}
+    files = {"train-00000-of-00001.parquet": parquet([0, 1, 2]), "README.md": b"# Faces\n"}
+    LoopbackHub.repositories = {name: {COMMIT: files} for name in ("someone/faces", "someone/gated")}
+    LoopbackHub.lost = None
     server = ThreadingHTTPServer(("127.0.0.1", 0), LoopbackHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -387,6 +484,59 @@ def test_the_hub_with_and_without_a_network(tmp_path, hub, open_store):
             assert answer.startswith("cannot get someone/other from the Hub and it is not cached: ")
             assert answer.endswith("or give --train_data_dir, or --dataset_name synthetic-faces, which needs none")
         assert max(seconds) < 10  # `datasets` itself tries for 23 seconds
+
+
+def test_without_a_network_a_store_holds_what_its_key_says(tmp_path, hub, open_store):
+    fingerprints = []
+    for name, indices in (("first", [0, 1, 2]), ("later", [3, 4])):
+        rows(indices).save_to_disk(tmp_path / name)
+        fingerprints.append(open_store(tmp_path / name).fingerprint)
+    later_files = {"train-00000-of-00001.parquet": parquet([3, 4]), "README.md": b"# Other faces\n"}
+    LoopbackHub.repositories["someone/faces"][LATER_COMMIT] = later_files
+    configs = "[{config_name: a, data_files: a.parquet, default: true}, {config_name: b, data_files: b.parquet}]"
+    readme = f"---\nconfigs: {configs}\n---\n".encode()
+    files = {"a.parquet": parquet([0]), "b.parquet": parquet([1]), "README.md": readme}
+    LoopbackHub.repositories["someone/two"] = {COMMIT: files}
+
+    faces = {"dataset_name": "someone/faces", "resolution": SIDE, "cache_dir": str(tmp_path / "stores")}
+    later = faces | {"dataset_revision": LATER_COMMIT}
+    two = faces | {"dataset_name": "someone/two"}
+    two_b = two | {"dataset_config_name": "b"}
+    answers, _ = ask([faces, later, two_b], hub)  # `datasets` tells by the time that the later one is the newest
+    assert answers[:2] == [[fingerprints[0], COMMIT, 3], [fingerprints[1], LATER_COMMIT, 2]]
+
+    anew = {"max_images": 1}  # what is in no store yet
+    unknown = faces | {"cache_dir": str(tmp_path / "unknown")}  # without a record of what main is
+    cases = [faces, later, two_b]
+    cases += [later | anew, two_b | anew]
+    cases += [faces | anew, faces | anew | {"dataset_revision": COMMIT}, faces | anew | {"dataset_revision": "v9"}]
+    cases += [unknown, unknown | {"streaming": True}, two | anew]
+    without, _ = ask(cases, NOWHERE)
+    assert without[:3] == answers
+    assert [answer[1:] for answer in without[3:5]] == [[LATER_COMMIT, 1], [COMMIT, 1]]
+    assert without[4] == answers[2]
+    there = f"what is cached of someone/faces is commit {LATER_COMMIT}"
+    remedy = f"connect to the Hub or give --dataset_revision {LATER_COMMIT}"
+    asked_for = (COMMIT, COMMIT, "v9", "main", "main")
+    assert without[5:10] == [f"{there}, not {revision}; {remedy}" for revision in asked_for]
+    assert without[10] == (
+        "what is cached of someone/two is its configuration 'b', perhaps not the one it has by default;"
+        " connect to the Hub or give --dataset_config_name b"
+    )
+
+
+def test_a_data_set_of_image_files_on_the_hub_streamed_and_not(tmp_path, hub, open_store):
+    folder = write_files(tmp_path / "local", ["1.png", "2.png", "3.png"])
+    fingerprint = open_store(folder).fingerprint
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    broken = {f"_{name}": content for name, content in files.items()}
+    LoopbackHub.repositories = {"someone/faces": {COMMIT: files}, "someone/broken": {COMMIT: broken}}
+    LoopbackHub.lost = "_2.png"  # is no bad image, which might be skipped
+    faces = {"dataset_name": "someone/faces", "resolution": SIDE, "cache_dir": str(tmp_path / "stores")}
+    streamed = faces | {"cache_dir": str(tmp_path / "streamed"), "streaming": True}
+    answers, _ = ask([streamed, faces, streamed | {"dataset_name": "someone/broken", "skip_bad_images": True}], hub)
+    assert answers[:2] == [[fingerprint, COMMIT, 3]] * 2
+    assert answers[2].startswith("the stream of someone/broken broke off after 1 rows: ")
 
 
 def test_the_commit_record_survives_damage_and_a_cache_that_cannot_be_written(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ reads them from there. This module alone owns the pixel range.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +24,8 @@ from tqdm.auto import tqdm
 from training.images import CROPS
 from training.sources import DataError, HuggingFaceImages, SyntheticFaces, find_source
 
-STORE_VERSION = 1  # raised whenever decoding changes the pixels
+STORE_VERSION = 2  # raised whenever decoding changes the pixels
+STALE_SECONDS = 2 * 24 * 3600  # longer than any download goes on before the first image is written
 PIXELS, META = "images.uint8", "meta.json"
 
 
@@ -134,6 +136,7 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
     print(f"decoding {source.name}, split {source.split}, into {folder}", flush=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent)
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
     except OSError as error:
         raise DataError(f"cannot write to the cache {folder.parent}: {error.strerror}; set --cache_dir") from error
@@ -167,6 +170,14 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
         raise DataError(f"could not write the image store {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Removes what killed builders left; tells it by the age, as a builder may be alive on another machine."""
+    for leftover in root.glob(".tmp-*"):
+        with contextlib.suppress(FileNotFoundError):  # its builder has just finished
+            if max(path.stat().st_mtime for path in (leftover, *leftover.iterdir())) < time.time() - STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def to_model_range(images: Tensor) -> Tensor:

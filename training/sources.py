@@ -8,12 +8,16 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
-from huggingface_hub import HfApi
+from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, DataFilesList
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from huggingface_hub import DatasetCard, HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -27,6 +31,9 @@ from training.images import BadImage, decode_image
 from training.processes import available_cores
 from training.synthetic_faces import SYNTHETIC_FACES, VERSION, render_faces, split_indices
 
+SPLIT_OF_WORD = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}  # val -> validation
+SPLIT_WORD = re.compile(rf"(^|[-._ 0-9/])({'|'.join(SPLIT_OF_WORD)})([-._ 0-9/])")
+SPLIT_RULE = "splits are the folders at the top that are called train, validation or test"
 CHUNK = 64  # images that a decoding process hands over at a time
 
 
@@ -82,12 +89,19 @@ class HuggingFaceImages:
     def decode(self, crop: str, resolution: int) -> Iterator[np.ndarray | str]:
         rows = self._open()
         if self.streaming:
-            number = 0
+            num_decoded = 0
             try:
-                for number, row in enumerate(rows):
-                    yield _decode_row(number, row[self.image_column], crop, resolution)
+                for row in rows:
+                    cell = row[self.image_column]
+                    if cell and cell["bytes"] is None and "://" in (cell["path"] or ""):
+                        cell = cell | {"bytes": _read(cell["path"])}  # here, as a failure is no fault of the image
+                    decoded = _decode_row(num_decoded, cell, crop, resolution)
+                    num_decoded += 1
+                    yield decoded
             except (OSError, HTTPError, ValueError) as error:
-                raise DataError(f"the stream of {self.name} broke off after row {number}: {_reason(error)}") from error
+                raise DataError(
+                    f"the stream of {self.name} broke off after {num_decoded} rows: {_reason(error)}"
+                ) from error
         else:
             self.num_images = len(rows)
             yield from _in_worker_processes(_RowChunks(rows, self.image_column, crop, resolution))
@@ -115,6 +129,9 @@ class HuggingFaceImages:
         feature = features[self.image_column]
         if not (feature is None or isinstance(feature, datasets.Image) or "bytes" in _keys(feature)):
             raise DataError(f"the column {self.image_column!r} of {self.name} holds {feature}, not images")
+        if self.streaming and rows.features:
+            # `datasets` decodes the image files of the Hub in threads of its own, which a cast does not stop
+            rows = rows.decode(False)
         rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
         if self.max_images is not None:
             rows = rows.take(self.max_images)
@@ -126,11 +143,30 @@ class HuggingFaceImages:
             saved = datasets.load_from_disk(self.name)
             splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
             return splits[self._pick(splits)]
-        hub = {} if folder.is_dir() else {"revision": self.revision}
-        splits = datasets.get_dataset_split_names(self.name, self.config_name, **hub)
-        return datasets.load_dataset(
-            self.name, self.config_name, split=self._pick(splits), streaming=self.streaming, **hub
-        )
+        if folder.is_dir():
+            builder = datasets.load_dataset_builder(self.name, self.config_name, data_files=_image_files(folder))
+        else:
+            builder = datasets.load_dataset_builder(self.name, self.config_name, revision=self.revision)
+            self._check_what_is_cached(builder)
+        split = self._pick(builder.info.splits or builder.as_streaming_dataset())
+        if self.streaming:
+            return builder.as_streaming_dataset(split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
+
+    def _check_what_is_cached(self, builder: datasets.DatasetBuilder) -> None:
+        """Without a network `datasets` takes what was cached last, of whatever commit and configuration."""
+        if builder.hash != self.revision:
+            raise DataError(
+                f"what is cached of {self.name} is commit {builder.hash}, not {self.revision or 'main'};"
+                f" connect to the Hub or give --dataset_revision {builder.hash}"
+            )
+        name = builder.config.name
+        if builder.name == "cache" and self.config_name is None and name != "default":
+            raise DataError(
+                f"what is cached of {self.name} is its configuration {name!r}, perhaps not the one it has by default;"
+                f" connect to the Hub or give --dataset_config_name {name}"
+            )
 
     def _pick(self, splits) -> str:
         for name in (self.split, "valid" if self.split == "validation" else self.split):
@@ -203,6 +239,47 @@ def _resolve_commit(name: str, revision: str | None, record: Path) -> str | None
     return commit
 
 
+def _image_files(folder: Path) -> DataFilesDict | None:
+    """The files of a folder of images by split; None for a folder of tables, or one whose README.md lists its files.
+
+    `datasets` would take a word like test anywhere in the names of files and folders for a split, and drop what has no
+    such word. Here only folders at the top are splits, by their whole names; without any, every image is in train.
+    """
+    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    found = sorted((path for path in found if not _is_hidden(path)), key=Path.as_posix)
+    images = [path for path in found if path.suffix.lower() in ImageFolder.EXTENSIONS]
+    metadata = [path for path in found if path.name in ImageFolder.METADATA_FILENAMES]
+    tables = [path for path in found if path.suffix in (".parquet", ".arrow", ".tar") and path not in metadata]
+    card = folder / "README.md"
+    if len(images) <= len(tables) or (card.is_file() and DatasetCard.load(card).data.get("configs")):
+        return None
+    chained = next((folder / path for path in images if "::" in str(folder / path)), None)
+    if chained:  # `datasets` takes what follows for an archive, and would drop the image
+        raise DataError(f"the name {chained} has a ::, which `datasets` cannot read; rename it")
+    archives = [path for path in found if path.suffix == ".zip"]
+    split_of = {path: SPLIT_OF_WORD.get(path.parts[0].lower()) for path in images + archives + metadata}
+    outside = [path for path in images if split_of[path] is None]
+    if len(outside) == len(images):
+        split_of = dict.fromkeys(split_of, "train")
+        alike = next((path for path in images if SPLIT_WORD.search(path.as_posix().lower())), None)
+        if alike:
+            print(f"all images of {folder} are in split train, also such as {alike}: {SPLIT_RULE}", flush=True)
+    elif outside:
+        print(f"left out {len(outside)} images of {folder} such as {outside[0]}: {SPLIT_RULE}", flush=True)
+    splits = {}
+    for split in dict.fromkeys(SPLIT_OF_WORD.values()):
+        if any(split_of[path] == split for path in images):
+            paths = [folder / path for path, its_split in split_of.items() if its_split == split]
+            # made by hand, as `datasets` would read the names as patterns; by the times its cache notices changes
+            splits[split] = DataFilesList(map(str, paths), [(str(path.stat().st_mtime_ns),) for path in paths])
+    return DataFilesDict(splits)
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether `datasets` would pass over a file, as over those that macOS puts into archives."""
+    return any(name.startswith(".") for name in path.parts) or any(name.startswith("__") for name in path.parts[:-1])
+
+
 def _gated(name: str) -> DataError:
     return DataError(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`")
 
@@ -260,14 +337,22 @@ class _RowChunks:
 
 
 def _decode_row(number: int, cell: dict | None, crop: str, resolution: int) -> np.ndarray | str:
-    if cell is None:
+    if cell is None or (cell["bytes"] is None and cell.get("path") is None):
         return f"row {number}: no image"
     path = cell.get("path")
     try:
-        encoded = cell["bytes"] if cell["bytes"] is not None else Path(path).read_bytes()
+        encoded = cell["bytes"] if cell["bytes"] is not None else _read(path)
         return decode_image(encoded, crop, resolution)
     except (BadImage, OSError) as error:
         return f"row {number}{f' ({Path(path).name})' if path else ''}: {error}"
+
+
+def _read(path: str) -> bytes:
+    """A file's content: of this machine, of the Hub (hf://) or in an archive (zip://inner.png::outer.zip)."""
+    if "://" not in path:
+        return Path(path).read_bytes()
+    with fsspec.open(path, "rb") as file:
+        return file.read()
 
 
 def _in_worker_processes(chunks) -> Iterator[np.ndarray | str]:
