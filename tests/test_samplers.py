@@ -1,0 +1,324 @@
+"""Every sampler against data whose exact denoiser is known, and with bugs planted to see that they are found.
+
+The data are "images" of one RGB pixel. For a mixture of Gaussians, x_t is one as well, and E[epsilon | x_t] has a
+closed form. With it as the network,
+
+- samplers must draw the mixture, up to an error that shrinks as their steps grow;
+- for a single Gaussian, deterministic ones must follow the probability-flow ODE, whose paths are known;
+- for a single point, whatever their steps, they make no error at all: x_t has to have the noise level of the timestep
+  that the network is told, at each of its evaluations.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ConfigMixin, DDPMScheduler, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from scipy.stats import norm, qmc
+from torch import Tensor
+
+from pipelines import CustomUNetPipeline
+from pipelines.custom_unet_pipeline import SAMPLERS
+
+STOCHASTIC = ("ddpm", "euler_ancestral", "ddim eta 1")
+DETERMINISTIC = [name for name in SAMPLERS if name not in STOCHASTIC]
+TRAINED = {  # as networks are trained: prediction type and noise schedule
+    "epsilon": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "leading"},
+    "v_prediction": {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"},
+    "sample": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing"},
+}
+NUM_QUASIRANDOM, NUM_RANDOM = 2048, 10000
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The arrays are too small to share, and waiting for each other costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Mixture:
+    """weights (K,), means (K, 3), covariances (K, 3, 3), all float64."""
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+
+    def log_densities(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each weighted component, (N, K), and covariance^-1 (x - mean), (N, K, 3)."""
+        difference = x[:, None] - self.means
+        solved = torch.einsum("kij,nkj->nki", torch.linalg.inv(self.covariances), difference)
+        squares = (difference * solved).sum(-1)
+        return self.weights.log() - squares / 2 - torch.logdet(self.covariances) / 2, solved
+
+    def errors(self, x: Tensor) -> Tensor:
+        """Largest error of weights, of means and (relative) of covariances of samples (N, 3), split by component."""
+        component = self.log_densities(x)[0].argmax(-1)
+        errors = []
+        for k in range(len(self.weights)):
+            own = x[component == k]
+            assert len(own) > 10, f"component {k} is missing"
+            difference = torch.cov(own.T) - self.covariances[k]
+            errors.append(
+                torch.stack(
+                    [
+                        (len(own) / len(x) - self.weights[k]).abs(),
+                        (own.mean(0) - self.means[k]).abs().max(),
+                        difference.norm() / self.covariances[k].norm(),
+                    ]
+                )
+            )
+        return torch.stack(errors).amax(0)
+
+
+def mixture() -> Mixture:
+    factors = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return Mixture(
+        weights=torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
+        means=torch.tensor([[-0.5, -0.3, 0.2], [0.4, -0.2, -0.4], [0.1, 0.5, 0.3]], dtype=torch.float64),
+        covariances=0.002 * (factors @ factors.mT) + 0.005 * torch.eye(3, dtype=torch.float64),
+    )
+
+
+def gaussian(scale: float = 0.2) -> Mixture:
+    mean = torch.tensor([[0.2, -0.1, 0.0]], dtype=torch.float64)
+    return Mixture(torch.ones(1).double(), mean, scale**2 * torch.eye(3).double()[None])
+
+
+class ExactDenoiser(ModelMixin, ConfigMixin):
+    """A "network" whose output is the best there is: the expectation of what it predicts, given x_t.
+
+    It keeps what it saw at each evaluation: x_t (N, 3), sqrt(abar_t) and sqrt(1 - abar_t). `timestep_error` is a
+    planted bug: it is told another timestep than the one it is called with.
+    """
+
+    @register_to_config
+    def __init__(self, prediction_type: str, timestep_error: int = 0, sample_size: int = 1, in_channels: int = 3):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(()))
+
+    def set_data(self, data: Mixture, alphas_cumprod: Tensor) -> "ExactDenoiser":
+        self.data, self.seen = data, []
+        self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().numpy()
+        return self
+
+    def forward(self, noisy_images: Tensor, timestep: Tensor) -> SimpleNamespace:
+        timesteps = np.arange(len(self.sigmas))  # between two of them as the schedulers do it
+        sigma = float(np.interp(float(timestep) + self.config.timestep_error, timesteps, self.sigmas))
+        signal, noise_scale = 1 / np.sqrt(1 + sigma**2), sigma / np.sqrt(1 + sigma**2)
+        x = noisy_images.double().flatten(1)
+        self.seen.append((x, signal, noise_scale))
+        noisy = Mixture(
+            self.data.weights,
+            signal * self.data.means,
+            signal**2 * self.data.covariances + noise_scale**2 * torch.eye(3, dtype=torch.float64),
+        )
+        log_densities, solved = noisy.log_densities(x)
+        score = -(log_densities.softmax(-1)[..., None] * solved).sum(1)
+        epsilon = -noise_scale * score
+        clean = (x - noise_scale * epsilon) / signal
+        output = {"epsilon": epsilon, "sample": clean, "v_prediction": signal * epsilon - noise_scale * clean}
+        return SimpleNamespace(sample=output[self.config.prediction_type].view_as(noisy_images).to(noisy_images))
+
+
+def make_pipeline(sampler: str, prediction_type: str, data: Mixture, timestep_error: int = 0) -> CustomUNetPipeline:
+    scheduler = DDPMScheduler(prediction_type=prediction_type, **TRAINED[prediction_type])
+    network = ExactDenoiser(prediction_type, timestep_error).set_data(data, scheduler.alphas_cumprod.double())
+    pipe = CustomUNetPipeline(network, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.set_sampler(sampler.split()[0])
+    return pipe
+
+
+def quasirandom_noise(num_images: int) -> Tensor:
+    """Standard normal noise that fills space evenly: with it, a few thousand samples tell errors of 1e-3."""
+    uniform = qmc.Sobol(3, seed=0).random(num_images).clip(1e-6, 1 - 1e-6)
+    return torch.tensor(norm.ppf(uniform), dtype=torch.float32).view(-1, 3, 1, 1)
+
+
+def draw(pipe: CustomUNetPipeline, sampler: str, steps: int) -> Tensor:
+    """Samples (N, 3) in [-1, 1]."""
+    if sampler in STOCHASTIC:
+        start = {"batch_size": NUM_RANDOM, "generator": torch.Generator().manual_seed(0)}
+    else:
+        start = {"latents": quasirandom_noise(NUM_QUASIRANDOM)}
+    eta = 1.0 if sampler == "ddim eta 1" else 0.0
+    images = pipe(**start, num_inference_steps=steps, eta=eta, output_type="pt").images
+    return images.double().flatten(1) * 2 - 1
+
+
+def check_mixture(pipe: CustomUNetPipeline, sampler: str, steps: int) -> None:
+    """Samples have the mixture's weights, means and covariances, to a tolerance of order 1 / steps."""
+    errors = mixture().errors(draw(pipe, sampler, steps))
+    slope = 40.0 if sampler in STOCHASTIC else 18.0
+    tolerance = torch.tensor([0.8, 1.0, slope]) / steps + torch.tensor([0.01, 0.008, 0.05])
+    assert (errors <= tolerance).all(), f"errors {errors.tolist()}, tolerance {tolerance.tolist()}"
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "ddim eta 1"])
+@pytest.mark.parametrize("prediction_type", TRAINED)
+def test_samplers_draw_the_mixture(sampler, prediction_type):
+    for steps in (25, 200):
+        check_mixture(make_pipeline(sampler, prediction_type, mixture()), sampler, steps)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "ddim eta 1", "unipc", "euler"])
+def test_step_counts_that_do_not_divide_the_timesteps(sampler):
+    pipe = make_pipeline(sampler, "v_prediction", mixture())
+    check_mixture(pipe, sampler, 400)  # DDIMScheduler.step would take each step for 2 timesteps instead of 2.5
+
+
+def path_error(sampler: str, prediction_type: str, steps: int) -> float:
+    """Largest distance of samples from the solution of the probability-flow ODE through the same noise.
+
+    For N(mean, s^2) and x_t = a x_0 + b epsilon it is x_0 = mean + s (x_t - a mean) / sqrt(a^2 s^2 + b^2).
+    """
+    pipe = make_pipeline(sampler, prediction_type, gaussian())
+    noise = quasirandom_noise(256)
+    last = {}
+    pipe(num_inference_steps=steps, latents=noise, callback_on_step_end=lambda *_: last.update(_[-1]))
+    x, signal, noise_scale = pipe.unet.seen[0]
+    mean, scale = gaussian().means, gaussian().covariances[0, 0, 0].sqrt()
+    exact = mean + scale * (x - signal * mean) / ((signal * scale) ** 2 + noise_scale**2).sqrt()
+    return (last["latents"].double().flatten(1) - exact).abs().max().item()
+
+
+def check_path(sampler: str, prediction_type: str) -> None:
+    coarse, fine = (path_error(sampler, prediction_type, steps) for steps in (50, 200))
+    assert coarse <= 0.15, coarse
+    assert fine <= max(coarse / 3, 2e-3), (coarse, fine)
+
+
+@pytest.mark.parametrize("sampler", DETERMINISTIC)
+@pytest.mark.parametrize("prediction_type", TRAINED)
+def test_deterministic_samplers_follow_the_ode(sampler, prediction_type):
+    check_path(sampler, prediction_type)
+
+
+def point() -> Mixture:
+    return gaussian(scale=1e-4)
+
+
+def check_noise_levels(pipe: CustomUNetPipeline, sampler: str, steps: int) -> None:
+    """What the network sees is signal x mean + noise scale x noise: the same noise always, or other standard noise.
+
+    What comes out is the mean.
+    """
+    result = draw(pipe, sampler, steps)
+    # float32 rounds where sigma is thousands, as it is at the end of the cosine schedule
+    tolerance = 6e-3 if pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2" else 5e-4
+    noises = [(x - signal * point().means) / scale for x, signal, scale in pipe.unet.seen]
+    for noise, (_, _, scale) in zip(noises, pipe.unet.seen, strict=True):
+        if sampler in STOCHASTIC:
+            covariance_error = (torch.cov(noise.T) - torch.eye(3)).abs().max().item()
+            assert covariance_error < 0.06, f"noise at the scale {scale}: {covariance_error}"
+        else:
+            noise_error = scale * (noise - noises[0]).abs().max().item()
+            assert noise_error < tolerance, f"noise at the scale {scale}: {noise_error}"
+    left = (result - point().means).abs().max().item()
+    assert left < (0.06 if sampler == "deis" else tolerance), f"left: {left}"  # DEIS ends at the first timestep
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "ddim eta 1"])
+@pytest.mark.parametrize("prediction_type", TRAINED)
+def test_the_network_sees_the_noise_level_that_it_is_told(sampler, prediction_type):
+    for steps in (5, 40):
+        check_noise_levels(make_pipeline(sampler, prediction_type, point()), sampler, steps)
+
+
+# Planted bugs
+
+
+class LargerVariance(DDPMScheduler):
+    """A variance that is twice too large."""
+
+    def _get_variance(self, *args, **kwargs):
+        return 2 * super()._get_variance(*args, **kwargs)
+
+
+def plant_next_timestep(pipe: CustomUNetPipeline, monkeypatch) -> None:
+    """The network is told the timestep of the step after."""
+    model_output = pipe._model_output
+
+    def too_early(noisy_images, timestep, class_labels):
+        later = pipe.scheduler.timesteps[pipe.scheduler.timesteps < timestep]
+        return model_output(noisy_images, later[0] if later.numel() else timestep, class_labels)
+
+    monkeypatch.setattr(pipe, "_model_output", too_early)
+
+
+def plant_unscaled_input(pipe: CustomUNetPipeline, monkeypatch) -> None:
+    scale_model_input = type(pipe.scheduler).scale_model_input
+
+    def not_scaled(self, sample, timestep):
+        scale_model_input(self, sample, timestep)  # it also counts the steps
+        return sample
+
+    monkeypatch.setattr(type(pipe.scheduler), "scale_model_input", not_scaled)
+
+
+def plant_unscaled_start(pipe: CustomUNetPipeline, monkeypatch) -> None:
+    monkeypatch.setattr(type(pipe.scheduler), "init_noise_sigma", property(lambda self: 1.0, lambda self, value: None))
+
+
+def plant_wrong_variance(pipe: CustomUNetPipeline, monkeypatch) -> None:
+    pipe.scheduler = LargerVariance.from_config(pipe.scheduler.config)
+
+
+def plant_missing_last_step(pipe: CustomUNetPipeline, monkeypatch) -> None:
+    set_timesteps = type(pipe.scheduler).set_timesteps
+
+    def cut(self, *args, **kwargs):
+        set_timesteps(self, *args, **kwargs)
+        self.timesteps = self.timesteps[:-1]
+
+    monkeypatch.setattr(type(pipe.scheduler), "set_timesteps", cut)
+
+
+@pytest.mark.parametrize(
+    ("plant", "sampler"),
+    [
+        (plant_unscaled_input, "euler"),
+        (plant_unscaled_input, "heun"),
+        (plant_unscaled_start, "euler"),
+        (plant_wrong_variance, "ddpm"),
+    ],
+)
+def test_a_planted_bug_is_found_by_the_mixture(plant, sampler, monkeypatch):
+    pipe = make_pipeline(sampler, "v_prediction", mixture())
+    check_mixture(pipe, sampler, 100)
+    plant(pipe, monkeypatch)
+    with pytest.raises(AssertionError, match=r"errors|missing"):
+        check_mixture(pipe, sampler, 100)
+
+
+@pytest.mark.parametrize(
+    ("plant", "sampler", "found"),
+    [
+        (plant_next_timestep, "ddpm", "noise"),
+        (plant_next_timestep, "ddim", "noise"),
+        (plant_next_timestep, "unipc", "noise"),
+        (plant_wrong_variance, "ddpm", "noise"),
+        (plant_missing_last_step, "euler", "left"),
+        (plant_missing_last_step, "heun", "left"),
+    ],
+)
+def test_a_planted_bug_is_found_by_the_noise_levels(plant, sampler, found, monkeypatch):
+    pipe = make_pipeline(sampler, "epsilon", point())
+    plant(pipe, monkeypatch)
+    with pytest.raises(AssertionError, match=found):
+        check_noise_levels(pipe, sampler, 40)
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "ddim eta 1"])
+@pytest.mark.parametrize("timestep_error", [-1, 1])
+def test_a_timestep_that_is_off_by_one_in_a_thousand_is_found(sampler, timestep_error):
+    with pytest.raises(AssertionError):
+        check_noise_levels(make_pipeline(sampler, "sample", point(), timestep_error), sampler, 100)
+    check_noise_levels(make_pipeline(sampler, "sample", point()), sampler, 100)
