@@ -3,7 +3,8 @@
     accelerate launch train_unet.py --config configs/quickstart.yaml [--flag value ...]
 
 The same command started again goes on from the newest checkpoint. Exit codes: 0 trained, or the time budget is used
-up; 1 the run failed; 2 bad configuration or data; 130 and 143 stopped by SIGINT or SIGTERM, after a checkpoint.
+up; 1 the run or its push to the Hub failed; 2 bad configuration or data; 130 and 143 stopped by SIGINT or SIGTERM,
+after a checkpoint.
 """
 
 import copy
@@ -23,13 +24,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
+from pipelines.hub import AccessError, PushError, open_repository, push_to_hub
 from training import checkpoint
 from training.checkpoint import CheckpointError
 from training.config import ConfigError, TrainConfig, parse_config
@@ -43,10 +43,12 @@ from training.data import (
     to_model_range,
 )
 from training.diffusion import diffusion_loss, heldout_loss, make_noise_scheduler, make_sampling_scheduler
+from training.facts import recorded_step, run_facts
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.processes import build_accelerator, on_any_process, on_main_process
 from training.run_log import Interval, RunLog
-from training.summary import duration, preflight_summary
+from training.samples import draw_grid, grid_name, newest_samples
+from training.summary import duration, preflight_summary, speed_report
 
 SPEED_REPORT_STEPS = 20  # updates after which speed and time left are told in a line of their own
 
@@ -78,6 +80,7 @@ class Trainer:
         """
         self.config, self.accelerator, self.deadline_seconds = config, accelerator, deadline_seconds
         self.output_dir = Path(config.output_dir)
+        self.pipeline_dir = self.output_dir / "pipeline"
         self.progress = Progress()
         self.stop_signal: int | None = None
         self.images_per_update = (
@@ -196,8 +199,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         self.progress = Progress(**state["progress"])
 
-    def save(self) -> None:
-        """Writes a checkpoint and the pipeline folder of the EMA network."""
+    def save_checkpoint(self) -> None:
         scaler = self.accelerator.scaler
 
         def write() -> None:
@@ -216,9 +218,41 @@ class Trainer:
                 },
                 total_limit=self.config.checkpoints_total_limit,
             )
-            export_pipeline(self.pipeline, self.output_dir / "pipeline")
 
         on_main_process(self.accelerator, write)
+
+    def export(self) -> None:
+        """Writes the pipeline folder of the EMA network, with what is known of the run."""
+        on_main_process(self.accelerator, self.write_pipeline)
+
+    def write_pipeline(self) -> None:
+        step = self.progress.step
+        sample_grid, samples_step = newest_samples(self.output_dir / "samples", step)
+        facts = run_facts(
+            self.config,
+            self.network,
+            self.store.description,
+            self.output_dir / "log.jsonl",
+            self.accelerator.device,
+            step=step,
+            total_steps=self.total_steps,
+            images_seen=self.images_seen,
+            train_seconds=self.progress.train_seconds,
+            num_processes=self.accelerator.num_processes,
+            num_heldout_images=0 if self.heldout_images is None else len(self.heldout_images),
+            samples_step=samples_step,
+        )
+        export_pipeline(
+            self.pipeline,
+            self.pipeline_dir,
+            facts=facts,
+            training_config=self.config.to_public_yaml(),
+            sample_grid=sample_grid,
+        )
+
+    def push(self) -> str:
+        """Main process: pushes the pipeline folder to the Hub; returns the commit's address."""
+        return push_to_hub(self.pipeline_dir, self.config.hub_repo_id, self.config.hub_private_repo)
 
     # ---- Training
 
@@ -284,7 +318,7 @@ class Trainer:
             dynamic_ncols=True,
             disable=not self.accelerator.is_local_main_process,
         )
-        first_step, skipped_in_a_row, interval = progress.step, 0, Interval()
+        self.first_step, skipped_in_a_row, interval = progress.step, 0, Interval()
         while (self.total_steps is None or progress.step < self.total_steps) and not self.should_stop():
             started_at_seconds = time.perf_counter()
             loss, grad_norm, applied = self.training_step()
@@ -303,8 +337,11 @@ class Trainer:
             skipped_in_a_row = 0
             interval.add_update(loss, grad_norm)
             bar.update()
-            if progress.step == first_step + SPEED_REPORT_STEPS:
-                self.tell(self.speed_report(interval))
+            if progress.step == self.first_step + SPEED_REPORT_STEPS:
+                speed = interval.attempts * self.images_per_update / interval.seconds
+                steps_left = math.inf if self.total_steps is None else self.total_steps - progress.step
+                seconds_left = self.deadline_seconds - time.monotonic()
+                self.tell(speed_report(speed, steps_left * self.images_per_update, seconds_left))
             if progress.step % config.logging_steps == 0 or progress.step == self.total_steps:
                 self.record_interval(interval, bar)
                 interval = Interval()
@@ -313,7 +350,8 @@ class Trainer:
             if progress.step % config.save_images_steps == 0:
                 self.save_samples()
             if progress.step % config.checkpointing_steps == 0:
-                self.save()
+                self.save_checkpoint()
+                self.export()
         bar.close()
         self.finish()
 
@@ -351,18 +389,21 @@ class Trainer:
         return on_any_process(self.accelerator, stop)
 
     def finish(self) -> None:
-        """Checkpoint, export, last held-out loss and samples; what the last step has done already is not repeated."""
+        """Checkpoint, last held-out loss and samples, export; what the last step has done already is not repeated."""
         step, config = self.progress.step, self.config
-        if step % config.checkpointing_steps or not (self.output_dir / "pipeline").exists():
-            self.save()
-        if self.stop_signal is None and step % config.validation_steps:
+        is_new = step > self.first_step
+        if is_new and step % config.checkpointing_steps:
+            self.save_checkpoint()
+        if is_new and self.stop_signal is None and step % config.validation_steps:
             self.report_heldout_loss()
-        if self.stop_signal is None and step % config.save_images_steps:
+        if is_new and self.stop_signal is None and step % config.save_images_steps:
             self.save_samples()
+        if is_new or on_main_process(self.accelerator, lambda: recorded_step(self.pipeline_dir) != step):
+            self.export()
         length = f"{step} of {self.total_steps} steps" if self.total_steps else f"{step} steps"
         self.tell(
             f"{length}, {self.images_seen:,} images in {duration(self.progress.train_seconds)} of training;"
-            f" the pipeline is {self.output_dir / 'pipeline'}"
+            f" the pipeline is {self.pipeline_dir}"
         )
 
     # ---- What a person sees
@@ -415,17 +456,12 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         config, step = self.config, self.progress.step
-        generators = [torch.Generator().manual_seed(seed) for seed in range(config.eval_batch_size)]
         try:
             with self.accelerator.autocast():
-                images = self.pipeline(
-                    config.eval_batch_size, generators, config.ddpm_num_inference_steps, output_type="pt"
-                ).images
-            columns = math.ceil(math.sqrt(config.eval_batch_size))
-            grid = to_pil_image(make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1.0))
+                grid = draw_grid(self.pipeline, config.eval_batch_size, config.ddpm_num_inference_steps)
             folder = self.output_dir / "samples"
             folder.mkdir(exist_ok=True)
-            grid.save(folder / f"step-{step:07d}.png")
+            grid.save(folder / grid_name(step))
             for tracker in self.accelerator.trackers:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
@@ -446,19 +482,13 @@ class Trainer:
             device=str(self.accelerator.device),
         )
 
-    def speed_report(self, interval: Interval) -> str:
-        speed = interval.attempts * self.images_per_update / interval.seconds
-        left_seconds = self.deadline_seconds - time.monotonic()
-        if self.total_steps is not None:
-            steps_left = self.total_steps - self.progress.step
-            left_seconds = min(left_seconds, steps_left * self.images_per_update / speed)
-        left = f", {duration(left_seconds)} left" if math.isfinite(left_seconds) else ""
-        return f"{speed:.1f} images/s{left}"
-
 
 def run(config: TrainConfig, started_at_seconds: float) -> int:
     """Trains as configured; returns the exit code."""
     accelerator = build_accelerator(config)
+    if config.push_to_hub and not config.dry_run:
+        # before anything that takes long, so that the push does not fail for a name or a token
+        on_main_process(accelerator, partial(open_repository, config.hub_repo_id, config.hub_private_repo))
     trainer = Trainer(config, accelerator, started_at_seconds + 60 * (config.max_train_minutes or math.inf))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, trainer.request_stop)
@@ -467,6 +497,8 @@ def run(config: TrainConfig, started_at_seconds: float) -> int:
             trainer.start_or_resume()
         accelerator.print(f"{config.to_yaml()}\n{trainer.preflight()}\n", flush=True)
         trainer.dry_run() if config.dry_run else trainer.train()
+        if config.push_to_hub and not config.dry_run and trainer.stop_signal is None:
+            trainer.tell(f"pushed: {on_main_process(accelerator, trainer.push)}")
     finally:
         accelerator.end_training()
     return 0 if trainer.stop_signal is None else 128 + trainer.stop_signal
@@ -477,9 +509,9 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", 0))
     try:
         return run(parse_config(arguments, report=print if rank == 0 else lambda line: None), started_at_seconds)
-    except (ConfigError, DataError, CheckpointError, TrainingFailed, OSError) as error:
+    except (ConfigError, DataError, CheckpointError, TrainingFailed, PushError, OSError) as error:
         print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, (ConfigError, DataError)) else 1
+        return 2 if isinstance(error, (ConfigError, DataError, AccessError)) else 1
 
 
 if __name__ == "__main__":

@@ -72,15 +72,15 @@ class DenoisingStrip(BaseOutput):
         columns = len(self.noisy_images)
         return _enlarged(make_image_grid(rows, rows=len(rows) // columns, cols=columns), scale)
 
-    def save_gif(self, path: str, scale: int = 1, frame_milliseconds: int = 100) -> None:
-        """An animation of the same: x_t beside the predicted x_0, the last frame for two seconds."""
+    def save_gif(self, file, scale: int = 1, frame_milliseconds: int = 100) -> None:
+        """Writes an animation to a path or a file: x_t beside the predicted x_0, the last frame for two seconds."""
         pairs = zip(self.noisy_images, self.pred_original_samples, strict=True)
         frames = []
         for noisy, predicted in pairs:
             cells = [image for pair in zip(noisy, predicted, strict=True) for image in pair]
             frames.append(_enlarged(make_image_grid(cells, rows=len(noisy), cols=2), scale))
         durations = [frame_milliseconds] * (len(frames) - 1) + [2000]
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 class CustomUNetPipeline(DiffusionPipeline):
@@ -105,7 +105,8 @@ class CustomUNetPipeline(DiffusionPipeline):
         self._trained_config = scheduler.config
         self._prediction_type = scheduler.config.get("prediction_type")
         self._alphas_cumprod = scheduler.alphas_cumprod.cpu() if hasattr(scheduler, "alphas_cumprod") else None
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False, do_convert_rgb=True)
+        color = "do_convert_grayscale" if unet.config.in_channels == 1 else "do_convert_rgb"
+        self.image_processor = VaeImageProcessor(do_resize=False, **{color: True})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -506,7 +507,7 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     def _mask(self, mask: PipelineImageInput) -> Tensor:
         """bool (B or 1, 1, H, W), true where the image is painted."""
-        processor = VaeImageProcessor(1, do_resize=False, do_normalize=False, do_convert_grayscale=True)
+        processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
         painted = processor.preprocess(mask) > 0.5
         if painted.shape[1] != 1 or tuple(painted.shape[2:]) != self._image_size:
             raise ValueError(f"mask has the shape {tuple(painted.shape)}; it must be (1, 1, {self._image_size})")

@@ -1,41 +1,92 @@
 """The model repository: a folder that strangers load with one line, because its code travels with it.
 
+    FOLDER/README.md                     the model card, written from the files below
     FOLDER/model_index.json              names the pipeline class and its components
     FOLDER/custom_unet_pipeline.py       code of the pipeline
     FOLDER/unet/                         weights (safetensors), config.json, custom_unet_2d.py (code of the network)
     FOLDER/scheduler/                    the sampler's configuration
+    FOLDER/training.json                 facts of the run
+    FOLDER/training_config.yaml          its configuration
+    FOLDER/samples.png                   a grid of samples
+    FOLDER/results.json                  measurements, once there are any
 
 It loads three ways: `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` anywhere,
 `CustomUNetPipeline.from_pretrained(FOLDER)` in this repository, and `UNet2DModel.from_pretrained(FOLDER,
 subfolder="unet")` without any code but diffusers'.
+
+    python -m pipelines.export card --pipeline DIR                    write the card anew
+    python -m pipelines.export copy --pipeline DIR --out DIR2 ...     in half precision, in shards, ...
+    python -m pipelines.export push --pipeline DIR --repo_id NAME     to the Hub
+
+Exit codes: 0 done; 1 the push failed; 2 bad input.
 """
 
+import argparse
 import json
 import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from pipelines.custom_unet_pipeline import CustomUNetPipeline
+from pipelines.hub import ModelRepositoryError, PushError, model_files, push_to_hub
+from pipelines.model_card import CardError, read_weights, write_card
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
 
 
-def export_pipeline(pipeline: CustomUNetPipeline, folder: Path) -> Path:
-    """Writes the model repository; an existing one is replaced only once the new one is complete.
+def export_pipeline(
+    pipeline: CustomUNetPipeline,
+    folder: Path,
+    *,
+    facts: dict | None = None,
+    training_config: str | None = None,
+    sample_grid: Path | None = None,
+    results: Path | None = None,
+    max_shard_size: int | str | None = None,
+    fp16_variant: bool = False,
+) -> Path:
+    """Writes the model repository; an existing one is replaced, as a whole, only once the new one is complete.
 
     `save_pretrained` alone would name the modules by their dotted path here and ship no code.
 
+    Args:
+        facts: of the run, for `training.json`; see `training/facts.py`.
+        training_config: of the run, as YAML.
+        sample_grid: picture that becomes `samples.png`.
+        results: a `results.json` that was measured on these weights; without it the folder has none.
+        max_shard_size: of a weights file, in bytes or as "15MB".
+        fp16_variant: half-precision weights beside the others, for `variant="fp16"`.
+
     Raises:
-        OSError: if the folder cannot be written; an existing one is untouched.
+        OSError: if the folder cannot be written, or holds something else; an existing one is untouched.
     """
+    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
+        raise FileExistsError(f"{folder} exists and is no model repository; it would be replaced: take another folder")
     temporary, old = (folder.with_name(f".tmp-{prefix}{folder.name}") for prefix in ("", "old-"))
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    pipeline.save_pretrained(temporary)
-    code = {
-        "_class_name": _ship_code(type(pipeline), temporary),
-        "unet": _ship_code(type(pipeline.unet), temporary / "unet"),
-    }
-    _edit_json(temporary / "model_index.json", code)
+    pipeline.save_pretrained(temporary, max_shard_size=max_shard_size)
+    unet = getattr(pipeline.unet, "_orig_mod", pipeline.unet)  # of torch.compile
+    if fp16_variant:
+        half = type(unet).from_pretrained(temporary / "unet", torch_dtype=torch.float16)
+        half.save_pretrained(temporary / "unet", variant="fp16", max_shard_size=max_shard_size or "10GB")
+    module, name = _ship_code(type(unet), temporary / "unet")
+    index = {"_class_name": _ship_code(type(pipeline), temporary), "unet": [module, name]}
+    if module != "diffusers":
+        index["auto_map"] = {"AutoModel": f"{module}.{name}"}
+    _edit_json(temporary / "model_index.json", index)
     _edit_json(temporary / "unet" / "config.json", {})
+    if facts is not None:
+        (temporary / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    if training_config is not None:
+        (temporary / "training_config.yaml").write_text(training_config)
+    for source, target in ((sample_grid, "samples.png"), (results, "results.json")):
+        if source is not None:
+            shutil.copyfile(source, temporary / target)
+    write_card(temporary, folder.resolve().name)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
@@ -52,6 +103,92 @@ def _edit_json(path: Path, changes: dict) -> None:
 
 def _ship_code(cls: type, folder: Path) -> list[str]:
     """Copies the one file that defines a class; returns [module, class] as `model_index.json` wants it."""
+    if cls.__module__.split(".")[0] == "diffusers":
+        return ["diffusers", cls.__name__]
     source = Path(sys.modules[cls.__module__].__file__)
     shutil.copyfile(source, folder / source.name)
     return [source.stem, cls.__name__]
+
+
+def copy_pipeline(
+    source: Path, folder: Path, dtype: str | None = None, max_shard_size: str | None = None, fp16_variant: bool = False
+) -> Path:
+    """Writes a model repository anew with other weights files and the code of today.
+
+    Measurements go along only if the numbers of the weights stay what they are.
+
+    Args:
+        dtype: one of `DTYPES`; by default that of the source.
+
+    Raises:
+        ModelRepositoryError: if the source is no sound model repository.
+        OSError: see `export_pipeline`.
+    """
+    model_files(source)
+    stored = STORED_DTYPES[read_weights(source / "unet")["dtype"]]
+    wanted = DTYPES[dtype] if dtype else stored
+    pipeline = CustomUNetPipeline.from_pretrained(source, torch_dtype=wanted)
+    same_numbers = wanted in (stored, torch.float32)
+    optional = {path.name: path for path in source.iterdir()}
+    return export_pipeline(
+        pipeline,
+        folder,
+        facts=json.loads(optional["training.json"].read_text()) if "training.json" in optional else None,
+        training_config=optional["training_config.yaml"].read_text() if "training_config.yaml" in optional else None,
+        sample_grid=optional.get("samples.png"),
+        results=optional.get("results.json") if same_numbers else None,
+        max_shard_size=max_shard_size,
+        fp16_variant=fp16_variant,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line."""
+
+    def error(self, message):
+        raise ModelRepositoryError(f"{message}; see {self.prog} --help")
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="python -m pipelines.export", description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    card = commands.add_parser("card", help="write the model card anew", allow_abbrev=False)
+    copy_ = commands.add_parser("copy", help="write the folder anew with other weights files", allow_abbrev=False)
+    push = commands.add_parser("push", help="push the folder to the Hub", allow_abbrev=False)
+    for command in (card, copy_, push):
+        command.add_argument("--pipeline", type=Path, required=True, help="the model repository's folder")
+    copy_.add_argument("--out", type=Path, required=True, help="the folder to write")
+    copy_.add_argument("--dtype", choices=DTYPES, help="type of the weights; by default as they are")
+    copy_.add_argument("--fp16_variant", action="store_true", help='add half-precision weights for variant="fp16"')
+    copy_.add_argument("--max_shard_size", help="largest weights file, as 15MB")
+    push.add_argument("--repo_id", required=True, help="name on the Hub, with or without the user's name before it")
+    push.add_argument("--private", action="store_true", help="create the repository as a private one")
+    push.add_argument("--revision", help="branch to push to, created where there is none; main by default")
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:  # a value may be a secret, so none is printed
+        flags = [token.split("=")[0] for token in unknown if token.startswith("-")]
+        parser.error(f"unknown flag {flags[0]}" if flags else "an argument belongs to no flag")
+    return args
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        args = parse_arguments(arguments)
+        if args.command == "card":
+            model_files(args.pipeline)
+            write_card(args.pipeline)
+            print(f"wrote {args.pipeline / 'README.md'}")
+        elif args.command == "copy":
+            print(
+                f"wrote {copy_pipeline(args.pipeline, args.out, args.dtype, args.max_shard_size, args.fp16_variant)}"
+            )
+        else:
+            print(f"pushed: {push_to_hub(args.pipeline, args.repo_id, args.private, args.revision)}")
+    except (PushError, ModelRepositoryError, CardError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, PushError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

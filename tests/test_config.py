@@ -56,6 +56,46 @@ def test_saved_configuration_reads_back_unchanged(parse):
     assert parse(config.to_yaml()) == config
 
 
+def test_the_public_configuration_tells_nothing_of_the_machine(parse, tmp_path):
+    private = {"train_data_dir": tmp_path / "faces", "cache_dir": tmp_path / "cache", "output_dir": tmp_path / "run"}
+    private |= {"logging_dir": tmp_path / "logs", "resume_from_checkpoint": tmp_path / "run" / "checkpoint-3"}
+    flags = [str(part) for name, value in private.items() for part in (f"--{name}", value)]
+    config = parse("max_train_steps: 10\nseed: 7\n", *flags, "--push_to_hub", "--hub_model_id", "someone/faces")
+    text = config.to_public_yaml()
+    assert str(tmp_path) not in text
+    read = parse(text)
+    assert (read.train_data_dir, read.output_dir, read.cache_dir, read.seed) == ("faces", "run", None, 7)
+    assert (read.push_to_hub, read.hub_model_id, read.resume_from_checkpoint) == (False, None, "latest")
+
+
+def test_the_repository_on_the_hub_is_named_after_the_run(parse, tmp_path, monkeypatch):
+    assert parse(BASE, "--output_dir", "runs/my-faces/").hub_repo_id == "my-faces"
+    monkeypatch.chdir(tmp_path)
+    assert parse(BASE, "--output_dir", ".").hub_repo_id == tmp_path.name
+    assert parse(BASE, "--push_to_hub", "--hub_model_id", "someone/faces").hub_repo_id == "someone/faces"
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "flags", "message"),
+    [
+        (BASE, ["--hub_token=hf_secret"], "unknown flag --hub_token; the Hub's token is read from HF_TOKEN"),
+        (BASE, ["--hub_token", "hf_secret"], "unknown flag --hub_token; the Hub's token is read from HF_TOKEN"),
+        (BASE, ["--resolution", "8", "hf_secret"], "argument 5 belongs to no flag"),
+        (BASE, ["-t", "hf_secret"], "argument 3 belongs to no flag"),
+        (BASE, ["--hub=hf_secret"], "unknown flag --hub"),
+        (BASE + "hub_token: hf_secret\n", [], "unknown key 'hub_token'"),
+        (BASE + "hub_token: 'hf_secret\n", [], "line 4: found unexpected end of stream"),
+        (BASE + "hub_token: [hf_secret: }\n", [], "line 3"),
+    ],
+)
+def test_a_secret_in_the_wrong_place_is_not_printed(parse, yaml_text, flags, message):
+    with pytest.raises(ConfigError) as error:
+        parse(yaml_text, *flags)
+    assert message in str(error.value)
+    assert "hf_secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_quickstart_is_the_default(capsys):
     assert parse_config([]) == parse_config(["--config", str(CONFIGS[0].parent / "quickstart.yaml")])
     assert "quickstart.yaml" in capsys.readouterr().out
@@ -117,6 +157,7 @@ def test_network_options_are_those_of_diffusers(parse):
         (BASE + "seed: [1]\n", [], "int"),
         (BASE + "block_out_channels: 8\n", [], "list"),
         (BASE + "block_out_channels: {a: 1}\n", [], "list"),
+        (BASE, ["--hub_model_id", "someone/faces"], "--push_to_hub"),
         ("- a\n- b\n", [], "mapping"),
         ("a: [b\n", [], "cannot read"),
     ],

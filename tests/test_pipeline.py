@@ -1,19 +1,25 @@
-"""The pipeline against diffusers' own, and the model repository loaded the three ways, away from this repository."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The pipeline against diffusers' own."""
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
-from pipelines.export import export_pipeline
+from pipelines.custom_unet_pipeline import SAMPLERS
 
 TINY = {
     "sample_size": 8,
@@ -29,51 +35,94 @@ TINY = {
 @pytest.fixture
 def pipe() -> CustomUNetPipeline:
     torch.manual_seed(0)
-    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler())
+    return quiet(CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler()))
+
+
+def quiet(pipe: CustomUNetPipeline) -> CustomUNetPipeline:
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def seeds(*values: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(value) for value in values]
+@pytest.fixture
+def v_pipe(pipe) -> CustomUNetPipeline:
+    """Predicts v, so that the images of untrained weights are not black and white."""
+    return quiet(CustomUNetPipeline(pipe.unet, DDIMScheduler(prediction_type="v_prediction")))
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def stock_pipeline(pipe: CustomUNetPipeline, cls, scheduler):
+    reference = cls(UNet2DModel(**TINY).eval(), scheduler)
+    reference.unet.load_state_dict(pipe.unet.state_dict())
+    reference.set_progress_bar_config(disable=True)
+    return reference
 
 
 @pytest.mark.parametrize(("stock", "scheduler"), [(DDIMPipeline, DDIMScheduler), (DDPMPipeline, DDPMScheduler)])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_same_images_as_the_stock_pipeline(pipe, stock, scheduler, prediction_type):
-    pipe.scheduler = scheduler(prediction_type=prediction_type)
-    reference = stock(UNet2DModel(**TINY).eval(), scheduler(prediction_type=prediction_type))
-    reference.unet.load_state_dict(pipe.unet.state_dict())
-    reference.set_progress_bar_config(disable=True)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("clip_sample", [True, False])
+def test_same_images_as_the_stock_pipeline(pipe, stock, scheduler, prediction_type, clip_sample):
+    settings = {"prediction_type": prediction_type, "clip_sample": clip_sample}
+    ours = quiet(CustomUNetPipeline(pipe.unet, scheduler(**settings)))
+    reference = stock_pipeline(pipe, stock, scheduler(**settings))
     arguments = {"batch_size": 2, "num_inference_steps": 7, "output_type": "np"}
-    ours = pipe(**arguments, generator=seeds(1, 2)).images
-    np.testing.assert_allclose(ours, reference(**arguments, generator=seeds(1, 2)).images, atol=1e-5)
-    assert ours.std() > 0.05
+    images = ours(**arguments, generator=generators(1, 2)).images
+    np.testing.assert_allclose(images, reference(**arguments, generator=generators(1, 2)).images, atol=1e-5)
+    assert images.std() > 0.05
+
+
+def test_same_images_as_the_stock_pipeline_with_thresholding(pipe):
+    scheduler = DDIMScheduler(thresholding=True, sample_max_value=1.5)
+    ours = quiet(CustomUNetPipeline(pipe.unet, scheduler))(2, generators(1, 2), 5, output_type="np").images
+    reference = stock_pipeline(pipe, DDIMPipeline, scheduler)
+    stock = reference(batch_size=2, generator=generators(1, 2), num_inference_steps=5, output_type="np").images
+    np.testing.assert_allclose(ours, stock, atol=1e-5)
 
 
 def test_eta_adds_noise_as_the_stock_pipeline_does(pipe):
-    reference = DDIMPipeline(UNet2DModel(**TINY).eval(), DDIMScheduler())
-    reference.unet.load_state_dict(pipe.unet.state_dict())
-    reference.set_progress_bar_config(disable=True)
+    reference = stock_pipeline(pipe, DDIMPipeline, DDIMScheduler())
     arguments = {"batch_size": 2, "num_inference_steps": 5, "eta": 1.0, "output_type": "np"}
-    ours = pipe(**arguments, generator=seeds(1, 2)).images
-    np.testing.assert_allclose(ours, reference(**arguments, generator=seeds(1, 2)).images, atol=1e-5)
-    assert np.abs(ours - pipe(**{**arguments, "eta": 0.0}, generator=seeds(1, 2)).images).max() > 0.01
+    ours = pipe(**arguments, generator=generators(1, 2)).images
+    np.testing.assert_allclose(ours, reference(**arguments, generator=generators(1, 2)).images, atol=1e-5)
+    assert np.abs(ours - pipe(**{**arguments, "eta": 0.0}, generator=generators(1, 2)).images).max() > 0.01
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
-def test_an_image_depends_on_its_own_seed_alone(pipe, scheduler):
-    pipe.scheduler = scheduler()
-    together = pipe(3, seeds(5, 6, 7), 5, output_type="pt").images
-    alone = pipe(1, seeds(6), 5, output_type="pt").images
-    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=0)
+# Seeds, generators, latents
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_depends_on_its_own_seed_alone(v_pipe, sampler):
+    v_pipe.set_sampler(sampler)
+    together = v_pipe(seeds=[5, 6, 7], num_inference_steps=5, output_type="pt").images
+    backwards = v_pipe(seeds=[7, 6], num_inference_steps=5, output_type="pt").images
+    torch.testing.assert_close(together[1:].flip(0), backwards, atol=1e-5, rtol=0)
     assert (together[0] - together[1]).abs().max() > 0.01
+    assert 0.05 < together.std() < 0.4
+
+
+def test_seeds_are_generators(pipe):
+    by_seeds = pipe(seeds=range(2), num_inference_steps=3, eta=1.0, output_type="pt").images
+    by_generators = pipe(2, generators(0, 1), 3, 1.0, output_type="pt").images
+    assert torch.equal(by_seeds, by_generators)
+
+
+def test_latents_are_where_sampling_starts(v_pipe):
+    noise = torch.cat([torch.randn(1, 3, 8, 8, generator=generator) for generator in generators(1, 2)])
+    for sampler in ("ddim", "euler"):
+        v_pipe.set_sampler(sampler)
+        from_latents = v_pipe(latents=noise, num_inference_steps=4, output_type="pt").images
+        assert torch.equal(from_latents, v_pipe(seeds=[1, 2], num_inference_steps=4, output_type="pt").images)
+
+
+# Output, mode, precision
 
 
 def test_output_types(pipe):
-    as_pt = pipe(2, seeds(1, 2), 3, output_type="pt").images
-    (as_np,) = pipe(2, seeds(1, 2), 3, output_type="np", return_dict=False)
-    as_pil = pipe(2, seeds(1, 2), 3).images
+    as_pt = pipe(2, generators(1, 2), 3, output_type="pt").images
+    (as_np,) = pipe(2, generators(1, 2), 3, output_type="np", return_dict=False)
+    as_pil = pipe(2, generators(1, 2), 3).images
     assert as_pt.shape == (2, 3, 8, 8)
     assert as_pt.min() >= 0
     assert as_pt.max() <= 1
@@ -84,12 +133,12 @@ def test_output_types(pipe):
 
 def test_rectangular_images(pipe):
     pipe.unet = CustomUNet2DModel(**{**TINY, "sample_size": (8, 16)})
-    assert pipe(1, seeds(1), 2).images[0].size == (16, 8)
+    assert pipe(1, generators(1), 2).images[0].size == (16, 8)
 
 
 def test_dropout_is_off_while_sampling_and_the_mode_comes_back(pipe):
     pipe.unet.train()
-    first, second = (pipe(1, seeds(1), 3, output_type="pt").images for _ in range(2))
+    first, second = (pipe(1, generators(1), 3, output_type="pt").images for _ in range(2))
     assert torch.equal(first, second)
     assert pipe.unet.training
 
@@ -98,18 +147,95 @@ def test_broken_weights_raise_instead_of_giving_black_images(pipe):
     with torch.no_grad():
         pipe.unet.conv_out.bias[0] = float("nan")
     with pytest.raises(ValueError, match="2 of 2 images are not finite"):
-        pipe(2, seeds(1, 2), 2)
+        pipe(2, generators(1, 2), 2)
+    with pytest.raises(ValueError, match="1 of 1 images are not finite"):
+        pipe.invert(torch.zeros(1, 3, 8, 8), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "unipc"])
+def test_half_precision_gives_nearly_the_same_images(v_pipe, dtype, sampler):
+    v_pipe.set_sampler(sampler)
+    expected = v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
+    images = v_pipe.to(dtype)(seeds=[1], num_inference_steps=5, output_type="pt").images
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, expected, atol=0.05, rtol=0)
+    assert not torch.equal(images, expected)
+
+
+def test_a_compiled_network(pipe):
+    expected = pipe(seeds=[1], num_inference_steps=3, output_type="pt").images
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    torch.testing.assert_close(
+        pipe(seeds=[1], num_inference_steps=3, output_type="pt").images, expected, atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_seed_means_the_same_image_on_the_gpu(pipe):
+    expected = pipe(seeds=[1, 2], num_inference_steps=5, eta=1.0, output_type="pt").images
+    images = pipe.to("cuda")(seeds=[1, 2], num_inference_steps=5, eta=1.0, output_type="pt").images
+    torch.testing.assert_close(images.cpu(), expected, atol=1e-2, rtol=0)
+
+
+# Callbacks and class labels
+
+
+def test_a_callback_sees_each_step_and_may_change_it(pipe):
+    calls = []
+
+    def watch(pipeline, index, timestep, tensors):
+        calls.append((index, int(timestep), set(tensors)))
+        assert pipeline is pipe
+        return {"latents": torch.zeros_like(tensors["latents"])} if index == 3 else {}
+
+    images = pipe(
+        seeds=[1],
+        num_inference_steps=4,
+        output_type="pt",
+        callback_on_step_end=watch,
+        callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+    ).images
+    assert calls == [(i, t, {"latents", "pred_original_sample"}) for i, t in enumerate([750, 500, 250, 0])]
+    assert (images == 0.5).all()
+    with pytest.raises(ValueError, match="latents, noisy_images, pred_original_sample, not sigma"):
+        pipe(callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["sigma"])
+
+
+def test_class_labels_reach_the_network():
+    torch.manual_seed(0)
+    pipe = quiet(CustomUNetPipeline(CustomUNet2DModel(**TINY, num_class_embeds=3), DDIMScheduler()))
+    arguments = {"seeds": [1, 1], "num_inference_steps": 3, "output_type": "pt"}
+    first, second = pipe(**arguments, class_labels=[0, 2]).images
+    assert (first - second).abs().max() > 1e-3
+    assert torch.equal(pipe(**arguments, class_labels=2).images[0], second)
+    for labels, message in [
+        (None, "has class embeddings: give class_labels"),
+        ([0, 1, 2], "3 class_labels for 2 images"),
+        ([0, 3], r"class_labels are \[0, 3\]; they must be 0 to 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipe(**arguments, class_labels=labels)
+
+
+# What is refused
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"batch_size": 3, "generator": seeds(1, 2)}, "2 generators for 3 images"),
+        ({"batch_size": 3, "generator": generators(1, 2)}, "2 generators for 3 images"),
+        ({"seeds": [1], "generator": generators(1)}, "either seeds or generator"),
+        ({"seeds": [1, 2**32]}, "they must be 0 to 4294967295"),
+        ({"seeds": [-1]}, "seeds are -1 to -1"),
+        ({"latents": torch.zeros(1, 3, 4, 4)}, r"latents have the shape \(1, 3, 4, 4\)"),
+        ({"latents": torch.zeros(2, 3, 8, 8), "seeds": [1]}, "2 latents for 1 images"),
         ({"num_inference_steps": 0}, "1 to 1000"),
         ({"num_inference_steps": 1001}, "1 to 1000"),
         ({"eta": 1.5}, r"eta is 1.5"),
         ({"output_type": "latent"}, "latent"),
+        ({"class_labels": 1}, "no class embeddings"),
     ],
 )
 def test_bad_arguments(pipe, arguments, message):
@@ -118,99 +244,61 @@ def test_bad_arguments(pipe, arguments, message):
 
 
 def test_eta_is_refused_where_it_means_nothing(pipe):
-    pipe.scheduler = DDPMScheduler()
+    pipe.set_sampler("ddpm")
     with pytest.raises(ValueError, match="DDPMScheduler does not take it"):
         pipe(eta=0.5)
 
 
-# The model repository
+def test_samplers_by_name_keep_the_noise_schedule(pipe):
+    pipe = CustomUNetPipeline(pipe.unet, DDIMScheduler(timestep_spacing="trailing", prediction_type="v_prediction"))
+    before = pipe.scheduler.alphas_cumprod
+    for name in [*SAMPLERS, "ddim"]:
+        pipe.set_sampler(name)
+        torch.testing.assert_close(pipe.scheduler.alphas_cumprod, before)
+        assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.scheduler.config.timestep_spacing == "trailing"  # nothing is left of the samplers in between
+    with pytest.raises(ValueError, match="no sampler 'dim'; there are ddpm, ddim, pndm"):
+        pipe.set_sampler("dim")
 
-LOADERS = {
-    "remote code": """
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
-assert type(pipe).__name__ == "CustomUNetPipeline" and type(pipe.unet).__name__ == "CustomUNet2DModel"
-assert "diffusers_modules" in type(pipe.unet).__module__
-arguments = {"output_type": "np"}
-""",
-    "in this repository": """
-sys.path.insert(0, REPOSITORY)
-from pipelines import CustomUNetPipeline
-pipe = CustomUNetPipeline.from_pretrained(FOLDER)
-assert type(pipe.unet).__module__ == "custom_unet.custom_unet_2d"
-arguments = {"output_type": "np"}
-""",
-    "stock classes": """
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-pipe = DDIMPipeline(
-    UNet2DModel.from_pretrained(FOLDER, subfolder="unet"), DDIMScheduler.from_pretrained(FOLDER, subfolder="scheduler")
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler does not suit .*; take one of DDPMS"),
+        (EDMEulerScheduler(), "EDMEulerScheduler does not suit"),
+        (DDIMScheduler(prediction_type="v_prediction"), "prediction_type 'v_prediction', but .* with 'epsilon'"),
+        (DDIMScheduler(prediction_type="eps"), "prediction_type is 'eps'"),
+        (DDIMScheduler(beta_schedule="squaredcos_cap_v2"), "another noise schedule"),
+        (DDIMScheduler(num_train_timesteps=100), "another noise schedule"),
+        (HeunDiscreteScheduler.from_config(DDIMScheduler().config), "another noise schedule"),
+        (DDPMScheduler(variance_type="learned_range"), "variance_type is 'learned_range'"),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "flow_prediction"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True, beta_end=0.02), "use_flow_sigmas"),
+        (PNDMScheduler(timestep_spacing="trailing"), "well-conditioned with 'leading' alone"),
+    ],
 )
-arguments = {"output_type": "np"}
-""",
-}
-GENERATE = """
-import numpy, sys, torch
-FOLDER, REPOSITORY, OUT = sys.argv[1:]
-{load}
-generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-numpy.save(OUT, pipe(batch_size=2, generator=generators, num_inference_steps=5, **arguments).images)
-"""
+def test_schedulers_that_do_not_suit_are_refused(pipe, scheduler, message):
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=message) as error:
+        pipe(num_inference_steps=50)
+    assert "\n" not in str(error.value)
 
 
-@pytest.fixture(scope="module")
-def model_repository(tmp_path_factory) -> tuple[Path, np.ndarray]:
-    torch.manual_seed(1)
-    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
-    folder = export_pipeline(pipe, tmp_path_factory.mktemp("models") / "faces")
-    return folder, pipe(2, seeds(3, 4), 5, output_type="np").images
+@pytest.mark.parametrize("steps", [3, 30])
+def test_step_counts_that_pndm_cannot_take(pipe, steps):
+    pipe.set_sampler("pndm")
+    with pytest.raises(ValueError, match=f"num_inference_steps is {steps}; PNDMScheduler needs at least 4"):
+        pipe(num_inference_steps=steps)
 
 
-@pytest.mark.parametrize("way", LOADERS)
-def test_the_folder_loads_in_a_fresh_process_elsewhere(model_repository, way, tmp_path):
-    folder, expected = model_repository
-    code, out = GENERATE.format(load=LOADERS[way]), tmp_path / "images.npy"
-    repository = str(Path(__file__).resolve().parent.parent)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run(
-        [sys.executable, "-c", code, str(folder), repository, str(out)], check=True, cwd=tmp_path, env=environment
-    )
-    np.testing.assert_allclose(np.load(out), expected, atol=1e-5)
+def test_steps_that_would_repeat_a_timestep_are_refused(pipe):
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(DDIMScheduler().config, timestep_spacing="leading")
+    with pytest.raises(ValueError, match="1000 steps repeat a timestep with timestep_spacing 'leading'"):
+        pipe(num_inference_steps=1000)
 
 
-def test_remote_code_needs_consent(model_repository, tmp_path, monkeypatch):
-    from diffusers import DiffusionPipeline
-
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        DiffusionPipeline.from_pretrained(model_repository[0])
-
-
-def test_what_the_folder_holds(model_repository):
-    folder, _ = model_repository
-    index = json.loads((folder / "model_index.json").read_text())
-    assert index["_class_name"] == ["custom_unet_pipeline", "CustomUNetPipeline"]
-    assert index["unet"] == ["custom_unet_2d", "CustomUNet2DModel"]
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert files == {
-        "model_index.json",
-        "custom_unet_pipeline.py",
-        "scheduler/scheduler_config.json",
-        "unet/config.json",
-        "unet/custom_unet_2d.py",
-        "unet/diffusion_pytorch_model.safetensors",
-    }
-
-
-def test_an_export_of_a_loaded_pipeline_does_not_tell_where_it_was_loaded_from(model_repository, tmp_path):
-    folder = export_pipeline(CustomUNetPipeline.from_pretrained(model_repository[0]), tmp_path / "again")
-    for path in folder.rglob("*.json"):
-        assert str(model_repository[0].parent) not in path.read_text()
-
-
-def test_exporting_again_replaces_the_folder_and_leaves_nothing_beside_it(pipe, tmp_path):
-    export_pipeline(pipe, tmp_path / "faces")
-    (tmp_path / "faces" / "stale").touch()
-    export_pipeline(pipe, tmp_path / "faces")
-    assert [path.name for path in tmp_path.iterdir()] == ["faces"]
-    assert not (tmp_path / "faces" / "stale").exists()
+def test_any_suitable_scheduler_may_be_set_by_hand(v_pipe):
+    v_pipe.scheduler = UniPCMultistepScheduler.from_config(v_pipe.scheduler.config, timestep_spacing="trailing")
+    by_hand = v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
+    v_pipe.set_sampler("unipc")
+    assert torch.equal(v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images, by_hand)

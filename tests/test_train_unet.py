@@ -163,12 +163,24 @@ def test_a_run_from_start_to_pipeline_and_the_same_command_again(start, tmp_path
     ema = load_file(run / "checkpoint-9" / "ema_unet.safetensors")
     assert all(torch.equal(value, ema[key]) for key, value in pipe.unet.state_dict().items())
     assert len(pipe(batch_size=2, num_inference_steps=2).images) == 2
+    facts = json.loads((run / "pipeline" / "training.json").read_text())
+    assert (facts["step"], facts["total_steps"], facts["images_seen"], facts["samples_step"]) == (9, 9, 126, 9)
+    assert facts["heldout"]["heldout_loss"] == records(run, "heldout_loss")[9]
+    assert (run / "pipeline" / "samples.png").read_bytes() == (run / "samples" / "step-0000009.png").read_bytes()
+    public = yaml.safe_load((run / "pipeline" / "training_config.yaml").read_text())
+    assert {key: public[key] for key in TINY} == TINY | {"report_to": "tensorboard"}
+    assert "126 images seen" in (run / "pipeline" / "README.md").read_text()
+    for path in (run / "pipeline").rglob("*.*"):
+        assert str(tmp_path).encode() not in path.read_bytes()
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert {key: saved[key] for key in TINY} == TINY | {"report_to": "tensorboard"}
 
+    (run / "pipeline" / "results.json").write_text('{"results": []}')
+    log = (run / "log.jsonl").read_text()
     output = finish(start(*flags, output_dir=run))
     assert "step 9" in output
-    assert list(records(run, "loss")) == list(range(1, 10))
+    assert (run / "log.jsonl").read_text() == log
+    assert (run / "pipeline" / "results.json").exists(), "the weights that were measured are still these"
 
 
 @pytest.mark.parametrize(("num_processes", "workers"), [(1, 0), (1, 2), (2, 0)])
@@ -376,6 +388,27 @@ def test_bf16_autocast_reaches_the_network_alone(tmp_path, cache_dir, monkeypatc
     assert applied
     assert seen == {"inp": torch.float32, "inside": torch.bfloat16, "output": torch.float32, "target": torch.float32}
     assert loss.dtype == torch.float32
+
+
+def test_the_pipeline_carries_the_grid_of_its_step_or_says_which(trainer):
+    trainer.config.save_images_steps, trainer.config.checkpointing_steps, trainer.total_steps = 2, 3, 6
+    exported = []
+
+    def export():
+        type(trainer).export(trainer)
+        exported.append(json.loads((trainer.pipeline_dir / "training.json").read_text()))
+
+    trainer.export = export
+    trainer.train()
+    assert [(facts["step"], facts["samples_step"]) for facts in exported] == [(3, 2), (6, 6), (6, 6)]
+
+
+def test_an_export_that_a_kill_prevented_is_made_up_for(trainer):
+    trainer.total_steps = 3
+    trainer.train()
+    (trainer.pipeline_dir / "training.json").write_text('{"step": 1}')
+    trainer.train()  # nothing is left to train
+    assert json.loads((trainer.pipeline_dir / "training.json").read_text())["step"] == 3
 
 
 def test_log_records_are_json_numbers(trainer):

@@ -136,6 +136,9 @@ class TrainConfig:
     logging_dir: str = option("logs", "folder of the trackers, inside output_dir")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option("tensorboard", "trackers besides log.jsonl")
     dry_run: bool = option(False, "pre-flight and one update, then stop without writing a checkpoint")
+    push_to_hub: bool = option(False, "push the pipeline folder to the Hub when the run ends in good order")
+    hub_model_id: str | None = option(None, "repository on the Hub; by default the last part of output_dir")
+    hub_private_repo: bool = option(False, "create the repository on the Hub as a private one")
 
     def __post_init__(self):
         for name in POSITIVE:
@@ -171,6 +174,8 @@ class TrainConfig:
                 f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps} is more than the {self.ddpm_num_steps}"
                 " timesteps of --ddpm_num_steps"
             )
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ConfigError(f"--hub_model_id is {self.hub_model_id}, but nothing is pushed without --push_to_hub")
 
     def unet_kwargs(self) -> dict:
         """The constructor arguments of `CustomUNet2DModel` for this run."""
@@ -192,6 +197,22 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """The resolved configuration; as a file, `--config` reads it back unchanged."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, default_flow_style=None, width=119)
+
+    def to_public_yaml(self) -> str:
+        """`to_yaml` for the model repository: it tells nothing of this machine, and who reads it back pushes nothing.
+
+        Of each path the last part is left, so the folder of the images has to be given anew.
+        """
+        private = {"cache_dir": None, "resume_from_checkpoint": "latest", "push_to_hub": False, "hub_model_id": None}
+        for name in ("train_data_dir", "output_dir", "logging_dir"):
+            path = getattr(self, name)
+            private[name] = path and Path(path).resolve().name
+        return dataclasses.replace(self, **private).to_yaml()
+
+    @property
+    def hub_repo_id(self) -> str:
+        """The repository on the Hub; without a namespace it is the user's own."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
 
 
 TYPES = typing.get_type_hints(TrainConfig)
@@ -226,7 +247,7 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
     """
     parser = _Parser(TrainConfig, allow_abbrev=False, description="Trains an unconditional diffusion model of images.")
     parser.add_argument("--config", type=Path, help="YAML file whose keys are the flags below")
-    arguments, flag_nulls = _take_nulls(arguments)
+    given, (arguments, flag_nulls) = arguments, _take_nulls(arguments)
     path = parser.parse_known_args(arguments)[0].config
     if path is None:
         path = DEFAULT_CONFIG_PATH
@@ -236,9 +257,11 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
     config, _, unknown = parser.parse_args_into_dataclasses(
         [*tokens, *arguments], return_remaining_strings=True, look_for_args_file=False
     )
-    for token in unknown:
-        name = token.split("=")[0].lstrip("-")
-        raise ConfigError(f"unknown flag {token}{_nearest(name, '--')}")
+    for token in unknown:  # a value may be a secret, so none is printed
+        if not token.startswith("--"):
+            raise ConfigError(f"argument {given.index(token) + 1} belongs to no flag; write --name value")
+        name = token.removeprefix("--").split("=")[0]
+        raise ConfigError(f"unknown flag --{name}{_nearest(name, '--')}")
     return config
 
 
@@ -259,6 +282,9 @@ def _yaml_tokens(path: Path, without: dict) -> tuple[list[str], dict[str, None]]
     """The YAML file as command-line tokens, and the keys that it sets to null; keys in `without` are left out."""
     try:
         values = yaml.safe_load(path.read_text())
+    except yaml.MarkedYAMLError as error:  # its text quotes the line, which may hold a secret
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"cannot read the configuration {path}: line {line}: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -290,5 +316,7 @@ def _type_name(annotation) -> str:
 
 
 def _nearest(name: str, prefix: str = "") -> str:
+    if "token" in name.lower():
+        return "; the Hub's token is read from HF_TOKEN or from `hf auth login`"
     matches = difflib.get_close_matches(name.replace("-", "_"), [*TYPES, "config"], n=1, cutoff=0.4)
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""

@@ -1,5 +1,6 @@
 """What a person is told before a training starts: sizes, length, memory."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -65,6 +66,13 @@ def activation_bytes(compute_loss: Callable[[], Tensor], parameters: list[nn.Par
         loss = compute_loss()  # held until the end: a freed storage's address could be taken again
     del loss
     return total
+
+
+def speed_report(images_per_second: float, num_images_left: float, seconds_left: float) -> str:
+    """The speed, and the time left until all images are seen or the time is up; either may be infinite."""
+    seconds_left = min(seconds_left, num_images_left / images_per_second)
+    left = f", {duration(seconds_left)} left" if math.isfinite(seconds_left) else ""
+    return f"{images_per_second:.1f} images/s{left}"
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,374 @@
+"""A web page for a trained model: images, how they come about, interpolations, inpainting.
+
+    python -m pipelines.demo --pipeline DIR_OR_HUB_ID [--port P] [--share]
+
+Exit codes: 0 stopped by Ctrl-C, 2 if the model cannot be loaded or the port cannot be had.
+"""
+
+import argparse
+import random
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import gradio as gr
+import torch
+from PIL import Image, ImageChops, ImageOps
+
+from pipelines import CustomUNetPipeline
+from pipelines.custom_unet_pipeline import SAMPLERS
+
+MAX_IMAGES = 16
+MAX_SEED = 2**31 - 1
+AS_SHARED = "as shared"  # the repository's own sampler, where no name in SAMPLERS has its settings
+SHOWN_SIZE = 512  # pixels that a side of an image is enlarged to, about
+STRIP_SIZE = 128  # the same for an image in a strip
+FILES_KEPT_SECONDS = 3600
+PROGRESS = gr.Progress()
+ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "network"}  # one queue for all that runs the network
+ABOUT = """# {title}
+
+An unconditional diffusion model: it draws images of {width}x{height} pixels from nothing but noise, with a network of
+{parameters:.1f} million parameters. No image that it draws is a photograph. They may be used as the licence of the
+model and the terms of its training data allow: those of a model trained on CelebA for non-commercial research only.
+"""
+
+
+def build_demo(pipeline: CustomUNetPipeline, name: str = "An unconditional diffusion model") -> gr.Blocks:
+    """The page, for `build_demo(pipeline).launch()`.
+
+    Args:
+        name: of the model, the title of the page.
+
+    Raises:
+        ValueError: if the network has class embeddings, which the page has no input for.
+    """
+    config = pipeline.unet.config
+    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+        raise ValueError("the network has class embeddings; the page is for unconditional networks")
+    page = Page(pipeline)
+    about = ABOUT.format(
+        title=name, width=page.size[0], height=page.size[1], parameters=pipeline.unet.num_parameters() / 1e6
+    )
+    with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(FILES_KEPT_SECONDS, FILES_KEPT_SECONDS)) as demo:
+        gr.Markdown(about)
+        with gr.Tab("Generate"):
+            page.generate_tab()
+        with gr.Tab("Denoising"):
+            page.denoising_tab()
+        with gr.Tab("Interpolation"):
+            page.interpolation_tab()
+        with gr.Tab("Inpainting"):
+            page.inpainting_tab()
+    return demo
+
+
+class Page:
+    """The tabs, each a layout and under it what its buttons do.
+
+    Visitors share the weights and nothing else: each call has a sampler of its own.
+    """
+
+    def __init__(self, pipeline: CustomUNetPipeline):
+        self.pipeline = pipeline
+        size = pipeline.unet.config.sample_size
+        self.size = (size, size) if isinstance(size, int) else (size[1], size[0])  # width, height
+        scheduler = pipeline.scheduler
+        names = [
+            name
+            for name, (cls, settings) in SAMPLERS.items()
+            if type(scheduler) is cls and settings.items() <= scheduler.config.items()
+        ]
+        self.own_sampler = names[0] if names else AS_SHARED
+        self.samplers = list(SAMPLERS) if names else [AS_SHARED, *SAMPLERS]
+        self.max_steps = scheduler.config.num_train_timesteps
+
+    # ---- Generate
+
+    def generate_tab(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=280):
+                seed = seed_input("Seed of the first image")
+                number = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Images", info="Each one's seed is one higher.")
+                sampler, steps, eta = self.sampler_inputs()
+                button = gr.Button("Generate", variant="primary")
+            with gr.Column(scale=3):
+                gallery = image_gallery("Images")
+        button.click(self.generate, [seed, number, sampler, steps, eta], gallery, **ONE_AT_A_TIME)
+
+    def generate(self, seed, number, sampler, steps, eta, progress=PROGRESS) -> list:
+        with errors_shown():
+            seeds = consecutive_seeds(seed, number)
+            pipeline = self.pipeline_for_a_call(progress, sampler)
+            images = pipeline(seeds=seeds, num_inference_steps=steps, eta=eta_for(sampler, eta)).images
+        return self.with_captions(images, [f"seed {seed}" for seed in seeds])
+
+    # ---- Denoising
+
+    def denoising_tab(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=280):
+                seed = seed_input("Seed")
+                frames = gr.Slider(2, 16, 8, step=1, label="Frames")
+                sampler, steps, eta = self.sampler_inputs()
+                button = gr.Button("Show", variant="primary")
+            with gr.Column(scale=3):
+                gr.Markdown("Above the noisy image x_t, below the image x_0 that the network predicts from it.")
+                strip = result_image("Strip", format="png")
+                levels = gr.Markdown()
+                animation = result_image("Animation", format="gif", height=300)
+        inputs = [seed, frames, sampler, steps, eta]
+        button.click(self.denoise, inputs, [strip, levels, animation], **ONE_AT_A_TIME)
+
+    def denoise(self, seed, frames, sampler, steps, eta, progress=PROGRESS) -> Iterator[tuple]:
+        with errors_shown():
+            pipeline = self.pipeline_for_a_call(progress, sampler)
+            result = pipeline.denoising_strip(
+                frames, steps, seeds=consecutive_seeds(seed, 1), eta=eta_for(sampler, eta)
+            )
+        levels = f"From left to right: t = {', '.join(map(str, result.timesteps))}, and the result."
+        with tempfile.TemporaryDirectory() as folder:  # Gradio has taken its copy when it comes back after the yield
+            path = f"{folder}/denoising.gif"
+            result.save_gif(path, scale=self.factor(SHOWN_SIZE // 2), frame_milliseconds=400)
+            yield result.to_image(self.factor(STRIP_SIZE)), levels, path
+
+    # ---- Interpolation
+
+    def interpolation_tab(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=280):
+                start, end = seed_input("Seed of the first image", 0), seed_input("Seed of the last image", 1)
+                number = gr.Slider(3, MAX_IMAGES, 8, step=1, label="Images")
+                steps = self.steps_input()
+                button = gr.Button("Interpolate", variant="primary")
+            with gr.Column(scale=3):
+                gallery = image_gallery("From one seed to the other, by DDIM")
+        button.click(self.interpolate, [start, end, number, steps], gallery, **ONE_AT_A_TIME)
+
+    def interpolate(self, start, end, number, steps, progress=PROGRESS) -> list:
+        with errors_shown():
+            (start,), (end,) = consecutive_seeds(start, 1), consecutive_seeds(end, 1)
+            images = self.pipeline_for_a_call(progress).interpolate(start, end, number, steps).images
+        between = [f"{i / (number - 1):.0%}" for i in range(1, number - 1)]
+        return self.with_captions(images, [f"seed {start}", *between, f"seed {end}"])
+
+    # ---- Inpainting
+
+    def inpainting_tab(self) -> None:
+        image = gr.State()  # as the network takes it; the editor shows it enlarged
+        factor = self.factor(SHOWN_SIZE)
+        canvas_size = (self.size[0] * factor, self.size[1] * factor)
+        with gr.Row():
+            with gr.Column(min_width=280):
+                image_seed = seed_input("1. Take the image of a seed ...")
+                take_button = gr.Button("Take this image")
+                upload = gr.Image(
+                    type="pil", sources=["upload", "clipboard"], label="... or your own", height=150, buttons=[]
+                )
+                seed = seed_input("3. Seed of the first result")
+                number = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Results")
+                steps = self.steps_input()
+                resamples = gr.Slider(
+                    1, 20, 5, step=1, label="Resamplings", info="More agree better with the rest and take longer."
+                )
+                button = gr.Button("Paint anew", variant="primary")
+            with gr.Column(scale=4):
+                editor = gr.ImageEditor(
+                    type="pil",
+                    format="png",
+                    label="2. Draw over what is to be painted anew",
+                    placeholder="First take an image",
+                    sources=(),
+                    transforms=(),
+                    layers=False,
+                    brush=gr.Brush(default_size=max(canvas_size) // 10, colors=["#ff2d95"], color_mode="fixed"),
+                    canvas_size=canvas_size,
+                    height=500,
+                    buttons=[],
+                )
+            with gr.Column(scale=3):
+                gallery = image_gallery("Results", columns=2)
+        take_button.click(self.image_of_seed, [image_seed, steps], [image, editor], **ONE_AT_A_TIME)
+        upload.input(self.image_of_upload, upload, [image, editor])
+        inputs = [image, editor, seed, number, steps, resamples]
+        button.click(self.inpaint, inputs, gallery, **ONE_AT_A_TIME)
+
+    def image_of_seed(self, seed, steps, progress=PROGRESS) -> tuple:
+        with errors_shown():
+            pipeline = self.pipeline_for_a_call(progress)
+            image = pipeline(seeds=consecutive_seeds(seed, 1), num_inference_steps=steps).images[0]
+        return image, enlarged(image, self.factor(SHOWN_SIZE))
+
+    def image_of_upload(self, upload) -> tuple:
+        """The largest central part of the network's shape, in its size."""
+        if upload is None:
+            return None, None
+        image = ImageOps.fit(upload, self.size, method=Image.Resampling.BICUBIC)
+        return image, enlarged(image, self.factor(SHOWN_SIZE))
+
+    def inpaint(self, image, drawing, seed, number, steps, resamples, progress=PROGRESS) -> list:
+        if image is None or drawing is None or drawing["background"] is None:  # the last two: the editor was emptied
+            raise error_shown("there is no image; take that of a seed or upload one")
+        mask = self.drawn_mask(drawing)
+        with errors_shown():
+            seeds = consecutive_seeds(seed, number)
+            pipeline = self.pipeline_for_a_call(progress)
+            images = pipeline.inpaint(image, mask, steps, num_resamples=resamples, seeds=seeds).images
+        return self.with_captions(images, [f"seed {seed}" for seed in seeds])
+
+    def drawn_mask(self, drawing: dict) -> Image.Image:
+        """White where a pixel of the network was drawn on at all.
+
+        Raises:
+            gr.Error: if nothing was drawn.
+        """
+        drawn = Image.new("L", self.size)
+        for layer in drawing["layers"]:
+            touched = layer.getchannel("A").point(lambda alpha: 255 * (alpha > 0))
+            drawn = ImageChops.lighter(drawn, touched.resize(self.size, Image.Resampling.BOX))
+        if drawn.getbbox() is None:
+            raise error_shown("there is no mask; draw over what is to be painted anew")
+        return drawn.point(lambda share: 255 * (share > 0))
+
+    # ---- Parts
+
+    def sampler_inputs(self) -> tuple[gr.Dropdown, gr.Slider, gr.Slider]:
+        sampler = gr.Dropdown(self.samplers, value=self.own_sampler, label="Sampler")
+        steps = self.steps_input()
+        eta = gr.Slider(
+            0,
+            1,
+            0,
+            step=0.05,
+            label="eta",
+            info="Randomness of DDIM: 0 none, 1 as DDPM.",
+            visible=self.own_sampler == "ddim",
+        )
+        sampler.change(lambda name: gr.Slider(visible=name == "ddim"), sampler, eta)
+        return sampler, steps, eta
+
+    def steps_input(self) -> gr.Slider:
+        return gr.Slider(1, self.max_steps, min(50, self.max_steps), step=1, label="Steps")
+
+    def pipeline_for_a_call(self, progress: gr.Progress, sampler: str = AS_SHARED) -> CustomUNetPipeline:
+        """The same network with a fresh sampler, which tells its progress to the page."""
+        scheduler = self.pipeline.scheduler
+        pipeline = type(self.pipeline)(self.pipeline.unet, type(scheduler).from_config(scheduler.config))
+        if sampler != AS_SHARED:
+            pipeline.set_sampler(sampler)
+
+        def progress_bar(iterable: Iterable) -> Iterator:
+            for index, item in enumerate(iterable):
+                progress((index, len(iterable)))
+                yield item
+
+        pipeline.progress_bar = progress_bar
+        return pipeline
+
+    def with_captions(self, images: list[Image.Image], captions: list[str]) -> list[tuple[Image.Image, str]]:
+        factor = self.factor(SHOWN_SIZE)
+        return [(enlarged(image, factor), caption) for image, caption in zip(images, captions, strict=True)]
+
+    def factor(self, shown_size: int) -> int:
+        """What images are enlarged by, to about the size."""
+        return max(1, round(shown_size / max(self.size)))
+
+
+def seed_input(label: str, value: int = 0) -> gr.Number:
+    """A number and a button that draws another one."""
+    with gr.Group():
+        seed = gr.Number(value, precision=0, minimum=0, maximum=MAX_SEED, label=label)
+        gr.Button("Random seed", size="sm").click(lambda: random.randint(0, MAX_SEED), outputs=seed)
+    return seed
+
+
+def image_gallery(label: str, columns: int = 4) -> gr.Gallery:
+    return gr.Gallery(
+        format="png",
+        label=label,
+        show_label=False,
+        columns=columns,
+        object_fit="contain",
+        height="auto",
+        buttons=["download", "download_all", "fullscreen"],
+    )
+
+
+def result_image(label: str, **kwargs) -> gr.Image:
+    return gr.Image(label=label, show_label=False, interactive=False, buttons=["download", "fullscreen"], **kwargs)
+
+
+def consecutive_seeds(first: int | None, number: int) -> list[int]:
+    """
+    Raises:
+        gr.Error: if the field is empty.
+    """
+    if first is None:
+        raise error_shown("the seed is empty; type a whole number")
+    return list(range(first, first + number))
+
+
+def eta_for(sampler: str, eta: float) -> float:
+    """The slider keeps its value while it is hidden."""
+    return eta if sampler == "ddim" else 0.0
+
+
+def enlarged(image: Image.Image, factor: int) -> Image.Image:
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def error_shown(message: str) -> gr.Error:
+    """For the page alone: no traceback in the terminal."""
+    return gr.Error(message, print_exception=False)
+
+
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """Shows on the page what the pipeline says of its arguments."""
+    try:
+        yield
+    except ValueError as error:
+        raise error_shown(str(error)) from None
+
+
+def load_pipeline(folder_or_hub_id: str) -> CustomUNetPipeline:
+    """
+    Raises:
+        ValueError: with one line, if it cannot be loaded.
+    """
+    is_folder = Path(folder_or_hub_id).is_dir()
+    if not is_folder and not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_hub_id):
+        raise ValueError(f"--pipeline is {folder_or_hub_id}; there is no such folder, and a Hub id is OWNER/NAME")
+    try:
+        pipeline = CustomUNetPipeline.from_pretrained(folder_or_hub_id)
+    except (OSError, ValueError) as error:
+        kind = "is a folder, but no" if is_folder else "is no folder here and no"
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder_or_hub_id} {kind} model that can be loaded: {reason}") from error
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description="A web page for a trained model.")
+    parser.add_argument("--pipeline", required=True, help="folder or Hub id of the model")
+    parser.add_argument("--port", type=int, help="the first free one from 7860 if not given")
+    parser.add_argument("--share", action="store_true", help="a public link through Gradio's servers, for a week")
+    options = parser.parse_args(arguments)
+    try:
+        demo = build_demo(load_pipeline(options.pipeline), name=options.pipeline)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        demo.launch(server_port=options.port, share=options.share)
+    except OSError:
+        print(f"error: port {options.port} cannot be had, it may be in use; take another --port", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,445 @@
+"""Generates a folder of images: one PNG a seed, a contact sheet, and what is needed to make them again.
+
+    python -m pipelines.generate --pipeline DIR_OR_HUB_ID --num_images N --seed S --scheduler NAME --steps K --out DIR
+
+    DIR/seed-0000123.png   the image of seed 123; it depends on no other image, batch size or number of processes
+    DIR/contact_sheet.png  the first images in order of the seeds, at most 256
+    DIR/generate.json      the settings, and every start that generated images: command, versions, device, speed
+
+The same command started again goes on where it stopped, also with more images; other settings are refused. Several
+processes (`accelerate launch -m pipelines.generate`, torchrun) share the work. Exit codes: 0 all images are there, 1
+failed, 2 bad input, 130 stopped by Ctrl-C; what is there is kept.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError
+from PIL import Image
+from safetensors import SafetensorError
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
+from tqdm.auto import tqdm
+
+from pipelines import CustomUNetPipeline
+from pipelines.custom_unet_pipeline import SAMPLERS
+
+RECORD = "generate.json"
+CONTACT_SHEET = "contact_sheet.png"
+CONTACT_SHEET_IMAGES = 256
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WEIGHTS, WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
+# What is fetched from the Hub: no code and no pickles
+NEEDED_FILES = [f"unet/{name}" for name in ("config.json", WEIGHTS, WEIGHTS_INDEX, SHARDS)] + ["scheduler/*.json"]
+NUM_SEEDS = 2**32  # torch's generator on the CPU takes a seed modulo this
+
+
+class InputError(ValueError):
+    """An argument, pipeline or folder that will not do. The message is one line."""
+
+
+# ---- The images of a folder
+
+
+def image_path(folder: Path, seed: int) -> Path:
+    return folder / f"seed-{seed:07d}.png"
+
+
+def image_paths(folder: Path, seeds: Iterable[int]) -> list[Path]:
+    """The images of these seeds, in their order.
+
+    Raises:
+        FileNotFoundError: naming the first one that is missing or damaged.
+    """
+    seeds = list(seeds)
+    missing = missing_seeds(folder, seeds)
+    if missing:
+        first = image_path(folder, missing[0]).name
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of {len(seeds)} images, the first being {first}; generate them first"
+        )
+    return [image_path(folder, seed) for seed in seeds]
+
+
+def missing_seeds(folder: Path, seeds: Iterable[int]) -> list[int]:
+    """Those without an intact image in the folder."""
+    return [seed for seed in seeds if not _is_intact(image_path(folder, seed))]
+
+
+def generate_images(
+    pipeline: CustomUNetPipeline,
+    folder: Path,
+    seeds: Iterable[int],
+    *,
+    batch_size: int,
+    num_inference_steps: int,
+    eta: float = 0.0,
+    class_label: int | None = None,
+    show_progress: bool = False,
+) -> int:
+    """Writes the images of these seeds that the folder lacks, in this process, with the pipeline's sampler.
+
+    An image appears under its name only when it is complete. That those in the folder are of the same settings is
+    for the caller to know; see `open_record`.
+
+    Returns:
+        how many images were generated.
+
+    Raises:
+        ValueError: for arguments that the pipeline refuses, or images that are not finite.
+        OSError: if an image cannot be written.
+    """
+    missing = missing_seeds(folder, seeds)
+    with tqdm(total=len(missing), desc="generating", unit="image", disable=not show_progress) as bar:
+        for first in range(0, len(missing), batch_size):
+            batch = missing[first : first + batch_size]
+            images = pipeline(
+                seeds=batch, num_inference_steps=num_inference_steps, eta=eta, class_labels=class_label
+            ).images
+            for seed, image in zip(batch, images, strict=True):
+                _write_atomically(image_path(folder, seed), image.save)
+            bar.update(len(batch))
+    return len(missing)
+
+
+def draw_contact_sheet(folder: Path) -> None:
+    paths = sorted(folder.glob("seed-*.png"), key=lambda path: (len(path.name), path.name))
+    paths = list(itertools.islice(filter(_is_intact, paths), CONTACT_SHEET_IMAGES))
+    images = [pil_to_tensor(Image.open(path)) for path in paths]
+    grid = make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2, pad_value=255)
+    _write_atomically(folder / CONTACT_SHEET, to_pil_image(grid).save)
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether it is a PNG with all of its chunks and the right checksums."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    write(temporary)
+    temporary.replace(path)
+
+
+# ---- The record of a folder
+
+
+def open_record(folder: Path, description: dict) -> dict:
+    """The record in the folder, or a new one.
+
+    Args:
+        description: by `describe`.
+
+    Raises:
+        InputError: if the folder holds images of other settings, or of unknown ones.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        images = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".png")
+        if images:
+            raise InputError(
+                f"{folder} holds {len(images)} PNG files, {images[0]} for one, but no {RECORD} that"
+                " tells how they were made; take another --out"
+            )
+        return description | {"starts": []}
+    try:
+        record = json.loads(path.read_text())
+        there, here = _flat(record["settings"]), _flat(description["settings"])
+        record["starts"] = list(record["starts"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged; take another --out, or delete {folder} to start anew") from error
+    names = [name for name in here | there if there.get(name) != here.get(name)]
+    if names:
+        differences = [f"{name} is {there.get(name)!s:.32} there and {here.get(name)!s:.32} now" for name in names[:3]]
+        more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InputError(
+            f"{folder} holds images of other settings ({'; '.join(differences)}{more}); take another --out"
+        )
+    return record
+
+
+def write_record(folder: Path, record: dict) -> None:
+    _write_atomically(folder / RECORD, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+
+
+def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Namespace, commit: str | None) -> dict:
+    """What makes the images what they are; images of the same `settings` belong in one folder."""
+    scheduler = json.loads(pipeline.scheduler.to_json_string())
+    del scheduler["_diffusers_version"]
+    size = pipeline.unet.config.sample_size
+    return {
+        "pipeline": _without_folder(options.pipeline),
+        "revision": commit,
+        "sampler": options.scheduler,
+        "settings": {
+            "weights_sha256": {path.name: _sha256(path) for path in weight_files(source)},
+            "scheduler": scheduler,
+            "num_inference_steps": options.steps,
+            "eta": options.eta,
+            "dtype": options.dtype,
+            "class_label": options.class_label,
+            "image_size": [size, size] if isinstance(size, int) else list(size),
+        },
+    }
+
+
+def describe_start(options: argparse.Namespace, arguments: list[str], state: PartialState) -> dict:
+    """What was asked for, and what draws it."""
+    return {
+        "command": shlex.join(["python", "-m", "pipelines.generate", *map(_without_folder, arguments)]),
+        "first_seed": options.seed,
+        "num_images": options.num_images,
+        "batch_size": options.batch_size,
+        "num_processes": state.num_processes,
+        "device": torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+    }
+
+
+def _without_folder(argument: str) -> str:
+    """An absolute path tells of the author's machine: of /home/me/faces only `faces` is written down."""
+    flag, equals, value = argument.rpartition("=")
+    return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
+
+
+def _flat(settings: dict) -> dict:
+    flat = {}
+    for name, value in settings.items():
+        flat |= {f"{name} {key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- The pipeline
+
+
+def find_pipeline(name: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder of a model repository, fetched from the Hub if need be, and its commit there.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise InputError(f"--revision {revision} is for the Hub, but --pipeline {name} is a folder; leave it out")
+        return Path(name), None
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED_FILES))
+    except HFValidationError as error:
+        raise InputError(f"--pipeline {name} is neither a folder nor the id of a Hub repository") from error
+    except (OSError, HTTPError) as error:
+        raise InputError(
+            f"--pipeline {name} is no folder, and it could not be had from the Hub: {_one_line(error)}"
+        ) from error
+    return folder, folder.name
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files that the network's weights are read from.
+
+    Raises:
+        InputError: if there are none.
+    """
+    unet = source / "unet"
+    files = sorted(unet.glob(SHARDS)) if (unet / WEIGHTS_INDEX).exists() else [unet / WEIGHTS]
+    if not files or not all(path.is_file() for path in files):
+        raise InputError(f"{source} is no model repository: it has no unet/{WEIGHTS}")
+    return files
+
+
+def load_pipeline(source: Path, dtype: str, sampler: str | None) -> CustomUNetPipeline:
+    """Loads a model repository without running its code, and without a progress bar of its own.
+
+    Raises:
+        InputError: if it is damaged or does not suit.
+    """
+    weight_files(source)
+    try:
+        pipeline = CustomUNetPipeline.from_pretrained(source, torch_dtype=DTYPES[dtype])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{source} could not be loaded: {_one_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    if sampler is not None:
+        pipeline.set_sampler(sampler)
+    return pipeline
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# ---- The command
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+def parse_options(arguments: list[str]) -> argparse.Namespace:
+    """Raises InputError."""
+    parser = Parser(prog="python -m pipelines.generate", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--pipeline", required=True, help="folder, or id of a Hub repository (owner/name)")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write to")
+    parser.add_argument("--num_images", type=int, default=64, help="image i has the seed --seed + i (default 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image (default 0)")
+    parser.add_argument("--scheduler", choices=SAMPLERS, help="sampler (default: the repository's own)")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default 50)")
+    parser.add_argument("--eta", type=float, default=0.0, help="of DDIM: 0 is deterministic, 1 as random as DDPM")
+    parser.add_argument("--class_label", type=int, help="for a network with class embeddings")
+    parser.add_argument("--batch_size", type=int, default=16, help="images at once, in each process (default 16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network (default fp32)")
+    parser.add_argument(
+        "--num_cpu_threads", type=int, help="of a process on the CPU (default: its share of the cores)"
+    )
+    options = parser.parse_args(arguments)
+    for name, least in {"num_images": 1, "batch_size": 1, "seed": 0, "num_cpu_threads": 1}.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} is {value}; it must be at least {least}")
+    if options.seed + options.num_images > NUM_SEEDS:
+        parser.error(f"the last seed is {options.seed + options.num_images - 1}; it must be below 2**32")
+    return options
+
+
+def check_arguments(pipeline: CustomUNetPipeline, options: argparse.Namespace) -> None:
+    """Raises InputError for what the pipeline would refuse."""
+    try:
+        pipeline.check_inputs(options.steps, options.eta)
+        pipeline._class_labels(options.class_label, batch_size=1)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def set_up_process(num_cpu_threads: int | None) -> PartialState:
+    """Accelerate, and threads: `accelerate launch` leaves a process on the CPU one, however many cores there are."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu, timeout=timedelta(hours=2))  # the first process to be ready waits for the last one
+    if state.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(num_cpu_threads or max(share, 1))
+    return state
+
+
+def on_main_process(state: PartialState, action: Callable):
+    """Runs an action on the main process alone; its (picklable) result, or its error, reaches every process."""
+    outcome = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = action()
+        except Exception as error:  # raised again below, on every process
+            outcome[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def take_folder(folder: Path, lock: FileLock) -> None:
+    """Makes the folder and keeps other starts out of it, until this process ends however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"--out {folder} is no folder; take another one") from error
+    except Timeout as error:
+        raise OSError(f"{folder} is in use by another start; wait for it or take another --out") from error
+
+
+def run(options: argparse.Namespace, arguments: list[str]) -> None:
+    """Generates what is missing, on all processes."""
+    state = set_up_process(options.num_cpu_threads)
+    commit = on_main_process(state, lambda: find_pipeline(options.pipeline, options.revision)[1])
+    source, commit = find_pipeline(options.pipeline, commit)
+    pipeline = load_pipeline(source, options.dtype, options.scheduler).to(state.device)
+    check_arguments(pipeline, options)
+
+    lock = FileLock(options.out / ".lock")
+    start = describe_start(options, arguments, state)
+
+    def begin() -> tuple[dict, list[int]]:
+        take_folder(options.out, lock)
+        record = open_record(options.out, describe(pipeline, source, options, commit))
+        missing = missing_seeds(options.out, range(options.seed, options.seed + options.num_images))
+        if missing:
+            record["starts"].append(start)
+        write_record(options.out, record)
+        return record, missing
+
+    record, missing = on_main_process(state, begin)
+    started_at_seconds = time.perf_counter()
+    generate_images(
+        pipeline,
+        options.out,
+        missing[state.process_index :: state.num_processes],
+        batch_size=options.batch_size,
+        num_inference_steps=options.steps,
+        eta=options.eta,
+        class_label=options.class_label,
+        show_progress=state.is_main_process,
+    )
+    state.wait_for_everyone()
+    seconds = time.perf_counter() - started_at_seconds
+    if state.is_main_process:
+        draw_contact_sheet(options.out)
+        if missing:
+            speed = len(missing) / seconds
+            start |= {"generated": len(missing), "seconds": round(seconds, 3), "images_per_second": round(speed, 3)}
+            record["starts"][-1] = start
+            write_record(options.out, record)
+        there = options.num_images - len(missing)
+        print(f"{options.out}: {len(missing)} images generated in {seconds:.1f} s, {there} were there")
+    lock.release()
+    state.destroy_process_group()
+
+
+def main(arguments: list[str]) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        run(parse_options(arguments), arguments)
+    except KeyboardInterrupt:
+        print("stopped; the images so far are kept, and the same command goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {_one_line(error)}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

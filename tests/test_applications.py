@@ -1,0 +1,267 @@
+"""Interpolation, inversion, variations, inpainting and strips: against closed forms for Gaussian data."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from exact_denoiser import ExactDenoiser, Mixture
+from PIL import Image
+from torch import Tensor
+
+from pipelines import CustomUNetPipeline
+from pipelines.custom_unet_pipeline import repaint_walk, slerp
+
+MEAN, SCALE, CORRELATION = 0.1, 0.2, 0.9
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def two_pixels() -> Mixture:
+    """Two RGB pixels side by side, the same channel correlated, the three channels independent."""
+    block = torch.tensor([[1.0, CORRELATION], [CORRELATION, 1.0]], dtype=torch.float64)
+    covariance = SCALE**2 * torch.kron(torch.eye(3, dtype=torch.float64), block)  # (C, H, W) flattened
+    return Mixture(torch.ones(1).double(), torch.full((1, 6), MEAN).double(), covariance[None])
+
+
+@pytest.fixture
+def pipe() -> CustomUNetPipeline:
+    scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+    network = ExactDenoiser("epsilon", sample_size=(1, 2)).set_data(two_pixels(), scheduler.alphas_cumprod.double())
+    pipe = CustomUNetPipeline(network, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images_of(pipe: CustomUNetPipeline, num_images: int) -> Tensor:
+    """Samples of the data, (N, 3, 1, 2) in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(num_images, 6, generator=generator, dtype=torch.float64)
+    samples = two_pixels().means + noise @ torch.linalg.cholesky(two_pixels().covariances[0]).T
+    return (samples.view(-1, 3, 1, 2) / 2 + 0.5).clamp(0, 1).float()
+
+
+def signal(pipe: CustomUNetPipeline, timestep: int) -> float:
+    return pipe.scheduler.alphas_cumprod[timestep].sqrt().item()
+
+
+# Interpolation
+
+
+def test_slerp_keeps_to_the_circle():
+    start, end = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), torch.tensor([0.0, 2.0]).view(1, 1, 1, 2)
+    between = slerp(start, end, torch.tensor([0.0, 1 / 3, 0.5, 1.0])).view(4, 2)
+    expected = [[1, 0], [math.cos(math.pi / 6), 2 * 0.5], [math.sqrt(0.5), 2 * math.sqrt(0.5)], [0, 2]]
+    torch.testing.assert_close(between, torch.tensor(expected, dtype=torch.float32))
+    torch.testing.assert_close(slerp(start, start, torch.tensor([0.3])), start)
+
+
+def test_interpolation_begins_and_ends_at_the_images_of_its_seeds(pipe):
+    pipe.set_sampler("ddpm")  # whatever is set, it is done by DDIM
+    between = pipe.interpolate(3, 4, num_images=5, num_inference_steps=20, output_type="pt").images
+    assert type(pipe.scheduler).__name__ == "DDPMScheduler"
+    pipe.set_sampler("ddim")
+    ends = pipe(seeds=[3, 4], num_inference_steps=20, output_type="pt").images
+    torch.testing.assert_close(between[[0, -1]], ends, atol=1e-5, rtol=0)
+    distances = (between[1:] - between[:-1]).flatten(1).norm(dim=1)
+    assert (distances > 0).all()
+    assert distances.max() < 0.7 * (ends[1] - ends[0]).norm()
+
+
+def test_interpolation_between_inverted_images(pipe):
+    images = images_of(pipe, 2)
+    start, end = pipe.invert(images, 50, 9).split(1)
+    between = pipe.interpolate(start, end, num_images=3, num_inference_steps=50, output_type="pt").images
+    torch.testing.assert_close(between[[0, -1]], images, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="num_images is 1"):
+        pipe.interpolate(0, 1, num_images=1)
+
+
+# Inversion
+
+
+def reconstruction_error(pipe, images: Tensor, steps: int, iterations: int) -> float:
+    latents = pipe.invert(images, steps, iterations)
+    again = pipe(latents=latents, num_inference_steps=steps, output_type="pt").images
+    return (again - images).abs().max().item()
+
+
+def test_inversion_gets_better_with_steps_and_exact_with_iterations(pipe):
+    images = images_of(pipe, 64)
+    by_steps = [reconstruction_error(pipe, images, steps, 1) for steps in (10, 40, 160)]
+    assert by_steps[0] > 3 * by_steps[1] > 9 * by_steps[2]
+    by_iterations = [reconstruction_error(pipe, images, 40, iterations) for iterations in (1, 3, 15)]
+    assert by_iterations[0] > 3 * by_iterations[1]
+    assert by_iterations[2] < 2e-4
+
+
+def test_inverted_images_are_standard_normal(pipe):
+    """As the flow carries the data to noise, images of the data become latents that are independent and normal."""
+    latents = pipe.invert(images_of(pipe, 4000), 400).flatten(1)
+    torch.testing.assert_close(latents.mean(0), torch.zeros(6), atol=0.06, rtol=0)
+    torch.testing.assert_close(torch.cov(latents.T), torch.eye(6), atol=0.12, rtol=0)
+
+
+# Variations
+
+
+@pytest.mark.parametrize("timestep", [150, 400, 999])
+def test_variations_follow_the_posterior(pipe, timestep):
+    """x_t of an image x, denoised, is a draw from p(x_0 | x_t): Gaussian around the posterior mean of what was noised.
+
+    For one channel of one pixel of independent data: x_0' = mean + k a (x - mean) + noise with k = a s^2 / (a^2 s^2 +
+    b^2), so that over draws of the noise its mean is mean + k a (x - mean).
+    """
+    data = Mixture(torch.ones(1).double(), torch.full((1, 6), MEAN).double(), SCALE**2 * torch.eye(6).double()[None])
+    pipe.unet.set_data(data, pipe.scheduler.alphas_cumprod.double())
+    image = torch.full((1, 3, 1, 2), 0.7)  # 0.4 in [-1, 1]
+    varied = pipe.variations(
+        image.expand(2000, -1, -1, -1),
+        timestep,
+        num_inference_steps=1000,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    a = signal(pipe, timestep)
+    k = a * SCALE**2 / ((a * SCALE) ** 2 + 1 - a**2)
+    expected_mean = MEAN + k * a * (0.4 - MEAN)
+    expected_variance = SCALE**2 * (1 - k * a) + k**2 * (1 - a**2)
+    samples = varied.double() * 2 - 1
+    assert samples.mean().item() == pytest.approx(expected_mean, abs=0.01)
+    assert samples.var().item() == pytest.approx(expected_variance, rel=0.08)
+
+
+def test_eta_0_varies_by_the_added_noise_alone(pipe):
+    image = images_of(pipe, 1)
+    near = pipe.variations(image, 3, 250, eta=0.0, seeds=[1, 2], output_type="pt").images
+    assert (near - image).abs().max() < 0.05
+    again = pipe.variations(image, 3, 250, eta=0.0, seeds=[2], output_type="pt").images
+    torch.testing.assert_close(near[1:], again, atol=1e-5, rtol=0)
+    far = pipe.variations(image, 999, 50, seeds=[1, 2], output_type="pt").images
+    assert (far[0] - far[1]).abs().max() > 0.05
+
+
+# Inpainting
+
+
+def test_repaint_walk():
+    assert repaint_walk(4, 2, 1) == [4, 3, 2, 1, 0]
+    assert repaint_walk(4, 2, 2) == [4, 3, 2, 1, 3, 2, 1, 0]
+    assert repaint_walk(5, 2, 2) == [5, 4, 3, 5, 4, 3, 2, 1, 3, 2, 1, 0]
+    walk = repaint_walk(50, 5, 5)
+    assert sum(b < a for a, b in itertools.pairwise(walk)) == 50 + 9 * 4 * 5
+
+
+def test_inpainting_keeps_what_is_known_and_paints_what_agrees_with_it(pipe):
+    """Resampling brings what is painted nearer to p(right | left) = N(mean + c (left - mean), s^2 (1 - c^2)).
+
+    RePaint is an approximation: with the paper's 250 steps and jumps of 10 it is this good, and no better.
+    """
+    image = torch.full((1, 3, 1, 2), 0.7)
+    image[..., 1] = 0.1  # hidden
+    mask = np.array([[0.0, 1.0]], dtype=np.float32)
+    errors = []
+    for num_resamples in (1, 10):
+        painted = pipe.inpaint(
+            image.expand(1000, -1, -1, -1),
+            mask,
+            num_inference_steps=250,
+            jump_length=10,
+            num_resamples=num_resamples,
+            output_type="pt",
+            generator=torch.Generator().manual_seed(0),
+        ).images
+        assert (painted[..., 0] == 0.7).all()
+        right = painted[..., 1].double() * 2 - 1
+        errors.append(abs(right.mean().item() - (MEAN + CORRELATION * (0.4 - MEAN))))
+    assert errors[1] < 0.05
+    assert errors[1] < 0.6 * errors[0]
+    assert right.std().item() == pytest.approx(SCALE * math.sqrt(1 - CORRELATION**2), rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("inpaint", {"mask": np.zeros((1, 2), np.float32)}, "nothing to paint"),
+        ("inpaint", {"mask": np.ones((2, 2), np.float32)}, r"mask has the shape \(1, 1, 2, 2\)"),
+        ("inpaint", {"mask": np.ones((1, 2), np.float32), "num_resamples": 0}, "num_resamples is 0"),
+        ("inpaint", {"mask": np.ones((1, 2), np.float32), "output_type": "latent"}, "output_type is 'latent'"),
+        ("inpaint", {"mask": np.ones((1, 2), np.float32), "seeds": [1, 2, 3]}, "2 images for 3 seeds"),
+        ("variations", {"timestep": 1000}, "timestep is 1000; it must be 0 to 999"),
+        ("variations", {"timestep": 10, "eta": 2}, "eta is 2"),
+        ("invert", {"num_fixed_point_iterations": 0}, "num_fixed_point_iterations is 0"),
+        ("invert", {"num_inference_steps": 0}, "num_inference_steps is 0"),
+    ],
+)
+def test_bad_arguments(pipe, method, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(pipe, method)(images_of(pipe, 2), **arguments)
+
+
+def test_images_that_do_not_fit_are_refused(pipe):
+    with pytest.raises(ValueError, match=r"image has the shape \(3, 2, 2\); the network's is \(3, 1, 2\)"):
+        pipe.invert(Image.new("RGB", (2, 2)))
+    with pytest.raises(ValueError, match=r"values from -1.0 to 1.0; they must lie in \[0, 1\]"):
+        pipe.invert(torch.tensor([-1.0, 1.0]).expand(1, 3, 1, 2))
+
+
+def test_images_are_taken_in_every_form(pipe):
+    pixels = np.array([[[10, 20, 30], [40, 50, 60]]], dtype=np.uint8)  # (H, W, C)
+    array = (pixels / 255).astype(np.float32)
+    forms = [
+        Image.fromarray(pixels),
+        [Image.fromarray(pixels)],
+        array[None],
+        torch.tensor(array).permute(2, 0, 1)[None],
+    ]
+    latents = [pipe.invert(form, 3) for form in forms]
+    for other in latents[1:]:
+        torch.testing.assert_close(other, latents[0], atol=1e-5, rtol=0)
+
+
+# Strips
+
+
+def test_a_strip_shows_the_way_and_ends_with_the_result(pipe, tmp_path):
+    strip = pipe.denoising_strip(num_frames=5, num_inference_steps=40, seeds=[1, 2])
+    assert strip.timesteps == [999, 674, 349, 24]
+    assert len(strip.noisy_images) == len(strip.pred_original_samples) == 5
+    result = pipe(seeds=[1, 2], num_inference_steps=40).images
+    for frames in (strip.noisy_images, strip.pred_original_samples):
+        for image, expected in zip(frames[-1], result, strict=True):
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+    sheet = strip.to_image(scale=3)
+    assert sheet.size == (5 * 2 * 3, 4 * 1 * 3)  # two rows an image
+    strip.save_gif(tmp_path / "strip.gif", scale=2)
+    with Image.open(tmp_path / "strip.gif") as animation:
+        assert animation.n_frames == 5
+        assert animation.size == (2 * 2 * 2, 2 * 1 * 2)
+    with pytest.raises(ValueError, match="num_frames is 1"):
+        pipe.denoising_strip(num_frames=1)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "unipc"])
+def test_the_frames_have_the_noise_of_their_timesteps(pipe, sampler):
+    """x_t and the predicted x_0 are shown in the same scale whatever the scheduler keeps."""
+    pipe.set_sampler(sampler)
+    seen = []
+    pipe(
+        batch_size=2000,
+        generator=torch.Generator().manual_seed(0),
+        num_inference_steps=20,
+        callback_on_step_end=lambda *arguments: seen.append(arguments[2:]),
+        callback_on_step_end_tensor_inputs=("noisy_images", "pred_original_sample"),
+        output_type="pt",
+    )
+    for timestep, tensors in seen[:: len(seen) // 4]:
+        a = signal(pipe, int(timestep))
+        assert tensors["noisy_images"].std().item() == pytest.approx(math.sqrt((a * SCALE) ** 2 + 1 - a**2), rel=0.05)
+        assert tensors["pred_original_sample"].mean().item() == pytest.approx(MEAN, abs=0.03)

@@ -1,0 +1,301 @@
+"""The model repository loaded the ways it promises, away from this repository, and what it refuses to load."""
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.utils import dynamic_modules_utils
+from safetensors.torch import load_file
+
+from custom_unet import CustomUNet2DModel
+from pipelines import CustomUNetPipeline, export
+from pipelines.export import export_pipeline
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TINY = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "dropout": 0.5,
+}
+
+
+@pytest.fixture
+def pipe() -> CustomUNetPipeline:
+    torch.manual_seed(0)
+    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeds(*values: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(value) for value in values]
+
+
+ELSEWHERE = """
+import json, sys
+import numpy, torch
+from diffusers import AutoModel, DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
+folder, out = sys.argv[1:]
+scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+assert type(pipe).__name__ == "CustomUNetPipeline" and type(pipe.unet).__name__ == "CustomUNet2DModel"
+auto = AutoModel.from_pretrained(folder, subfolder="unet", trust_remote_code=True)
+for cls in (type(pipe), type(pipe.unet), type(auto)):
+    assert cls.__module__.startswith("diffusers_modules.")
+print("STOCK", file=sys.stderr, flush=True)
+stock = UNet2DModel.from_pretrained(folder, subfolder="unet")
+print("END", file=sys.stderr, flush=True)
+assert "custom_unet" not in sys.modules and "pipelines" not in sys.modules
+images = {}
+ways = {"remote code": pipe, "AutoModel": type(pipe)(auto, scheduler), "stock": DDIMPipeline(stock, scheduler)}
+for way, pipe in ways.items():
+    generator = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    images[way] = pipe(batch_size=2, generator=generator, num_inference_steps=5, output_type="np").images
+numpy.savez(out, **images)
+"""
+
+
+@pytest.fixture(scope="module")
+def model_repository(tmp_path_factory) -> tuple[Path, np.ndarray]:
+    torch.manual_seed(1)
+    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
+    folder = export_pipeline(pipe, tmp_path_factory.mktemp("models") / "faces")
+    return folder, pipe(2, seeds(3, 4), 5, output_type="np").images
+
+
+def test_the_folder_loads_in_a_fresh_process_elsewhere(model_repository, tmp_path):
+    """By its own code, by AutoModel, and by diffusers' classes alone: the same images."""
+    folder, expected = model_repository
+    out = tmp_path / "images.npz"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", ELSEWHERE, str(folder), str(out)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    images = np.load(out)
+    assert {*images} == {"remote code", "AutoModel", "stock"}
+    for way in images:
+        np.testing.assert_allclose(images[way], expected, atol=1e-5, err_msg=way)
+    assert done.stderr.split("STOCK")[1].split("END")[0].strip() == "", "the stock class has something to complain of"
+
+
+def test_it_loads_in_this_repository_without_its_code(model_repository):
+    folder, expected = model_repository
+    pipe = CustomUNetPipeline.from_pretrained(folder)
+    assert type(pipe.unet) is CustomUNet2DModel
+    np.testing.assert_allclose(pipe(2, seeds(3, 4), 5, output_type="np").images, expected, atol=1e-5)
+
+
+# What is refused: code without consent, pickles, ways out of the folder
+
+
+def test_remote_code_needs_consent(model_repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(model_repository[0])
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModel.from_pretrained(model_repository[0], subfolder="unet")
+    assert not any(tmp_path.iterdir())
+
+
+class LeavesAMark:
+    """What a pickle may do to whoever reads it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+def test_pickled_weights_are_refused(pipe, tmp_path, trust_remote_code):
+    folder, mark = export_pipeline(pipe, tmp_path / "faces"), tmp_path / "the pickle was read"
+    next((folder / "unet").glob("*.safetensors")).unlink()
+    torch.save({"conv_in.bias": LeavesAMark(mark)}, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        CustomUNetPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("component", ["_class_name", "unet"])
+def test_a_way_out_of_the_folder_is_not_taken(pipe, tmp_path, component):
+    folder, mark = export_pipeline(pipe, tmp_path / "faces"), tmp_path / "the code was run"
+    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass CustomUNet2DModel: pass\n")
+    index = json.loads((folder / "model_index.json").read_text())
+    way_out = "../evil" if component == "_class_name" else "../../evil"
+    (folder / "model_index.json").write_text(json.dumps(index | {component: [way_out, "CustomUNet2DModel"]}))
+    assert (folder / component / f"{way_out}.py").resolve() == tmp_path / "evil.py" or component == "_class_name"
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(folder)
+    CustomUNetPipeline.from_pretrained(folder)  # takes no class from the index
+    assert not mark.exists()
+
+
+# What the folder holds
+
+
+def test_what_the_folder_holds(model_repository):
+    folder, _ = model_repository
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == ["custom_unet_pipeline", "CustomUNetPipeline"]
+    assert index["unet"] == ["custom_unet_2d", "CustomUNet2DModel"]
+    assert index["auto_map"] == {"AutoModel": "custom_unet_2d.CustomUNet2DModel"}
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "README.md",
+        "model_index.json",
+        "custom_unet_pipeline.py",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/custom_unet_2d.py",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+
+
+def test_the_code_in_the_folder_is_that_of_the_classes(model_repository):
+    folder, _ = model_repository
+    for name, cls in (("custom_unet_pipeline.py", CustomUNetPipeline), ("unet/custom_unet_2d.py", CustomUNet2DModel)):
+        assert (folder / name).read_text() == Path(inspect.getfile(cls)).read_text()
+
+
+def test_an_export_of_a_loaded_pipeline_does_not_tell_where_it_was_loaded_from(model_repository, tmp_path):
+    folder = export_pipeline(CustomUNetPipeline.from_pretrained(model_repository[0]), tmp_path / "again")
+    for path in folder.rglob("*.json"):
+        assert str(model_repository[0].parent) not in path.read_text()
+
+
+def test_exporting_again_replaces_the_folder_and_leaves_nothing_beside_it(pipe, tmp_path):
+    export_pipeline(pipe, tmp_path / "faces")
+    (tmp_path / "faces" / "stale").touch()
+    export_pipeline(pipe, tmp_path / "faces")
+    assert [path.name for path in tmp_path.iterdir()] == ["faces"]
+    assert not (tmp_path / "faces" / "stale").exists()
+
+
+def test_a_folder_that_is_something_else_is_not_replaced(pipe, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.png").touch()
+    with pytest.raises(FileExistsError, match="no model repository"):
+        export_pipeline(pipe, tmp_path / "photos")
+    assert (tmp_path / "photos" / "me.png").exists()
+
+
+def test_a_disk_that_is_full_leaves_the_old_folder(pipe, tmp_path, monkeypatch):
+    folder = export_pipeline(pipe, tmp_path / "faces")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_pipeline(pipe, folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_compiled_network_is_exported_as_it_was_before(pipe, tmp_path):
+    plain = export_pipeline(pipe, tmp_path / "plain")
+    pipe.unet = torch.compile(pipe.unet)  # nothing is compiled before the first call
+    compiled = export_pipeline(pipe, tmp_path / "compiled")
+    for path in [path for path in plain.rglob("*") if path.is_file() and path.name != "README.md"]:
+        assert (compiled / path.relative_to(plain)).read_bytes() == path.read_bytes()
+
+
+def test_a_network_of_diffusers_needs_no_code(pipe, tmp_path):
+    stock = CustomUNetPipeline(UNet2DModel(**TINY), DDIMScheduler())
+    stock.unet.load_state_dict(pipe.unet.state_dict())
+    folder = export_pipeline(stock, tmp_path / "faces")
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    assert "auto_map" not in index
+    assert not list((folder / "unet").glob("*.py"))
+    loaded = CustomUNetPipeline.from_pretrained(folder)
+    assert type(loaded.unet) is CustomUNet2DModel
+    expected = pipe(1, seeds(1), 3, output_type="np").images
+    np.testing.assert_allclose(loaded(1, seeds(1), 3, output_type="np").images, expected, atol=1e-5)
+
+
+# Copies
+
+
+@pytest.fixture
+def measured(pipe, tmp_path) -> Path:
+    (tmp_path / "grid.png").write_bytes(b"a picture")
+    (tmp_path / "results.json").write_text('{"results": [{"name": "FID", "metric": "fid", "value": 5.0}]}')
+    return export_pipeline(
+        pipe,
+        tmp_path / "measured",
+        facts={"step": 3, "num_processes": 1, "images_seen": 9, "train_seconds": 1.0, "device": "a", "precision": "b"}
+        | {"versions": {}, "date": "2026-01-01"},
+        sample_grid=tmp_path / "grid.png",
+        results=tmp_path / "results.json",
+    )
+
+
+def test_a_copy_in_shards_keeps_every_number(measured, tmp_path):
+    flags = ["--max_shard_size", "30KB", "--fp16_variant"]
+    assert export.main(["copy", "--pipeline", str(measured), "--out", str(tmp_path / "copy"), *flags]) == 0
+    names = {path.name for path in (tmp_path / "copy" / "unet").iterdir()}
+    assert len([name for name in names if name.startswith("diffusion_pytorch_model-0000")]) > 1
+    assert len([name for name in names if name.startswith("diffusion_pytorch_model.fp16")]) >= 1
+    original = CustomUNetPipeline.from_pretrained(measured).unet.state_dict()
+    copied = CustomUNetPipeline.from_pretrained(tmp_path / "copy").unet.state_dict()
+    half = CustomUNetPipeline.from_pretrained(tmp_path / "copy", variant="fp16", torch_dtype=torch.float16)
+    for name, value in original.items():
+        assert torch.equal(copied[name], value)
+        assert torch.equal(half.unet.state_dict()[name], value.half())
+    for name in ("training.json", "samples.png", "results.json"):
+        assert (tmp_path / "copy" / name).read_bytes() == (measured / name).read_bytes()
+
+
+def test_a_copy_in_another_precision_has_no_results(measured, tmp_path):
+    half, again, single = (tmp_path / name for name in ("half", "again", "single"))
+    assert export.main(["copy", "--pipeline", str(measured), "--out", str(half), "--dtype", "bf16"]) == 0
+    shutil.copyfile(measured / "results.json", half / "results.json")  # measured on these
+    assert export.main(["copy", "--pipeline", str(half), "--out", str(again)]) == 0
+    assert export.main(["copy", "--pipeline", str(half), "--out", str(single), "--dtype", "fp32"]) == 0
+    weights = {folder: load_file(folder / "unet" / WEIGHTS) for folder in (measured, half, again, single)}
+    for name, value in weights[measured].items():
+        assert torch.equal(weights[half][name], value.bfloat16())
+        assert torch.equal(weights[again][name], value.bfloat16())
+        assert torch.equal(weights[single][name], value.bfloat16().float())
+        assert weights[single][name].dtype == torch.float32
+    assert "bfloat16 safetensors" in (half / "README.md").read_text()
+    assert "Not measured" in (half / "README.md").read_text()
+    assert (again / "results.json").exists()
+    assert (single / "results.json").exists(), "the numbers are the same"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["card"], "--pipeline"),
+        (["card", "--pipeline", "nowhere"], "nowhere is no model repository"),
+        (["copy", "--pipeline", "nowhere", "--out", "x"], "nowhere is no model repository"),
+        (["copy", "--pipeline", "x", "--out", "y", "--dtype", "int8"], "fp16"),
+        (["push", "--pipeline", "x"], "--repo_id"),
+        (["push", "--pipeline", "x", "--repo_id", "y", "--token", "hf_secret"], "unknown flag --token;"),
+        (["push", "--pipeline", "x", "--repo_id", "y", "--token=hf_secret"], "unknown flag --token;"),
+        (["push", "--pipeline", "x", "--repo_id", "y", "hf_secret"], "belongs to no flag"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
+    assert export.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert "hf_secret" not in error

@@ -1,0 +1,342 @@
+"""Folders of images: the same whatever makes them, resumed, refused, and described well enough to make them again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from filelock import FileLock
+from PIL import Image
+
+from custom_unet import CustomUNet2DModel
+from pipelines import CustomUNetPipeline
+from pipelines.export import export_pipeline
+from pipelines.generate import DTYPES, generate_images, image_path, image_paths, load_pipeline, main, missing_seeds
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def export_tiny(folder: Path, seed: int, **arguments) -> Path:
+    torch.manual_seed(seed)
+    return export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY, **arguments), DDIMScheduler()), folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return export_tiny(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+
+
+@pytest.fixture(scope="module")
+def model_with_classes(tmp_path_factory) -> Path:
+    return export_tiny(tmp_path_factory.mktemp("model") / "tiny-classes", seed=1, num_class_embeds=3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So that these small networks do not wait for what else the machine does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def generate(model, tmp_path, capfd):
+    """Runs the command in this process; returns exit code, standard output and the last line of standard error."""
+
+    def run(*arguments, out=tmp_path / "out", pipeline=model, images=4, steps=3):
+        fixed = ["--pipeline", pipeline, "--out", out, "--num_images", images, "--steps", steps]
+        fixed += ["--num_cpu_threads", 1]
+        capfd.readouterr()
+        code = main([str(argument) for argument in [*fixed, *arguments]])
+        captured = capfd.readouterr()
+        return code, captured.out, (captured.err.strip().splitlines() or [""])[-1]
+
+    return run
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def assert_same_images(folder: Path, other: Path, seeds) -> None:
+    for one, two in zip(image_paths(folder, seeds), image_paths(other, seeds), strict=True):
+        assert np.abs(pixels(one) - pixels(two)).max() <= 1, one.name
+
+
+def identities(paths) -> dict:
+    """Changes when a file is written again."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "generate.json").read_text())
+
+
+# ---- The library
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmsolver++2m"])
+def test_an_image_depends_on_neither_batch_size_nor_order(model, tmp_path, sampler):
+    pipeline = load_pipeline(model, "fp32", sampler)
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    for folder, seeds, batch_size in ((together, range(5), 4), (alone, [3, 0, 4, 2, 1], 1)):
+        folder.mkdir()
+        assert generate_images(pipeline, folder, seeds, batch_size=batch_size, num_inference_steps=6) == 5
+    assert_same_images(together, alone, range(5))
+    assert np.abs(pixels(image_path(together, 0)) - pixels(image_path(together, 1))).max() > 10
+
+
+def test_what_is_there_is_kept_and_what_is_damaged_is_not_taken_for_an_image(model, tmp_path):
+    pipeline = load_pipeline(model, "fp32", None)
+    arguments = {"batch_size": 4, "num_inference_steps": 2}
+    assert generate_images(pipeline, tmp_path, range(3), **arguments) == 3
+    whole = image_path(tmp_path, 1).read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    # the last four bytes are the checksum of an empty chunk
+    for damaged in (*(whole[:length] for length in range(len(whole) - 4)), bytes(flipped)):
+        image_path(tmp_path, 1).write_bytes(damaged)
+        assert missing_seeds(tmp_path, range(4)) == [1, 3]
+    with pytest.raises(FileNotFoundError, match=r"lacks 2 of 4 images, the first being seed-0000001\.png"):
+        image_paths(tmp_path, range(4))
+    kept = identities([image_path(tmp_path, 0)])
+    assert generate_images(pipeline, tmp_path, range(4), **arguments) == 2
+    assert identities([image_path(tmp_path, 0)]) == kept
+    assert image_path(tmp_path, 1).read_bytes() == whole
+    assert [path.name for path in image_paths(tmp_path, [3, 0])] == ["seed-0000003.png", "seed-0000000.png"]
+
+
+# ---- The command, in this process
+
+
+def test_the_record_suffices_to_make_the_images_again(generate, model, tmp_path):
+    arguments = ("--scheduler", "ddim", "--eta", "0.5", "--seed", 7, "--dtype", "bf16", "--batch_size", 3)
+    code, out, error = generate(*arguments)
+    assert code == 0, error
+    assert "4 images generated" in out
+    made = record(tmp_path / "out")
+    settings, (start,) = made["settings"], made["starts"]
+    pipeline = CustomUNetPipeline.from_pretrained(model, torch_dtype=DTYPES[settings["dtype"]])
+    pipeline.scheduler = getattr(diffusers, settings["scheduler"]["_class_name"]).from_config(settings["scheduler"])
+    (image,) = pipeline(
+        seeds=[start["first_seed"] + 3],
+        num_inference_steps=settings["num_inference_steps"],
+        eta=settings["eta"],
+        class_labels=settings["class_label"],
+    ).images
+    assert np.abs(np.asarray(image).astype(int) - pixels(tmp_path / "out" / "seed-0000010.png")).max() <= 1
+    assert made["pipeline"] == "tiny"
+    assert settings["image_size"] == [8, 8]
+    assert len(settings["weights_sha256"]["diffusion_pytorch_model.safetensors"]) == 64
+    assert start["versions"]["torch"] == torch.__version__
+    assert (start["num_images"], start["generated"]) == (4, 4)
+    assert start["images_per_second"] > 0
+    assert start["command"].startswith("python -m pipelines.generate --pipeline tiny --out out --num_images 4")
+    assert str(tmp_path.parent) not in json.dumps(made)
+
+
+def test_a_folder_can_be_extended(generate, tmp_path):
+    assert generate(images=2)[0] == 0
+    assert pixels(tmp_path / "out" / "contact_sheet.png").shape == (12, 22, 3)
+    assert "2 images generated" in generate(images=4)[1]
+    assert "0 images generated" in generate("--batch_size", 1, images=3)[1]
+    made = record(tmp_path / "out")
+    assert [(start["num_images"], start["generated"]) for start in made["starts"]] == [(2, 2), (4, 2)]
+    sheet = pixels(tmp_path / "out" / "contact_sheet.png")
+    assert sheet.shape == (22, 22, 3)
+    np.testing.assert_array_equal(sheet[12:20, 2:10], pixels(tmp_path / "out" / "seed-0000002.png"))
+
+
+def test_other_settings_are_refused(generate, model_with_classes, tmp_path):
+    assert generate("--class_label", 2, pipeline=model_with_classes)[0] == 0
+    before = identities((tmp_path / "out").iterdir())
+    other_weights = export_tiny(tmp_path / "other", seed=2, num_class_embeds=3)
+    for difference, arguments in {
+        "class_label is 2 there and 1 now": {"flags": ("--class_label", 1)},
+        "num_inference_steps is 3 there and 4 now": {"steps": 4},
+        "eta is 0.0 there and 0.5 now": {"flags": ("--class_label", 2, "--eta", 0.5)},
+        "dtype is fp32 there and bf16 now": {"flags": ("--class_label", 2, "--dtype", "bf16")},
+        "_class_name is DDIMScheduler there and DDPMScheduler now": {
+            "flags": ("--class_label", 2, "--scheduler", "ddpm")
+        },
+        "weights_sha256 diffusion_pytorch_model.safetensors is": {"pipeline": other_weights},
+    }.items():
+        arguments = {"pipeline": model_with_classes} | arguments
+        flags = arguments.pop("flags", ("--class_label", 2))
+        code, _, error = generate(*flags, **arguments)
+        assert code == 2
+        assert difference in error
+    assert identities((tmp_path / "out").iterdir()) == before
+    # the repository's own sampler by its name is no other setting
+    assert generate("--class_label", 2, "--scheduler", "ddim", pipeline=model_with_classes)[0] == 0
+
+
+def test_folders_of_others(generate, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "holiday.PNG").touch()
+    code, _, error = generate()
+    assert code == 2
+    assert "holds 1 PNG files, holiday.PNG for one, but no generate.json" in error
+    (out / "holiday.PNG").unlink()
+    assert generate()[0] == 0
+    (out / "generate.json").write_text('{"settings"')
+    code, _, error = generate()
+    assert code == 2
+    assert "generate.json is damaged" in error
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scheduler", "magic"], "'magic' (choose from"),
+        (["--num_images", "0"], "--num_images is 0; it must be at least 1"),
+        (["--seed", "4294967293"], "the last seed is 4294967296; it must be below 2**32"),
+        (["--steps", "0"], "num_inference_steps is 0; it must be 1 to 1000"),
+        (["--steps", "3", "--scheduler", "pndm"], "num_inference_steps is 3; PNDMScheduler needs"),
+        (["--eta", "0.5", "--scheduler", "unipc"], "eta is 0.5, but UniPCMultistepScheduler does not take it"),
+        (["--class_label", "1"], "the network has no class embeddings"),
+        (["--pipeline", "runs/no/pipeline"], "runs/no/pipeline is neither a folder nor the id of a Hub repository"),
+        (["--pipeline", "nobody/nothing"], "--pipeline nobody/nothing is no folder, and it could not be had"),
+        (["--pipeline", str(REPOSITORY / "tests")], "tests is no model repository"),
+        (["--revision", "main"], "--revision main is for the Hub"),
+        (["--out", str(REPOSITORY / "README.md")], "README.md is no folder"),
+        (["--step", "3"], "unrecognized arguments: --step 3"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(generate, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, error = generate(*arguments)
+    assert code == 2
+    assert error.startswith("error: ")
+    assert message in error
+    assert not out
+    assert not (tmp_path / "out").exists()
+
+
+def test_failures_exit_with_1(generate, model, tmp_path):
+    pipeline = CustomUNetPipeline.from_pretrained(model)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias[0] = float("nan")
+    broken = export_pipeline(pipeline, tmp_path / "broken")
+    assert generate(pipeline=broken, out=tmp_path / "nan")[::2] == (
+        1,
+        "error: 4 of 4 images are not finite; the network's weights or precision are broken",
+    )
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        code, _, error = generate()
+    assert code == 1
+    assert "is in use by another start" in error
+
+
+def test_damaged_weights_are_bad_input(generate, tmp_path):
+    damaged = export_tiny(tmp_path / "damaged", seed=0)
+    weights = damaged / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, error = generate(pipeline=damaged)
+    assert code == 2
+    assert "damaged could not be loaded" in error
+
+
+def test_a_repository_of_the_hub_is_recorded_with_its_commit(generate, model, tmp_path, monkeypatch):
+    """From the cache, as the Hub's client lays it out, for there is no network."""
+    cached = tmp_path / "cache" / "models--me--faces"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(COMMIT)
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / COMMIT).symlink_to(model)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, error = generate(pipeline="me/faces")
+    assert code == 0, error
+    made = record(tmp_path / "out")
+    assert (made["pipeline"], made["revision"]) == ("me/faces", COMMIT)
+
+
+# ---- Interrupted, and finished by several processes
+
+
+def wait_for_images(folder: Path, number: int, is_running) -> None:
+    deadline_seconds = time.monotonic() + 60
+    while len(list(folder.glob("seed-*.png"))) < number and is_running():
+        assert time.monotonic() < deadline_seconds
+        time.sleep(0.005)
+
+
+def test_ctrl_c_keeps_what_is_there(generate, tmp_path):
+    finished = threading.Event()
+
+    def press_ctrl_c():
+        wait_for_images(tmp_path / "out", 2, lambda: not finished.is_set())
+        if not finished.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    finger = threading.Thread(target=press_ctrl_c)
+    finger.start()
+    code, _, error = generate("--batch_size", 1, images=30, steps=40)
+    finished.set()
+    finger.join()
+    assert code == 130
+    assert error == "stopped; the images so far are kept, and the same command goes on"
+    assert 2 <= 30 - len(missing_seeds(tmp_path / "out", range(30))) < 30
+
+
+def test_killed_and_finished_by_two_processes(generate, model, tmp_path):
+    out, seeds = tmp_path / "killed", range(20, 32)
+    sampling = ["--seed", "20", "--scheduler", "ddpm"]
+    fixed = ["--pipeline", model, "--num_images", len(seeds), "--steps", 60, "--out", out, "--num_cpu_threads", 1]
+    command = ["-m", "pipelines.generate", *map(str, fixed), *sampling, "--batch_size", "1"]
+    with subprocess.Popen([sys.executable, *command], cwd=REPOSITORY) as process:
+        try:
+            wait_for_images(out, 3, lambda: process.poll() is None)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    killed_at = len(seeds) - len(missing_seeds(out, seeds))
+    assert 3 <= killed_at < len(seeds)
+    kept = identities(image_paths(out, seeds[:killed_at]))
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *command],
+        cwd=REPOSITORY,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{len(seeds) - killed_at} images generated" in done.stdout
+    assert identities(kept) == kept
+    starts = record(out)["starts"]
+    assert [start["num_processes"] for start in starts] == [1, 2]
+    assert ["generated" in start for start in starts] == [False, True]
+
+    whole = tmp_path / "whole"
+    assert generate(*sampling, "--batch_size", 5, out=whole, images=len(seeds), steps=60)[0] == 0
+    assert_same_images(out, whole, seeds)
+    assert np.abs(pixels(out / "contact_sheet.png") - pixels(whole / "contact_sheet.png")).max() <= 1
+    assert record(out)["settings"] == record(whole)["settings"]
+    assert {path.name for path in out.iterdir()} - {path.name for path in whole.iterdir()} == set()

@@ -1,0 +1,321 @@
+"""Pushing to the Hub and loading from it by repository id, against a stand-in on loopback (loopback_hub.py)."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler
+from huggingface_hub import ModelCard, constants
+from loopback_hub import TOKEN, LoopbackHub
+from PIL import Image
+
+import train_unet
+from custom_unet import CustomUNet2DModel
+from pipelines import CustomUNetPipeline, export
+from pipelines.export import export_pipeline
+from pipelines.hub import ModelRepositoryError, model_files
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
+STRAY = ("checkpoint-10/optimizer.pt", "log.jsonl", "optimizer.pt", ".env", "scheduler/notes.txt", "unet/notes.txt")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in that the library in this process takes for the Hub, logged in to by HF_TOKEN alone."""
+    hub = LoopbackHub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A model repository in two shards, with stray files beside its own."""
+    torch.manual_seed(0)
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
+    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler())
+    folder = export_pipeline(pipe, tmp_path / "faces", sample_grid=tmp_path / "grid.png", max_shard_size=30_000)
+    for name in STRAY:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{name} must not leave this machine")
+    return folder
+
+
+def environment(hub: LoopbackHub, home: Path, token: str | None = TOKEN) -> dict[str, str]:
+    """Nothing of this repository on the path, nothing of the user's caches and login."""
+    hidden = ("PYTHONPATH", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE")
+    env = {key: value for key, value in os.environ.items() if key not in hidden}
+    env |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    env["HF_ENDPOINT"] = hub.address
+    return env | ({"HF_TOKEN": token} if token else {})
+
+
+def run(*arguments: str | Path, env: dict[str, str], cwd: Path = REPOSITORY) -> tuple[int, str]:
+    """Exit code, and stdout with stderr, in which the token never stands."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    output = done.stdout + done.stderr
+    assert TOKEN not in output
+    return done.returncode, output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def error_line(output: str) -> str:
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in output
+    return line
+
+
+def own_files(folder: Path) -> set[str]:
+    return {*contents(folder)} - {*STRAY}
+
+
+LOAD = """
+import json, sys
+import numpy, torch
+from diffusers import DiffusionPipeline, UNet2DModel
+first_commit, out = sys.argv[1:]
+
+def draw(pipe):
+    generator = [torch.Generator().manual_seed(3)]
+    return pipe(batch_size=1, generator=generator, num_inference_steps=4, output_type="np").images
+
+pipe = DiffusionPipeline.from_pretrained("someone/faces", trust_remote_code=True)
+assert "diffusers_modules" in type(pipe).__module__ and "diffusers_modules" in type(pipe.unet).__module__
+pinned = DiffusionPipeline.from_pretrained("someone/faces", revision=first_commit, trust_remote_code=True)
+stock = UNet2DModel.from_pretrained("someone/faces", subfolder="unet", use_safetensors=True)
+weights = pipe.unet.state_dict()
+assert all(torch.equal(value, weights[name]) for name, value in stock.state_dict().items())
+numpy.savez(out, newest=draw(pipe), pinned=draw(pinned))
+"""
+
+
+def test_push_and_load_by_id_in_a_fresh_process(hub, folder, tmp_path):
+    """Twice: the second push has other weights in one file, and no shard of the first one stays."""
+    before = contents(folder)
+    push = ["-m", "pipelines.export", "push", "--pipeline", folder, "--repo_id", "faces"]
+    code, output = run(*push, env=environment(hub, tmp_path / "pushing"))
+    assert (code, contents(folder)) == (0, before), output
+    assert "pushed: " in output
+    uploaded = hub.files("someone/faces")
+    assert uploaded.keys() == own_files(folder) | {".gitattributes"}
+    assert len([name for name in uploaded if name.endswith(".safetensors")]) >= 2
+    assert all(uploaded[name] == before[name] for name in own_files(folder) - {"README.md"})
+    card = ModelCard(uploaded["README.md"].decode())
+    assert 'from_pretrained("someone/faces", revision=commit, trust_remote_code=True)' in card.text
+    assert len(hub.commits["someone/faces"]) == 2, "the push is one commit"
+    assert not hub.private
+
+    torch.manual_seed(1)
+    second = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler())
+    expected = {"pinned": CustomUNetPipeline.from_pretrained(folder), "newest": second}
+    first_commit = hub.commit_id("someone/faces")
+    hub.commits["someone/faces"][-1]["LICENSE"] = b"added on the Hub"
+    export_pipeline(second, folder)
+    hub.faults["PUT /lfs"] = ["cut"]  # the library tries again by itself
+    assert export.main([str(argument) for argument in push[2:]]) == 0
+    assert not hub.faults["PUT /lfs"]
+    assert hub.files("someone/faces").keys() == {*contents(folder)} | {".gitattributes", "LICENSE"}
+
+    out, home = tmp_path / "images.npz", tmp_path / "loading"
+    code, output = run("-c", LOAD, first_commit, out, env=environment(hub, home, token=None), cwd=tmp_path)
+    assert code == 0, output
+    images = np.load(out)
+    for name, pipe in expected.items():
+        seeded = {"generator": [torch.Generator().manual_seed(3)], "num_inference_steps": 4, "output_type": "np"}
+        np.testing.assert_allclose(images[name], pipe(batch_size=1, **seeded).images, atol=1e-5)
+    assert np.abs(images["newest"] - images["pinned"]).max() > 0.01
+
+    everything = [*hub.bodies, *hub.files("someone/faces").values(), *contents(tmp_path).values()]
+    assert not any(TOKEN.encode() in content for content in everything)
+    assert not any(b"must not leave" in content for content in hub.bodies)
+
+
+# Failures: one line with the command to try again, the local folder as it was, no token anywhere
+
+CASES = {
+    "no answer to create": ({"POST /api/repos/create": [503]}, "503"),
+    "no answer to commit": ({"POST .*/commit/": [500]}, "500"),
+    "cut while creating": ({"POST /api/repos/create": ["cut"]}, "disconnected|reset"),
+    "cut in the midst of the commit": ({"POST .*/commit/": ["cut"]}, "disconnected|reset"),
+    "a file is refused": ({"PUT /lfs": [403] * 9}, "403"),
+    "no permission": ({"GET .*/auth-check/write": [403]}, "take a token that may write there"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_failed_push_is_one_line_and_the_command_in_it_works(hub, folder, case, capfd):
+    faults, reason = CASES[case]
+    hub.faults = {pattern: list(outcomes) for pattern, outcomes in faults.items()}
+    before = contents(folder)
+    assert export.main(["push", "--pipeline", str(folder), "--repo_id", "someone/faces", "--private"]) == 1
+    output = "".join(capfd.readouterr())
+    assert TOKEN not in output
+    line = error_line(output)
+    assert re.search(reason, line)
+    assert contents(folder) == before
+    assert len(hub.commits.get("someone/faces", [])) <= 1, "nothing was committed"
+    hub.faults = {}
+    command = line.split("push it again with: ")[1]
+    assert command.startswith("python -m pipelines.export push ")
+    assert export.main(shlex.split(command)[3:]) == 0
+    assert hub.files("someone/faces").keys() == own_files(folder) | {".gitattributes"}
+    assert hub.private == {"someone/faces"}
+
+
+def test_wrong_token_no_token_no_network_and_a_foreign_name(hub, folder, monkeypatch, capfd):
+    def refused(repo_id: str = "faces") -> str:
+        assert export.main(["push", "--pipeline", str(folder), "--repo_id", repo_id]) == 1
+        output = "".join(capfd.readouterr())
+        assert not re.search("hf_(secret|wrong)", output)
+        return error_line(output)
+
+    assert "403" in refused("another/faces")
+    assert "'a/b/c'" in refused("a/b/c")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrongToken")
+    assert "401" in refused()
+    monkeypatch.delenv("HF_TOKEN")
+    assert "set HF_TOKEN or log in with `hf auth login`" in refused()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port refuses connections
+    assert "refused" in refused()
+    assert not hub.commits
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for_without_end(hub, folder, monkeypatch, capfd):
+    monkeypatch.setattr("pipelines.hub.TIMEOUT_SECONDS", 0.2)
+    hub.faults = {"POST /api/repos/create": ["stall"]}
+    assert export.main(["push", "--pipeline", str(folder), "--repo_id", "faces"]) == 1
+    assert "timed out" in error_line(capfd.readouterr().err)
+
+
+def test_a_token_in_the_answer_of_the_hub_is_not_printed(hub, folder, capfd):
+    """What a server sends back may quote the request."""
+    hub.error_text = f"the header said Bearer {TOKEN}"
+    hub.faults = {"POST /api/repos/create": [400]}
+    assert export.main(["push", "--pipeline", str(folder), "--repo_id", "faces"]) == 1
+    output = "".join(capfd.readouterr())
+    assert "the header said Bearer ***" in error_line(output)
+    assert TOKEN not in output
+
+
+def test_a_branch(hub, folder):
+    assert export.main(["push", "--pipeline", str(folder), "--repo_id", "faces", "--revision", "half"]) == 0
+    assert hub.files("someone/faces").keys() == {".gitattributes"}
+    assert hub.files("someone/faces", "half").keys() == own_files(folder) | {".gitattributes"}
+
+
+# What is refused before anything is asked of the Hub
+
+
+def spoil_index(folder: Path, **values) -> None:
+    index = json.loads((folder / "model_index.json").read_text()) | values
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+SPOILERS = {
+    "no index": (lambda folder: (folder / "model_index.json").unlink(), "no model repository"),
+    "index of another kind": (lambda folder: (folder / "model_index.json").write_text("[]"), "holds a list"),
+    "no scheduler": (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config"),
+    "no code": (lambda folder: (folder / "unet" / "custom_unet_2d.py").unlink(), "custom_unet_2d.py"),
+    "a way out in the index": (lambda folder: spoil_index(folder, unet=["../evil", "X"]), "../evil"),
+    "pickled weights": (lambda folder: (folder / "unet" / "diffusion_pytorch_model.bin").touch(), "pickled"),
+    "a missing shard": (lambda folder: next((folder / "unet").glob("*-00002-of*")).unlink(), "-00002-of"),
+    "a pickle by another name": (
+        lambda folder: torch.save({}, next((folder / "unet").glob("*-00001-of*"))),
+        "is damaged",
+    ),
+    "a link out of the folder": (
+        lambda folder: ((folder / "samples.png").unlink(), (folder / "samples.png").symlink_to("/etc/hostname")),
+        "link out of the folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoiler", SPOILERS)
+def test_a_folder_that_is_not_fit(hub, folder, spoiler, capfd):
+    spoil, reason = SPOILERS[spoiler]
+    spoil(folder)
+    with pytest.raises(ModelRepositoryError, match=re.escape(reason)):
+        model_files(folder)
+    assert export.main(["push", "--pipeline", str(folder), "--repo_id", "faces"]) == 2
+    assert reason in error_line(capfd.readouterr().err)
+    assert not hub.bodies
+
+
+# The trainer
+
+
+@pytest.fixture
+def train_flags(tmp_path) -> list[str]:
+    config = {
+        "dataset_name": "synthetic-faces",
+        "max_images": 20,
+        "crop": "none",
+        "resolution": 8,
+        "report_to": "none",
+    }
+    config |= {key: list(value) for key, value in TINY.items() if isinstance(value, tuple)}
+    config |= {"layers_per_block": 1, "norm_num_groups": 4, "train_batch_size": 4, "max_train_steps": 3}
+    config |= {"eval_batch_size": 4, "ddpm_num_inference_steps": 2, "num_cpu_threads": 1, "push_to_hub": True}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    flags = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / "runs" / "tiny-faces"]
+    return [str(flag) for flag in (*flags, "--cache_dir", tmp_path / "cache")]
+
+
+def test_the_trainer_pushes_at_its_end(hub, train_flags, tmp_path):
+    env = environment(hub, tmp_path / "home") | {"ACCELERATE_USE_CPU": "true"}
+    code, output = run("train_unet.py", *train_flags, "--hub_private_repo", env=env)
+    assert code == 0, output
+    assert "pushed: " in output
+    uploaded = hub.files("someone/tiny-faces")
+    local = contents(tmp_path / "runs" / "tiny-faces" / "pipeline")
+    assert uploaded.keys() == {*local, ".gitattributes"}
+    assert {"samples.png", "training.json", "training_config.yaml"} <= uploaded.keys()
+    assert hub.private == {"someone/tiny-faces"}
+    assert not any(str(tmp_path).encode() in content for content in uploaded.values())
+    assert not any(TOKEN.encode() in content for content in (*hub.bodies, *contents(tmp_path).values()))
+
+
+def test_the_trainer_asks_the_hub_before_it_begins(hub, train_flags, tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("HF_TOKEN")
+    assert train_unet.main(train_flags) == 2
+    assert "set HF_TOKEN" in error_line(capfd.readouterr().err)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert train_unet.main([*train_flags, "--hub_model_id", "another/faces"]) == 2
+    assert "403" in error_line(capfd.readouterr().err)
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_failed_push_of_the_trainer_leaves_the_run_and_the_command(hub, train_flags, tmp_path, capfd):
+    hub.faults = {"POST .*/commit/": [500]}
+    assert train_unet.main([*train_flags, "--hub_model_id", "someone/else"]) == 1
+    line = error_line(capfd.readouterr().err)
+    assert (tmp_path / "runs" / "tiny-faces" / "checkpoint-3").is_dir()
+    assert export.main(shlex.split(line.split("push it again with: ")[1])[3:]) == 0
+    assert "unet/diffusion_pytorch_model.safetensors" in hub.files("someone/else")

@@ -1,0 +1,253 @@
+"""The model card: true to the files beside it, in metadata that the Hub's library reads back, without placeholders."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.utils import dynamic_modules_utils
+from huggingface_hub import ModelCard
+
+from custom_unet import CustomUNet2DModel
+from pipelines import CustomUNetPipeline, export
+from pipelines.export import export_pipeline
+from pipelines.model_card import CardError, render_card
+from training.config import TrainConfig
+from training.images import CROPS, crop_box
+
+TINY = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
+DATA = {"split": "train", "crop": "celeba_140", "resolution": 8, "num_images": 21_803, "num_skipped": 3}
+HELDOUT = {"step": 2_500, "split": "validation", "heldout_loss": 0.0629, "heldout_loss_q1": 0.1895}
+HELDOUT |= {"heldout_loss_q2": 0.0404, "heldout_loss_q3": 0.0175, "heldout_loss_q4": 0.0044}
+FACTS = {
+    "step": 3_000,
+    "total_steps": 4_000,
+    "images_seen": 96_000,
+    "train_seconds": 2_676.0,
+    "num_processes": 2,
+    "num_heldout_images": 512,
+    "samples_step": 2_500,
+    "parameters": 1,
+    "data": DATA | {"source": "faces", "fingerprint": "0123456789abcdef"},
+    "heldout": HELDOUT,
+    "device": "A CPU of this test, 2 cores",
+    "precision": "bf16",
+    "versions": {"python": "3.11", "torch": "2.15"},
+    "date": "2026-11-23",
+}
+RESULTS = [
+    {"name": "FID (clean)", "metric": "fid", "value": 12.345, "mode": "clean", "n": 10_000, "sampler": "DDIM"}
+    | {"steps": 50, "eta": 0.0},
+    {"name": "KID (clean)", "metric": "kid", "value": 0.0123, "std": 0.001, "mode": "clean", "n": 10_000},
+    {"name": "Recall", "metric": "recall", "value": None, "n": 10_000},
+]
+
+
+def config(**options) -> str:
+    source = {"dataset_name": "someone/faces"} if "train_data_dir" not in options else {}
+    options = {"resolution": 8, "max_train_steps": 4_000, "snr_gamma": 5.0, "output_dir": "runs/my-faces"} | options
+    return TrainConfig(**source | options, train_batch_size=16, gradient_accumulation_steps=2).to_public_yaml()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
+    return export_pipeline(pipe, tmp_path_factory.mktemp("models") / "faces")
+
+
+@pytest.fixture
+def card(weights, tmp_path):
+    """Renders the card of a folder with these further files."""
+
+    def card(facts: dict | None = FACTS, config: str | None = None, results=None, name=None, grid=True) -> ModelCard:
+        folder = tmp_path / "faces"
+        for path in weights.rglob("*.*"):
+            (folder / path.relative_to(weights)).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path.relative_to(weights)).write_bytes(path.read_bytes())
+        if facts is not None:
+            (folder / "training.json").write_text(json.dumps(facts))
+        if config is not None:
+            (folder / "training_config.yaml").write_text(config)
+        if results is not None:
+            (folder / "results.json").write_text(results if isinstance(results, str) else json.dumps(results))
+        if grid:
+            (folder / "samples.png").write_bytes(b"a picture")
+        content = render_card(folder, name)
+        assert render_card(folder, name) == content, "a pure function of the folder"
+        assert str(tmp_path) not in content
+        return ModelCard(content)
+
+    return card
+
+
+def data(**changes) -> dict:
+    return FACTS | {"data": FACTS["data"] | changes}
+
+
+def test_metadata_survives_the_librarys_reader(card):
+    read = card(config=config(), results={"results": RESULTS}, name="someone/faces-8")
+    assert str(ModelCard(str(read))) == str(read)
+    assert read.data.library_name == "diffusers"
+    assert read.data.pipeline_tag == "unconditional-image-generation"
+    assert read.data.datasets == ["someone/faces"]
+    assert {"unconditional-image-generation", "diffusion", "faces"} <= {*read.data.tags}
+    assert read.data.model_name == "faces-8"
+    fid, kid = read.data.eval_results  # what was not measured is no result
+    assert (fid.metric_type, fid.metric_value, fid.metric_config) == ("fid", 12.345, "clean")
+    assert fid.metric_name == "FID (clean), n = 10,000, DDIM, 50 steps"
+    assert fid.metric_args == {"mode": "clean", "n": 10_000, "sampler": "DDIM", "steps": 50, "eta": 0.0}
+    assert (fid.task_type, fid.dataset_type) == ("unconditional-image-generation", "someone/faces")
+    assert (kid.metric_type, kid.metric_value) == ("kid", 0.0123)
+
+
+@pytest.mark.parametrize(
+    ("facts", "licence", "claims"),
+    [
+        (data(), ("other", "celeba-agreement"), ["non-commercial research only", "celebrities"]),
+        (data(crop="center", source="CelebA-HQ"), ("other", "celeba-agreement"), ["CelebA.html", "identify anybody"]),
+        (data(crop="none", source="synthetic-faces"), ("apache-2.0", None), ["procedural faces", "show nobody"]),
+        (data(crop="center", source="cats"), (None, None), ["no licence is claimed"]),
+        (None, (None, None), ["no licence is claimed", "no record of the training"]),
+    ],
+)
+def test_licence_and_limits_follow_the_data(card, facts, licence, claims):
+    read = card(facts)
+    assert (read.data.license, read.data.license_name) == licence
+    assert (read.data.license_link is not None) == (licence[0] == "other")
+    for claim in claims:
+        assert claim in read.text
+    assert ("CelebA" in read.text) == (licence[0] == "other")
+    assert ("liu2015faceattributes" in read.text) == (licence[0] == "other")
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_each_crop_is_described_by_its_rows_and_columns(card, crop):
+    text = card(data(crop=crop)).text
+    left, top, right, bottom = crop_box(crop, 178, 218)
+    if crop.startswith("celeba"):
+        assert f"rows {top:g} to {bottom - 1:g}, columns {left:g} to {right - 1:g}" in " ".join(text.split())
+    assert "not recorded" not in text
+
+
+def test_the_facts_of_the_run_are_told(card):
+    text = card(config=config(train_data_dir="/home/somebody/faces", crop="celeba_140")).text
+    parameters = sum(parameter.numel() for parameter in CustomUNet2DModel(**TINY).parameters())
+    for fact in (
+        f"U-Net of {parameters:,} parameters that predicts v",
+        "images of CelebA in a local folder named `faces`; split `train`, 21,803 images (3 unreadable ones left out)",
+        "3,000 of 4,000 updates, 96,000 images seen, 4.4 passes over the data, in 44.6 minutes",
+        "A CPU of this test, 2 cores; 2 processes, bf16",
+        "**Held-out loss** at step 2,500: 0.0629",
+        "512 images of the split `validation`",
+        "0.1895, 0.0404, 0.0175, 0.0044",
+        "drawn at step 2,500, before the step 3,000 of these weights",
+        "64 = 16 x 2 (accumulated) x 2 (processes)",
+        "min-SNR, gamma 5",
+        "trained on 21,803 images",
+    ):
+        assert fact in " ".join(text.split()), fact
+    assert "somebody" not in text
+    assert text.startswith("\n# my-faces\n")
+
+
+def test_results_with_their_n_or_that_there_are_none(card):
+    assert "Not measured" in card().text
+    text = card(results={"results": RESULTS}).text
+    assert "Not measured" not in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[0] == ["metric", "value", "mode", "n", "sampler", "steps", "eta"]
+    assert rows[2:] == [
+        ["FID (clean)", "12.35", "clean", "10,000", "DDIM", "50", "0.0"],
+        ["KID (clean)", "0.0123 ± 0.001", "clean", "10,000", "", "", ""],
+        ["Recall", "not measured", "", "10,000", "", "", ""],
+    ]
+
+
+def test_no_placeholders_and_only_the_citations_that_apply(card, tmp_path):
+    read = card(config=config(), results={"results": RESULTS})
+    assert not re.search(r"\b(None|nan|TODO|TBD|null|unknown|More Information)\b|\{\}|<[a-z_-]+>", read.text)
+    keys = re.findall(r"^@inproceedings\{(\w+),$", read.text, re.MULTILINE)
+    assert len(keys) == len({*keys}) == 6
+    read = card(data(crop="none", source="synthetic-faces"), config(snr_gamma=None))
+    assert "hang2023" not in read.text
+    bibtex = read.text.split("```bibtex")[1].split("```")[0]
+    assert bibtex.count("{") == bibtex.count("}")
+
+
+def test_revision_is_pinned_where_there_are_revisions(card):
+    assert "revision=commit" in card(name="someone/faces-8").text
+    assert "revision" not in card().text
+
+
+def test_the_stock_pipeline_in_the_card_suits_the_sampler(tmp_path):
+    folder = export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY), DDPMScheduler()), tmp_path / "faces")
+    text = (folder / "README.md").read_text()
+    assert "from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel" in text
+    assert "song2021denoising" not in text
+
+
+def test_the_examples_of_the_card_run(weights, monkeypatch, tmp_path):
+    """Every Python block, one after another, in the folder that holds the model's."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.chdir(weights.parent)
+    blocks = re.findall(r"```python\n(.*?)```", (weights / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict = {}
+    for block in blocks:
+        exec(block.replace("num_inference_steps=50", "num_inference_steps=2"), names)
+        assert len(names["pipe"](batch_size=1, num_inference_steps=2).images) == 1
+    assert len(names["images"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ("{", "cannot read"),
+        ("[]", "mapping"),
+        ({"results": [{"metric": "fid", "value": 1}]}, "a name and a metric"),
+        ({"results": ["fid"]}, "a name and a metric"),
+        ({"results": {"fid": 1}}, "a name and a metric"),
+        ({"results": [RESULTS[0] | {"value": math.nan}]}, "finite number"),
+        ({"results": [RESULTS[0] | {"value": "12"}]}, "finite number"),
+        ({"results": [RESULTS[0] | {"value": [1]}]}, "finite number"),
+        ({"results": [RESULTS[0] | {"std": "1"}]}, "the std of FID"),
+    ],
+)
+def test_bad_results_are_one_line(card, results, message):
+    with pytest.raises(CardError, match=message) as error:
+        card(results=results)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_lack_what_the_card_needs_are_one_line(card):
+    with pytest.raises(CardError, match="'images_seen' is missing"):
+        card({key: value for key, value in FACTS.items() if key != "images_seen"})
+    with pytest.raises(CardError, match="'learning_rate' is missing"):
+        card(
+            config=yaml.safe_dump(
+                {key: value for key, value in yaml.safe_load(config()).items() if key != "learning_rate"}
+            )
+        )
+
+
+def test_the_command_writes_the_card_anew(weights, tmp_path, capsys):
+    before = (weights / "README.md").read_text()
+    (weights / "README.md").write_text("old")
+    assert export.main(["card", "--pipeline", str(weights)]) == 0
+    assert (weights / "README.md").read_text() == before
+    (weights / "results.json").write_text("{")
+    assert export.main(["card", "--pipeline", str(weights)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    (weights / "results.json").unlink()

@@ -1,0 +1,74 @@
+"""The facts of a run that travel with its model, from which the model card is written."""
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from training.config import TrainConfig
+from training.processes import available_cores
+from training.run_log import read_log
+
+LIBRARIES = "torch diffusers accelerate datasets".split()
+
+
+def run_facts(
+    config: TrainConfig,
+    network: nn.Module,
+    data: dict,
+    log_path: Path,
+    device: torch.device,
+    *,
+    step: int,
+    **numbers: int | float | None,
+) -> dict:
+    """What `training.json` of the model repository says, JSON-able and without any path of this machine.
+
+    Args:
+        data: the description of the image store.
+        log_path: the run's log; its newest held-out losses up to `step` are taken.
+        numbers: `total_steps` (None without a last step), `images_seen`, `train_seconds`, `num_processes`,
+            `num_heldout_images` and `samples_step`, at which the sample grid was drawn (None without a grid).
+    """
+    heldout = [record for record in read_log(log_path) if "heldout_loss" in record and record["step"] <= step]
+    losses = None
+    if heldout:
+        losses = {key: value for key, value in heldout[-1].items() if key == "step" or key.startswith("heldout_loss")}
+        losses["split"] = config.validation_split
+    return {
+        "step": step,
+        **numbers,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "data": {key: value for key, value in data.items() if value is not None},
+        "heldout": losses,
+        "device": device_name(device),
+        "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the processor with the number of cores that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        models = [
+            line.split(":", 1)[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        ]
+        name = models[0].strip() if models else name
+    return f"{name}, {available_cores()} cores"
+
+
+def recorded_step(folder: Path) -> int | None:
+    """The step of the weights in a model repository, by its `training.json`; None if there is none."""
+    path = folder / "training.json"
+    return json.loads(path.read_text())["step"] if path.exists() else None
