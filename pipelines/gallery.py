@@ -27,7 +27,7 @@ from pipelines.custom_unet_pipeline import SAMPLERS
 
 SEEDS = list(range(8))
 STEPS = (5, 50)
-INVERSION_STEPS = (10, 20, 50, 100, 250)
+INVERSION_STEPS = (10, 20, 50, 100)
 FIXED_POINT_ITERATIONS = (1, 2, 5)
 LEVELS = (200, 400, 600, 800)
 
@@ -131,7 +131,7 @@ def draw_inpainting(pipe: CustomUNetPipeline, out: Path) -> dict:
         painted = pipe.inpaint(image[None], mask, seeds=range(6)).images
         rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(np.stack([image, shown])), *painted]
     labelled_grid(rows, ["image", "masked", *(f"seed {seed}" for seed in range(6))]).save(out / "inpainting.png")
-    return {"image_seeds": SEEDS[:3], "seeds": list(range(6)), "steps": 50, "jump_length": 5, "num_resamples": 5}
+    return {"image_seeds": SEEDS[:3], "seeds": list(range(6)), "steps": 50, "jump_length": 1, "num_resamples": 5}
 
 
 def draw_variations(pipe: CustomUNetPipeline, out: Path) -> dict:

@@ -17,14 +17,6 @@ from pipelines.custom_unet_pipeline import repaint_walk, slerp
 MEAN, SCALE, CORRELATION = 0.1, 0.2, 0.9
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def two_pixels() -> Mixture:
     """Two RGB pixels side by side, the same channel correlated, the three channels independent."""
     block = torch.tensor([[1.0, CORRELATION], [CORRELATION, 1.0]], dtype=torch.float64)

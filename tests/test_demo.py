@@ -16,6 +16,7 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image, ImageOps
 from playwright.sync_api import Locator, Page, expect, sync_playwright
+from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
@@ -23,14 +24,6 @@ from pipelines.demo import build_demo, main
 from pipelines.export import export_pipeline
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TINY = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-}
 SIZE, STEPS = 8, 4
 CHROMIUM_FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"

@@ -14,21 +14,13 @@ import torch
 from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import load_file
+from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, export
 from pipelines.export import export_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TINY = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-    "dropout": 0.5,
-}
 
 
 @pytest.fixture

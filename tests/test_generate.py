@@ -16,6 +16,7 @@ import torch
 from diffusers import DDIMScheduler
 from filelock import FileLock
 from PIL import Image
+from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
@@ -23,14 +24,6 @@ from pipelines.export import export_pipeline
 from pipelines.generate import DTYPES, generate_images, image_path, image_paths, load_pipeline, main, missing_seeds
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TINY = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -47,15 +40,6 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model_with_classes(tmp_path_factory) -> Path:
     return export_tiny(tmp_path_factory.mktemp("model") / "tiny-classes", seed=1, num_class_embeds=3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So that these small networks do not wait for what else the machine does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

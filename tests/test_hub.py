@@ -16,6 +16,7 @@ from diffusers import DDIMScheduler
 from huggingface_hub import ModelCard, constants
 from loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
+from tiny_network import TINY
 
 import train_unet
 from custom_unet import CustomUNet2DModel
@@ -24,14 +25,6 @@ from pipelines.export import export_pipeline
 from pipelines.hub import ModelRepositoryError, model_files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TINY = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-}
 STRAY = ("checkpoint-10/optimizer.pt", "log.jsonl", "optimizer.pt", ".env", "scheduler/notes.txt", "unet/notes.txt")
 
 

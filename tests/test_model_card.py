@@ -11,6 +11,7 @@ import yaml
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import ModelCard
+from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, export
@@ -19,14 +20,6 @@ from pipelines.model_card import CardError, render_card
 from training.config import TrainConfig
 from training.images import CROPS, crop_box
 
-TINY = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-}
 DATA = {"split": "train", "crop": "celeba_140", "resolution": 8, "num_images": 21_803, "num_skipped": 3}
 HELDOUT = {"step": 2_500, "split": "validation", "heldout_loss": 0.0629, "heldout_loss_q1": 0.1895}
 HELDOUT |= {"heldout_loss_q2": 0.0404, "heldout_loss_q3": 0.0175, "heldout_loss_q4": 0.0044}

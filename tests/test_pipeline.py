@@ -16,20 +16,11 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
-
-TINY = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-    "dropout": 0.5,
-}
 
 
 @pytest.fixture

@@ -29,15 +29,6 @@ TRAINED = {  # as networks are trained: prediction type and noise schedule
 NUM_QUASIRANDOM, NUM_RANDOM = 2048, 10000
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The arrays are too small to share, and waiting for each other costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_pipeline(sampler: str, prediction_type: str, data: Mixture, timestep_error: int = 0) -> CustomUNetPipeline:
     scheduler = DDPMScheduler(prediction_type=prediction_type, **TRAINED[prediction_type])
     network = ExactDenoiser(prediction_type, timestep_error).set_data(data, scheduler.alphas_cumprod.double())

@@ -1,0 +1,10 @@
+"""What holds for every test."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tests run side by side, and their tensors are too small to be worth sharing among threads."""
+    torch.set_num_threads(1)
