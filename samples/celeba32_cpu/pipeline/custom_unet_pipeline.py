@@ -392,7 +392,7 @@ class CustomUNetPipeline(DiffusionPipeline):
         image: PipelineImageInput,
         mask: PipelineImageInput,
         num_inference_steps: int = 50,
-        jump_length: int = 5,
+        jump_length: int = 1,
         num_resamples: int = 5,
         output_type: str = "pil",
         return_dict: bool = True,

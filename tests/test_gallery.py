@@ -1,0 +1,59 @@
+"""The sheet of pictures, and the command that draws them."""
+
+import json
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from tiny_network import TINY
+
+from custom_unet import CustomUNet2DModel
+from pipelines import CustomUNetPipeline
+from pipelines.export import export_pipeline
+from pipelines.gallery import labelled_grid, main, masks
+
+
+def test_a_sheet_shows_every_image_in_its_place():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]
+    red, green, blue, grey = (Image.new("RGB", (4, 4), colour) for colour in colours)
+    sheet = np.asarray(labelled_grid({"a": [red, green], "longer": [blue, grey]}, ["one", "two"], side=16))
+    assert sheet.shape[0] == 20 + 2 * 16
+    assert (sheet[20:36, -32:-16] == colours[0]).all()
+    assert (sheet[20:36, -16:] == colours[1]).all()
+    assert (sheet[36:, -32:-16] == colours[2]).all()
+    assert (sheet[36:, -16:] == colours[3]).all()
+    assert (sheet[:, :-32] < 128).any()  # the labels
+
+
+def test_masks_cover_what_they_name():
+    assert {name: mask.mean() for name, mask in masks(32).items()} == {"eyes": 0.25, "right half": 0.5, "centre": 0.25}
+
+
+def test_the_command_draws_and_records(tmp_path, capsys):
+    torch.manual_seed(0)
+    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
+    folder, out = export_pipeline(pipe, tmp_path / "model"), tmp_path / "assets"
+    for names in (["interpolation", "variations"], ["denoising"]):
+        assert main(["--pipeline", str(folder), "--out", str(out), "--only", *names]) == 0
+    files = {path.name for path in out.iterdir()}
+    assert files == {"interpolation.png", "variations.png", "denoising.png", "denoising.gif", "gallery.json"}
+    assert set(json.loads((out / "gallery.json").read_text())) == {"interpolation", "variations", "denoising"}
+    with Image.open(out / "interpolation.png") as sheet:
+        assert sheet.height == 4 * 64
+    capsys.readouterr()
+    assert main(["--pipeline", str(tmp_path / "nothing"), "--out", str(out)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_reconstructions_get_better_with_steps(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
+    monkeypatch.setattr("pipelines.gallery.INVERSION_STEPS", (5, 20))
+    folder = export_pipeline(pipe, tmp_path / "model")
+    assert main(["--pipeline", str(folder), "--out", str(tmp_path), "--only", "inversion"]) == 0
+    record = json.loads((tmp_path / "inversion.json").read_text())["reconstructions"]
+    error = {(r["steps"], r["fixed_point_iterations"]): r["rms_error_grey_levels"] for r in record}
+    assert error[20, 1] < error[5, 1]
+    assert error[20, 5] < error[20, 1]
+    assert all(r["network_evaluations_of_the_inversion"] == r["steps"] * r["fixed_point_iterations"] for r in record)
