@@ -50,8 +50,6 @@ def export_pipeline(
 ) -> Path:
     """Writes the model repository; an existing one is replaced, as a whole, only once the new one is complete.
 
-    `save_pretrained` alone would name the modules by their dotted path here and ship no code.
-
     Args:
         facts: of the run, for `training.json`; see `training/facts.py`.
         training_config: of the run, as YAML.
@@ -68,30 +66,43 @@ def export_pipeline(
     temporary, old = (folder.with_name(f".tmp-{prefix}{folder.name}") for prefix in ("", "old-"))
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    pipeline.save_pretrained(temporary, max_shard_size=max_shard_size)
-    unet = getattr(pipeline.unet, "_orig_mod", pipeline.unet)  # of torch.compile
-    if fp16_variant:
-        half = type(unet).from_pretrained(temporary / "unet", torch_dtype=torch.float16)
-        half.save_pretrained(temporary / "unet", variant="fp16", max_shard_size=max_shard_size or "10GB")
-    module, name = _ship_code(type(unet), temporary / "unet")
-    index = {"_class_name": _ship_code(type(pipeline), temporary), "unet": [module, name]}
-    if module != "diffusers":
-        index["auto_map"] = {"AutoModel": f"{module}.{name}"}
-    _edit_json(temporary / "model_index.json", index)
-    _edit_json(temporary / "unet" / "config.json", {})
-    if facts is not None:
-        (temporary / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    if training_config is not None:
-        (temporary / "training_config.yaml").write_text(training_config)
-    for source, target in ((sample_grid, "samples.png"), (results, "results.json")):
-        if source is not None:
-            shutil.copyfile(source, temporary / target)
-    write_card(temporary, folder.resolve().name)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
+    try:
+        _write_pipeline(pipeline, temporary, max_shard_size, fp16_variant)
+        if facts is not None:
+            (temporary / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        if training_config is not None:
+            (temporary / "training_config.yaml").write_text(training_config)
+        for source, target in ((sample_grid, "samples.png"), (results, "results.json")):
+            if source is not None:
+                shutil.copyfile(source, temporary / target)
+        write_card(temporary, folder.resolve().name)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _write_pipeline(
+    pipeline: CustomUNetPipeline, folder: Path, max_shard_size: int | str | None, fp16_variant: bool
+) -> None:
+    """Weights, configurations and code.
+
+    `save_pretrained` alone would name the modules by their dotted path here and ship no code.
+    """
+    pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+    unet = getattr(pipeline.unet, "_orig_mod", pipeline.unet)  # of torch.compile
+    if fp16_variant:
+        half = type(unet).from_pretrained(folder / "unet", torch_dtype=torch.float16)
+        half.save_pretrained(folder / "unet", variant="fp16", max_shard_size=max_shard_size or "10GB")
+    module, name = _ship_code(type(unet), folder / "unet")
+    index = {"_class_name": _ship_code(type(pipeline), folder), "unet": [module, name]}
+    if module != "diffusers":
+        index["auto_map"] = {"AutoModel": f"{module}.{name}"}
+    _edit_json(folder / "model_index.json", index)
+    _edit_json(folder / "unet" / "config.json", {})
 
 
 def _edit_json(path: Path, changes: dict) -> None:

@@ -196,6 +196,7 @@ def test_a_disk_that_is_full_leaves_the_old_folder(pipe, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         export_pipeline(pipe, folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["faces"]
 
 
 def test_a_compiled_network_is_exported_as_it_was_before(pipe, tmp_path):
