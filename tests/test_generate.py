@@ -277,11 +277,15 @@ def test_ctrl_c_keeps_what_is_there(generate, tmp_path):
         if not finished.is_set():
             os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it in its workers
     finger = threading.Thread(target=press_ctrl_c)
     finger.start()
-    code, _, error = generate("--batch_size", 1, images=30, steps=40)
-    finished.set()
-    finger.join()
+    try:
+        code, _, error = generate("--batch_size", 1, images=30, steps=40)
+    finally:
+        finished.set()
+        finger.join()
+        signal.signal(signal.SIGINT, before)
     assert code == 130
     assert error == "stopped; the images so far are kept, and the same command goes on"
     assert 2 <= 30 - len(missing_seeds(tmp_path / "out", range(30))) < 30
