@@ -195,7 +195,7 @@ def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Names
         "revision": commit,
         "sampler": options.scheduler,
         "settings": {
-            "weights_sha256": {path.name: _sha256(path) for path in weight_files(source)},
+            "weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)},
             "scheduler": scheduler,
             "num_inference_steps": options.steps,
             "eta": options.eta,
@@ -236,7 +236,7 @@ def _flat(settings: dict) -> dict:
     return flat
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -425,13 +425,13 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         there = options.num_images - len(missing)
         print(f"{options.out}: {len(missing)} images generated in {seconds:.1f} s, {there} were there")
     lock.release()
-    state.destroy_process_group()
 
 
 def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", 0))
     try:
         run(parse_options(arguments), arguments)
+        PartialState().destroy_process_group()
     except KeyboardInterrupt:
         print("stopped; the images so far are kept, and the same command goes on", file=sys.stderr)
         return 130

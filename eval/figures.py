@@ -1,0 +1,67 @@
+"""Figures of an evaluation, from arrays and results; none of them shows an image of the reference data."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+    plt.close(figure)
+
+
+def plot_cost_curve(entries: list[dict], floor: float, path: Path) -> None:
+    """Quality against network evaluations an image, a line for each sampler.
+
+    Args:
+        entries: the results of the family `cost`.
+        floor: the metric between two sets of real images of the same size.
+    """
+    figure, axes = plt.subplots(figsize=SIZE_INCHES)
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for entry in entries:
+        label = entry["sampler"] + (f", eta {entry['eta']:g}" if entry.get("eta") else "")
+        lines.setdefault(label, []).append((entry["network_evaluations"], entry["value"]))
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=label, markersize=4)
+    axes.axhline(floor, color="grey", linestyle="--", label="real against real")
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel=entries[0]["name"])
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_nearest_distances(edges: np.ndarray, counts: dict[str, np.ndarray], unit: str, path: Path) -> None:
+    """Histograms of nearest-neighbour distances, each normalised to a share of its images."""
+    figure, axes = plt.subplots(figsize=SIZE_INCHES)
+    for label, values in counts.items():
+        axes.stairs(values / values.sum(), edges, label=label, fill=True, alpha=0.5)
+    axes.set(xlabel=f"distance to the nearest training image, {unit}", ylabel="share of the images")
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_curves(
+    x: np.ndarray, curves: dict[str, tuple[np.ndarray, np.ndarray | None]], labels: dict, path: Path
+) -> None:
+    """Lines with bands of one standard error.
+
+    Args:
+        curves: mean (len(x),) and standard error or None, by their label.
+        labels: `xlabel`, `ylabel` and perhaps scales, as matplotlib's `Axes.set` takes them.
+    """
+    figure, axes = plt.subplots(figsize=SIZE_INCHES)
+    for label, (mean, error) in curves.items():
+        (line,) = axes.plot(x, mean, label=label)
+        if error is not None:
+            axes.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.25, linewidth=0)
+    axes.set(**labels)
+    axes.legend()
+    _save(figure, path)

@@ -1,0 +1,476 @@
+"""How likely images are under a model, in bits per dimension (a dimension is one of the C x H x W pixel values).
+
+Two likelihoods of two readings of the same network; both are code lengths of 8-bit images, so less is better:
+
+    variational_bound   of the stochastic sampler, term by term (DDPM: Ho et al. 2020, arXiv 2006.11239)
+    ode_likelihood      of the probability-flow ODE (Song et al. 2021, arXiv 2011.13456)
+
+Notation: abar is `alphas_cumprod`, D = C x H x W, and with alpha = sqrt(abar), n = sqrt(1 - abar), sigma = n / alpha
+
+    x_t = alpha x_0 + n epsilon                              DDPM eq. 4
+
+Timesteps count from 0 as in diffusers: timestep t here is t + 1 in the paper, and abar before timestep 0 is 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+from pipelines.custom_unet_pipeline import _clean_images_and_noise
+from training.data import to_model_range
+
+VARIANCES = ("fixed_small", "fixed_large")  # as diffusers' DDPMScheduler calls them
+PROBES = ("rademacher", "gaussian", "exact")
+SMALLEST_ALPHA_CUMPROD = 2**-24  # what diffusers' sigma-type schedulers take for an abar of 0, so that sigma is finite
+
+
+# The model's range, which training/data.py owns: [-1, 1], and the distance of neighbouring pixel values in it, 2/255
+BLACK, WHITE = to_model_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist()
+BIN_WIDTH = (WHITE - BLACK) / 255
+
+
+def to_float64_range(images: Tensor) -> Tensor:
+    """`to_model_range` in float64, so that bins of neighbouring pixel values meet exactly."""
+    return BLACK + BIN_WIDTH * images.double()
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of independent values (N,); NaN for a single one."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def to_bits_per_dim(nats: np.ndarray, num_dims: int) -> np.ndarray:
+    return nats / (num_dims * math.log(2))
+
+
+def _check(unet, images: Tensor, batch_size: int) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 of shape (N, C, H, W)")
+    if unet.training:
+        raise ValueError("the network is in training mode, where dropout acts; call unet.eval() first")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+
+
+def _predict(unet, scheduler, noisy_images: Tensor, timesteps: Tensor, signal, noise_scale) -> tuple[Tensor, Tensor]:
+    """x_0 and epsilon that the network predicts, float64 on the CPU, shape of `noisy_images` (B, C, H, W) float64.
+
+    Args:
+        timesteps: one for each image or one for all.
+        signal, noise_scale: alpha and n of them, scalars or of shape (B, 1, 1, 1).
+
+    Raises:
+        ValueError: if the network's output is not finite.
+    """
+    parameter = next(unet.parameters())
+    model_output = unet(noisy_images.to(parameter), timesteps.to(parameter.device)).sample.cpu().double()
+    if not model_output.isfinite().all():
+        raise ValueError(
+            f"the network's output is not finite (timesteps {timesteps.min():.4g} to {timesteps.max():.4g});"
+            " look at its weights"
+        )
+    return _clean_images_and_noise(scheduler.config.prediction_type, model_output, noisy_images, signal, noise_scale)
+
+
+# ---------------------------------------------------------------------------------------------- variational bound
+
+
+@dataclass(frozen=True)
+class VariationalBound:
+    """Upper bound of the code length of each image; bits/dim, float64.
+
+    Attributes:
+        bits_per_dim: the bound L_0 + L_1 + ... + L_T (DDPM eq. 5), shape (N,).
+        decoder: L_0 of each image, its reconstruction from x_1 of the paper, shape (N,).
+        prior: L_T of each image, what x_T still tells of it, shape (N,).
+        terms: mean over the images of each timestep's term, shape (T,): `terms[0]` is L_0, `terms[t]` is L_t. NaN for
+            a timestep that no image was evaluated at.
+        num_evaluations: network evaluations for each image.
+    """
+
+    bits_per_dim: np.ndarray
+    decoder: np.ndarray
+    prior: np.ndarray
+    terms: np.ndarray
+    num_evaluations: int
+
+    @property
+    def mean(self) -> float:
+        return float(self.bits_per_dim.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over images, with that of the Monte-Carlo estimates in it."""
+        return standard_error(self.bits_per_dim)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7, of every timestep; float64, shape (T,).
+
+    Attributes:
+        clean_weight: of x_0 in its mean, sqrt(abar_{t-1}) beta_t / (1 - abar_t). The weight of x_t is not needed: the
+            mean of the model is that of the posterior with the predicted x_0 in place of x_0.
+        variance: beta-tilde_t, 0 at timestep 0.
+        beta: beta_t.
+    """
+
+    clean_weight: Tensor
+    variance: Tensor
+    beta: Tensor
+
+
+def posterior_of(alphas_cumprod: Tensor) -> Posterior:
+    """Args: alphas_cumprod: float64, shape (T,)."""
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    beta = 1 - alphas_cumprod / previous
+    return Posterior(
+        clean_weight=previous.sqrt() * beta / (1 - alphas_cumprod),
+        variance=(1 - previous) / (1 - alphas_cumprod) * beta,
+        beta=beta,
+    )
+
+
+def model_variance(posterior: Posterior, variance: str) -> Tensor:
+    """sigma_t^2 of the reverse process, shape (T,): beta-tilde_t or beta_t (DDPM section 3.2).
+
+    At timestep 0, where beta-tilde is 0, both take beta-tilde of the next one, as the authors' code does.
+    """
+    values = {"fixed_small": posterior.variance, "fixed_large": posterior.beta}[variance].clone()
+    values[0] = posterior.variance[1]
+    return values
+
+
+def discrete_decoder(images: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:
+    """Log-probability (nats) of each pixel value under a Gaussian cut into 256 bins, DDPM eq. 13.
+
+    The bins lie around the pixel values in the model's range; the outermost ones reach to infinity.
+
+    Args:
+        images: uint8.
+        mean, std: of the Gaussian, float64, shapes that broadcast with `images`.
+    """
+    centre = to_float64_range(images)
+    lower = torch.where(images == 0, -math.inf, (centre - mean - BIN_WIDTH / 2) / std)
+    upper = torch.where(images == 255, math.inf, (centre - mean + BIN_WIDTH / 2) / std)
+    # In the lower tail Phi keeps its relative precision, so an interval of the upper one is mirrored
+    lower, upper = torch.where(lower > 0, -upper, lower), torch.where(lower > 0, -lower, upper)
+    log_upper = torch.special.log_ndtr(upper)
+    return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
+
+
+def prior_term(clean_images: Tensor, last_alpha_cumprod: Tensor) -> Tensor:
+    """L_T in nats, shape (N,): KL of q(x_T | x_0) = N(sqrt(abar_T) x_0, (1 - abar_T) I) from N(0, I), DDPM eq. 5."""
+    abar = last_alpha_cumprod
+    return (abar * (clean_images.square() - 1) - torch.log1p(-abar)).sum(dim=(1, 2, 3)) / 2
+
+
+@torch.no_grad()
+def variational_bound(
+    unet,
+    scheduler,
+    images: Tensor,
+    *,
+    num_evaluations: int | None = None,
+    variance: str = "fixed_small",
+    clip_sample: bool = False,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> VariationalBound:
+    """The variational bound of DDPM, eq. 5, in bits/dim.
+
+    Each image's sum over timesteps is taken in full, with one noise sample for each timestep, or estimated without
+    bias from a few of them. L_0 and L_T are always taken.
+
+    Args:
+        unet: called as `unet(noisy_images, timesteps).sample`; in evaluation mode.
+        scheduler: the noise schedule it was trained with; its `alphas_cumprod` and `prediction_type` count.
+        images: uint8, shape (N, C, H, W).
+        num_evaluations: network evaluations for each image, one of them for L_0; None for all T timesteps.
+        variance: of the reverse process, `fixed_small` (beta-tilde) or `fixed_large` (beta).
+        clip_sample: whether the predicted x_0 is clipped to [-1, 1], as some samplers do.
+        seed: of the noise and the timesteps; neither depends on the batch size.
+
+    Raises:
+        ValueError: for images of another type or shape, an argument out of range, a network in training mode or with
+            an output that is not finite, or epsilon prediction where the schedule ends at zero signal.
+    """
+    _check(unet, images, batch_size)
+    alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
+    num_images, num_timesteps, num_dims = len(images), len(alphas_cumprod), images[0].numel()
+    if variance not in VARIANCES:
+        raise ValueError(f"variance is {variance!r}; take one of {', '.join(VARIANCES)}")
+    if num_evaluations is not None and num_evaluations < 2:
+        raise ValueError(f"num_evaluations is {num_evaluations}; it must be at least 2, one of them for L_0")
+    if scheduler.config.prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
+        raise ValueError("the schedule ends at zero signal, where epsilon does not tell x_0; the bound is infinite")
+    rng = np.random.default_rng(seed)  # not torch's, by which images that a model drew may have the same noise
+    timesteps, weights = draw_timesteps(alphas_cumprod, num_images, num_evaluations, rng)  # (N, K) each
+    posterior = posterior_of(alphas_cumprod)
+    variances = model_variance(posterior, variance)
+    owners = torch.arange(num_images).repeat_interleave(timesteps.shape[1])
+    nats = []
+    for pairs in torch.arange(timesteps.numel()).split(batch_size):
+        noise = torch.from_numpy(rng.standard_normal((len(pairs), *images.shape[1:])))
+        t = timesteps.flatten()[pairs]
+        nats.append(_terms(unet, scheduler, posterior, variances, images[owners[pairs]].cpu(), noise, t, clip_sample))
+    nats = torch.cat(nats).view_as(weights)
+
+    visits = np.bincount(timesteps.flatten(), minlength=num_timesteps)
+    sums = np.bincount(timesteps.flatten(), nats.flatten().numpy(), minlength=num_timesteps)
+    prior = prior_term(to_float64_range(images.cpu()), alphas_cumprod[-1])
+    return VariationalBound(
+        bits_per_dim=to_bits_per_dim(((weights * nats).sum(1) + prior).numpy(), num_dims),
+        decoder=to_bits_per_dim(nats[:, 0].numpy(), num_dims),
+        prior=to_bits_per_dim(prior.numpy(), num_dims),
+        terms=to_bits_per_dim(np.divide(sums, visits, np.full(num_timesteps, np.nan), where=visits > 0), num_dims),
+        num_evaluations=timesteps.shape[1],
+    )
+
+
+def draw_timesteps(
+    alphas_cumprod: Tensor, num_images: int, num_evaluations: int | None, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """The timesteps that each image is evaluated at, and weights with which its terms add up to the whole sum.
+
+    Without a number these are all T, with weight 1. Else timestep 0, and of the others K - 1 by stratified importance
+    sampling: one from each of K - 1 equal parts of the mass of a proposal p(t), with the weight 1 / ((K - 1) p(t)),
+    which is unbiased whatever the proposal. For white data of unit variance and many timesteps, L_t is proportional
+    to log((1 - abar_t) / (1 - abar_{t-1})), the decrease of log(1 + snr). Half of p is that and half is uniform, so
+    that no weight exceeds 2 (T - 1) / (K - 1).
+
+    Returns:
+        int64 and float64, shape (N, K); column 0 is timestep 0.
+    """
+    num_timesteps = len(alphas_cumprod)
+    if num_evaluations is None:
+        timesteps = torch.arange(num_timesteps).repeat(num_images, 1)
+        return timesteps, torch.ones(timesteps.shape, dtype=torch.float64)
+    decrease = torch.log1p(-alphas_cumprod).diff()
+    proposal = decrease / decrease.sum() / 2 + 1 / (2 * len(decrease))  # (T - 1,), of timesteps 1 to T - 1
+    num_strata = num_evaluations - 1
+    jitter = torch.from_numpy(rng.random((num_images, num_strata)))
+    position = (torch.arange(num_strata) + jitter) / num_strata
+    index = torch.searchsorted(proposal.cumsum(0), position, right=True).clamp(max=len(proposal) - 1)
+    timesteps = torch.cat([torch.zeros(num_images, 1, dtype=torch.int64), index + 1], dim=1)
+    weights = torch.cat([torch.ones(num_images, 1, dtype=torch.float64), 1 / (num_strata * proposal[index])], dim=1)
+    return timesteps, weights
+
+
+def _terms(unet, scheduler, posterior, variances, images, noise, timesteps, clip_sample) -> Tensor:
+    """The term of each image (B, C, H, W) at its timestep, nats, shape (B,): L_0 at timestep 0, else L_t.
+
+    L_t is the KL divergence of two Gaussians, the posterior N(mu-tilde, beta-tilde I) from the model's N(mu, s^2 I):
+    (D (log(s^2 / beta-tilde) - 1 + beta-tilde / s^2) + ||mu-tilde - mu||^2 / s^2) / 2, eq. 8 with its constant.
+    """
+    clean_images = to_float64_range(images)
+    abar = scheduler.alphas_cumprod.cpu().double()[timesteps].view(-1, 1, 1, 1)
+    signal, noise_scale = abar.sqrt(), (1 - abar).sqrt()
+    noisy_images = signal * clean_images + noise_scale * noise
+    predicted, _ = _predict(unet, scheduler, noisy_images, timesteps, signal, noise_scale)
+    if clip_sample:
+        predicted = predicted.clamp(-1, 1)
+
+    s2, ratio = variances[timesteps], posterior.variance[timesteps] / variances[timesteps]
+    squared_error = (clean_images - predicted).square().sum(dim=(1, 2, 3))
+    mean_term = posterior.clean_weight[timesteps].square() * squared_error / s2
+    terms = (clean_images[0].numel() * (ratio - 1 - ratio.log()) + mean_term) / 2  # infinite at timestep 0
+    first = timesteps == 0
+    terms[first] = -discrete_decoder(images[first], predicted[first], variances[0].sqrt()).sum(dim=(1, 2, 3))
+    return terms
+
+
+# ------------------------------------------------------------------------------------------ probability-flow ODE
+
+
+@dataclass(frozen=True)
+class ODELikelihood:
+    """Code length of each image by the density of the probability-flow ODE; bits/dim, float64.
+
+    Attributes:
+        draws: of each draw of dequantisation and probe, shape (num_draws, N).
+        num_evaluations: network evaluations of each draw of an image, each with its vector-Jacobian product; the
+            mean over the batches.
+    """
+
+    draws: np.ndarray
+    num_evaluations: float
+
+    @property
+    def bits_per_dim(self) -> np.ndarray:
+        """Of each image, mean over its draws, shape (N,)."""
+        return self.draws.mean(0)
+
+    @property
+    def mean(self) -> float:
+        return float(self.draws.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean as an estimate for the distribution that the images come from: by images and draws."""
+        return standard_error(self.bits_per_dim)
+
+    @property
+    def draw_standard_error(self) -> float:
+        """Of the mean as an estimate for these very images: by the draws alone; NaN for a single draw."""
+        num_draws, num_images = self.draws.shape
+        if num_draws == 1:
+            return math.nan
+        return float(math.sqrt(self.draws.var(0, ddof=1).mean() / (num_draws * num_images)))
+
+
+def bits_of_a_bin() -> float:
+    """What turns the -log2 of a density into bits, per dimension.
+
+    A pixel value k stands for the bin of width w around it: x = to_model_range(k) + w (u - 1/2), u uniform in [0, 1).
+    The model's probability of an image is the integral of its density p over D bins,
+
+        P = w^D E_u p(x),   hence   -log2 P / D <= -E_u log2 p(x) / D - log2 w     (Jensen)
+
+    and the right-hand side is what is estimated. With w = 2/255 its constant is log2(255/2) = 6.994; it is 7 in papers
+    that spread 256 bins over [-1, 1].
+    """
+    return -math.log2(BIN_WIDTH)
+
+
+def ode_likelihood(
+    unet,
+    scheduler,
+    images: Tensor,
+    *,
+    num_draws: int = 1,
+    probe: str = "rademacher",
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> ODELikelihood:
+    """The likelihood of the probability-flow ODE in bits/dim, with uniform dequantisation, see `bits_of_a_bin`.
+
+    Args:
+        unet: called as `unet(noisy_images, timestep).sample`, also with fractions of a timestep; in evaluation mode.
+        scheduler: the noise schedule it was trained with; its `alphas_cumprod` and `prediction_type` count.
+        images: uint8, shape (N, C, H, W).
+        num_draws: of u and probe for each image.
+        probe: of the trace, see `draw_probes`.
+        tolerance: of the solver, see `log_density`.
+        seed: of u and probes. They do not depend on the batch size; the result does, by as much as the tolerance
+            allows, as the images of a batch share the solver's steps.
+
+    Raises:
+        ValueError: for images of another type or shape, an argument out of range, or as `log_density`.
+    """
+    _check(unet, images, batch_size)
+    if num_draws < 1:
+        raise ValueError(f"num_draws is {num_draws}; it must be at least 1")
+    rng = np.random.default_rng(seed)
+    nats, evaluations = [], []
+    for batch in images.cpu().repeat(num_draws, 1, 1, 1).split(batch_size):
+        draws = [(torch.from_numpy(rng.random(image.shape)), draw_probes(probe, image.shape, rng)) for image in batch]
+        uniform = torch.stack([u for u, _ in draws])
+        points = to_float64_range(batch) + BIN_WIDTH * (uniform - 0.5)
+        probes = torch.stack([e for _, e in draws], dim=1)
+        log_densities, num_evaluations = log_density(unet, scheduler, points, probes, tolerance)
+        nats.append(-log_densities)
+        evaluations += [num_evaluations] * len(batch)
+    bits_per_dim = to_bits_per_dim(torch.cat(nats).numpy(), images[0].numel()) + bits_of_a_bin()
+    return ODELikelihood(bits_per_dim.reshape(num_draws, len(images)), float(np.mean(evaluations)))
+
+
+def draw_probes(kind: str, shape: Sequence[int], rng: np.random.Generator) -> Tensor:
+    """Vectors e for one image, whose e^T J e add up to the trace of a matrix J, in expectation or exactly.
+
+    Args:
+        kind: `rademacher` (signs) or `gaussian`: one random vector (Skilling-Hutchinson, arXiv 2011.13456 eq. 40),
+            signs with the smaller variance; `exact`: the D unit vectors, for very small images.
+        shape: (C, H, W).
+
+    Returns:
+        float64, shape (K, C, H, W).
+    """
+    if kind == "rademacher":
+        return torch.from_numpy(rng.choice([-1.0, 1.0], (1, *shape)))
+    if kind == "gaussian":
+        return torch.from_numpy(rng.standard_normal((1, *shape)))
+    if kind == "exact":
+        return torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+    raise ValueError(f"probe is {kind!r}; take one of {', '.join(PROBES)}")
+
+
+def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: float) -> tuple[Tensor, int]:
+    """Log-density (nats) of points in the model's range, by the instantaneous change of variables.
+
+    The probability-flow ODE (arXiv 2011.13456, eq. 13, for the VP SDE) in s = log sigma, with alpha and n of sigma:
+
+        dx/ds = n (epsilon(x, sigma) - n x)        d log p(x)/ds = -div(dx/ds) = -n (div epsilon - n D)     eq. 39
+
+    The network knows discrete timesteps; between two of them sigma is linear in the timestep, as in the sigma-type
+    schedulers of diffusers. The ODE is solved from sigma of timestep 0 to that of the last timestep, where x is taken
+    for standard normal, as samplers do.
+
+    What this is the density of: x_0 + sigma_0 epsilon, as the ODE stops at sigma_0, the noise of timestep 0 (0.006 in
+    the cosine schedule with 1,000 timesteps and 0.010 in the linear one, where neighbouring pixel values are 0.008
+    apart). It is a density by itself, and so a valid code, of a model whose images have that noise left. For data
+    smoother than this noise it costs about log2(1 + sigma_0^2 / variance) / 2 bits/dim beside the density at sigma 0.
+
+    Args:
+        points: float64, shape (B, C, H, W); x_0 + sigma_0 epsilon, not scaled by alpha.
+        probes: for the trace, shape (K, B, C, H, W), see `draw_probes`.
+        tolerance: largest local error of a step of the solver (Runge-Kutta 5(4)): the root mean square error of all
+            pixel values of the batch and, with equal weight, of log p / D. On a Gaussian with the spectrum of 32x32
+            images 1e-3 takes 50 network evaluations and errs by up to 0.002 bits/dim, 1e-5 by 0.0001 with 120.
+
+    Returns:
+        float64 log-densities (B,), and the number of network evaluations.
+
+    Raises:
+        ValueError: for a tolerance that is not positive, a network that knows whole timesteps alone or gives values
+            that are not finite, or an ODE that cannot be solved.
+    """
+    if not tolerance > 0:
+        raise ValueError(f"tolerance is {tolerance}; it must be positive")
+    if unet.config.get("time_embedding_type") == "learned":
+        raise ValueError("the network has a learned time embedding; the ODE needs fractions of a timestep")
+    abar = scheduler.alphas_cumprod.cpu().double().clamp(min=SMALLEST_ALPHA_CUMPROD)
+    sigmas = ((1 - abar) / abar).sqrt().numpy()
+    shape, num_dims = points.shape, points[0].numel()
+
+    def flow(log_sigma: float, state: np.ndarray) -> np.ndarray:
+        sigma = math.exp(log_sigma)
+        timestep = torch.tensor(np.interp(sigma, sigmas, np.arange(len(sigmas))), dtype=torch.float32)
+        noise_scale = sigma / math.sqrt(1 + sigma**2)
+        x = torch.from_numpy(state[: points.numel()]).view(shape)
+        noise, divergence = _noise_and_divergence(unet, scheduler, x, timestep, sigma, probes)
+        dx = noise_scale * (noise - noise_scale * x)
+        dlogp = -noise_scale * (divergence - noise_scale * num_dims)
+        return torch.cat([dx.flatten(), dlogp / math.sqrt(num_dims)]).numpy()
+
+    first_alpha = float(abar[0].sqrt())
+    start = torch.cat([first_alpha * points.flatten(), torch.zeros(len(points), dtype=torch.float64)])
+    span = (math.log(sigmas[0]), math.log(sigmas[-1]))
+    # absolute errors alone: x has unit size all the way
+    solution = solve_ivp(flow, span, start.numpy(), t_eval=span[1:], atol=tolerance, rtol=1e-13)
+    if not solution.success:
+        raise ValueError(f"the ODE could not be solved with tolerance {tolerance}: {solution.message}")
+    end = torch.from_numpy(solution.y[:, -1].copy())
+    last, change = end[: points.numel()].view(shape), end[points.numel() :] * math.sqrt(num_dims)
+    log_prior = -(last.square().sum(dim=(1, 2, 3)) + num_dims * math.log(2 * math.pi)) / 2
+    # log_prior - change is that of x at sigma_0, and x = alpha point: p(point) = p(x) alpha^D
+    return log_prior - change + num_dims * math.log(first_alpha), solution.nfev
+
+
+def _noise_and_divergence(unet, scheduler, x, timestep, sigma, probes) -> tuple[Tensor, Tensor]:
+    """epsilon (B, C, H, W) that the network predicts at x, and its divergence (B,) estimated by the probes."""
+    signal = 1 / math.sqrt(1 + sigma**2)
+    divergence = torch.zeros(len(x), dtype=torch.float64)
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        _, noise = _predict(unet, scheduler, x, timestep, signal, sigma * signal)
+        for probe in probes:
+            (product,) = torch.autograd.grad(noise, x, probe, retain_graph=len(probes) > 1)
+            divergence += (product * probe).sum(dim=(1, 2, 3))
+    return noise.detach(), divergence

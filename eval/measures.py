@@ -1,0 +1,308 @@
+"""The metrics of an evaluation: each takes what it needs from it, yields its results and draws its figures."""
+
+import dataclasses
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from eval.cost import sample, settings_grid
+from eval.encoders import open_extractor
+from eval.evaluation import Evaluation
+from eval.features import FeatureExtractor, cached_features
+from eval.figures import plot_cost_curve, plot_curves, plot_nearest_distances
+from eval.frechet import fid_at_infinity, frechet_distance, mean_and_covariance
+from eval.heldout import heldout_curve
+from eval.kernel import cmmd, kernel_distance
+from eval.likelihood import ode_likelihood, variational_bound
+from eval.memorisation import memorisation
+from eval.prdc import prdc
+from eval.reference import FeatureError
+from eval.results import result
+from eval.swd import sliced_wasserstein, swd_floor
+from pipelines.generate import InputError, on_main_process
+from training.data import to_model_range
+
+SWD_PARTS = 2  # the floor takes two disjoint sets of real images
+
+
+def check_metrics(evaluation: Evaluation) -> None:
+    """Whether what the metrics need is there, before anything is drawn.
+
+    Raises:
+        InputError, FeatureError: if not.
+    """
+    options, metrics, num_real = evaluation.options, evaluation.options.metrics, len(evaluation.training)
+    for name in {"memorisation", "heldout"}.intersection(metrics):
+        if evaluation.heldout is None:
+            raise InputError(f"the metric {name} needs held-out images; give --heldout_split or other --metrics")
+    if "cost" in metrics and SWD_PARTS * options.cost_images > num_real:
+        needed = SWD_PARTS * options.cost_images
+        raise InputError(f"--cost_images {options.cost_images} needs {needed} real images; there are {num_real}")
+    if "features" in metrics and options.features is not None:
+        for name in options.features:
+            _open(feature_space(name), evaluation)
+
+
+def measure_swd(evaluation: Evaluation) -> Iterable[dict]:
+    n = min(evaluation.options.num_images, len(evaluation.training) // SWD_PARTS)
+    distances = sliced_wasserstein(evaluation.generated[:n], evaluation.real(n))
+    floors = swd_floor(evaluation.real(SWD_PARTS * n))
+    about = evaluation.setting | evaluation.reference | {"n": n, "n_reference": n}
+    yield result("swd", "SWD, mean", "swd", mean(distances), floor=mean(floors), **about)
+    for level, distance in distances.items():
+        name = f"SWD, level {level}x{level}"
+        yield result("swd", name, f"swd_{level}", distance, floor=floors[level], **about)
+
+
+PRDC = ("precision", "recall", "density", "coverage")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpace:
+    """A network whose features are compared, and by what.
+
+    Attributes:
+        extractor: as `open_extractor` names it.
+        mode: of Inception.
+        metrics: name in the tables of each metric: fid, fid_inf (at infinite n), kid, cmmd, precision, ...
+    """
+
+    extractor: str
+    mode: str | None
+    metrics: dict[str, str]
+
+
+def feature_space(name: str) -> FeatureSpace:
+    """The space of `inception`, `inception:MODE`, `dinov2`, `clip` or what else `open_extractor` takes."""
+    if name == "clip":
+        return FeatureSpace(name, None, {"cmmd": "CMMD"})
+    if name.startswith("inception") and not Path(name).exists():
+        mode = name.partition(":")[2] or "clean"
+        metrics = {"fid": f"FID ({mode})", "kid": f"KID ({mode})"}
+        if mode == "clean":
+            metrics |= {"fid_inf": "FID at infinite n (clean)"} | {key: f"{key}, Inception" for key in PRDC}
+        return FeatureSpace("inception", mode, metrics)
+    label = {"dinov2": "DINOv2"}.get(name, Path(name).name)
+    return FeatureSpace(name, None, {"fid": f"FD-{label}"} | {key: f"{key}, {label}" for key in PRDC})
+
+
+PUBLISHED = ("inception", "inception:legacy_tensorflow", "dinov2", "clip")
+
+
+def measure_features(evaluation: Evaluation) -> Iterable[dict]:
+    """All metrics in feature spaces, on all processes.
+
+    Of the published networks that have no weights here, when none was asked for by name, it is said that they were
+    not measured.
+    """
+    options = evaluation.options
+    for space in map(feature_space, options.features or PUBLISHED):
+        try:
+            extractor = _open(space, evaluation)
+        except FeatureError as error:
+            if options.features is not None:
+                raise
+            mode = {"mode": space.mode} if space.mode else {}
+            for metric, name in space.metrics.items():
+                yield result("features", name, metric, None, reason=str(error), **mode)
+        else:
+            yield from _compare(evaluation, space, extractor)
+
+
+def _open(space: FeatureSpace, evaluation: Evaluation) -> FeatureExtractor:
+    open_it = partial(
+        open_extractor,
+        space.extractor,
+        mode=space.mode or "clean",
+        path=getattr(evaluation.options, f"{space.extractor}_path", None),
+        device=evaluation.state.device,
+    )
+    on_main_process(evaluation.state, lambda: bool(open_it()))  # it alone fetches weights
+    return open_it()
+
+
+def _compare(evaluation: Evaluation, space: FeatureSpace, extractor: FeatureExtractor) -> Iterable[dict]:
+    options = evaluation.options
+    generated, real = (
+        cached_features(images, extractor, evaluation.state, batch_size=options.batch_size)
+        for images in (evaluation.generated_set, evaluation.real_set(options.num_images))
+    )
+    about = evaluation.setting | evaluation.reference | {"n": len(generated), "n_reference": len(real)}
+    about |= {"features": extractor.name, "mode": extractor.mode, "features_sha256": extractor.sha256}
+    moments = mean_and_covariance(real) if "fid" in space.metrics else None
+    neighbours = prdc(real, generated, k=options.k) if "precision" in space.metrics else {}
+    for metric, name in space.metrics.items():
+        if metric == "fid":
+            value, more = frechet_distance(*mean_and_covariance(generated), *moments), {}
+        elif metric == "fid_inf":
+            value, *line = fid_at_infinity(generated, *moments, seed=options.seed)
+            more = dict(zip(("counts", "distances"), line, strict=True))
+        elif metric == "kid":
+            value, std, num_subsets, subset_size = kernel_distance(real, generated, seed=options.seed)
+            more = {"std": std, "num_subsets": num_subsets, "subset_size": subset_size}
+        elif metric == "cmmd":
+            value, more = cmmd(real, generated), {}
+        else:
+            value, more = neighbours[metric], {"k": options.k}
+        yield result("features", name, metric, value, **about, **more)
+
+
+def measure_memorisation(evaluation: Evaluation) -> Iterable[dict]:
+    report = memorisation(evaluation.generated, np.asarray(evaluation.heldout.images), evaluation.training.images)
+    plot_nearest_distances(
+        report.bin_edges,
+        {"generated": report.generated_counts, "held-out": report.heldout_counts},
+        "RMS in grey levels",
+        evaluation.out / "memorisation.png",
+    )
+    about = evaluation.setting | evaluation.reference | {"mode": "pixels", "mirrored_too": report.mirror}
+    about |= {"n": report.num_generated, "n_reference": report.num_training, "n_heldout": report.num_heldout}
+    nearest = [pair._asdict() for pair in report.pairs]
+    rows = {
+        "Nearest training image, generated / held-out (median)": ("memorisation_ratio", report.ratio, 1.0),
+        "Share nearer than any held-out image": (
+            "memorisation_share",
+            report.share_below_heldout_minimum,
+            report.expected_share_below_heldout_minimum,
+        ),
+        "Share nearer than 99 % of held-out images": (
+            "memorisation_share_1",
+            report.share_below_heldout_percentile_1,
+            0.01,
+        ),
+    }
+    for name, (metric, value, expected) in rows.items():
+        yield result("memorisation", name, metric, value, floor=expected, **about)
+    yield result(
+        "memorisation",
+        "Median distance of held-out images, grey levels",
+        "heldout_distance",
+        report.heldout_median,
+        nearest_pairs=nearest,
+        **about,
+    )
+
+
+def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
+    options = evaluation.options
+    unet, scheduler = evaluation.pipeline.unet, evaluation.pipeline.scheduler
+    about = {"unit": "bits/dim"} | {key: evaluation.reference[key] for key in ("dataset", "crop", "resolution")}
+    splits = {"training": evaluation.training} | ({"held-out": evaluation.heldout} if evaluation.heldout else {})
+    curves = {}
+    for kind, store in splits.items():
+        images = evaluation.tensors(store, options.likelihood_images)
+        bound = variational_bound(unet, scheduler, images, num_evaluations=options.bound_evaluations)
+        yield result(
+            "likelihood",
+            f"Variational bound, {kind}",
+            "bits_per_dim_bound",
+            bound.mean,
+            std=bound.standard_error,
+            n=len(images),
+            split=store.description["split"],
+            decoder=float(bound.decoder.mean()),
+            prior=float(bound.prior.mean()),
+            network_evaluations=bound.num_evaluations,
+            **about,
+        )
+        images = evaluation.tensors(store, options.ode_images)
+        ode = ode_likelihood(unet, scheduler, images, num_draws=options.ode_draws, tolerance=options.ode_tolerance)
+        yield result(
+            "likelihood",
+            f"Probability-flow ODE, {kind}",
+            "bits_per_dim_ode",
+            ode.mean,
+            std=ode.standard_error,
+            n=len(images),
+            split=store.description["split"],
+            draws=options.ode_draws,
+            draw_standard_error=ode.draw_standard_error if options.ode_draws > 1 else None,
+            tolerance=options.ode_tolerance,
+            network_evaluations=ode.num_evaluations,
+            **about,
+        )
+        curves[kind] = (bound.terms[1:], None)
+    timesteps = np.arange(1, len(next(iter(curves.values()))[0]) + 1)
+    plot_curves(
+        timesteps,
+        curves,
+        {"xlabel": "timestep", "ylabel": "term of the bound, bits/dim", "yscale": "log", "xscale": "log"},
+        evaluation.out / "bound_terms.png",
+    )
+
+
+def measure_heldout(evaluation: Evaluation) -> Iterable[dict]:
+    options, pipeline = evaluation.options, evaluation.pipeline
+    curves = {}
+    for kind, store in {"training": evaluation.training, "held-out": evaluation.heldout}.items():
+        images = to_model_range(evaluation.tensors(store, options.heldout_images))
+        curve = heldout_curve(pipeline.unet, pipeline.scheduler, images)
+        curves[kind] = (curve.epsilon_mse, curve.epsilon_standard_error)
+        yield result(
+            "heldout",
+            f"Error of the noise, mean over timesteps, {kind}",
+            "epsilon_mse",
+            float(curve.epsilon_mse.mean()),
+            n=len(images),
+            split=store.description["split"],
+            timesteps=curve.timesteps.tolist(),
+            curve=curve.epsilon_mse.tolist(),
+            **{key: evaluation.reference[key] for key in ("dataset", "crop", "resolution")},
+        )
+    labels = {"xlabel": "timestep", "ylabel": "mean squared error of the noise", "yscale": "log"}
+    plot_curves(curve.timesteps, curves, labels, evaluation.out / "heldout_loss.png")
+
+
+def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
+    options, n = evaluation.options, evaluation.options.cost_images
+    real, floor = evaluation.real(n), mean(swd_floor(evaluation.real(SWD_PARTS * n)))
+    seeds = range(options.seed, options.seed + n)
+    entries = []
+    grid = list(settings_grid(options.cost_samplers, options.cost_steps, options.cost_etas))
+    for setting in tqdm(grid, desc="cost", unit="setting"):
+        about = dataclasses.asdict(setting) | evaluation.reference
+        about |= {
+            "n": n,
+            "seeds": f"{seeds[0]} to {seeds[-1]}",
+            "dtype": options.dtype,
+            "batch_size": options.batch_size,
+        }
+        known = evaluation.measured_before("cost", about)
+        if known is not None:
+            entries.append(known)
+            yield known
+            continue
+        images, evaluations, seconds = sample(evaluation.pipeline, setting, seeds, options.batch_size)
+        entries.append(
+            result(
+                "cost",
+                "SWD, mean",
+                "swd",
+                mean(sliced_wasserstein(images, real)),
+                floor=floor,
+                n_reference=n,
+                network_evaluations=evaluations,
+                seconds_per_image=seconds,
+                **about,
+            )
+        )
+        yield entries[-1]
+    evaluation.pipeline.set_sampler(options.sampler)
+    plot_cost_curve(entries, floor, evaluation.out / "cost.png")
+
+
+def mean(distances: dict[int, float]) -> float:
+    return sum(distances.values()) / len(distances)
+
+
+METRICS = {
+    "swd": measure_swd,
+    "features": measure_features,
+    "memorisation": measure_memorisation,
+    "likelihood": measure_likelihood,
+    "heldout": measure_heldout,
+    "cost": measure_cost,
+}

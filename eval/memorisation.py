@@ -1,0 +1,204 @@
+"""Does the model copy its training images? Nearest training neighbours of generated and of held-out images.
+
+Held-out images come from the same distribution and cannot have been copied, so the distances from them to their
+nearest training images say what is usual. Generated images that are nearer than that are suspects, to be looked at.
+
+Mind that distances in pixels have a bias: a smooth or blurred image is nearer to every other image than a sharp one.
+A ratio below 1 may be blur; a copy shows in the shares and the pairs. And a held-out image that is itself a copy of a
+training image, as data sets have them, brings the minimum to 0, below which nothing falls: then read the share
+below the first percentile.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+PAIRS_AT_ONCE = 2048  # of which the exact distance is taken, in float64
+
+
+class Pair(NamedTuple):
+    """A generated image and its nearest training image, by index."""
+
+    generated: int
+    training: int
+    mirrored: bool  # the training image is nearest when mirrored left to right
+    distance: float
+
+
+@dataclass(frozen=True)
+class MemorisationReport:
+    """Distances are root mean squares over the pixels in grey levels (0..255) for images, L2 for features."""
+
+    num_generated: int
+    num_heldout: int
+    num_training: int
+    mirror: bool  # whether mirrored training images count as training images
+    generated_median: float
+    heldout_median: float
+    ratio: float  # generated_median / heldout_median; about 1 if the model generalises
+    heldout_minimum: float
+    heldout_percentile_1: float
+    share_below_heldout_minimum: float  # of the generated images
+    expected_share_below_heldout_minimum: float  # for a perfect model: 1 / (num_heldout + 1)
+    share_below_heldout_percentile_1: float  # about 0.01 for a perfect model
+    pairs: list[Pair]  # the nearest ones, nearest first
+    bin_edges: np.ndarray  # (num_bins + 1,), from 0
+    generated_counts: np.ndarray  # (num_bins,)
+    heldout_counts: np.ndarray  # (num_bins,)
+
+
+def memorisation(
+    generated: np.ndarray,
+    heldout: np.ndarray,
+    training: np.ndarray,
+    *,
+    mirror: bool | None = None,
+    num_pairs: int = 16,
+    num_bins: int = 50,
+    chunk: int = 2048,
+) -> MemorisationReport:
+    """Compares how near generated and held-out images come to the training images.
+
+    Args:
+        generated: uint8 images, shape (N, C, H, W), or features of them, shape (N, D).
+        heldout: images from the distribution of the training images that are not among them, the same kind.
+        training: the images that the model was trained on, the same kind.
+        mirror: count mirrored training images as training images; by default yes for images, as training flips them.
+            Features cannot be mirrored: append those of the mirrored images to `training`.
+        num_pairs: length of the list of suspects.
+        num_bins: of the histograms.
+        chunk: see `nearest_distances`.
+
+    Raises:
+        ValueError: if the arrays are not as above, or if most held-out images are training images.
+    """
+    _check(generated, heldout, training)
+    is_images = training.ndim == 4
+    mirror = is_images if mirror is None else mirror
+    if mirror and not is_images:
+        raise ValueError("features cannot be mirrored; append features of mirrored images to the training ones")
+    distances, indices, mirrored = nearest_training(generated, training, mirror, chunk)
+    heldout_distances, _, _ = nearest_training(heldout, training, mirror, chunk)
+    if is_images:  # L2 -> root mean square over the pixels
+        distances, heldout_distances = (d / training[0].size ** 0.5 for d in (distances, heldout_distances))
+    heldout_median = float(np.median(heldout_distances))
+    if heldout_median == 0:
+        raise ValueError("at least half of the held-out images are training images; hold out others")
+    suspects = np.argsort(distances, kind="stable")[:num_pairs].tolist()
+    minimum, percentile_1 = float(heldout_distances.min()), float(np.percentile(heldout_distances, 1))
+    bin_edges = np.linspace(0, max(distances.max(), heldout_distances.max()), num_bins + 1)
+    return MemorisationReport(
+        num_generated=len(generated),
+        num_heldout=len(heldout),
+        num_training=len(training),
+        mirror=mirror,
+        generated_median=float(np.median(distances)),
+        heldout_median=heldout_median,
+        ratio=float(np.median(distances)) / heldout_median,
+        heldout_minimum=minimum,
+        heldout_percentile_1=percentile_1,
+        share_below_heldout_minimum=float((distances < minimum).mean()),
+        expected_share_below_heldout_minimum=1 / (len(heldout) + 1),
+        share_below_heldout_percentile_1=float((distances < percentile_1).mean()),
+        pairs=[Pair(i, int(indices[i]), bool(mirrored[i]), float(distances[i])) for i in suspects],
+        bin_edges=bin_edges,
+        generated_counts=np.histogram(distances, bin_edges)[0],
+        heldout_counts=np.histogram(heldout_distances, bin_edges)[0],
+    )
+
+
+def nearest_training(
+    queries: np.ndarray, training: np.ndarray, mirror: bool, chunk: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`nearest_distances`, and whether the training image is nearest mirrored: three arrays of shape (N,)."""
+    distances, indices = nearest_distances(queries, training, chunk=chunk)
+    mirrored = np.zeros(len(queries), bool)
+    if mirror:  # |query - mirrored reference| = |mirrored query - reference|
+        mirrored_distances, mirrored_indices = nearest_distances(queries[..., ::-1], training, chunk=chunk)
+        mirrored = mirrored_distances < distances
+        distances = np.where(mirrored, mirrored_distances, distances)
+        indices = np.where(mirrored, mirrored_indices, indices)
+    return distances, indices, mirrored
+
+
+def nearest_distances(
+    queries: np.ndarray, references: np.ndarray, *, chunk: int = 2048
+) -> tuple[np.ndarray, np.ndarray]:
+    """L2 distance of each query to its nearest reference, and the index of that one; the lowest index on a tie.
+
+    The result is exact: float32 matrix products leave the references that may be nearest given the bound on their
+    rounding, usually one or two, and of these the distance is taken in float64. A copy is at exactly 0.
+
+    Args:
+        queries: shape (N, ...), uint8 or floating.
+        references: shape (M, ...), uint8 or floating; may be mapped from the disk.
+        chunk: queries times references handled at once; the memory is about 30 bytes x chunk x (chunk + D).
+
+    Returns:
+        Distances, float64, shape (N,), and indices, int64, shape (N,).
+    """
+    queries, references = queries.reshape(len(queries), -1), references.reshape(len(references), -1)
+    centre = references.mean(axis=0, dtype=np.float64).astype(np.float32)
+    best = np.full(len(queries), np.inf)  # squared distances
+    indices = np.zeros(len(queries), np.int64)
+    for first in range(0, len(references), chunk):
+        block = references[first : first + chunk]
+        centred_block, block_norms = _centred(block, centre)
+        for start in range(0, len(queries), chunk):
+            rows = slice(start, start + chunk)
+            centred_queries, query_norms = _centred(queries[rows], centre)
+            # (chunk, chunk), |q|^2 + |r|^2 - 2qr
+            approximate = centred_queries @ centred_block.T
+            approximate *= -2
+            approximate += query_norms.astype(np.float32)[:, None]
+            approximate += block_norms.astype(np.float32)
+            # D roundings in the product, 8 more around it, each of at most 2^-24 (Higham 2002, section 3.1).
+            margin = (len(centre) / 2 + 8) * 2.0**-24 * (query_norms**0.5 + block_norms.max() ** 0.5) ** 2
+            limit = np.minimum(best[rows] + margin, approximate.min(axis=1) + 2 * margin)
+            pairs = np.nonzero(approximate <= limit.astype(np.float32)[:, None])
+            _improve(best[rows], indices[rows], pairs, queries[rows], block, first)
+    return np.sqrt(best), indices
+
+
+def _centred(points: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points around the centre as float32 (N, D), and their squared norms in float64 (N,)."""
+    centred = (points - centre).astype(np.float32, copy=False)
+    return centred, np.einsum("nd,nd->n", centred, centred, dtype=np.float64)
+
+
+def _improve(
+    best: np.ndarray,
+    indices: np.ndarray,
+    pairs: tuple[np.ndarray, np.ndarray],
+    queries: np.ndarray,
+    block: np.ndarray,
+    first: int,
+) -> None:
+    """Enters the exact distances of the pairs (query, reference of the block) where they are below the best so far."""
+    rows, columns = pairs
+    for start in range(0, len(rows), PAIRS_AT_ONCE):
+        row, column = rows[start : start + PAIRS_AT_ONCE], columns[start : start + PAIRS_AT_ONCE]
+        difference = queries[row].astype(np.float64) - block[column]
+        exact = np.einsum("nd,nd->n", difference, difference)
+        order = np.lexsort((column, exact, row))
+        row, nearest = np.unique(row[order], return_index=True)
+        exact, column = exact[order][nearest], column[order][nearest]
+        better = exact < best[row]
+        best[row[better]], indices[row[better]] = exact[better], first + column[better]
+
+
+def _check(generated: np.ndarray, heldout: np.ndarray, training: np.ndarray) -> None:
+    named = {"generated": generated, "held-out": heldout, "training": training}
+    for name, array in named.items():
+        if array.ndim not in (2, 4) or array.shape[1:] != training.shape[1:]:
+            raise ValueError(
+                f"the {name} array has shape {array.shape}, the training one {training.shape};"
+                " give images (N, C, H, W) or features (N, D), all of one kind"
+            )
+        if len(array) == 0:
+            raise ValueError(f"the {name} array is empty; give at least one image")
+        if array.ndim == 4 and array.dtype != np.uint8:
+            raise ValueError(f"the {name} images are {array.dtype}; give uint8, 0..255")
+        if not np.isfinite(array).all():
+            raise ValueError(f"some {name} features are not finite; look at the images they come from")

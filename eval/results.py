@@ -1,0 +1,149 @@
+"""results.json: every figure that a README, a report or a model card quotes, and the tables made from it.
+
+    {"pipeline": ..., "reference": {...}, "versions": {...}, "device": ..., "results": [RESULT, ...]}
+
+A RESULT has `name`, `metric` and `value` (null: not measured, with the `reason`), perhaps `std`, and how it was got:
+mode, n, n_reference, dataset, split, crop, resolution, sampler, steps, eta, seeds, features, features_sha256, seconds.
+
+    python -m eval.results README.md     writes the tables anew between <!-- results: FILE FAMILY --> and <!-- end -->
+"""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+MARKED = re.compile(r"(<!-- results: (?P<file>\S+) (?P<family>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+class ResultsError(ValueError):
+    """Results that cannot be written or read. The message is one line."""
+
+
+def result(family: str, name: str, metric: str, value: float | None, **settings) -> dict:
+    """One RESULT; settings that are None are left out.
+
+    Args:
+        family: of metrics, the table it belongs to.
+
+    Raises:
+        ResultsError: for a value that is not finite, or none without a `reason`.
+    """
+    if value is None and not settings.get("reason"):
+        raise ResultsError(f"{name} has no value and no reason why")
+    if value is not None and not math.isfinite(value):
+        raise ResultsError(f"{name} is {value}; it must be finite")
+    kept = {key: setting for key, setting in settings.items() if setting is not None}
+    return {"family": family, "name": name, "metric": metric, "value": value, **kept}
+
+
+def write_results(path: Path, record: dict) -> None:
+    """Replaces the file at once, so that a crash leaves the old one."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read_results(path: Path) -> dict:
+    """Raises ResultsError if there are none."""
+    try:
+        record = json.loads(path.read_text())
+        return record | {"results": list(record["results"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResultsError(f"cannot read the results {path}: {' '.join(str(error).split())}") from error
+
+
+def number(value: float | int | str | None) -> str:
+    """As a table shows it: integers with separators, others with 4 significant digits."""
+    if value is None:
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def value_text(entry: dict) -> str:
+    if entry["value"] is None:
+        return "not measured"
+    spread = f" ± {entry['std']:.2g}" if "std" in entry else ""
+    return number(entry["value"]) + spread
+
+
+def table(results: Iterable[dict], columns: dict[str, str]) -> str:
+    """Markdown, one row a result.
+
+    Args:
+        columns: heading of each key; `value` is shown with its spread.
+    """
+    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
+    for entry in results:
+        cells = [value_text(entry) if key == "value" else number(entry.get(key)) for key in columns]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def quality_table(results: list[dict]) -> str:
+    rows = [entry for entry in results if entry["family"] not in ("cost", "time")]
+    columns = {"name": "metric", "value": "value", "floor": "real against real", "n": "n", "n_reference": "of"}
+    return table(rows, columns | {"split": "split", "sampler": "sampler", "steps": "steps"})
+
+
+def cost_table(results: list[dict]) -> str:
+    """Samplers by numbers of steps: the quality, with network evaluations and seconds an image below."""
+    rows = [entry for entry in results if entry["family"] == "cost"]
+    if not rows:
+        raise ResultsError("there is no cost curve among the results")
+    steps = sorted({entry["steps"] for entry in rows})
+    lines = [f"| {rows[0]['name']}, n = {number(rows[0]['n'])} | {' | '.join(f'{s} steps' for s in steps)} |"]
+    lines.append("|---" * (len(steps) + 1) + "|")
+    settings = {(entry["sampler"], entry.get("eta", 0.0)): None for entry in rows}
+    for sampler, eta in settings:
+        cells = []
+        for s in steps:
+            found = [e for e in rows if (e["sampler"], e.get("eta", 0.0), e["steps"]) == (sampler, eta, s)]
+            cells.append(f"{number(found[0]['value'])} ({number(found[0]['seconds_per_image'])} s)" if found else "")
+        lines.append(f"| {sampler}{f', eta {eta:g}' if eta else ''} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def time_table(results: list[dict]) -> str:
+    rows = [entry for entry in results if entry["family"] == "time"]
+    return table(rows, {"name": "what", "n": "n", "value": "seconds"})
+
+
+TABLES = {"quality": quality_table, "cost": cost_table, "time": time_table}
+
+
+def with_tables(text: str, folder: Path) -> str:
+    """The text with each marked table made anew from its results file, whose path is relative to the folder.
+
+    Raises:
+        ResultsError: for an unknown family or an unreadable file.
+    """
+
+    def made_anew(match: re.Match) -> str:
+        if match["family"] not in TABLES:
+            raise ResultsError(f"there is no table {match['family']!r}; there are {', '.join(TABLES)}")
+        results = read_results(folder / match["file"])["results"]
+        return f"{match[1]}{TABLES[match['family']](results)}\n{match[4]}"
+
+    return MARKED.sub(made_anew, text)
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python -m eval.results FILE.md", file=sys.stderr)
+        return 2
+    path = Path(arguments[0])
+    try:
+        path.write_text(with_tables(path.read_text(), path.parent))
+    except (ResultsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,186 @@
+"""Evaluates a model: how good its images are, how likely real ones are to it, what it copies, what it costs.
+
+    python -m eval.run --pipeline DIR_OR_HUB_ID --reference DATA --num_images 10000 --out runs/eval/NAME
+
+DATA is a folder, a Hub id or `synthetic-faces`, cropped as the model was trained. OUT/results.json has every figure
+with how it was got, beside it are the figures as PNG; the images lie in OUT/images and are used again by a second
+start, as are features in the user's cache. `--write_card` hands the results to the model's card.
+
+    swd            sliced Wasserstein distance, with the floor of real against real       eval/swd.py
+    features       FID, KID, precision and recall, FD-DINOv2, CMMD                        eval/frechet.py and others
+    memorisation   nearest training images of generated and of held-out images            eval/memorisation.py
+    likelihood     bits/dim by the variational bound and by the probability-flow ODE      eval/likelihood.py
+    heldout        loss against the timestep on held-out and on training images           eval/heldout.py
+    cost           quality, network evaluations and seconds of samplers and steps         eval/cost.py
+
+Several processes (`accelerate launch -m eval.run`, torchrun) share generation and features. Exit codes: 0 done, 1
+failed, 2 bad input, 130 stopped by Ctrl-C; what was measured by then is in results.json.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from eval.evaluation import Evaluation
+from eval.measures import METRICS, check_metrics
+from eval.reference import FEWEST_IMAGES, FeatureError, check_counts
+from eval.results import ResultsError, quality_table, read_results, result, write_results
+from pipelines import generate
+from pipelines.custom_unet_pipeline import SAMPLERS
+from pipelines.generate import DTYPES, InputError
+from pipelines.model_card import CardError, write_card
+from training.data import DataError
+
+LIBRARIES = "torch diffusers accelerate clean-fid scipy".split()
+NEED_IMAGES = {"swd", "features", "memorisation"}
+ON_ALL_PROCESSES = {"features"}
+ON_THE_CARD = {"swd", "features", "memorisation", "likelihood"}
+IDENTITY = "family name split sampler steps eta n".split()  # what makes two results the same measurement
+
+
+def parse_options(arguments: list[str]) -> argparse.Namespace:
+    """Raises InputError or FeatureError."""
+    parser = generate.Parser(prog="python -m eval.run", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
+    add("--revision", help="branch, tag or commit on the Hub")
+    add("--reference", required=True, help="real images: a folder, a Hub id or synthetic-faces")
+    add("--split", default="train", help="split that the model was trained on (default train)")
+    add("--heldout_split", default="validation", help="split that it was not trained on; '' for none")
+    add("--crop", help="crop by name (default: that of the training)")
+    add("--image_column", default="image")
+    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
+    add("--out", type=Path, required=True, help="folder for results.json and figures")
+    add("--images_dir", type=Path, help="folder for generated images (default OUT/images)")
+    add("--num_images", type=int, default=10000, help="generated images n, and real ones in equal number")
+    add("--allow_few", action="store_true", help=f"allow less than {FEWEST_IMAGES} images for FID and the like")
+    add("--sampler", choices=SAMPLERS, default="ddim")
+    add("--steps", type=int, default=50)
+    add("--eta", type=float, default=0.0)
+    add("--seed", type=int, default=0, help="of the first image, and of every random choice of a metric")
+    add("--batch_size", type=int, default=64)
+    add("--dtype", choices=DTYPES, default="fp32", help="of the network while sampling")
+    add("--num_cpu_threads", type=int)
+    add(
+        "--features", nargs="+", help="inception[:MODE], dinov2, clip or a path (default: all whose weights are there)"
+    )
+    for name in ("inception", "dinov2", "clip"):
+        add(f"--{name}_path", type=Path, help="weights where they cannot be fetched")
+    add("--k", type=int, default=5, help="nearest neighbours of precision, recall, density, coverage")
+    add("--likelihood_images", type=int, default=256, help="of each split, for the variational bound")
+    add("--bound_evaluations", type=int, default=20, help="network evaluations an image of the bound")
+    add("--ode_images", type=int, default=32, help="of each split, for the ODE")
+    add("--ode_draws", type=int, default=1, help="dequantisations and probes an image")
+    add("--ode_tolerance", type=float, default=1e-3)
+    add("--heldout_images", type=int, default=512, help="of each split, for the loss against the timestep")
+    add("--cost_images", type=int, default=1000, help="of each sampler and number of steps")
+    add("--cost_samplers", nargs="+", choices=SAMPLERS, default=["ddpm", "ddim", "dpmsolver++2m", "unipc"])
+    add("--cost_steps", nargs="+", type=int, default=[10, 20, 50, 250])
+    add("--cost_etas", nargs="+", type=float, default=[0.0])
+    add("--write_card", action="store_true", help="put results.json into the pipeline's folder and renew its card")
+    options = parser.parse_args(arguments)
+    options.class_label = None  # the models that are evaluated are unconditional
+    counts = "num_images batch_size k likelihood_images ode_images ode_draws heldout_images cost_images".split()
+    for name in counts:
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    if "features" in options.metrics:
+        check_counts(options.num_images, options.num_images, options.allow_few)
+    if options.write_card and not Path(options.pipeline).is_dir():
+        raise InputError(f"--write_card is for a folder, but --pipeline is {options.pipeline}")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures what is asked for and writes it down after each metric; only the main process measures and writes."""
+    state = generate.set_up_process(options.num_cpu_threads)
+    path = options.out / "results.json"
+    evaluation = Evaluation(options, state)
+    check_metrics(evaluation)
+    record = open_record(evaluation, path)
+    if state.is_main_process:
+        options.out.mkdir(parents=True, exist_ok=True)
+    if not NEED_IMAGES.isdisjoint(options.metrics):
+        evaluation.draw_images()
+        keep(record, evaluation.drawing_time())
+    for name in options.metrics:
+        if not (state.is_main_process or name in ON_ALL_PROCESSES):
+            continue
+        started_at_seconds = time.perf_counter()
+        for entry in METRICS[name](evaluation):
+            keep(record, [entry])
+            if state.is_main_process:
+                write_results(path, record)
+        seconds = time.perf_counter() - started_at_seconds
+        keep(record, [result("time", name, f"seconds_{name}", seconds, n=options.num_images)])
+        if state.is_main_process:
+            write_results(path, record)
+            print(f"{name}: {seconds:.0f} s", flush=True)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        (options.out / "results.md").write_text(f"{quality_table(record['results'])}\n")
+        print(f"wrote {path}", flush=True)
+        if options.write_card:
+            results = [entry for entry in record["results"] if entry["family"] in ON_THE_CARD]
+            write_results(Path(options.pipeline) / "results.json", record | {"results": results})
+            write_card(Path(options.pipeline))
+
+
+def open_record(evaluation: Evaluation, path: Path) -> dict:
+    """The record in the output folder if it is of the same weights and real images, or a new one."""
+    header = {
+        "pipeline": Path(evaluation.options.pipeline).name,
+        "revision": evaluation.commit,
+        "weights_sha256": evaluation.weights_sha256,
+        "reference": evaluation.reference,
+    }
+    results = []
+    if path.exists():
+        there = read_results(path)
+        if all(there.get(key) == value for key, value in header.items()):
+            results = there["results"]
+            evaluation.earlier = results
+        else:
+            print(f"{path} is of other weights or real images: it is written anew", flush=True)
+    device = evaluation.state.device
+    return header | {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        "date": datetime.now(UTC).date().isoformat(),
+        "results": results,
+    }
+
+
+def keep(record: dict, entries: list[dict]) -> None:
+    """Adds results in place of those of an earlier start that measured the same."""
+    for entry in entries:
+        identity = [entry.get(key) for key in IDENTITY]
+        record["results"] = [old for old in record["results"] if [old.get(key) for key in IDENTITY] != identity]
+        record["results"].append(entry)
+
+
+def main(arguments: list[str]) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        run(parse_options(arguments))
+        PartialState().destroy_process_group()
+    except KeyboardInterrupt:
+        print("stopped; what was measured is kept, and the same command uses its images again", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        text = " ".join(str(error).split())
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {text}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, (InputError, DataError, FeatureError, ResultsError, CardError)) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

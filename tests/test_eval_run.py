@@ -1,0 +1,213 @@
+"""The whole evaluation of a tiny model, through the command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from huggingface_hub import ModelCard
+from PIL import Image
+from tiny_network import TINY
+from torch import nn
+
+from custom_unet import CustomUNet2DModel
+from eval.encoders import open_extractor
+from eval.features import images_of_files, images_of_store
+from eval.frechet import frechet_distance_of
+from eval.run import main
+from eval.swd import sliced_wasserstein
+from pipelines import CustomUNetPipeline
+from pipelines.export import export_pipeline
+from pipelines.generate import image_paths
+from training.data import open_image_store
+
+N = 24
+NETWORK = TINY | {"sample_size": 16}
+SMALL = "--likelihood_images 3 --bound_evaluations 3 --ode_images 2 --heldout_images 4 --cost_images 4".split()
+SMALL += "--cost_samplers ddim unipc --cost_steps 2 3 --cost_etas 0 1 --num_cpu_threads 1".split()
+FAMILIES = {"swd", "features", "memorisation", "likelihood", "heldout", "cost", "time"}
+
+
+class Features(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 6, kernel_size=8, stride=8)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.convolution(images / 255).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """A model repository, a TorchScript network, and a folder of real images."""
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    pipe = CustomUNetPipeline(CustomUNet2DModel(**NETWORK), DDIMScheduler(prediction_type="v_prediction"))
+    export_pipeline(pipe, folder / "tiny", facts=facts())
+    torch.jit.script(Features().eval()).save(str(folder / "features.pt"))
+    for split, count in (("train", 50), ("validation", 8)):
+        (folder / "real" / split).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng((count, i)).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)
+            image.save(folder / "real" / split / f"{i:03}.png")
+    return folder / "tiny", folder / "features.pt", folder / "real"
+
+
+def facts() -> dict:
+    """What the card needs to know of a run."""
+    return {
+        "step": 1,
+        "images_seen": 4,
+        "train_seconds": 1.0,
+        "num_processes": 1,
+        "data": {"source": "real", "split": "train", "crop": "none", "resolution": 16, "num_images": 50},
+        "device": "cpu",
+        "precision": "fp32",
+        "versions": {"torch": "2"},
+        "date": "2026-11-23",
+    }
+
+
+@pytest.fixture(scope="module")
+def evaluate(inputs, tmp_path_factory):
+    pipeline, features, real = inputs
+    environment = pytest.MonkeyPatch()
+    environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+    def evaluate(out: Path, *flags: str, num_images: int = N, allow_few: bool = True) -> int:
+        fixed = [
+            "--pipeline",
+            str(pipeline),
+            "--reference",
+            str(real),
+            "--num_images",
+            str(num_images),
+            "--steps",
+            "3",
+        ]
+        fixed += ["--out", str(out), "--features", str(features), *SMALL] + ["--allow_few"] * allow_few
+        return main([*fixed, *flags])
+
+    yield evaluate
+    environment.undo()
+
+
+@pytest.fixture(scope="module")
+def measured(evaluate, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("evaluation")
+    assert evaluate(out, "--write_card") == 0
+    return out
+
+
+def results(out: Path) -> list[dict]:
+    return json.loads((out / "results.json").read_text())["results"]
+
+
+def value(out: Path, name: str) -> float:
+    (entry,) = [entry for entry in results(out) if entry["name"] == name and entry["family"] != "cost"]
+    return entry["value"]
+
+
+def test_every_metric_is_there_with_how_it_was_got(measured):
+    entries = results(measured)
+    assert {entry["family"] for entry in entries} == FAMILIES
+    swd = next(entry for entry in entries if entry["name"] == "SWD, mean")
+    about = {"n": N, "n_reference": N, "sampler": "ddim", "steps": 3, "eta": 0.0, "seeds": f"0 to {N - 1}"}
+    about |= {"dataset": "real", "split": "train", "crop": "none", "resolution": 16}
+    assert about.items() <= swd.items()
+    assert len([entry for entry in entries if entry["family"] == "cost"]) == 2 * 2 + 2
+    assert {path.name for path in measured.glob("*.png")} == {
+        "bound_terms.png",
+        "cost.png",
+        "heldout_loss.png",
+        "memorisation.png",
+    }
+    record = json.loads((measured / "results.json").read_text())
+    assert set(record["versions"]) == {"python", "torch", "diffusers", "accelerate", "clean-fid", "scipy"}
+    assert str(measured.parent) not in (measured / "results.json").read_text()
+
+
+def test_figures_are_those_of_the_functions(measured, inputs):
+    store = open_image_store(train_data_dir=str(inputs[2]), crop="none", resolution=16)
+    files = images_of_files(image_paths(measured / "images" / "ddim-3-eta0-fp32", range(N)))
+    real = images_of_store(store, N)
+    generated, reference = (images.read(range(N)) for images in (files, real))
+    distances = sliced_wasserstein(generated, reference)
+    assert value(measured, "SWD, mean") == pytest.approx(np.mean(list(distances.values())))
+    extractor = open_extractor(str(inputs[1]))
+    features = [extractor(torch.from_numpy(images)).numpy() for images in (generated, reference)]
+    assert value(measured, "FD-features.pt") == pytest.approx(frechet_distance_of(*features), rel=1e-5)
+
+
+def test_the_card_has_the_results_but_not_the_costs(measured, inputs):
+    families = {entry["family"] for entry in json.loads((inputs[0] / "results.json").read_text())["results"]}
+    assert families == {"swd", "features", "memorisation", "likelihood"}
+    card = ModelCard.load(inputs[0] / "README.md")
+    names = {entry.metric_name for entry in card.data.eval_results}
+    assert any(name.startswith(f"SWD, mean, n = {N}") for name in names)
+
+
+def test_a_second_start_uses_what_is_there(measured, evaluate, capsys):
+    images = {path: path.stat().st_mtime_ns for path in measured.rglob("seed-*.png")}
+    before = results(measured)
+    assert evaluate(measured, "--metrics", "swd", "cost") == 0
+    assert "0 images generated" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in measured.rglob("seed-*.png")} == images
+    after = results(measured)
+    assert len(after) == len(before)
+
+    def without_times(entries):
+        return sorted(json.dumps(entry) for entry in entries if entry["family"] != "time")
+
+    assert without_times(after) == without_times(before)  # the seconds of the cost curve too: it was not drawn again
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metrics", "beauty"], "invalid choice: 'beauty'"),
+        (["--num_images", "0"], "--num_images is 0"),
+        (["--crop", "celeba_999"], "unknown crop 'celeba_999'"),
+        (["--split", "test"], "no split 'test'; it has train, validation"),
+        (["--features", "nothing"], "nothing"),
+        (["--steps", "0"], "num_inference_steps is 0"),
+        (["--sampler", "unipc", "--eta", "1"], "eta is 1.0"),
+        (["--heldout_split", "", "--metrics", "memorisation"], "give --heldout_split"),
+        (["--cost_images", "30", "--metrics", "cost"], "needs 60 real images; there are 50"),
+        (["--pipeline", "no/where", "--write_card"], "--write_card is for a folder"),
+    ],
+)
+def test_bad_input_is_one_line(evaluate, measured, flags, message, capfd, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = (measured / "results.json").read_text()
+    code = evaluate(measured, *flags)
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert (code, error[:7]) == (2, "error: ")
+    assert message in error
+    assert (measured / "results.json").read_text() == before
+
+
+def test_too_few_or_too_many_images_are_refused(evaluate, tmp_path, capfd):
+    assert evaluate(tmp_path / "few", allow_few=False) == 2
+    assert "24 images are too few" in capfd.readouterr().err
+    assert evaluate(tmp_path / "many", num_images=51) == 2
+    assert "split train has 50 images" in capfd.readouterr().err
+
+
+def test_published_networks_that_cannot_be_had_are_not_measured(inputs, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: refuses connections
+    fixed = ["--pipeline", str(inputs[0]), "--reference", str(inputs[2]), "--num_images", "8", "--steps", "2"]
+    out = tmp_path / "out"
+    assert main([*fixed, "--allow_few", "--out", str(out), "--metrics", "features"]) == 0
+    features = [entry for entry in results(out) if entry["family"] == "features"]
+    assert {"fid", "kid", "cmmd", "precision"} <= {entry["metric"] for entry in features}
+    assert all(entry["value"] is None and entry["reason"] for entry in features)
+    assert "| FID (clean) | not measured |" in (out / "results.md").read_text()
+    assert main([*fixed, "--allow_few", "--out", str(out), "--metrics", "features", "--features", "inception"]) == 2
+    assert "could not be fetched" in capfd.readouterr().err.splitlines()[-1]

@@ -1,0 +1,611 @@
+"""Extractors beside clean-fid's whole path and the papers' own preprocessing; the weights, the cache and the rules."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from accelerate import PartialState
+from cleanfid import downloads_helper, fid, inception_pytorch
+from cleanfid import features as clean_features
+from cleanfid.inception_torchscript import InceptionV3W
+from huggingface_hub import snapshot_download
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision import transforms
+
+from eval import encoders, features
+from eval.encoders import TorchScriptEncoder, TransformersEncoder, open_extractor
+from eval.features import cached_features, extract_features, images_of_files, images_of_store, subset
+from eval.frechet import frechet_distance_of, mean_and_covariance
+from eval.inception import PYTORCH, TORCHSCRIPT, Inception, find_weights
+from eval.kernel import kernel_distance
+from eval.reference import FeatureError, check_counts, load_statistics, save_statistics
+from tests.loopback_hub import LoopbackHub
+from tests.stand_in_networks import (
+    LIVE_FEATURES,
+    draw_images,
+    stand_in_weights,
+    write_clip,
+    write_dinov2,
+    write_images,
+    write_pytorch_inception,
+    write_torchscript,
+)
+from training.data import open_image_store
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def state():
+    return PartialState(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def torchscript(tmp_path_factory):
+    return write_torchscript(tmp_path_factory.mktemp("inception"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two folders of PNGs of different distributions."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root / "generated", draw_images(50, seed=0))
+    write_images(root / "reference", draw_images(50, seed=1, tint=0.1))
+    return root / "generated", root / "reference"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("store")
+    return open_image_store(dataset_name="synthetic-faces", resolution=16, max_images=30, cache_dir=str(cache))
+
+
+@pytest.fixture
+def extractor(torchscript):
+    return TorchScriptStandIn(torchscript)
+
+
+class TorchScriptStandIn(Inception):
+    """Counts its images."""
+
+    def __init__(self, path):
+        super().__init__("clean", path=path, weights=stand_in_weights(path))
+        self.num_images = 0
+
+    def __call__(self, images):
+        self.num_images += len(images)
+        return super().__call__(images)
+
+
+def features_of(folder: Path, extractor, state) -> np.ndarray:
+    return extract_features(images_of_files(sorted(folder.glob("*.png"))), extractor, state, batch_size=16)
+
+
+# ---- clean-fid's whole path
+
+
+@pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow"])
+def test_same_fid_and_kid_as_clean_fid(mode, torchscript, folders, state, monkeypatch):
+    live = slice(LIVE_FEATURES)
+    original, seen = fid.frechet_distance, []
+
+    def frechet_of_live_features(mean1, covariance1, mean2, covariance2):
+        seen.append(np.abs(mean1[LIVE_FEATURES:]).max())
+        return original(mean1[live], covariance1[live, live], mean2[live], covariance2[live, live])
+
+    monkeypatch.setattr(fid, "frechet_distance", frechet_of_live_features)
+    monkeypatch.setattr(
+        clean_features,
+        "InceptionV3W",
+        lambda path, download, resize_inside: InceptionV3W(str(torchscript.parent), False, resize_inside),
+    )
+    arguments = {"mode": mode, "num_workers": 0, "device": torch.device("cpu"), "verbose": False}
+    arguments |= {"use_dataparallel": False, "batch_size": 16}
+    generated, reference = (str(folder) for folder in folders)
+    expected_fid = fid.compute_fid(generated, reference, **arguments)
+    np.random.seed(3)
+    expected_kid = fid.compute_kid(generated, reference, **arguments)
+
+    extractor = Inception(mode, path=torchscript, weights=stand_in_weights(torchscript))
+    ours = [features_of(folder, extractor, state) for folder in folders]
+    assert ours[0].shape == (50, 2048)
+    assert ours[0].dtype == np.float32
+    assert seen == [0]
+    assert expected_fid > 1e-4
+    assert frechet_distance_of(ours[0][:, live], ours[1][:, live]) == pytest.approx(expected_fid, rel=1e-5)
+    theirs = fid.get_folder_features(
+        generated, clean_features.build_feature_extractor(mode, torch.device("cpu"), False), num_workers=0,
+        device=torch.device("cpu"), mode=mode, verbose=False,
+    )  # fmt: skip
+    np.testing.assert_array_equal(ours[0], theirs)
+    assert kernel_distance(*ours, seed=3).mean == pytest.approx(expected_kid, rel=1e-4)  # float32 there
+
+
+def test_same_features_as_clean_fid_in_legacy_pytorch(folders, state, tmp_path, monkeypatch):
+    """pytorch-fid's whole network with random weights."""
+    path = write_pytorch_inception(tmp_path)
+    extractor = Inception("legacy_pytorch", path=path, weights=stand_in_weights(path))
+    assert inception_pytorch.load_state_dict_from_url.__module__.startswith("torch")  # as it was
+    monkeypatch.setattr(inception_pytorch, "load_state_dict_from_url", lambda *_, **__: torch.load(path))
+    theirs = clean_features.build_feature_extractor("legacy_pytorch", torch.device("cpu"), use_dataparallel=False)
+    paths = sorted(folders[0].glob("*.png"))[:2]
+    options = {"num_workers": 0, "device": torch.device("cpu"), "mode": "legacy_pytorch", "verbose": False}
+    expected = fid.get_files_features([str(path) for path in paths], theirs, **options)
+    ours = extract_features(images_of_files(paths), extractor, state)
+    assert expected.std() > 0
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+def test_modes_differ(torchscript, state, folders):
+    weights = stand_in_weights(torchscript)
+    clean, legacy = (
+        features_of(folders[0], Inception(mode, path=torchscript, weights=weights), state)
+        for mode in ("clean", "legacy_tensorflow")
+    )
+    assert np.abs(clean - legacy).max() > 1e-4 * np.abs(clean).max()
+    with pytest.raises(FeatureError, match="unknown mode 'legacy'; take one of clean, "):
+        Inception("legacy")
+
+
+def test_identical_folders_have_fid_0(extractor, state, folders):
+    first, again = (features_of(folders[0], extractor, state)[:, :LIVE_FEATURES] for _ in range(2))
+    assert 0 <= frechet_distance_of(first, again) < 1e-9 * np.trace(mean_and_covariance(first)[1])
+
+
+# ---- Input
+
+
+@pytest.mark.parametrize("kind", ["inception", "dinov2", "torchscript"])
+def test_only_uint8_is_taken(kind, torchscript, tmp_path):
+    if kind == "inception":
+        extractor = Inception("clean", path=torchscript, weights=stand_in_weights(torchscript))
+    elif kind == "dinov2":
+        extractor = TransformersEncoder(str(write_dinov2(tmp_path / "dinov2")))
+    else:
+        extractor = TorchScriptEncoder(torchscript)
+    in_model_range = torch.rand(2, 3, 16, 16) * 2 - 1
+    with pytest.raises(FeatureError, match=r"not of float32; convert by training\.data\.to_uint8"):
+        extractor(in_model_range)
+    with pytest.raises(FeatureError, match=r"shape \(2, 16, 16, 3\); it must be \(B, 3, H, W\)"):
+        extractor(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))
+    with pytest.raises(FeatureError, match="not of uint16"):
+        extractor(torch.zeros(2, 3, 16, 16, dtype=torch.uint16))
+
+
+def test_files_that_will_not_do(extractor, state, tmp_path):
+    with pytest.raises(FeatureError, match="no images"):
+        images_of_files([])
+    paths = write_images(tmp_path / "images", draw_images(4, seed=0))
+    paths[2].write_bytes(paths[2].read_bytes()[:50])
+    with pytest.raises(FeatureError, match=r"seed-0000002.png cannot be read as an image"):
+        extract_features(images_of_files(paths), extractor, state)
+    Image.new("RGB", (30, 20)).save(paths[2])
+    with pytest.raises(FeatureError, match=r"seed-0000002.png is 30x20, but seed-0000000.png is 20x20"):
+        extract_features(images_of_files(paths), extractor, state)
+
+
+def test_features_that_are_not_finite(folders, state, extractor):
+    extractor.network.layers.convolution.weight.data.fill_(float("nan"))
+    with pytest.raises(FeatureError, match="features of stand-in are not finite"):
+        features_of(folders[0], extractor, state)
+
+
+def test_store_and_files_of_the_same_images_agree(store, extractor, state, tmp_path):
+    paths = write_images(tmp_path / "images", np.asarray(store.images))
+    ours = extract_features(images_of_store(store), extractor, state, batch_size=7)
+    np.testing.assert_allclose(ours, extract_features(images_of_files(paths), extractor, state), rtol=1e-5)
+
+
+def test_subset(store, extractor, state):
+    positions = subset(1000, 100)
+    assert (np.diff(positions) > 0).all()
+    assert 300 < positions.mean() < 700  # not the first ones
+    assert (positions == subset(1000, 100)).all()
+    assert (subset(30, 30) == np.arange(30)).all()
+    whole = extract_features(images_of_store(store), extractor, state)
+    part = extract_features(images_of_store(store, 12), extractor, state)
+    np.testing.assert_allclose(part, whole[subset(30, 12)], rtol=1e-5)
+    with pytest.raises(FeatureError, match="31 images are asked of 30"):
+        images_of_store(store, 31)
+
+
+# ---- The weights of Inception
+
+
+class Server:
+    """Answers every GET with the bytes of `content`, but tells of `length` bytes."""
+
+    def __init__(self):
+        self.content, self.length, self.num_requests = b"", 0, 0
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.num_requests += 1
+                self.send_response(200)
+                self.send_header("Content-Length", str(server.length))
+                self.end_headers()
+                self.wfile.write(server.content)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def serve(self, content: bytes, length: int | None = None) -> None:
+        self.content, self.length = content, len(content) if length is None else length
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+@pytest.fixture
+def served_weights(server, torchscript):
+    server.serve(torchscript.read_bytes())
+    return replace(
+        stand_in_weights(torchscript), url=f"http://127.0.0.1:{server.server.server_port}/pretrained/stand-in.pt"
+    )
+
+
+def test_weights_are_fetched_once(server, served_weights, torchscript, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = find_weights(served_weights)
+    assert path == tmp_path / "train_unet_eval" / "weights" / "stand-in.pt"
+    assert path.read_bytes() == torchscript.read_bytes()
+    assert find_weights(served_weights) == path
+    assert server.num_requests == 1
+    assert [other.name for other in path.parent.iterdir()] == ["stand-in.pt"]
+    assert Inception("clean", weights=served_weights).sha256 == served_weights.sha256
+
+
+@pytest.mark.parametrize("fault", ["cut", "another", "empty"])
+def test_a_bad_download_is_never_used(fault, server, served_weights, torchscript, tmp_path):
+    whole = torchscript.read_bytes()
+    server.serve({"cut": whole[: len(whole) // 2], "another": b"<html>moved</html>", "empty": b""}[fault])
+    if fault == "cut":
+        server.length = len(whole)
+    with pytest.raises(FeatureError) as error:
+        find_weights(served_weights, cache_dir=tmp_path)
+    assert "\n" not in str(error.value)
+    if fault != "cut":  # of a short answer the standard library may tell by itself
+        assert served_weights.sha256 in str(error.value)
+        assert "try again" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    server.serve(whole)
+    assert find_weights(served_weights, cache_dir=tmp_path).read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_file_in_the_cache_is_fetched_again(damage, server, served_weights, torchscript, tmp_path, capsys):
+    content = bytearray(torchscript.read_bytes())
+    content[1000] ^= 1
+    (tmp_path / "stand-in.pt").write_bytes(content if damage == "flipped" else content[:1000])
+    assert find_weights(served_weights, cache_dir=tmp_path).read_bytes() == torchscript.read_bytes()
+    assert server.num_requests == 1
+    assert f"not {served_weights.sha256}; fetching it again" in capsys.readouterr().out
+
+
+def test_a_wrong_file_given_by_path(torchscript, tmp_path):
+    """Never used under Inception's name, be it a whole file or a cut one."""
+    found = stand_in_weights(torchscript).sha256
+    with pytest.raises(FeatureError) as error:
+        open_extractor("inception", path=torchscript)
+    assert f"its sha256 is {found}, it must be {TORCHSCRIPT.sha256}; fetch it again" in str(error.value)
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(torchscript.read_bytes()[:-1])
+    with pytest.raises(FeatureError, match=r"cut\.pt is not stand-in or is damaged"):
+        Inception("clean", path=cut, weights=stand_in_weights(torchscript))
+    with pytest.raises(FeatureError, match=r"there is no file .*missing\.pt; give that of https://nvlabs"):
+        open_extractor("inception", path=tmp_path / "missing.pt")
+
+
+def test_offline_without_weights(torchscript, tmp_path):
+    unreachable = stand_in_weights(torchscript)  # nothing listens there
+    with pytest.raises(FeatureError) as error:
+        find_weights(unreachable, cache_dir=tmp_path / "cache")
+    assert "could not be fetched ([Errno 111] Connection refused)" in str(error.value)
+    assert f"put it at {tmp_path / 'cache' / 'stand-in.pt'}, or give its path" in str(error.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_pinned_hashes():
+    assert PYTORCH.sha256[:8] in PYTORCH.url
+    assert TORCHSCRIPT.url == downloads_helper.inception_url
+    assert PYTORCH.url == inception_pytorch.FID_WEIGHTS_URL
+
+
+# ---- DINOv2, CLIP and networks given by path
+
+
+def publish(monkeypatch, name: str, folder: Path, commit: str = "") -> None:
+    """Makes a stand-in the published network of this name."""
+    (weights,) = [*folder.glob("model.safetensors"), *folder.glob("pytorch_model.bin")]
+    known = {"dinov2": encoders.DINOV2, "clip": encoders.CLIP}[name]
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    monkeypatch.setattr(encoders, name.upper(), replace(known, sha256=sha256, commit=commit))
+
+
+def test_dinov2_as_stein_et_al(tmp_path, monkeypatch):
+    """dgm-eval: torchvision's resize, ToTensor, ImageNet's normalisation, then the normed class token."""
+    folder = write_dinov2(tmp_path / "network")
+    images = draw_images(3, seed=0, size=40)
+    prepare = transforms.Compose(
+        [
+            transforms.Resize((224, 224), transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    pixels = torch.stack([prepare(Image.fromarray(image.transpose(1, 2, 0))) for image in images])
+    with torch.no_grad():
+        network = transformers.Dinov2Model.from_pretrained(folder).eval()
+        expected = network.layernorm(network.encoder(network.embeddings(pixels)).last_hidden_state)[:, 0]
+    extractor = open_extractor(str(folder))
+    torch.testing.assert_close(extractor(torch.from_numpy(images)), expected, rtol=1e-4, atol=1e-5)
+    assert (extractor.name, extractor.mode) == ("network", "bicubic 224")
+    with pytest.raises(FeatureError) as error:
+        open_extractor("dinov2", path=folder)
+    assert f"is not facebook/dinov2-large or is damaged: the sha256 of its weights is {extractor.sha256}, " in str(
+        error.value
+    )
+    publish(monkeypatch, "dinov2", folder)
+    assert open_extractor("dinov2", path=folder).name == "facebook/dinov2-large"
+
+
+def test_clip_as_jayasumana_et_al(tmp_path):
+    folder = write_clip(tmp_path / "clip")
+    images = draw_images(3, seed=0, size=80)
+    extractor = open_extractor(str(folder))
+    processor = transforms.Compose(
+        [
+            transforms.Resize((48, 48), transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ]
+    )
+    pixels = torch.stack([processor(Image.fromarray(image.transpose(1, 2, 0))) for image in images])
+    with torch.no_grad():
+        network = transformers.CLIPModel.from_pretrained(folder).eval()
+        expected = network.visual_projection(network.vision_model(pixels).pooler_output)
+    ours = extractor(torch.from_numpy(images))
+    torch.testing.assert_close(ours, expected / expected.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.norm(dim=1), torch.ones(3))
+    assert extractor.mode == "bicubic 48"
+
+
+def test_weights_that_do_not_fill_the_network(tmp_path):
+    folder = write_dinov2(tmp_path / "dinov2")
+    weights = load_file(folder / "model.safetensors")
+    del weights["layernorm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FeatureError, match=r"lack 1 of the network's parameters, as layernorm\.weight"):
+        TransformersEncoder(str(folder))
+    (folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(FeatureError, match="could not be loaded"):
+        TransformersEncoder(str(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FeatureError, match="has no weights"):
+        TransformersEncoder(str(folder))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = LoopbackHub()
+    fetch = partial(snapshot_download, endpoint=hub.address, cache_dir=tmp_path / "hub")
+    monkeypatch.setattr(encoders, "snapshot_download", fetch)
+    yield hub
+    hub.stop()
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "clip"])
+def test_from_the_hub(kind, hub, tmp_path, monkeypatch):
+    """CLIP's repository has a pickle and no safetensors."""
+    folder = {"dinov2": write_dinov2, "clip": write_clip}[kind](tmp_path / kind)
+    images = torch.from_numpy(draw_images(2, seed=0))
+    expected = open_extractor(str(folder))(images)
+    if kind == "clip":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    repo_id = {"dinov2": encoders.DINOV2, "clip": encoders.CLIP}[kind].hub_id
+    first, second = {path.name: path.read_bytes() for path in folder.iterdir()}, {"README.md": b"moved"}
+    hub.commits[repo_id], hub.heads[repo_id, "first"], hub.heads[repo_id, "main"] = [first, second], 0, 1
+    publish(monkeypatch, kind, folder, commit=hub.commit_id(repo_id, "first"))
+    for extractor in (open_extractor(kind), open_extractor(kind, path=folder)):
+        assert extractor.name == repo_id
+        torch.testing.assert_close(extractor(images), expected)
+    assert open_extractor(kind).commit == hub.commit_id(repo_id, "first")
+    with pytest.raises(FeatureError, match=r"no config\.json|has no weights"):
+        open_extractor(repo_id)  # the newest commit
+
+
+def test_hub_out_of_reach(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FeatureError) as error:
+        open_extractor("dinov2")
+    assert str(error.value).startswith("facebook/dinov2-large is no folder, and it could not be had from the Hub:")
+    assert str(error.value).endswith("fetch it elsewhere and give the path of its folder")
+    assert "\n" not in str(error.value)
+    with pytest.raises(FeatureError, match="neither a folder nor the id"):
+        open_extractor("some/where/else")
+
+
+class Brightness(torch.nn.Module):
+    def forward(self, images):
+        return images.mean([2, 3])
+
+
+class NoFeatures(torch.nn.Module):
+    def forward(self, images):
+        return images
+
+
+def test_torchscript_by_path(tmp_path):
+    for module in (Brightness(), NoFeatures()):
+        torch.jit.script(module).save(str(tmp_path / f"{type(module).__name__}.pt"))
+    images = torch.from_numpy(draw_images(3, seed=0))
+    extractor = open_extractor(str(tmp_path / "Brightness.pt"))
+    torch.testing.assert_close(extractor(images), images.float().mean([2, 3]))
+    assert (extractor.name, extractor.mode) == ("Brightness.pt", "as they are")
+    resized = open_extractor(str(tmp_path / "Brightness.pt"), resolution=7)
+    assert resized.mode == "bicubic 7"
+    assert (resized(images) - extractor(images)).abs().max() < 10
+    with pytest.raises(FeatureError, match=r"returns \(3, 3, 20, 20\) for 3 images; it must be a tensor \(B, D\)"):
+        open_extractor(str(tmp_path / "NoFeatures.pt"))(images)
+    (tmp_path / "text.pt").write_text("no module")
+    with pytest.raises(FeatureError, match=r"text\.pt is no TorchScript module"):
+        open_extractor(str(tmp_path / "text.pt"))
+
+
+# ---- Cache, statistics and rules
+
+
+def test_features_are_kept(store, extractor, state, tmp_path, capsys):
+    images = images_of_store(store)
+    first = cached_features(images, extractor, state, cache_dir=tmp_path)
+    again = cached_features(images, extractor, state, cache_dir=tmp_path)
+    np.testing.assert_array_equal(first, again)
+    assert extractor.num_images == 30
+    cached_features(images_of_store(store, 10), extractor, state, cache_dir=tmp_path)
+    assert extractor.num_images == 40
+    file = max(tmp_path.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    for damaged in (content, content[:1000], b""):
+        file.write_bytes(damaged)
+        np.testing.assert_array_equal(cached_features(images, extractor, state, cache_dir=tmp_path), first)
+        assert "is damaged or not of this kind" in capsys.readouterr().out
+    assert extractor.num_images == 40 + 3 * 30
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_every_part_of_the_key_counts(store, extractor, state, tmp_path):
+    """A file under the name of another key is refused, and what differs is said."""
+    images = images_of_store(store)
+    cached_features(images, extractor, state, cache_dir=tmp_path)
+    (file,) = tmp_path.iterdir()
+    other = replace(images, crop="celeba_128", split="validation")
+    extractor.sha256 = "0" * 64
+    cached_features(other, extractor, state, cache_dir=tmp_path / "other")
+    file.replace(next((tmp_path / "other").iterdir()))
+    with pytest.raises(FeatureError) as error:
+        cached_features(other, extractor, state, cache_dir=tmp_path / "other")
+    for name in ("split", "crop", "sha256"):
+        assert f"{name} is {getattr(images.key(extractor), name) if name != 'sha256' else ''}" in str(error.value)
+    assert "mode" not in str(error.value)
+
+
+def test_default_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert features.default_cache_dir() == tmp_path / "train_unet_eval"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert features.default_cache_dir() == Path.home() / ".cache" / "train_unet_eval"
+
+
+def test_statistics_of_another_crop_are_refused(store, extractor, state, tmp_path):
+    images = images_of_store(store)
+    key = replace(images.key(extractor), crop="celeba_140")
+    vectors = extract_features(images, extractor, state)[:, :LIVE_FEATURES]
+    save_statistics(tmp_path / "statistics.npz", key, vectors)
+    mean, covariance, there = load_statistics(tmp_path / "statistics.npz", asdict(key))
+    np.testing.assert_array_equal(mean, mean_and_covariance(vectors)[0])
+    np.testing.assert_array_equal(covariance, mean_and_covariance(vectors)[1])
+    assert there == key
+    assert load_statistics(tmp_path / "statistics.npz", {"crop": "celeba_140", "count": 30})[2] == key
+    with pytest.raises(FeatureError, match="crop is celeba_140 there and celeba_128 here; make it anew"):
+        load_statistics(tmp_path / "statistics.npz", asdict(replace(key, crop="celeba_128")))
+    for name, value in asdict(key).items():
+        with pytest.raises(FeatureError, match=f"{name} is {value} there"):
+            load_statistics(tmp_path / "statistics.npz", {name: "another"})
+    (tmp_path / "statistics.npz").write_bytes(b"PK")
+    with pytest.raises(FeatureError, match="damaged"):
+        load_statistics(tmp_path / "statistics.npz", {})
+    with pytest.raises(FeatureError, match="there is no"):
+        load_statistics(tmp_path / "missing.npz", {})
+
+
+def test_a_full_disk_leaves_no_file(store, extractor, state, tmp_path, monkeypatch):
+    def no_space(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        cached_features(images_of_store(store), extractor, state, cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_counts():
+    check_counts(2048, 2048)
+    check_counts(2, 2, allow_few=True)
+    with pytest.raises(FeatureError, match=r"10000 generated and 21803 reference .*; take 10000 of both"):
+        check_counts(10_000, 21_803)
+    with pytest.raises(FeatureError, match="cannot be compared"):
+        check_counts(100, 101, allow_few=True)
+    with pytest.raises(FeatureError, match=r"2047 images are too few .* or say --allow_few"):
+        check_counts(2047, 2047)
+    with pytest.raises(FeatureError, match="there is 1 image of each"):
+        check_counts(1, 1, allow_few=True)
+
+
+# ---- Two processes
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import numpy as np
+from accelerate import PartialState
+from eval.features import cached_features, images_of_files
+
+class Brightness:
+    name, mode, sha256 = "brightness", "as they are", "0" * 64
+
+    def __call__(self, images):
+        return images.float().mean([2, 3])
+
+images, out = map(Path, sys.argv[1:])
+state = PartialState(cpu=True)
+paths = sorted(images.glob("*.png"))[:5]
+for count in (5, 1):  # the second time one process has nothing to do
+    features = cached_features(
+        images_of_files(paths[:count]), Brightness(), state, cache_dir=out / "cache", batch_size=2
+    )
+    np.save(out / f"{count}-of-{state.process_index}.npy", features)
+state.destroy_process_group()
+"""
+
+
+def test_two_processes_share_the_images(folders, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(folders[0]), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    paths = sorted(folders[0].glob("*.png"))[:5]
+    expected = [np.asarray(Image.open(path), np.float64).mean(axis=(0, 1)) for path in paths]
+    for rank in (0, 1):
+        np.testing.assert_allclose(np.load(tmp_path / f"5-of-{rank}.npy"), expected, rtol=1e-6)
+        np.testing.assert_allclose(np.load(tmp_path / f"1-of-{rank}.npy"), expected[:1], rtol=1e-6)
+    assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -1,0 +1,567 @@
+"""Both likelihoods against Gaussian data, whose bits/dim are known, and with bugs planted to see if they are found."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from exact_denoiser import ExactDenoiser, Mixture, mixture
+from exact_gaussian import CORRELATED, INDEPENDENT, ExactGaussian, draw_images, exact_network
+from scipy.stats import norm
+from tiny_network import TINY
+from torch import Tensor
+
+from custom_unet import CustomUNet2DModel
+from eval import likelihood
+from eval.likelihood import (
+    BIN_WIDTH,
+    discrete_decoder,
+    draw_probes,
+    log_density,
+    ode_likelihood,
+    posterior_of,
+    prior_term,
+    variational_bound,
+)
+from training.data import to_model_range
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+def make_scheduler(prediction_type: str = "v_prediction", num_timesteps: int = 1000, **settings) -> DDPMScheduler:
+    settings = {"beta_schedule": "squaredcos_cap_v2"} | settings
+    return DDPMScheduler(num_train_timesteps=num_timesteps, prediction_type=prediction_type, **settings)
+
+
+def bits_per_dim(nats: Tensor, num_dims: int = 3) -> np.ndarray:
+    return (nats / (num_dims * math.log(2))).numpy()
+
+
+def gaussian_nats(data: Mixture, points: Tensor, extra_variance: float) -> Tensor:
+    """-log-density of the Gaussian smoothed by noise, shape (N,)."""
+    covariance = data.covariances[0] + extra_variance * torch.eye(3).double()
+    return -torch.distributions.MultivariateNormal(data.means[0], covariance).log_prob(points.flatten(1))
+
+
+def discrete_nats(images: Tensor, data: Mixture) -> Tensor:
+    """-log of the mass that independent Gaussians have in the bins of the images, shape (N,)."""
+    centre = to_model_range(images).double().permute(0, 2, 3, 1)
+    std = data.covariances[0].diag().sqrt()
+    upper, lower = ((centre - data.means + half) / std for half in (BIN_WIDTH / 2, -BIN_WIDTH / 2))
+    return -torch.from_numpy(np.log(norm.cdf(upper) - norm.cdf(lower))).sum(dim=(1, 2, 3))
+
+
+# ---- The bound: its parts
+
+
+def test_bin_width():
+    assert pytest.approx(2 / 255, rel=1e-12) == BIN_WIDTH
+    values = torch.arange(256, dtype=torch.uint8)
+    np.testing.assert_allclose(likelihood.to_float64_range(values), to_model_range(values), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("std", [1e-3, 0.0074, 0.3])
+@pytest.mark.parametrize("mean", [-1.2, -1.0, 0.1234, 0.999, 1.5])
+def test_the_decoder_is_a_distribution(mean, std):
+    values = torch.arange(256, dtype=torch.uint8)
+    log_probabilities = discrete_decoder(values, torch.full((256,), mean).double(), std)
+    assert log_probabilities.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    assert log_probabilities.isfinite().all()
+
+
+def test_the_decoder_keeps_its_precision_far_from_the_mean():
+    values = torch.tensor([0, 255], dtype=torch.uint8)
+    std = 0.01
+    found = discrete_decoder(values, torch.tensor([0.5, -0.5]).double(), std)
+    expected = norm.logcdf((-1 + BIN_WIDTH / 2 - 0.5) / std)  # e^-11,000: 0 as a float
+    np.testing.assert_allclose(found, [expected, expected], rtol=1e-9)
+
+
+def test_prior_term():
+    clean_images = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    for abar in (0.3, 1e-5):
+        q = torch.distributions.Normal(math.sqrt(abar) * clean_images, math.sqrt(1 - abar))
+        standard = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+        expected = torch.distributions.kl_divergence(q, standard).sum(dim=(1, 2, 3))
+        found = prior_term(clean_images, torch.tensor(abar).double())
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
+    assert prior_term(clean_images, torch.zeros(()).double()).tolist() == [0] * 5
+
+
+def test_the_posterior_is_that_of_bayes():
+    """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0): precisions add up."""
+    abar = make_scheduler().alphas_cumprod.double()
+    posterior = posterior_of(abar)
+    alpha, previous = abar[1:] / abar[:-1], abar[:-1]
+    precision = alpha / (1 - alpha) + 1 / (1 - previous)
+    torch.testing.assert_close(posterior.variance[1:], 1 / precision, rtol=1e-8, atol=0)
+    clean_weight = previous.sqrt() / (1 - previous) / precision
+    torch.testing.assert_close(posterior.clean_weight[1:], clean_weight, rtol=1e-8, atol=0)
+    assert posterior.variance[0] == 0
+    assert posterior.clean_weight[0] == 1
+
+
+# ---- The bound: its terms and sums
+
+
+def expected_terms(images: Tensor, data: Mixture, scheduler, variance: str) -> tuple[Tensor, Tensor]:
+    """Mean and variance, over the noise, of L_t of each image for t = 1 to T - 1 in nats, shape (N, T - 1).
+
+    For a Gaussian, along each eigenvector of its covariance, x_0 - E[x_0 | x_t] = a - b epsilon.
+    """
+    variances, directions = torch.linalg.eigh(data.covariances[0])
+    centred = (to_model_range(images).double().flatten(1) - data.means) @ directions
+    abar = scheduler.alphas_cumprod.double()
+    previous, abar = abar[:-1, None], abar[1:, None]
+    marginal = abar * variances + 1 - abar
+    a = centred[:, None] * (1 - abar) / marginal  # (N, T - 1, 3)
+    b = (abar * (1 - abar)).sqrt() * variances / marginal
+    beta = 1 - abar / previous
+    posterior_variance = beta * (1 - previous) / (1 - abar)
+    s2 = {"fixed_small": posterior_variance, "fixed_large": beta}[variance]
+    weight = previous * beta**2 / (1 - abar) ** 2 / (2 * s2)
+    constant = 3 * ((s2 / posterior_variance).log() - 1 + posterior_variance / s2) / 2
+    mean = constant.T + (weight * (a**2 + b**2)).sum(-1)
+    return mean, (weight**2 * (4 * a**2 * b**2 + 2 * b**4)).sum(-1)
+
+
+def check_terms(prediction_type: str, data: Mixture, variance: str = "fixed_small") -> None:
+    scheduler, images = make_scheduler(prediction_type), draw_images(data, 48)
+    network = exact_network(ExactGaussian, data, scheduler)
+    found = variational_bound(network, scheduler, images, variance=variance, batch_size=4096)
+    mean, spread = expected_terms(images, data, scheduler, variance)
+    error = 3 * math.log(2) * torch.from_numpy(found.terms[1:]) - mean.mean(0)
+    deviations = error / (spread.sum(0).sqrt() / len(images))
+    assert deviations.abs().max() < 5, f"term of timestep {deviations.abs().argmax() + 1}"
+    assert (found.terms >= 0).all()
+    sums = found.bits_per_dim - found.decoder - found.prior
+    np.testing.assert_allclose(sums.mean(), np.sum(found.terms[1:]), rtol=1e-9)
+    np.testing.assert_allclose(found.decoder.mean(), found.terms[0], rtol=1e-9)
+    total = (sums.mean() - bits_per_dim(mean.sum(1)).mean()) / bits_per_dim(spread.sum().sqrt() / len(images))
+    assert abs(total) < 3, f"sum of the terms: {total}"
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize(("prediction_type", "data"), [("epsilon", INDEPENDENT), ("v_prediction", CORRELATED)])
+def test_terms(prediction_type, data, variance):
+    check_terms(prediction_type, data, variance)
+
+
+def gaps(num_timesteps: int, variance: str = "fixed_small", **settings) -> np.ndarray:
+    """By how much the bound exceeds the known code length of each image, bits/dim."""
+    scheduler, images = make_scheduler(num_timesteps=num_timesteps, **settings), draw_images(INDEPENDENT, 16, size=16)
+    network = exact_network(ExactGaussian, INDEPENDENT, scheduler)
+    found = variational_bound(network, scheduler, images, variance=variance, batch_size=1000)
+    return found.bits_per_dim - bits_per_dim(discrete_nats(images, INDEPENDENT), images[0].numel())
+
+
+class ThreeValues(torch.nn.Module):
+    """The exact denoiser (for x_0) of pixel values that are independently 60, 100 or 180."""
+
+    values, probabilities = torch.tensor([60, 100, 180], dtype=torch.uint8), torch.tensor([0.5, 0.3, 0.2]).double()
+
+    def __init__(self, alphas_cumprod: Tensor):
+        super().__init__()
+        self.alphas_cumprod, self.unused = alphas_cumprod, torch.nn.Parameter(torch.zeros(()).double())
+
+    def forward(self, noisy_images: Tensor, timesteps: Tensor) -> SimpleNamespace:
+        abar, clean = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1, 1), to_model_range(self.values).double()
+        distance = noisy_images[..., None] - abar.sqrt() * clean
+        posterior = (self.probabilities.log() - distance.square() / (2 * (1 - abar))).softmax(-1)
+        return SimpleNamespace(sample=posterior @ clean)
+
+
+def three_value_gaps(num_timesteps: int, variance: str) -> np.ndarray:
+    """By how much the bound exceeds the known code length; log sigma in even steps, from 1/4 of a bin to 100."""
+    abar = 1 / (1 + np.geomspace(0.002, 100, num_timesteps) ** 2)
+    betas = (1 - abar / np.concatenate([[1], abar[:-1]])).tolist()
+    scheduler = make_scheduler("sample", num_timesteps, trained_betas=betas)
+    network = ThreeValues(scheduler.alphas_cumprod.double()).eval()
+    index = np.random.default_rng(1).choice(3, (64, 3, 4, 4), p=network.probabilities)
+    found = variational_bound(network, scheduler, network.values[index], variance=variance, batch_size=1000)
+    nats = -network.probabilities.log()[index].sum(dim=(1, 2, 3))
+    return found.bits_per_dim - bits_per_dim(nats, index[0].size)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_the_bound_is_from_above_and_its_gap_vanishes(variance):
+    coarse, middle, fine = (three_value_gaps(num_timesteps, variance) for num_timesteps in (50, 200, 1000))
+    for gap in (coarse, middle, fine):
+        assert gap.mean() > -3 * likelihood.standard_error(gap)
+    assert middle.mean() < coarse.mean() / 3
+    assert fine.mean() < middle.mean() / 3
+
+
+@pytest.mark.parametrize(("variance", "gap"), [("fixed_small", 0.6), ("fixed_large", 0.07)])
+def test_the_usual_schedules_leave_a_gap(variance, gap):
+    """However many timesteps there are, 1 - abar grows by about 2, 3/2, 4/3, ... at the first ones."""
+    found = gaps(1000, variance)
+    assert abs(found.mean() - gap) < 3 * likelihood.standard_error(found) + 0.02
+
+
+def check_monte_carlo(num_evaluations: int) -> None:
+    scheduler, images = make_scheduler(), draw_images(CORRELATED, 3000)
+    network = exact_network(ExactGaussian, CORRELATED, scheduler)
+    found = variational_bound(network, scheduler, images, num_evaluations=num_evaluations, batch_size=4096)
+    assert found.num_evaluations == num_evaluations
+    expected = bits_per_dim(expected_terms(images, CORRELATED, scheduler, "fixed_small")[0].sum(1))
+    errors = found.bits_per_dim - found.decoder - found.prior - expected
+    deviation = errors.mean() / likelihood.standard_error(errors)
+    assert abs(deviation) < 3, f"the estimate is off by {deviation} standard errors"
+
+
+@pytest.mark.parametrize("num_evaluations", [2, 12])
+def test_the_monte_carlo_estimate_is_unbiased(num_evaluations):
+    check_monte_carlo(num_evaluations)
+
+
+def test_weights_of_the_timesteps_have_the_right_expectation():
+    abar = make_scheduler(num_timesteps=20).alphas_cumprod.double()
+    timesteps, weights = likelihood.draw_timesteps(abar, 20000, 6, np.random.default_rng(0))
+    assert timesteps.shape == weights.shape == (20000, 6)
+    assert weights.max() <= 2 * 19 / 5 + 1e-9
+    total = torch.zeros(20, dtype=torch.float64).index_add(0, timesteps.flatten(), weights.flatten()) / 20000
+    np.testing.assert_allclose(total, 1, atol=0.05)
+
+
+def test_importance_sampling_lowers_the_spread():
+    scheduler, images = make_scheduler(), draw_images(CORRELATED, 1)
+    terms = expected_terms(images, CORRELATED, scheduler, "fixed_small")[0][0]
+    timesteps, weights = likelihood.draw_timesteps(
+        scheduler.alphas_cumprod.double(), 1000, 17, np.random.default_rng(0)
+    )
+    importance = (weights * terms[timesteps - 1])[:, 1:].sum(1)
+    uniform = terms[torch.randint(999, (1000, 16), generator=torch.Generator().manual_seed(0))].mean(1) * 999
+    assert importance.std() < uniform.std() / 10
+    assert importance.mean().item() == pytest.approx(terms.sum().item(), rel=0.05)
+
+
+def test_timesteps_that_were_not_evaluated_have_no_term():
+    scheduler, images = make_scheduler(), draw_images(INDEPENDENT, 3)
+    network = exact_network(ExactGaussian, INDEPENDENT, scheduler)
+    found = variational_bound(network, scheduler, images, num_evaluations=4)
+    assert np.isfinite(found.terms[0])
+    assert 0 < np.isfinite(found.terms[1:]).sum() <= 9
+
+
+def test_a_clipped_prediction_helps_a_network_that_overshoots():
+    scheduler, images = make_scheduler("sample", 50), torch.full((4, 3, 1, 1), 255, dtype=torch.uint8)
+    network = exact_network(ExactGaussian, INDEPENDENT, scheduler)
+    network.forward = lambda x, t: SimpleNamespace(sample=torch.full_like(x, 3.0))
+    free, clipped = (variational_bound(network, scheduler, images, clip_sample=clip) for clip in (False, True))
+    assert clipped.terms[1:].max() < 1e-12  # it is right then
+    assert (free.terms[1:] > 0).all()
+
+
+def test_a_schedule_that_ends_at_zero_signal():
+    gap = gaps(1000, "fixed_large", rescale_betas_zero_snr=True)
+    assert -3 * likelihood.standard_error(gap) < gap.mean() < 0.15
+    scheduler, images = make_scheduler(rescale_betas_zero_snr=True), draw_images(INDEPENDENT, 2)
+    network = exact_network(ExactGaussian, INDEPENDENT, scheduler)
+    assert variational_bound(network, scheduler, images).prior.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="zero signal"):
+        variational_bound(network, make_scheduler("epsilon", rescale_betas_zero_snr=True), images)
+
+
+# ---- The ODE
+
+
+def smoothed_log_density(data: Mixture, points: Tensor, sigma: float) -> Tensor:
+    covariances = data.covariances + sigma**2 * torch.eye(points[0].numel()).double()
+    log_densities, _ = Mixture(data.weights, data.means, covariances).log_densities(points.flatten(1))
+    return log_densities.logsumexp(-1) - points[0].numel() * math.log(2 * math.pi) / 2
+
+
+def exact_probes(points: Tensor) -> Tensor:
+    return draw_probes("exact", points.shape[1:], None)[:, None].expand(-1, *points.shape)
+
+
+def random_probes(kind: str, points: Tensor) -> Tensor:
+    rng = np.random.default_rng(0)
+    return torch.stack([draw_probes(kind, point.shape, rng) for point in points], dim=1)
+
+
+def density_errors(data: Mixture, tolerance: float, scheduler=None, timestep_error: int = 0) -> Tensor:
+    """Error of the log-density of some typical points by the exact trace, nats."""
+    scheduler, points = scheduler or make_scheduler(), points_of(data)
+    network = exact_network(ExactDenoiser, data, scheduler, timestep_error)
+    found, _ = log_density(network, scheduler, points, exact_probes(points), tolerance)
+    return found - smoothed_log_density(data, points, network.sigmas[0])
+
+
+def two_pixels() -> Mixture:
+    """Two RGB pixels that differ little."""
+    factor = torch.tensor([[1.0, 0.0], [0.9, 0.4]], dtype=torch.float64)
+    return Mixture(
+        torch.ones(1).double(),
+        torch.linspace(-0.3, 0.3, 6).double()[None],
+        torch.kron(factor @ factor.T, CORRELATED.covariances[0].contiguous())[None],
+    )
+
+
+def points_of(data: Mixture, num_points: int = 16) -> Tensor:
+    """Some of its typical points, (N, 3, 1, pixels)."""
+    generator = torch.Generator().manual_seed(1)
+    component = torch.arange(num_points) % len(data.weights)
+    noise = torch.randn(num_points, data.means.shape[1], 1, generator=generator, dtype=torch.float64)
+    x = data.means[component] + (torch.linalg.cholesky(data.covariances)[component] @ noise)[..., 0]
+    return x.view(num_points, 3, 1, -1)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_density_of_a_mixture(prediction_type):
+    scheduler = make_scheduler(prediction_type)
+    errors = [density_errors(mixture(), tol, scheduler).abs().max() for tol in (1e-2, 1e-4, 1e-6)]
+    assert errors[0] < 1.5
+    assert errors[1] < errors[0] / 30
+    assert errors[2] < errors[1] / 10  # what is left is rounding: timesteps are float32
+
+
+@pytest.mark.parametrize("data", [INDEPENDENT, CORRELATED, two_pixels()], ids=["independent", "correlated", "pixels"])
+def test_density_of_a_gaussian(data):
+    assert density_errors(data, 1e-6).abs().max() < 1e-3
+
+
+def test_the_linear_schedule_and_the_one_that_ends_at_zero_signal():
+    for settings in ({"beta_schedule": "linear"}, {"rescale_betas_zero_snr": True}):
+        scheduler = make_scheduler(**settings)
+        network = exact_network(ExactDenoiser, CORRELATED, scheduler)
+        abar = scheduler.alphas_cumprod.double().clamp(min=2**-24)  # as diffusers' sigma-type schedulers do
+        network.set_data(CORRELATED, abar)
+        points = points_of(CORRELATED)
+        found, _ = log_density(network, scheduler, points, exact_probes(points), 1e-6)
+        expected = smoothed_log_density(CORRELATED, points, network.sigmas[0])
+        # x_T is not quite N(0, I): its mean and variance differ by sqrt(abar_T) and abar_T
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 + 2 * float(abar[-1].sqrt()))
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+def test_random_probes_estimate_the_exact_trace(probe):
+    scheduler = make_scheduler()
+    network = exact_network(ExactDenoiser, CORRELATED, scheduler)
+    points = points_of(CORRELATED, 1).expand(3000, -1, -1, -1)
+    exact, _ = log_density(network, scheduler, points[:1], exact_probes(points[:1]), 1e-5)
+    found, _ = log_density(network, scheduler, points, random_probes(probe, points), 1e-5)
+    errors = (found - exact).numpy()
+    assert abs(errors.mean()) < 3 * likelihood.standard_error(errors)
+    assert errors.std() > 0.01
+
+
+def test_the_variance_of_signs_is_the_smaller_one():
+    """For symmetric J: 2 (||J||^2 - sum J_ii^2) with signs, 2 ||J||^2 with normal numbers."""
+    matrix = torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, -1.0], [0.0, -1.0, 3.0]], dtype=torch.float64)
+    expected = {"rademacher": 5.0, "gaussian": 33.0, "exact": 0.0}
+    for kind, variance in expected.items():
+        probes = random_probes(kind, torch.zeros(5000, 3, 1, 1)).flatten(2)
+        forms = torch.einsum("kbi,ij,kbj->b", probes, matrix, probes)
+        assert forms.var().item() == pytest.approx(variance, rel=0.1, abs=1e-12)
+        assert forms.mean().item() == pytest.approx(6, abs=4 * math.sqrt(variance / 5000) + 1e-12)
+
+
+def check_ode_likelihood(data: Mixture, timestep_error: int = 0) -> None:
+    """Bits/dim of these images, known in closed form, within the error bars of the draws."""
+    scheduler, images = make_scheduler(), draw_images(data, 250)
+    network = exact_network(ExactDenoiser, data, scheduler, timestep_error)
+    found = ode_likelihood(network, scheduler, images, num_draws=4, tolerance=1e-5, batch_size=1000)
+    assert found.draws.shape == (4, 250)
+    s2 = float(network.sigmas[0]) ** 2
+    precision = torch.linalg.inv(data.covariances[0] + s2 * torch.eye(3).double())
+    nats = gaussian_nats(data, to_model_range(images).double(), s2) + precision.trace() * (2 / 255) ** 2 / 24
+    expected = bits_per_dim(nats - 3 * math.log(2 / 255)).mean()
+    assert abs(found.mean - expected) < 3 * found.draw_standard_error + 1e-5, (found.mean, expected)
+    assert found.draw_standard_error < 0.03
+    # of the data, too: their entropy is known
+    entropy = data.covariances[0].logdet() / 2 + 1.5 * math.log(2 * math.pi * math.e) - 3 * math.log(2 / 255)
+    assert abs(found.mean - float(bits_per_dim(entropy))) < 3 * found.standard_error + 0.01
+    assert found.draw_standard_error < found.standard_error < 0.1
+
+
+@pytest.mark.parametrize("data", [INDEPENDENT, CORRELATED], ids=["independent", "correlated"])
+def test_ode_likelihood(data):
+    check_ode_likelihood(data)
+
+
+def test_ode_likelihood_is_the_discrete_one_but_for_the_noise_of_timestep_0():
+    scheduler, images = make_scheduler(), draw_images(INDEPENDENT, 200)
+    network = exact_network(ExactDenoiser, INDEPENDENT, scheduler)
+    found = ode_likelihood(network, scheduler, images, num_draws=8, tolerance=1e-5, batch_size=1600)
+    exact = bits_per_dim(discrete_nats(images, INDEPENDENT)).mean()
+    cost = float((1 + network.sigmas[0] ** 2 / INDEPENDENT.covariances[0].diag()).log2().mean() / 2)
+    assert cost < 0.002
+    assert abs(found.mean - exact) < 3 * found.draw_standard_error + 2 * cost
+
+
+# ---- Planted bugs
+
+
+def plant_off_by_one_variance(monkeypatch):
+    right = likelihood.model_variance
+    monkeypatch.setattr(likelihood, "model_variance", lambda *arguments: right(*arguments).roll(-1))
+
+
+def plant_missing_half(monkeypatch):
+    right = likelihood._terms
+    monkeypatch.setattr(likelihood, "_terms", lambda *arguments: 2 * right(*arguments))
+
+
+def plant_beta_for_beta_tilde(monkeypatch):
+    right = likelihood.model_variance
+    monkeypatch.setattr(likelihood, "model_variance", lambda posterior, _: right(posterior, "fixed_large"))
+
+
+@pytest.mark.parametrize("plant", [plant_off_by_one_variance, plant_missing_half, plant_beta_for_beta_tilde])
+def test_a_planted_bug_is_found_by_the_terms(plant, monkeypatch):
+    plant(monkeypatch)
+    with pytest.raises(AssertionError, match="term"):
+        check_terms("v_prediction", INDEPENDENT)
+
+
+def test_uniform_weights_are_found(monkeypatch):
+    right = likelihood.draw_timesteps
+
+    def uniform(*arguments):
+        timesteps, weights = right(*arguments)
+        return timesteps, torch.where(timesteps == 0, 1.0, 999 / (weights.shape[1] - 1)).double()
+
+    monkeypatch.setattr(likelihood, "draw_timesteps", uniform)
+    with pytest.raises(AssertionError, match="standard errors"):
+        check_monte_carlo(12)
+
+
+def plant_divergence(change):
+    def plant(monkeypatch):
+        right = likelihood._noise_and_divergence
+
+        def wrong(unet, scheduler, x, timestep, sigma, probes):
+            noise, divergence = right(unet, scheduler, x, timestep, sigma, probes)
+            return noise, change(divergence)
+
+        monkeypatch.setattr(likelihood, "_noise_and_divergence", wrong)
+
+    return plant
+
+
+def plant_constant(bits):
+    return lambda monkeypatch: monkeypatch.setattr(likelihood, "bits_of_a_bin", lambda: bits)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [plant_constant(0.0), plant_constant(7.0), plant_divergence(lambda d: -d), plant_divergence(lambda d: 0.99 * d)],
+    ids=["no constant", "that of 256 bins in [-1, 1]", "sign of the divergence", "divergence 1% off"],
+)
+def test_a_planted_bug_is_found_by_the_ode(plant, monkeypatch):
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_ode_likelihood(INDEPENDENT)
+
+
+@pytest.mark.parametrize("timestep_error", [-1, 1])
+def test_a_timestep_that_is_off_by_one_in_a_hundred_is_found(timestep_error):
+    right, wrong = (density_errors(CORRELATED, 1e-5, make_scheduler("epsilon", 100), e) for e in (0, timestep_error))
+    assert wrong.abs().max() > 10 * right.abs().max()
+    assert wrong.abs().max() > 1e-2
+
+
+# ---- Networks, batches, bad input
+
+
+def tiny_network(**settings) -> CustomUNet2DModel:
+    torch.manual_seed(0)
+    return CustomUNet2DModel(**TINY | settings).eval()
+
+
+def random_images(num_images: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (num_images, 3, 8, 8), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_bound_does_not_depend_on_the_batch_size(prediction_type):
+    scheduler, images, network = make_scheduler(prediction_type, 100), random_images(), tiny_network()
+    first, *others = (
+        variational_bound(network, scheduler, images, num_evaluations=5, batch_size=size) for size in (1, 4, 64)
+    )
+    for other in others:
+        np.testing.assert_allclose(other.bits_per_dim, first.bits_per_dim, rtol=1e-4)
+    other = variational_bound(network, scheduler, images, num_evaluations=5, seed=1)
+    assert (other.bits_per_dim != first.bits_per_dim).all()
+
+
+@pytest.mark.parametrize("probe", likelihood.PROBES)
+def test_what_the_ode_starts_from_does_not_depend_on_the_batch_size(probe, monkeypatch):
+    images = torch.arange(18, dtype=torch.uint8).view(2, 3, 1, 3)
+    calls = []
+
+    def keep(unet, scheduler, points, probes, tolerance):
+        calls.append((points, probes))
+        return torch.zeros(len(points)), 1
+
+    def collected(batch_size, seed=0):
+        calls.clear()
+        ode_likelihood(tiny_network(), None, images, num_draws=3, probe=probe, seed=seed, batch_size=batch_size)
+        points, probes = zip(*calls, strict=True)
+        return torch.cat(points), torch.cat(probes, dim=1)
+
+    monkeypatch.setattr(likelihood, "log_density", keep)
+    points, probes = collected(1)
+    for batch_size in (4, 16):
+        for found, expected in zip(collected(batch_size), (points, probes), strict=True):
+            assert torch.equal(found, expected)
+    assert not torch.equal(collected(16, seed=1)[0], points)
+    # within the bins of the pixel values, and not twice the same
+    assert torch.equal(((points + 1) * 127.5).round().to(torch.uint8), images.repeat(3, 1, 1, 1))
+    assert len((points + 1 - images.repeat(3, 1, 1, 1) / 127.5).unique()) == points.numel()
+
+
+def test_the_ode_with_a_network():
+    scheduler, images, network = make_scheduler(), random_images(2), tiny_network()
+    found = ode_likelihood(network, scheduler, images, tolerance=1e-2)
+    again = ode_likelihood(network, scheduler, images, tolerance=1e-2)
+    assert np.isfinite(found.draws).all()
+    assert found.num_evaluations > 20
+    np.testing.assert_array_equal(again.draws, found.draws)
+    assert np.isnan(found.draw_standard_error)
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_a_single_image_has_no_standard_error():
+    found = variational_bound(tiny_network(), make_scheduler(), random_images(1), num_evaluations=2)
+    assert np.isnan(found.standard_error)
+    assert np.isfinite(found.mean)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (variational_bound, {"images": torch.zeros(2, 3, 8, 8)}, "images are torch.float32"),
+        (ode_likelihood, {"images": random_images()[0]}, "shape"),
+        (ode_likelihood, {"images": random_images()[:0]}, "shape"),
+        (variational_bound, {"unet": CustomUNet2DModel(**TINY)}, "training mode"),
+        (variational_bound, {"variance": "learned"}, "'learned'; take one of fixed_small, fixed_large"),
+        (variational_bound, {"num_evaluations": 1}, "num_evaluations is 1"),
+        (variational_bound, {"batch_size": 0}, "batch_size is 0"),
+        (ode_likelihood, {"num_draws": 0}, "num_draws is 0"),
+        (ode_likelihood, {"probe": "uniform"}, "'uniform'; take one of rademacher, gaussian, exact"),
+        (ode_likelihood, {"tolerance": 0.0}, "tolerance is 0"),
+        (
+            ode_likelihood,
+            {"unet": tiny_network(time_embedding_type="learned", num_train_timesteps=1000)},
+            "learned time embedding",
+        ),
+    ],
+)
+def test_bad_input(function, arguments, message):
+    arguments = {"unet": tiny_network(), "scheduler": make_scheduler(), "images": random_images()} | arguments
+    with pytest.raises(ValueError, match=message):
+        function(**arguments)
+
+
+@pytest.mark.parametrize("function", [variational_bound, ode_likelihood])
+def test_a_network_with_nan_weights(function):
+    network = tiny_network()
+    network.conv_out.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        function(network, make_scheduler(), random_images())

@@ -1,0 +1,183 @@
+"""Memorisation: nearest neighbours against brute force, planted copies, and what a model that generalises gets."""
+
+import numpy as np
+import pytest
+
+from eval.memorisation import memorisation, nearest_distances, nearest_training
+from training.synthetic_faces import render_faces
+
+
+@pytest.fixture(scope="module")
+def faces() -> np.ndarray:
+    """1,100 synthetic faces, uint8, (N, 3, 16, 16)."""
+    return np.ascontiguousarray(render_faces(range(1100), 16, seed=3).transpose(0, 3, 1, 2))
+
+
+def brute_force(queries: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    distances = np.array(
+        [
+            np.linalg.norm((references - query.astype(np.float64)).reshape(len(references), -1), axis=1)
+            for query in queries
+        ]
+    )
+    return distances.min(axis=1), distances.argmin(axis=1)
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 4096])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
+def test_nearest_distances_agree_with_brute_force(chunk, dtype):
+    generator = np.random.default_rng(0)
+    queries = (generator.random((50, 3, 5, 5)) * 255).astype(dtype)
+    references = (generator.random((130, 3, 5, 5)) * 255).astype(dtype)
+    distances, indices = nearest_distances(queries, references, chunk=chunk)
+    expected, expected_indices = brute_force(queries, references)
+    np.testing.assert_allclose(distances, expected, rtol=1e-12)
+    np.testing.assert_array_equal(indices, expected_indices)
+
+
+def test_a_copy_is_at_exactly_zero_and_a_near_tie_is_decided_right():
+    """Where float32 products alone lose both: large norms, neighbours that differ in one number."""
+    generator = np.random.default_rng(0)
+    base = (1000 * generator.standard_normal((6, 2048))).astype(np.float32)
+    references = np.repeat(base, 20, axis=0)
+    references[np.arange(120), np.arange(120)] += np.tile(np.linspace(1, 2, 20, dtype=np.float32), 6)
+    queries = np.concatenate([base, references[[17, 118]]])
+
+    norms = (references**2).sum(1)
+    naive = (queries**2).sum(1)[:, None] + norms - 2 * queries @ references.T
+    assert (naive.argmin(1) != [0, 20, 40, 60, 80, 100, 17, 118]).any(), "the case must be hard for float32"
+    assert (naive.min(1)[-2:] != 0).any()
+
+    distances, indices = nearest_distances(queries, references, chunk=16)
+    assert indices.tolist() == [0, 20, 40, 60, 80, 100, 17, 118]
+    assert distances[-2:].tolist() == [0, 0]
+    np.testing.assert_array_equal(distances, brute_force(queries, references)[0])
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 100])
+def test_a_tie_goes_to_the_lowest_index(chunk):
+    references = np.array([[9, 9], [3, 0], [0, 3], [3, 0], [0, 0], [0, 0]], np.uint8)
+    distances, indices = nearest_distances(np.array([[3, 3], [0, 0], [3, 0]], np.uint8), references, chunk=chunk)
+    assert distances.tolist() == [3, 0, 0]
+    assert indices.tolist() == [1, 4, 1]
+
+
+def test_uint8_does_not_wrap_around():
+    distances, _ = nearest_distances(np.array([[0, 0]], np.uint8), np.array([[255, 255]], np.uint8))
+    assert distances.tolist() == [255 * 2**0.5]
+
+
+def test_planted_copies_are_found_and_counted(faces):
+    training, heldout, generated = faces[:800], faces[800:1000], faces[1000:].copy()
+    noise = np.random.default_rng(0).normal(0, 2, training[0].shape)
+    generated[11] = training[301]
+    generated[42] = training[77, :, :, ::-1]
+    generated[73] = (training[640] + noise).round().clip(0, 255)
+    before = memorisation(faces[1000:], heldout, training)
+    report = memorisation(generated, heldout, training)
+    assert before.share_below_heldout_minimum == 0
+    assert report.share_below_heldout_minimum == 0.03
+    assert report.share_below_heldout_percentile_1 >= 0.03
+    exact, mirrored, near = report.pairs[:3]
+    assert exact == (11, 301, False, 0.0)
+    assert mirrored == (42, 77, True, 0.0)
+    assert near[:3] == (73, 640, False)
+    assert near.distance == pytest.approx(2, abs=0.3)  # grey levels
+    assert all(a.distance <= b.distance for a, b in zip(report.pairs, report.pairs[1:], strict=False))
+    assert len(report.pairs) == 16
+
+
+def test_a_mirrored_copy_passes_where_mirrored_images_do_not_count(faces):
+    training, heldout, generated = faces[:800], faces[800:1000], faces[1000:].copy()
+    generated[42] = training[77, :, :, ::-1]
+    report = memorisation(generated, heldout, training, mirror=False)
+    assert not report.mirror
+    assert report.share_below_heldout_minimum == 0
+    assert not any(pair.mirrored for pair in report.pairs)
+
+
+def test_nearest_training_agrees_with_mirrored_references_appended(faces):
+    training, queries = faces[:300], faces[300:340]
+    distances, indices, mirrored = nearest_training(queries, training, True, 64)
+    expected, expected_indices = brute_force(queries, np.concatenate([training, training[..., ::-1]]))
+    np.testing.assert_array_equal(distances, expected)
+    np.testing.assert_array_equal(indices + 300 * mirrored, expected_indices)
+    assert 0 < mirrored.sum() < 40
+
+
+def test_a_symmetric_image_is_not_called_mirrored(faces):
+    symmetric = faces[:1] // 2 + faces[:1, :, :, ::-1] // 2
+    training = np.concatenate([faces[1:50], symmetric])
+    assert [found.item() for found in nearest_training(symmetric, training, True, 64)] == [0, 49, False]
+
+
+def test_a_model_that_generalises_has_ratio_one(faces):
+    report = memorisation(faces[950:1100], faces[800:950], faces[:800])
+    assert report.ratio == pytest.approx(1, abs=0.05)
+    assert report.share_below_heldout_minimum <= 0.02
+    assert report.share_below_heldout_percentile_1 <= 0.05
+
+
+def test_a_model_that_repeats_its_training_images_with_noise_does_not(faces):
+    noise = np.random.default_rng(0).normal(0, 4, (100, *faces.shape[1:]))
+    copies = (faces[:100] + noise).round().clip(0, 255).astype(np.uint8)
+    report = memorisation(copies, faces[800:], faces[:800])
+    assert report.share_below_heldout_minimum == 1
+    assert report.ratio < 0.5
+    assert report.generated_median == pytest.approx(4, abs=0.4)
+
+
+def test_expected_share_below_the_minimum_is_met_over_many_draws():
+    """Generated and held-out samples of one distribution are exchangeable: each is the nearest equally often."""
+    generator = np.random.default_rng(0)
+    reports = [memorisation(*(generator.random((n, 2)) for n in (25, 9, 40)), num_pairs=1) for _ in range(600)]
+    shares = np.array([report.share_below_heldout_minimum for report in reports])
+    assert reports[0].expected_share_below_heldout_minimum == 1 / 10
+    assert abs(shares.mean() - 1 / 10) < 4 * shares.std() / 600**0.5
+
+
+def test_features_are_measured_by_their_l2_distance():
+    training = np.array([[0.0, 0.0], [10.0, 0.0]])
+    generated, heldout = np.array([[3.0, 4.0], [10.0, 1.0], [0.0, 2.0]]), np.array([[0.0, 2.0], [10.0, 4.0]])
+    report = memorisation(generated, heldout, training)
+    assert report.pairs == [(1, 1, False, 1.0), (2, 0, False, 2.0), (0, 0, False, 5.0)]
+    assert (report.generated_median, report.heldout_median, report.ratio) == (2, 3, 2 / 3)
+    assert (report.heldout_minimum, report.share_below_heldout_minimum) == (2, 1 / 3)  # below, not at
+    assert not report.mirror
+
+
+def test_histograms_share_their_bins_and_hold_every_image(faces):
+    for generated, heldout in ((faces[1000:], faces[800:1000]), (faces[800:1000], faces[1000:])):
+        report = memorisation(generated, heldout, faces[:800], num_bins=20)
+        assert report.bin_edges[0] == 0
+        assert len(report.bin_edges) == 21
+        assert report.generated_counts.sum() == len(generated)
+        assert report.heldout_counts.sum() == len(heldout)
+    first = np.nonzero(report.generated_counts)[0][0]
+    assert report.bin_edges[first] <= report.pairs[0].distance <= report.bin_edges[first + 1]
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("generated", "heldout", "options", "message"),
+    [
+        (IMAGES / 127.5 - 1, IMAGES, {}, "the generated images are float64; give uint8, 0..255"),
+        (IMAGES, IMAGES[:, :, :4], {}, r"the held-out array has shape \(4, 3, 4, 8\), the training one"),
+        (IMAGES[:0], IMAGES, {}, "the generated array is empty"),
+        (IMAGES, IMAGES, {}, "at least half of the held-out images are training images"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(generated, heldout, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        memorisation(generated, heldout, IMAGES, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_features_are_refused():
+    features = np.arange(6.0).reshape(3, 2)
+    with pytest.raises(ValueError, match="some generated features are not finite"):
+        memorisation(features * np.nan, features, features)
+    with pytest.raises(ValueError, match="features cannot be mirrored; append"):
+        memorisation(features, features, features, mirror=True)

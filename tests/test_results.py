@@ -1,0 +1,76 @@
+"""results.json and the tables that are made from it."""
+
+import json
+
+import pytest
+
+from eval.results import ResultsError, main, number, quality_table, read_results, result, with_tables, write_results
+
+
+def cost(sampler: str, steps: int, value: float, eta: float = 0.0) -> dict:
+    about = {"sampler": sampler, "steps": steps, "eta": eta, "n": 1000, "seconds_per_image": steps / 100}
+    return result("cost", "SWD, mean", "swd", value, floor=2.0, **about)
+
+
+RESULTS = [
+    result("swd", "SWD, mean", "swd", 12.3456, floor=2.0, n=10000, n_reference=10000, sampler="ddim", steps=50),
+    result("features", "FID (clean)", "fid", None, reason="no weights", n=None),
+    result("likelihood", "Variational bound, held-out", "bound", 4.0, std=0.0321, n=256, split="validation"),
+    cost("ddim", 50, 3.0),
+    cost("ddim", 10, 5.25),
+    cost("ddim", 10, 7.0, eta=1.0),
+    result("time", "swd", "seconds_swd", 61.5, n=10000),
+]
+
+
+def test_tables():
+    assert quality_table(RESULTS).splitlines() == [
+        "| metric | value | real against real | n | of | split | sampler | steps |",
+        "|---|---|---|---|---|---|---|---|",
+        "| SWD, mean | 12.35 | 2 | 10,000 | 10,000 |  | ddim | 50 |",
+        "| FID (clean) | not measured |  |  |  |  |  |  |",
+        "| Variational bound, held-out | 4 ± 0.032 |  | 256 |  | validation |  |  |",
+    ]
+    assert [number(value) for value in (None, 12345, 0.000123456, "x")] == ["", "12,345", "0.0001235", "x"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_results(tmp_path / "results.json", {"pipeline": "faces", "results": RESULTS})
+    return tmp_path
+
+
+def test_marked_tables_are_made_anew_and_the_rest_stays(folder):
+    text = "before\n<!-- results: results.json {} -->\nold\n<!-- end -->\nafter <!-- end -->\n"
+    made = with_tables(text.format("cost"), folder)
+    assert made.splitlines() == [
+        "before",
+        "<!-- results: results.json cost -->",
+        "| SWD, mean, n = 1,000 | 10 steps | 50 steps |",
+        "|---|---|---|",
+        "| ddim | 5.25 (0.1 s) | 3 (0.5 s) |",
+        "| ddim, eta 1 | 7 (0.1 s) |  |",
+        "<!-- end -->",
+        "after <!-- end -->",
+    ]
+    assert with_tables(made, folder) == made
+    assert "| swd | 10,000 | 61.5 |" in with_tables(text.format("time"), folder)
+    (folder / "README.md").write_text(text.format("quality"))
+    assert main([str(folder / "README.md")]) == 0
+    assert "| SWD, mean | 12.35 |" in (folder / "README.md").read_text()
+
+
+def test_what_cannot_be_written_or_read_is_refused(folder, capsys):
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ResultsError, match=r"FID is (nan|inf)"):
+            result("features", "FID", "fid", value)
+    with pytest.raises(ResultsError, match="no value and no reason"):
+        result("features", "FID", "fid", None)
+    for text in ("{", "[]", '{"results": 3}'):
+        (folder / "bad.json").write_text(text)
+        with pytest.raises(ResultsError, match=r"cannot read the results .*bad\.json"):
+            read_results(folder / "bad.json")
+    (folder / "README.md").write_text("<!-- results: results.json beauty -->\n<!-- end -->")
+    assert main([str(folder / "README.md")]) == 2
+    assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, cost, time\n"
+    assert json.loads((folder / "results.json").read_text())["pipeline"] == "faces"

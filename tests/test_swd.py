@@ -1,0 +1,214 @@
+"""Sliced Wasserstein distance: the pyramid, the patches and the distance, each against an independent reference."""
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.stats
+import torch
+
+from eval import swd
+from eval.swd import laplacian_pyramid, projected_distances, sliced_wasserstein, swd_floor, upsample
+from training.synthetic_faces import render_faces
+
+FEW = {"num_patches_per_image": 16, "num_projections": 64}
+
+
+@pytest.fixture(scope="module")
+def faces() -> np.ndarray:
+    """256 synthetic faces at 32x32, with grey levels compressed to 64..191 so that there is room for shifts."""
+    images = render_faces(range(256), 32, seed=5).transpose(0, 3, 1, 2)
+    return (64 + images.astype(float) / 2).astype(np.uint8)
+
+
+def as_uint8(images: np.ndarray) -> np.ndarray:
+    return images.round().clip(0, 255).astype(np.uint8)
+
+
+def reference_blur(images: np.ndarray) -> np.ndarray:
+    """By scipy; `mirror` is the border without a repeated edge."""
+    for axis in (-2, -1):
+        images = scipy.ndimage.convolve1d(images, [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16], axis, mode="mirror")
+    return images
+
+
+def reference_pyramid(images: np.ndarray, num_levels: int) -> list[np.ndarray]:
+    pyramid = [images.astype(np.float64)]
+    for _ in range(num_levels - 1):
+        coarse = reference_blur(pyramid[-1])[:, :, ::2, ::2]
+        spread = np.zeros_like(pyramid[-1])
+        spread[:, :, ::2, ::2] = coarse
+        pyramid[-1] = pyramid[-1] - 4 * reference_blur(spread)
+        pyramid.append(coarse)
+    return pyramid
+
+
+def test_identical_sets_are_at_zero_and_the_distance_is_symmetric(faces):
+    assert sliced_wasserstein(faces, faces.copy(), **FEW) == {32: 0.0, 16: 0.0}
+    blurred = as_uint8(scipy.ndimage.gaussian_filter(faces.astype(float), (0, 0, 1, 1)))
+    there, back = sliced_wasserstein(faces, blurred, **FEW), sliced_wasserstein(blurred, faces, **FEW)
+    assert there == back
+    assert min(there.values()) > 0
+
+
+@pytest.mark.parametrize("fault", ["blur", "noise", "gamma", "some images shifted", "mirrored borders"])
+def test_distance_grows_with_the_fault(faces, fault):
+    noise = np.random.default_rng(0).standard_normal(faces.shape)
+
+    def worsened(strength: float) -> np.ndarray:
+        images = faces.astype(float)
+        if fault == "blur":
+            return as_uint8(scipy.ndimage.gaussian_filter(images, (0, 0, strength, strength)))
+        if fault == "noise":
+            return as_uint8(images + 8 * strength * noise)
+        if fault == "gamma":
+            return as_uint8(255 * (images / 255) ** (1 + strength))
+        if fault == "some images shifted":  # in brightness
+            images[:64] += 30 * strength
+            return as_uint8(images)
+        width = int(4 * strength)
+        return as_uint8(np.pad(images[..., width:], ((0, 0), (0, 0), (0, 0), (0, width)), mode="reflect"))
+
+    distances = [sliced_wasserstein(faces, worsened(strength), **FEW) for strength in (0.5, 1, 2)]
+    for resolution in (32, 16):
+        series = [distance[resolution] for distance in distances]
+        if fault == "some images shifted" and resolution == 32:
+            assert series == [0, 0, 0]  # a difference of two brightnesses does not know them
+        else:
+            assert 0 < series[0] < series[1] < series[2], (resolution, series)
+
+
+def test_fine_noise_shows_in_the_fine_level_first(faces):
+    noise = np.random.default_rng(0).standard_normal(faces.shape)
+    distances = sliced_wasserstein(faces, as_uint8(faces + 8 * noise), **FEW)
+    assert distances[32] > 2 * distances[16]
+
+
+def test_shift_and_scale_common_to_all_images_are_not_seen_as_the_paper_normalises_each_set(faces):
+    shifted = faces + np.array([20, -30, 40]).reshape(3, 1, 1)
+    assert shifted.min() >= 0
+    assert shifted.max() <= 255
+    distances = sliced_wasserstein(faces, shifted.astype(np.uint8), **FEW)
+    assert max(distances.values()) < 1e-3
+    even = faces - faces % 2
+    assert max(sliced_wasserstein(even, even // 2, **FEW).values()) < 1e-3
+
+
+@pytest.mark.parametrize(("resolution", "num_levels"), [(32, 2), (64, 3), (34, 2), (16, 1)])
+def test_pyramid_agrees_with_scipy_and_gives_the_image_back(resolution, num_levels):
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, resolution, resolution)).astype(np.uint8)
+    assert len(swd.pyramid_resolutions(resolution)) == num_levels
+    pyramid = laplacian_pyramid(torch.from_numpy(images).float(), num_levels)
+    for level, expected in zip(pyramid, reference_pyramid(images, num_levels), strict=True):
+        np.testing.assert_allclose(level.numpy(), expected, atol=1e-4)
+    rebuilt = pyramid[-1]
+    for level in pyramid[-2::-1]:
+        rebuilt = upsample(rebuilt) + level
+    np.testing.assert_allclose(rebuilt.numpy(), images, atol=1e-4)
+
+
+def test_flat_image_has_flat_levels_up_to_the_border():
+    finest, coarse = laplacian_pyramid(torch.full((1, 3, 32, 32), 77.0), 2)
+    assert torch.equal(finest, torch.zeros_like(finest))
+    assert torch.equal(coarse, torch.full_like(coarse, 77.0))
+
+
+def test_patches_lie_at_their_corners_and_are_normalised_by_channel(faces):
+    images = faces[:5]
+    corners = torch.randint(26, (5, 3, 2), generator=torch.Generator().manual_seed(0))
+    corners[0, 0], corners[4, 2] = torch.tensor([0, 25]), torch.tensor([25, 0])  # the extreme ones
+    patches = swd.normalised_patches(images, 0, corners, batch_size=2)
+    finest = reference_pyramid(images, 2)[0]
+    expected = np.stack(
+        [
+            finest[image, :, y : y + 7, x : x + 7]
+            for image, of_image in enumerate(corners.tolist())
+            for y, x in of_image
+        ]
+    )
+    expected = (expected - expected.mean((0, 2, 3), keepdims=True)) / expected.std((0, 2, 3), keepdims=True)
+    np.testing.assert_allclose(patches, expected.reshape(15, 147), atol=1e-4)
+
+
+def test_projected_distances_are_those_of_scipy():
+    generator = np.random.default_rng(0)
+    points1 = generator.standard_normal((300, 147)).astype(np.float32)
+    points2 = (generator.standard_exponential((300, 147)) * 2).astype(np.float32)
+    directions = swd.random_directions(20, 147, generator)  # more than are taken at once
+    expected = [scipy.stats.wasserstein_distance(points1 @ d, points2 @ d) for d in directions]
+    np.testing.assert_allclose(projected_distances(points1, points2, directions), expected, rtol=1e-4)
+
+
+def test_directions_are_uniform_on_the_sphere():
+    directions = swd.random_directions(20_000, 3, np.random.default_rng(0))
+    np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, rtol=1e-6)
+    # Archimedes: on the sphere in three dimensions each coordinate is uniform on [-1, 1].
+    assert all(scipy.stats.kstest(c, "uniform", (-1, 2)).pvalue > 1e-3 for c in directions.T)
+
+
+def test_whole_distance_against_a_straightforward_reference(faces):
+    """The same positions and directions, everything else by numpy and scipy in float64."""
+    images1, images2 = faces[:20], as_uint8(faces[20:40] * 1.1)
+    for level, resolution in enumerate((32, 16)):
+        generator = np.random.default_rng((7, resolution))
+        corners = generator.integers(resolution - 6, size=(20, 4, 2))
+        directions = generator.standard_normal((9, 147))
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        sets = []
+        for images in (images1, images2):
+            pixels = reference_pyramid(images, 2)[level]
+            patches = np.stack(
+                [pixels[i, :, y : y + 7, x : x + 7] for i, of_image in enumerate(corners) for y, x in of_image]
+            )
+            patches = (patches - patches.mean((0, 2, 3), keepdims=True)) / patches.std((0, 2, 3), keepdims=True)
+            sets.append(patches.reshape(80, 147))
+        expected = np.mean([scipy.stats.wasserstein_distance(sets[0] @ d, sets[1] @ d) for d in directions])
+        distances = sliced_wasserstein(images1, images2, seed=7, num_patches_per_image=4, num_projections=9)
+        assert distances[resolution] == pytest.approx(1000 * expected, rel=1e-4)
+
+
+def test_distance_depends_on_the_seed_not_on_the_batch_size(faces):
+    images1, images2 = faces[:100], faces[100:200]
+    distances = sliced_wasserstein(images1, images2, seed=3, **FEW)
+    assert sliced_wasserstein(images1, images2, seed=3, batch_size=7, **FEW) == pytest.approx(distances, rel=1e-5)
+    assert sliced_wasserstein(images1, images2, seed=3, **FEW) == distances
+    other = sliced_wasserstein(images1, images2, seed=4, **FEW)
+    assert other != distances
+    assert other == pytest.approx(distances, rel=0.3)
+
+
+def test_floor_is_that_of_disjoint_halves_and_falls_with_the_number_of_images(faces):
+    floor = swd_floor(faces, **FEW)
+    assert swd_floor(faces, **FEW) == floor
+    blurred = as_uint8(scipy.ndimage.gaussian_filter(faces.astype(float), (0, 0, 1, 1)))
+    distances = sliced_wasserstein(faces[:128], blurred[128:], **FEW)
+    few = swd_floor(faces[:32], **FEW)
+    for resolution in (32, 16):
+        assert 0 < floor[resolution] < distances[resolution]
+        assert floor[resolution] < few[resolution]
+    twins = np.concatenate([faces[:1], faces[:1]])  # disjoint halves of two: one each, so a floor of 0
+    assert max(swd_floor(twins, **FEW).values()) == 0
+    assert swd_floor(faces[:33], **FEW).keys() == {32, 16}  # the odd one is left out
+
+
+@pytest.mark.parametrize(
+    ("images1", "images2", "message"),
+    [
+        (np.zeros((4, 3, 32, 32), np.float32), None, "the images are float32; give uint8, 0..255"),
+        (np.zeros((4, 32, 32, 3), np.uint8), None, r"shape \(4, 32, 32, 3\); it must be \(N, 3, R, R\)"),
+        (np.zeros((0, 3, 32, 32), np.uint8), None, r"shape \(0, 3, 32, 32\); it must be"),
+        (np.zeros((4, 3, 8, 8), np.uint8), None, "8 pixels wide; the smallest level has 16"),
+        (np.zeros((4, 3, 32, 32), np.uint8), np.zeros((5, 3, 32, 32), np.uint8), "take equally many of one size"),
+        (np.zeros((4, 3, 32, 32), np.uint8), None, "all patches of level 0 have one value in a channel"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(images1, images2, message):
+    with pytest.raises(ValueError, match=message) as error:
+        sliced_wasserstein(images1, images1 if images2 is None else images2, **FEW)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_counts_are_refused(faces):
+    with pytest.raises(ValueError, match="num_projections is 0; it must be at least 1"):
+        sliced_wasserstein(faces, faces, num_projections=0)
+    with pytest.raises(ValueError, match="1 images cannot be halved"):
+        swd_floor(faces[:1])
