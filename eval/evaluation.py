@@ -25,7 +25,8 @@ class Evaluation:
         self.out: Path = options.out
         source, self.commit = generate.find_pipeline(options.pipeline, options.revision)
         self.source = source
-        self.pipeline = generate.load_pipeline(source, options.dtype, options.sampler).to(state.device)
+        # images may be drawn in half precision, but likelihoods and losses are of the weights as they are
+        self.pipeline = generate.load_pipeline(source, "fp32", options.sampler).to(state.device)
         self.pipeline.unet.eval()
         generate.check_arguments(self.pipeline, options)
         self.weights_sha256 = {path.name: generate.sha256_of(path) for path in generate.weight_files(source)}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.custom_unet_pipeline import _clean_images_and_noise
+from pipelines.custom_unet_pipeline import clean_images_and_noise
 from training.diffusion import per_image_mse, signal_and_noise_scale
 
 
@@ -106,7 +106,7 @@ def _losses(unet, scheduler, clean_images: Tensor, noise: Tensor, timestep: int)
     signal, noise_scale = signal_and_noise_scale(scheduler, t)
     noisy_images = signal * clean_images + noise_scale * noise
     model_output = unet(noisy_images.to(next(unet.parameters()).dtype), t).sample.float()
-    sample, epsilon = _clean_images_and_noise(
+    sample, epsilon = clean_images_and_noise(
         scheduler.config.prediction_type, model_output, noisy_images, signal, noise_scale
     )
     pairs = [

@@ -21,7 +21,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from pipelines.custom_unet_pipeline import _clean_images_and_noise
+from pipelines.custom_unet_pipeline import clean_images_and_noise
 from training.data import to_model_range
 
 VARIANCES = ("fixed_small", "fixed_large")  # as diffusers' DDPMScheduler calls them
@@ -74,7 +74,7 @@ def _predict(unet, scheduler, noisy_images: Tensor, timesteps: Tensor, signal, n
             f"the network's output is not finite (timesteps {timesteps.min():.4g} to {timesteps.max():.4g});"
             " look at its weights"
         )
-    return _clean_images_and_noise(scheduler.config.prediction_type, model_output, noisy_images, signal, noise_scale)
+    return clean_images_and_noise(scheduler.config.prediction_type, model_output, noisy_images, signal, noise_scale)
 
 
 # ---------------------------------------------------------------------------------------------- variational bound

@@ -16,13 +16,13 @@ from eval.figures import plot_cost_curve, plot_curves, plot_nearest_distances
 from eval.frechet import fid_at_infinity, frechet_distance, mean_and_covariance
 from eval.heldout import heldout_curve
 from eval.kernel import cmmd, kernel_distance
-from eval.likelihood import ode_likelihood, variational_bound
+from eval.likelihood import VARIANCES, ode_likelihood, variational_bound
 from eval.memorisation import memorisation
 from eval.prdc import prdc
 from eval.reference import FeatureError
 from eval.results import result
 from eval.swd import sliced_wasserstein, swd_floor
-from pipelines.generate import InputError, on_main_process
+from pipelines.generate import InputError, load_pipeline, on_main_process
 from training.data import to_model_range
 
 SWD_PARTS = 2  # the floor takes two disjoint sets of real images
@@ -194,20 +194,24 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
     curves = {}
     for kind, store in splits.items():
         images = evaluation.tensors(store, options.likelihood_images)
-        bound = variational_bound(unet, scheduler, images, num_evaluations=options.bound_evaluations)
-        yield result(
-            "likelihood",
-            f"Variational bound, {kind}",
-            "bits_per_dim_bound",
-            bound.mean,
-            std=bound.standard_error,
-            n=len(images),
-            split=store.description["split"],
-            decoder=float(bound.decoder.mean()),
-            prior=float(bound.prior.mean()),
-            network_evaluations=bound.num_evaluations,
-            **about,
-        )
+        for variance in VARIANCES:
+            bound = variational_bound(
+                unet, scheduler, images, num_evaluations=options.bound_evaluations, variance=variance
+            )
+            curves[f"{kind}, {variance}"] = (bound.terms[1:], None)
+            yield result(
+                "likelihood",
+                f"Variational bound ({variance}), {kind}",
+                f"bits_per_dim_bound_{variance}",
+                bound.mean,
+                std=bound.standard_error,
+                n=len(images),
+                split=store.description["split"],
+                decoder=float(bound.decoder.mean()),
+                prior=float(bound.prior.mean()),
+                network_evaluations=bound.num_evaluations,
+                **about,
+            )
         images = evaluation.tensors(store, options.ode_images)
         ode = ode_likelihood(unet, scheduler, images, num_draws=options.ode_draws, tolerance=options.ode_tolerance)
         yield result(
@@ -224,7 +228,6 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
             network_evaluations=ode.num_evaluations,
             **about,
         )
-        curves[kind] = (bound.terms[1:], None)
     timesteps = np.arange(1, len(next(iter(curves.values()))[0]) + 1)
     plot_curves(
         timesteps,
@@ -259,6 +262,7 @@ def measure_heldout(evaluation: Evaluation) -> Iterable[dict]:
 def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
     options, n = evaluation.options, evaluation.options.cost_images
     real, floor = evaluation.real(n), mean(swd_floor(evaluation.real(SWD_PARTS * n)))
+    pipeline = load_pipeline(evaluation.source, options.dtype, None).to(evaluation.state.device)
     seeds = range(options.seed, options.seed + n)
     entries = []
     grid = list(settings_grid(options.cost_samplers, options.cost_steps, options.cost_etas))
@@ -275,7 +279,7 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
             entries.append(known)
             yield known
             continue
-        images, evaluations, seconds = sample(evaluation.pipeline, setting, seeds, options.batch_size)
+        images, evaluations, seconds = sample(pipeline, setting, seeds, options.batch_size)
         entries.append(
             result(
                 "cost",
@@ -290,7 +294,6 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
             )
         )
         yield entries[-1]
-    evaluation.pipeline.set_sampler(options.sampler)
     plot_cost_curve(entries, floor, evaluation.out / "cost.png")
 
 

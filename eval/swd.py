@@ -65,6 +65,7 @@ def sliced_wasserstein(
         directions = random_directions(num_projections, 3 * PATCH_SIZE**2, generator)
         patches1, patches2 = (normalised_patches(images, level, corners, batch_size) for images in (images1, images2))
         distances[resolution] = PAPER_SCALE * float(projected_distances(patches1, patches2, directions).mean())
+        del patches1, patches2  # else they would stand beside those of the next level
     return distances
 
 
