@@ -151,7 +151,12 @@ def _compare(evaluation: Evaluation, space: FeatureSpace, extractor: FeatureExtr
 
 
 def measure_memorisation(evaluation: Evaluation) -> Iterable[dict]:
-    report = memorisation(evaluation.generated, np.asarray(evaluation.heldout.images), evaluation.training.images)
+    report = memorisation(
+        evaluation.generated,
+        np.asarray(evaluation.heldout.images),
+        evaluation.training.images,
+        duplicate_distance=evaluation.options.duplicate_distance,
+    )
     plot_nearest_distances(
         report.bin_edges,
         {"generated": report.generated_counts, "held-out": report.heldout_counts},
@@ -160,6 +165,8 @@ def measure_memorisation(evaluation: Evaluation) -> Iterable[dict]:
     )
     about = evaluation.setting | evaluation.reference | {"mode": "pixels", "mirrored_too": report.mirror}
     about |= {"n": report.num_generated, "n_reference": report.num_training, "n_heldout": report.num_heldout}
+    about |= {"heldout_duplicates_left_out": report.num_heldout_duplicates}
+    about |= {"duplicate_distance": evaluation.options.duplicate_distance}
     nearest = [pair._asdict() for pair in report.pairs]
     rows = {
         "Nearest training image, generated / held-out (median)": ("memorisation_ratio", report.ratio, 1.0),

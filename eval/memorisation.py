@@ -4,9 +4,9 @@ Held-out images come from the same distribution and cannot have been copied, so 
 nearest training images say what is usual. Generated images that are nearer than that are suspects, to be looked at.
 
 Mind that distances in pixels have a bias: a smooth or blurred image is nearer to every other image than a sharp one.
-A ratio below 1 may be blur; a copy shows in the shares and the pairs. And a held-out image that is itself a copy of a
-training image, as data sets have them, brings the minimum to 0, below which nothing falls: then read the share
-below the first percentile.
+A ratio below 1 may be blur; a copy shows in the shares and the pairs. And data sets hold near-copies of their own: a
+held-out image that is one of a training image brings the minimum down, below which then nothing falls. So held-out
+images nearer than `duplicate_distance` are left out and counted.
 """
 
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ class MemorisationReport:
     num_generated: int
     num_heldout: int
     num_training: int
+    num_heldout_duplicates: int  # further held-out images, left out as near-copies of training images
     mirror: bool  # whether mirrored training images count as training images
     generated_median: float
     heldout_median: float
@@ -54,6 +55,7 @@ def memorisation(
     training: np.ndarray,
     *,
     mirror: bool | None = None,
+    duplicate_distance: float = 0.0,
     num_pairs: int = 16,
     num_bins: int = 50,
     chunk: int = 2048,
@@ -66,6 +68,8 @@ def memorisation(
         training: the images that the model was trained on, the same kind.
         mirror: count mirrored training images as training images; by default yes for images, as training flips them.
             Features cannot be mirrored: append those of the mirrored images to `training`.
+        duplicate_distance: held-out images nearer to a training image than this are left out, as near-copies in the
+            data; in the unit of the report.
         num_pairs: length of the list of suspects.
         num_bins: of the histograms.
         chunk: see `nearest_distances`.
@@ -82,6 +86,10 @@ def memorisation(
     heldout_distances, _, _ = nearest_training(heldout, training, mirror, chunk)
     if is_images:  # L2 -> root mean square over the pixels
         distances, heldout_distances = (d / training[0].size ** 0.5 for d in (distances, heldout_distances))
+    is_duplicate = heldout_distances < duplicate_distance
+    if is_duplicate.all():
+        raise ValueError(f"all held-out images are nearer to a training image than {duplicate_distance}; lower that")
+    heldout_distances = heldout_distances[~is_duplicate]
     heldout_median = float(np.median(heldout_distances))
     if heldout_median == 0:
         raise ValueError("at least half of the held-out images are training images; hold out others")
@@ -90,8 +98,9 @@ def memorisation(
     bin_edges = np.linspace(0, max(distances.max(), heldout_distances.max()), num_bins + 1)
     return MemorisationReport(
         num_generated=len(generated),
-        num_heldout=len(heldout),
+        num_heldout=len(heldout_distances),
         num_training=len(training),
+        num_heldout_duplicates=int(is_duplicate.sum()),
         mirror=mirror,
         generated_median=float(np.median(distances)),
         heldout_median=heldout_median,
@@ -99,7 +108,7 @@ def memorisation(
         heldout_minimum=minimum,
         heldout_percentile_1=percentile_1,
         share_below_heldout_minimum=float((distances < minimum).mean()),
-        expected_share_below_heldout_minimum=1 / (len(heldout) + 1),
+        expected_share_below_heldout_minimum=1 / (len(heldout_distances) + 1),
         share_below_heldout_percentile_1=float((distances < percentile_1).mean()),
         pairs=[Pair(i, int(indices[i]), bool(mirrored[i]), float(distances[i])) for i in suspects],
         bin_edges=bin_edges,

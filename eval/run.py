@@ -80,6 +80,12 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--ode_images", type=int, default=32, help="of each split, for the ODE")
     add("--ode_draws", type=int, default=1, help="dequantisations and probes an image")
     add("--ode_tolerance", type=float, default=1e-3)
+    add(
+        "--duplicate_distance",
+        type=float,
+        default=15.0,
+        help="RMS in grey levels: held-out images nearer to a training image are near-copies in the data, left out",
+    )
     add("--heldout_images", type=int, default=512, help="of each split, for the loss against the timestep")
     add("--cost_images", type=int, default=1000, help="of each sampler and number of steps")
     add("--cost_samplers", nargs="+", choices=SAMPLERS, default=["ddpm", "ddim", "dpmsolver++2m", "unipc"])

@@ -29,7 +29,7 @@ def sliced_wasserstein(
     seed: int = 0,
     num_patches_per_image: int = 128,
     num_projections: int = 512,
-    batch_size: int = 256,
+    batch_size: int = 32,
 ) -> dict[int, float]:
     """Distance of two sets of images at each level of the pyramid, times 1000 as in the paper.
 
@@ -41,7 +41,7 @@ def sliced_wasserstein(
         images2: the same shape. The distance depends on N: compare figures of equal N only.
         num_patches_per_image: M/N; the paper takes 128, of 16,384 images.
         num_projections: random directions; the paper's code takes 512.
-        batch_size: images whose pyramids are made at once; no figure depends on it.
+        batch_size: images whose pyramids are made at once, few enough for the cache; no figure depends on it.
 
     Returns:
         Distance by the resolution of the level: R, R/2, ... as long as it is whole and at least 16. The last level
@@ -75,7 +75,7 @@ def swd_floor(
     seed: int = 0,
     num_patches_per_image: int = 128,
     num_projections: int = 512,
-    batch_size: int = 256,
+    batch_size: int = 32,
 ) -> dict[int, float]:
     """Distance of two random disjoint halves of one set: what a perfect model would get.
 

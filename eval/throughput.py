@@ -4,17 +4,20 @@
         [--only ours:compiled:channels_last ...] [--out throughput.json] [--flag ...]
 
 A step is forward, loss, backward, clipping, AdamW and EMA, made of the trainer's own parts in the precision of the
-configuration, on random images that lie on the device. A row of the result is one combination at one batch size; it
-runs in a process of its own, so one that runs out of memory, does not compile, dies or takes too long is a row with
-the reason. Rows that need no compilation come first, and the file is written after each, as the machine may be lost.
+configuration, on random images that lie on the device. A row of the result is one combination at one batch size. The
+rows are measured in another process, so one that runs out of memory, does not compile, dies or takes too long is a
+row with the reason. What needs no compilation comes first; the file is written after each row, as the machine may be
+taken away.
 
 "Model FLOP/s" counts the multiplications and additions that forward and backward must make, whatever the program
 does; its share is of the rate at which the same device multiplies two large bf16 matrices.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import gc
 import json
 import multiprocessing
 import platform
@@ -32,8 +35,8 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from custom_unet import CustomUNet2DModel
-from eval.speed import Parser, measured_config
-from training.config import ConfigError, TrainConfig
+from eval.speed import Parser
+from training.config import ConfigError, TrainConfig, parse_config
 from training.diffusion import diffusion_loss, make_noise_scheduler
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.processes import build_accelerator
@@ -83,6 +86,25 @@ def variants(batch_sizes: list[int], only: list[str]) -> list[Variant]:
     ]
     chosen = [set(selection.split(":")) for selection in only] or [set()]
     return [row for row in rows if any(words <= {row.network, row.mode, row.layout} for words in chosen)]
+
+
+def read_config(flags: list[str]) -> TrainConfig:
+    """The configuration of one step. No data is opened, so none has to be given.
+
+    Raises:
+        ConfigError: as `parse_config`, or if the network cannot be built.
+    """
+    if not any(flag.startswith("--train_data_dir") for flag in flags):
+        flags = [*flags, "--train_data_dir", "null", "--dataset_name", "synthetic-faces"]
+    config = parse_config(flags)
+    try:
+        with torch.device("meta"):
+            CustomUNet2DModel(**config.unet_kwargs())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    alone = {"gradient_accumulation_steps": 1, "report_to": "none"}
+    alone |= {"num_cpu_threads": config.num_cpu_threads or torch.get_num_threads()}
+    return dataclasses.replace(config, max_train_steps=config.max_train_steps or config.lr_warmup_steps + 1, **alone)
 
 
 def noise_scheduler(config: TrainConfig):
@@ -152,6 +174,9 @@ def calls_per_second(call: Callable[[], object], device: torch.device, seconds: 
 
 def measure_step(config: TrainConfig, variant: Variant, seconds: float) -> dict:
     """Images per second and peak memory of one variant."""
+    gc.collect()  # the network of the row before
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     compiled, channels_last = variant.mode == "compiled", variant.layout == "channels_last"
     config = dataclasses.replace(
         config, compile=compiled, channels_last=channels_last, train_batch_size=variant.batch_size
@@ -176,7 +201,7 @@ def measure_step(config: TrainConfig, variant: Variant, seconds: float) -> dict:
 
 def measure_matmul(config: TrainConfig, seconds: float) -> dict:
     """FLOP/s of a large bf16 matrix product on random numbers, and what the device is."""
-    device = build_accelerator(config).device
+    device = build_accelerator(dataclasses.replace(config, compile=False)).device
     size = MATMUL_SIZE[device.type]
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     for _ in range(WARMUP_STEPS):
@@ -186,39 +211,60 @@ def measure_matmul(config: TrainConfig, seconds: float) -> dict:
     return {"device": name, "matmul_size": size, "matmul_flops_per_second": 2 * size**3 * rate}
 
 
-def send_result(sender: Connection, measure: Callable[..., dict], arguments: tuple) -> None:
-    """In the process of a row: the result of `measure`, or in one line why there is none."""
+def attempt(measure: Callable[..., dict], arguments: tuple) -> dict:
+    """The result of `measure(*arguments)`, or `{"error": the reason in one line}`."""
     try:
-        result = measure(*arguments)
+        return measure(*arguments)
     except torch.OutOfMemoryError as error:
-        result = {"error": f"out of memory: {first_line(error)}"}
+        return {"error": f"out of memory: {first_line(error)}"}
     except Exception as error:  # of whatever kind, it is this row's alone
-        result = {"error": f"{type(error).__name__}: {first_line(error)}"}
-    sender.send(result)
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def first_line(error: Exception) -> str:
     return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), "no message")
 
 
-def run_apart(measure: Callable[..., dict], arguments: tuple, limit_seconds: float) -> dict:
-    """`measure(*arguments)` in a process of its own: its result, or `{"error": the reason in one line}`."""
-    context = multiprocessing.get_context("forkserver")  # forks from a process that has never touched the GPU
-    context.set_forkserver_preload(["eval.throughput"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send_result, args=(sender, measure, arguments))
-    process.start()
-    sender.close()  # so that the end of the process ends the waiting
-    try:
-        if receiver.poll(limit_seconds):
-            return receiver.recv()
-        return {"error": f"took more than {limit_seconds:.0f} s"}
-    except EOFError:
-        process.join()
-        return {"error": f"the process died with exit code {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
+def serve(connection: Connection) -> None:
+    """In the worker's process: measures what it is told to until the other end is closed."""
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.send(attempt(*connection.recv()))
+
+
+class Worker:
+    """A process that measures, so that nothing it suffers can end the rest; after a failure a new one takes over.
+
+    It is spawned: importing diffusers has touched the GPU already, which no forked process can use then.
+    """
+
+    process = None
+
+    def run(self, measure: Callable[..., dict], arguments: tuple, limit_seconds: float) -> dict:
+        """`measure(*arguments)` in the process: its result, or `{"error": the reason in one line}`."""
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.connection, other_end = context.Pipe()
+            self.process = context.Process(target=serve, args=(other_end,))
+            self.process.start()
+            other_end.close()  # so that the end of the process ends the waiting
+        try:
+            self.connection.send((measure, arguments))
+            finished = self.connection.poll(limit_seconds)
+            result = self.connection.recv() if finished else {"error": f"took more than {limit_seconds:g} s"}
+        except (EOFError, ConnectionError):
+            self.process.join()
+            result = {"error": f"the process died with exit code {self.process.exitcode}"}
+        if "error" in result:
+            self.stop()
+        return result
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.connection.close()
+            self.process.kill()
+            self.process.join()
+            self.process = None
 
 
 def measure_all(config: TrainConfig, rows: list[Variant], options: argparse.Namespace, save: Callable) -> list[dict]:
@@ -229,24 +275,33 @@ def measure_all(config: TrainConfig, rows: list[Variant], options: argparse.Name
     """
     deadline_seconds = time.monotonic() + options.total_seconds
     facts = {f"flops_per_image_{name}": flops_per_image(config, name) for name in {row.network: 0 for row in rows}}
-    facts |= run_apart(measure_matmul, (config, options.seconds / WINDOWS), options.row_seconds)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    results = []
-    for row in rows:
+    worker, results = Worker(), []
+
+    def run(measure: Callable[..., dict], *arguments) -> dict:
         seconds_left = deadline_seconds - time.monotonic()
-        if seconds_left > 0:
-            limit_seconds = min(options.row_seconds, seconds_left)
-            result = run_apart(measure_step, (config, row, options.seconds), limit_seconds)
-        else:
-            result = {"error": f"not begun: --total_seconds {options.total_seconds:g} were over"}
-        if "error" not in result:
-            flops = result["images_per_second"] * facts[f"flops_per_image_{row.network}"]
-            result["model_flops_per_second"] = flops
-            if "matmul_flops_per_second" in facts:
-                result["share_of_matmul"] = flops / facts["matmul_flops_per_second"]
-        results.append(dataclasses.asdict(row) | result)
-        print(f"{row}: {result.get('error') or format(result['images_per_second'], '.1f') + ' images/s'}", flush=True)
-        save(facts, results)
+        if seconds_left <= 0:
+            return {"error": f"not begun: --total_seconds {options.total_seconds:g} are over"}
+        return worker.run(measure, arguments, round(min(options.row_seconds, seconds_left), 1))
+
+    try:
+        matmul = run(measure_matmul, config, options.seconds / WINDOWS)
+        facts |= {"matmul_error": matmul["error"]} if "error" in matmul else matmul
+        print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+        for row in rows:
+            if row.mode == "compiled":
+                worker.stop()  # else a second batch size would be compiled for all sizes, unlike in a training
+            result = run(measure_step, config, row, options.seconds)
+            if "error" not in result:
+                flops = result["images_per_second"] * facts[f"flops_per_image_{row.network}"]
+                result["model_flops_per_second"] = flops
+                if "matmul_flops_per_second" in facts:
+                    result["share_of_matmul"] = flops / facts["matmul_flops_per_second"]
+            results.append(dataclasses.asdict(row) | result)
+            outcome = result.get("error") or f"{result['images_per_second']:,.1f} images/s"
+            print(f"{row}: {outcome}", flush=True)
+            save(facts, results)
+    finally:
+        worker.stop()
     return results
 
 
@@ -296,10 +351,9 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(arguments: list[str]) -> int:
     options, flags = parse_options(arguments)
     try:
-        config, _ = measured_config(flags, steps=1000)  # no data is opened
+        config = read_config(flags)
         rows = variants(options.batch_sizes or [config.train_batch_size], options.only)
-        NETWORKS["ours"](**config.unet_kwargs() | {"sample_size": config.resolution})
-    except ValueError as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     setting = {

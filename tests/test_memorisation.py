@@ -127,6 +127,23 @@ def test_a_model_that_repeats_its_training_images_with_noise_does_not(faces):
     assert report.generated_median == pytest.approx(4, abs=0.4)
 
 
+def test_near_copies_in_the_data_are_left_out_of_the_held_out_images_and_counted(faces):
+    """Three held-out images are training images with a grey level of noise: unless left out, they hide a copy."""
+    training, heldout, generated = faces[:900], faces[900:1000].copy(), faces[1000:].copy()
+    noise = np.random.default_rng(0).integers(-1, 2, (3, *training.shape[1:]))
+    heldout[:3] = (training[:3].astype(int) + noise).clip(0, 255)
+    generated[7] = (training[50].astype(int) + 2 * noise[0]).clip(0, 255)
+    blinded = memorisation(generated, heldout, training)
+    assert blinded.num_heldout_duplicates == 0
+    assert blinded.share_below_heldout_minimum == 0
+    report = memorisation(generated, heldout, training, duplicate_distance=2.0)
+    assert (report.num_heldout_duplicates, report.num_heldout) == (3, 97)
+    assert report.share_below_heldout_minimum >= 1 / 100
+    assert report.pairs[0][:2] == (7, 50)
+    with pytest.raises(ValueError, match="all held-out images are nearer to a training image than 999"):
+        memorisation(generated, heldout, training, duplicate_distance=999)
+
+
 def test_expected_share_below_the_minimum_is_met_over_many_draws():
     """Generated and held-out samples of one distribution are exchangeable: each is the nearest equally often."""
     generator = np.random.default_rng(0)
