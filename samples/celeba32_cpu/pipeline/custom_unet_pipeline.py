@@ -226,7 +226,7 @@ class CustomUNetPipeline(DiffusionPipeline):
                 noisy_images = scheduler.scale_model_input(latents, timestep)
                 model_output = self._model_output(noisy_images, timestep, class_labels)
                 signal, sigma = _signal_and_noise_scale(scheduler, timestep)
-                clean_images, noise = _clean_images_and_noise(
+                clean_images, noise = clean_images_and_noise(
                     self._prediction_type, model_output, noisy_images, signal, sigma
                 )
                 # 2. The step
@@ -447,7 +447,7 @@ class CustomUNetPipeline(DiffusionPipeline):
     def _predict(self, latents, timestep, level, class_labels) -> tuple[Tensor, Tensor]:
         """x_0 and epsilon that the network predicts at abar `level`."""
         model_output = self._model_output(latents, torch.tensor(timestep, device=latents.device), class_labels)
-        return _clean_images_and_noise(self._prediction_type, model_output, latents, *_scales(level))
+        return clean_images_and_noise(self._prediction_type, model_output, latents, *_scales(level))
 
     def _ddim_step(self, clean_images, noise, level, next_level, eta, generator) -> Tensor:
         """Eq. 12 of DDIM with the variance of eq. 16, from abar `level` to the higher `next_level`.
@@ -696,7 +696,7 @@ def _levels(ddim: diffusers.DDIMScheduler, timesteps: list[int]) -> list[float]:
     return [*ddim.alphas_cumprod[timesteps].tolist(), ddim.final_alpha_cumprod.item()]
 
 
-def _clean_images_and_noise(prediction_type, model_output, noisy_images, signal, sigma) -> tuple[Tensor, Tensor]:
+def clean_images_and_noise(prediction_type, model_output, noisy_images, signal, sigma) -> tuple[Tensor, Tensor]:
     """x_0 and epsilon that a model output stands for."""
     if prediction_type == "epsilon":
         return (noisy_images - sigma * model_output) / signal, model_output
