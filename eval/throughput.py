@@ -46,7 +46,8 @@ MODES = ("eager", "compiled")
 LAYOUTS = ("channels_last", "contiguous")
 WARMUP_STEPS = 3  # the first one compiles
 WINDOWS = 5  # the median is over these
-MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
+MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
+MATMULS = 10  # between two waits for the device
 GIB = 2**30
 
 
@@ -145,7 +146,7 @@ def build_step(config: TrainConfig, network: str) -> tuple[Callable[[], None], t
         grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
         bool(torch.isfinite(grad_norm))  # the trainer waits for it as well
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(0)
+            group["lr"] = learning_rate_at(config.lr_warmup_steps)
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema_unet, unet, decay)
@@ -159,15 +160,19 @@ def synchronize(device: torch.device) -> None:
 
 
 def calls_per_second(call: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
-    """The rate of each of `WINDOWS` windows that last `seconds` together, or a call each if that is longer."""
+    """The rate of each of `WINDOWS` windows that last `seconds` together, or a call each if that is longer.
+
+    Args:
+        call: waits for the device at least once, so that no long queue builds up.
+    """
     rates = []
     for _ in range(WINDOWS):
         synchronize(device)
         calls, started_at_seconds = 0, time.perf_counter()
         while calls == 0 or time.perf_counter() - started_at_seconds < seconds / WINDOWS:
             call()
-            synchronize(device)
             calls += 1
+        synchronize(device)
         rates.append(calls / (time.perf_counter() - started_at_seconds))
     return rates
 
@@ -204,9 +209,14 @@ def measure_matmul(config: TrainConfig, seconds: float) -> dict:
     device = build_accelerator(dataclasses.replace(config, compile=False)).device
     size = MATMUL_SIZE[device.type]
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    for _ in range(WARMUP_STEPS):
-        a @ b
-    rate = statistics.median(calls_per_second(lambda: a @ b, device, seconds))
+
+    def products() -> None:
+        for _ in range(MATMULS):
+            a @ b
+        synchronize(device)
+
+    products()
+    rate = MATMULS * statistics.median(calls_per_second(products, device, seconds))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": name, "matmul_size": size, "matmul_flops_per_second": 2 * size**3 * rate}
 

@@ -200,8 +200,10 @@ def test_too_few_or_too_many_images_are_refused(evaluate, tmp_path, capfd):
 def test_published_networks_that_cannot_be_had_are_not_measured(inputs, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: refuses connections
+    monkeypatch.setattr(
+        "urllib.request._opener", None
+    )  # made with the proxies of its first use, for the whole process
     fixed = ["--pipeline", str(inputs[0]), "--reference", str(inputs[2]), "--num_images", "8", "--steps", "2"]
     out = tmp_path / "out"
     assert main([*fixed, "--allow_few", "--out", str(out), "--metrics", "features"]) == 0
