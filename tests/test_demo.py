@@ -171,13 +171,20 @@ def wait_for_the_image(page: Page) -> None:
 
 
 def draw_a_stroke(page: Page) -> None:
-    """Over the middle of the editor."""
+    """Over the middle of the editor, which takes strokes only some time after it shows the image."""
+    undo = page.get_by_role("button", name="Undo")
+    expect(undo).to_be_disabled()
     box = page.locator("canvas").last.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x - 40, y)
-    page.mouse.down()
-    page.mouse.move(x + 40, y)
-    page.mouse.up()
+    for _ in range(20):
+        page.mouse.move(x - 40, y)
+        page.mouse.down()
+        page.mouse.move(x + 40, y)
+        page.mouse.up()
+        page.wait_for_timeout(500)
+        if undo.is_enabled():
+            return
+    pytest.fail("the editor takes no strokes")
 
 
 # ---- Tests
