@@ -272,6 +272,7 @@ class Worker:
     def stop(self) -> None:
         if self.process is not None:
             self.connection.close()
+            self.process.join(timeout=2)  # an idle one ends by itself
             self.process.kill()
             self.process.join()
             self.process = None
