@@ -220,19 +220,20 @@ class CustomUNetPipeline(DiffusionPipeline):
         # The latents stay float32 whatever the network's type: a step changes them by little.
         latents = self._noise(batch_size, generator) if latents is None else latents.to(device, torch.float32)
         latents = latents * scheduler.init_noise_sigma
+        # abar of every step, read once: asking the device for a number in each step would make it wait
+        levels = _levels(scheduler, scheduler.timesteps.tolist())
         with self._evaluation_mode():
             for index, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
                 # 1. What the network says of x_t
                 noisy_images = scheduler.scale_model_input(latents, timestep)
                 model_output = self._model_output(noisy_images, timestep, class_labels)
-                signal, sigma = _signal_and_noise_scale(scheduler, timestep)
+                signal, sigma = _scales(levels[index])
                 clean_images, noise = clean_images_and_noise(
                     self._prediction_type, model_output, noisy_images, signal, sigma
                 )
                 # 2. The step
                 if isinstance(scheduler, diffusers.DDIMScheduler):
-                    levels = _levels(scheduler, scheduler.timesteps[index : index + 2].tolist())
-                    latents = self._ddim_step(clean_images, noise, *levels[:2], eta, generator)
+                    latents = self._ddim_step(clean_images, noise, levels[index], levels[index + 1], eta, generator)
                 else:
                     if step_type != self._prediction_type:
                         model_output = noise if step_type == "epsilon" else signal * noise - sigma * clean_images
@@ -683,17 +684,12 @@ def _scales(alpha_cumprod: float) -> tuple[float, float]:
     return math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
 
 
-def _signal_and_noise_scale(scheduler: SchedulerMixin, timestep: Tensor) -> tuple[float, float]:
-    """sqrt(abar_t) and sqrt(1 - abar_t) of what the network sees in this step."""
-    if isinstance(scheduler, SIGMA_TYPE):
-        sigma = scheduler.sigmas[scheduler.step_index].item()
-        return _scales(1 / (1 + sigma**2))
-    return _scales(scheduler.alphas_cumprod[int(timestep)].item())
-
-
-def _levels(ddim: diffusers.DDIMScheduler, timesteps: list[int]) -> list[float]:
-    """abar of descending timesteps and after them that of the clean image."""
-    return [*ddim.alphas_cumprod[timesteps].tolist(), ddim.final_alpha_cumprod.item()]
+def _levels(scheduler: SchedulerMixin, timesteps: list[float]) -> list[float]:
+    """abar of what the network sees at descending timesteps, and after them that of the clean image."""
+    if isinstance(scheduler, SIGMA_TYPE):  # one sigma for each evaluation, and 0 for the end
+        return (1 / (1 + scheduler.sigmas.double() ** 2)).tolist()
+    last = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0)).item()
+    return [*scheduler.alphas_cumprod[[int(timestep) for timestep in timesteps]].tolist(), last]
 
 
 def clean_images_and_noise(prediction_type, model_output, noisy_images, signal, sigma) -> tuple[Tensor, Tensor]:
