@@ -166,11 +166,19 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
 
 
 def keep(record: dict, entries: list[dict]) -> None:
-    """Adds results in place of those of an earlier start that measured the same."""
+    """Adds results in place of those of an earlier start that measured the same.
+
+    What was measured once replaces the word that it was not, and is not replaced by it.
+    """
     for entry in entries:
+        same_name = [
+            old for old in record["results"] if (old["family"], old["name"]) == (entry["family"], entry["name"])
+        ]
+        if entry["value"] is None and any(old["value"] is not None for old in same_name):
+            continue
         identity = [entry.get(key) for key in IDENTITY]
-        record["results"] = [old for old in record["results"] if [old.get(key) for key in IDENTITY] != identity]
-        record["results"].append(entry)
+        replaced = [old for old in same_name if old["value"] is None or [old.get(key) for key in IDENTITY] == identity]
+        record["results"] = [old for old in record["results"] if old not in replaced] + [entry]
 
 
 def main(arguments: list[str]) -> int:

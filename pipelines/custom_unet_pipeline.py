@@ -295,6 +295,9 @@ class CustomUNetPipeline(DiffusionPipeline):
         Args:
             start, end: a seed, or a latent of shape (1, C, H, W), for example by `invert`.
             num_images: including both ends, at least 2.
+
+        Raises:
+            ValueError: as a call, or for fewer images.
         """
         if num_images < 2:
             raise ValueError(f"num_images is {num_images}; it must be at least 2")
@@ -368,6 +371,9 @@ class CustomUNetPipeline(DiffusionPipeline):
             image: one image for all seeds or one for each, as for `invert`.
             timestep: t of the noise level, the nearest one among the `num_inference_steps` of a whole sampling.
             eta: of the denoising (eq. 16 of DDIM); with 0 only the added noise is random.
+
+        Raises:
+            ValueError: as a call, or for images that are not of the network's shape or not in [0, 1].
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
@@ -411,6 +417,9 @@ class CustomUNetPipeline(DiffusionPipeline):
         Args:
             image: one image for all seeds or one for each, as for `invert`.
             mask: PIL image, array (H, W) or tensor (1, 1, H, W): where it is above one half, the image is painted.
+
+        Raises:
+            ValueError: as `variations`, or for a mask of another size or that leaves nothing to paint.
         """
         if jump_length < 1 or num_resamples < 1:
             raise ValueError(

@@ -16,7 +16,8 @@ from custom_unet import CustomUNet2DModel
 from eval.encoders import open_extractor
 from eval.features import images_of_files, images_of_store
 from eval.frechet import frechet_distance_of
-from eval.run import main
+from eval.results import result
+from eval.run import keep, main
 from eval.swd import sliced_wasserstein
 from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
@@ -213,3 +214,20 @@ def test_published_networks_that_cannot_be_had_are_not_measured(inputs, tmp_path
     assert "| FID (clean) | not measured |" in (out / "results.md").read_text()
     assert main([*fixed, "--allow_few", "--out", str(out), "--metrics", "features", "--features", "inception"]) == 2
     assert "could not be fetched" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_measurement_replaces_the_word_that_there_is_none_and_stays():
+    missing = result("features", "FID (clean)", "fid", None, reason="no weights")
+    measured, again, fewer = (
+        result("features", "FID (clean)", "fid", value, n=n, sampler="ddim", steps=50)
+        for value, n in ((9.0, 10000), (8.0, 10000), (11.0, 2048))
+    )
+    record = {"results": []}
+    for entries, expected in [
+        ([missing], [missing]),
+        ([measured], [measured]),
+        ([missing], [measured]),
+        ([again, fewer], [again, fewer]),
+    ]:
+        keep(record, entries)
+        assert record["results"] == expected
