@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from torch import Tensor
 
@@ -71,6 +72,11 @@ class Evaluation:
             "seeds": f"{options.seed} to {last}",
             "dtype": options.dtype,
         }
+
+    @property
+    def threads(self) -> dict:
+        """What a time on a CPU depends on, for a result."""
+        return {"num_cpu_threads": torch.get_num_threads()} if self.state.device.type == "cpu" else {}
 
     @property
     def reference(self) -> dict:

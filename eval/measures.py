@@ -297,6 +297,7 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
                 n_reference=n,
                 network_evaluations=evaluations,
                 seconds_per_image=seconds,
+                **evaluation.threads,
                 **about,
             )
         )

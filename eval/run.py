@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
             if state.is_main_process:
                 write_results(path, record)
         seconds = time.perf_counter() - started_at_seconds
-        keep(record, [result("time", name, f"seconds_{name}", seconds, n=options.num_images)])
+        keep(record, [result("time", name, f"seconds_{name}", seconds, n=options.num_images, **evaluation.threads)])
         if state.is_main_process:
             write_results(path, record)
             print(f"{name}: {seconds:.0f} s", flush=True)
