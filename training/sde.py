@@ -1,0 +1,336 @@
+"""Diffusion in continuous time: the stochastic differential equations that carry images to noise and back.
+
+Notation (Song et al. 2021, arXiv 2011.13456; equation numbers are theirs unless another paper is named):
+
+    dx = f(t) x dt + g(t) dw                                            eq. 5, t from 0 to 1, with a linear drift
+    x_t = alpha(t) x_0 + n(t) epsilon                                   eq. 29, its perturbation kernel
+    dx = (f(t) x - g(t)^2 score(x, t)) dt + g(t) dw                     eq. 6, the reverse SDE, t from 1 to 0
+    dx = (f(t) x - g(t)^2 score(x, t) / 2) dt                           eq. 13, the probability-flow ODE
+
+DDPM's sqrt(abar_t) is alpha, its sqrt(1 - abar_t) is n. sigma(t) = n(t) / alpha(t) is the noise level of x / alpha: in
+these coordinates all of them are one process that runs at different speeds (Karras et al. 2022, arXiv 2206.00364,
+appendix B), and f and g follow from alpha and n:
+
+    f = alpha' / alpha        g^2 = 2 n^2 (n' / n - alpha' / alpha) = 2 n^2 sigma' / sigma
+
+Times are tensors of any shape; what a function returns has that shape, in the type of the time. Use float64 times
+where differences of nearly equal numbers matter (sub-VP and VP near 0).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class SDE(ABC):
+    """A diffusion with a linear drift. `first_time` is where sampling and likelihoods end, above 0 where n(0) = 0."""
+
+    first_time: float = 0.0
+    last_time: float = 1.0
+
+    @abstractmethod
+    def drift(self, t: Tensor) -> Tensor:
+        """f(t), which multiplies x."""
+
+    @abstractmethod
+    def diffusion(self, t: Tensor) -> Tensor:
+        """g(t)."""
+
+    @abstractmethod
+    def signal_scale(self, t: Tensor) -> Tensor:
+        """alpha(t): the mean of x_t given x_0 is alpha(t) x_0."""
+
+    @abstractmethod
+    def noise_scale(self, t: Tensor) -> Tensor:
+        """n(t): the standard deviation of x_t given x_0."""
+
+    @abstractmethod
+    def time_of(self, sigma: Tensor) -> Tensor:
+        """The time of a noise level n / alpha; the inverse of `sigma`."""
+
+    @property
+    @abstractmethod
+    def prior_std(self) -> float:
+        """Standard deviation of the Gaussian that x is taken for at the last time."""
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """n(t) / alpha(t)."""
+        return self.noise_scale(t) / self.signal_scale(t)
+
+    def reverse_drift(self, x: Tensor, t: Tensor, score: Tensor, noise_share: float = 1.0) -> Tensor:
+        """Drift of the reverse process at x (B, ...), for times (B,) that run backwards.
+
+        Args:
+            noise_share: lambda^2 of the noise lambda g dw that goes with it: 1 for the reverse SDE (eq. 6), 0 for the
+                probability-flow ODE (eq. 13); between them lie SDEs with the same marginals.
+        """
+        f, g = (spread(value, x) for value in (self.drift(t), self.diffusion(t)))
+        return f * x - g.square() * score * (1 + noise_share) / 2
+
+
+@dataclass(frozen=True)
+class VESDE(SDE):
+    """Variance exploding, the limit of NCSN (eq. 9 and 30): n(t) = sigma_min (sigma_max / sigma_min)^t, alpha = 1.
+
+    At time 0 the images have the noise sigma_min already, as in the paper (eq. 31).
+
+    Raises:
+        ValueError: unless 0 < sigma_min < sigma_max.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"sigma_min {self.sigma_min} and sigma_max {self.sigma_max} must be positive and rise")
+
+    @property
+    def log_ratio(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def drift(self, t):
+        return torch.zeros_like(t)
+
+    def diffusion(self, t):
+        return self.noise_scale(t) * math.sqrt(2 * self.log_ratio)
+
+    def signal_scale(self, t):
+        return torch.ones_like(t)
+
+    def noise_scale(self, t):
+        return self.sigma_min * (self.log_ratio * t).exp()
+
+    def time_of(self, sigma):
+        return (sigma / self.sigma_min).log() / self.log_ratio
+
+    @property
+    def prior_std(self):
+        return self.sigma_max
+
+
+@dataclass(frozen=True)
+class _BetaSDE(SDE):
+    """What VP and sub-VP have in common: beta(t) = beta_min + t (beta_max - beta_min), and f = -beta / 2."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    first_time: float = 1e-5  # the paper's, below which the score has no bound
+
+    def __post_init__(self):
+        if not 0 < self.beta_min <= self.beta_max < math.inf:
+            raise ValueError(f"beta_min {self.beta_min} and beta_max {self.beta_max} must be positive and not fall")
+        if not 0 < self.first_time < self.last_time:
+            raise ValueError(f"first_time is {self.first_time}; it must lie between 0 and {self.last_time}")
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def beta_integral(self, t: Tensor) -> Tensor:
+        """B(t), the integral of beta from 0 to t."""
+        return self.beta_min * t + (self.beta_max - self.beta_min) * t.square() / 2
+
+    def time_of_integral(self, integral: Tensor) -> Tensor:
+        """The t with B(t) = integral: the positive root, in the form that does not cancel."""
+        slope = self.beta_max - self.beta_min
+        return 2 * integral / (self.beta_min + (self.beta_min**2 + 2 * slope * integral).sqrt())
+
+    def drift(self, t):
+        return -self.beta(t) / 2
+
+    def signal_scale(self, t):
+        return (-self.beta_integral(t) / 2).exp()
+
+    @property
+    def prior_std(self):
+        return 1.0
+
+
+@dataclass(frozen=True)
+class VPSDE(_BetaSDE):
+    """Variance preserving, the limit of DDPM (eq. 11, 32, 33): alpha^2 = exp(-B), n^2 = 1 - exp(-B).
+
+    Raises:
+        ValueError: unless 0 < beta_min <= beta_max and 0 < first_time < 1.
+    """
+
+    def diffusion(self, t):
+        return self.beta(t).sqrt()
+
+    def noise_scale(self, t):
+        return (-torch.expm1(-self.beta_integral(t))).sqrt()
+
+    def time_of(self, sigma):
+        return self.time_of_integral(sigma.square().log1p())  # exp(B) - 1 = sigma^2
+
+
+@dataclass(frozen=True)
+class SubVPSDE(_BetaSDE):
+    """Sub-VP (eq. 12 and 29): the drift of VP with less noise, n = 1 - exp(-B), so that its likelihoods are better.
+
+    Raises:
+        ValueError: unless 0 < beta_min <= beta_max and 0 < first_time < 1.
+    """
+
+    def diffusion(self, t):
+        return (self.beta(t) * -torch.expm1(-2 * self.beta_integral(t))).sqrt()
+
+    def noise_scale(self, t):
+        return -torch.expm1(-self.beta_integral(t))
+
+    def time_of(self, sigma):
+        return self.time_of_integral(2 * (sigma / 2).asinh())  # exp(B / 2) - exp(-B / 2) = sigma
+
+
+@dataclass(frozen=True)
+class EDMSDE(SDE):
+    """The process of Karras et al. 2022: alpha = 1 and n(t) = t, where time is the noise level itself.
+
+    Raises:
+        ValueError: unless 0 < sigma_min < sigma_max.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"sigma_min {self.sigma_min} and sigma_max {self.sigma_max} must be positive and rise")
+
+    @property
+    def first_time(self) -> float:
+        return self.sigma_min
+
+    @property
+    def last_time(self) -> float:
+        return self.sigma_max
+
+    def drift(self, t):
+        return torch.zeros_like(t)
+
+    def diffusion(self, t):
+        return (2 * t).sqrt()
+
+    def signal_scale(self, t):
+        return torch.ones_like(t)
+
+    def noise_scale(self, t):
+        return t
+
+    def time_of(self, sigma):
+        return sigma
+
+    @property
+    def prior_std(self):
+        return self.sigma_max
+
+
+class DiscreteVPSDE(SDE):
+    """A DDPM noise schedule read as a VP SDE, so that its network samples in continuous time without being retrained.
+
+    Time is t = timestep / (T - 1). Between two timesteps sigma is linear in the timestep, as diffusers' sigma-type
+    schedulers have it and as the ODE likelihood of `eval/likelihood.py`; so at the timesteps alpha^2 is exactly abar.
+
+    Args:
+        alphas_cumprod: abar of the T timesteps, falling, in (0, 1).
+
+    Raises:
+        ValueError: for another sequence.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor):
+        abar = alphas_cumprod.double().cpu()
+        if abar.ndim != 1 or len(abar) < 2 or not (abar[-1] > 0 and abar[0] < 1 and (abar.diff() < 0).all()):
+            raise ValueError("alphas_cumprod must be two or more falling numbers between 0 and 1")
+        self.sigmas = ((1 - abar) / abar).sqrt()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the network is given for a time: a timestep, with its fraction."""
+        return t * (len(self.sigmas) - 1)
+
+    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slope of sigma in t, sigma at the segment's start, and how far behind it t is."""
+        sigmas, steps = self.sigmas.to(t), len(self.sigmas) - 1
+        index = (t * steps).long().clamp(0, steps - 1)
+        return (sigmas[index + 1] - sigmas[index]) * steps, sigmas[index], t - index.to(t) / steps
+
+    def sigma(self, t):
+        slope, start, behind = self._segment(t)
+        return start + slope * behind
+
+    def signal_scale(self, t):
+        return (1 + self.sigma(t).square()).rsqrt()
+
+    def noise_scale(self, t):
+        return self.sigma(t) * self.signal_scale(t)
+
+    def drift(self, t):
+        slope, _, _ = self._segment(t)  # alpha' / alpha = -sigma sigma' / (1 + sigma^2)
+        return -slope * self.sigma(t) * self.signal_scale(t).square()
+
+    def diffusion(self, t):
+        return (-2 * self.drift(t)).sqrt()  # variance preserving: beta = g^2 = -2 f
+
+    def time_of(self, sigma):
+        sigmas, steps = self.sigmas.to(sigma), len(self.sigmas) - 1
+        index = (torch.searchsorted(sigmas, sigma.contiguous(), right=True) - 1).clamp(0, steps - 1)
+        return (index + (sigma - sigmas[index]) / (sigmas[index + 1] - sigmas[index])) / steps
+
+    @property
+    def prior_std(self):
+        return 1.0
+
+
+def spread(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) or () -> a shape that multiplies x (B, ...)."""
+    return values.to(x).view(-1, *(1,) * (x.ndim - 1))
+
+
+# ---- The same prediction in four ways, for x_t = alpha x_0 + n epsilon. All tensors have the shape of x or broadcast.
+
+
+def score_from_noise(noise: Tensor, noise_scale: Tensor) -> Tensor:
+    """The score of the perturbed data, -epsilon / n, of a predicted epsilon (Vincent 2011; eq. 7 with eq. 29)."""
+    return -noise / noise_scale
+
+
+def noise_from_score(score: Tensor, noise_scale: Tensor) -> Tensor:
+    """epsilon = -n score."""
+    return -noise_scale * score
+
+
+def clean_from_score(score: Tensor, x: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
+    """E[x_0 | x_t] = (x_t + n^2 score) / alpha (Tweedie's formula; Efron 2011)."""
+    return (x + noise_scale.square() * score) / signal_scale
+
+
+def score_from_clean(clean: Tensor, x: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
+    """(alpha x_0 - x_t) / n^2, the inverse of `clean_from_score`."""
+    return (signal_scale * clean - x) / noise_scale.square()
+
+
+def noise_from_clean(clean: Tensor, x: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
+    """epsilon = (x_t - alpha x_0) / n."""
+    return (x - signal_scale * clean) / noise_scale
+
+
+def clean_from_noise(noise: Tensor, x: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
+    """x_0 = (x_t - n epsilon) / alpha."""
+    return (x - noise_scale * noise) / signal_scale
+
+
+def velocity(clean: Tensor, noise: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
+    """v = (alpha epsilon - n x_0) / sqrt(alpha^2 + n^2) (Salimans & Ho 2022, arXiv 2202.00512).
+
+    There alpha^2 + n^2 = 1; the norm makes it the same for sub-VP and VE, as it is that of x / norm.
+    """
+    return (signal_scale * noise - noise_scale * clean) / (signal_scale.square() + noise_scale.square()).sqrt()
+
+
+def clean_from_velocity(v: Tensor, x: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
+    """x_0 = (alpha x_t - n norm v) / norm^2 with norm^2 = alpha^2 + n^2."""
+    norm_squared = signal_scale.square() + noise_scale.square()
+    return (signal_scale * x - noise_scale * norm_squared.sqrt() * v) / norm_squared
