@@ -11,6 +11,7 @@ from custom_unet import CustomUNet2DModel
 from training.config import UNET_OPTIONS, ConfigError, parse_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+TOKEN = "hf_" + "aB3" * 11
 BASE = "dataset_name: synthetic-faces\nmax_train_steps: 10\n"
 
 
@@ -31,7 +32,8 @@ def test_flag_over_file_over_default(parse):
 
 def test_types_of_values(parse):
     config = parse(
-        BASE + "block_out_channels: [8, 16]\nattention_head_dim: null\nsnr_gamma: 5\nrandom_flip: true\n",
+        BASE + "block_out_channels: [8, 16]\nattention_head_dim: null\nsnr_gamma: 5\nrandom_flip: true\n"
+        "up_block_types: [AttnUpBlock2D, UpBlock2D]\nnorm_num_groups: 8\n",
         *["--down_block_types", "DownBlock2D", "AttnDownBlock2D", "--no_add_attention", "--compile", "false"],
     )
     assert config.block_out_channels == [8, 16]
@@ -52,7 +54,7 @@ def test_null_on_the_command_line_wins_over_the_file(parse):
 
 
 def test_saved_configuration_reads_back_unchanged(parse):
-    config = parse(BASE + "attention_head_dim: null\nblock_out_channels: [8, 16, 16, 16]\nsnr_gamma: 5\n")
+    config = parse(BASE + "attention_head_dim: null\nblock_out_channels: [32, 64, 64, 64]\nsnr_gamma: 5\n")
     assert parse(config.to_yaml()) == config
 
 
@@ -86,6 +88,9 @@ def test_the_repository_on_the_hub_is_named_after_the_run(parse, tmp_path, monke
         (BASE + "hub_token: hf_secret\n", [], "unknown key 'hub_token'"),
         (BASE + "hub_token: 'hf_secret\n", [], "line 4: found unexpected end of stream"),
         (BASE + "hub_token: [hf_secret: }\n", [], "line 3"),
+        (BASE, ["--hub_model_id", TOKEN, "--push_to_hub"], "argument 4 holds a token"),
+        (BASE, [f"--output_dir=runs/{TOKEN}"], "argument 3 holds a token"),
+        (BASE + f"hub_model_id: {TOKEN}\npush_to_hub: true\n", [], "line 3"),
     ],
 )
 def test_a_secret_in_the_wrong_place_is_not_printed(parse, yaml_text, flags, message):
@@ -93,6 +98,7 @@ def test_a_secret_in_the_wrong_place_is_not_printed(parse, yaml_text, flags, mes
         parse(yaml_text, *flags)
     assert message in str(error.value)
     assert "hf_secret" not in str(error.value)
+    assert TOKEN not in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -106,8 +112,9 @@ def test_shipped_configurations_build_their_network(path):
     flags = ["--config", str(path)]
     if "\ndataset_name:" not in path.read_text():
         flags += ["--train_data_dir", "somewhere"]
+    config = parse_config(flags)
     with torch.device("meta"):
-        CustomUNet2DModel(**parse_config(flags).unet_kwargs())
+        CustomUNet2DModel(**config.unet_kwargs())
 
 
 @pytest.mark.parametrize(
@@ -158,6 +165,18 @@ def test_network_options_are_those_of_diffusers(parse):
         (BASE + "block_out_channels: 8\n", [], "list"),
         (BASE + "block_out_channels: {a: 1}\n", [], "list"),
         (BASE, ["--hub_model_id", "someone/faces"], "--push_to_hub"),
+        (BASE, ["--block_out_channels", "8", "9" * 13, "8", "8"], "--block_out_channels"),
+        (BASE, ["--block_out_channels", "65536", "65536", "65536", "65536"], "parameters, more than 10,000,000,000"),
+        (BASE, ["--beta_end", "0.9"], "alphas_cumprod"),
+        (BASE, ["--time_embedding_type", "fourier"], "timesteps from 0"),
+        (BASE, ["--overwrite_output_dir", "--resume_from_checkpoint", "runs/checkpoint-3"], "deletes checkpoints"),
+        (BASE, ["--max_images", "10"], "10 images are fewer than the 16"),
+        (BASE, ["--output_dir", f"{__file__}/run"], "--output_dir"),
+        (BASE, ["--num_cpu_threads", "1000000000"], "at most 1024"),
+        (BASE + "max_train_steps: 20\n", [], "line 3: a key stands there twice"),
+        (BASE + "dataset_revision: 0123\n", [], "put it in quotes"),
+        (BASE + "down_block_types: [--seed, 5]\n", [], "down_block_types"),
+        (BASE + "split: " + "[" * 5000 + "]" * 5000, [], "nested too deep"),
         ("- a\n- b\n", [], "mapping"),
         ("a: [b\n", [], "cannot read"),
     ],
@@ -167,6 +186,11 @@ def test_bad_input_is_one_line(parse, yaml_text, flags, message):
         parse(yaml_text, *flags)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_stray_argument_does_not_join_the_last_list_of_the_file(parse):
+    with pytest.raises(ConfigError, match="argument 3 belongs to no flag"):
+        parse(BASE + "block_out_channels: [32, 64, 64]\n", "64")
 
 
 def test_missing_file():

@@ -7,16 +7,21 @@ has the name and the default of `UNet2DModel`. A flag given on the command line 
 import dataclasses
 import difflib
 import inspect
+import os
+import re
 import types
 import typing
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
 from custom_unet import CustomUNet2DModel
+from training.diffusion import make_noise_scheduler
 
 DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
@@ -141,18 +146,42 @@ class TrainConfig:
     hub_private_repo: bool = option(False, "create the repository on the Hub as a private one")
 
     def __post_init__(self):
+        for name in TYPES:
+            value = getattr(self, name)
+            for entry in value if isinstance(value, list) else [value]:
+                _check_value(name, entry)
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ConfigError(f"--{name} is {value}; it must be positive")
+                raise ConfigError(f"--{name} is {_shown(value)}; it must be positive")
         for name in NON_NEGATIVE:
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ConfigError(f"--{name} is {getattr(self, name)}; it must not be negative")
+                raise ConfigError(f"--{name} is {_shown(getattr(self, name))}; it must not be negative")
         for name in BELOW_ONE:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        for name, most in LARGEST.items():
+            if getattr(self, name) is not None and getattr(self, name) > most:
+                raise ConfigError(f"--{name} is {_shown(getattr(self, name))}; it must be at most {most}")
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ConfigError("give either --dataset_name or --train_data_dir, exactly one of them")
+        if self.dataset_name == "synthetic-faces" and self.resolution < 8:
+            raise ConfigError(f"--resolution is {self.resolution}; synthetic-faces are drawn at 8 or more")
+        for name in ("streaming", "dataset_revision"):
+            if getattr(self, name) and self.train_data_dir is not None:
+                raise ConfigError(f"--{name} is for the Hub, but --train_data_dir is given; leave one of them out")
+        images_per_update = self.train_batch_size * self.gradient_accumulation_steps
+        if self.max_images is not None and images_per_update > self.max_images:
+            raise ConfigError(
+                f"--max_images {self.max_images} images are fewer than the {images_per_update} of one update"
+                f" ({self.train_batch_size} x {self.gradient_accumulation_steps} accumulated); lower"
+                " --train_batch_size"
+            )
+        if self.time_embedding_type == "fourier":
+            raise ConfigError(
+                "--time_embedding_type fourier embeds noise levels above 0, but training has timesteps from 0; take"
+                " positional or learned"
+            )
         if not self.beta_start <= self.beta_end < 1:
             raise ConfigError(
                 f"--beta_start {self.beta_start} and --beta_end {self.beta_end} must rise and stay below 1"
@@ -174,8 +203,14 @@ class TrainConfig:
                 f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps} is more than the {self.ddpm_num_steps}"
                 " timesteps of --ddpm_num_steps"
             )
-        if self.hub_model_id is not None and not self.push_to_hub:
-            raise ConfigError(f"--hub_model_id is {self.hub_model_id}, but nothing is pushed without --push_to_hub")
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ConfigError(f"--{name} is {getattr(self, name)}, but nothing is pushed without --push_to_hub")
+        if self.overwrite_output_dir and self.resume_from_checkpoint != "latest":
+            raise ConfigError(
+                f"--resume_from_checkpoint {self.resume_from_checkpoint} does not go with --overwrite_output_dir,"
+                " which deletes checkpoints; leave one of them out"
+            )
 
     def unet_kwargs(self) -> dict:
         """The constructor arguments of `CustomUNet2DModel` for this run."""
@@ -203,7 +238,8 @@ class TrainConfig:
 
         Of each path the last part is left, so the folder of the images has to be given anew.
         """
-        private = {"cache_dir": None, "resume_from_checkpoint": "latest", "push_to_hub": False, "hub_model_id": None}
+        private = {"cache_dir": None, "resume_from_checkpoint": "latest"}
+        private |= {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": False}
         for name in ("train_data_dir", "output_dir", "logging_dir"):
             path = getattr(self, name)
             private[name] = path and Path(path).resolve().name
@@ -225,13 +261,112 @@ POSITIVE = (
 ).split()
 NON_NEGATIVE = "dataloader_num_workers lr_warmup_steps adam_weight_decay seed".split()
 BELOW_ONE = "dropout adam_beta1 adam_beta2 ema_max_decay".split()
+LARGEST = {
+    "resolution": 8192,
+    "layers_per_block": 100,
+    "time_embedding_dim": 2**16,
+    "ddpm_num_steps": 100_000,
+    "train_batch_size": 2**20,
+    "eval_batch_size": 4096,
+    "validation_images": 100_000,
+    "dataloader_num_workers": 256,  # each is a process
+    "num_cpu_threads": 1024,  # where threads cannot be made, OpenMP ends the process
+    "adam_epsilon": 1,
+    "learning_rate": 100,
+    "seed": 2**63 - 1,
+}
+LARGEST_INTEGER = 2**31 - 1
+SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e9  # beyond these, squares and quotients leave the range of float32
+LARGEST_LEVEL_WIDTH = 2**16
+MOST_PARAMETERS = 10**10  # with gradients, moments and EMA 200 GB, which must fit into each device
+LONGEST_TEXT = 4096  # the longest path of Linux
+CONFIG_FILE_BYTES = 2**16
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
+
+
+def _check_value(name: str, value) -> None:
+    """Raises ConfigError for a number or a text that is of no use as a value of any option."""
+    if isinstance(value, str):
+        if not value or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value):
+            raise ConfigError(f"--{name} is {_shown(value)}; it must be a text without control characters")
+        if len(value) > LONGEST_TEXT:
+            raise ConfigError(f"--{name} has {len(value)} characters; it must have at most {LONGEST_TEXT}")
+    elif isinstance(value, int) and name != "seed":
+        if abs(value) > LARGEST_INTEGER:
+            raise ConfigError(f"--{name} is {_shown(value)}; it must be at most {LARGEST_INTEGER}")
+    elif isinstance(value, float) and value != 0 and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+        if name in POSITIVE + NON_NEGATIVE and not value > 0:
+            return  # it is told below
+        raise ConfigError(f"--{name} is {value}; it must lie between {SMALLEST_FLOAT} and {LARGEST_FLOAT:.0e}")
+
+
+def check_model(config: TrainConfig) -> None:
+    """Builds the network without its memory, and the noise schedule.
+
+    Raises:
+        ConfigError: if one of them cannot be built or would be of no use.
+    """
+    too_wide = [width for width in config.block_out_channels if width > LARGEST_LEVEL_WIDTH]
+    if too_wide:
+        raise ConfigError(f"--block_out_channels has {too_wide[0]}; it must be at most {LARGEST_LEVEL_WIDTH}")
+    try:
+        with torch.device("meta"):
+            network = CustomUNet2DModel(**config.unet_kwargs())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    if num_parameters > MOST_PARAMETERS:
+        raise ConfigError(
+            f"the network would have {num_parameters:,} parameters, more than {MOST_PARAMETERS:,}; lower"
+            " --block_out_channels or --layers_per_block"
+        )
+    try:
+        make_noise_scheduler(
+            config.ddpm_num_steps,
+            config.ddpm_beta_schedule,
+            config.beta_start,
+            config.beta_end,
+            config.prediction_type,
+            config.rescale_betas_zero_snr,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raises ConfigError unless the folder is there or can be made; nothing is made."""
+    path = Path(output_dir)
+    try:
+        while not os.path.lexists(path):
+            if len(os.fsencode(path.name)) > 255:
+                raise ConfigError(f"--output_dir has a part of {len(path.name)} characters; take a shorter name")
+            path = path.parent
+        is_writable = path.stat() and os.access(path, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {_shown(output_dir)}: {error.strerror}; take another folder") from error
+    if not path.is_dir():
+        raise ConfigError(f"--output_dir {_shown(output_dir)}: {path} is no folder; take another one")
+    if not is_writable:
+        raise ConfigError(f"--output_dir {_shown(output_dir)}: {path} cannot be written to; take another folder")
 
 
 class _Parser(HfArgumentParser):
     """Raises ConfigError where argparse would print its usage and exit."""
 
     def error(self, message):
-        raise ConfigError(message)
+        raise ConfigError(_shortened(message))
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which PyYAML would take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in [key for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"]:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, "a key stands there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def parse_config(arguments: list[str], report=print) -> TrainConfig:
@@ -243,25 +378,30 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
     by the same rules; flags of the command line come later and win.
 
     Raises:
-        ConfigError: for an unreadable file, an unknown key or flag (naming the nearest known one) or a bad value.
+        ConfigError: for an unreadable file, an unknown key or flag (naming the nearest known one), a bad value, an
+            output folder that cannot be made, or a network or noise schedule that cannot be built.
     """
+    for number, argument in enumerate(arguments, 1):
+        if TOKEN.search(argument):
+            raise ConfigError(f"argument {number} holds a token{_nearest('token')}, where no log or model can show it")
     parser = _Parser(TrainConfig, allow_abbrev=False, description="Trains an unconditional diffusion model of images.")
     parser.add_argument("--config", type=Path, help="YAML file whose keys are the flags below")
     given, (arguments, flag_nulls) = arguments, _take_nulls(arguments)
-    path = parser.parse_known_args(arguments)[0].config
+    known, unknown = parser.parse_known_args(arguments)
+    for token in unknown:  # a value may be a secret, so none is printed
+        if not token.startswith("--"):
+            raise ConfigError(f"argument {given.index(token) + 1} belongs to no flag; write --name value")
+        name = _shortened(token.removeprefix("--").split("=")[0])
+        raise ConfigError(f"unknown flag --{name}{_nearest(name, '--')}")
+    path = known.config
     if path is None:
         path = DEFAULT_CONFIG_PATH
         report(f"no --config given: taking configs/{path.name}")
     tokens, file_nulls = _yaml_tokens(path, without=flag_nulls)
     parser.set_defaults(**file_nulls, **flag_nulls)
-    config, _, unknown = parser.parse_args_into_dataclasses(
-        [*tokens, *arguments], return_remaining_strings=True, look_for_args_file=False
-    )
-    for token in unknown:  # a value may be a secret, so none is printed
-        if not token.startswith("--"):
-            raise ConfigError(f"argument {given.index(token) + 1} belongs to no flag; write --name value")
-        name = token.removeprefix("--").split("=")[0]
-        raise ConfigError(f"unknown flag --{name}{_nearest(name, '--')}")
+    config, _ = parser.parse_args_into_dataclasses([*tokens, *arguments], look_for_args_file=False)
+    check_output_dir(config.output_dir)
+    check_model(config)
     return config
 
 
@@ -280,31 +420,74 @@ def _take_nulls(arguments: list[str]) -> tuple[list[str], dict[str, None]]:
 
 def _yaml_tokens(path: Path, without: dict) -> tuple[list[str], dict[str, None]]:
     """The YAML file as command-line tokens, and the keys that it sets to null; keys in `without` are left out."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.MarkedYAMLError as error:  # its text quotes the line, which may hold a secret
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"cannot read the configuration {path}: line {line}: {error.problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
+    values = _read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"the configuration {path} is not a mapping of keys to values")
     tokens, nulls = [], {}
     for key, value in values.items():
         if key not in TYPES:
-            raise ConfigError(f"unknown key {key!r} in {path}{_nearest(str(key))}")
+            raise ConfigError(f"unknown key {_shown(key)} in {path}{_nearest(_shown(key))}")
         if key in without:
             continue
         if value is None:
             if not _is_optional(TYPES[key]):
                 raise ConfigError(f"{key} is null in {path}; it needs a value")
             nulls[key] = None
-        elif isinstance(value, dict) or isinstance(value, list) != (typing.get_origin(TYPES[key]) is list):
-            raise ConfigError(f"{key} in {path} is {value!r}; it should be {_type_name(TYPES[key])}")
+        elif not _suits(value, TYPES[key]):
+            quotes = "; put it in quotes" if _is_text(TYPES[key]) and isinstance(value, (bool, int, float)) else ""
+            raise ConfigError(f"{key} in {path} is {_shown(value)}; it should be {_type_name(TYPES[key])}{quotes}")
         else:
             # "=" keeps a value that begins with a dash from being read as a flag
             tokens += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return tokens, nulls
+
+
+def _read_yaml(path: Path):
+    """The content of a YAML file. Messages do not quote it, as a line may hold a secret."""
+    try:
+        if not path.is_file():
+            raise ConfigError(f"cannot read the configuration {_shown(str(path))}: there is no such file")
+        if path.stat().st_size > CONFIG_FILE_BYTES:
+            raise ConfigError(f"cannot read the configuration {path}: it has more than {CONFIG_FILE_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+        token = TOKEN.search(text)
+        if token:
+            line = text[: token.start()].count("\n") + 1
+            raise ConfigError(f"line {line} of {path} holds a token{_nearest('token')}; remove it")
+        return yaml.load(text, _YamlLoader)
+    except ConfigError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(f"cannot read the configuration {path}: line {line}: {_shortened(error.problem)}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read the configuration {path}: it is no UTF-8 text: {error.reason}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {_shown(str(path))}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {_shortened(str(error))}") from error
+    except RecursionError:
+        raise ConfigError(f"cannot read the configuration {path}: it is nested too deep") from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML's own, as for 2026-99-99
+        raise ConfigError(f"cannot read the configuration {path}: a value does not fit its type") from error
+
+
+def _suits(value, annotation) -> bool:
+    """Whether a value of a YAML file can be read as the type of an option; argparse then does so."""
+    if typing.get_origin(annotation) is list:
+        (kind,) = typing.get_args(annotation)
+        if not isinstance(value, list):
+            return False
+        # an entry that begins with a dash would be read as a flag
+        return all(type(entry) is kind and not (kind is str and entry.startswith("-")) for entry in value)
+    return isinstance(value, str) or (isinstance(value, (bool, int, float)) and not _is_text(annotation))
+
+
+def _is_text(annotation) -> bool:
+    if typing.get_origin(annotation) is Literal:
+        return True
+    return annotation is str or (_is_optional(annotation) and str in typing.get_args(annotation))
 
 
 def _is_optional(annotation) -> bool:
@@ -320,3 +503,17 @@ def _nearest(name: str, prefix: str = "") -> str:
         return "; the Hub's token is read from HF_TOKEN or from `hf auth login`"
     matches = difflib.get_close_matches(name.replace("-", "_"), [*TYPES, "config"], n=1, cutoff=0.4)
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""
+
+
+def _shown(value) -> str:
+    """A value for a message: on one line, short, and never a nested one, which may be endless."""
+    if isinstance(value, (dict, list, tuple, set)):
+        return f"a {type(value).__name__}"
+    if isinstance(value, int) and abs(value) > 10**40:
+        return f"a number of {value.bit_length()} bits"
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(str(text).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."

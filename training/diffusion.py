@@ -26,8 +26,11 @@ def make_noise_scheduler(
 
     Sampling starts at the last timestep, the only one that is (nearly) pure noise; but for epsilon prediction it keeps
     DDIM's leading spacing, because there x_0 = (x_t - sqrt(1 - abar_t) epsilon) / sqrt(abar_t) is ill-conditioned.
+
+    Raises:
+        ValueError: if in float32 a timestep has no noise, or one before a zero-SNR end has no signal.
     """
-    return DDPMScheduler(
+    scheduler = DDPMScheduler(
         num_train_timesteps=num_train_timesteps,
         beta_schedule=beta_schedule,
         beta_start=beta_start,
@@ -36,6 +39,15 @@ def make_noise_scheduler(
         rescale_betas_zero_snr=rescale_betas_zero_snr,
         timestep_spacing="leading" if prediction_type == "epsilon" else "trailing",
     )
+    alphas_cumprod = scheduler.alphas_cumprod
+    with_signal = alphas_cumprod[:-1] if rescale_betas_zero_snr else alphas_cumprod
+    if not ((alphas_cumprod < 1).all() and (with_signal > 0).all()):
+        raise ValueError(
+            f"the {beta_schedule} schedule from --beta_start {beta_start} to --beta_end {beta_end} in --ddpm_num_steps"
+            f" {num_train_timesteps} has alphas_cumprod from {alphas_cumprod[0]:.3g} to {alphas_cumprod[-1]:.3g};"
+            " it must stay inside (0, 1): change one of the three"
+        )
+    return scheduler
 
 
 def make_sampling_scheduler(noise_scheduler: DDPMScheduler, sampler: str) -> DDPMScheduler | DDIMScheduler:

@@ -1,0 +1,550 @@
+"""Hundreds of bad configurations from a fixed seed: each ends in one line and exit code 2, before any data is read."""
+
+import random
+import resource
+import signal
+import typing
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+
+import train_unet
+from eval import run as evaluation
+from pipelines import export, generate
+from training.config import POSITIVE, TYPES
+
+TINY = {
+    "dataset_name": "synthetic-faces",
+    "max_images": 20,
+    "crop": "none",
+    "resolution": 8,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "train_batch_size": 4,
+    "lr_warmup_steps": 0,
+    "max_train_steps": 1,
+    "eval_batch_size": 1,
+    "ddpm_num_inference_steps": 2,
+    "report_to": "none",
+    "num_cpu_threads": 1,
+}
+SECONDS_A_CASE = 20
+MEBIBYTES_A_GROUP = 700
+HUGE = 10**30
+
+
+@dataclass
+class Case:
+    """A configuration: what differs from TINY, or a whole file, and flags."""
+
+    changes: dict = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+    file: bytes | None = None
+    named: tuple[str, ...] = ()  # the error line has one of these
+    may_leave: tuple[str, ...] = ()  # as it takes the data, or a step, to see what is wrong
+
+
+def kind_of(name: str):
+    """int, float, bool, str, "choice" or "list" for an option."""
+    annotation = TYPES[name]
+    arguments = [a for a in typing.get_args(annotation) if a is not type(None)]
+    if typing.get_origin(annotation) is typing.Literal:
+        return "choice"
+    if typing.get_origin(annotation) is list:
+        return "list"
+    return arguments[0] if arguments else annotation
+
+
+def flags_of(options: dict) -> list[str]:
+    flags = []
+    for name, value in options.items():
+        flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    return flags
+
+
+def options_of(*kinds) -> list[str]:
+    return [name for name in TYPES if kind_of(name) in kinds]
+
+
+def by_file_or_flag(rng: random.Random, name: str, value, *named: str) -> Case:
+    """The option set in the file or on the command line."""
+    named = (name, *named)
+    if rng.random() < 0.5:
+        return Case(changes={name: value}, named=named)
+    if isinstance(value, list):
+        return Case(flags=[f"--{name}", *map(str, value)], named=named)
+    return Case(flags=[f"--{name}={value}"], named=named)
+
+
+# ---- The groups of cases. In those of MUST_FAIL every case is bad; in others a change may happen to be valid
+
+
+def misspelt_names(rng):
+    for _ in range(70):
+        name = rng.choice(list(TYPES))
+        at = rng.randrange(1, len(name))
+        first, rest = name[:at], name[at:]
+        typos = [first + rest[1:], first + rest[0] + rest, first, f"{first}\u00fc{rest}", name.upper(), f"x{name}"]
+        typo = rng.choice([*typos, f"{name}s", f"no__{name}", name.replace("_", "."), f"{name} "])
+        if typo not in TYPES:
+            yield by_file_or_flag(rng, typo, 1, "unknown")
+
+
+def junk_arguments(rng):
+    junk = ["-x", "5", "--", "=", "--=", "--=5", "-", "---", "--seed5", "\u00e9", "", " ", "a\nb", "\x1b[31m", "-1"]
+    for argument in junk:
+        yield Case(flags=[argument], named=("argument", "unknown", "flag"))
+        yield Case(flags=["--seed", "5", argument], named=("argument", "unknown", "flag"))
+        yield Case(flags=[f"--{'x' * rng.randrange(1000, 100_000)}", argument], named=("unknown", "argument"))
+    yield Case(flags=["--hub_model_id", f"hf_{'a1B2' * 9}", "--push_to_hub"], named=("HF_TOKEN",))
+    yield Case(changes={"output_dir": f"hf_{'a1B2' * 9}"}, named=("HF_TOKEN",))
+
+
+def wrong_types(rng):
+    texts = {
+        int: ["big", "1.5", "1e3", "0x10", "None", "true", "1,000", "\u221e", "8 8", "- 8", "x" * 5000, "9" * 5000],
+        float: ["fast", "1,5", "1e", "0x1p3", "e5", "1.0.0", "\u00bd", "1 2", "true"],
+        bool: ["maybe", "2", "on off", "-1", "ja"],
+        "choice": ["other", "v", "LINEAR", " linear", "x" * 5000, "no\n"],
+    }
+    for name in options_of(int, float, bool, "choice"):
+        yield by_file_or_flag(rng, name, rng.choice(texts[kind_of(name)]), "value")
+    for name in rng.sample(list(TYPES), 40):
+        value = {"a": 1} if kind_of(name) == "list" or rng.random() < 0.3 else [1, 2]
+        yield Case(changes={name: value}, named=(name,))
+    for name in options_of("list"):
+        for value in (5, "DownBlock2D", True, 1.5, [[1]], [{"a": 1}], [None], [True], [""], ["--seed", "5"], []):
+            yield Case(changes={name: value}, named=(name,))
+    for name in rng.sample(options_of(str, "choice"), 15):
+        yield Case(changes={name: rng.choice([5, 1.5, False, True])}, named=(name,))
+    for name in rng.sample([name for name in TYPES if kind_of(name) is not bool], 20):
+        yield Case(flags=[f"--{name}"], named=(name,))
+
+
+def nulls(rng):
+    optional = [name for name in TYPES if type(None) in typing.get_args(TYPES[name])]
+    for name in [name for name in TYPES if name not in optional]:
+        if kind_of(name) in (str, "list"):  # as text, `null` is a name like any other
+            yield Case(changes={name: None}, named=(name,))
+        else:
+            yield by_file_or_flag(rng, name, None if rng.random() < 0.5 else "null", "null")
+
+
+def odd_numbers(rng):
+    integers = [0, -1, -(10**9), 10**12, 10**18, HUGE, 2**31, 2**64]
+    floats = ["nan", "inf", "-inf", "1e300", "-1e300", "5e-324", "1e-320", "0", "-1", "-0.0", "1e30", "1e-40"]
+    for name in options_of(int):
+        for value in rng.sample(integers, 3):
+            yield by_file_or_flag(rng, name, value, "steps")
+    for name in options_of(float):
+        for value in rng.sample(floats, 4):
+            yield by_file_or_flag(rng, name, value, "beta")
+
+
+def absurd_values(rng):
+    for name in POSITIVE:
+        yield by_file_or_flag(rng, name, rng.choice([0, -1]))
+        yield by_file_or_flag(rng, name, HUGE)
+    for name in options_of(float):
+        for value in ("nan", "inf", "1e300", "1e-320"):
+            yield by_file_or_flag(rng, name, value)
+    absurd = {
+        "resolution": [10**9, 8193, 7],
+        "block_out_channels": [[10**12, 16], [8, 10**9], [65536, 65536], [0, 16], [-8, 16], [8, 8 * 10**5]],
+        "layers_per_block": [10**9, 10**6, 101],
+        "time_embedding_dim": [10**12, 2**20],
+        "ddpm_num_steps": [10**9, 10**6],
+        "train_batch_size": [10**15, 10**6, 21],
+        "gradient_accumulation_steps": [10**15, 10**6],
+        "eval_batch_size": [10**9],
+        "validation_images": [10**9],
+        "dataloader_num_workers": [10**9, 1000],
+        "num_cpu_threads": [2**32, 10**9, 2000],
+        "max_train_steps": [10**18],
+        "max_images": [10**15, 3],
+        "seed": [2**64, -1],
+        "beta_end": [1, 1.5, "0.99999999999", 1e-9],
+        "beta_start": ["1e-20", 0.5],
+        "norm_eps": [0, -1],
+        "mid_block_scale_factor": [0, -2],
+        "learning_rate": [1e6],
+        "freq_shift": [4, 10**6],
+        "attention_head_dim": [3, 0, -8, 10**6],
+        "norm_num_groups": [3, 0, 16, 10**6],
+    }
+    also = ("sample_size", "groups", "beta", "images", "parameters")
+    for name, values in absurd.items():
+        for value in values:
+            yield by_file_or_flag(rng, name, value, *also)
+
+
+def odd_texts(rng):
+    odd = ["", "\x00", "a\x00b", "a\nb", "\x1b[2J", "a\rb", "\x7f", "\u2028", "\x85", "\udcff", "\t", "\x00" * 5000]
+    for name in options_of(str):
+        for value in rng.sample(odd, 5):
+            yield by_file_or_flag(rng, name, value, "configuration")
+
+
+def broken_files(rng):
+    deep = 20_000
+    documents = [
+        "", "5", "text", "- a\n- b", "null", "true", "[1, 2]", "{}: {}", "a: [b", "a: 'b", "a: b: c", "\ta: 1",
+        "a: *b", "&a [*a]", "a: &a {b: *a}", "split: &a [*a]", "? [a, b]\n: 1", "? {a: 1}\n: 1", "1: 2", "null: 3",
+        "~: ~", "--- 1\n--- 2", "%YAML 9.0\n---\nseed: 1", "%TAG ! tag:x,2000:\n---\nseed: !x 1", "seed: 1\nseed: 2",
+        "seed: 1\nresolution: 8\nseed: 1", "split: {a: 1, a: 2}", "seed: !!python/object:os.system [x]",
+        "split: !!python/object/apply:os.system ['exit 1']", "seed: !!python/name:os.system", "split: !unknown x",
+        "seed: !!int ''", "seed: !!int x", "learning_rate: !!float x", "compile: !!bool x", "split: !!timestamp x",
+        "split: 2026-99-99", "split: 2026-01-01", "split: !!binary '@'", "split: !!binary aGVsbG8=",
+        "split: !!set {a}", "down_block_types: !!omap [a: 1]", "down_block_types: !!pairs [a: 1]",
+        "seed: " + "9" * 5000, "seed: " + "1:" * 2000 + "1", "a: " + "[" * deep, "{a: " * deep, "a: " + "- " * deep,
+        "split: " + "x" * 900_000, "split: |\n  a\n  b", "image_column: >\n  a\n\n  b\n", "#" * (2**20 + 1),
+        "seed: @1", "seed: `1`", "<<: 5", "<<: [1]", "<<: *x", "a: !!null x", "seed: .inf", "seed: .nan",
+        "resolution: 8 8", "=: 1", "!!map 5", "!!seq {}", "\ud7ff: 1", "\u202eseed: 1", "seed\u200b: 1",
+        "\ufeff\ufeffseed: 1", "seed: 'a\x01'", "block_out_channels: [8, .nan]", "block_out_channels: [8, '16']",
+        "block_out_channels: !!set {8, 16}", "dataset_name: [synthetic-faces]", "dataset_name: yes",
+        "mixed_precision: no", "resolution: 8.0", "hub_token: secret", "output_dir: 0123",
+        "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12)]),
+        "split: &x [" * 50 + "]" * 50, "x: &x {a: 1}\nsplit: [*x, *x]",
+    ]  # fmt: skip
+    bombs = [[f"&a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else '1'}]" for i in range(9)]]
+    documents += ["block_out_channels: [" + ", ".join(bomb) + "]" for bomb in bombs]
+    for document in documents:
+        yield Case(file=document.encode("utf-8", "surrogatepass"), named=("tiny.yaml", *TYPES))
+    good = yaml.safe_dump(TINY).encode()
+    for _ in range(15):
+        yield Case(file=rng.randbytes(rng.randrange(1, 5000)), named=("tiny.yaml", *TYPES))
+        at = rng.randrange(len(good) - 40)
+        bad = rng.choice([b"\x00", b"\xff\xfe", b"\x80", b"\n\t\t: [", b"\n'", b"\n}", b"\n%"])
+        yield Case(file=good[:at] + bad + good[at:], named=("tiny.yaml", *TYPES))
+    yield Case(file="seed: 1".encode("utf-16"), named=("tiny.yaml", *TYPES))
+
+
+def config_paths(rng):
+    for path in ["/", ".", "nowhere.yaml", "", "a\x00b", "x" * 5000, "/dev/zero", "/dev/null", "/dev/urandom", "\n"]:
+        yield Case(flags=["--config", path], named=("configuration",))
+    yield Case(flags=["--config"], named=("--config",))
+    yield Case(flags=["--config=null"], named=("configuration",))
+
+
+def impossible_networks(rng):
+    down = ["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D"]
+    up = ["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D"]
+    for _ in range(150):
+        levels = rng.randrange(1, 4)
+        changes = {
+            "down_block_types": rng.choices(down[:3] if rng.random() < 0.5 else down, k=levels),
+            "up_block_types": rng.choices(up[:3] if rng.random() < 0.5 else up, k=levels),
+            "block_out_channels": [rng.choice([4, 8, 8, 16, 32]) for _ in range(levels)],
+            "norm_num_groups": rng.choice([1, 2, 4]),
+            "attention_head_dim": rng.choice([None, 1, 4]),
+            "resolution": rng.choice([4, 8, 16]),
+        }
+        bad = {
+            "down_block_types": [[*changes["down_block_types"], "DownBlock2D"], ["KDownBlock2D"] * levels],
+            "up_block_types": [changes["up_block_types"][1:] or ["DownBlock2D"], [""] * levels],
+            "block_out_channels": [[1] * levels, [6, 31, 12][:levels]],
+            "norm_num_groups": [5, 64],
+            "attention_head_dim": [3, 64],
+            "resolution": [1, 7, 10],
+            "act_fn": ["elu"],
+            "resnet_time_scale_shift": ["spatial", "scale_shift"],
+            "time_embedding_type": ["learned", "fourier"],
+            "downsample_padding": [0, 2],
+        }
+        for name in rng.sample(list(bad), rng.randrange(3)):
+            changes[name] = rng.choice(bad[name])
+        yield Case(changes=changes, named=(*changes, "sample_size", "groups", "KDown", "channels", "Skip"))
+
+
+def contradictions(rng):
+    one_step = {"ddpm_num_steps": 1, "ddpm_num_inference_steps": 1}
+    of_data = [({"crop": "celeba_140"}, "celeba_140")]
+    pairs = [
+        ({"train_data_dir": "x"}, "train_data_dir"),
+        ({"dataset_name": None}, "dataset_name"),
+        ({"dataset_name": None, "train_data_dir": "x", "streaming": True}, "streaming"),
+        ({"dataset_name": None, "train_data_dir": "x", "dataset_revision": "abc"}, "dataset_revision"),
+        ({"max_train_steps": None}, "max_train_steps"),
+        ({"max_train_steps": None, "max_train_minutes": 1}, "lr_scheduler"),
+        ({"max_train_steps": None, "max_train_minutes": 1, "lr_scheduler": "linear"}, "lr_scheduler"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"ddpm_num_steps": 1, "ddpm_num_inference_steps": 2}, "ddpm_num_inference_steps"),
+        ({"ddpm_num_inference_steps": 1001}, "ddpm_num_inference_steps"),
+        ({"beta_start": 0.03}, "beta_start"),
+        ({"beta_start": 0.9, "beta_end": 0.95}, "beta_end"),
+        ({"ddpm_num_steps": 20_000}, "ddpm_num_steps"),
+        ({"hub_model_id": "someone/faces"}, "push_to_hub"),
+        ({"hub_private_repo": True}, "push_to_hub"),
+        ({"overwrite_output_dir": True, "resume_from_checkpoint": "runs/checkpoint-3"}, "overwrite_output_dir"),
+        ({"time_embedding_type": "fourier"}, "fourier"),
+        ({"train_batch_size": 11, "gradient_accumulation_steps": 2}, "train_batch_size"),
+        ({"prediction_type": "v"}, "prediction_type"),
+        ({"prediction_type": "velocity"}, "prediction_type"),
+        (one_step | {"prediction_type": "sample", "rescale_betas_zero_snr": True}, "ddpm_num_steps"),
+    ]
+    for changes, named in pairs + of_data:
+        may_leave = ("cache",) if (changes, named) in of_data else ()
+        yield Case(changes=changes, named=(named,), may_leave=may_leave)
+        flags = [part for name, value in changes.items() for part in (f"--{name}", str(value))]
+        flags = [flag if flag != "None" else "null" for flag in flags]
+        yield Case(flags=flags, named=(named,), may_leave=may_leave)
+
+
+def sources(rng):
+    for split in ("test", "Train", "train ", "../train", "train[:5]", "\u8bad\u7ec3", "a" * 300):
+        yield by_file_or_flag(rng, "split", split, "synthetic-faces has no split")
+        case = by_file_or_flag(rng, "validation_split", split, "synthetic-faces has no split")
+        yield replace(case, may_leave=("cache",))
+    for name in ("a b", "../x", "a/b/c", "x" * 200, "--x", "a//b", "http://x", "~", "a\\b", ".", "/"):
+        yield by_file_or_flag(rng, "dataset_name", name, name, "Hub")
+    for folder in ("nowhere", "train_unet.py", "train_unet.py/x", "x" * 300, "/dev/null", "\u0153/\u0153", "http://x"):
+        yield Case(flags=["--dataset_name=null", f"--train_data_dir={folder}"], named=("folder", "train_data_dir"))
+
+
+def output_folders(rng):
+    there = "train_unet.py"
+    for path in (there, f"{there}/x", f"{there}/x/y", "/dev/null", "/dev/null/x", "x" * 300, f"runs/{'x' * 300}/y"):
+        yield by_file_or_flag(rng, "output_dir", path)
+    for path in (there, f"{there}/x", "/dev/null", "/dev/null/x"):
+        yield by_file_or_flag(rng, "cache_dir", path, "cache")
+
+
+def several_at_once(rng):
+    """Values of all sorts for several options together."""
+    values = [0, -1, 3, "x", "nan", "inf", "1e300", True, [1], ["x", "y"], {}, None, 10**12, "", "\u00e9", -0.5]
+    for _ in range(60):
+        names = rng.sample([name for name in TYPES if name not in ("compile", "push_to_hub")], rng.randrange(2, 5))
+        yield Case(changes={name: rng.choice(values) for name in names}, named=tuple(TYPES))
+
+
+MUST_FAIL = {
+    misspelt_names: 60,
+    junk_arguments: 40,
+    wrong_types: 150,
+    nulls: 50,
+    absurd_values: 150,
+    odd_texts: 60,
+    broken_files: 100,
+    config_paths: 12,
+    contradictions: 40,
+    sources: 30,
+    output_folders: 10,
+}
+MAY_BE_VALID = {odd_numbers: (100, 5), impossible_networks: (60, 20), several_at_once: (50, 0)}
+
+
+class TooSlow(Exception):
+    """A case took longer than SECONDS_A_CASE."""
+
+
+@pytest.fixture
+def watch():
+    """A case that hangs is ended, and signal handlers are as before."""
+
+    def too_slow(*_):
+        raise TooSlow
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    signal.signal(signal.SIGALRM, too_slow)
+    yield
+    signal.alarm(0)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def complaint(call, capfd, named: tuple[str, ...], codes=(2,)) -> str | None:
+    """What is wrong with the way a call ended, or None: a code of `codes` with one line, or 0."""
+    capfd.readouterr()
+    signal.alarm(SECONDS_A_CASE)
+    try:
+        code = call()
+    except SystemExit as error:
+        return f"argparse left with {error.code}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {str(error)[:300]}"
+    finally:
+        signal.alarm(0)
+    if code == 0:
+        return "valid"
+    output = capfd.readouterr().err
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    if code not in codes or len(lines) != 1 or "Traceback" in output:
+        return f"code {code}, {output[-500:]!r}"
+    if len(lines[0]) > 1200:
+        return f"the line has {len(lines[0])} characters: {lines[0][:200]}"
+    if not lines[0].isprintable():
+        return f"the line has control characters: {lines[0][:200]!r}"
+    if "secret" in output:
+        return f"it tells a secret: {lines[0]}"
+    if not any(word in lines[0] for word in named):
+        return f"{lines[0][:300]!r} has none of {str(named)[:200]}"
+    return None
+
+
+def outcomes(group, tmp_path: Path, capfd, dry_run: bool = True, codes=(2,)) -> tuple[Counter, list[str]]:
+    """Runs a group: how many cases were refused, valid, or ended otherwise; and these last ones in words."""
+    counts, faults = Counter(), []
+    rng = random.Random(group.__name__)
+    memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number, case in enumerate(group(rng)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        own = {"output_dir": str(folder / "run"), "cache_dir": str(folder / "cache"), "dry_run": dry_run}
+        document = case.file if case.file is not None else yaml.safe_dump(TINY | own | case.changes).encode()
+        path = folder / "tiny.yaml"
+        path.write_bytes(document)
+        flags = [] if case.file is None else flags_of(TINY | own)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        arguments = ["--config", str(path), *flags, *case.flags]
+        fault = complaint(lambda arguments=arguments: train_unet.main(arguments), capfd, case.named, codes)
+        left = {entry.name for entry in folder.iterdir()} - {*case.may_leave}
+        if fault is None and left != {"tiny.yaml"}:
+            fault = f"left {sorted(left)}"
+        kind = "refused" if fault is None else "valid" if fault == "valid" else "fault"
+        counts[kind] += 1
+        if kind == "fault":
+            faults.append(f"{str(case)[:300]}: {fault}")
+        elif kind == "valid" and group in MUST_FAIL:
+            faults.append(f"{str(case)[:300]}: taken for valid")
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before) / 1024
+    if grown > MEBIBYTES_A_GROUP:
+        faults.append(f"the memory grew by {grown:.0f} MiB")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with capfd.disabled():
+        print(f" {group.__name__}: {dict(counts)}", end="")
+    return counts, faults
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, watch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.mark.parametrize("group", MUST_FAIL, ids=lambda group: group.__name__)
+def test_every_bad_configuration_is_refused_in_one_line_before_any_data(group, tmp_path, capfd):
+    counts, faults = outcomes(group, tmp_path, capfd)
+    assert not faults, "\n".join([f"{len(faults)} faults", *faults])
+    assert counts["refused"] >= MUST_FAIL[group]
+
+
+@pytest.mark.parametrize("group", MAY_BE_VALID, ids=lambda group: group.__name__)
+def test_a_strange_configuration_is_refused_in_one_line_or_works(group, tmp_path, capfd):
+    counts, faults = outcomes(group, tmp_path, capfd)
+    assert not faults, "\n".join([f"{len(faults)} faults", *faults])
+    least_refused, least_valid = MAY_BE_VALID[group]
+    assert counts["refused"] >= least_refused
+    assert counts["valid"] >= least_valid
+
+
+def few_steps(rng):
+    """Values that are as good as any until they are used, in runs of one step."""
+    for name, values in {
+        "logging_dir": ["../../x", "logs\x00", "", "/dev/null/x"],
+        "output_dir": ["train_unet.py/x", "\x07"],
+        "resume_from_checkpoint": ["", "\x1b"],
+        "learning_rate": ["1e9", "nan", 100],
+        "ema_inv_gamma": [1e-30, 1e9],
+        "adam_beta1": [0, 0.9999999],
+        "norm_eps": [1e-30, 1e9],
+        "mid_block_scale_factor": [1e-30, 1e9],
+        "max_grad_norm": [1e-30, 1e9],
+        "snr_gamma": [1e-30, 1e9],
+        "ddpm_num_steps": [2, 3, 100_000],
+        "beta_end": [1e-4, 0.9],
+        "num_epochs": [1e-30],
+        "max_train_minutes": [1e-30],
+    }.items():
+        for value in values:
+            case = by_file_or_flag(rng, name, value, "checkpoint", "beta", "gradients")
+            yield replace(case, may_leave=("cache", "run")) if name == "mid_block_scale_factor" else case
+
+
+def test_a_run_of_one_step_with_a_strange_value_ends_in_one_line_or_works(tmp_path, capfd):
+    counts, faults = outcomes(few_steps, tmp_path, capfd, dry_run=False, codes=(1, 2))
+    assert not faults, "\n".join([f"{len(faults)} faults", *faults])
+    assert counts["refused"] >= 10
+    assert counts["valid"] >= 8
+
+
+# ---- The command lines of the other jobs
+
+PIPELINE = "samples/celeba32_cpu/pipeline"
+COMMANDS = {
+    "generate": (generate.main, {"--pipeline": "nowhere", "--out": "OUT", "--num_images": "1"}),
+    "evaluation": (evaluation.main, {"--pipeline": "nowhere", "--out": "OUT", "--reference": "synthetic-faces"}),
+    "copy": (export.main, {"copy": None, "--pipeline": PIPELINE, "--out": "OUT"}),
+    "push": (export.main, {"push": None, "--pipeline": PIPELINE, "--repo_id": "someone/faces"}),
+}
+BAD_VALUES = {
+    "generate": {
+        "--num_images": ["0", "-1", "x", "1.5", "nan", "9" * 5000, ""],
+        "--seed": ["-1", "x", "1e3"],
+        "--steps": ["x", "1.5", ""],
+        "--eta": ["x", "", "nan", "-1", "inf"],
+        "--scheduler": ["euler2", "", "DDIM"],
+        "--batch_size": ["0", "-3", "x"],
+        "--dtype": ["fp64", "float32"],
+        "--num_cpu_threads": ["0", "-1", "x", str(2**32), str(10**9)],
+        "--class_label": ["x", "1.5"],
+    },
+    "evaluation": {
+        "--num_images": ["0", "-1", "x", "9" * 5000],
+        "--metrics": ["fid2", ""],
+        "--steps": ["x", "1.5"],
+        "--eta": ["x", "nan", "-1"],
+        "--sampler": ["euler2", ""],
+        "--batch_size": ["0", "x"],
+        "--k": ["0", "x"],
+        "--ode_tolerance": ["x", "nan", "0", "-1"],
+        "--ode_images": ["0", "-1"],
+        "--bound_evaluations": ["x", "0", "-1"],
+        "--cost_steps": ["x", "0", "-1"],
+        "--cost_etas": ["x", "nan", "-1"],
+        "--seed": ["x", "-1"],
+        "--num_cpu_threads": ["0", "-1", "x", str(10**9)],
+    },
+    "copy": {"--dtype": ["fp64", "", "F16"], "--fp16_variant": ["maybe"]},
+    "push": {"--private": ["maybe"]},
+}
+JUNK = [["--stepz", "5"], ["5"], ["--"], ["--=1"], ["-q"], ["\x1b[2J"], ["a\nb"]]
+JUNK += [["--token", "secret"], ["--token=secret"]]
+BAD_FOLDERS = [["--out", path, "--pipeline", PIPELINE] for path in ("a\x00b", "train_unet.py", "train_unet.py/x")]
+
+
+def command_lines():
+    for command, (main, base) in COMMANDS.items():
+        changes = [[flag, value] for flag, values in BAD_VALUES[command].items() for value in values]
+        absent = [flag for flag in base if flag not in ("--out", "--num_images")]
+        folders = BAD_FOLDERS if command == "generate" else []
+        for extra in changes + JUNK + folders + [[flag] for flag in base if flag.startswith("--")]:
+            yield command, main, base, extra
+        for flag in absent:
+            yield command, main, {name: value for name, value in base.items() if name != flag}, []
+
+
+def test_bad_command_lines_of_the_other_jobs_end_in_one_line(tmp_path, capfd):
+    counts, faults = Counter(), []
+    for number, (command, main, base, extra) in enumerate(command_lines()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        arguments = [part for flag, value in base.items() for part in ([flag] if value is None else [flag, value])]
+        arguments = [str(folder / "out") if part == "OUT" else part for part in arguments] + extra
+        named = (extra[0], "belongs to no flag") if extra and extra not in JUNK else ("",)
+        fault = complaint(lambda main=main, arguments=arguments: main(arguments), capfd, named)
+        if fault is None and list(folder.iterdir()):
+            fault = "made its folder"
+        counts[command] += 1
+        if fault:
+            faults.append(f"{command} {str(extra or list(base))[:100]}: {fault}")
+    with capfd.disabled():
+        print(f" command lines: {dict(counts)}", end="")
+    assert not faults, "\n".join([f"{len(faults)} faults", *faults])
+    assert sum(counts.values()) >= 100
