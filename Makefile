@@ -1,10 +1,11 @@
 # make quickstart  sets up a virtual environment, trains on the embedded faces and shows where they are
 # make test        sets up and runs the tests
+# make soak        kills a small training 100 times and compares it with one that was not (minutes)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test setup
+.PHONY: quickstart test soak setup
 
 setup: $(VENV)/.installed
 
@@ -19,3 +20,6 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile
+
+soak: setup
+	$(BIN)/python -W ignore -m tests.soak --kills 100

@@ -4,7 +4,7 @@
 
 The same command started again goes on from the newest checkpoint. Exit codes: 0 trained, or the time budget is used
 up; 1 the run or its push to the Hub failed; 2 bad configuration or data; 130 and 143 stopped by SIGINT or SIGTERM,
-after a checkpoint.
+after a checkpoint if the training had begun. `accelerate launch` makes 1 of each of them that is not 0.
 """
 
 import copy
@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from custom_unet import CustomUNet2DModel
@@ -45,12 +45,20 @@ from training.data import (
 from training.diffusion import diffusion_loss, heldout_loss, make_noise_scheduler, make_sampling_scheduler
 from training.facts import recorded_step, run_facts
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
-from training.processes import build_accelerator, on_any_process, on_main_process
-from training.run_log import Interval, RunLog
-from training.samples import draw_grid, grid_name, newest_samples
+from training.processes import (
+    StoppedEarly,
+    StopSignal,
+    build_accelerator,
+    is_out_of_memory,
+    on_any_process,
+    on_main_process,
+)
+from training.run_log import Interval, RunLog, replace_file
+from training.samples import SamplingStopped, draw_grid, newest_samples, save_grid
 from training.summary import duration, preflight_summary, speed_report
 
 SPEED_REPORT_STEPS = 20  # updates after which speed and time left are told in a line of their own
+MEMORY_SAVERS = "set --gradient_checkpointing true or --mixed_precision bf16"
 
 
 class TrainingFailed(RuntimeError):
@@ -69,7 +77,7 @@ class Progress:
 class Trainer:
     """One run: its networks, data, optimizer and output folder, and the loop over them."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, deadline_seconds: float):
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, deadline_seconds: float, stop: StopSignal):
         """Builds the networks, then opens the data.
 
         Args:
@@ -78,11 +86,10 @@ class Trainer:
         Raises:
             ConfigError, DataError: if the network cannot be built or the data cannot be had.
         """
-        self.config, self.accelerator, self.deadline_seconds = config, accelerator, deadline_seconds
+        self.config, self.accelerator, self.deadline_seconds, self.stop = config, accelerator, deadline_seconds, stop
         self.output_dir = Path(config.output_dir)
         self.pipeline_dir = self.output_dir / "pipeline"
         self.progress = Progress()
-        self.stop_signal: int | None = None
         self.images_per_update = (
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         )
@@ -161,43 +168,59 @@ class Trainer:
         Raises:
             CheckpointError: before anything is changed, if the folder is in use, if a checkpoint that should be there
                 is not or is damaged, or if it belongs to another run.
+            OSError: if the folder cannot be written.
         """
         folder = on_main_process(self.accelerator, self.take_output_dir)
         if folder is not None:
             self.restore(folder)
-        if self.accelerator.is_main_process:
-            self.log = RunLog(self.output_dir / "log.jsonl", self.progress.step)
-            (self.output_dir / "config.yaml").write_text(self.config.to_yaml())
+        on_main_process(self.accelerator, self.prepare_output_dir)
         self.accelerator.init_trackers("unet", {k: str(v) for k, v in asdict(self.config).items()})
 
     def take_output_dir(self) -> Path | None:
         """Main process: locks the folder; returns the checkpoint to go on from, if any."""
         config = self.config
         self.lock = checkpoint.lock_output_dir(self.output_dir)
-        if config.overwrite_output_dir:
-            for path in [*self.output_dir.glob("*checkpoint-*"), *self.output_dir.glob("log.jsonl")]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        folder = checkpoint.find_checkpoint(self.output_dir, config.resume_from_checkpoint, print)
+        wanted = config.resume_from_checkpoint
+        if config.overwrite_output_dir and wanted == "latest":
+            return None
+        folder = checkpoint.find_checkpoint(self.output_dir, wanted, print)
         if folder is None:
             return None
-        state = checkpoint.read_state(folder)
-        difference = checkpoint.difference(state["identity"], self.identity())
+        if config.overwrite_output_dir and folder.resolve().parent == self.output_dir.resolve():
+            raise CheckpointError(f"--overwrite_output_dir would delete {folder}, which the run is to go on from")
+        difference = checkpoint.difference(checkpoint.read_identity(folder), self.identity())
         if difference:
             raise CheckpointError(
                 f"{folder} belongs to another run ({difference}); restore these settings, take another --output_dir or"
                 " start anew with --overwrite_output_dir"
             )
-        checkpoint.set_aside_newer(self.output_dir, state["progress"]["step"], print)
         return folder
 
     def restore(self, folder: Path) -> None:
+        """Takes over a checkpoint, once all of it is read and fits."""
+        scaler = self.accelerator.scaler
         tensors, state = checkpoint.load_checkpoint(folder, ["unet", "ema_unet", "optimizer"])
+        checkpoint.check_progress(folder, state.get("progress"))
+        for name in ("unet", "ema_unet"):
+            checkpoint.check_tensors(folder / f"{name}.safetensors", tensors[name], self.network.state_dict())
+        checkpoint.check_optimizer_tensors(folder / "optimizer.safetensors", tensors["optimizer"], self.network)
+        if scaler is not None and state.get("grad_scaler") is not None:
+            checkpoint.check_numbers(folder, "grad_scaler", state["grad_scaler"], scaler.state_dict())
+            scaler.load_state_dict(state["grad_scaler"])
         self.network.load_state_dict(tensors["unet"])
         self.ema_network.load_state_dict(tensors["ema_unet"])
         checkpoint.restore_optimizer(self.optimizer, self.network, tensors["optimizer"])
-        if self.accelerator.scaler is not None and state["grad_scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         self.progress = Progress(**state["progress"])
+        self.tell(f"going on from {folder}")
+
+    def prepare_output_dir(self) -> None:
+        """Main process: clears away what the run does not go on from, and begins the log and config.yaml."""
+        if self.config.overwrite_output_dir:
+            for path in [*self.output_dir.glob("*checkpoint-*"), *self.output_dir.glob("log.jsonl")]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        checkpoint.set_aside_newer(self.output_dir, self.progress.step)
+        self.log = RunLog(self.output_dir / "log.jsonl", self.progress.step)
+        replace_file(self.output_dir / "config.yaml", self.config.to_yaml().encode())
 
     def save_checkpoint(self) -> None:
         scaler = self.accelerator.scaler
@@ -222,7 +245,11 @@ class Trainer:
         on_main_process(self.accelerator, write)
 
     def export(self) -> None:
-        """Writes the pipeline folder of the EMA network, with what is known of the run."""
+        """Writes the pipeline folder of the EMA network, with what is known of the run.
+
+        Raises:
+            TrainingFailed: if it cannot be written; an older one is untouched.
+        """
         on_main_process(self.accelerator, self.write_pipeline)
 
     def write_pipeline(self) -> None:
@@ -242,13 +269,19 @@ class Trainer:
             num_heldout_images=0 if self.heldout_images is None else len(self.heldout_images),
             samples_step=samples_step,
         )
-        export_pipeline(
-            self.pipeline,
-            self.pipeline_dir,
-            facts=facts,
-            training_config=self.config.to_public_yaml(),
-            sample_grid=sample_grid,
-        )
+        try:
+            export_pipeline(
+                self.pipeline,
+                self.pipeline_dir,
+                facts=facts,
+                training_config=self.config.to_public_yaml(),
+                sample_grid=sample_grid,
+            )
+        except (OSError, SafetensorError) as error:
+            raise TrainingFailed(
+                f"could not write {self.pipeline_dir}: {error}; the checkpoint of step {step} is there: see to the"
+                " disk and start the same command again"
+            ) from error
 
     def push(self) -> str:
         """Main process: pushes the pipeline folder to the Hub; returns the commit's address."""
@@ -290,8 +323,10 @@ class Trainer:
         applied = bool(torch.isfinite(grad_norm))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate_at(progress.step)
-        if applied or self.accelerator.scaler is not None:
-            self.optimizer.step()  # the gradient scaler of fp16 skips what is not finite itself, and lowers its scale
+        if applied:
+            self.optimizer.step()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # fp16: lowers the scale of the loss
         self.optimizer.zero_grad()
         progress.attempts += 1
         if applied:
@@ -310,6 +345,7 @@ class Trainer:
         self.open_batches()
         if progress.step == 0:
             self.report_heldout_loss()
+        self.stop.is_training = True
         bar = tqdm(
             desc="training",
             unit="step",
@@ -328,10 +364,11 @@ class Trainer:
             if not applied:
                 skipped_in_a_row += 1
                 self.tell(f"step {progress.step + 1}: the gradient's norm is {grad_norm.item()}; update skipped")
+                self.record(skipped_steps=self.skipped_steps)
                 if skipped_in_a_row == config.max_nonfinite_steps:
                     raise TrainingFailed(
-                        f"{skipped_in_a_row} gradients in a row were not finite at step {progress.step + 1}; the last"
-                        " checkpoint is good: lower --learning_rate or look at the data"
+                        f"{skipped_in_a_row} gradients in a row were not finite at step {progress.step + 1}; lower"
+                        " --learning_rate or look at the data, and go on from a checkpoint whose losses were sound"
                     )
                 continue
             skipped_in_a_row = 0
@@ -379,13 +416,9 @@ class Trainer:
             f"dry run: loss {loss:.4f}, gradient norm {grad_norm:.4f}, {seconds:.1f} s for one update"
         )
 
-    def request_stop(self, signal_number: int, frame) -> None:
-        """Signal handler: the current update is finished, then the run stops in good order."""
-        self.stop_signal = signal_number
-
     def should_stop(self) -> bool:
         """Whether a signal came or the deadline passed, on any process."""
-        stop = self.stop_signal is not None or time.monotonic() >= self.deadline_seconds
+        stop = self.stop.number is not None or time.monotonic() >= self.deadline_seconds
         return on_any_process(self.accelerator, stop)
 
     def finish(self) -> None:
@@ -394,9 +427,9 @@ class Trainer:
         is_new = step > self.first_step
         if is_new and step % config.checkpointing_steps:
             self.save_checkpoint()
-        if is_new and self.stop_signal is None and step % config.validation_steps:
+        if is_new and self.stop.number is None and step % config.validation_steps:
             self.report_heldout_loss()
-        if is_new and self.stop_signal is None and step % config.save_images_steps:
+        if is_new and self.stop.number is None and step % config.save_images_steps:
             self.save_samples()
         if is_new or on_main_process(self.accelerator, lambda: recorded_step(self.pipeline_dir) != step):
             self.export()
@@ -417,6 +450,10 @@ class Trainer:
     def images_seen(self) -> int:
         return self.progress.attempts * self.images_per_update
 
+    @property
+    def skipped_steps(self) -> int:
+        return self.progress.attempts - self.progress.step
+
     def record(self, **values: float) -> None:
         """One record in log.jsonl and the trackers."""
         if self.accelerator.is_main_process:
@@ -430,7 +467,7 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "grad_norm": interval.grad_norm.item(),
             "images_per_second": interval.attempts * self.images_per_update / interval.seconds,
-            "skipped_steps": self.progress.attempts - self.progress.step,
+            "skipped_steps": self.skipped_steps,
             "train_seconds": self.progress.train_seconds,
         }
         self.record(**values)
@@ -458,14 +495,19 @@ class Trainer:
         config, step = self.config, self.progress.step
         try:
             with self.accelerator.autocast():
-                grid = draw_grid(self.pipeline, config.eval_batch_size, config.ddpm_num_inference_steps)
-            folder = self.output_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            grid.save(folder / grid_name(step))
+                grid = draw_grid(
+                    self.pipeline,
+                    config.eval_batch_size,
+                    config.ddpm_num_inference_steps,
+                    should_stop=lambda: self.stop.number is not None,
+                )
+            save_grid(grid, self.output_dir / "samples", step)
             for tracker in self.accelerator.trackers:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
-        except (RuntimeError, ValueError, OSError) as error:
+        except SamplingStopped:
+            self.tell(f"step {step}: sampling given up, the run is to stop")
+        except Exception as error:  # whatever it is, the training does not depend on it
             self.tell(f"step {step}: sampling failed, training goes on: {error}")
 
     def preflight(self) -> str:
@@ -483,35 +525,47 @@ class Trainer:
         )
 
 
-def run(config: TrainConfig, started_at_seconds: float) -> int:
-    """Trains as configured; returns the exit code."""
+def run(config: TrainConfig, started_at_seconds: float, stop: StopSignal) -> None:
+    """Trains as configured."""
     accelerator = build_accelerator(config)
     if config.push_to_hub and not config.dry_run:
         # before anything that takes long, so that the push does not fail for a name or a token
         on_main_process(accelerator, partial(open_repository, config.hub_repo_id, config.hub_private_repo))
-    trainer = Trainer(config, accelerator, started_at_seconds + 60 * (config.max_train_minutes or math.inf))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, trainer.request_stop)
+    trainer = Trainer(config, accelerator, started_at_seconds + 60 * (config.max_train_minutes or math.inf), stop)
     try:
         if not config.dry_run:
             trainer.start_or_resume()
         accelerator.print(f"{config.to_yaml()}\n{trainer.preflight()}\n", flush=True)
         trainer.dry_run() if config.dry_run else trainer.train()
-        if config.push_to_hub and not config.dry_run and trainer.stop_signal is None:
+        if config.push_to_hub and not config.dry_run and stop.number is None:
             trainer.tell(f"pushed: {on_main_process(accelerator, trainer.push)}")
     finally:
         accelerator.end_training()
-    return 0 if trainer.stop_signal is None else 128 + trainer.stop_signal
 
 
 def main(arguments: list[str]) -> int:
     started_at_seconds = time.monotonic()
-    rank = int(os.environ.get("RANK", 0))
+    rank, stop = int(os.environ.get("RANK", 0)), StopSignal()
+
+    def fail(what: object, code: int) -> int:
+        # not print: after a progress bar the line would stand behind it
+        tqdm.write(f"{f'[rank {rank}] ' if rank else ''}error: {' '.join(str(what).split())}", file=sys.stderr)
+        return code
+
     try:
-        return run(parse_config(arguments, report=print if rank == 0 else lambda line: None), started_at_seconds)
+        stop.listen()
+        run(parse_config(arguments, report=print if rank == 0 else lambda line: None), started_at_seconds, stop)
     except (ConfigError, DataError, CheckpointError, TrainingFailed, PushError, OSError) as error:
-        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, (ConfigError, DataError, AccessError)) else 1
+        return fail(error, 2 if isinstance(error, (ConfigError, DataError, AccessError)) else 1)
+    except StoppedEarly as error:
+        return fail(error, stop.exit_code)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return fail(f"out of memory; lower --train_batch_size or the network, or {MEMORY_SAVERS}: {error}", 1)
+    finally:
+        stop.leave()
+    return stop.exit_code
 
 
 if __name__ == "__main__":

@@ -163,6 +163,80 @@ while True:
     lock.release()
 
 
+KILLED_AT_EACH_OPERATION = """
+import os, shutil, signal, sys, torch
+from pathlib import Path
+from training import checkpoint
+
+EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree")
+tensors = {name: {"a": torch.full((5,), 1.0)} for name in ("unet", "ema_unet", "optimizer")}
+
+def kill_at(count):
+    seen = 0
+    def look(event, arguments):
+        nonlocal seen
+        if event in EVENTS:  # os.kill is an event, too
+            seen += 1
+            if seen == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(look)
+
+class KilledBetweenTensors(dict):
+    def items(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def save(folder, step, limit, groups=tensors):
+    checkpoint.save_checkpoint(folder, step, groups, {"progress": {"step": step}}, limit)
+
+base, limit = Path(sys.argv[1]), int(sys.argv[2])
+prepared = base.with_name(f"{base.name}-prepared")
+prepared.mkdir()
+save(prepared, 1, limit)
+save(prepared, 2, limit)
+count, status = 0, signal.SIGKILL
+while status == signal.SIGKILL:
+    folder = base / f"{count:03d}"
+    shutil.copytree(prepared, folder)
+    child = os.fork()
+    if child == 0:
+        if count == 0:  # safetensors writes its files without an operation that Python sees
+            save(folder, 3, limit, tensors | {"ema_unet": KilledBetweenTensors()})
+        kill_at(count)
+        save(folder, 3, limit)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    count += 1
+sys.exit(status != 0)
+"""
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_sigkill_at_any_file_operation_of_a_save_leaves_the_one_before_or_the_new_one(tmp_path, limit):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    subprocess.run([sys.executable, "-c", KILLED_AT_EACH_OPERATION, runs, str(limit)], check=True)
+    *killed, completed = sorted(runs.iterdir())
+    assert len(killed) > 20
+    assert list(checkpoint.list_checkpoints(completed)) == ([3] if limit == 1 else [2, 3])
+    newest = []
+    for folder in killed:
+        was_cut_off = (folder / ".tmp-checkpoint-3").exists()
+        reports = []
+        lock = checkpoint.lock_output_dir(folder, reports.append)
+        found = checkpoint.find_checkpoint(folder, "latest", pytest.fail)  # nothing that is there is damaged
+        newest.append(found.name)
+        expected = [f"{folder}: the save of checkpoint-3 was cut off; the newest complete one is checkpoint-2"]
+        assert reports == (expected if was_cut_off else [])
+        assert not list(folder.glob(".tmp-*"))
+        for path in checkpoint.list_checkpoints(folder).values():
+            checkpoint.verify_checkpoint(path)
+        save(folder, 4, limit)
+        assert len(checkpoint.list_checkpoints(folder)) == limit
+        lock.release()
+    assert set(newest) == {"checkpoint-2", "checkpoint-3"}
+    assert newest == sorted(newest), "once the new one is there it stays"
+
+
 def test_the_output_folder_is_locked_until_its_process_dies(tmp_path):
     code = """
 import sys, time

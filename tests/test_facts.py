@@ -44,3 +44,6 @@ def test_the_step_of_a_model_repository(tmp_path):
     assert recorded_step(tmp_path) is None
     (tmp_path / "training.json").write_text('{"step": 12}')
     assert recorded_step(tmp_path) == 12
+    for damaged in ('{"step', "[]", "{}"):
+        (tmp_path / "training.json").write_text(damaged)
+        assert recorded_step(tmp_path) is None

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train_unet
 from pipelines import CustomUNetPipeline
 from training.config import TrainConfig
-from training.processes import build_accelerator
+from training.processes import StopSignal, build_accelerator
 from training.run_log import read_log
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -290,7 +290,7 @@ def test_an_error_of_the_main_process_ends_all_processes(start, tmp_path):
 @pytest.fixture
 def trainer(tmp_path, cache_dir):
     config = TrainConfig(**TINY | {"output_dir": str(tmp_path / "run"), "cache_dir": str(cache_dir), "dropout": 0.0})
-    trainer = train_unet.Trainer(config, build_accelerator(config), float("inf"))
+    trainer = train_unet.Trainer(config, build_accelerator(config), float("inf"), StopSignal())
     trainer.start_or_resume()
     trainer.open_batches()
     yield trainer
@@ -371,7 +371,7 @@ def test_bf16_autocast_reaches_the_network_alone(tmp_path, cache_dir, monkeypatc
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = train_unet.Trainer(config, build_accelerator(config), float("inf"))
+    trainer = train_unet.Trainer(config, build_accelerator(config), float("inf"), StopSignal())
     seen = {}
     trainer.network.conv_in.register_forward_hook(
         lambda m, args, out: seen.update(inside=out.dtype, inp=args[0].dtype)

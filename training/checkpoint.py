@@ -11,9 +11,11 @@ There is no file for random states: everything random in a step derives from (se
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,8 +34,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read or used. The message is one line."""
 
 
-def lock_output_dir(output_dir: Path) -> FileLock:
+def lock_output_dir(output_dir: Path, report: Callable[[str], None] = print) -> FileLock:
     """Takes the folder for this process until it ends, however it ends, and clears what a crash left half-written.
+
+    Args:
+        report: called with one line for each checkpoint whose save was cut off.
 
     Raises:
         CheckpointError: if the folder cannot be made or another process is writing to it.
@@ -48,7 +53,12 @@ def lock_output_dir(output_dir: Path) -> FileLock:
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot write to {output_dir}: {error.strerror}") from error
+    newest = list(list_checkpoints(output_dir).values())[-1:]
+    before = f"the newest complete one is {newest[0].name}" if newest else "there is no complete one"
     for leftover in output_dir.glob(f"{TEMPORARY_PREFIX}*"):
+        name = leftover.name.removeprefix(TEMPORARY_PREFIX)
+        if _NAME.fullmatch(name):
+            report(f"{output_dir}: the save of {name} was cut off; {before}")
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
 
@@ -103,7 +113,7 @@ def save_checkpoint(
     return folder
 
 
-def find_checkpoint(output_dir: Path, resume_from: str, report=print) -> Path | None:
+def find_checkpoint(output_dir: Path, resume_from: str, report: Callable[[str], None] = print) -> Path | None:
     """The checkpoint to resume from.
 
     Args:
@@ -145,38 +155,147 @@ def verify_checkpoint(folder: Path) -> None:
     Raises:
         CheckpointError: naming the first file that is missing, truncated or altered.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is missing or damaged") from error
-    for name, (num_bytes, sha256) in entries.items():
+    for name, (num_bytes, sha256) in _read_manifest(folder).items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != num_bytes:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {num_bytes}")
-        if _file_entry(path)["sha256"] != sha256:
+        try:
+            entry = _file_entry(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if entry["sha256"] != sha256:
             raise CheckpointError(f"{path} has another checksum than when it was written")
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """File name -> (bytes, SHA-256).
+
+    Raises:
+        CheckpointError: if it is no such table, or leaves out the state or names a file outside the folder.
+    """
+    try:
+        manifest = _read_json(folder / MANIFEST)
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is missing or damaged") from error
+    if STATE not in entries:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: it has no entry for {STATE}")
+    for name in entries:
+        if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+            raise CheckpointError(f"{folder / MANIFEST} is damaged: {name!r} is not the name of a file in its folder")
+    return entries
+
+
+def _read_json(path: Path):
+    try:
+        if not path.is_file():  # a named pipe would be read for ever
+            raise FileNotFoundError(path)
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is missing or damaged") from error
 
 
 def load_checkpoint(folder: Path, names: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """The tensors of the named files, on the CPU, and the state of a verified checkpoint.
 
     Raises:
-        CheckpointError: if a name is not in it, before anything is loaded.
+        CheckpointError: if a name is not in it or not in its manifest, before anything is loaded; if a file cannot be
+            read.
     """
+    entries = _read_manifest(folder)
     for name in names:
-        if not (folder / f"{name}.safetensors").is_file():
+        if f"{name}.safetensors" not in entries:
             raise CheckpointError(f"{folder} has no {name}.safetensors")
-    return {name: load_file(folder / f"{name}.safetensors") for name in names}, read_state(folder)
+    tensors = {}
+    for name in names:
+        path = folder / f"{name}.safetensors"
+        try:
+            tensors[name] = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return tensors, read_state(folder)
 
 
 def read_state(folder: Path) -> dict:
-    return json.loads((folder / STATE).read_text())
+    """The numbers of a checkpoint.
+
+    Raises:
+        CheckpointError: if the file is no JSON object.
+    """
+    state = _read_json(folder / STATE)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{folder / STATE} is damaged: it is no JSON object")
+    return state
 
 
-def set_aside_newer(output_dir: Path, step: int, report=print) -> None:
+def read_identity(folder: Path) -> dict:
+    """What the run that wrote a checkpoint says of itself in the state.
+
+    Raises:
+        CheckpointError: if it says nothing.
+    """
+    identity = read_state(folder).get("identity")
+    if not isinstance(identity, dict):
+        raise CheckpointError(f"{folder / STATE} is damaged: it does not tell of which run it is")
+    return identity
+
+
+def check_progress(folder: Path, progress) -> None:
+    """Whether the progress in a checkpoint's state is one: `step`, `attempts` and `train_seconds`, no others.
+
+    Raises:
+        CheckpointError: naming what is wrong; also if the folder is called after another step.
+    """
+    path, names = folder / STATE, ["attempts", "step", "train_seconds"]
+    if not isinstance(progress, dict) or sorted(progress) != names:
+        raise CheckpointError(f"{path} is damaged: its progress is not made of {', '.join(names)}")
+    step, attempts, seconds = progress["step"], progress["attempts"], progress["train_seconds"]
+    if type(step) is not int or type(attempts) is not int or not 0 <= step <= attempts < 2**63:
+        raise CheckpointError(f"{path} is damaged: its step is {step!r:.40} of {attempts!r:.40} attempts")
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise CheckpointError(f"{path} is damaged: its train_seconds is {seconds!r:.40}")
+    named = _NAME.fullmatch(folder.name)
+    if named and int(named[1]) != step:
+        raise CheckpointError(f"{folder} holds step {step}: it was renamed; give it back its name")
+
+
+def check_numbers(folder: Path, key: str, found, expected: dict[str, float]) -> None:
+    """Whether an entry of a checkpoint's state holds the same names as expected, each with a finite number.
+
+    Raises:
+        CheckpointError: if not.
+    """
+    is_sound = isinstance(found, dict) and found.keys() == expected.keys()
+    if not is_sound or not all(type(v) in (int, float) and math.isfinite(v) for v in found.values()):
+        raise CheckpointError(f"{folder / STATE} is damaged: {key} is not made of numbers for {', '.join(expected)}")
+
+
+def check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Whether tensors that were read have the names, shapes and types of those that they are to replace.
+
+    Raises:
+        CheckpointError: naming the first one that has not.
+    """
+    for name in sorted({*found, *expected}):
+        ours, theirs = (
+            f"{tuple(t[name].shape)} {t[name].dtype}" if name in t else "nothing" for t in (expected, found)
+        )
+        if ours != theirs:
+            raise CheckpointError(f"{path} does not fit the network: {name!r:.100} is {theirs} instead of {ours}")
+
+
+def check_optimizer_tensors(path: Path, found: dict[str, Tensor], model: nn.Module) -> None:
+    """`check_tensors` for the state of an AdamW that has made at least one update."""
+    expected = {}
+    for name, parameter in model.named_parameters():
+        moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
+        expected |= {f"{name}/{key}": value for key, value in moments.items()}
+    check_tensors(path, found, expected)
+
+
+def set_aside_newer(output_dir: Path, step: int, report: Callable[[str], None] = print) -> None:
     """Renames checkpoints beyond `step`, so that a run that goes on from there is never continued from them."""
     for other, path in list_checkpoints(output_dir).items():
         if other > step:

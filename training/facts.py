@@ -69,6 +69,8 @@ def device_name(device: torch.device) -> str:
 
 
 def recorded_step(folder: Path) -> int | None:
-    """The step of the weights in a model repository, by its `training.json`; None if there is none."""
-    path = folder / "training.json"
-    return json.loads(path.read_text())["step"] if path.exists() else None
+    """The step of the weights in a model repository, by its `training.json`; None if there is none or it is damaged."""
+    try:
+        return json.loads((folder / "training.json").read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,7 +1,11 @@
-"""The processes of a run: how Accelerate is set up, and how its processes agree."""
+"""The processes of a run: how Accelerate is set up, how its processes agree, and how they are stopped."""
 
+import ctypes
 import importlib.util
+import itertools
 import os
+import signal
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +24,87 @@ from training.config import ConfigError, TrainConfig
 
 # Others keep a part of the network in each process; a checkpoint is written from one that has it whole.
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class StoppedEarly(BaseException):
+    """A signal came before the training began, so there is nothing to save. Not an Exception: nothing swallows it."""
+
+
+class StopSignal:
+    """SIGINT and SIGTERM: at first they end the process where it stands, during the training they are a wish.
+
+    Attributes:
+        number: of the first signal that came; None if none did.
+        is_training: set by the training when it begins: from then on it looks at `number` and ends in good order.
+    """
+
+    def __init__(self):
+        self.number: int | None = None
+        self.is_training = False
+
+    def listen(self) -> None:
+        """Takes over both signals; under `accelerate launch` also the end of the launcher counts as a SIGTERM."""
+        self._before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        end_with_launcher()
+
+    def leave(self) -> None:
+        """Gives both signals back to who had them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame) -> None:
+        """Signal handler.
+
+        Raises:
+            StoppedEarly: before the training.
+        """
+        self.number = self.number or number
+        if not self.is_training:
+            raise StoppedEarly(f"stopped by {signal.Signals(number).name} before the training began")
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the signal's number as in a shell."""
+        return 0 if self.number is None else 128 + self.number
+
+
+def end_with_launcher() -> None:
+    """On Linux, has SIGTERM sent to this process when the `accelerate launch` that started it dies.
+
+    That launcher passes no signal on, and would leave its process running unseen. Any other parent may end: a run
+    started with nohup outlives its shell.
+    """
+    parent = os.getppid()
+    if not sys.platform.startswith("linux") or not is_accelerate_launch(_command_line(parent)):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died just before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def is_accelerate_launch(command_line: list[str]) -> bool:
+    """Whether this is `accelerate launch`, `accelerate-launch` or `python -m accelerate.commands.launch`."""
+    words = [os.path.basename(word) for word in command_line[:4]]
+    pairs = [*itertools.pairwise(words)]
+    return (
+        "accelerate-launch" in words
+        or ("accelerate", "launch") in pairs
+        or ("-m", "accelerate.commands.launch") in pairs
+    )
+
+
+def _command_line(process_id: int) -> list[str]:
+    try:
+        return Path(f"/proc/{process_id}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # the process is gone, or there is no /proc
+        return []
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU, where torch has no error of its own for it."""
+    texts = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:

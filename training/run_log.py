@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -17,18 +18,43 @@ class RunLog:
 
     Records beyond `step` are dropped first: they tell of updates that were lost with the process that made them. A
     last line that a crash cut short goes with them.
+
+    Raises:
+        OSError: here and by `write`, naming the path, if it cannot be written; what it held before is still there.
     """
 
     def __init__(self, path: Path, step: int):
         self.path = path
         kept = [record for record in read_log(path) if record["step"] <= step]
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
-        temporary.replace(path)
+        replace_file(path, "".join(f"{json.dumps(record)}\n" for record in kept).encode())
 
     def write(self, step: int, **values) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file beside and renames it, so that there is the old content or the new, never a part of it.
+
+    Raises:
+        OSError: naming the path; the old content is still there.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> OSError:
+    """The same error with the file's name: that of a full disk has none."""
+    reason = os.strerror(error.errno) if error.errno else error
+    return type(error)(f"could not write {path}: {reason}; see to the disk and start the same command again")
 
 
 def read_log(path: Path) -> list[dict]:

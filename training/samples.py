@@ -1,6 +1,8 @@
 """Grids of samples that show how a run goes on."""
 
 import math
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -8,16 +10,47 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from training.run_log import replace_file
 
-def draw_grid(pipeline, num_images: int, num_inference_steps: int) -> Image.Image:
+
+class SamplingStopped(RuntimeError):
+    """The sampling was given up because the run is to stop."""
+
+
+def draw_grid(
+    pipeline, num_images: int, num_inference_steps: int, should_stop: Callable[[], bool] = lambda: False
+) -> Image.Image:
     """A square grid of images of the seeds 0 to `num_images` - 1, always the same noise.
+
+    Args:
+        should_stop: asked after each step of the sampler.
 
     Raises:
         RuntimeError, ValueError: where the pipeline does, as for weights that are not finite.
+        SamplingStopped: once `should_stop` says so.
     """
+
+    def look_for_stop(pipeline, index, timestep, tensors) -> None:
+        if should_stop():
+            raise SamplingStopped
+
     generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)]
-    images = pipeline(num_images, generators, num_inference_steps, output_type="pt").images
+    images = pipeline(
+        num_images, generators, num_inference_steps, output_type="pt", callback_on_step_end=look_for_stop
+    ).images
     return to_pil_image(make_grid(images.cpu(), nrow=math.ceil(math.sqrt(num_images)), padding=2, pad_value=1.0))
+
+
+def save_grid(grid: Image.Image, folder: Path, step: int) -> None:
+    """Writes `step-NNNNNNN.png`, whole or not at all.
+
+    Raises:
+        OSError: naming the path, if it cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    content = BytesIO()
+    grid.save(content, "PNG")
+    replace_file(folder / grid_name(step), content.getvalue())
 
 
 def grid_name(step: int) -> str:

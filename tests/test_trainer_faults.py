@@ -1,0 +1,452 @@
+"""What the trainer does when its process, its disk or its numbers fail: each fault is a real one."""
+
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_file, save_file
+from test_train_unet import REPOSITORY, TINY, assert_same_tensors, error_line, records, wait_for_step
+
+import train_unet
+from training import checkpoint
+from training.config import TrainConfig
+from training.processes import StopSignal, build_accelerator, is_accelerate_launch
+from training.run_log import read_log
+from training.samples import SamplingStopped, draw_grid
+
+
+class Run:
+    """The main job in a process of its own, forked from one that has the libraries loaded."""
+
+    def __init__(self, context, arguments: list[str], output: Path, fault):
+        os.mkfifo(output)  # a limit on the size of files does not hold for it
+        self.output = os.fdopen(os.open(output, os.O_RDONLY | os.O_NONBLOCK))
+        self.process = context.Process(target=_main, args=(arguments, output, fault))
+        self.process.start()
+
+    def finish(self, code: int) -> str:
+        """Waits for the end with this exit code (minus a signal's number); returns stdout and stderr."""
+        self.process.join(120)
+        text = self.output.read()
+        assert self.process.exitcode == code, text[-3000:]
+        return text
+
+
+def _main(arguments: list[str], output: Path, fault) -> None:
+    descriptor = os.open(output, os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    if fault is not None:
+        fault()
+    sys.exit(train_unet.main(arguments))
+
+
+def signal_at(number: int, event: str, path_part: str, count: int) -> None:
+    """Sends this process a signal at the count-th operation `event` on a path that contains a text."""
+    act_at(lambda: os.kill(os.getpid(), number), event, path_part, count)
+
+
+def full_disk_at(num_bytes: int, event: str, path_part: str) -> None:
+    act_at(lambda: full_disk(num_bytes), event, path_part, 1)
+
+
+def act_at(action, event: str, path_part: str, count: int) -> None:
+    seen = 0
+
+    def look(name, arguments):
+        nonlocal seen
+        if name == event and arguments and path_part in str(arguments[0]):
+            seen += 1
+            if seen == count:
+                action()
+
+    sys.addaudithook(look)
+
+
+def full_disk(num_bytes: int) -> None:
+    """No file can grow beyond this; the write fails as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def little_memory(num_bytes: int) -> None:
+    used = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + num_bytes, used + num_bytes))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_unet"])
+    runs = []
+
+    def start(output_dir: Path, *flags, fault=None) -> Run:
+        own = ["--config", folder / "tiny.yaml", "--output_dir", output_dir, "--cache_dir", folder / "cache"]
+        arguments = [str(argument) for argument in (*own, *flags)]
+        runs.append(Run(context, arguments, folder / f"{len(runs)}.txt", fault))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.process.kill()
+
+
+@pytest.fixture(scope="module")
+def straight(start, tmp_path_factory) -> Path:
+    """A run that nothing disturbed; its checkpoints are those of steps 3, 6 and 9."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    start(folder, "--checkpoints_total_limit", "null").finish(0)
+    return folder
+
+
+def copy_until(straight: Path, folder: Path, step: int) -> Path:
+    """The output folder as it was just after the checkpoint of this step."""
+    shutil.copytree(straight, folder)
+    for path in folder.glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+    return folder
+
+
+def rewrite(folder: Path, name: str, change) -> None:
+    """Changes every tensor of a checkpoint's file, and its manifest to agree."""
+    path = folder / f"{name}.safetensors"
+    save_file({key: change(value) for key, value in load_file(path).items()}, path)
+    update_manifest(folder)
+
+
+def update_manifest(folder: Path) -> None:
+    files = [path for path in folder.iterdir() if path.name != checkpoint.MANIFEST]
+    text = checkpoint.json.dumps({path.name: checkpoint._file_entry(path) for path in files})
+    (folder / checkpoint.MANIFEST).write_text(text)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+# SIGKILL and resume
+
+
+def test_killed_after_a_checkpoint_at_the_end_of_an_epoch_and_resumed(start, tmp_path):
+    """35 images, 14 an update: step 5 ends the second epoch."""
+    flags = ["--max_images", "35", "--checkpointing_steps", "5"]
+    start(tmp_path / "straight", *flags).finish(0)
+    # the log is opened once to append each record
+    kill = partial(signal_at, signal.SIGKILL, "open", "/run/log.jsonl", 9)
+    start(tmp_path / "run", *flags, fault=kill).finish(-signal.SIGKILL)
+    assert list(checkpoint.list_checkpoints(tmp_path / "run")) == [5]
+    assert re.search(r"starts at +step 5\n", start(tmp_path / "run", *flags).finish(0))
+    assert records(tmp_path / "run", "loss") == records(tmp_path / "straight", "loss")
+    assert_same_tensors(tmp_path / "run" / "checkpoint-9", tmp_path / "straight" / "checkpoint-9")
+
+
+def test_a_save_that_was_cut_off_is_told_and_the_checkpoint_before_taken(start, straight, tmp_path):
+    flags = ["--checkpoints_total_limit", "1"]
+    run = copy_until(straight, tmp_path / "run", 3)
+    kill = partial(signal_at, signal.SIGKILL, "open", ".tmp-checkpoint-6/manifest", 1)
+    start(run, *flags, fault=kill).finish(-signal.SIGKILL)
+    output = start(run, *flags).finish(0)
+    (line,) = [line for line in output.splitlines() if "cut off" in line]
+    assert "the save of checkpoint-6 was cut off; the newest complete one is checkpoint-3" in line
+    assert f"going on from {run / 'checkpoint-3'}" in output
+    assert list(checkpoint.list_checkpoints(run)) == [9]
+    assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
+
+
+# A full disk
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "name"), [(100_000, "checkpoint-6"), (1500, "config.yaml"), (2000, "log.jsonl")]
+)
+def test_a_full_disk_names_the_path_and_the_run_goes_on_later(start, straight, tmp_path, num_bytes, name):
+    run = copy_until(straight, tmp_path / "run", 3)
+    if name == "log.jsonl":
+        (run / name).write_text("".join(f'{{"step": {step}, "text": "{"x" * 600}"}}\n' for step in range(4)))
+    before = contents(run)
+    line = error_line(start(run, fault=partial(full_disk, num_bytes)).finish(1))
+    assert str(run / name) in line
+    assert "File too large" in line
+    after = contents(run)
+    kept = [path for path in before if path.name not in ("log.jsonl", "config.yaml") or path.name == name]
+    assert {path: after[path] for path in kept if "samples" not in str(path)} == {
+        path: before[path] for path in kept if "samples" not in str(path)
+    }
+    assert not list(run.glob(".tmp-*"))
+    start(run).finish(0)
+    assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
+
+
+def test_an_export_that_does_not_fit_the_disk_leaves_the_older_pipeline(start, straight, tmp_path):
+    run = tmp_path / "run"
+    start(run, "--max_train_steps", "3").finish(0)
+    before = contents(run / "pipeline")
+    fault = partial(full_disk_at, 10_000, "os.mkdir", ".tmp-pipeline")
+    assert str(run / "pipeline") in error_line(start(run, fault=fault).finish(1))
+    assert contents(run / "pipeline") == before
+    checkpoint.verify_checkpoint(run / "checkpoint-6")
+    start(run).finish(0)
+    assert checkpoint.json.loads((run / "pipeline" / "training.json").read_text())["step"] == 9
+
+
+def test_a_sample_grid_that_cannot_be_written_changes_no_loss(start, straight, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "samples").write_text("a file where the folder should be")
+    output = start(run, "--save_images_steps", "2").finish(0)
+    assert output.count("sampling failed") == 5
+    assert records(run, "loss") == records(straight, "loss")
+    assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
+
+
+def test_an_exception_in_the_middle_of_sampling_changes_no_loss(start, straight, tmp_path):
+    """EMA weights that are NaN: the sampler raises after each step of the training."""
+    run = copy_until(straight, tmp_path / "run", 3)
+    rewrite(run / "checkpoint-3", "ema_unet", lambda value: value * float("nan"))
+    output = start(run, "--save_images_steps", "1").finish(0)
+    assert output.count("sampling failed, training goes on") == 6
+    assert records(run, "loss") == records(straight, "loss")
+    ours, theirs = (load_file(folder / "checkpoint-9" / "unet.safetensors") for folder in (run, straight))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+# Checkpoints that do not fit
+
+
+@pytest.mark.parametrize("name", ["ema_unet", "optimizer"])
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "not listed"])
+def test_a_checkpoint_without_a_file_changes_nothing(start, straight, tmp_path, name, listed):
+    run = copy_until(straight, tmp_path / "run", 9)
+    folder = run / "checkpoint-3"
+    (folder / f"{name}.safetensors").unlink()
+    if not listed:
+        update_manifest(folder)
+    before = contents(run)
+    assert f"{name}.safetensors" in error_line(start(run, "--resume_from_checkpoint", folder).finish(1))
+    assert contents(run) == before
+
+
+def test_what_differs_from_the_checkpoint_is_listed(start, straight, tmp_path):
+    run = copy_until(straight, tmp_path / "run", 3)
+    state = checkpoint.read_state(run / "checkpoint-3")
+    state["identity"]["num_processes"] = 2
+    (run / "checkpoint-3" / "state.json").write_text(checkpoint.json.dumps(state))
+    update_manifest(run / "checkpoint-3")
+    flags = ["--block_out_channels", "8", "24", "--beta_end", "0.03", "--train_batch_size", "5"]
+    before = contents(run)
+    line = error_line(start(run, *flags).finish(1))
+    for text in (
+        "block_out_channels: [8, 16] -> [8, 24]",
+        "beta_end: 0.02 -> 0.03",
+        "train_batch_size: 7 -> 5",
+        "num_processes: 2 -> 1",
+    ):
+        assert text in line
+    assert contents(run) == before
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_saving_lets_the_save_be_completed(start, tmp_path, number, code):
+    run = tmp_path / "run"
+    fault = partial(signal_at, number, "open", ".tmp-checkpoint-3/", 1)
+    start(run, fault=fault).finish(code)
+    assert list(checkpoint.list_checkpoints(run)) == [3]
+    checkpoint.verify_checkpoint(run / "checkpoint-3")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_step_ends_the_run_with_one_line(start, tmp_path, number, code):
+    run = tmp_path / "run"
+    output = start(run, fault=partial(signal_at, number, "open", ".tmp-config.yaml", 1)).finish(code)
+    assert "before the training began" in error_line(output)
+    assert not list(run.glob("*checkpoint-*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_sampling_ends_the_sampling(start, tmp_path, number, code):
+    run = tmp_path / "run"
+    flags = ["--save_images_steps", "2", "--ddpm_num_inference_steps", "1000", "--eval_batch_size", "2000"]
+    job = start(run, *flags)
+    while not any(record["step"] == 2 for record in read_log(run / "log.jsonl")):
+        assert job.process.is_alive()
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(job.process.pid, number)
+    output = job.finish(code)
+    assert "sampling failed" not in output
+    assert "sampling given up" in output
+    assert list(checkpoint.list_checkpoints(run)) == [2]
+    assert not list(run.glob("samples/*"))
+
+
+def test_a_grid_is_given_up_at_the_next_step_of_the_sampler(trainer):
+    asked = []
+    with pytest.raises(SamplingStopped):
+        draw_grid(trainer.pipeline, 1, 3, should_stop=lambda: asked.append(1) or len(asked) == 2)
+    assert len(asked) == 2
+
+
+def test_the_end_of_accelerate_launch_ends_its_trainer_after_a_checkpoint(start, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "train_unet.py"]
+    flags = ["--config", tmp_path / "tiny.yaml", "--output_dir", run, "--cache_dir", tmp_path / "cache"]
+    many = ["--max_train_steps", "100000", "--checkpointing_steps", "100000", "--lr_scheduler", "constant"]
+    launcher = subprocess.Popen(
+        [*command, *flags, *many],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    trainers = []
+    try:
+        wait_for_step(launcher, run, 2)
+        trainers = psutil.Process(launcher.pid).children(recursive=True)
+        launcher.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(trainers, timeout=30)
+        assert not alive, "the trainer outlived its launcher"
+    finally:
+        launcher.kill()
+        launcher.communicate()
+        for process in trainers:
+            if process.is_running():
+                process.kill()
+    (step,) = checkpoint.list_checkpoints(run)
+    checkpoint.verify_checkpoint(run / f"checkpoint-{step}")
+    assert step == max(records(run, "loss"))
+    start(run, *many, "--max_train_steps", str(step + 1)).finish(0)
+    assert max(records(run, "loss")) == step + 1
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("/usr/bin/python /usr/bin/accelerate launch train_unet.py", True),
+        ("python -m accelerate.commands.launch train_unet.py", True),
+        ("python /usr/bin/accelerate-launch train_unet.py", True),
+        ("bash -c accelerate launch train_unet.py", False),
+        ("python /usr/bin/accelerate env", False),
+        ("", False),
+    ],
+)
+def test_only_accelerate_launch_is_a_launcher(words, answer):
+    # a shell gets its whole command as one word
+    command = ["bash", "-c", words.removeprefix("bash -c ")] if words.startswith("bash") else words.split()
+    assert is_accelerate_launch(command) == answer
+
+
+def test_a_second_process_ends_at_once_and_the_first_goes_on_undisturbed(start, straight, tmp_path):
+    run = tmp_path / "run"
+    first = start(run, fault=partial(signal_at, signal.SIGSTOP, "open", "/run/log.jsonl", 5))
+    while not run.exists() or psutil.Process(first.process.pid).status() != psutil.STATUS_STOPPED:
+        assert first.process.is_alive()
+        time.sleep(0.01)
+    before = contents(run)
+    line = error_line(start(run, "--overwrite_output_dir", "true").finish(1))
+    assert f"{run} is in use by another process" in line
+    assert contents(run) == before
+    os.kill(first.process.pid, signal.SIGCONT)
+    first.finish(0)
+    assert records(run, "loss") == records(straight, "loss")
+    assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
+
+
+# Numbers
+
+
+def test_weights_that_are_not_finite_end_the_run_after_so_many_skipped_steps(start, straight, tmp_path):
+    run = copy_until(straight, tmp_path / "run", 3)
+    rewrite(run / "checkpoint-3", "unet", lambda value: value * float("nan"))
+    before = contents(run / "checkpoint-3")
+    output = start(run, "--max_nonfinite_steps", "4").finish(1)
+    assert "4 gradients in a row were not finite at step 4" in error_line(output)
+    assert [record["skipped_steps"] for record in read_log(run / "log.jsonl")[-4:]] == [1, 2, 3, 4]
+    assert output.count("update skipped") == 4
+    assert contents(run / "checkpoint-3") == before
+    assert list(checkpoint.list_checkpoints(run)) == [3]
+
+
+def test_out_of_memory_is_one_line_that_names_what_to_lower(start, tmp_path):
+    flags = ["--block_out_channels", "2048", "4096"]
+    output = start(tmp_path / "run", *flags, fault=partial(little_memory, 300_000_000)).finish(1)
+    line = error_line(output)
+    assert "out of memory; lower --train_batch_size" in line
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    config = TrainConfig(**TINY | {"output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")})
+    accelerator = build_accelerator(config)
+    trainer = train_unet.Trainer(config, accelerator, float("inf"), StopSignal())
+    trainer.start_or_resume()
+    trainer.open_batches()
+    yield trainer
+    trainer.lock.release()
+
+
+def use_gradient_scaler(trainer, scale: float, monkeypatch) -> torch.amp.GradScaler:
+    """Accelerate makes one for fp16 alone, which it refuses on a CPU; the autocast and its overflows are real."""
+    accelerator, scaler = trainer.accelerator, torch.amp.GradScaler("cpu", init_scale=scale)
+    monkeypatch.setattr(accelerator, "scaler", scaler)
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    accelerator._optimizers[:] = [trainer.optimizer]
+    half = torch.autocast("cpu", torch.float16)
+    monkeypatch.setattr(trainer.network, "forward", half(type(trainer.network).forward.__get__(trainer.network)))
+    return scaler
+
+
+def test_an_overflow_of_fp16_skips_weights_ema_learning_rate_and_step_together(trainer, monkeypatch):
+    scaler = use_gradient_scaler(trainer, 2.0**26, monkeypatch)
+    trainer.learning_rate_at = lambda step: 1e-3 * (step + 1)
+    networks = (trainer.network, trainer.ema_network)
+    skipped, applied = 0, False
+    while not applied and skipped < 40:
+        before = [p.clone() for network in networks for p in network.parameters()]
+        scale = scaler.get_scale()
+        _, grad_norm, applied = trainer.training_step()
+        same = [torch.equal(p, q) for p, q in zip(before, (p for n in networks for p in n.parameters()), strict=True)]
+        if applied:
+            continue
+        skipped += 1
+        assert not torch.isfinite(grad_norm)
+        assert all(same)
+        assert scaler.get_scale() == scale / 2
+        assert (trainer.progress.step, trainer.progress.attempts) == (0, skipped)
+        assert trainer.optimizer.param_groups[0]["lr"] == 1e-3
+    assert 0 < skipped < 40
+    assert not all(same)
+    assert (trainer.progress.step, trainer.progress.attempts) == (1, skipped + 1)
+    trainer.training_step()
+    assert trainer.optimizer.param_groups[0]["lr"] == 2e-3
+    steps = {float(state["step"]) for state in trainer.optimizer.state.values()}
+    assert steps == {float(trainer.progress.step)}
+
+    saved = scaler.state_dict()
+    trainer.save_checkpoint()
+    other = use_gradient_scaler(trainer, 4.0, monkeypatch)
+    trainer.restore(trainer.output_dir / f"checkpoint-{trainer.progress.step}")
+    assert other.state_dict() == saved
