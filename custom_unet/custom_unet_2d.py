@@ -644,7 +644,8 @@ def is_positive_integer(value) -> bool:
 def check_values(config) -> None:
     """Each option by itself."""
     for name, choices in CHOICES.items():
-        require(config[name] in choices, f"{name}={config[name]!r} is not supported: choose one of {choices}")
+        known = config[name] in choices and not isinstance(config[name], bool)  # True is 1
+        require(known, f"{name}={config[name]!r} is not supported: choose one of {choices}")
     given = [name for name in OPTIONAL_POSITIVE_INTEGERS if config[name] is not None]
     for name in (*POSITIVE_INTEGERS, *given):
         require(is_positive_integer(config[name]), f"{name}={config[name]!r}: must be a positive integer")

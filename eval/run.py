@@ -94,10 +94,14 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--write_card", action="store_true", help="put results.json into the pipeline's folder and renew its card")
     options = parser.parse_args(arguments)
     options.class_label = None  # the models that are evaluated are unconditional
-    counts = "num_images batch_size k likelihood_images ode_images ode_draws heldout_images cost_images".split()
-    for name in counts:
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    counts = (
+        "num_images batch_size num_cpu_threads k likelihood_images bound_evaluations ode_images ode_draws"
+        " heldout_images cost_images cost_steps"
+    ).split()
+    least = dict.fromkeys(counts, 1) | {"ode_tolerance": 1e-12}
+    least |= dict.fromkeys(("seed", "eta", "cost_etas", "duplicate_distance"), 0)
+    most = {"num_cpu_threads": generate.MOST_THREADS, "eta": 1, "cost_etas": 1}
+    generate.check_numbers(options, least, most)
     if "features" in options.metrics:
         check_counts(options.num_images, options.num_images, options.allow_few)
     if options.write_card and not Path(options.pipeline).is_dir():

@@ -23,6 +23,7 @@ Exit codes: 0 done; 1 the push failed; 2 bad input.
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -31,7 +32,8 @@ import torch
 
 from pipelines.custom_unet_pipeline import CustomUNetPipeline
 from pipelines.hub import ModelRepositoryError, PushError, model_files, push_to_hub
-from pipelines.model_card import CardError, read_weights, write_card
+from pipelines.loading import LoadError, load_folder
+from pipelines.model_card import CardError, read_weights, render_card, write_card
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
@@ -61,6 +63,8 @@ def export_pipeline(
     Raises:
         OSError: if the folder cannot be written, or holds something else; an existing one is untouched.
     """
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; take another folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
         raise FileExistsError(f"{folder} exists and is no model repository; it would be replaced: take another folder")
     temporary, old = (folder.with_name(f".tmp-{prefix}{folder.name}") for prefix in ("", "old-"))
@@ -132,13 +136,20 @@ def copy_pipeline(
         dtype: one of `DTYPES`; by default that of the source.
 
     Raises:
-        ModelRepositoryError: if the source is no sound model repository.
+        ModelRepositoryError, CardError: if the source is no sound model repository.
         OSError: see `export_pipeline`.
     """
-    model_files(source)
-    stored = STORED_DTYPES[read_weights(source / "unet")["dtype"]]
+    names = model_files(source)
+    render_card(source)  # reads what is copied, and so finds damage before anything is written
+    stored = STORED_DTYPES.get(read_weights(source / "unet")["dtype"])
+    if stored is None:
+        raise ModelRepositoryError(f"the weights of {source} are of none of the types {', '.join(STORED_DTYPES)}")
     wanted = DTYPES[dtype] if dtype else stored
-    pipeline = CustomUNetPipeline.from_pretrained(source, torch_dtype=wanted)
+    weights = [source / name for name in names if name.endswith(".safetensors") and ".fp16" not in name]
+    try:
+        pipeline = load_folder(source, weights, wanted)
+    except LoadError as error:
+        raise ModelRepositoryError(str(error)) from error
     same_numbers = wanted in (stored, torch.float32)
     optional = {path.name: path for path in source.iterdir()}
     return export_pipeline(
@@ -160,6 +171,12 @@ class _Parser(argparse.ArgumentParser):
         raise ModelRepositoryError(f"{message}; see {self.prog} --help")
 
 
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", text.upper()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 15MB")
+    return text.upper()
+
+
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="python -m pipelines.export", description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -171,7 +188,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     copy_.add_argument("--out", type=Path, required=True, help="the folder to write")
     copy_.add_argument("--dtype", choices=DTYPES, help="type of the weights; by default as they are")
     copy_.add_argument("--fp16_variant", action="store_true", help='add half-precision weights for variant="fp16"')
-    copy_.add_argument("--max_shard_size", help="largest weights file, as 15MB")
+    copy_.add_argument("--max_shard_size", type=_size, help="largest weights file, as 15MB")
     push.add_argument("--repo_id", required=True, help="name on the Hub, with or without the user's name before it")
     push.add_argument("--private", action="store_true", help="create the repository as a private one")
     push.add_argument("--revision", help="branch to push to, created where there is none; main by default")
@@ -196,7 +213,7 @@ def main(arguments: list[str]) -> int:
         else:
             print(f"pushed: {push_to_hub(args.pipeline, args.repo_id, args.private, args.revision)}")
     except (PushError, ModelRepositoryError, CardError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, PushError) else 2
     return 0
 

@@ -11,7 +11,6 @@ variations.png         images noised to several levels and denoised again
 gallery.json           the seeds and settings of each
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
+from pipelines.generate import Parser, find_pipeline, load_pipeline
 
 SEEDS = list(range(8))
 STEPS = (5, 50)
@@ -156,19 +156,18 @@ PICTURES = {
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.gallery", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m pipelines.gallery", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     parser.add_argument("--out", type=Path, default=Path("assets"))
     parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES))
-    args = parser.parse_args(arguments)
     torch.manual_seed(0)
     try:
-        pipe = CustomUNetPipeline.from_pretrained(args.pipeline)
+        args = parser.parse_args(arguments)
+        pipe = load_pipeline(find_pipeline(args.pipeline, None)[0], "fp32", None)
         args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    pipe.set_progress_bar_config(disable=True)
     record = args.out / "gallery.json"
     settings = json.loads(record.read_text()) if record.exists() else {}
     for name in args.only:

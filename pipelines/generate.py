@@ -33,13 +33,13 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from PIL import Image
-from safetensors import SafetensorError
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
+from pipelines.loading import LoadError, check_schedule, load_folder
 
 RECORD = "generate.json"
 CONTACT_SHEET = "contact_sheet.png"
@@ -49,6 +49,7 @@ WEIGHTS, WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytor
 SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
 # What is fetched from the Hub: no code and no pickles
 NEEDED_FILES = [f"unet/{name}" for name in ("config.json", WEIGHTS, WEIGHTS_INDEX, SHARDS)] + ["scheduler/*.json"]
+MOST_THREADS = 1024  # where threads cannot be made, OpenMP ends the process
 NUM_SEEDS = 2**32  # torch's generator on the CPU takes a seed modulo this
 
 
@@ -284,11 +285,10 @@ def load_pipeline(source: Path, dtype: str, sampler: str | None) -> CustomUNetPi
     Raises:
         InputError: if it is damaged or does not suit.
     """
-    weight_files(source)
     try:
-        pipeline = CustomUNetPipeline.from_pretrained(source, torch_dtype=DTYPES[dtype])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{source} could not be loaded: {_one_line(error)}") from error
+        pipeline = load_folder(source, weight_files(source), DTYPES[dtype])
+    except LoadError as error:
+        raise InputError(str(error)) from error
     pipeline.set_progress_bar_config(disable=True)
     if sampler is not None:
         pipeline.set_sampler(sampler)
@@ -303,8 +303,29 @@ def _one_line(error: Exception) -> str:
 
 
 class Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one short line without control characters, and shows no token."""
+
     def error(self, message):
-        raise InputError(message)
+        message = "".join(c if c.isprintable() else "?" for c in _one_line(message))
+        raise InputError(message if len(message) <= 300 else f"{message[:300]}...")
+
+    def parse_args(self, arguments):
+        options, unknown = self.parse_known_args(arguments)
+        if any("token" in argument.lower() or argument.startswith("hf_") for argument in unknown):
+            self.error("the Hub's token is no argument; it is read from HF_TOKEN or from `hf auth login`")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options
+
+
+def check_numbers(options: argparse.Namespace, least: dict[str, float], most: dict[str, float]) -> None:
+    """Raises InputError unless each number that is given, or each of a list, is finite and in its range."""
+    for name, low in least.items():
+        value, high = getattr(options, name), most.get(name, math.inf)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not (low <= number <= high and math.isfinite(number)):
+                at_most = f" and at most {high}" if math.isfinite(high) else ""
+                raise InputError(f"--{name} is {number}; it must be at least {low}{at_most}")
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
@@ -325,10 +346,10 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         "--num_cpu_threads", type=int, help="of a process on the CPU (default: its share of the cores)"
     )
     options = parser.parse_args(arguments)
-    for name, least in {"num_images": 1, "batch_size": 1, "seed": 0, "num_cpu_threads": 1}.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} is {value}; it must be at least {least}")
+    least = {"num_images": 1, "batch_size": 1, "seed": 0, "eta": 0, "num_cpu_threads": 1}
+    check_numbers(options, least, {"num_cpu_threads": MOST_THREADS, "eta": 1})
+    if "\0" in str(options.out):
+        parser.error("--out has a NUL character, which no path can have")
     if options.seed + options.num_images > NUM_SEEDS:
         parser.error(f"the last seed is {options.seed + options.num_images - 1}; it must be below 2**32")
     return options
@@ -338,6 +359,7 @@ def check_arguments(pipeline: CustomUNetPipeline, options: argparse.Namespace) -
     """Raises InputError for what the pipeline would refuse."""
     try:
         pipeline.check_inputs(options.steps, options.eta)
+        check_schedule(pipeline.scheduler, options.steps)
         pipeline._class_labels(options.class_label, batch_size=1)
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -435,7 +457,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; the images so far are kept, and the same command goes on", file=sys.stderr)
         return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
         print(f"{f'[rank {rank}] ' if rank else ''}error: {_one_line(error)}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
     return 0

@@ -89,7 +89,7 @@ def _read_json(path: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelRepositoryError(f"{path.parent} is no model repository: {path.name}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelRepositoryError(f"{path} is no JSON: {error}") from error
     if not isinstance(values, dict):
         raise ModelRepositoryError(f"{path} holds a {type(values).__name__}; it should be an object")

@@ -103,6 +103,9 @@ def render_card(folder: Path, name: str | None = None) -> str:
         metadata, text = _metadata(files).to_yaml(), _text(files)
     except KeyError as error:
         raise CardError(f"{error} is missing in one of the files of {folder} that the card is written from") from error
+    except (TypeError, ValueError, AttributeError, IndexError) as error:  # a value of another type than it should be
+        reason = " ".join(str(error).split())
+        raise CardError(f"a value in one of the files of {folder} that the card is written from: {reason}") from error
     return str(ModelCard(f"---\n{metadata}\n---\n\n{text}\n"))
 
 
@@ -142,7 +145,7 @@ def _read(path: Path, optional: bool = False) -> dict:
         return {}
     try:
         values = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CardError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise CardError(f"{path} holds {type(values).__name__}; it should be a mapping of names to values")
@@ -162,7 +165,7 @@ def read_weights(folder: Path) -> dict:
                 tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (not a dictionary)
                 weights["num_parameters"] += sum(math.prod(tensor.get_shape()) for tensor in tensors)
                 weights["dtype"] = tensors[0].get_dtype()
-        except SafetensorError as error:
+        except (SafetensorError, OSError, IndexError) as error:  # the last one where there is no tensor
             raise CardError(f"cannot read {path}: {error}") from error
     return weights
 

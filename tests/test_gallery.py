@@ -57,3 +57,10 @@ def test_reconstructions_get_better_with_steps(tmp_path, monkeypatch):
     assert error[20, 1] < error[5, 1]
     assert error[20, 5] < error[20, 1]
     assert all(r["network_evaluations_of_the_inversion"] == r["steps"] * r["fixed_point_iterations"] for r in record)
+
+
+@pytest.mark.parametrize("flags", [["--pipeline", "nowhere/at/all"], ["--only", "beauty"], ["--outt", "x"]])
+def test_bad_input_is_one_line_and_exit_code_2(flags, capsys):
+    assert main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")

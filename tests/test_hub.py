@@ -294,6 +294,38 @@ def test_the_trainer_pushes_at_its_end(hub, train_flags, tmp_path):
     assert not any(TOKEN.encode() in content for content in (*hub.bodies, *contents(tmp_path).values()))
 
 
+def test_no_secret_of_the_environment_is_in_anything_that_a_training_prints_writes_or_pushes(
+    hub, train_flags, tmp_path
+):
+    """Logs, trackers, checkpoints, configuration, card; the Hub's token, an older name of it, and that of W&B."""
+    wandb_key = "0123456789wandbKeyOfThisTest0123456789"
+    env = environment(hub, tmp_path / "home") | {"ACCELERATE_USE_CPU": "true", "WANDB_API_KEY": wandb_key}
+    flags = ["--report_to", "tensorboard", "--validation_split", "valid", "--validation_images", "4"]
+    flags += ["--checkpointing_steps", "2", "--save_images_steps", "2", "--logging_steps", "1"]
+    code, output = run("train_unet.py", *train_flags, *flags, env=env | {"HUGGING_FACE_HUB_TOKEN": TOKEN})
+    assert code == 0, output
+    written, pushed = contents(tmp_path), hub.files("someone/tiny-faces")
+    names = " ".join(written)
+    for part in ("config.yaml", "log.jsonl", "events.out.tfevents", "checkpoint-2/", "pipeline/training.json"):
+        assert part in names
+    assert {"README.md", "training.json", "training_config.yaml"} <= pushed.keys()
+    assert not any(re.search(r"optimizer|checkpoint|log\.jsonl|events|\.lock", name) for name in pushed)
+    for secret in (TOKEN, wandb_key):
+        assert secret not in output
+        assert not any(secret.encode() in content for content in (*written.values(), *hub.bodies, *pushed.values()))
+
+
+@pytest.mark.parametrize("flag", [["--hub_token", TOKEN], [f"--hub_token={TOKEN}"], [TOKEN]])
+def test_a_token_on_the_command_line_is_refused_and_neither_shown_nor_kept(hub, train_flags, tmp_path, flag, capfd):
+    assert train_unet.main([*train_flags, *flag]) == 2
+    output = "".join(capfd.readouterr())
+    assert error_line(output)
+    assert TOKEN not in output
+    assert not any(TOKEN.encode() in content for content in contents(tmp_path).values())
+    assert not (tmp_path / "runs").exists()
+    assert not hub.bodies
+
+
 def test_the_trainer_asks_the_hub_before_it_begins(hub, train_flags, tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("HF_TOKEN")
     assert train_unet.main(train_flags) == 2

@@ -233,6 +233,81 @@ def test_a_row_without_an_image_is_named(tmp_path, open_store, error_of):
     assert_pictures(open_store(tmp_path / "data", skip_bad_images=True).images, [0])
 
 
+# Ways out of the data set, and what could run code
+
+
+@pytest.fixture
+def secret(tmp_path) -> Path:
+    """A picture that is none of the data set's business."""
+    path = tmp_path / "private" / "secret.png"
+    path.parent.mkdir()
+    path.write_bytes(png(7))
+    return path
+
+
+@pytest.mark.parametrize("way", ["../private/secret.png", "absolute", "file://"])
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_that_lead_out_of_the_folder_are_refused(tmp_path, error_of, secret, name, way):
+    folder = write_files(tmp_path / "faces", ["1.png"])
+    target = {"absolute": str(secret), "file://": f"file://{secret}"}.get(way, way)
+    is_csv = name.endswith("csv")
+    lines = ["file_name,age", f"{target},1"] if is_csv else [json.dumps({"file_name": target, "age": 1})]
+    (folder / name).write_text("\n".join(lines))
+    assert error_of(folder).startswith("no readable data set in ")
+    assert error_of(folder, skip_bad_images=True).startswith("no readable data set in ")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_paths_in_a_table_that_lead_out_of_the_data_set_are_not_read(tmp_path, open_store, error_of, secret, kind):
+    folder, inside = tmp_path / "data", {"bytes": png(0), "path": "../private/secret.png"}
+    archive = tmp_path / "data" / "inner.zip"
+    ways = [secret, f"file://{secret}", f"{folder}/../private/secret.png", f"file://{secret}::{archive}"]
+    ways += [f"simplecache::file://{secret}", "../private/secret.png", "https://127.0.0.1:9/secret.png"]
+    cells = [inside, *({"bytes": None, "path": str(way)} for way in ways)]
+    features = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+    table = datasets.Dataset.from_dict({"image": cells}, features=features)
+    if kind == "saved":
+        table.save_to_disk(folder)
+    else:
+        folder.mkdir()
+        table.to_parquet(folder / "train.parquet")
+    message = error_of(folder)
+    assert "row 1: its path '" in message
+    assert "leads out of the data set and is not read" in message
+    store = open_store(folder, skip_bad_images=True)
+    assert_pictures(store.images, [0])  # a row with its bytes does not need its path
+    assert store.description["num_skipped"] == len(ways)
+
+
+def test_an_archive_with_ways_out_writes_nothing_outside(tmp_path, open_store):
+    (tmp_path / "faces").mkdir()
+    with zipfile.ZipFile(tmp_path / "faces" / "faces.zip", "w") as archive:
+        for name in ("a/0.png", "../../../escaped.png", "/escaped.png"):
+            archive.writestr(name, png(0))
+    before = {path for path in tmp_path.rglob("*") if "hf" not in path.parts}
+    try:
+        images = open_store(tmp_path / "faces").images
+    except DataError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert_pictures(images[:1], [0])
+    caches = (tmp_path / "hf", tmp_path / "cache")
+    new = {p for p in tmp_path.rglob("*") if not any(p.is_relative_to(cache) for cache in caches)} - before
+    assert not new
+    for escaped in tmp_path.rglob("escaped.png"):
+        assert "extracted" in escaped.parts
+    assert not Path("/escaped.png").exists()
+    assert not (tmp_path.parent / "escaped.png").exists()
+
+
+def test_a_loading_script_in_the_folder_is_refused_and_not_run(tmp_path, error_of):
+    folder = write_files(tmp_path / "faces", ["1.png"])
+    (folder / "faces.py").write_text("raise SystemExit('the code was run')\n")
+    message = error_of(folder)
+    assert message.startswith(f"no readable data set in {folder}, which holds 1.png, faces.py: ")
+    assert "scripts are no longer supported" in message
+
+
 def test_streaming_gives_the_same_images(tmp_path):
     write_parquet(tmp_path / "parquet")
     write_pictures(tmp_path / "faces", range(5))

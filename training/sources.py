@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, DataFilesList
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from huggingface_hub import DatasetCard, HfApi
+from huggingface_hub import DatasetCard, HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -93,9 +93,10 @@ class HuggingFaceImages:
             try:
                 for row in rows:
                     cell = row[self.image_column]
-                    if cell and cell["bytes"] is None and "://" in (cell["path"] or ""):
-                        cell = cell | {"bytes": _read(cell["path"])}  # here, as a failure is no fault of the image
-                    decoded = _decode_row(num_decoded, cell, crop, resolution)
+                    path = cell["path"] if cell and cell["bytes"] is None else None
+                    if "://" in (path or "") and self._may_read(path):
+                        cell = cell | {"bytes": _read(path)}  # here, as a failure is no fault of the image
+                    decoded = _decode_row(num_decoded, cell, crop, resolution, self._may_read)
                     num_decoded += 1
                     yield decoded
             except (OSError, HTTPError, ValueError) as error:
@@ -104,7 +105,22 @@ class HuggingFaceImages:
                 ) from error
         else:
             self.num_images = len(rows)
-            yield from _in_worker_processes(_RowChunks(rows, self.image_column, crop, resolution))
+            yield from _in_worker_processes(_RowChunks(rows, self.image_column, crop, resolution, self._may_read))
+
+    def _may_read(self, path: str) -> bool:
+        """Whether an image's path is in the data set itself, or in the caches into which it is fetched and unpacked.
+
+        A table may name any path or address, which would make a stranger's data set read this machine's files.
+        """
+        *inside, container = path.split("::")
+        if len(inside) > 1 or not all(part.startswith("zip://") for part in inside):
+            return False
+        if "://" in container:
+            return not os.path.isdir(self.name) and container.startswith(f"hf://datasets/{self.name}@")
+        roots = [datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE]
+        roots += [self.name] if os.path.isdir(self.name) else []
+        absolute = Path(os.path.normpath(container))
+        return any(absolute.is_relative_to(os.path.abspath(root)) for root in roots)
 
     def _open(self) -> datasets.Dataset | datasets.IterableDataset:
         """The rows of the split, with the encoded bytes of the images."""
@@ -112,7 +128,7 @@ class HuggingFaceImages:
             rows = self._load()
         except DataError:
             raise
-        except (OSError, HTTPError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, HTTPError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             if os.path.isdir(self.name):
                 raise DataError(f"no readable data set in {_listing(Path(self.name))}: {_reason(error)}") from error
             if isinstance(error, datasets.exceptions.DatasetNotFoundError) and " gated " in str(error):
@@ -324,8 +340,16 @@ class _FaceChunks:
 
 
 class _RowChunks:
-    def __init__(self, rows: datasets.Dataset, image_column: str, crop: str, resolution: int):
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        image_column: str,
+        crop: str,
+        resolution: int,
+        may_read: Callable[[str], bool],
+    ):
         self.rows, self.image_column, self.crop, self.resolution = rows, image_column, crop, resolution
+        self.may_read = may_read
 
     def __len__(self) -> int:
         return -(-len(self.rows) // CHUNK)
@@ -333,13 +357,19 @@ class _RowChunks:
     def __getitem__(self, chunk: int) -> list[np.ndarray | str]:
         first = chunk * CHUNK
         cells = self.rows[first : first + CHUNK][self.image_column]
-        return [_decode_row(first + i, cell, self.crop, self.resolution) for i, cell in enumerate(cells)]
+        return [
+            _decode_row(first + i, cell, self.crop, self.resolution, self.may_read) for i, cell in enumerate(cells)
+        ]
 
 
-def _decode_row(number: int, cell: dict | None, crop: str, resolution: int) -> np.ndarray | str:
+def _decode_row(
+    number: int, cell: dict | None, crop: str, resolution: int, may_read: Callable[[str], bool]
+) -> np.ndarray | str:
     if cell is None or (cell["bytes"] is None and cell.get("path") is None):
         return f"row {number}: no image"
     path = cell.get("path")
+    if cell["bytes"] is None and not may_read(path):
+        return f"row {number}: its path {path!r:.80} leads out of the data set and is not read"
     try:
         encoded = cell["bytes"] if cell["bytes"] is not None else _read(path)
         return decode_image(encoded, crop, resolution)

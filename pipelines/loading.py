@@ -1,0 +1,111 @@
+"""Loading a model repository from its folder, which may be damaged or come from a stranger."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from diffusers import SchedulerMixin
+from safetensors import safe_open
+
+from pipelines import CustomUNetPipeline
+from pipelines.custom_unet_pipeline import _levels
+
+FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
+LARGEST_SIDE = 8192
+MOST_TIMESTEPS = 1_000_000
+
+
+class LoadError(ValueError):
+    """A model repository that cannot be loaded, or not as it is. The message is one line."""
+
+
+def load_folder(folder: Path, weight_files: list[Path], dtype: torch.dtype) -> CustomUNetPipeline:
+    """Loads a model repository without running its code, and checks what diffusers does not.
+
+    diffusers fills the network with what the weights have, says in a warning what they lack or have too much, and
+    takes numbers of any type.
+
+    Args:
+        weight_files: what the network's weights are read from.
+
+    Raises:
+        LoadError: if a file is missing or damaged, the weights are not those of the network, or a number in the
+            configurations makes no sense.
+    """
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what it warns of is an error here
+    try:
+        _read_object(folder / "unet" / "config.json")  # diffusers takes a mere string for an id on the Hub
+        _check_timesteps(folder / "scheduler" / "scheduler_config.json")
+        pipeline = CustomUNetPipeline.from_pretrained(folder, torch_dtype=dtype)
+        _check_weights(pipeline, weight_files)
+        _check_numbers(pipeline)
+    except LoadError as error:
+        raise LoadError(f"{folder} could not be loaded: {error}") from error
+    except Exception as error:  # damaged files make the libraries raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LoadError(f"{folder} could not be loaded: {reason}") from error
+    finally:
+        logger.setLevel(level)
+    return pipeline
+
+
+def _read_object(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{path.name} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise LoadError(f"{path.name} holds a {type(values).__name__}; it should be an object")
+    return values
+
+
+def _check_timesteps(path: Path) -> None:
+    """Before a scheduler makes tables of that length."""
+    number = _read_object(path).get("num_train_timesteps", 1000)
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MOST_TIMESTEPS:
+        raise LoadError(f"num_train_timesteps of its scheduler is {number!r}; it must be 1 to {MOST_TIMESTEPS}")
+
+
+def _check_weights(pipeline: CustomUNetPipeline, weight_files: list[Path]) -> None:
+    network = pipeline.unet.state_dict()
+    stored = {}
+    for path in weight_files:
+        with safe_open(path, framework="pt") as file:
+            stored |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no dictionary)
+    missing = [name for name, tensor in network.items() if tensor.is_meta]
+    # names alone do not tell, as those of old releases of diffusers are translated
+    unknown = sorted(stored.keys() - network.keys()) if len(stored) > len(network) else []
+    for count, name, verb in ((len(missing), missing[:1], "lack"), (len(unknown), unknown[:1], "have")):
+        if count:
+            what = "of the network's tensors" if verb == "lack" else "tensors that the network does not have"
+            raise LoadError(f"its weights {verb} {count} {what}, {name[0]} for one; they are not of unet/config.json")
+    wrong = [f"{name} is {dtype}" for name, dtype in stored.items() if dtype not in FLOATS]
+    if wrong:
+        raise LoadError(f"{len(wrong)} of its tensors are not of floating-point numbers ({wrong[0]})")
+
+
+def _check_numbers(pipeline: CustomUNetPipeline) -> None:
+    size, scheduler = pipeline.unet.config.sample_size, pipeline.scheduler
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides):
+        raise LoadError(f"sample_size of its network is {size!r}; it must be 1 to {LARGEST_SIDE} pixels")
+    levels = scheduler.alphas_cumprod  # the variance of the signal in x_t: of DDPM, above 0 but at zero terminal SNR
+    steps = scheduler.config.num_train_timesteps
+    if tuple(levels.shape) != (steps,) or not (torch.isfinite(levels) & (levels >= 0) & (levels < 1)).all():
+        raise LoadError(f"the noise schedule of its scheduler is none: {steps} numbers from below 1 to 0 or more")
+    bound = scheduler.config.get("clip_sample_range", 1.0)
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < 1e6:
+        raise LoadError(f"clip_sample_range of its scheduler is {bound!r}; it must be a positive number")
+
+
+def check_schedule(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Raises LoadError if the scheduler cannot make a schedule of so many steps."""
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+        _levels(scheduler, scheduler.timesteps.tolist())
+    except Exception as error:  # of settings of the wrong type, numpy and torch raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LoadError(f"the scheduler makes no schedule of {num_inference_steps} steps: {reason}") from error

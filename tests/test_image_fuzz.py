@@ -1,0 +1,491 @@
+"""Hundreds of damaged and odd images from a fixed seed: a picture as documented, or `BadImage` in one line.
+
+The images are decoded in a process of their own (this file, run as a program), so that a crash in a decoder is seen.
+"""
+
+import hashlib
+import io
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from training.data import DataError, open_image_store
+from training.images import BadImage, decode_image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SEED, SIDE = 20, 24
+LONGEST_SECONDS, LARGEST_BYTES = 10, 2 << 30
+WHOLE, BAD, EITHER = "the whole picture", "bad", "either"
+DAMAGES = ("truncated", "flipped", "header", "zeroed", "third missing")
+
+
+class Case(NamedTuple):
+    """An encoded image.
+
+    Attributes:
+        kind: what was done to it.
+        expected: BAD, EITHER, or WHOLE: the picture that `original` gives.
+    """
+
+    kind: str
+    name: str
+    encoded: bytes
+    expected: str = EITHER
+    original: bytes | None = None
+
+
+# ---- Sound images
+
+
+def encode(image: Image.Image, file_format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def picture(mode: str = "RGB", seed: int = 0, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
+    """Noise: no row of it looks like another, or like what a decoder fills in."""
+    generator = np.random.default_rng(seed)
+    if mode == "I;16":
+        return Image.fromarray(generator.integers(0, 65536, size[::-1], dtype=np.uint16))
+    if mode == "P":
+        image = Image.fromarray(generator.integers(0, 16, size[::-1], dtype=np.uint8)).convert("P")
+        image.putpalette(generator.integers(0, 256, 48, dtype=np.uint8).tobytes())
+        return image
+    channels = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,), "CMYK": (4,)}[mode]
+    return Image.fromarray(generator.integers(0, 256, (*size[::-1], *channels), dtype=np.uint8), mode)
+
+
+def frames(mode: str = "RGB") -> dict:
+    return {"save_all": True, "append_images": [picture(mode, seed) for seed in (1, 2)]}
+
+
+def sound_images() -> dict[str, bytes]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `mode` of fromarray is called old by some releases of Pillow
+        return {
+            "png rgb": encode(picture(), "PNG"),
+            "png l": encode(picture("L"), "PNG"),
+            "png la": encode(picture("LA"), "PNG"),
+            "png p": encode(picture("P"), "PNG"),
+            "png p transparent": encode(picture("P"), "PNG", transparency=bytes(range(0, 256, 16))),
+            "png rgba": encode(picture("RGBA"), "PNG"),
+            "png 16": encode(picture("I;16"), "PNG"),
+            "png animated": encode(picture(), "PNG", **frames()),
+            "jpeg rgb": encode(picture(), "JPEG", quality=90),
+            "jpeg l": encode(picture("L"), "JPEG"),
+            "jpeg cmyk": encode(picture("CMYK"), "JPEG"),
+            "jpeg progressive": encode(picture(), "JPEG", progressive=True),
+            "jpeg two": encode(picture(), "MPO", **frames()),
+            "webp lossy": encode(picture(), "WEBP"),
+            "webp lossless": encode(picture("RGBA"), "WEBP", lossless=True),
+            "webp animated": encode(picture(), "WEBP", **frames()),
+            "gif": encode(picture("P"), "GIF"),
+            "gif animated": encode(picture("P"), "GIF", **frames("P")),
+            "bmp rgb": encode(picture(), "BMP"),
+            "bmp p": encode(picture("P"), "BMP"),
+            "tiff rgb": encode(picture(), "TIFF"),
+            "tiff cmyk": encode(picture("CMYK"), "TIFF"),
+            "tiff lzw": encode(picture(), "TIFF", compression="tiff_lzw"),
+            "tiff deflate": encode(picture("RGBA"), "TIFF", compression="tiff_adobe_deflate"),
+            "tiff jpeg": encode(picture(), "TIFF", compression="jpeg"),
+            "tiff 16": encode(picture("I;16"), "TIFF"),
+            "tiff pages": encode(picture(), "TIFF", **frames()),
+            "jpeg 2000": encode(picture(), "JPEG2000"),
+            "icon": encode(picture("RGBA"), "ICO", sizes=[(SIDE, SIDE)]),
+            "ppm": encode(picture(), "PPM"),
+        }
+
+
+# ---- Damage
+
+
+def random_damage(sound: dict[str, bytes]) -> Iterator[Case]:
+    generator = np.random.default_rng(SEED)
+    for name, encoded in sound.items():
+        for length in generator.integers(1, len(encoded), 7):
+            yield Case("truncated", f"{name} at {length}", encoded[:length], EITHER, encoded)
+        for number in (1, 1, 2, 5, 20, 100):
+            flipped = bytearray(encoded)
+            for position in generator.integers(0, len(encoded), number):
+                flipped[position] ^= 1 << int(generator.integers(8))
+            yield Case("flipped", f"{name} {number} bits", bytes(flipped), EITHER, encoded)
+        for _ in range(4):
+            altered = bytearray(encoded)
+            altered[int(generator.integers(8, min(80, len(encoded))))] = int(generator.choice([0, 1, 127, 128, 255]))
+            yield Case("header", name, bytes(altered), EITHER, encoded)
+        for length in (1, 5000):
+            garbage = generator.integers(0, 256, length, dtype=np.uint8).tobytes()
+            yield Case("trailing", f"{name} and {length} bytes", encoded + garbage, WHOLE, encoded)
+        yield Case("concatenated", name, encoded + sound["png rgb"], WHOLE, encoded)
+        first = int(generator.integers(0, len(encoded) - 8))
+        hole = encoded[:first] + bytes(min(512, len(encoded) - first)) + encoded[first + 512 :]
+        yield Case("zeroed", f"{name} from {first}", hole, EITHER, encoded)
+        third = len(encoded) // 3
+        yield Case("third missing", name, encoded[:third] + encoded[2 * third :], EITHER, encoded)
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(width: int, height: int, depth: int, color: int, data: bytes, *chunks: bytes) -> bytes:
+    """A PNG with any header; `data` are the rows, compressed."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def zeros(num_bytes: int) -> bytes:
+    """A zlib stream of that many zero bytes."""
+    compress, block = zlib.compressobj(1), bytes(1 << 20)
+    parts = [compress.compress(block) for _ in range(num_bytes >> 20)]
+    return b"".join([*parts, compress.compress(block[: num_bytes % (1 << 20)]), compress.flush()])
+
+
+def headers_with_wrong_sizes(sound: dict[str, bytes]) -> Iterator[Case]:
+    rows = zlib.compress(bytes((3 * SIDE + 1) * SIDE))
+    sizes = (0, 1, 23, 25, 5000, 65535, 100_000, 2**31 - 1, 2**32 - 1)
+    for size in sizes:
+        for width, height in ((size, SIDE), (SIDE, size), (size, size)):
+            yield Case("size in the header", f"png {width} x {height}", png(width, height, 8, 2, rows))
+    for size in (0, 1, 200, 65535):
+        jpeg = bytearray(sound["jpeg rgb"])
+        start = jpeg.index(b"\xff\xc0") + 5
+        jpeg[start : start + 4] = struct.pack(">HH", size, size)
+        yield Case("size in the header", f"jpeg {size}", bytes(jpeg))
+        gif = bytearray(sound["gif"])
+        gif[6:10] = struct.pack("<HH", size, size)
+        yield Case("size in the header", f"gif {size}", bytes(gif))
+    for size in (0, 1, -1, -SIDE, 200, 20_000, 2**31 - 1, -(2**31)):
+        bmp = bytearray(sound["bmp rgb"])
+        bmp[22:26] = struct.pack("<i", size)
+        yield Case("size in the header", f"bmp height {size}", bytes(bmp))
+        bmp[18:22] = struct.pack("<i", size)
+        yield Case("size in the header", f"bmp {size}", bytes(bmp))
+    for tag in (256, 257, 258, 259, 262, 273, 277, 278, 279):  # size, bits, compression, colours, strips
+        for value in (0, 1, 3, 5000, 65535):
+            tiff = bytearray(sound["tiff rgb"])
+            start = struct.unpack("<I", tiff[4:8])[0] + 2
+            count = struct.unpack("<H", tiff[start - 2 : start])[0]
+            for entry in range(start, start + 12 * count, 12):
+                if struct.unpack("<H", tiff[entry : entry + 2])[0] == tag:
+                    tiff[entry + 8 : entry + 12] = struct.pack("<I", value)
+            yield Case("size in the header", f"tiff tag {tag} is {value}", bytes(tiff))
+
+
+def odd_sizes(_) -> Iterator[Case]:
+    for size in ((1, 1), (1, 5000), (5000, 1), (2, 65535)):
+        image = picture(size=size)
+        for file_format in ("PNG", "JPEG", "BMP", "TIFF"):
+            if file_format != "JPEG" or max(size) < 65500:
+                encoded = encode(image, file_format)
+                yield Case("odd size", f"{file_format} {size}", encoded, WHOLE, encoded)
+    side = 9459  # nearly the limit
+    rgba = png(side, side, 8, 6, zeros((4 * side + 1) * side))
+    yield Case("odd size", "png rgba near the limit", rgba, WHOLE, rgba)
+    grey = png(side, side, 16, 0, zeros((2 * side + 1) * side))
+    yield Case("odd size", "png 16 near the limit", grey, WHOLE, grey)
+    for beyond in (side + 1, 11_000, 20_000, 60_000):
+        data = zeros((beyond // 8 + 1) * beyond)
+        yield Case("too large", f"png {beyond}", png(beyond, beyond, 1, 0, data), BAD)
+    for file_format in ("GIF", "BMP", "TIFF", "JPEG"):
+        options = {"compression": "group4"} if file_format == "TIFF" else {}
+        mode = "1" if file_format in ("BMP", "TIFF") else "L"
+        yield Case("too large", file_format, encode(Image.new(mode, (11_000, 11_000)), file_format, **options), BAD)
+
+
+def bombs(sound: dict[str, bytes]) -> Iterator[Case]:
+    bomb = zeros(300 << 20)
+    rows = zlib.compress(bytes((3 * SIDE + 1) * SIDE))
+    texts = {
+        b"zTXt": b"Comment\0\0" + bomb,
+        b"iCCP": b"profile\0\0" + bomb,
+        b"iTXt": b"Comment\0\1\0\0\0" + bomb,
+        b"eXIf": bytes(8 << 20),
+    }
+    for name, content in texts.items():
+        yield Case("bomb", f"png {name.decode()}", png(SIDE, SIDE, 8, 2, rows, chunk(name, content)))
+        many = chunk(name, content[:9] + zeros(1 << 20)) * 70
+        yield Case("bomb", f"png 70 {name.decode()}", png(SIDE, SIDE, 8, 2, rows, many))
+    yield Case("bomb", "png text", png(SIDE, SIDE, 8, 2, rows, chunk(b"tEXt", b"Comment\0" + b"x" * (80 << 20))))
+    yield Case("bomb", "png rows", png(SIDE, SIDE, 8, 2, bomb))
+    tiff = bytearray(sound["tiff deflate"])
+    yield Case("bomb", "tiff rows", bytes(tiff.replace(tiff[8:200], bomb[:200], 1)))
+    yield Case("bomb", "tiff strip", tiff_with_strip(SIDE, SIDE, bomb), EITHER)
+    yield Case("bomb", "tiff strip of a large page", tiff_with_strip(9000, 9000, bomb[:10_000]), BAD)
+    yield Case("bomb", "jpeg scans", jpeg_of_many_scans(4096, 3000), BAD)
+    yield Case("bomb", "gif frames", encode(picture("P"), "GIF", save_all=True, append_images=[picture("P", 1)] * 500))
+
+
+def tiff_with_strip(width: int, height: int, strip: bytes) -> bytes:
+    """8-bit grey, one strip compressed by deflate."""
+    tags = [(256, width), (257, height), (258, 8), (259, 8), (262, 1), (273, 0), (277, 1), (278, height)]
+    tags.append((279, len(strip)))
+    start = 8 + 2 + 12 * len(tags) + 4
+    values = [(tag, start if tag == 273 else value) for tag, value in tags]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + strip
+
+
+def jpeg_of_many_scans(side: int, number: int) -> bytes:
+    """A progressive picture whose last scan comes again and again, each costing a pass over all blocks."""
+    encoded = encode(Image.new("L", (side, side), 100), "JPEG", progressive=True, quality=50)
+    last = encoded.rindex(b"\xff\xda")
+    return encoded[:last] + encoded[last:-2] * number + encoded[-2:]
+
+
+def odd_contents(sound: dict[str, bytes]) -> Iterator[Case]:
+    text = b"this is no image\nbut text\n"
+    for encoded in (b"", b"\0", text, text * 1000, bytes(5000), b"\xff" * 5000, b"<html><body>404</body></html>"):
+        yield Case("no image", f"{len(encoded)} bytes of {encoded[:8]!r}", encoded, BAD)
+    for start in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"RIFF\0\0\0\0WEBP"):
+        yield Case("no image", f"the start {start!r} alone", start, BAD)
+        yield Case("no image", f"the start {start!r} and zeros", start + bytes(500), BAD)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 24\n%%EndComments\nshowpage\n%%EOF\n"
+    yield Case("no image", "eps", eps, BAD)  # a program, which Pillow would give to Ghostscript
+    yield Case("no image", "pdf", b"%PDF-1.4\n1 0 obj\n<<>>\nendobj\ntrailer\n<<>>\n%%EOF\n", BAD)
+    yield Case("no image", "svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', BAD)
+    yield Case("no image", "floats", encode(Image.new("F", (8, 8), 0.5), "TIFF"), BAD)
+
+    for number in (0, 2, 5, 15):  # colours of the palette; the pixels go to 15
+        palette = chunk(b"PLTE", bytes(range(3 * number)))
+        data = zlib.compress(b"".join(bytes([0, *(i % 16 for i in range(SIDE))]) for _ in range(SIDE)))
+        yield Case("palette", f"png of {number} colours", png(SIDE, SIDE, 8, 3, data, *([palette] * bool(number))))
+        short = palette + chunk(b"tRNS", bytes(300))
+        yield Case("palette", f"png of {number} colours, 300 alphas", png(SIDE, SIDE, 8, 3, data, short))
+    gif = bytearray(sound["gif"])
+    gif[10] &= 0x7F  # no global table
+    yield Case("palette", "gif without", bytes(gif))
+    for number in (1, 1000, 2**31 - 1):
+        bmp = bytearray(sound["bmp p"])
+        bmp[46:50] = struct.pack("<I", number)
+        yield Case("palette", f"bmp of {number} colours", bytes(bmp))
+
+    for color in range(8):
+        for depth in (1, 2, 4, 8, 16, 32):
+            yield Case("mode", f"png colour {color} depth {depth}", png(SIDE, SIDE, depth, color, zeros(10_000)))
+
+    # orientation as a short, as text, as five numbers that lie elsewhere, as a number of no known type
+    for form, count, value in ((3, 1, 0), (3, 1, 9), (3, 1, 65535), (2, 3, 0x7075), (3, 5, 8), (12, 1, 8), (99, 1, 1)):
+        for file_format in ("PNG", "JPEG", "WEBP"):
+            exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, 274, form, count, value, 0)
+            encoded = encode(picture(), file_format, exif=exif)
+            yield Case("exif", f"{file_format} turned {value}, {count} of type {form}", encoded)
+    exif = Image.Exif()
+    exif[37510] = b"x" * 60_000
+    yield Case("exif", "jpeg huge", encode(picture(), "JPEG", exif=exif), WHOLE, encode(picture(), "JPEG"))
+    exif[37510] = b"x" * (20 << 20)
+    yield Case("exif", "png huge", encode(picture(), "PNG", exif=exif), WHOLE, encode(picture(), "PNG"))
+    generator = np.random.default_rng(SEED + 1)
+    for i in range(20):
+        block = b"Exif\0\0II*\0\x08\0\0\0" + generator.integers(0, 256, 200, dtype=np.uint8).tobytes()
+        segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
+        jpeg = sound["jpeg rgb"]
+        yield Case("exif", f"jpeg of noise {i}", jpeg[:2] + segment + jpeg[2:])
+    loop = struct.pack("<H", 1) + struct.pack("<HHII", 34665, 4, 1, 8) + struct.pack("<I", 8)  # points at itself
+    block = b"Exif\0\0II*\0\x08\0\0\0" + loop
+    jpeg = sound["jpeg rgb"]
+    segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
+    yield Case("exif", "jpeg in a circle", jpeg[:2] + segment + jpeg[2:])
+    tiff = bytearray(sound["tiff rgb"])
+    start = struct.unpack("<I", tiff[4:8])[0]
+    end = start + 2 + 12 * struct.unpack("<H", tiff[start : start + 2])[0]
+    tiff[end : end + 4] = struct.pack("<I", start)
+    yield Case("exif", "tiff in a circle", bytes(tiff))
+
+
+def all_cases() -> Iterator[Case]:
+    sound = sound_images()
+    yield from (Case("sound", name, encoded, WHOLE, encoded) for name, encoded in sound.items())
+    for make in (random_damage, headers_with_wrong_sizes, odd_contents, odd_sizes, bombs):
+        yield from make(sound)
+
+
+# ---- The process that decodes
+
+
+def outcome_of(encoded: bytes) -> tuple[str, str]:
+    """`picture` and the digest of its pixels, `bad` and the message, or `error` and what was raised."""
+    try:
+        pixels = decode_image(encoded, "none", SIDE)
+    except BadImage as error:
+        return "bad", str(error)
+    except BaseException as error:
+        return "error", repr(error)
+    if pixels.shape != (3, SIDE, SIDE) or pixels.dtype != np.uint8:
+        return "error", f"{pixels.dtype} {pixels.shape}"
+    return "picture", hashlib.sha256(pixels.tobytes()).hexdigest()
+
+
+def strict_picture(encoded: bytes) -> str | None:
+    """The digest of what Pillow itself makes of it, where no rule of ours changes that; raises where it refuses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(encoded))
+        image.load()
+        if image.mode not in ("1", "L", "P", "RGB", "CMYK") or image.has_transparency_data:
+            return None
+        if image.getexif().get(274, 1) != 1:
+            return None
+        resized = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return hashlib.sha256(np.asarray(resized).transpose(2, 0, 1).tobytes()).hexdigest()
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def decode_all() -> None:
+    """Writes two JSON lines a case: what it is, and what became of it."""
+    wholes: dict[bytes, str] = {}
+    at_start_bytes = peak_bytes()
+    for case in all_cases():
+        print(json.dumps({"kind": case.kind, "name": case.name, "expected": case.expected}), flush=True)
+        started_at_seconds = time.perf_counter()
+        outcome, detail = outcome_of(case.encoded)
+        answer = {"outcome": outcome, "detail": detail, "seconds": time.perf_counter() - started_at_seconds}
+        answer["peak_bytes"] = peak_bytes() - at_start_bytes
+        if outcome == "picture" and len(case.encoded) < 1 << 20:
+            answer["strict"] = strict_picture(case.encoded)
+        if case.original is not None and case.original not in wholes:
+            wholes[case.original] = detail if case.original is case.encoded else outcome_of(case.original)[1]
+        print(json.dumps(answer | {"whole": wholes.get(case.original)}), flush=True)
+
+
+# ---- What became of them
+
+
+@pytest.fixture(scope="module")
+def process() -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "default"}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]} {done.stderr[-2000:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def results(process) -> list[dict]:
+    lines = [json.loads(line) for line in process.stdout.splitlines()]
+    return [case | answer for case, answer in zip(lines[::2], lines[1::2], strict=True)]
+
+
+def those(results: list[dict], key: str, value: str) -> list[dict]:
+    found = [result for result in results if result[key] == value]
+    assert found
+    return found
+
+
+def test_there_are_enough_of_each_kind_and_of_each_outcome(results):
+    assert len(results) >= 900
+    kinds = Counter(result["kind"] for result in results)
+    least = {"truncated": 200, "flipped": 170, "header": 110, "trailing": 60, "size in the header": 90, "exif": 40}
+    least |= {"bomb": 12, "odd size": 15, "too large": 8, "palette": 10, "mode": 40, "no image": 20, "zeroed": 25}
+    assert all(kinds[kind] >= number for kind, number in least.items()), kinds
+    outcomes = Counter((result["kind"], result["outcome"]) for result in results)
+    for kind in ("flipped", "header", "size in the header", "palette", "mode", "bomb"):
+        assert min(outcomes[kind, "picture"], outcomes[kind, "bad"]) >= 3, kind
+    assert outcomes["truncated", "bad"] >= 150
+
+
+def test_each_is_a_picture_or_is_refused_in_one_line(results):
+    for result in results:
+        assert result["outcome"] in ("picture", "bad"), result
+        if result["outcome"] == "bad":
+            assert 0 < len(result["detail"]) < 300, result
+            assert "\n" not in result["detail"]
+            assert "Error" not in result["detail"], result  # says what is wrong with the image, not with the code
+
+
+def test_none_takes_long_or_much_memory(results):
+    assert max(result["seconds"] for result in results) < LONGEST_SECONDS
+    assert max(result["peak_bytes"] for result in results) < LARGEST_BYTES
+
+
+def test_a_truncated_image_is_refused_unless_all_of_its_picture_is_there(results):
+    for result in those(results, "kind", "truncated"):
+        assert result["outcome"] == "bad" or result["detail"] == result["whole"], result
+
+
+def test_a_png_whose_data_are_damaged_gives_its_own_picture_or_none(results):
+    damaged = [r for r in results if r["name"].startswith("png ") and r["kind"] in DAMAGES]
+    assert len(damaged) > 90
+    for result in damaged:
+        assert result["outcome"] == "bad" or result["detail"] == result["whole"], result
+
+
+def test_what_must_give_its_whole_picture_and_what_must_be_refused_does_so(results):
+    for result in those(results, "expected", WHOLE):
+        assert (result["outcome"], result["detail"]) == ("picture", result["whole"]), result
+    for result in those(results, "expected", BAD):
+        assert result["outcome"] == "bad", result
+
+
+def test_a_damaged_image_that_decodes_is_what_pillow_makes_of_it_where_it_is_strict(results):
+    compared = [result for result in those(results, "outcome", "picture") if result.get("strict")]
+    assert len(compared) >= 200
+    for result in compared:
+        assert result["detail"] == result["strict"], result
+
+
+def test_no_warnings_are_printed(process, results):
+    """The libraries in C say a line of their own of some damaged TIFF files, which cannot be stopped here."""
+    lines = process.stderr.splitlines()
+    assert not [line for line in lines if "warn" in line.lower()]
+    assert len(lines) <= sum(result["name"].startswith("tiff") for result in results) / 2
+
+
+def test_no_library_lets_truncated_images_through():
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES  # after `datasets`, torchvision and the others were imported
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> tuple[Path, list[np.ndarray | None]]:
+    """60 of them as files, and what each gives: None for a bad one."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
+    cases = [case for case in random_damage(sound_images()) if case.name.split()[0] in ("png", "jpeg", "webp", "gif")]
+    cases += [case for case in odd_contents(sound_images()) if case.kind in ("no image", "palette")]
+    chosen = [cases[i] for i in np.linspace(0, len(cases) - 1, 60).astype(int)]
+    pictures = []
+    (tmp_path / "faces").mkdir()
+    for number, case in enumerate(chosen):
+        (tmp_path / "faces" / f"{number:03}.png").write_bytes(case.encoded)
+        try:
+            pictures.append(decode_image(case.encoded, "none", SIDE))
+        except BadImage:
+            pictures.append(None)
+    assert 20 <= sum(picture is None for picture in pictures) <= 50
+    return tmp_path / "faces", pictures
+
+
+def test_a_folder_of_them_is_refused_or_the_bad_ones_are_left_out_and_counted(folder, tmp_path, capfd):
+    faces, pictures = folder
+    options = {"train_data_dir": str(faces), "crop": "none", "resolution": SIDE, "cache_dir": str(tmp_path / "cache")}
+    bad = [number for number, picture in enumerate(pictures) if picture is None]
+    with pytest.raises(DataError, match=rf"faces, row {bad[0]} \({bad[0]:03}\.png\): .* by --skip_bad_images$"):
+        open_image_store(**options)
+    capfd.readouterr()
+    store = open_image_store(**options, skip_bad_images=True)
+    assert f"left out {len(bad)} unreadable images, the first one: row {bad[0]} " in capfd.readouterr().out
+    assert store.description["num_skipped"] == len(bad)
+    np.testing.assert_array_equal(store.images, np.stack([picture for picture in pictures if picture is not None]))
+
+
+if __name__ == "__main__":
+    decode_all()
