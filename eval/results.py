@@ -85,7 +85,15 @@ def table(results: Iterable[dict], columns: dict[str, str]) -> str:
 
 
 def quality_table(results: list[dict]) -> str:
-    rows = [entry for entry in results if entry["family"] not in ("cost", "time")]
+    """All but costs and times; what was not measured shares a row with its like."""
+    rows = []
+    for entry in results:
+        if entry["family"] in ("cost", "time"):
+            continue
+        if entry["value"] is None and rows and rows[-1]["value"] is None:
+            rows[-1] = rows[-1] | {"name": f"{rows[-1]['name']}; {entry['name']}"}
+        else:
+            rows.append(entry)
     columns = {"name": "metric", "value": "value", "floor": "real against real", "n": "n", "n_reference": "of"}
     return table(rows, columns | {"split": "split", "sampler": "sampler", "steps": "steps"})
 
@@ -110,7 +118,8 @@ def cost_table(results: list[dict]) -> str:
 
 def time_table(results: list[dict]) -> str:
     rows = [entry for entry in results if entry["family"] == "time"]
-    return table(rows, {"name": "what", "n": "n", "value": "seconds"})
+    columns = {"name": "what", "n": "n", "value": "seconds"}
+    return table(rows, columns | {"num_processes": "processes", "num_cpu_threads": "CPU threads each"})
 
 
 TABLES = {"quality": quality_table, "cost": cost_table, "time": time_table}

@@ -1,6 +1,7 @@
 """results.json and the tables that are made from it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -15,11 +16,12 @@ def cost(sampler: str, steps: int, value: float, eta: float = 0.0) -> dict:
 RESULTS = [
     result("swd", "SWD, mean", "swd", 12.3456, floor=2.0, n=10000, n_reference=10000, sampler="ddim", steps=50),
     result("features", "FID (clean)", "fid", None, reason="no weights", n=None),
+    result("features", "CMMD", "cmmd", None, reason="no weights either"),
     result("likelihood", "Variational bound, held-out", "bound", 4.0, std=0.0321, n=256, split="validation"),
     cost("ddim", 50, 3.0),
     cost("ddim", 10, 5.25),
     cost("ddim", 10, 7.0, eta=1.0),
-    result("time", "swd", "seconds_swd", 61.5, n=10000),
+    result("time", "swd", "seconds_swd", 61.5, n=10000, num_cpu_threads=2),
 ]
 
 
@@ -28,7 +30,7 @@ def test_tables():
         "| metric | value | real against real | n | of | split | sampler | steps |",
         "|---|---|---|---|---|---|---|---|",
         "| SWD, mean | 12.35 | 2 | 10,000 | 10,000 |  | ddim | 50 |",
-        "| FID (clean) | not measured |  |  |  |  |  |  |",
+        "| FID (clean); CMMD | not measured |  |  |  |  |  |  |",
         "| Variational bound, held-out | 4 ± 0.032 |  | 256 |  | validation |  |  |",
     ]
     assert [number(value) for value in (None, 12345, 0.000123456, "x")] == ["", "12,345", "0.0001235", "x"]
@@ -54,7 +56,7 @@ def test_marked_tables_are_made_anew_and_the_rest_stays(folder):
         "after <!-- end -->",
     ]
     assert with_tables(made, folder) == made
-    assert "| swd | 10,000 | 61.5 |" in with_tables(text.format("time"), folder)
+    assert "| swd | 10,000 | 61.5 |  | 2 |" in with_tables(text.format("time"), folder)
     (folder / "README.md").write_text(text.format("quality"))
     assert main([str(folder / "README.md")]) == 0
     assert "| SWD, mean | 12.35 |" in (folder / "README.md").read_text()
@@ -74,3 +76,10 @@ def test_what_cannot_be_written_or_read_is_refused(folder, capsys):
     assert main([str(folder / "README.md")]) == 2
     assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, cost, time\n"
     assert json.loads((folder / "results.json").read_text())["pipeline"] == "faces"
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    readme = Path(__file__).parent.parent / "README.md"
+    text = readme.read_text()
+    assert "<!-- results: " in text
+    assert with_tables(text, readme.parent) == text, "run `python -m eval.results README.md`"

@@ -1,0 +1,33 @@
+"""The model repository in `samples/`: its card is that of its files, its code that of the repository."""
+
+from pathlib import Path
+
+import pytest
+
+from eval.results import read_results
+from pipelines.model_card import render_card
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODEL = REPOSITORY / "samples" / "celeba32_cpu" / "pipeline"
+
+
+def test_the_card_is_that_of_its_files():
+    assert (MODEL / "README.md").read_text() == render_card(MODEL), "run `python -m pipelines.export card`"
+
+
+@pytest.mark.parametrize(
+    ("copy", "original"),
+    [
+        ("custom_unet_pipeline.py", "pipelines/custom_unet_pipeline.py"),
+        ("unet/custom_unet_2d.py", "custom_unet/custom_unet_2d.py"),
+    ],
+)
+def test_the_code_is_that_of_the_repository(copy, original):
+    assert (MODEL / copy).read_bytes() == (REPOSITORY / original).read_bytes()
+
+
+def test_the_results_are_of_these_weights_and_the_evaluations():
+    evaluation, shipped = (read_results(path / "results.json") for path in (MODEL.parent / "evaluation", MODEL))
+    assert shipped["weights_sha256"] == evaluation["weights_sha256"]
+    assert shipped["results"] == [entry for entry in evaluation["results"] if entry in shipped["results"]]
+    assert any(entry["value"] is not None for entry in shipped["results"])
