@@ -124,13 +124,16 @@ def run(options: argparse.Namespace) -> None:
     for name in options.metrics:
         if not (state.is_main_process or name in ON_ALL_PROCESSES):
             continue
-        started_at_seconds = time.perf_counter()
+        started_at_seconds, measured = time.perf_counter(), False
         for entry in METRICS[name](evaluation):
+            measured |= entry["value"] is not None
             keep(record, [entry])
             if state.is_main_process:
                 write_results(path, record)
         seconds = time.perf_counter() - started_at_seconds
-        keep(record, [result("time", name, f"seconds_{name}", seconds, n=options.num_images, **evaluation.threads)])
+        if measured:
+            n = getattr(options, f"{name}_images", options.num_images)
+            keep(record, [result("time", name, f"seconds_{name}", seconds, n=n, **evaluation.threads)])
         if state.is_main_process:
             write_results(path, record)
             print(f"{name}: {seconds:.0f} s", flush=True)

@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_refused_passed_over_or_whole(trainer_and_run, t
         before = whole_state(trainer)
         trainer.output_dir = run
         trainer.config.resume_from_checkpoint = str(run / "checkpoint-2") if explicit else "latest"
-        signal.alarm(20)
+        signal.alarm(60)
         try:
             trainer.start_or_resume()
         except CheckpointError as error:

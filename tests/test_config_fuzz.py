@@ -35,7 +35,7 @@ TINY = {
     "report_to": "none",
     "num_cpu_threads": 1,
 }
-SECONDS_A_CASE = 20
+SECONDS_A_CASE = 60
 MEBIBYTES_A_GROUP = 700
 HUGE = 10**30
 

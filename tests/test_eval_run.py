@@ -175,7 +175,7 @@ def test_a_second_start_uses_what_is_there(measured, evaluate, capsys):
         (["--crop", "celeba_999"], "unknown crop 'celeba_999'"),
         (["--split", "test"], "no split 'test'; it has train, validation"),
         (["--features", "nothing"], "nothing"),
-        (["--steps", "0"], "--steps is 0"),
+        (["--steps", "0"], "num_inference_steps is 0"),
         (["--sampler", "unipc", "--eta", "1"], "eta is 1.0"),
         (["--heldout_split", "", "--metrics", "memorisation"], "give --heldout_split"),
         (["--cost_images", "30", "--metrics", "cost"], "needs 60 real images; there are 50"),

@@ -69,7 +69,7 @@ def device_name(device: torch.device) -> str:
 
 
 def recorded_step(folder: Path) -> int | None:
-    """The step of the weights in a model repository, by its `training.json`; None if there is none or it is damaged."""
+    """The step of a model repository's weights, by its `training.json`; None if there is none or it is damaged."""
     try:
         return json.loads((folder / "training.json").read_text())["step"]
     except (OSError, ValueError, KeyError, TypeError):
