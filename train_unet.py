@@ -117,14 +117,7 @@ class Trainer:
             self.network.enable_gradient_checkpointing()
         # `unet` is `network` under autocast, torch.compile and DistributedDataParallel, where they are asked for
         self.unet, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(config, self.network))
-        self.noise_scheduler = make_noise_scheduler(
-            config.ddpm_num_steps,
-            config.ddpm_beta_schedule,
-            config.beta_start,
-            config.beta_end,
-            config.prediction_type,
-            config.rescale_betas_zero_snr,
-        )
+        self.noise_scheduler = make_noise_scheduler(**config.noise_schedule())
         self.pipeline = CustomUNetPipeline(
             self.ema_network, make_sampling_scheduler(self.noise_scheduler, config.sampler)
         )

@@ -11,13 +11,13 @@ from tqdm.auto import tqdm
 from eval.cost import sample, settings_grid
 from eval.encoders import open_extractor
 from eval.evaluation import Evaluation
-from eval.features import FeatureExtractor, cached_features
+from eval.features import FeatureExtractor, cached_features, images_of_store
 from eval.figures import plot_cost_curve, plot_curves, plot_nearest_distances
 from eval.frechet import fid_at_infinity, frechet_distance, mean_and_covariance
 from eval.heldout import heldout_curve
 from eval.kernel import cmmd, kernel_distance
 from eval.likelihood import VARIANCES, ode_likelihood, variational_bound
-from eval.memorisation import memorisation
+from eval.memorisation import MemorisationReport, memorisation
 from eval.prdc import prdc
 from eval.reference import FeatureError
 from eval.results import result
@@ -148,25 +148,44 @@ def _compare(evaluation: Evaluation, space: FeatureSpace, extractor: FeatureExtr
         else:
             value, more = neighbours[metric], {"k": options.k}
         yield result("features", name, metric, value, **about, **more)
+    if "memorisation" in options.metrics:
+        yield from _memorisation_in_features(evaluation, extractor, generated)
 
 
 def measure_memorisation(evaluation: Evaluation) -> Iterable[dict]:
+    """In pixels; `measure_features` does it in features."""
+    duplicate_distance = evaluation.options.duplicate_distance
     report = memorisation(
         evaluation.generated,
         np.asarray(evaluation.heldout.images),
         evaluation.training.images,
-        duplicate_distance=evaluation.options.duplicate_distance,
+        duplicate_distance=duplicate_distance,
     )
-    plot_nearest_distances(
-        report.bin_edges,
-        {"generated": report.generated_counts, "held-out": report.heldout_counts},
-        "RMS in grey levels",
-        evaluation.out / "memorisation.png",
+    about = {"mode": "pixels", "duplicate_distance": duplicate_distance}
+    yield from _memorisation_results(evaluation, report, "grey levels", "memorisation.png", about)
+
+
+def _memorisation_in_features(evaluation: Evaluation, extractor: FeatureExtractor, generated: np.ndarray):
+    training, heldout = (
+        cached_features(images_of_store(store), extractor, evaluation.state, batch_size=evaluation.options.batch_size)
+        for store in (evaluation.training, evaluation.heldout)
     )
-    about = evaluation.setting | evaluation.reference | {"mode": "pixels", "mirrored_too": report.mirror}
+    report = memorisation(generated, heldout, training)
+    about = {"mode": extractor.mode, "features": extractor.name, "features_sha256": extractor.sha256}
+    yield from _memorisation_results(evaluation, report, extractor.name, f"memorisation_{extractor.name}.png", about)
+
+
+def _memorisation_results(evaluation: Evaluation, report: MemorisationReport, space: str, figure: str, about: dict):
+    if evaluation.state.is_main_process:
+        plot_nearest_distances(
+            report.bin_edges,
+            {"generated": report.generated_counts, "held-out": report.heldout_counts},
+            space,
+            evaluation.out / figure,
+        )
+    about = evaluation.setting | evaluation.reference | about | {"mirrored_too": report.mirror}
     about |= {"n": report.num_generated, "n_reference": report.num_training, "n_heldout": report.num_heldout}
     about |= {"heldout_duplicates_left_out": report.num_heldout_duplicates}
-    about |= {"duplicate_distance": evaluation.options.duplicate_distance}
     nearest = [pair._asdict() for pair in report.pairs]
     rows = {
         "Nearest training image, generated / held-out (median)": ("memorisation_ratio", report.ratio, 1.0),
@@ -181,11 +200,12 @@ def measure_memorisation(evaluation: Evaluation) -> Iterable[dict]:
             0.01,
         ),
     }
+    where = f", {about['features']}" if "features" in about else ""
     for name, (metric, value, expected) in rows.items():
-        yield result("memorisation", name, metric, value, floor=expected, **about)
+        yield result("memorisation", f"{name}{where}", metric, value, floor=expected, **about)
     yield result(
         "memorisation",
-        "Median distance of held-out images, grey levels",
+        f"Median distance of held-out images, {space}",
         "heldout_distance",
         report.heldout_median,
         nearest_pairs=nearest,

@@ -17,6 +17,7 @@ from custom_unet import CustomUNet2DModel
 from eval.encoders import open_extractor
 from eval.features import images_of_files, images_of_store
 from eval.frechet import frechet_distance_of
+from eval.memorisation import memorisation
 from eval.results import result
 from eval.run import keep, main
 from eval.swd import sliced_wasserstein
@@ -126,6 +127,7 @@ def test_every_metric_is_there_with_how_it_was_got(measured):
         "cost.png",
         "heldout_loss.png",
         "memorisation.png",
+        "memorisation_features.pt.png",
     }
     record = json.loads((measured / "results.json").read_text())
     assert set(record["versions"]) == {"python", "torch", "diffusers", "accelerate", "clean-fid", "scipy"}
@@ -142,6 +144,10 @@ def test_figures_are_those_of_the_functions(measured, inputs):
     extractor = open_extractor(str(inputs[1]))
     features = [extractor(torch.from_numpy(images)).numpy() for images in (generated, reference)]
     assert value(measured, "FD-features.pt") == pytest.approx(frechet_distance_of(*features), rel=1e-5)
+    heldout = open_image_store(train_data_dir=str(inputs[2]), split="validation", crop="none", resolution=16)
+    others = [extractor(torch.from_numpy(np.asarray(s.images))).numpy() for s in (heldout, store)]
+    ratio = value(measured, "Nearest training image, generated / held-out (median), features.pt")
+    assert ratio == pytest.approx(memorisation(features[0], *others).ratio, rel=1e-5)
 
 
 def test_the_card_has_the_results_but_not_the_costs(measured, inputs):

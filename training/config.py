@@ -221,6 +221,12 @@ class TrainConfig:
             kwargs["num_train_timesteps"] = self.ddpm_num_steps
         return kwargs
 
+    def noise_schedule(self) -> dict:
+        """The arguments of `make_noise_scheduler` for this run."""
+        names = "beta_start beta_end prediction_type rescale_betas_zero_snr".split()
+        schedule = {"num_train_timesteps": self.ddpm_num_steps, "beta_schedule": self.ddpm_beta_schedule}
+        return schedule | {name: getattr(self, name) for name in names}
+
     def data_source(self) -> dict:
         """The arguments of `open_image_store` that all splits of this run have in common."""
         names = (
@@ -321,14 +327,7 @@ def check_model(config: TrainConfig) -> None:
             " --block_out_channels or --layers_per_block"
         )
     try:
-        make_noise_scheduler(
-            config.ddpm_num_steps,
-            config.ddpm_beta_schedule,
-            config.beta_start,
-            config.beta_end,
-            config.prediction_type,
-            config.rescale_betas_zero_snr,
-        )
+        make_noise_scheduler(**config.noise_schedule())
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
