@@ -1,0 +1,147 @@
+"""The samplers in continuous time against data whose exact score is known, and the ODE solver against SciPy's."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from exact_denoiser import Mixture, mixture
+from scipy.integrate import solve_ivp
+
+from pipelines.sde_samplers import (
+    edm_heun,
+    euler_maruyama,
+    flow,
+    karras_sigmas,
+    predictor_corrector,
+    solve_flow,
+    uniform_times,
+)
+from training.sde import EDMSDE, VESDE, VPSDE, DiscreteVPSDE, SubVPSDE
+
+N = 10000
+DATA = mixture()
+SDES = {
+    "ve": VESDE(0.01, 10.0),
+    "vp": VPSDE(),
+    "subvp": SubVPSDE(),
+    "edm": EDMSDE(0.002, 10.0),
+    "discrete": DiscreteVPSDE(DDPMScheduler().alphas_cumprod),
+}
+# largest error of weights, means and (relative) covariances that chance leaves of N samples
+TOLERANCE = torch.tensor([0.03, 0.02, 0.15], dtype=torch.float64)
+
+
+def exact_clean(sde):
+    def clean(x, t):
+        alpha, n = sde.signal_scale(t), sde.noise_scale(t)
+        covariances = alpha**2 * DATA.covariances + n**2 * torch.eye(3, dtype=torch.float64)
+        log_densities, solved = Mixture(DATA.weights, alpha * DATA.means, covariances).log_densities(x)
+        score = -(log_densities.softmax(-1)[..., None] * solved).sum(1)
+        return (x + n**2 * score) / alpha
+
+    return clean
+
+
+def times(sde, steps: int) -> torch.Tensor:
+    return karras_sigmas(steps + 1, 0.002, 10.0)[:-1] if isinstance(sde, EDMSDE) else uniform_times(sde, steps)
+
+
+def noise_source():
+    generator = torch.Generator().manual_seed(0)
+    return lambda: torch.randn(N, 3, generator=generator, dtype=torch.float64)
+
+
+def draw(name: str, method: str, steps: int) -> torch.Tensor:
+    """Errors of weights, means and covariances."""
+    sde, noise = SDES[name], noise_source()
+    clean, x = exact_clean(sde), sde.prior_std * noise()
+    if method == "euler_maruyama":
+        images = euler_maruyama(sde, clean, x, times(sde, steps), noise)
+    else:
+        corrector_steps = {"reverse_diffusion": 0, "predictor_corrector": 1}[method]
+        images = predictor_corrector(sde, clean, x, times(sde, steps), noise, 0.16, corrector_steps)
+    return DATA.errors(images)
+
+
+@pytest.mark.parametrize("method", ["euler_maruyama", "reverse_diffusion", "predictor_corrector"])
+@pytest.mark.parametrize("name", SDES)
+def test_stochastic_samplers_reproduce_the_data(name, method):
+    few, many = draw(name, method, 20), draw(name, method, 200)
+    assert (many < TOLERANCE).all(), many
+    assert many[2] < max(few[2] / 2, 0.1), "more steps must be better, down to chance"
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_the_ode_reproduces_the_data_with_few_evaluations(name):
+    sde, noise = SDES[name], noise_source()
+    clean = exact_clean(sde)
+    images, evaluations = solve_flow(
+        lambda x, t: flow(sde, clean, x, t), sde.prior_std * noise(), sde.last_time, sde.first_time, 1e-4, 1e-4
+    )
+    assert (DATA.errors(images) < TOLERANCE).all()
+    assert 30 < evaluations < 250
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_encoding_and_decoding_by_the_ode_return_the_input(name):
+    sde, clean = SDES[name], exact_clean(SDES[name])
+
+    def rate(x, t):
+        return flow(sde, clean, x, t)
+
+    x = DATA.means + 0.05 * torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    encoded, _ = solve_flow(rate, x, sde.first_time, sde.last_time, 1e-6, 1e-6)
+    decoded, _ = solve_flow(rate, encoded, sde.last_time, sde.first_time, 1e-6, 1e-6)
+    torch.testing.assert_close(decoded, x, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("churn", [0.0, 10.0])
+@pytest.mark.parametrize("name", SDES)
+def test_heun_reproduces_the_data(name, churn):
+    sde, noise = SDES[name], noise_source()
+    first, last = (torch.tensor(t, dtype=torch.float64) for t in (sde.first_time, sde.last_time))
+    low, high = max(0.002, float(sde.sigma(first))), min(10.0, float(sde.sigma(last)))
+    errors = []
+    for steps in (10, 40):
+        sigmas = karras_sigmas(steps, low, high)
+        errors.append(DATA.errors(edm_heun(sde, exact_clean(sde), high * noise(), sigmas, noise, churn)))
+    assert (errors[1] < TOLERANCE).all(), errors[1]
+    assert errors[1][2] < max(errors[0][2] / 2, 0.1)
+
+
+def test_heun_is_of_second_order():
+    """One Gaussian, from the same noise: halving the steps quarters the error."""
+    sde = EDMSDE(0.002, 10.0)
+
+    def clean(x, t):  # N(0, 0.5^2)
+        return x * 0.25 / (0.25 + t**2)
+
+    y = torch.tensor([[3.0]], dtype=torch.float64)
+    exact = y * math.sqrt(0.25 / (0.25 + 100))
+    errors = []
+    for steps in (40, 80, 160):
+        end = edm_heun(sde, clean, y, karras_sigmas(steps, 0.002, 10.0), lambda: None)
+        errors.append(float((end - exact).abs()))
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.2)
+
+
+def test_the_solver_is_scipys_method():
+    def rate(x, t):
+        return torch.stack([x[1], -x[0] * (1 + t)])
+
+    start = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    end, evaluations = solve_flow(rate, start, 0.0, 5.0, 1e-7, 1e-9)
+    theirs = solve_ivp(lambda t, x: [x[1], -x[0] * (1 + t)], (0, 5), [1.0, 0.0], method="RK45", rtol=1e-7, atol=1e-9)
+    exact = solve_ivp(
+        lambda t, x: [x[1], -x[0] * (1 + t)], (0, 5), [1.0, 0.0], method="DOP853", rtol=1e-12, atol=1e-12
+    )
+    np.testing.assert_allclose(end, exact.y[:, -1], atol=2 * np.abs(theirs.y - exact.y[:, -1:])[:, -1].max() + 1e-9)
+    assert evaluations < 1.3 * theirs.nfev
+
+
+def test_an_ode_that_cannot_be_solved():
+    with pytest.raises(ValueError, match="could not be solved"):
+        solve_flow(lambda x, t: x**2, torch.ones(1), 0.0, 2.0, 1e-6, 1e-6)
