@@ -106,8 +106,9 @@ def measure_features(evaluation: Evaluation) -> Iterable[dict]:
             if options.features is not None:
                 raise
             mode = {"mode": space.mode} if space.mode else {}
+            reason = str(error).replace(str(Path.home()), "~")  # results are shared, with the model's card
             for metric, name in space.metrics.items():
-                yield result("features", name, metric, None, reason=str(error), **mode)
+                yield result("features", name, metric, None, reason=reason, **mode)
         else:
             yield from _compare(evaluation, space, extractor)
 

@@ -207,6 +207,7 @@ def test_too_few_or_too_many_images_are_refused(evaluate, tmp_path, capfd):
 
 def test_published_networks_that_cannot_be_had_are_not_measured(inputs, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: refuses connections
     monkeypatch.setattr(
@@ -218,6 +219,7 @@ def test_published_networks_that_cannot_be_had_are_not_measured(inputs, tmp_path
     features = [entry for entry in results(out) if entry["family"] == "features"]
     assert {"fid", "kid", "cmmd", "precision"} <= {entry["metric"] for entry in features}
     assert all(entry["value"] is None and entry["reason"] for entry in features)
+    assert str(tmp_path) not in (out / "results.json").read_text()
     assert re.search(r"\| FID \(clean\); .*; CMMD \| not measured \|", (out / "results.md").read_text())
     assert main([*fixed, "--allow_few", "--out", str(out), "--metrics", "features", "--features", "inception"]) == 2
     assert "could not be fetched" in capfd.readouterr().err.splitlines()[-1]
