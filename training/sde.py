@@ -72,7 +72,29 @@ class SDE(ABC):
 
 
 @dataclass(frozen=True)
-class VESDE(SDE):
+class _SigmaSDE(SDE):
+    """What VE and EDM have in common: alpha = 1, and so f = 0, with noise levels from sigma_min to sigma_max."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def __post_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"sigma_min {self.sigma_min} and sigma_max {self.sigma_max} must be positive and rise")
+
+    def drift(self, t):
+        return torch.zeros_like(t)
+
+    def signal_scale(self, t):
+        return torch.ones_like(t)
+
+    @property
+    def prior_std(self):
+        return self.sigma_max
+
+
+@dataclass(frozen=True)
+class VESDE(_SigmaSDE):
     """Variance exploding, the limit of NCSN (eq. 9 and 30): n(t) = sigma_min (sigma_max / sigma_min)^t, alpha = 1.
 
     At time 0 the images have the noise sigma_min already, as in the paper (eq. 31).
@@ -84,32 +106,18 @@ class VESDE(SDE):
     sigma_min: float = 0.01
     sigma_max: float = 50.0
 
-    def __post_init__(self):
-        if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"sigma_min {self.sigma_min} and sigma_max {self.sigma_max} must be positive and rise")
-
     @property
     def log_ratio(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
 
-    def drift(self, t):
-        return torch.zeros_like(t)
-
     def diffusion(self, t):
         return self.noise_scale(t) * math.sqrt(2 * self.log_ratio)
-
-    def signal_scale(self, t):
-        return torch.ones_like(t)
 
     def noise_scale(self, t):
         return self.sigma_min * (self.log_ratio * t).exp()
 
     def time_of(self, sigma):
         return (sigma / self.sigma_min).log() / self.log_ratio
-
-    @property
-    def prior_std(self):
-        return self.sigma_max
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ class SubVPSDE(_BetaSDE):
 
 
 @dataclass(frozen=True)
-class EDMSDE(SDE):
+class EDMSDE(_SigmaSDE):
     """The process of Karras et al. 2022: alpha = 1 and n(t) = t, where time is the noise level itself.
 
     Raises:
@@ -196,10 +204,6 @@ class EDMSDE(SDE):
     sigma_min: float = 0.002
     sigma_max: float = 80.0
 
-    def __post_init__(self):
-        if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"sigma_min {self.sigma_min} and sigma_max {self.sigma_max} must be positive and rise")
-
     @property
     def first_time(self) -> float:
         return self.sigma_min
@@ -208,24 +212,14 @@ class EDMSDE(SDE):
     def last_time(self) -> float:
         return self.sigma_max
 
-    def drift(self, t):
-        return torch.zeros_like(t)
-
     def diffusion(self, t):
         return (2 * t).sqrt()
-
-    def signal_scale(self, t):
-        return torch.ones_like(t)
 
     def noise_scale(self, t):
         return t
 
     def time_of(self, sigma):
         return sigma
-
-    @property
-    def prior_std(self):
-        return self.sigma_max
 
 
 class DiscreteVPSDE(SDE):
