@@ -163,7 +163,7 @@ def measure_memorisation(evaluation: Evaluation) -> Iterable[dict]:
         duplicate_distance=duplicate_distance,
     )
     about = {"mode": "pixels", "duplicate_distance": duplicate_distance}
-    yield from _memorisation_results(evaluation, report, "grey levels", "memorisation.png", about)  # RMS over the pixels
+    yield from _memorisation_results(evaluation, report, "grey levels", "memorisation.png", about)
 
 
 def _memorisation_in_features(evaluation: Evaluation, extractor: FeatureExtractor, generated: np.ndarray):
