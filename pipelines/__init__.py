@@ -2,8 +2,10 @@
 
 from custom_unet import CustomUNet2DModel
 from pipelines.custom_unet_pipeline import CustomUNetPipeline
+from training.sde import SDEScheduler
 
-# Inside this repository the hand-written network is at hand, so loading needs no code from the model repository.
+# Inside this repository these are at hand, so loading needs no code from the model repository.
 CustomUNetPipeline.unet_class = CustomUNet2DModel
+CustomUNetPipeline.sde_scheduler_class = SDEScheduler
 
 __all__ = ["CustomUNetPipeline"]

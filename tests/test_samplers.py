@@ -17,7 +17,7 @@ from scipy.stats import norm, qmc
 from torch import Tensor
 
 from pipelines import CustomUNetPipeline
-from pipelines.custom_unet_pipeline import SAMPLERS
+from pipelines.custom_unet_pipeline import SAMPLERS, Guidance
 
 STOCHASTIC = ("ddpm", "euler_ancestral", "ddim eta 1")
 DETERMINISTIC = [name for name in SAMPLERS if name not in STOCHASTIC]
@@ -146,13 +146,13 @@ class LargerVariance(DDPMScheduler):
 
 def plant_next_timestep(pipe: CustomUNetPipeline, monkeypatch) -> None:
     """The network is told the timestep of the step after."""
-    model_output = pipe._model_output
+    model_output = Guidance.model_output
 
-    def too_early(noisy_images, timestep, class_labels):
+    def too_early(guidance, unet, noisy_images, timestep):
         later = pipe.scheduler.timesteps[pipe.scheduler.timesteps < timestep]
-        return model_output(noisy_images, later[0] if later.numel() else timestep, class_labels)
+        return model_output(guidance, unet, noisy_images, later[0] if later.numel() else timestep)
 
-    monkeypatch.setattr(pipe, "_model_output", too_early)
+    monkeypatch.setattr(Guidance, "model_output", too_early)
 
 
 def plant_unscaled_input(pipe: CustomUNetPipeline, monkeypatch) -> None:

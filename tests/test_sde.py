@@ -8,11 +8,12 @@ import torch
 from diffusers import DDPMScheduler
 from scipy.integrate import solve_ivp
 
+from pipelines.custom_unet_pipeline import DiscreteVPSDE
 from training.sde import (
     EDMSDE,
+    SDE,
     VESDE,
     VPSDE,
-    DiscreteVPSDE,
     SubVPSDE,
     clean_from_noise,
     clean_from_score,
@@ -108,7 +109,7 @@ def test_the_discrete_schedule_is_met_at_its_timesteps():
         sde = DiscreteVPSDE(alphas_cumprod)
         t = torch.arange(len(alphas_cumprod), dtype=torch.float64) / (len(alphas_cumprod) - 1)
         torch.testing.assert_close(sde.signal_scale(t).square(), alphas_cumprod.double(), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(sde.timestep(t), torch.arange(len(t), dtype=torch.float64))
+        torch.testing.assert_close(sde.preconditioning(t)[-1], torch.arange(len(t), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("noise_share", [0.0, 0.5, 1.0])
@@ -121,7 +122,7 @@ def test_the_reverse_process_of_a_gaussian_has_its_marginals(name, noise_share):
     variance = sde.signal_scale(t).square() * s**2 + sde.noise_scale(t).square()
     (slope,) = torch.autograd.grad(variance.sum(), t)
     x = torch.ones(len(t), 1, dtype=torch.float64)
-    a = sde.reverse_drift(x, t, -x / variance[:, None], noise_share)[:, 0]
+    a = SDE.reverse_drift(sde, x, t, -x / variance[:, None], noise_share)[:, 0]
     torch.testing.assert_close(slope, 2 * a * variance - noise_share * sde.diffusion(t).square())
 
 
@@ -167,7 +168,7 @@ def test_the_score_is_that_of_the_perturbed_data():
         (lambda: VPSDE(beta_min=3.0, beta_max=2.0), "beta_max 2.0"),
         (lambda: SubVPSDE(first_time=1.0), "first_time is 1.0"),
         (lambda: DiscreteVPSDE(torch.tensor([0.5, 0.6])), "falling"),
-        (lambda: DiscreteVPSDE(torch.tensor([0.5, 0.0])), "between 0 and 1"),
+        (lambda: DiscreteVPSDE(torch.tensor([1.0, 0.5])), "between 0 and 1"),
     ],
 )
 def test_bad_arguments(make, message):

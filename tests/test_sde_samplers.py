@@ -9,16 +9,17 @@ from diffusers import DDPMScheduler
 from exact_denoiser import Mixture, mixture
 from scipy.integrate import solve_ivp
 
-from pipelines.sde_samplers import (
+from pipelines.custom_unet_pipeline import (
+    DiscreteVPSDE,
     edm_heun,
     euler_maruyama,
     flow,
     karras_sigmas,
     predictor_corrector,
+    sampling_times,
     solve_flow,
-    uniform_times,
 )
-from training.sde import EDMSDE, VESDE, VPSDE, DiscreteVPSDE, SubVPSDE
+from training.sde import EDMSDE, VESDE, VPSDE, SubVPSDE
 
 N = 10000
 DATA = mixture()
@@ -45,7 +46,7 @@ def exact_clean(sde):
 
 
 def times(sde, steps: int) -> torch.Tensor:
-    return karras_sigmas(steps + 1, 0.002, 10.0)[:-1] if isinstance(sde, EDMSDE) else uniform_times(sde, steps)
+    return sampling_times(sde, steps)
 
 
 def noise_source():

@@ -22,7 +22,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor
+
+PREDICTION_TYPES = {
+    "vp": ("epsilon", "sample", "v_prediction"),
+    "subvp": ("epsilon", "sample", "v_prediction"),
+    "ve": ("score",),
+    "edm": ("edm",),
+}
 
 
 class SDE(ABC):
@@ -222,60 +231,109 @@ class EDMSDE(_SigmaSDE):
         return sigma
 
 
-class DiscreteVPSDE(SDE):
-    """A DDPM noise schedule read as a VP SDE, so that its network samples in continuous time without being retrained.
+class SDEScheduler(SchedulerMixin, ConfigMixin):
+    """What a network was trained with in continuous time: the SDE, its training times, and what the network predicts.
 
-    Time is t = timestep / (T - 1). Between two timesteps sigma is linear in the timestep, as diffusers' sigma-type
-    schedulers have it and as the ODE likelihood of `eval/likelihood.py`; so at the timesteps alpha^2 is exactly abar.
+    It is the scheduler of a model repository; the pipeline samples with `sde` and `preconditioning`. With the network
+    F, the prediction of x_0 is D(x, t) = c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, eq. 7).
 
     Args:
-        alphas_cumprod: abar of the T timesteps, falling, in (0, 1).
+        objective: vp, subvp, ve or edm.
+        prediction_type: what F predicts: epsilon, sample or v_prediction for vp and subvp; score for ve; edm for edm,
+            where F is a mixture of epsilon and x_0 such that its target has unit variance at every noise level.
+        beta_min, beta_max: of vp and subvp.
+        sigma_min, sigma_max: of ve and edm, for images in [-1, 1]; by default 0.02 and 100 for ve (twice the paper's,
+            which are for [0, 1]), 0.002 and 80 for edm.
+        sigma_data: standard deviation of the pixel values, for edm.
+        noise_mean, noise_std: of ln(sigma) in the training of edm, P_mean and P_std of the paper.
 
     Raises:
-        ValueError: for another sequence.
+        ValueError: for values that make no SDE, or a prediction type that does not suit the objective.
     """
 
-    def __init__(self, alphas_cumprod: Tensor):
-        abar = alphas_cumprod.double().cpu()
-        if abar.ndim != 1 or len(abar) < 2 or not (abar[-1] > 0 and abar[0] < 1 and (abar.diff() < 0).all()):
-            raise ValueError("alphas_cumprod must be two or more falling numbers between 0 and 1")
-        self.sigmas = ((1 - abar) / abar).sqrt()
+    order = 1
 
-    def timestep(self, t: Tensor) -> Tensor:
-        """What the network is given for a time: a timestep, with its fraction."""
-        return t * (len(self.sigmas) - 1)
+    @register_to_config
+    def __init__(
+        self,
+        objective: str = "vp",
+        prediction_type: str = "epsilon",
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        sigma_data: float = 0.5,
+        noise_mean: float = -1.2,
+        noise_std: float = 1.2,
+    ):
+        if objective not in PREDICTION_TYPES:
+            raise ValueError(f"objective is {objective!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
+        suitable = PREDICTION_TYPES[objective]
+        if prediction_type not in suitable:
+            raise ValueError(f"prediction_type is {prediction_type!r}; {objective} takes {' or '.join(suitable)}")
+        for name in ("sigma_data", "noise_std"):
+            if not 0 < self.config[name] < math.inf:
+                raise ValueError(f"{name} is {self.config[name]}; it must be positive")
+        if not math.isfinite(noise_mean):
+            raise ValueError(f"noise_mean is {noise_mean}; it must be finite")
+        self.sde: SDE
+        if objective in ("vp", "subvp"):
+            self.sde = {"vp": VPSDE, "subvp": SubVPSDE}[objective](beta_min, beta_max)
+        else:
+            cls, low, high = {"ve": (VESDE, 0.02, 100.0), "edm": (EDMSDE, 0.002, 80.0)}[objective]
+            self.sde = cls(low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
 
-    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Slope of sigma in t, sigma at the segment's start, and how far behind it t is."""
-        sigmas, steps = self.sigmas.to(t), len(self.sigmas) - 1
-        index = (t * steps).long().clamp(0, steps - 1)
-        return (sigmas[index + 1] - sigmas[index]) * steps, sigmas[index], t - index.to(t) / steps
+    def times(self, positions: Tensor) -> Tensor:
+        """Quantiles of the times of training, for positions in [0, 1); float64.
 
-    def sigma(self, t):
-        slope, start, behind = self._segment(t)
-        return start + slope * behind
+        They are uniform for vp, subvp and ve (eq. 7); for edm ln(sigma) is normal (Karras et al., table 1), between
+        sigma_min and sigma_max.
+        """
+        positions = positions.double()
+        if self.config.objective != "edm":
+            return self.sde.first_time + positions * (self.sde.last_time - self.sde.first_time)
+        log_sigma = self.config.noise_mean + self.config.noise_std * torch.special.ndtri(positions)
+        return log_sigma.exp().clamp(self.sde.sigma_min, self.sde.sigma_max)
 
-    def signal_scale(self, t):
-        return (1 + self.sigma(t).square()).rsqrt()
+    def add_noise(self, clean_images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """x_t = alpha x_0 + n epsilon (eq. 29) for times (B,), in the type of the images."""
+        signal, noise_scale = self.sde.signal_scale(times), self.sde.noise_scale(times)
+        return spread(signal, clean_images) * clean_images + spread(noise_scale, noise) * noise
 
-    def noise_scale(self, t):
-        return self.sigma(t) * self.signal_scale(t)
+    def preconditioning(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in and c_noise at times (B,), in their type.
 
-    def drift(self, t):
-        slope, _, _ = self._segment(t)  # alpha' / alpha = -sigma sigma' / (1 + sigma^2)
-        return -slope * self.sigma(t) * self.signal_scale(t).square()
+        c_noise, the network's own measure of time, is 999 t for vp and subvp and sigma for ve as in the code of Song
+        et al., ln(sigma) / 4 for edm.
+        """
+        alpha, n = self.sde.signal_scale(times), self.sde.noise_scale(times)
+        one, zero = torch.ones_like(times), torch.zeros_like(times)
+        prediction_type, data = self.config.prediction_type, self.config.sigma_data
+        if prediction_type == "edm":
+            norm = (n.square() + data**2).sqrt()
+            return (data / norm).square(), n * data / norm, 1 / norm, n.log() / 4
+        if prediction_type == "score":
+            return one, n.square(), one, n
+        c_skip, c_out = {
+            "epsilon": (1 / alpha, -n / alpha),
+            "sample": (zero, one),
+            "v_prediction": (alpha / (alpha**2 + n**2), -n / (alpha**2 + n**2).sqrt()),
+        }[prediction_type]
+        return c_skip, c_out, one, 999 * times
 
-    def diffusion(self, t):
-        return (-2 * self.drift(t)).sqrt()  # variance preserving: beta = g^2 = -2 f
+    def loss_weight(self, times: Tensor, likelihood_weighting: bool = False) -> Tensor:
+        """Weight (B,) of the squared error of F, whose target is (x_0 - c_skip x) / c_out.
 
-    def time_of(self, sigma):
-        sigmas, steps = self.sigmas.to(sigma), len(self.sigmas) - 1
-        index = (torch.searchsorted(sigmas, sigma.contiguous(), right=True) - 1).clamp(0, steps - 1)
-        return (index + (sigma - sigmas[index]) / (sigmas[index + 1] - sigmas[index])) / steps
-
-    @property
-    def prior_std(self):
-        return 1.0
+        It makes lambda(t) the weight of the squared error of the score (eq. 7): lambda = n^2, the paper's choice, or
+        g^2, with which the loss bounds the likelihood (Song et al. 2021, arXiv 2101.09258, theorem 1). For edm all
+        weights are 1 (Karras et al., section 5).
+        """
+        if self.config.objective == "edm":
+            return torch.ones_like(times)
+        _, c_out, _, _ = self.preconditioning(times)
+        alpha, n = self.sde.signal_scale(times), self.sde.noise_scale(times)
+        weight = self.sde.diffusion(times) if likelihood_weighting else n
+        return (weight * alpha * c_out / n.square()).square()  # score error = alpha c_out (error of F) / n^2
 
 
 def spread(values: Tensor, x: Tensor) -> Tensor:

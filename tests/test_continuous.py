@@ -1,0 +1,389 @@
+"""The pipeline in continuous time: networks trained with an SDE, and DDPM networks read as a VP SDE."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from exact_denoiser import ExactDenoiser, Mixture, mixture
+from tiny_network import TINY
+
+from custom_unet import CustomUNet2DModel
+from pipelines import CustomUNetPipeline
+from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, GREY_AND_COLOURS, Guidance, denoiser
+from training.sde import EDMSDE, SDEScheduler
+
+SCHEDULERS = {
+    "vp": SDEScheduler("vp"),
+    "vp v": SDEScheduler("vp", "v_prediction"),
+    "subvp": SDEScheduler("subvp"),
+    "subvp x0": SDEScheduler("subvp", "sample"),
+    "ve": SDEScheduler("ve", "score", sigma_max=20.0),
+    "edm": SDEScheduler("edm", "edm"),
+    "ddpm": DDPMScheduler(clip_sample=False),
+    "ddpm cosine v": DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
+    ),
+    "ddpm zero snr": DDPMScheduler(prediction_type="sample", rescale_betas_zero_snr=True, clip_sample=False),
+}
+N = 4000
+SAMPLERS = {  # steps
+    "euler_maruyama": 200,
+    "reverse_diffusion": 200,
+    "ode": 10,
+    "edm_heun": 40,
+}
+
+
+class ExactNetwork(ExactDenoiser):
+    """The expectation of what a network of this scheduler predicts, for independent pixels."""
+
+    def set_process(self, data: Mixture, scheduler) -> "ExactNetwork":
+        self.data, self.scheduler = data, scheduler
+        self.process = scheduler
+        if not hasattr(scheduler, "sde"):
+            self.process, _ = denoiser(self, scheduler)
+        self.sde = self.process.sde
+        return self
+
+    def time_of(self, c_noise: torch.Tensor) -> torch.Tensor:
+        c_noise = c_noise.double().reshape(-1)
+        if isinstance(self.sde, EDMSDE):
+            return (4 * c_noise).exp()
+        if hasattr(self.sde, "log_ratio"):  # VE
+            return self.sde.time_of(c_noise)
+        return c_noise / (999 if hasattr(self.sde, "beta") else len(self.sde.sigmas) - 1)
+
+    def forward(self, x, c_noise):
+        t = self.time_of(c_noise).clamp(self.sde.first_time, self.sde.last_time)[0]
+        c_skip, c_out, c_in, _ = self.process.preconditioning(t)
+        batch_size, _, height, width = x.shape
+        x = x.double().permute(0, 2, 3, 1).reshape(-1, 3) / c_in
+        alpha, n = self.sde.signal_scale(t), self.sde.noise_scale(t)
+        eye = torch.eye(3, dtype=torch.float64)
+        noisy = Mixture(self.data.weights, alpha * self.data.means, alpha**2 * self.data.covariances + n**2 * eye)
+        log_densities, solved = noisy.log_densities(x)
+        clean = (x - n**2 * (log_densities.softmax(-1)[..., None] * solved).sum(1)) / alpha
+        output = ((clean - c_skip * x) / c_out).view(batch_size, height, width, 3).permute(0, 3, 1, 2)
+        return diffusers.models.unets.unet_2d.UNet2DOutput(sample=output)
+
+
+def exact_pipeline(name: str, size: int = 1) -> CustomUNetPipeline:
+    scheduler = SCHEDULERS[name]
+    network = ExactNetwork("epsilon", sample_size=size).double().eval().set_process(mixture(), scheduler)
+    pipe = CustomUNetPipeline(network, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_pipeline(objective: str = "vp", **network) -> CustomUNetPipeline:
+    torch.manual_seed(0)
+    settings = {"ve": {"prediction_type": "score"}, "edm": {"prediction_type": "edm"}}.get(objective, {})
+    scheduler = DDPMScheduler() if objective == "ddpm" else SDEScheduler(objective, **settings)
+    embedding = {"time_embedding_type": "fourier"} if objective == "ve" else {}
+    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY | embedding | network), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_samplers_draw_the_mixture(name, sampler):
+    """float32 x, the network's own measure of time, and all ways to predict: the mixture comes out."""
+    pipe = exact_pipeline(name)
+    pipe.set_sampler(sampler)
+    latents = torch.randn(N, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    draw = {}
+    pipe(
+        num_inference_steps=SAMPLERS[sampler],
+        latents=latents,
+        generator=torch.Generator().manual_seed(1),
+        callback_on_step_end=lambda *all_: draw.update(all_[-1]),
+        callback_on_step_end_tensor_inputs=["pred_original_sample"],
+        output_type="pt",
+    )
+    errors = mixture().errors(draw["pred_original_sample"].double().flatten(1))
+    assert (errors < torch.tensor([0.04, 0.03, 0.25])).all(), errors
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_denoiser_is_the_expectation_of_the_clean_image(name):
+    pipe = exact_pipeline(name)
+    sde, clean = denoiser(pipe.unet, pipe.scheduler)
+    times = torch.linspace(sde.first_time + 0.01, sde.last_time * 0.9, 5, dtype=torch.float64)
+    x = torch.randn(6, 3, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for t in times:
+        alpha, n = sde.signal_scale(t), sde.noise_scale(t)
+        eye = torch.eye(3, dtype=torch.float64)
+        data = mixture()
+        noisy = Mixture(data.weights, alpha * data.means, alpha**2 * data.covariances + n**2 * eye)
+        log_densities, solved = noisy.log_densities(n * x.flatten(1))
+        score = -(log_densities.softmax(-1)[..., None] * solved).sum(1)
+        expected = (n * x.flatten(1) + n**2 * score) / alpha  # Tweedie
+        # c_noise is handed on as float32, and so is what `model_output` gives back
+        torch.testing.assert_close(clean(n * x, t).flatten(1), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_preconditioning_is_that_of_diffusers_edm_schedulers():
+    ours, theirs = SDEScheduler("edm", "edm"), diffusers.EDMEulerScheduler(sigma_data=0.5)
+    sigma = torch.tensor([0.002, 0.1, 1.0, 80.0], dtype=torch.float64)
+    c_skip, c_out, c_in, c_noise = ours.preconditioning(sigma)
+    x, output = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(c_in * x, theirs.precondition_inputs(x, sigma))
+    torch.testing.assert_close(c_noise, theirs.precondition_noise(sigma))
+    torch.testing.assert_close(c_skip * x + c_out * output, theirs.precondition_outputs(x, output, sigma))
+
+
+@pytest.mark.parametrize("sampler", CONTINUOUS_SAMPLERS)
+@pytest.mark.parametrize("objective", ["ddpm", "vp", "subvp", "ve", "edm"])
+def test_an_image_depends_on_its_own_seed_alone(objective, sampler):
+    pipe = tiny_pipeline(objective)
+    pipe.set_sampler(sampler, **({"tolerance": 1e-5} if sampler == "ode" else {}))
+    together = pipe(seeds=[3, 4], num_inference_steps=4, output_type="pt").images
+    again = pipe(seeds=[3, 4], num_inference_steps=4, output_type="pt").images
+    alone = pipe(seeds=[4], num_inference_steps=4, output_type="pt").images
+    assert torch.equal(together, again)
+    # the ODE solver chooses its steps for the batch
+    torch.testing.assert_close(together[1:], alone, rtol=0, atol=0.05 if sampler == "ode" else 1e-4)
+    assert not torch.allclose(together[0], together[1], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "settings", "expected"),
+    [
+        ("euler_maruyama", {}, 7),
+        ("reverse_diffusion", {}, 7),
+        ("predictor_corrector", {"corrector_steps": 1}, 12),
+        ("predictor_corrector", {"corrector_steps": 3}, 22),
+        ("edm_heun", {"churn": 5.0}, 11),
+    ],
+)
+def test_evaluations_are_counted(sampler, settings, expected):
+    pipe, calls = tiny_pipeline("vp"), []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    pipe.set_sampler(sampler, **settings)
+    seen = []
+    output = pipe(
+        seeds=[0], num_inference_steps=6, callback_on_step_end=lambda pipe, index, t, tensors: seen.append(index)
+    )
+    assert output.network_evaluations == len(calls) == expected
+    assert seen == list(range(expected))
+
+
+def test_the_ode_takes_more_evaluations_for_less_tolerance():
+    pipe, evaluations = exact_pipeline("vp"), []
+    for tolerance in (1e-2, 1e-5):
+        pipe.set_sampler("ode", tolerance=tolerance)
+        evaluations.append(pipe(latents=torch.randn(8, 3, 1, 1), output_type="pt").network_evaluations)
+    assert evaluations[1] > 2 * evaluations[0]
+
+
+@pytest.mark.parametrize("name", ["vp", "subvp", "ve", "edm", "ddpm"])
+def test_encode_and_decode(name):
+    pipe = exact_pipeline(name)
+    images = ((mixture().means + 1) / 2).float().view(3, 3, 1, 1)
+    latents = pipe.encode(images, tolerance=1e-5)
+    assert 0.01 < latents.std() < 3  # of unit variance over the data
+    back = pipe.decode(latents, tolerance=1e-5, output_type="pt").images
+    torch.testing.assert_close(back, images, rtol=0, atol=1e-3)
+
+
+def test_the_encoding_does_not_depend_on_the_sde():
+    """The same data and the same score give the same latents, up to their scale (arXiv 2011.13456, section 4.3)."""
+    images = ((mixture().means + 1) / 2).float().view(3, 3, 1, 1)
+    vp, subvp = (exact_pipeline(name).encode(images, tolerance=1e-5) for name in ("vp", "subvp"))
+    torch.testing.assert_close(vp, subvp, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "ddpm"])
+def test_imputation_keeps_what_is_known_and_draws_the_rest_from_its_conditional(name):
+    """Two channels are known: the third is drawn from its distribution given them, here that of a Gaussian."""
+    data = Mixture(
+        torch.ones(1).double(),
+        torch.tensor([[0.1, -0.2, 0.0]], dtype=torch.float64),
+        torch.tensor([[0.04, 0.03, 0.03], [0.03, 0.04, 0.025], [0.03, 0.025, 0.04]], dtype=torch.float64)[None],
+    )
+    pipe = exact_pipeline(name, size=8)  # the norms of the corrector are those of an image, of many pixels
+    pipe.unet.data = data
+    known = torch.tensor([True, True, False]).view(1, 3, 1, 1)
+    pixel = torch.tensor([0.25, 0.0, 0.3])
+    image = ((pixel + 1) / 2).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    drawn = pipe._draw_given(image, None, known, (200, 0.16, 1, "pt", True), None, range(24), None).images
+    drawn = drawn.double().permute(0, 2, 3, 1).reshape(-1, 3) * 2 - 1
+    torch.testing.assert_close(drawn[:, :2], pixel[:2].double().expand(len(drawn), 2), rtol=0, atol=1e-6)
+    a, b, c = data.covariances[0, :2, :2], data.covariances[0, 2, :2], data.covariances[0, 2, 2]
+    weights = torch.linalg.solve(a, b)
+    mean = data.means[0, 2] + weights @ (pixel[:2].double() - data.means[0, :2])
+    std = (c - weights @ b).sqrt()
+    # imputation is an approximation, which the corrector improves
+    assert abs(drawn[:, 2].mean() - mean) < 0.35 * std
+    assert abs(drawn[:, 2].std() - std) < 0.35 * std
+
+
+def test_impute_and_colorize_keep_what_is_given():
+    pipe = tiny_pipeline("ve")
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1
+    painted = pipe.impute(image, mask, num_inference_steps=4, seeds=[0, 1], output_type="pt").images
+    torch.testing.assert_close(painted[:, :, :, :4], image[:, :, :, :4].expand(2, -1, -1, -1), rtol=0, atol=1e-5)
+    assert not torch.allclose(painted[0, :, :, 4:], painted[1, :, :, 4:], atol=0.01)
+    # images of [0, 1] only, so that nothing is clipped at the end
+    basis = GREY_AND_COLOURS.double()
+    torch.testing.assert_close(basis @ basis.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
+    latents = {}
+    pipe.unet.register_forward_pre_hook(lambda module, inputs: latents.update(x=inputs[0]))
+    pipe.colorize(image, num_inference_steps=50, seeds=[0], output_type="pt")
+    grey = latents["x"].mean(1) - (2 * image - 1).mean(1)  # at the last time little noise is left
+    assert grey.std() < 0.05
+
+
+def test_classifier_free_guidance_is_a_line_through_two_predictions():
+    pipe = tiny_pipeline("vp", num_class_embeds=4, dropout=0.0)
+    pipe.unet.eval()
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor(300.0)
+    labels = torch.tensor([0, 2])
+    outputs = {
+        name: Guidance(*arguments).model_output(pipe.unet, x, t)
+        for name, arguments in {
+            "conditional": (labels,),
+            "null": (torch.tensor([3, 3]),),
+            "guided": (labels, 2.5, 3),
+        }.items()
+    }
+    expected = outputs["null"] + 2.5 * (outputs["conditional"] - outputs["null"])
+    torch.testing.assert_close(outputs["guided"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["vp", "ddpm"])
+def test_guidance_reaches_every_sampler(objective):
+    pipe = tiny_pipeline(objective, num_class_embeds=4)
+    for name in pipe.samplers:
+        pipe.set_sampler(name)
+        plain, guided = (
+            pipe(seeds=[0], num_inference_steps=4, class_labels=1, guidance_scale=w, output_type="pt")
+            for w in (1.0, 3.0)
+        )
+        assert guided.network_evaluations >= 2 * plain.network_evaluations or name == "ode"
+        assert not torch.allclose(plain.images, guided.images, atol=1e-3), name
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "edm", "ddpm", "ddpm cosine v"])
+@pytest.mark.parametrize("sampler", ["edm_heun", "euler_maruyama", "ddim", "dpmsolver++2m"])
+def test_an_exact_classifier_leads_to_the_distribution_of_its_class(name, sampler):
+    """p(y | x_t) of the mixture's components is known; guided by it, samples are of the one component."""
+    pipe = exact_pipeline(name)
+    if sampler not in pipe.samplers:
+        pytest.skip("a sampler of discrete timesteps")
+    pipe.set_sampler(sampler)
+    data, wanted = mixture(), 0
+
+    def classifier(x, signal, noise_scale):
+        alpha, n = signal[0].double(), noise_scale[0].double()
+        eye = torch.eye(3, dtype=torch.float64)
+        noisy = Mixture(data.weights, alpha * data.means, alpha**2 * data.covariances + n**2 * eye)
+        return noisy.log_densities(x.double().flatten(1))[0].float()
+
+    last = {}
+    pipe(
+        num_inference_steps=100,
+        latents=torch.randn(1000, 3, 1, 1, generator=torch.Generator().manual_seed(0)),
+        generator=torch.Generator().manual_seed(1),
+        class_labels=wanted,
+        classifier=classifier,
+        output_type="pt",
+        callback_on_step_end=lambda *all_: last.update(all_[-1]),
+        callback_on_step_end_tensor_inputs=["pred_original_sample"],
+    )
+    drawn = last["pred_original_sample"].double().flatten(1)
+    assert (data.log_densities(drawn)[0].argmax(-1) == wanted).double().mean() > 0.97
+    torch.testing.assert_close(drawn.mean(0), data.means[wanted], rtol=0, atol=0.02)
+    covariance_error = (torch.cov(drawn.T) - data.covariances[wanted]).norm() / data.covariances[wanted].norm()
+    assert covariance_error < 0.35
+
+
+def test_what_a_model_does_not_take_is_one_line():
+    vp, ddpm = tiny_pipeline("vp"), tiny_pipeline("ddpm")
+    learned = tiny_pipeline("ddpm", time_embedding_type="learned", num_train_timesteps=1000)
+    conditional = tiny_pipeline("vp", num_class_embeds=3)
+    mask = torch.ones(1, 1, 8, 8)
+    image = torch.rand(1, 3, 8, 8)
+    for message, call in {
+        "no sampler 'ddim'; the network was trained in continuous time": lambda: vp.set_sampler("ddim"),
+        "no sampler 'pc'": lambda: ddpm.set_sampler("pc"),
+        "no setting 'snr'; it has tolerance": lambda: vp.set_sampler("ode", snr=0.1),
+        "no setting 'churn'; it has none": lambda: ddpm.set_sampler("ddim", churn=0.1),
+        "tolerance is -1": lambda: vp.set_sampler("ode", tolerance=-1),
+        "snr is nan": lambda: vp.set_sampler("predictor_corrector", snr=float("nan")),
+        "corrector_steps is 0.5": lambda: vp.set_sampler("predictor_corrector", corrector_steps=0.5),
+        "churn_min 2": lambda: vp.set_sampler("edm_heun", churn_min=2, churn_max=1),
+        "learned time embedding": lambda: learned.set_sampler("ode"),
+        "num_inference_steps is 1": lambda: vp(num_inference_steps=1),
+        "eta is 0.5": lambda: vp(eta=0.5),
+        "output_type is 'jpg'": lambda: vp(output_type="jpg"),
+        "cannot change the latents": lambda: vp(
+            num_inference_steps=2, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)}
+        ),
+        "no class_labels to guide to": lambda: vp(guidance_scale=2.0),
+        "but no class_labels": lambda: vp(classifier=lambda *_: None),
+        "no table of classes": lambda: vp(class_labels=1, guidance_scale=2.0),
+        "the network has class embeddings: give": lambda: conditional(),
+        "take guidance_scale alone": lambda: conditional(class_labels=1, classifier=lambda *_: None),
+        "guidance_scale is inf": lambda: conditional(class_labels=1, guidance_scale=float("inf")),
+        "trained in continuous time; there are encode": lambda: vp.inpaint(image, mask),
+        "there are encode, decode": lambda: vp.invert(image),
+        "snr is 0": lambda: vp.impute(image, mask, snr=0),
+    }.items():
+        with pytest.raises(ValueError, match=message) as raised:
+            call()
+        assert "\n" not in str(raised.value), message
+
+
+def test_a_scheduler_that_is_replaced_replaces_the_sampler():
+    pipe = tiny_pipeline("ddpm")
+    pipe.set_sampler("ode")
+    assert pipe.continuous_sampler.name == "ode"
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    assert pipe.continuous_sampler is None
+    pipe.set_sampler("ode")
+    pipe.set_sampler("ddpm")
+    assert pipe.continuous_sampler is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "vesde"}, "objective is 'vesde'"),
+        ({"objective": "ve"}, "ve takes score"),
+        ({"objective": "vp", "prediction_type": "v"}, "vp takes epsilon or sample or v_prediction"),
+        ({"sigma_data": 0.0}, "sigma_data is 0.0"),
+        ({"noise_std": float("nan")}, "noise_std is nan"),
+        ({"noise_mean": float("inf")}, "noise_mean is inf"),
+        ({"beta_min": 30.0}, "beta_max 20.0"),
+        ({"objective": "edm", "prediction_type": "edm", "sigma_min": 100.0}, "sigma_min 100.0"),
+    ],
+)
+def test_an_sde_scheduler_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SDEScheduler(**settings)
+
+
+def test_training_times_are_quantiles():
+    """Uniform ones for vp, and for edm a log-normal whose mean and standard deviation come out."""
+    positions = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    vp, edm = SDEScheduler("vp").times(positions), SDEScheduler("edm", "edm").times(positions).log()
+    torch.testing.assert_close(vp, 1e-5 + positions * (1 - 1e-5))
+    assert edm.mean() == pytest.approx(-1.2, abs=0.01)
+    assert edm.std() == pytest.approx(1.2, abs=0.01)
+
+
+@pytest.mark.parametrize("likelihood_weighting", [False, True])
+@pytest.mark.parametrize("name", ["vp", "vp v", "subvp", "subvp x0", "ve"])
+def test_the_loss_weight_makes_lambda_the_weight_of_the_score(name, likelihood_weighting):
+    """An error of F becomes one of x_0 and so of the score; weighted by n^2 or g^2 it is the weighted error of F."""
+    scheduler = SCHEDULERS[name]
+    sde, t = scheduler.sde, scheduler.times(torch.tensor([0.01, 0.3, 0.7, 0.99]))
+    _, c_out, _, _ = scheduler.preconditioning(t)
+    error = 0.37
+    score_error = sde.signal_scale(t) * (c_out * error) / sde.noise_scale(t) ** 2
+    weight = (sde.diffusion(t) if likelihood_weighting else sde.noise_scale(t)) ** 2
+    torch.testing.assert_close(scheduler.loss_weight(t, likelihood_weighting) * error**2, weight * score_error**2)
