@@ -1,4 +1,4 @@
-"""The main job: trains an unconditional diffusion model and leaves it as a pipeline folder.
+"""The main job: trains a diffusion model, unconditional or of classes, and leaves it as a pipeline folder.
 
     accelerate launch train_unet.py --config configs/quickstart.yaml [--flag value ...]
 
@@ -32,7 +32,7 @@ from pipelines.export import export_pipeline
 from pipelines.hub import AccessError, PushError, open_repository, push_to_hub
 from training import checkpoint
 from training.checkpoint import CheckpointError
-from training.config import ConfigError, TrainConfig, parse_config
+from training.config import DEFAULTS, ConfigError, TrainConfig, parse_config
 from training.data import (
     DataError,
     ImageStore,
@@ -42,7 +42,7 @@ from training.data import (
     random_flip,
     to_model_range,
 )
-from training.diffusion import diffusion_loss, heldout_loss, make_noise_scheduler, make_sampling_scheduler
+from training.diffusion import diffusion_loss, drop_labels, heldout_loss, make_sampling_scheduler
 from training.facts import recorded_step, run_facts
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.processes import (
@@ -55,9 +55,15 @@ from training.processes import (
 )
 from training.run_log import Interval, RunLog, replace_file
 from training.samples import SamplingStopped, draw_grid, newest_samples, save_grid
+from training.score_matching import check_noise_levels
 from training.summary import duration, preflight_summary, speed_report
 
 SPEED_REPORT_STEPS = 20  # updates after which speed and time left are told in a line of their own
+RANGE_IMAGES = 1000  # of the data, by which the noise levels are judged
+OBJECTIVE = (  # what the loss and the noise process depend on; older checkpoints tell but the first six of it
+    "prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr objective"
+    " likelihood_weighting sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_mean noise_std label_dropout"
+).split()
 MEMORY_SAVERS = "set --gradient_checkpointing true or --mixed_precision bf16"
 
 
@@ -78,13 +84,14 @@ class Trainer:
     """One run: its networks, data, optimizer and output folder, and the loop over them."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, deadline_seconds: float, stop: StopSignal):
-        """Builds the networks, then opens the data.
+        """Opens the data, then builds the networks.
 
         Args:
             deadline_seconds: on the clock of `time.monotonic`, when the run stops in good order; may be infinite.
 
         Raises:
-            ConfigError, DataError: if the network cannot be built or the data cannot be had.
+            ConfigError, DataError: if the data cannot be had, the noise levels do not suit them, or the network cannot
+                be built.
         """
         self.config, self.accelerator, self.deadline_seconds, self.stop = config, accelerator, deadline_seconds, stop
         self.output_dir = Path(config.output_dir)
@@ -93,8 +100,9 @@ class Trainer:
         self.images_per_update = (
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         )
-        self.build_networks()
+        self.noise_scheduler = config.noise_scheduler()
         self.open_data()
+        self.build_networks()
         self.total_steps = config.max_train_steps
         if self.total_steps is None and config.num_epochs is not None:
             self.total_steps = math.ceil(config.num_epochs * len(self.store) / self.images_per_update)
@@ -106,7 +114,7 @@ class Trainer:
         config = self.config
         torch.manual_seed(config.seed)
         try:
-            self.network = CustomUNet2DModel(**config.unet_kwargs())
+            self.network = CustomUNet2DModel(**self.unet_kwargs())
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if config.channels_last:
@@ -117,10 +125,10 @@ class Trainer:
             self.network.enable_gradient_checkpointing()
         # `unet` is `network` under autocast, torch.compile and DistributedDataParallel, where they are asked for
         self.unet, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(config, self.network))
-        self.noise_scheduler = make_noise_scheduler(**config.noise_schedule())
-        self.pipeline = CustomUNetPipeline(
-            self.ema_network, make_sampling_scheduler(self.noise_scheduler, config.sampler)
-        )
+        scheduler = self.noise_scheduler
+        if config.objective == "ddpm":
+            scheduler = make_sampling_scheduler(scheduler, config.sampler)
+        self.pipeline = CustomUNetPipeline(self.ema_network, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
 
     def open_data(self) -> None:
@@ -132,27 +140,37 @@ class Trainer:
                 f" ({config.train_batch_size} x {config.gradient_accumulation_steps} accumulated x"
                 f" {self.accelerator.num_processes} processes); lower --train_batch_size"
             )
-        self.heldout_images = None
+        self.label_names: list[str] | None = self.store.description.get("label_names")
+        if config.objective in ("ve", "edm"):
+            first_images = (self.store[index] for index in range(min(RANGE_IMAGES, len(self.store))))
+            try:
+                check_noise_levels(self.noise_scheduler, map(to_model_range, first_images))
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+        self.heldout_images = self.heldout_labels = None
         if config.validation_split is not None:
             store = self.open_store(config.validation_split, config.validation_images)
             self.heldout_images = to_model_range(store.__getitems__(range(len(store))))
+            if self.label_names is not None:
+                self.heldout_labels = torch.from_numpy(store.labels_among(self.label_names))
 
     def open_store(self, split: str, max_images: int | None) -> ImageStore:
         open_it = partial(open_image_store, **self.config.data_source(), split=split, max_images=max_images)
         on_main_process(self.accelerator, lambda: len(open_it()))  # decodes the images once, for all processes
         return open_it()
 
+    def unet_kwargs(self) -> dict:
+        return self.config.unet_kwargs(None if self.label_names is None else len(self.label_names))
+
     # ---- Checkpoints
 
     def identity(self) -> dict:
         """What a checkpoint and the run that goes on from it must have in common, as one flat dictionary."""
         config = self.config
-        names = (
-            "prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr"
-            " train_batch_size gradient_accumulation_steps random_flip timestep_sampling seed"
-        ).split()
-        identity = config.unet_kwargs() | {name: getattr(config, name) for name in names}
+        names = "train_batch_size gradient_accumulation_steps random_flip timestep_sampling seed".split()
+        identity = self.unet_kwargs() | {name: getattr(config, name) for name in [*OBJECTIVE, *names]}
         identity |= {"num_processes": self.accelerator.num_processes, "data_fingerprint": self.store.fingerprint}
+        identity |= {"label_column": config.label_column, "label_names": self.label_names}
         return json.loads(json.dumps(identity))  # tuples become lists, as in the file
 
     def start_or_resume(self) -> None:
@@ -181,7 +199,8 @@ class Trainer:
             return None
         if config.overwrite_output_dir and folder.resolve().parent == self.output_dir.resolve():
             raise CheckpointError(f"--overwrite_output_dir would delete {folder}, which the run is to go on from")
-        difference = checkpoint.difference(checkpoint.read_identity(folder), self.identity())
+        saved = {name: DEFAULTS[name] for name in OBJECTIVE} | checkpoint.read_identity(folder)
+        difference = checkpoint.difference(saved, self.identity())
         if difference:
             raise CheckpointError(
                 f"{folder} belongs to another run ({difference}); restore these settings, take another --output_dir or"
@@ -297,17 +316,19 @@ class Trainer:
         # 2. Gradient of the mean loss, summed over micro-batches; processes average it with the last one
         mean_loss = 0.0
         for micro_batch in range(config.gradient_accumulation_steps):
-            clean_images = next(self.batches).to(self.accelerator.device, non_blocking=True)
+            clean_images, labels = next(self.batches)
+            clean_images = clean_images.to(self.accelerator.device, non_blocking=True)
             if config.random_flip:
                 clean_images = random_flip(clean_images)
             clean_images = to_model_range(clean_images)
+            if labels is not None:
+                labels = labels.to(self.accelerator.device, non_blocking=True)
+                labels = drop_labels(labels, len(self.label_names), config.label_dropout)
             if config.channels_last:
                 clean_images = clean_images.contiguous(memory_format=torch.channels_last)
             is_last = micro_batch == config.gradient_accumulation_steps - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.unet):
-                loss = diffusion_loss(
-                    self.unet, self.noise_scheduler, clean_images, config.timestep_sampling, config.snr_gamma
-                )
+                loss = self.loss(self.unet, clean_images, labels)
                 self.accelerator.backward(loss / config.gradient_accumulation_steps)
             mean_loss += loss.detach() / config.gradient_accumulation_steps
 
@@ -327,6 +348,12 @@ class Trainer:
             decay = ema_decay(progress.step, config.ema_inv_gamma, config.ema_power, config.ema_max_decay)
             update_ema(self.ema_network, self.network, decay)
         return mean_loss, grad_norm, applied
+
+    def loss(self, unet: torch.nn.Module, clean_images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        config = self.config
+        weighting = {"snr_gamma": config.snr_gamma, "likelihood_weighting": config.likelihood_weighting}
+        how = config.timestep_sampling
+        return diffusion_loss(unet, self.noise_scheduler, clean_images, how, **weighting, class_labels=labels)
 
     def train(self) -> None:
         """Trains until the last step, the deadline or a signal, and leaves a checkpoint and the pipeline folder.
@@ -386,7 +413,7 @@ class Trainer:
         self.finish()
 
     def open_batches(self) -> None:
-        """An endless stream of uint8 batches (B, 3, H, W) from the current position in the data."""
+        """An endless stream of batches from the current position in the data: uint8 (B, 3, H, W), and labels (B,)."""
         order = ShuffledBatches(
             len(self.store),
             self.config.train_batch_size,
@@ -472,24 +499,35 @@ class Trainer:
             return
         with self.accelerator.autocast():
             losses = heldout_loss(
-                self.ema_network, self.noise_scheduler, self.heldout_images, self.config.train_batch_size
+                self.ema_network,
+                self.noise_scheduler,
+                self.heldout_images,
+                self.config.train_batch_size,
+                class_labels=self.heldout_labels,
             )
         self.record(**losses)
         quarters = ", ".join(f"{losses[f'heldout_loss_q{q}']:.4f}" for q in (1, 2, 3, 4))
         self.tell(
             f"step {self.progress.step}: held-out loss {losses['heldout_loss']:.4f}"
-            f" (by quarter of the timesteps, least noise first: {quarters})"
+            f" (by quarter of the times, least noise first: {quarters})"
         )
 
     def save_samples(self) -> None:
-        """A grid from fixed noise, one seed an image. A failure is told and does not end the training."""
+        """A grid from fixed noise, one seed an image, the classes in turn.
+
+        A failure is told and does not end the training.
+        """
         if not self.accelerator.is_main_process:
             return
         config, step = self.config, self.progress.step
+        pipeline = self.pipeline
+        if self.label_names is not None:
+            labels = [number % len(self.label_names) for number in range(config.eval_batch_size)]
+            pipeline = partial(pipeline, class_labels=labels)
         try:
             with self.accelerator.autocast():
                 grid = draw_grid(
-                    self.pipeline,
+                    pipeline,
                     config.eval_batch_size,
                     config.ddpm_num_inference_steps,
                     should_stop=lambda: self.stop.number is not None,
@@ -504,10 +542,12 @@ class Trainer:
             self.tell(f"step {step}: sampling failed, training goes on: {error}")
 
     def preflight(self) -> str:
+        label = None if self.label_names is None else torch.zeros(1, dtype=torch.int64, device=self.accelerator.device)
         return preflight_summary(
             self.config,
             self.network,
-            lambda images: diffusion_loss(self.network, self.noise_scheduler, images, "uniform", None),
+            lambda images: self.loss(self.network, images, label),
+            num_classes=self.label_names and len(self.label_names),
             source=self.store.description["source"],
             num_images=len(self.store),
             num_heldout_images=0 if self.heldout_images is None else len(self.heldout_images),

@@ -123,6 +123,8 @@ def test_shipped_configurations_build_their_network(path):
         ("celeba64", 28_000_000, 32_000_000),
         ("celeba64_ddim", 78_700_803, 78_700_803),
         ("celebahq256", 113_673_219, 113_673_219),
+        ("sde32", 1_624_323, 1_624_323),
+        ("ncsnpp32", 1_700_000, 1_800_000),
     ],
 )
 def test_parameter_counts_of_shipped_configurations(name, least, most):
@@ -168,7 +170,9 @@ def test_network_options_are_those_of_diffusers(parse):
         (BASE, ["--block_out_channels", "8", "9" * 13, "8", "8"], "--block_out_channels"),
         (BASE, ["--block_out_channels", "65536", "65536", "65536", "65536"], "parameters, more than 10,000,000,000"),
         (BASE, ["--beta_end", "0.9"], "alphas_cumprod"),
-        (BASE, ["--time_embedding_type", "fourier"], "timesteps from 0"),
+        (BASE, ["--time_embedding_type", "fourier"], "ve needs fourier"),
+        (BASE, ["--label_dropout", "0.2"], "--label_column"),
+        (BASE + "label_column: glasses\n", ["--label_dropout", "1"], "[0, 1)"),
         (BASE, ["--overwrite_output_dir", "--resume_from_checkpoint", "runs/checkpoint-3"], "deletes checkpoints"),
         (BASE, ["--max_images", "10"], "10 images are fewer than the 16"),
         (BASE, ["--output_dir", f"{__file__}/run"], "--output_dir"),
@@ -186,6 +190,103 @@ def test_bad_input_is_one_line(parse, yaml_text, flags, message):
         parse(yaml_text, *flags)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+VP, EDM = ["--objective", "vp"], ["--objective", "edm"]
+VE = ["--objective", "ve", "--time_embedding_type", "fourier"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--objective", "ve"], "ve needs fourier"),
+        ([*EDM, "--time_embedding_type", "fourier"], "ve needs fourier"),
+        ([*VP, "--time_embedding_type", "learned"], "learned knows whole timesteps alone"),
+        ([*VE, "--prediction_type", "v_prediction"], "--prediction_type is v_prediction, which means nothing to"),
+        ([*EDM, "--prediction_type", "sample"], "--prediction_type is sample, which means nothing to"),
+        ([*VP, "--snr_gamma", "5"], "--snr_gamma"),
+        ([*VP, "--rescale_betas_zero_snr", "--prediction_type", "v_prediction"], "--rescale_betas_zero_snr"),
+        ([*VP, "--sampler", "ddpm"], "--sampler"),
+        ([*VP, "--ddpm_num_steps", "500"], "--ddpm_num_steps"),
+        ([*VE, "--ddpm_beta_schedule", "squaredcos_cap_v2"], "--ddpm_beta_schedule"),
+        ([*EDM, "--beta_start", "1e-3"], "--beta_start"),
+        ([*EDM, "--beta_end", "0.03"], "--beta_end"),
+        (["--likelihood_weighting"], "--likelihood_weighting"),
+        ([*EDM, "--likelihood_weighting"], "--likelihood_weighting"),
+        ([*VP, "--sigma_min", "0.01"], "--sigma_min"),
+        (["--sigma_max", "50"], "--sigma_max"),
+        ([*VE, "--sde_beta_max", "30"], "--sde_beta_max"),
+        (["--sde_beta_min", "0.2"], "--sde_beta_min"),
+        ([*VE, "--sigma_data", "0.4"], "--sigma_data"),
+        ([*VP, "--noise_mean", "-1"], "--noise_mean"),
+        (["--noise_std", "1"], "--noise_std"),
+        ([*VP, "--sde_beta_max", "5"], "leave 0.279 of the image at time 1"),
+        ([*VP, "--sde_beta_min", "20", "--sde_beta_max", "10"], "must not fall"),
+        ([*VP, "--sde_beta_max", "101"], "at most 100"),
+        ([*VE, "--sigma_min", "5", "--sigma_max", "5"], "sigma_min 5.0 and sigma_max 5.0 must be positive and rise"),
+        ([*EDM, "--sigma_max", "0.001"], "sigma_min 0.002 and sigma_max 0.001 must be positive and rise"),
+        ([*VE, "--sigma_min", "1e-6"], "at least 1e-05"),
+        ([*EDM, "--noise_mean", "6"], "ln(sigma_max) = 4.38"),
+    ],
+)
+def test_an_option_that_does_not_go_with_the_objective_is_one_line(parse, flags, message):
+    for yaml_text, arguments in ((BASE, flags), (BASE + yaml_of(flags), [])):
+        with pytest.raises(ConfigError) as error:
+            parse(yaml_text, *arguments)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def yaml_of(flags: list[str]) -> str:
+    lines = []
+    for part in flags:
+        if part.startswith("--"):
+            lines.append(f"{part.removeprefix('--')}: true")
+        else:
+            lines[-1] = lines[-1].replace("true", part)
+    return "".join(f"{line}\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "scheduler"),
+    [
+        ([], {"num_train_timesteps": 1000, "prediction_type": "epsilon"}),
+        ([*VP, "--prediction_type", "v_prediction"], {"objective": "vp", "prediction_type": "v_prediction"}),
+        (["--objective", "subvp", "--sde_beta_max", "15", "--likelihood_weighting"], {"beta_max": 15.0}),
+        ([*VE, "--sigma_max", "50"], {"prediction_type": "score", "sigma_min": None, "sigma_max": 50.0}),
+        ([*EDM, "--sigma_data", "0.4", "--noise_mean", "-1"], {"prediction_type": "edm", "sigma_data": 0.4}),
+        ([*EDM, "--ddpm_num_inference_steps", "2000"], {"objective": "edm"}),
+    ],
+)
+def test_the_noise_process_is_that_of_the_flags(parse, flags, scheduler):
+    made = parse(BASE, *flags).noise_scheduler().config
+    assert {name: made[name] for name in scheduler} == scheduler
+
+
+def test_settings_of_an_objective_are_those_that_mean_something_to_it(parse):
+    assert parse(BASE, *VE).objective_settings() == {
+        "objective": "ve",
+        "likelihood_weighting": False,
+        "sigma_min": 0.02,
+        "sigma_max": 100.0,
+    }
+    assert set(parse(BASE).objective_settings()) == {
+        *("objective prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end").split(),
+        *("rescale_betas_zero_snr snr_gamma sampler").split(),
+    }
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "vp", "subvp", "edm"])
+def test_one_file_serves_all_objectives_of_the_positional_embedding(objective):
+    config = parse_config(["--config", str(CONFIGS[0].parent / "sde32.yaml"), "--objective", objective])
+    quickstart = parse_config(["--config", str(CONFIGS[0].parent / "quickstart.yaml")])
+    assert config.objective == objective
+    assert config.unet_kwargs() == quickstart.unet_kwargs()
+
+
+def test_classes_make_the_network_conditional_and_leave_a_row_for_none(parse):
+    assert parse().unet_kwargs(5)["num_class_embeds"] == 6
+    assert "num_class_embeds" not in parse().unet_kwargs()
 
 
 def test_a_stray_argument_does_not_join_the_last_list_of_the_file(parse):

@@ -265,7 +265,11 @@ def impossible_networks(rng):
 
 def contradictions(rng):
     one_step = {"ddpm_num_steps": 1, "ddpm_num_inference_steps": 1}
-    of_data = [({"crop": "celeba_140"}, "celeba_140")]
+    of_data = [
+        ({"crop": "celeba_140"}, "celeba_140"),
+        ({"objective": "edm", "sigma_max": 2}, "sigma_max"),
+        ({"objective": "edm", "sigma_min": 0.5}, "sigma_min"),
+    ]
     pairs = [
         ({"train_data_dir": "x"}, "train_data_dir"),
         ({"dataset_name": None}, "dataset_name"),
@@ -284,6 +288,20 @@ def contradictions(rng):
         ({"hub_private_repo": True}, "push_to_hub"),
         ({"overwrite_output_dir": True, "resume_from_checkpoint": "runs/checkpoint-3"}, "overwrite_output_dir"),
         ({"time_embedding_type": "fourier"}, "fourier"),
+        ({"objective": "ve"}, "fourier"),
+        ({"objective": "vp", "time_embedding_type": "learned"}, "learned"),
+        ({"objective": "edm", "time_embedding_type": "fourier"}, "fourier"),
+        ({"objective": "edm", "prediction_type": "sample"}, "prediction_type"),
+        ({"objective": "vp", "snr_gamma": 5}, "snr_gamma"),
+        ({"objective": "subvp", "ddpm_num_steps": 10}, "ddpm_num_steps"),
+        ({"objective": "vp", "sampler": "ddpm"}, "sampler"),
+        ({"objective": "edm", "likelihood_weighting": True}, "likelihood_weighting"),
+        ({"likelihood_weighting": True}, "likelihood_weighting"),
+        ({"objective": "vp", "sigma_max": 90}, "sigma_max"),
+        ({"objective": "vp", "sde_beta_max": 11}, "sde_beta_max"),
+        ({"objective": "edm", "sigma_min": 90}, "sigma_min"),
+        ({"objective": "edm", "noise_mean": 10}, "noise_mean"),
+        ({"label_dropout": 0.5}, "label_column"),
         ({"train_batch_size": 11, "gradient_accumulation_steps": 2}, "train_batch_size"),
         ({"prediction_type": "v"}, "prediction_type"),
         ({"prediction_type": "velocity"}, "prediction_type"),
@@ -458,13 +476,44 @@ def few_steps(rng):
         "max_grad_norm": [1e-30, 1e9],
         "snr_gamma": [1e-30, 1e9],
         "ddpm_num_steps": [2, 3, 100_000],
+        "objective": ["vp", "subvp", "edm", "ve"],
+        "label_column": ["nowhere", "x1", "glasses"],
         "beta_end": [1e-4, 0.9],
         "num_epochs": [1e-30],
         "max_train_minutes": [1e-30],
     }.items():
         for value in values:
-            case = by_file_or_flag(rng, name, value, "checkpoint", "beta", "gradients")
+            case = by_file_or_flag(rng, name, value, "checkpoint", "beta", "gradients", "column")
             yield replace(case, may_leave=("cache", "run")) if name == "mid_block_scale_factor" else case
+
+
+def few_steps_in_continuous_time(rng):
+    """The ends of what the options of the SDEs allow, two at a time."""
+    ends = {
+        "vp": {"sde_beta_min": [1e-30, 100], "sde_beta_max": [12, 100], "likelihood_weighting": [True]},
+        "subvp": {"sde_beta_min": [1e-30, 100], "sde_beta_max": [12, 100], "prediction_type": ["sample"]},
+        "ve": {"sigma_min": [1e-5, 0.1], "sigma_max": [21, 1e6], "likelihood_weighting": [True]},
+        "edm": {
+            "sigma_min": [1e-5, 0.1],
+            "sigma_max": [21, 1e6],
+            "sigma_data": [1e-3, 1e3],
+            "noise_mean": [-6, 3],
+            "noise_std": [1e-30, 100],
+        },
+    }
+    for objective, options in ends.items():
+        own = {"objective": objective}
+        if objective == "ve":
+            own["time_embedding_type"] = "fourier"
+        for _ in range(8):
+            changes = own | {name: rng.choice(options[name]) for name in rng.sample(list(options), 2)}
+            yield Case(changes=changes, named=("sigma", "sde_beta", "noise_mean"), may_leave=("cache",))
+
+
+def test_a_run_of_one_step_at_the_ends_of_the_noise_levels_ends_in_one_line_or_works(tmp_path, capfd):
+    counts, faults = outcomes(few_steps_in_continuous_time, tmp_path, capfd, dry_run=False)
+    assert not faults, "\n".join([f"{len(faults)} faults", *faults])
+    assert counts["valid"] >= 16
 
 
 def test_a_run_of_one_step_with_a_strange_value_ends_in_one_line_or_works(tmp_path, capfd):

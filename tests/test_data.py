@@ -1,6 +1,7 @@
 """The store of decoded pixels and its faults, the sampler's stream of batches, the pixel range and the loader."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -281,6 +282,113 @@ def test_the_default_cache_is_in_the_users_cache_folder(faces, tmp_path):
     assert json.loads((folder / data.META).read_text())["num_images"] == NUM_IMAGES
 
 
+# Labels
+
+
+KINDS = ["b", "c", "a", "c", "b"]
+
+
+def write_metadata(folder: Path, kinds=KINDS) -> None:
+    lines = [f"{i:04}.png,{kinds[i % len(kinds)]}" for i in range(NUM_IMAGES)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,kind", *lines]))
+
+
+@pytest.fixture
+def labelled(faces) -> Path:
+    write_metadata(faces)
+    return faces
+
+
+def test_labels_stand_beside_their_images(labelled, pictures):
+    store = open_faces(labelled, label_column="kind")
+    assert store.labels.dtype == np.int64
+    assert store.labels.tolist() == [1, 2, 0, 2, 1] * (NUM_IMAGES // 5)
+    assert store.description["label_names"] == ["a", "b", "c"]
+    np.testing.assert_array_equal(store.images, pictures.transpose(0, 3, 1, 2))
+    assert torch.equal(store.__getitems__([9, 3]), torch.from_numpy(pictures[[9, 3]]).permute(0, 3, 1, 2))
+    with pytest.raises(ValueError, match="read-only"):
+        store.labels[0] = 0
+
+
+def test_without_a_column_of_labels_a_store_is_what_it_was(labelled, pictures):
+    store = open_faces(labelled)
+    assert store.labels is None
+    assert not {"label_column", "label_names", "labels_digest"} & store.description.keys()
+    (folder,) = (labelled.parent / "cache").iterdir()
+    assert {path.name for path in folder.iterdir()} == {data.PIXELS, data.META}
+    pixels = pictures.transpose(0, 3, 1, 2).tobytes()
+    assert store.fingerprint == hashlib.sha256(pixels).hexdigest()[:16]
+
+
+def test_the_key_of_a_store_without_labels_is_that_of_earlier_versions(tmp_path):
+    open_image_store(dataset_name="synthetic-faces", max_images=2, resolution=8, cache_dir=str(tmp_path / "cache"))
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert folder.name == "0a7935f592fe5b6b"
+
+
+def test_the_labels_change_the_key_and_the_fingerprint(labelled):
+    without, first = open_faces(labelled), open_faces(labelled, label_column="kind")
+    write_metadata(labelled, ["b", "c", "a", "c", "a"])
+    other_labels = open_faces(labelled, label_column="kind")
+    write_metadata(labelled, ["y", "z", "x", "z", "y"])
+    other_names = open_faces(labelled, label_column="kind")
+    assert other_names.labels.tolist() == first.labels.tolist()
+    assert len({store.fingerprint for store in (without, first, other_labels, other_names)}) == 4
+    assert len(list((labelled.parent / "cache").iterdir())) == 4
+
+
+def test_a_second_opening_takes_the_labels_from_the_store(labelled, monkeypatch):
+    first = open_faces(labelled, label_column="kind")
+    forbid_decoding(monkeypatch)
+    second = open_faces(labelled, label_column="kind")
+    np.testing.assert_array_equal(second.labels, first.labels)
+    assert second.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("fault", ["truncated", "a flipped bit", "longer", "missing"])
+def test_damaged_labels_are_built_again(labelled, capfd, fault):
+    before = open_faces(labelled, label_column="kind").labels.tolist()
+    (folder,) = (labelled.parent / "cache").iterdir()
+    path = folder / data.LABELS
+    content = path.read_bytes()
+    match fault:
+        case "truncated":
+            os.truncate(path, 800)
+        case "a flipped bit":
+            path.write_bytes(content[:80] + bytes([content[80] ^ 1]) + content[81:])
+        case "longer":
+            path.write_bytes(content + bytes(8))
+        case "missing":
+            path.unlink()
+    assert open_faces(labelled, label_column="kind").labels.tolist() == before
+    assert f"{folder} is damaged: building it again" in capfd.readouterr().out
+
+
+def test_a_disk_that_is_full_at_the_labels_leaves_nothing(labelled):
+    open_faces(labelled, cache_dir=str(labelled.parent / "first"), label_column="kind")  # for the cache of `datasets`
+    small = {"resolution": 1, "label_column": "kind"}  # 450 bytes of pixels, 1,200 of labels
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        message = error_of(open_faces, labelled, **small)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert message.startswith("could not write the image store ")
+    assert message.endswith("File too large")
+    assert not list((labelled.parent / "cache").iterdir())
+    assert len(open_faces(labelled, **small).labels) == NUM_IMAGES
+
+
+def test_labels_of_one_split_are_told_in_the_numbers_of_another(labelled):
+    write_metadata(labelled, ["b", "d"])
+    store = open_faces(labelled, label_column="kind")
+    assert store.labels[:2].tolist() == [0, 1]
+    assert store.labels_among(["a", "b", "c", "d"])[:2].tolist() == [1, 3]
+    assert store.labels_among(["d", "b"])[:2].tolist() == [1, 0]
+    message = error_of(store.labels_among, ["a", "b"])
+    assert message == "split train has the class 'd' of 'kind', not one of a, b"
+
+
 # The sampler
 
 
@@ -366,10 +474,22 @@ def test_the_loader_gives_the_same_batches_with_and_without_workers(faces, pictu
     batches = ShuffledBatches(NUM_IMAGES, 40, seed=3, num_batches=9)
     expected = [torch.from_numpy(pictures[indices]).permute(0, 3, 1, 2) for indices in batches]
     for num_workers in (0, 2):
-        loaded = list(make_loader(store, batches, num_workers, pin_memory=False))
-        assert len(loaded) == 9
+        loaded, labels = zip(*make_loader(store, batches, num_workers, pin_memory=False), strict=True)
+        assert labels == (None,) * 9
         assert all(torch.equal(a, b) for a, b in zip(loaded, expected, strict=True))
         assert loaded[0].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_loader_gives_each_image_its_label(labelled, pictures, num_workers):
+    store = open_faces(labelled, label_column="kind")
+    batches = ShuffledBatches(NUM_IMAGES, 40, seed=3, num_batches=5)
+    expected = torch.tensor([1, 2, 0, 2, 1]).repeat(NUM_IMAGES // 5)
+    loaded = list(make_loader(store, batches, num_workers, pin_memory=False))
+    for indices, (images, labels) in zip(batches, loaded, strict=True):
+        assert torch.equal(images, torch.from_numpy(pictures[indices]).permute(0, 3, 1, 2))
+        assert torch.equal(labels, expected[indices])
+        assert labels.dtype == torch.int64
 
 
 def test_the_benchmark_command_prints_images_per_second(faces, tmp_path, monkeypatch):

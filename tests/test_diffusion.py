@@ -25,7 +25,7 @@ class OracleNetwork(torch.nn.Module):
         self.scheduler, self.clean_images, self.noise, self.noise_error = scheduler, clean_images, noise, noise_error
         self.device_anchor = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, noisy_images, timesteps):
+    def forward(self, noisy_images, timesteps, class_labels=None):
         noise = self.noise + self.noise_error
         signal, sigma = diffusion.signal_and_noise_scale(self.scheduler, timesteps)
         clean_images = (noisy_images - sigma * noise) / signal
@@ -46,8 +46,6 @@ def test_a_perfect_prediction_is_turned_back_into_the_image_by_diffusers(predict
         target = diffusion.prediction_target(scheduler, clean_images, noise, timesteps)
         step = ddim.step(target, t, noisy_images)
         torch.testing.assert_close(step.pred_original_sample, clean_images, atol=2e-3, rtol=0)
-        recovered = diffusion.predicted_noise(scheduler, target, noisy_images, timesteps)
-        torch.testing.assert_close(recovered, noise, atol=2e-3, rtol=0)
 
 
 def test_velocity_is_diffusers_velocity():
@@ -91,25 +89,56 @@ def test_zero_terminal_snr():
 
 
 @pytest.mark.parametrize("how", ["uniform", "stratified", "antithetic"])
-def test_timesteps_are_uniform(how):
+def test_positions_are_uniform_and_so_are_their_timesteps(how):
     torch.manual_seed(0)
-    draws = torch.cat([diffusion.sample_timesteps(how, 7, 10, torch.device("cpu")) for _ in range(6000)])
-    assert draws.dtype == torch.int64
-    frequencies = torch.bincount(draws, minlength=10) / len(draws)
+    draws = torch.cat([diffusion.sample_positions(how, 7) for _ in range(6000)])
+    assert draws.dtype == torch.float64
+    assert 0 < draws.min() < draws.max() < 1
+    frequencies = torch.bincount((10 * draws).long(), minlength=10) / len(draws)
     assert len(frequencies) == 10
     torch.testing.assert_close(frequencies, torch.full((10,), 0.1), atol=0.01, rtol=0)
+    timesteps = timesteps_of(draws, 10)
+    assert timesteps.dtype == torch.int64
+    assert torch.equal(timesteps, (10 * draws).floor().long())
 
 
-def test_stratified_timesteps_fill_every_stratum():
+def timesteps_of(positions, num_train_timesteps=1000):
+    scheduler, images = scheduler_of(num_train_timesteps=num_train_timesteps), torch.zeros(len(positions), 1, 1, 1)
+    return diffusion.timestep_regression(scheduler, images, images, positions, None).times
+
+
+def test_stratified_positions_fill_every_stratum():
     for _ in range(50):
-        timesteps = diffusion.sample_timesteps("stratified", 8, 1000, torch.device("cpu"))
-        assert (timesteps.sort().values.diff() - 125).abs().max() <= 1
+        positions = diffusion.sample_positions("stratified", 8)
+        torch.testing.assert_close(positions.sort().values.diff(), torch.full((7,), 1 / 8, dtype=torch.float64))
 
 
 def test_antithetic_timesteps_come_in_pairs():
-    timesteps = diffusion.sample_timesteps("antithetic", 9, 1000, torch.device("cpu"))
-    assert len(timesteps) == 9
-    assert (timesteps[:4] + timesteps[5:] == 999).all()
+    torch.manual_seed(0)
+    for _ in range(200):
+        timesteps = timesteps_of(diffusion.sample_positions("antithetic", 9))
+        assert len(timesteps) == 9
+        assert (timesteps[:4] + timesteps[5:] == 999).all()
+
+
+def test_positions_keep_off_the_borders_of_timesteps(monkeypatch):
+    """Where the random number is one of float32's extremes or on a border, pairs still are pairs."""
+    extremes = torch.tensor([0.0, 1 - 2**-24, 0.5, 0.125, 0.875])
+    monkeypatch.setattr(torch, "rand", lambda count: extremes[:count])
+    timesteps = timesteps_of(diffusion.sample_positions("antithetic", 10))
+    assert (timesteps[:5] + timesteps[5:] == 999).all()
+    assert timesteps[:2].tolist() == [0, 999]
+
+
+def test_labels_are_dropped_with_their_probability_and_kept_otherwise():
+    torch.manual_seed(0)
+    labels = torch.arange(4).repeat(5000)
+    after = diffusion.drop_labels(labels, 4, 0.3)
+    dropped = after == 4
+    assert torch.equal(after[~dropped], labels[~dropped])
+    for label in range(4):
+        assert dropped[labels == label].double().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(diffusion.drop_labels(labels, 4, 0.0), labels)
 
 
 @pytest.mark.parametrize("prediction_type", KINDS)
@@ -120,7 +149,7 @@ def test_training_loss_of_a_known_error(prediction_type):
     clean_images = torch.randn(4, 3, 4, 4)
     torch.manual_seed(5)
     noise = torch.randn_like(clean_images)
-    timesteps = diffusion.sample_timesteps("stratified", 4, 1000, clean_images.device)
+    timesteps = timesteps_of(diffusion.sample_positions("stratified", 4))
     network = OracleNetwork(scheduler, clean_images, noise, noise_error=0.1)
     torch.manual_seed(5)
     loss = diffusion.diffusion_loss(network, scheduler, clean_images, "stratified", None)
@@ -145,7 +174,7 @@ def test_heldout_loss_is_the_simple_loss_whatever_the_parametrisation(prediction
 
 def test_heldout_loss_does_not_depend_on_the_batch_size_or_the_global_generator():
     class Network(torch.nn.Conv2d):
-        def forward(self, images, timesteps):
+        def forward(self, images, timesteps, class_labels=None):
             return type("Output", (), {"sample": super().forward(images) * timesteps.view(-1, 1, 1, 1) / 1000})
 
     torch.manual_seed(0)

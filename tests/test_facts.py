@@ -28,6 +28,7 @@ def test_facts(tmp_path):
     assert facts["data"] == {"source": "faces", "num_images": 7}
     assert (facts["step"], facts["parameters"], facts["precision"]) == (5, 8, "bf16")
     assert {key: facts[key] for key in numbers} == numbers
+    assert facts["objective"] == config.objective_settings()
     assert facts["versions"].keys() == {"python", *LIBRARIES}
     assert facts["versions"]["python"] == platform.python_version()
     assert run_facts(*arguments, step=1, **numbers)["heldout"] is None

@@ -20,7 +20,7 @@ from PIL import Image
 from training import sources
 from training.data import DataError, ImageStore, open_image_store
 from training.sources import HuggingFaceImages
-from training.synthetic_faces import render_faces
+from training.synthetic_faces import LABEL_NAMES, face_factors, render_faces, split_indices
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIDE = 8
@@ -233,6 +233,162 @@ def test_a_row_without_an_image_is_named(tmp_path, open_store, error_of):
     assert_pictures(open_store(tmp_path / "data", skip_bad_images=True).images, [0])
 
 
+# Columns of labels
+
+
+LABELS = {
+    "classes": ([1, 0, 2, 0], datasets.ClassLabel(names=["red", "blue", "grey"]), ["red", "blue", "grey"]),
+    "bool": ([True, False, False, True], datasets.Value("bool"), ["no", "yes"]),
+    "strings": (["b", "ä", "a", "b"], datasets.Value("string"), ["a", "b", "ä"]),
+    "large strings": (["b", "c", "a", "b"], datasets.Value("large_string"), ["a", "b", "c"]),
+}
+NUMBERS = {"strings": [1, 2, 0, 1], "large strings": [1, 2, 0, 1]}
+
+
+def labelled(values, feature) -> datasets.Dataset:
+    cells = [{"bytes": png(i), "path": None} for i in range(len(values))]
+    features = datasets.Features({"image": datasets.Image(), "kind": feature, "age": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({"image": cells, "kind": values, "age": range(len(values))}, features=features)
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_a_column_of_labels_is_kept_with_its_names(tmp_path, open_store, name):
+    values, feature, names = LABELS[name]
+    labelled(values, feature).save_to_disk(tmp_path / "data")
+    store = open_store(tmp_path / "data", label_column="kind")
+    assert store.labels.tolist() == NUMBERS.get(name, values)
+    assert store.labels.dtype == np.int64
+    assert store.description["label_names"] == names
+    assert store.description["label_column"] == "kind"
+    assert_pictures(store.images, range(4))
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_streaming_gives_the_same_labels(tmp_path, name):
+    values, feature, _ = LABELS[name]
+    (tmp_path / "data").mkdir()
+    labelled(values, feature).to_parquet(tmp_path / "data" / "train.parquet")
+    arguments = (str(tmp_path / "data"), None, None, "train", "image", 3)
+    streamed, read = (HuggingFaceImages(*arguments, streaming, label_column="kind") for streaming in (True, False))
+    assert [label for _, label in streamed.decode("none", 4)] == values[:3]
+    assert [label for _, label in read.decode("none", 4)] == values[:3]
+    assert streamed.label_names == read.label_names
+
+
+def test_folders_of_classes_are_labels(tmp_path, open_store):
+    names = ["train/dogs/0.png", "train/cats/1.png", "train/cats/2.png", "valid/cats/3.png", "valid/dogs/4.png"]
+    folder = write_files(tmp_path / "faces", names)
+    for split, images, labels in (("train", [1, 2, 0], [0, 0, 1]), ("valid", [3, 4], [0, 1])):
+        store = open_store(folder, split=split, label_column="label")
+        assert_pictures(store.images, images)
+        assert store.labels.tolist() == labels
+        assert store.description["label_names"] == ["cats", "dogs"]
+
+
+def test_a_column_of_metadata_is_a_label(tmp_path, open_store):
+    folder = write_files(tmp_path / "faces", ["a.png", "b.png", "c.png"])
+    lines = ["file_name,hair", "a.png,dark", "b.png,blond", "c.png,dark"]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    store = open_store(folder, label_column="hair")
+    assert store.labels.tolist() == [1, 0, 1]
+    assert store.description["label_names"] == ["blond", "dark"]
+
+
+def test_the_labels_of_skipped_images_are_skipped(tmp_path, open_store):
+    table = labelled(["a", "only here", "b", "a"], datasets.Value("string"))
+    cells = [cell if i != 1 else {"bytes": b"text", "path": None} for i, cell in enumerate(table.to_dict()["image"])]
+    columns = table.remove_columns("image").to_dict() | {"image": cells}
+    datasets.Dataset.from_dict(columns, features=table.features).save_to_disk(tmp_path / "data")
+    store = open_store(tmp_path / "data", label_column="kind", skip_bad_images=True)
+    assert_pictures(store.images, [0, 2, 3])
+    assert store.labels.tolist() == [0, 1, 0]
+    assert store.description["label_names"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "message"),
+    [
+        (["a", None, "b"], datasets.Value("string"), "has no label in row 1; fill it in or leave out --label_column"),
+        ([True, False, None], datasets.Value("bool"), "has no label in row 2; "),
+        ([0, 1, -1], datasets.ClassLabel(names=["a", "b"]), "has no label in row 2; "),
+        ([1, 2, 3], datasets.Value("int64"), "holds Value('int64'); labels are a ClassLabel, bool or strings"),
+        ([[1], [2]], datasets.List(datasets.Value("int64")), "holds List(Value('int64')); labels are a ClassLabel"),
+        (["x"] * 3, datasets.Value("string"), "has the single class 'x' in split train (3 images); name another"),
+        ([1] * 3, datasets.ClassLabel(names=["a", "b"]), "has the single class 'b' in split train (3 images)"),
+        ([False] * 2, datasets.Value("bool"), "has the single class 'no' in split train (2 images)"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_refused(tmp_path, error_of, values, feature, message):
+    labelled(values, feature).save_to_disk(tmp_path / "data")
+    assert error_of(tmp_path / "data", label_column="kind").startswith(
+        f"the column 'kind' of {tmp_path}/data {message}"
+    )
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["strings", "classes"])
+def test_held_out_images_may_be_of_one_class(tmp_path, open_store, name):
+    values, feature, _ = LABELS[name]
+    table = labelled(values, feature)
+    datasets.DatasetDict({"train": table, "validation": table}).save_to_disk(tmp_path / "data")
+    store = open_store(tmp_path / "data", split="validation", max_images=1, label_column="kind")
+    assert store.labels_among(["blue", "b"]).tolist() == [values[0] == "b"]
+
+
+def test_a_class_number_beyond_the_names_is_refused(tmp_path, error_of):
+    table = labelled([0, 1, 7], datasets.Value("int64"))
+    features = table.features | {"kind": datasets.ClassLabel(names=["a", "b"])}
+    table = datasets.Dataset(table.data, info=datasets.DatasetInfo(features=datasets.Features(features)))
+    table.save_to_disk(tmp_path / "data")
+    message = error_of(tmp_path / "data", label_column="kind")
+    assert message.endswith("has the class 7 in row 2, but there are 2 classes")
+
+
+def test_strings_of_more_than_a_thousand_kinds_are_no_classes(tmp_path, monkeypatch, open_store, error_of):
+    monkeypatch.setattr("training.data.MAX_CLASSES", 3)
+    for count in (3, 4):
+        labelled([f"name {i}" for i in range(count)], datasets.Value("string")).save_to_disk(tmp_path / f"{count}")
+    assert len(open_store(tmp_path / "3", label_column="kind").description["label_names"]) == 3
+    assert error_of(tmp_path / "4", label_column="kind").endswith(
+        "has more than 3 different values; name a column of classes"
+    )
+
+
+def test_a_column_of_labels_that_is_not_there_is_refused(tmp_path, error_of):
+    labelled([True, False], datasets.Value("bool")).save_to_disk(tmp_path / "data")
+    message = error_of(tmp_path / "data", label_column="kinds")
+    assert message.endswith("has no column 'kinds' of labels; did you mean kind? it has image, kind, age")
+    message = error_of(tmp_path / "data", label_column="zzz")
+    assert message.endswith("has no column 'zzz' of labels; it has image, kind, age")
+    assert "holds Image(" in error_of(tmp_path / "data", label_column="image")
+
+
+@pytest.mark.parametrize("column", LABEL_NAMES)
+def test_synthetic_faces_have_their_classes_as_labels(open_store, column):
+    store = open_store(dataset_name="synthetic-faces", split="validation", max_images=70, label_column=column)
+    factors = face_factors(split_indices("validation", 70))
+    np.testing.assert_array_equal(store.labels, factors[column])
+    assert store.description["label_names"] == LABEL_NAMES[column]
+    expected = render_faces(split_indices("validation", 70), SIDE)
+    np.testing.assert_array_equal(store.images, expected.transpose(0, 3, 1, 2))
+
+
+def test_synthetic_faces_refuse_other_columns(error_of):
+    faces = {"dataset_name": "synthetic-faces"}
+    assert error_of(**faces, label_column="smile") == (
+        "smile of synthetic-faces is a number; take one of hair_style, hair_colour, eye_colour, facial_hair, glasses"
+    )
+    assert error_of(**faces, label_column="hair_color") == (
+        "synthetic-faces has no column 'hair_color' of labels; did you mean hair_colour?"
+        " it has hair_style, hair_colour, eye_colour, facial_hair, glasses"
+    )
+
+
+def test_synthetic_faces_too_small_to_draw_are_refused(error_of):
+    message = error_of(dataset_name="synthetic-faces", resolution=7)
+    assert message == "synthetic-faces are drawn at a resolution of 8 or more, not 7"
+
+
 # Ways out of the data set, and what could run code
 
 
@@ -315,8 +471,9 @@ def test_streaming_gives_the_same_images(tmp_path):
         for max_images in (None, 2):
             arguments = (str(folder), None, None, "train", "image", max_images)
             streamed, read = (list(HuggingFaceImages(*arguments, streaming).decode("none", 4)) for streaming in (1, 0))
-            np.testing.assert_array_equal(streamed, read)
+            np.testing.assert_array_equal([image for image, _ in streamed], [image for image, _ in read])
             assert len(streamed) == (max_images or 5)
+            assert {label for _, label in streamed + read} == {None}
 
 
 def test_a_stream_that_breaks_off_is_told(tmp_path, monkeypatch):

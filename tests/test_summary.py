@@ -2,7 +2,8 @@
 
 import torch
 
-from training.summary import activation_bytes, duration
+from training.config import TrainConfig
+from training.summary import activation_bytes, duration, objective_text
 
 
 def test_activations_of_two_linear_layers():
@@ -31,6 +32,20 @@ def test_gradient_checkpointing_lowers_the_estimate():
     plain = count()
     network.enable_gradient_checkpointing()
     assert count() < 0.6 * plain
+
+
+def test_the_objective_is_told_with_its_settings():
+    def text(**settings) -> str:
+        return objective_text(TrainConfig(dataset_name="synthetic-faces", max_train_steps=1, **settings))
+
+    assert text() == "epsilon, linear, 1000 timesteps"
+    assert text(objective="vp", likelihood_weighting=True) == (
+        "vp SDE, epsilon, beta from 0.1 to 20, likelihood weighting"
+    )
+    assert text(objective="ve", time_embedding_type="fourier") == "ve SDE, sigma from 0.02 to 100"
+    assert text(objective="edm", sigma_max=50) == (
+        "edm, sigma from 0.002 to 50, in training ln(sigma) ~ N(-1.2, 1.2^2), sigma_data 0.5"
+    )
 
 
 def test_duration():

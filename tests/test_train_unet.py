@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -264,6 +265,10 @@ def test_a_checkpoint_of_another_run_and_a_missing_path_are_refused(uninterrupte
         (["--mixed_precision", "fp16"], "fp16"),
         (["--report_to", "wandb"], "wandb"),
         (["--learning_rat", "1"], "--learning_rate"),
+        (["--objective", "edm", "--sigma_max", "5"], "--sigma_max is 5, too little"),
+        (["--objective", "edm", "--sigma_min", "0.2"], "--sigma_min is 0.2, visible noise"),
+        (["--objective", "ve"], "fourier"),
+        (["--label_column", "mouth"], "glasses"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, cache_dir, capfd):
@@ -282,6 +287,100 @@ def test_an_error_of_the_main_process_ends_all_processes(start, tmp_path):
     assert "\nerror: " in f"\n{stderr}"
     assert "[rank 1] error: " in stderr
     assert stderr.count("nowhere") >= 2
+
+
+# Objectives in continuous time, and classes
+
+OBJECTIVES = {
+    "vp": [],
+    "subvp": ["--likelihood_weighting", "--prediction_type", "v_prediction"],
+    "ve": ["--time_embedding_type", "fourier"],
+    "edm": ["--timestep_sampling", "antithetic"],
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_lowers_the_heldout_loss_and_leaves_its_pipeline(objective, tmp_path, cache_dir, capfd):
+    run = tmp_path / "run"
+    toy = {"dropout": 0.0, "max_train_steps": 80, "checkpointing_steps": 80, "learning_rate": 1e-2, "ema_power": 0.5}
+    toy |= {"validation_split": "validation", "validation_images": 40, "objective": objective}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | toy | {"gradient_accumulation_steps": 1}))
+    flags = ["--config", tmp_path / "tiny.yaml", "--output_dir", run, "--cache_dir", cache_dir]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train_unet.main([str(part) for part in (*flags, *OBJECTIVES[objective])]) == 0
+    output = "".join(capfd.readouterr())
+    assert "sampling failed" not in output
+    assert re.search(rf"objective +{objective}", output)
+    losses = records(run, "heldout_loss")
+    assert losses[80] < 0.8 * losses[0]
+    pipeline = CustomUNetPipeline.from_pretrained(run / "pipeline")
+    assert pipeline.scheduler.config.objective == objective
+    assert torch.isfinite(torch.as_tensor(pipeline(seeds=[1], num_inference_steps=3, output_type="np").images)).all()
+    assert json.loads((run / "pipeline" / "training.json").read_text())["objective"]["objective"] == objective
+    assert (run / "samples" / "step-0000080.png").is_file()
+
+
+@pytest.fixture
+def make_trainer(tmp_path, cache_dir):
+    """A trainer of the tiny configuration with changes, ready for its first step."""
+    trainers = []
+
+    def make(**changes) -> train_unet.Trainer:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        own = {"output_dir": str(tmp_path / f"run{len(trainers)}"), "cache_dir": str(cache_dir), "dropout": 0.0}
+        config = TrainConfig(**TINY | own | changes)
+        trainers.append(train_unet.Trainer(config, build_accelerator(config), float("inf"), StopSignal()))
+        trainers[-1].start_or_resume()
+        trainers[-1].open_batches()
+        return trainers[-1]
+
+    yield make
+    for trainer in trainers:
+        trainer.lock.release()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def labels_seen_by(network, call) -> torch.Tensor:
+    seen = []
+    hook = network.class_embedding.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0]))
+    call()
+    hook.remove()
+    return torch.cat(seen)
+
+
+def test_labels_reach_the_network_and_are_dropped_with_their_probability(make_trainer):
+    trainer = make_trainer(label_column="eye_colour", label_dropout=0.25)
+    num_classes = len(trainer.label_names)
+    assert trainer.network.config.num_class_embeds == num_classes + 1
+    wanted = torch.cat([labels for _, (_, labels) in zip(range(60), trainer.batches, strict=False)])
+    trainer.open_batches()
+    seen = labels_seen_by(trainer.network, lambda: [trainer.training_step() for _ in range(30)])
+    kept = seen != num_classes
+    assert torch.equal(seen[kept], wanted[kept])
+    assert (~kept).double().mean().item() == pytest.approx(0.25, abs=0.06)
+
+
+def test_heldout_losses_have_the_true_labels_and_grids_each_class_in_turn(make_trainer, capfd):
+    trainer = make_trainer(
+        label_column="glasses", validation_split="validation", validation_images=20, objective="edm", eval_batch_size=5
+    )
+    store = trainer.open_store("validation", 20)
+    seen = labels_seen_by(trainer.ema_network, trainer.report_heldout_loss)
+    assert torch.equal(seen, torch.from_numpy(store.labels.copy()))
+    assert seen.max() == 1
+    seen = labels_seen_by(trainer.ema_network, trainer.save_samples)
+    assert seen.view(-1, 5).unique(dim=0).tolist() == [[0, 1, 0, 1, 0]]
+    assert "sampling failed" not in "".join(capfd.readouterr())
+
+
+def test_images_are_flipped_alike_with_and_without_labels(make_trainer, monkeypatch):
+    flipped = []
+    flip = train_unet.random_flip
+    monkeypatch.setattr(train_unet, "random_flip", lambda images: flipped.append(flip(images)) or flipped[-1])
+    for trainer in (make_trainer(), make_trainer(label_column="glasses")):
+        trainer.training_step()
+    one, _, other, _ = flipped  # of two micro-batches each, the second after noise and dropped labels
+    assert torch.equal(one, other)
 
 
 # Inside one process: what a step does with gradients that are not finite, and with a sampler that fails
@@ -340,8 +439,8 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(trainer, monkeypatch):
     gradients, losses = [], []
     loss_of = train_unet.diffusion_loss
 
-    def recording_loss(*arguments):
-        loss = loss_of(*arguments)
+    def recording_loss(*arguments, **options):
+        loss = loss_of(*arguments, **options)
         gradients.append(torch.autograd.grad(loss, list(trainer.network.parameters()), retain_graph=True))
         losses.append(loss.item())
         return loss
@@ -368,8 +467,6 @@ def test_bf16_autocast_reaches_the_network_alone(tmp_path, cache_dir, monkeypatc
     """The convolutions run in bfloat16; images, noise and loss stay float32."""
     changes = {"output_dir": str(tmp_path / "run"), "cache_dir": str(cache_dir), "mixed_precision": "bf16"}
     config = TrainConfig(**TINY | changes)
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = train_unet.Trainer(config, build_accelerator(config), float("inf"), StopSignal())
     seen = {}

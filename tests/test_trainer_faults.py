@@ -171,6 +171,24 @@ def test_a_save_that_was_cut_off_is_told_and_the_checkpoint_before_taken(start, 
     assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--objective", "edm", "--label_column", "glasses", "--label_dropout", "0.3"],
+        ["--objective", "ve", "--time_embedding_type", "fourier", "--likelihood_weighting"],
+    ],
+    ids=["edm with classes", "ve"],
+)
+def test_killed_in_continuous_time_and_resumed_equals_never_killed(start, tmp_path, flags):
+    start(tmp_path / "straight", *flags).finish(0)
+    kill = partial(signal_at, signal.SIGKILL, "open", "/run/log.jsonl", 9)
+    start(tmp_path / "run", *flags, fault=kill).finish(-signal.SIGKILL)
+    assert list(checkpoint.list_checkpoints(tmp_path / "run")) == [3, 6]
+    assert re.search(r"starts at +step 6\n", start(tmp_path / "run", *flags).finish(0))
+    assert records(tmp_path / "run", "loss") == records(tmp_path / "straight", "loss")
+    assert_same_tensors(tmp_path / "run" / "checkpoint-9", tmp_path / "straight" / "checkpoint-9")
+
+
 # A full disk
 
 
@@ -261,6 +279,38 @@ def test_what_differs_from_the_checkpoint_is_listed(start, straight, tmp_path):
     ):
         assert text in line
     assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "differences"),
+    [
+        (["--objective", "vp"], ["objective: 'ddpm' -> 'vp'"]),
+        (
+            ["--label_column", "glasses"],
+            ["label_column: None -> 'glasses'", "label_names: None -> ['no', 'yes']", "num_class_embeds: None -> 3"],
+        ),
+    ],
+)
+def test_another_objective_or_classes_are_another_run(start, straight, tmp_path, flags, differences):
+    run = copy_until(straight, tmp_path / "run", 3)
+    before = contents(run)
+    line = error_line(start(run, *flags).finish(1))
+    assert all(difference in line for difference in differences)
+    assert "sde_beta" not in line
+    assert contents(run) == before
+
+
+def test_a_checkpoint_from_before_there_were_objectives_is_one_of_ddpm(start, straight, tmp_path):
+    run = copy_until(straight, tmp_path / "run", 3)
+    state = checkpoint.read_state(run / "checkpoint-3")
+    old = "prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr".split()
+    for name in [*(name for name in train_unet.OBJECTIVE if name not in old), "label_column", "label_names"]:
+        del state["identity"][name]
+    (run / "checkpoint-3" / "state.json").write_text(checkpoint.json.dumps(state))
+    update_manifest(run / "checkpoint-3")
+    assert "objective: 'ddpm' -> 'edm'" in error_line(start(run, "--objective", "edm").finish(1))
+    start(run).finish(0)
+    assert records(run, "loss") == records(straight, "loss")
 
 
 # Signals

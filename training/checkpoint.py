@@ -287,11 +287,13 @@ def check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Tens
 
 
 def check_optimizer_tensors(path: Path, found: dict[str, Tensor], model: nn.Module) -> None:
-    """`check_tensors` for the state of an AdamW that has made at least one update."""
-    expected = {}
-    for name, parameter in model.named_parameters():
-        moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
-        expected |= {f"{name}/{key}": value for key, value in moments.items()}
+    """`check_tensors` for the state of an AdamW after at least one update; it has none of frozen parameters."""
+    expected = {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        for key, value in {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}.items()
+    }
     check_tensors(path, found, expected)
 
 

@@ -7,6 +7,7 @@ has the name and the default of `UNet2DModel`. A flag given on the command line 
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import re
 import types
@@ -18,10 +19,12 @@ from typing import Literal
 
 import torch
 import yaml
+from diffusers import DDPMScheduler
 from transformers import HfArgumentParser
 
 from custom_unet import CustomUNet2DModel
 from training.diffusion import make_noise_scheduler
+from training.sde import SDEScheduler
 
 DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
@@ -54,6 +57,8 @@ class TrainConfig:
     validation_split: str | None = option(None, "split for the held-out loss; none is computed without it")
     validation_images: int = option(512, "images of the validation split in the held-out loss")
     image_column: str = option("image", "column that holds the images")
+    label_column: str | None = option(None, "column of class labels, which makes the network class-conditional")
+    label_dropout: float = option(0.1, "probability that a label is replaced by the null class, for guidance")
     crop: Literal["celeba_140", "celeba_128", "center", "none"] = option("center", "crop by name, before resizing")
     resolution: int = option(64, "side length of the training images, in pixels")
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
@@ -87,16 +92,29 @@ class TrainConfig:
     freq_shift: int = option(0, "frequency shift of the positional time embedding")
     flip_sin_to_cos: bool = option(True, "cosines before sines in the positional time embedding")
 
-    # Diffusion
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("epsilon", "what the network predicts")
+    # Diffusion: in timesteps (ddpm), or in continuous time by an SDE
+    objective: Literal["ddpm", "vp", "subvp", "ve", "edm"] = option(
+        "ddpm", "noise process and loss: DDPM's, those of the VP, sub-VP and VE SDEs, or EDM's"
+    )
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = option(
+        "epsilon", "what the network predicts; with ve it is the score, with edm a mixture"
+    )
     ddpm_num_steps: int = option(1000, "timesteps T of the forward process")
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option("linear", "noise schedule")
     beta_start: float = option(1e-4, "first beta of the linear schedules")
     beta_end: float = option(0.02, "last beta of the linear schedules")
     rescale_betas_zero_snr: bool = option(False, "rescale the betas so that the last timestep is pure noise")
     snr_gamma: float | None = option(None, "gamma of the min-SNR loss weighting; the plain loss without it")
+    likelihood_weighting: bool = option(False, "weight the loss by g^2 instead of n^2 (vp, subvp, ve)")
+    sde_beta_min: float = option(0.1, "beta at time 0 (vp, subvp)")
+    sde_beta_max: float = option(20.0, "beta at time 1 (vp, subvp)")
+    sigma_min: float | None = option(None, "smallest noise level; by default 0.02 (ve) or 0.002 (edm)")
+    sigma_max: float | None = option(None, "largest noise level; by default 100 (ve) or 80 (edm)")
+    sigma_data: float = option(0.5, "standard deviation of the pixel values in [-1, 1] (edm)")
+    noise_mean: float = option(-1.2, "mean of ln(sigma) in training (edm)")
+    noise_std: float = option(1.2, "standard deviation of ln(sigma) in training (edm)")
     timestep_sampling: Literal["uniform", "stratified", "antithetic"] = option(
-        "uniform", "timesteps of a batch: independent, one from each of B equal strata, or in pairs t and T - 1 - t"
+        "uniform", "times of a batch: independent, one from each of B equal strata, or in pairs t and T - 1 - t"
     )
 
     # Optimisation
@@ -136,7 +154,7 @@ class TrainConfig:
     save_images_steps: int = option(500, "updates between sample grids")
     eval_batch_size: int = option(16, "images in a sample grid")
     ddpm_num_inference_steps: int = option(50, "sampling steps for a sample grid")
-    sampler: Literal["ddim", "ddpm"] = option("ddim", "sampler of the grids and of the exported pipeline")
+    sampler: Literal["ddim", "ddpm"] = option("ddim", "sampler of the grids and of the exported pipeline, for ddpm")
     logging_steps: int = option(10, "updates between log records")
     logging_dir: str = option("logs", "folder of the trackers, inside output_dir")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option("tensorboard", "trackers besides log.jsonl")
@@ -163,6 +181,9 @@ class TrainConfig:
         for name, most in LARGEST.items():
             if getattr(self, name) is not None and getattr(self, name) > most:
                 raise ConfigError(f"--{name} is {_shown(getattr(self, name))}; it must be at most {most}")
+        for name, least in SMALLEST.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ConfigError(f"--{name} is {_shown(getattr(self, name))}; it must be at least {least}")
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ConfigError("give either --dataset_name or --train_data_dir, exactly one of them")
         if self.dataset_name == "synthetic-faces" and self.resolution < 8:
@@ -177,11 +198,9 @@ class TrainConfig:
                 f" ({self.train_batch_size} x {self.gradient_accumulation_steps} accumulated); lower"
                 " --train_batch_size"
             )
-        if self.time_embedding_type == "fourier":
-            raise ConfigError(
-                "--time_embedding_type fourier embeds noise levels above 0, but training has timesteps from 0; take"
-                " positional or learned"
-            )
+        if self.label_column is None and self.label_dropout != DEFAULTS["label_dropout"]:
+            raise ConfigError(f"--label_dropout is {self.label_dropout}, but labels come with --label_column alone")
+        self._check_objective()
         if not self.beta_start <= self.beta_end < 1:
             raise ConfigError(
                 f"--beta_start {self.beta_start} and --beta_end {self.beta_end} must rise and stay below 1"
@@ -198,7 +217,7 @@ class TrainConfig:
                 f"--lr_scheduler {self.lr_scheduler} ends at the last step: give --max_train_steps or --num_epochs, or"
                 " take constant_with_warmup"
             )
-        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
+        if self.objective == "ddpm" and self.ddpm_num_inference_steps > self.ddpm_num_steps:
             raise ConfigError(
                 f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps} is more than the {self.ddpm_num_steps}"
                 " timesteps of --ddpm_num_steps"
@@ -212,26 +231,94 @@ class TrainConfig:
                 " which deletes checkpoints; leave one of them out"
             )
 
-    def unet_kwargs(self) -> dict:
-        """The constructor arguments of `CustomUNet2DModel` for this run."""
+    def _check_objective(self) -> None:
+        """Whether the options go with the objective, and its noise levels reach from image to noise."""
+        for name, objectives in ONLY_FOR.items():
+            if self.objective not in objectives and getattr(self, name) != DEFAULTS[name]:
+                raise ConfigError(
+                    f"--{name} is {getattr(self, name)}, which means nothing to --objective {self.objective}, only to"
+                    f" {', '.join(objectives)}; leave it out"
+                )
+        if (self.time_embedding_type == "fourier") != (self.objective == "ve"):
+            raise ConfigError(
+                f"--time_embedding_type is {self.time_embedding_type} and --objective {self.objective}; ve needs"
+                " fourier, which embeds noise levels and goes with no other"
+            )
+        if self.time_embedding_type == "learned" and self.objective != "ddpm":
+            raise ConfigError(
+                f"--time_embedding_type learned knows whole timesteps alone, --objective {self.objective} has"
+                " continuous times; take positional"
+            )
+        if self.objective in ("vp", "subvp"):
+            signal = math.exp(-(self.sde_beta_min + self.sde_beta_max) / 4)
+            if not self.sde_beta_min <= self.sde_beta_max or signal > LARGEST_LAST_SIGNAL:
+                raise ConfigError(
+                    f"--sde_beta_min {self.sde_beta_min} and --sde_beta_max {self.sde_beta_max} leave {signal:.3g} of"
+                    f" the image at time 1; they must not fall, and leave at most {LARGEST_LAST_SIGNAL}"
+                )
+        if self.objective != "ddpm":
+            sde = self.noise_scheduler().sde
+            if self.objective == "edm" and not math.log(sde.sigma_min) < self.noise_mean < math.log(sde.sigma_max):
+                raise ConfigError(
+                    f"--noise_mean is {self.noise_mean}; it must lie between ln(sigma_min) ="
+                    f" {math.log(sde.sigma_min):.3g} and ln(sigma_max) = {math.log(sde.sigma_max):.3g}"
+                )
+
+    def noise_scheduler(self) -> DDPMScheduler | SDEScheduler:
+        """The noise process of this run.
+
+        Raises:
+            ConfigError: if these settings make none.
+        """
+        try:
+            if self.objective == "ddpm":
+                return make_noise_scheduler(
+                    num_train_timesteps=self.ddpm_num_steps,
+                    beta_schedule=self.ddpm_beta_schedule,
+                    beta_start=self.beta_start,
+                    beta_end=self.beta_end,
+                    prediction_type=self.prediction_type,
+                    rescale_betas_zero_snr=self.rescale_betas_zero_snr,
+                )
+            return SDEScheduler(
+                objective=self.objective,
+                prediction_type={"ve": "score", "edm": "edm"}.get(self.objective, self.prediction_type),
+                beta_min=self.sde_beta_min,
+                beta_max=self.sde_beta_max,
+                sigma_min=self.sigma_min,
+                sigma_max=self.sigma_max,
+                sigma_data=self.sigma_data,
+                noise_mean=self.noise_mean,
+                noise_std=self.noise_std,
+            )
+        except ValueError as error:
+            raise ConfigError(f"--objective {self.objective}: {error}") from error
+
+    def objective_settings(self) -> dict:
+        """The objective and the options that mean something to it; no sigma is None."""
+        names = [name for name, objectives in ONLY_FOR.items() if self.objective in objectives]
+        settings = {"objective": self.objective} | {name: getattr(self, name) for name in names}
+        if self.objective in ("ve", "edm"):
+            sde = self.noise_scheduler().sde
+            settings |= {"sigma_min": sde.sigma_min, "sigma_max": sde.sigma_max}
+        return settings
+
+    def unet_kwargs(self, num_classes: int | None = None) -> dict:
+        """The constructor arguments of `CustomUNet2DModel` for this run, with K classes and the null class."""
         kwargs = {name: getattr(self, name) for name in UNET_OPTIONS}
         kwargs |= {name: tuple(value) for name, value in kwargs.items() if isinstance(value, list)}
         kwargs["sample_size"] = self.resolution
         if self.time_embedding_type == "learned":
             kwargs["num_train_timesteps"] = self.ddpm_num_steps
+        if num_classes is not None:
+            kwargs["num_class_embeds"] = num_classes + 1
         return kwargs
-
-    def noise_schedule(self) -> dict:
-        """The arguments of `make_noise_scheduler` for this run."""
-        names = "beta_start beta_end prediction_type rescale_betas_zero_snr".split()
-        schedule = {"num_train_timesteps": self.ddpm_num_steps, "beta_schedule": self.ddpm_beta_schedule}
-        return schedule | {name: getattr(self, name) for name in names}
 
     def data_source(self) -> dict:
         """The arguments of `open_image_store` that all splits of this run have in common."""
         names = (
-            "dataset_name dataset_config_name dataset_revision train_data_dir image_column crop resolution streaming"
-            " skip_bad_images cache_dir"
+            "dataset_name dataset_config_name dataset_revision train_data_dir image_column label_column crop"
+            " resolution streaming skip_bad_images cache_dir"
         ).split()
         return {name: getattr(self, name) for name in names}
 
@@ -258,20 +345,47 @@ class TrainConfig:
 
 
 TYPES = typing.get_type_hints(TrainConfig)
+DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(TrainConfig)}
+# Options that mean something to some objectives alone; with another one they must have their defaults
+ONLY_FOR = {
+    "prediction_type": ("ddpm", "vp", "subvp"),
+    "ddpm_num_steps": ("ddpm",),
+    "ddpm_beta_schedule": ("ddpm",),
+    "beta_start": ("ddpm",),
+    "beta_end": ("ddpm",),
+    "rescale_betas_zero_snr": ("ddpm",),
+    "snr_gamma": ("ddpm",),
+    "sampler": ("ddpm",),
+    "likelihood_weighting": ("vp", "subvp", "ve"),
+    "sde_beta_min": ("vp", "subvp"),
+    "sde_beta_max": ("vp", "subvp"),
+    "sigma_min": ("ve", "edm"),
+    "sigma_max": ("ve", "edm"),
+    "sigma_data": ("edm",),
+    "noise_mean": ("edm",),
+    "noise_std": ("edm",),
+}
+LARGEST_LAST_SIGNAL = 0.05
 UNET_OPTIONS = [name for name in inspect.signature(CustomUNet2DModel.__init__).parameters if name in TYPES]
 POSITIVE = (
     "resolution ddpm_num_steps beta_start beta_end snr_gamma train_batch_size gradient_accumulation_steps"
     " learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_nonfinite_steps max_train_steps num_epochs"
     " max_train_minutes checkpointing_steps checkpoints_total_limit validation_steps validation_images"
     " save_images_steps eval_batch_size ddpm_num_inference_steps logging_steps max_images num_cpu_threads"
+    " sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_std"
 ).split()
 NON_NEGATIVE = "dataloader_num_workers lr_warmup_steps adam_weight_decay seed".split()
-BELOW_ONE = "dropout adam_beta1 adam_beta2 ema_max_decay".split()
+BELOW_ONE = "dropout label_dropout adam_beta1 adam_beta2 ema_max_decay".split()
 LARGEST = {
     "resolution": 8192,
     "layers_per_block": 100,
     "time_embedding_dim": 2**16,
     "ddpm_num_steps": 100_000,
+    "ddpm_num_inference_steps": 100_000,
+    "sde_beta_max": 100,
+    "sigma_max": 1e6,
+    "sigma_data": 1e3,
+    "noise_std": 100,
     "train_batch_size": 2**20,
     "eval_batch_size": 4096,
     "validation_images": 100_000,
@@ -281,6 +395,7 @@ LARGEST = {
     "learning_rate": 100,
     "seed": 2**63 - 1,
 }
+SMALLEST = {"sigma_min": 1e-5, "sigma_data": 1e-3}  # float32 images keep no smaller noise
 LARGEST_INTEGER = 2**31 - 1
 SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e9  # beyond these, squares and quotients leave the range of float32
 LARGEST_LEVEL_WIDTH = 2**16
@@ -307,7 +422,7 @@ def _check_value(name: str, value) -> None:
 
 
 def check_model(config: TrainConfig) -> None:
-    """Builds the network without its memory, and the noise schedule.
+    """Builds the network without its memory, and the noise process.
 
     Raises:
         ConfigError: if one of them cannot be built or would be of no use.
@@ -326,10 +441,7 @@ def check_model(config: TrainConfig) -> None:
             f"the network would have {num_parameters:,} parameters, more than {MOST_PARAMETERS:,}; lower"
             " --block_out_channels or --layers_per_block"
         )
-    try:
-        make_noise_scheduler(**config.noise_schedule())
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    config.noise_scheduler()
 
 
 def check_output_dir(output_dir: str) -> None:

@@ -1,10 +1,11 @@
 """Training images: where they come from, the store of decoded pixels, and the stream of batches.
 
-Whatever the source, the images are decoded, cropped and resized once and kept as uint8 in a cache folder; training
-reads them from there. This module alone owns the pixel range.
+Whatever the source, the images are decoded, cropped and resized once and kept as uint8 in a cache folder, with their
+class labels if a column of labels is named; training reads them from there. This module alone owns the pixel range.
 """
 
 import argparse
+import bisect
 import contextlib
 import hashlib
 import json
@@ -26,7 +27,9 @@ from training.sources import DataError, HuggingFaceImages, SyntheticFaces, find_
 
 STORE_VERSION = 2  # raised whenever decoding changes the pixels
 STALE_SECONDS = 2 * 24 * 3600  # longer than any download goes on before the first image is written
-PIXELS, META = "images.uint8", "meta.json"
+PIXELS, LABELS, META = "images.uint8", "labels.int64", "meta.json"
+HELD_OUT_SPLITS = ("validation", "test")  # whose first images may well be of one class
+MAX_CLASSES = 1000  # of a column of strings: one with more values than this holds names or captions
 
 
 class ImageStore(Dataset):
@@ -34,8 +37,10 @@ class ImageStore(Dataset):
 
     Attributes:
         images: uint8, shape (N, 3, R, R), mapped from the disk, read-only.
-        fingerprint: hex digest of the pixels; the same images have the same one on every machine.
-        description: JSON-able facts: source, revision, split, crop, resolution, num_images, num_skipped, ...
+        labels: the number of each image's class, int64, shape (N,), read-only; None without a column of labels.
+        fingerprint: hex digest of the pixels and labels; the same ones have the same digest on every machine.
+        description: JSON-able facts: source, revision, split, crop, resolution, num_images, num_skipped, ...; with
+            labels also label_column and label_names, the names of the classes in the order of their numbers.
     """
 
     def __init__(self, folder: Path):
@@ -43,6 +48,10 @@ class ImageStore(Dataset):
         self.fingerprint: str = self.description["fingerprint"]
         num_images, resolution = self.description["num_images"], self.description["resolution"]
         self.images = np.memmap(folder / PIXELS, np.uint8, "r", shape=(num_images, 3, resolution, resolution))
+        self.labels: np.ndarray | None = None
+        if "label_column" in self.description:
+            self.labels = np.fromfile(folder / LABELS, "<i8").astype(np.int64, copy=False)
+            self.labels.setflags(write=False)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -53,6 +62,21 @@ class ImageStore(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
         """uint8, shape (len(indices), 3, R, R)."""
         return torch.from_numpy(self.images[np.asarray(indices)])
+
+    def labels_among(self, names: Sequence[str]) -> np.ndarray:
+        """The labels as positions in `names`, the classes of another split, which may have more or other ones.
+
+        Raises:
+            DataError: if an image has a class that is not among them.
+        """
+        positions = {name: position for position, name in enumerate(names)}
+        mine = self.description["label_names"]
+        unknown = next((mine[label] for label in np.unique(self.labels) if mine[label] not in positions), None)
+        if unknown is not None:
+            split, column = self.description["split"], self.description["label_column"]
+            known = ", ".join(names)
+            raise DataError(f"split {split} has the class {unknown!r:.80} of {column!r}, not one of {known:.200}")
+        return np.array([positions.get(name, -1) for name in mine], np.int64)[self.labels]
 
 
 def open_image_store(
@@ -69,6 +93,7 @@ def open_image_store(
     streaming: bool = False,
     skip_bad_images: bool = False,
     max_images: int | None = None,
+    label_column: str | None = None,
 ) -> ImageStore:
     """Opens the store of a split; the first time it decodes the images, on all cores.
 
@@ -81,6 +106,8 @@ def open_image_store(
             store is, and training is the same as ever.
         skip_bad_images: leave out unreadable images and count them in the description.
         max_images: take the first ones only.
+        label_column: keep each image's class too: a ClassLabel, a column of bool (the classes no and yes) or one of
+            strings (the classes are its values, sorted); of `synthetic-faces` a categorical factor or `glasses`.
 
     Raises:
         DataError: one line, for whatever is wrong with the arguments, the source, an image or the disk.
@@ -102,6 +129,7 @@ def open_image_store(
         max_images,
         streaming,
         root,
+        label_column,
     )
     facts = source.identity | {"crop": crop, "resolution": resolution, "skip_bad_images": skip_bad_images}
     key = hashlib.sha256(json.dumps([STORE_VERSION, facts], sort_keys=True).encode()).hexdigest()[:16]
@@ -122,13 +150,20 @@ def _is_complete(folder: Path) -> bool:
     try:
         meta = json.loads((folder / META).read_text())
         num_bytes = meta["num_images"] * 3 * meta["resolution"] ** 2
-        if (folder / PIXELS).stat().st_size == num_bytes:
+        has_labels = "label_column" in meta
+        if (folder / PIXELS).stat().st_size == num_bytes and (
+            not has_labels or _digest((folder / LABELS).read_bytes()) == meta["labels_digest"]
+        ):
             return True
     except (OSError, ValueError, KeyError, TypeError):
         pass
     print(f"the image store {folder} is damaged: building it again", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     return False
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict) -> None:
@@ -142,11 +177,13 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
         raise DataError(f"cannot write to the cache {folder.parent}: {error.strerror}; set --cache_dir") from error
     try:
         num_images, skipped, digest = 0, [], hashlib.sha256()
+        classes = Classes(source)
         with (temporary / PIXELS).open("wb") as file, tqdm(unit=" images") as bar:
-            for decoded in source.decode(facts["crop"], facts["resolution"]):
+            for row, (decoded, label) in enumerate(source.decode(facts["crop"], facts["resolution"])):
                 bar.total = source.num_images
                 bar.update()
                 if isinstance(decoded, np.ndarray):
+                    classes.add(row, label)
                     file.write(decoded.tobytes())
                     digest.update(decoded.tobytes())
                     num_images += 1
@@ -159,7 +196,14 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
         if skipped:
             print(f"left out {len(skipped)} unreadable images, the first one: {skipped[0]}", flush=True)
         counts = {"num_images": num_images, "num_skipped": len(skipped)}
-        meta = facts | counts | {"fingerprint": digest.hexdigest()[:16]}
+        meta = facts | counts
+        if source.label_column is not None:
+            names, labels = classes.numbered()
+            encoded = labels.astype("<i8").tobytes()
+            (temporary / LABELS).write_bytes(encoded)
+            digest.update(json.dumps(names).encode() + encoded)
+            meta |= {"label_names": names, "labels_digest": _digest(encoded)}
+        meta |= {"fingerprint": digest.hexdigest()[:16]}
         (temporary / META).write_text(json.dumps(meta, indent=1))
         try:
             temporary.rename(folder)
@@ -170,6 +214,47 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
         raise DataError(f"could not write the image store {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Classes:
+    """The labels of a source's images, gathered while they are decoded.
+
+    Raises:
+        DataError: for an image without a label, too many classes, or one class for all images, where these are to be
+            learned from.
+    """
+
+    def __init__(self, source: SyntheticFaces | HuggingFaceImages):
+        self.source, self.column = source, f"the column {source.label_column!r} of {source.name}"
+        self.labels: list[int | str] = []
+        self.values: set[int | str] = set()
+
+    def add(self, row: int, label: int | bool | str | None) -> None:
+        """Takes the label of the next image, which stands in a row of the source."""
+        if self.source.label_column is None:
+            return
+        names = self.source.label_names  # None for strings: then they are the values
+        if label is None or (names is not None and label == -1):  # the number that `datasets` has for unknown ones
+            raise DataError(f"{self.column} has no label in row {row}; fill it in or leave out --label_column")
+        if names is not None and not 0 <= label < len(names):
+            raise DataError(f"{self.column} has the class {label} in row {row}, but there are {len(names)} classes")
+        self.labels.append(label)
+        self.values.add(label)
+        if names is None and len(self.values) > MAX_CLASSES:
+            raise DataError(f"{self.column} has more than {MAX_CLASSES:,} different values; name a column of classes")
+
+    def numbered(self) -> tuple[list[str], np.ndarray]:
+        """The names of the classes, and the number of each image's class."""
+        names, numbers = self.source.label_names, self.labels
+        if names is None:
+            names = sorted(self.values)
+            numbers = [bisect.bisect_left(names, label) for label in self.labels]
+        if len(self.values) == 1 and self.source.split not in HELD_OUT_SPLITS:
+            raise DataError(
+                f"{self.column} has the single class {names[numbers[0]]!r:.80} in split {self.source.split}"
+                f" ({len(numbers)} images); name another one or leave out --label_column"
+            )
+        return list(names), np.array(numbers, np.int64)
 
 
 def _remove_leftovers(root: Path) -> None:
@@ -249,15 +334,30 @@ class ShuffledBatches(Sampler[list[int]]):
         return np.random.default_rng((self.seed, epoch)).permutation(self.num_images).tolist()
 
 
+class _Batches(Dataset):
+    """Images and labels by their indices."""
+
+    def __init__(self, store: ImageStore):
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        labels = self.store.labels
+        return self.store.__getitems__(indices), None if labels is None else torch.from_numpy(labels[indices])
+
+
 def make_loader(store: ImageStore, batches: ShuffledBatches, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Yields uint8 tensors (B, 3, R, R)."""
+    """Yields images, uint8 (B, 3, R, R), and their labels, int64 (B,), or None for a store without labels."""
+    dataset = _Batches(store)
     return DataLoader(
-        store, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_it_is
+        dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_it_is
     )
 
 
-def _as_it_is(batch: Tensor) -> Tensor:
-    return batch  # `__getitems__` has made one tensor of it already
+def _as_it_is(batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    return batch  # `__getitems__` has made one tensor of the images already
 
 
 def main() -> None:
@@ -282,7 +382,7 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     for name, convert in (("uint8", lambda images: images), ("float32 in [-1, 1]", to_model_range)):
         started_at_seconds = time.perf_counter()
-        for images in make_loader(store, batches, num_workers, pin_memory=False):
+        for images, _ in make_loader(store, batches, num_workers, pin_memory=False):
             convert(images)
         seconds = time.perf_counter() - started_at_seconds
         print(f"{batch_size * num_batches / seconds:,.0f} images/s as {name}, {num_workers} workers")

@@ -1,4 +1,8 @@
-"""The mathematics of training: noise schedule, timesteps, targets, loss weights.
+"""The loss of training and the held-out loss, and the mathematics of DDPM: noise schedule, targets, loss weights.
+
+A scheduler says what the noise process is: one of diffusers', with timesteps, or an `SDEScheduler`, in continuous
+time. Both make of a batch a `Regression`; that of continuous time is in `score_matching.py`. Random are the noise and
+the positions u in [0, 1) of the times in their distribution; DDPM's timestep is floor(u T).
 
 Notation (Ho et al. 2020, arXiv 2006.11239; abar is `alphas_cumprod`):
 
@@ -12,6 +16,9 @@ The scheduler alone owns betas and abar; everything here reads them from it. Ima
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
+
+from training.score_matching import Regression, score_regression
+from training.sde import SDEScheduler
 
 
 def make_noise_scheduler(
@@ -55,26 +62,31 @@ def make_sampling_scheduler(noise_scheduler: DDPMScheduler, sampler: str) -> DDP
     return {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler].from_config(noise_scheduler.config)
 
 
-def sample_timesteps(how: str, batch_size: int, num_train_timesteps: int, device: torch.device) -> Tensor:
-    """Random timesteps for a batch, each marginally uniform on 0..T-1.
+def sample_positions(how: str, batch_size: int) -> Tensor:
+    """Random positions in [0, 1) for a batch, each marginally uniform.
+
+    They are drawn on the CPU, where there is float64 whatever the device.
 
     Args:
         how: `uniform`: independent. `stratified`: one from each of B equal strata with a common random shift
             (Kingma et al. 2021, arXiv 2107.00630, appendix I.1), which lowers the variance of the loss.
-            `antithetic`: pairs t and T - 1 - t (Song et al. 2021, arXiv 2010.02502, the authors' code).
+            `antithetic`: pairs u and 1 - u (DDPM's t and T - 1 - t; Song et al. 2021, arXiv 2010.02502, the authors'
+            code).
 
     Returns:
-        int64 timesteps, shape (B,).
+        float64, shape (B,).
     """
-    if how == "uniform":
-        return torch.randint(num_train_timesteps, (batch_size,), device=device)
     if how == "stratified":
-        strata = torch.arange(batch_size, device=device) / batch_size
-        position = (torch.rand((), device=device) + strata) % 1.0
-        # float32 rounding may bring the position to 1 or, multiplied, to T
-        return (position * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
-    half = torch.randint(num_train_timesteps, (batch_size // 2 + 1,), device=device)
-    return torch.cat([half, num_train_timesteps - 1 - half])[:batch_size]
+        return (_uniform(1) + torch.arange(batch_size) / batch_size) % 1.0
+    if how == "antithetic":
+        half = _uniform((batch_size + 1) // 2)
+        return torch.cat([half, 1 - half])[:batch_size]
+    return _uniform(batch_size)
+
+
+def _uniform(count: int) -> Tensor:
+    """Midpoints of the 2^24 steps of float32 random numbers: never 0, symmetric, and on no border of timesteps."""
+    return torch.rand(count).double() + 2**-25
 
 
 def signal_and_noise_scale(scheduler, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,17 +104,6 @@ def prediction_target(scheduler, clean_images: Tensor, noise: Tensor, timesteps:
         return clean_images
     signal, sigma = signal_and_noise_scale(scheduler, timesteps)
     return signal * noise - sigma * clean_images
-
-
-def predicted_noise(scheduler, model_output: Tensor, noisy_images: Tensor, timesteps: Tensor) -> Tensor:
-    """The epsilon that a model output stands for, whatever its parametrisation; shape of `noisy_images`."""
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type == "epsilon":
-        return model_output
-    signal, sigma = signal_and_noise_scale(scheduler, timesteps)
-    if prediction_type == "sample":
-        return (noisy_images - signal * model_output) / sigma
-    return signal * model_output + sigma * noisy_images
 
 
 def loss_weight(scheduler, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
@@ -128,61 +129,111 @@ def per_image_mse(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
 
 
-def diffusion_loss(unet, scheduler, clean_images: Tensor, timestep_sampling: str, snr_gamma: float | None) -> Tensor:
-    """The training objective on one batch, with noise and timesteps from the global random generator.
+def timestep_regression(
+    scheduler, clean_images: Tensor, noise: Tensor, positions: Tensor, snr_gamma: float | None
+) -> Regression:
+    """What the network of a DDPM model is to learn from a batch."""
+    timesteps = (positions * scheduler.config.num_train_timesteps).long().to(clean_images.device)
+    signal, sigma = (scale.flatten() for scale in signal_and_noise_scale(scheduler, timesteps))
+    noise_weight = {"epsilon": torch.ones_like(signal), "sample": (signal / sigma) ** 2, "v_prediction": signal**2}
+    return Regression(
+        inputs=scheduler.add_noise(clean_images, noise, timesteps),
+        times=timesteps,
+        target=prediction_target(scheduler, clean_images, noise, timesteps),
+        loss_weight=loss_weight(scheduler, timesteps, snr_gamma),
+        noise_weight=noise_weight[scheduler.config.prediction_type],
+    )
+
+
+def make_regression(
+    scheduler,
+    clean_images: Tensor,
+    noise: Tensor,
+    positions: Tensor,
+    snr_gamma: float | None = None,
+    likelihood_weighting: bool = False,
+) -> Regression:
+    """What the network is to learn from a batch, whatever the kind of the scheduler."""
+    if isinstance(scheduler, SDEScheduler):
+        return score_regression(scheduler, clean_images, noise, positions, likelihood_weighting)
+    return timestep_regression(scheduler, clean_images, noise, positions, snr_gamma)
+
+
+def drop_labels(class_labels: Tensor, null_class: int, probability: float) -> Tensor:
+    """Labels (B,) of which each is replaced by the null class with a probability, by the global random generator.
+
+    So one network learns the images of each class and of all of them (Ho & Salimans 2022, arXiv 2207.12598, alg. 1).
+    """
+    dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
+    return class_labels.masked_fill(dropped, null_class)
+
+
+def diffusion_loss(
+    unet,
+    scheduler,
+    clean_images: Tensor,
+    timestep_sampling: str,
+    snr_gamma: float | None = None,
+    likelihood_weighting: bool = False,
+    class_labels: Tensor | None = None,
+) -> Tensor:
+    """The training objective on one batch, with noise and times from the global random generator.
 
     Args:
-        unet: called as `unet(noisy_images, timesteps).sample`, under the caller's autocast if it sets one up there.
+        unet: called as `unet(inputs, times, class_labels).sample`, under the caller's autocast if it sets one up.
+        scheduler: one of diffusers' or an `SDEScheduler`.
         clean_images: float32 in [-1, 1], shape (B, 3, H, W).
+        snr_gamma: of the min-SNR weighting, for a DDPM model.
+        likelihood_weighting: for an SDE model other than edm.
+        class_labels: int64 (B,), for a class-conditional network.
 
     Returns:
         scalar float32 loss.
     """
     noise = torch.randn_like(clean_images)
-    timesteps = sample_timesteps(
-        timestep_sampling, len(clean_images), scheduler.config.num_train_timesteps, clean_images.device
-    )
-    noisy_images = scheduler.add_noise(clean_images, noise, timesteps)
-    model_output = unet(noisy_images, timesteps).sample
-    target = prediction_target(scheduler, clean_images, noise, timesteps)
-    weight = loss_weight(scheduler, timesteps, snr_gamma)
-    return (weight * per_image_mse(model_output, target)).mean()
+    positions = sample_positions(timestep_sampling, len(clean_images))
+    task = make_regression(scheduler, clean_images, noise, positions, snr_gamma, likelihood_weighting)
+    model_output = unet(task.inputs, task.times, class_labels).sample
+    return (task.loss_weight * per_image_mse(model_output, task.target)).mean()
 
 
 @torch.no_grad()
-def heldout_loss(unet, scheduler, clean_images: Tensor, batch_size: int, seed: int = 0) -> dict[str, float]:
-    """Mean squared error of the predicted noise on fixed (image, timestep, noise) triples.
+def heldout_loss(
+    unet, scheduler, clean_images: Tensor, batch_size: int, seed: int = 0, class_labels: Tensor | None = None
+) -> dict[str, float]:
+    """Mean squared error of the predicted noise on fixed (image, time, noise) triples.
 
-    This is the simple loss of DDPM eq. 14 for every parametrisation, so that runs with other prediction types compare.
-    Timesteps are the midpoints of as many equal strata as there are images, in a fixed random order.
+    This is the simple loss of DDPM eq. 14 for every parametrisation, of an SDE model too, so that runs with other
+    prediction types compare; those with another distribution of times do not. Times are those of the midpoints of as
+    many equal strata as there are images, in a fixed random order.
 
     Args:
         clean_images: float32 in [-1, 1], shape (N, 3, H, W).
         seed: of the order and the noise.
+        class_labels: int64 (N,), for a class-conditional network.
 
     Raises:
-        ValueError: for fewer than 4 images, which leave a quarter of the timesteps empty.
+        ValueError: for fewer than 4 images, which leave a quarter of the times empty.
 
     Returns:
-        `heldout_loss` over all triples and `heldout_loss_q1` (smallest timesteps) to `heldout_loss_q4`.
+        `heldout_loss` over all triples and `heldout_loss_q1` (smallest times) to `heldout_loss_q4`.
     """
-    num_images, num_train_timesteps = len(clean_images), scheduler.config.num_train_timesteps
+    num_images = len(clean_images)
     if num_images < 4:
         raise ValueError(
-            f"the held-out loss needs at least 4 images, one for each quarter of the timesteps, not {num_images}"
+            f"the held-out loss needs at least 4 images, one for each quarter of the times, not {num_images}"
         )
     generator = torch.Generator().manual_seed(seed)
-    strata = torch.randperm(num_images, generator=generator)
-    timesteps = ((strata + 0.5) * num_train_timesteps / num_images).long()
+    positions = (torch.randperm(num_images, generator=generator) + 0.5).double() / num_images
     noise = torch.randn(clean_images.shape, generator=generator)
     device = next(unet.parameters()).device
     losses = []
     for batch in torch.arange(num_images).split(batch_size):
-        t, epsilon = timesteps[batch].to(device), noise[batch].to(device)
-        noisy_images = scheduler.add_noise(clean_images[batch].to(device), epsilon, t)
-        model_output = unet(noisy_images, t).sample.float()
-        losses.append(per_image_mse(predicted_noise(scheduler, model_output, noisy_images, t), epsilon).cpu())
+        task = make_regression(scheduler, clean_images[batch].to(device), noise[batch].to(device), positions[batch])
+        labels = None if class_labels is None else class_labels[batch].to(device)
+        model_output = unet(task.inputs, task.times, labels).sample
+        losses.append((task.noise_weight * per_image_mse(model_output, task.target)).cpu())
     losses = torch.cat(losses).double()
-    quarter = timesteps * 4 // num_train_timesteps
+    quarter = (4 * positions).long()
     result = {"heldout_loss": losses.mean().item()}
     return result | {f"heldout_loss_q{q + 1}": losses[quarter == q].mean().item() for q in range(4)}

@@ -44,6 +44,7 @@ def run_facts(
         "step": step,
         **numbers,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "objective": config.objective_settings(),
         "data": {key: value for key, value in data.items() if value is not None},
         "heldout": losses,
         "device": device_name(device),

@@ -1,15 +1,18 @@
 """Where images come from: the Hub, a local folder, or the embedded synthetic faces.
 
 A source has `name`, `split`, `num_images` (None if only reading tells), `identity` (JSON-able: which images they are)
-and `decode(crop, resolution)`, which yields each image as uint8 (3, R, R) or, where it cannot, says why in a string.
+and `decode(crop, resolution)`. For each row that yields the image as uint8 (3, R, R) or, where it cannot, says why in
+a string; and with it the label: None without a `label_column`, else the number (or bool) of a class in `label_names`,
+or a string where these are None. The names may be known only once `decode` has begun.
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -29,11 +32,23 @@ from torch.utils.data import DataLoader
 
 from training.images import BadImage, decode_image
 from training.processes import available_cores
-from training.synthetic_faces import SYNTHETIC_FACES, VERSION, render_faces, split_indices
+from training.synthetic_faces import (
+    FACTORS,
+    LABEL_NAMES,
+    LEAST_RESOLUTION,
+    NO_YES,
+    SYNTHETIC_FACES,
+    VERSION,
+    draw_faces,
+    face_factors,
+    split_indices,
+)
 
 SPLIT_OF_WORD = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}  # val -> validation
 SPLIT_WORD = re.compile(rf"(^|[-._ 0-9/])({'|'.join(SPLIT_OF_WORD)})([-._ 0-9/])")
 SPLIT_RULE = "splits are the folders at the top that are called train, validation or test"
+Decoded = np.ndarray | str
+Label = int | bool | str | None
 CHUNK = 64  # images that a decoding process hands over at a time
 
 
@@ -46,19 +61,28 @@ class SyntheticFaces:
 
     name = SYNTHETIC_FACES
 
-    def __init__(self, split: str, max_images: int | None):
-        self.split = split
+    def __init__(self, split: str, max_images: int | None, label_column: str | None = None):
+        self.split, self.label_column = split, label_column
+        if label_column in FACTORS and label_column not in LABEL_NAMES:
+            raise DataError(f"{label_column} of {self.name} is a number; take one of {', '.join(LABEL_NAMES)}")
+        if label_column is not None and label_column not in LABEL_NAMES:
+            raise _no_column(self.name, label_column, LABEL_NAMES)
+        self.label_names = LABEL_NAMES.get(label_column)
         try:
             self.indices = split_indices(split, max_images)
         except ValueError as error:
             raise DataError(str(error)) from error
         self.identity = {"source": self.name, "revision": VERSION, "split": split, "max_images": max_images}
+        if label_column is not None:
+            self.identity["label_column"] = label_column
         self.num_images = len(self.indices)
 
-    def decode(self, crop: str, resolution: int) -> Iterator[np.ndarray]:
+    def decode(self, crop: str, resolution: int) -> Iterator[tuple[np.ndarray, Label]]:
         if crop not in ("none", "center"):
             raise DataError(f"crop {crop} is for CelebA's photographs; take none for {self.name}")
-        yield from _in_worker_processes(_FaceChunks(self.indices, resolution))
+        if resolution < LEAST_RESOLUTION:
+            raise DataError(f"{self.name} are drawn at a resolution of {LEAST_RESOLUTION} or more, not {resolution}")
+        yield from _in_worker_processes(_FaceChunks(self.indices, resolution, self.label_column))
 
 
 class HuggingFaceImages:
@@ -73,9 +97,11 @@ class HuggingFaceImages:
         image_column: str,
         max_images: int | None,
         streaming: bool,
+        label_column: str | None = None,
     ):
         self.name, self.revision, self.config_name, self.split = name, revision, config_name, split
         self.image_column, self.max_images, self.streaming = image_column, max_images, streaming
+        self.label_column, self.label_names = label_column, None
         self.num_images = None
         self.identity = {
             "source": Path(name).name if os.path.isdir(name) else name,
@@ -85,8 +111,10 @@ class HuggingFaceImages:
             "image_column": image_column,
             "max_images": max_images,
         }
+        if label_column is not None:
+            self.identity["label_column"] = label_column
 
-    def decode(self, crop: str, resolution: int) -> Iterator[np.ndarray | str]:
+    def decode(self, crop: str, resolution: int) -> Iterator[tuple[Decoded, Label]]:
         rows = self._open()
         if self.streaming:
             num_decoded = 0
@@ -98,14 +126,15 @@ class HuggingFaceImages:
                         cell = cell | {"bytes": _read(path)}  # here, as a failure is no fault of the image
                     decoded = _decode_row(num_decoded, cell, crop, resolution, self._may_read)
                     num_decoded += 1
-                    yield decoded
+                    yield decoded, row[self.label_column] if self.label_column else None
             except (OSError, HTTPError, ValueError) as error:
                 raise DataError(
                     f"the stream of {self.name} broke off after {num_decoded} rows: {_reason(error)}"
                 ) from error
         else:
             self.num_images = len(rows)
-            yield from _in_worker_processes(_RowChunks(rows, self.image_column, crop, resolution, self._may_read))
+            columns = self.image_column, self.label_column
+            yield from _in_worker_processes(_RowChunks(rows, *columns, crop, resolution, self._may_read))
 
     def _may_read(self, path: str) -> bool:
         """Whether an image's path is in the data set itself, or in the caches into which it is fetched and unpacked.
@@ -142,6 +171,10 @@ class HuggingFaceImages:
         features = rows.features or dict.fromkeys(next(iter(rows), {}))
         if self.image_column not in features:
             raise DataError(f"{self.name} has no column {self.image_column!r}; it has {', '.join(features)}")
+        if self.label_column is not None:
+            if self.label_column not in features:
+                raise _no_column(self.name, self.label_column, features)
+            self.label_names = self._class_names(features[self.label_column])
         feature = features[self.image_column]
         if not (feature is None or isinstance(feature, datasets.Image) or "bytes" in _keys(feature)):
             raise DataError(f"the column {self.image_column!r} of {self.name} holds {feature}, not images")
@@ -152,6 +185,19 @@ class HuggingFaceImages:
         if self.max_images is not None:
             rows = rows.take(self.max_images)
         return rows
+
+    def _class_names(self, feature) -> list[str] | None:
+        """The names of a column's classes; None for strings, whose values are the names."""
+        if isinstance(feature, datasets.ClassLabel):
+            return feature.names
+        if isinstance(feature, datasets.Value) and feature.dtype == "bool":
+            return NO_YES
+        if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+            return None
+        held = f"{feature}"[:100] if feature is not None else "what a stream does not tell (leave out --streaming)"
+        raise DataError(
+            f"the column {self.label_column!r} of {self.name} holds {held}; labels are a ClassLabel, bool or strings"
+        )
 
     def _load(self) -> datasets.Dataset | datasets.IterableDataset:
         folder = Path(self.name)
@@ -201,6 +247,7 @@ def find_source(
     max_images: int | None,
     streaming: bool,
     cache_dir: Path,
+    label_column: str | None = None,
 ) -> SyntheticFaces | HuggingFaceImages:
     """The source that the arguments name, without reading its images.
 
@@ -211,21 +258,21 @@ def find_source(
         raise DataError("give either dataset_name or train_data_dir, exactly one of them")
     split = "validation" if split == "valid" else split
     if dataset_name == SYNTHETIC_FACES:
-        return SyntheticFaces(split, max_images)
+        return SyntheticFaces(split, max_images, label_column)
     if dataset_name is not None:
         if os.path.isdir(dataset_name):  # `datasets` would prefer it to the Hub's
             raise DataError(f"{dataset_name} is a local folder; give it as --train_data_dir")
         commit = _resolve_commit(dataset_name, dataset_revision, cache_dir / "commits.json")
-        return HuggingFaceImages(dataset_name, commit, dataset_config_name, split, image_column, max_images, streaming)
+        names = dataset_name, commit, dataset_config_name, split, image_column
+        return HuggingFaceImages(*names, max_images, streaming, label_column)
     folder = Path(os.path.abspath(train_data_dir))  # `datasets` has names of its own, such as `parquet`
     if not folder.is_dir():
         nearest = next(parent for parent in folder.parents if parent.is_dir())
         raise DataError(f"there is no folder {folder}; there is {_listing(nearest)}")
     if not any(path.is_file() for path in folder.rglob("*")):
         raise DataError(f"the folder {folder} has no files")
-    return HuggingFaceImages(
-        str(folder), _file_fingerprint(folder), dataset_config_name, split, image_column, max_images, streaming=False
-    )
+    names = str(folder), _file_fingerprint(folder), dataset_config_name, split, image_column
+    return HuggingFaceImages(*names, max_images, streaming=False, label_column=label_column)
 
 
 def _resolve_commit(name: str, revision: str | None, record: Path) -> str | None:
@@ -300,6 +347,13 @@ def _gated(name: str) -> DataError:
     return DataError(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`")
 
 
+def _no_column(source: str, name: str, columns: Iterable[str]) -> DataError:
+    """For a column of labels that is not there; names the nearest one first."""
+    near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return DataError(f"{source} has no column {name!r:.80} of labels; {hint}it has {', '.join(columns)}")
+
+
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -324,19 +378,21 @@ def _keys(feature) -> tuple:
     return tuple(feature) if isinstance(feature, dict) else ()
 
 
-# Decoding in worker processes: item i of these is a list of decoded images
+# Decoding in worker processes: item i of these is a list of decoded images with their labels
 
 
 class _FaceChunks:
-    def __init__(self, indices: range, resolution: int):
-        self.indices, self.resolution = indices, resolution
+    def __init__(self, indices: range, resolution: int, label_column: str | None):
+        self.indices, self.resolution, self.label_column = indices, resolution, label_column
 
     def __len__(self) -> int:
         return -(-len(self.indices) // CHUNK)
 
-    def __getitem__(self, chunk: int) -> list[np.ndarray]:
-        faces = render_faces(self.indices[chunk * CHUNK : (chunk + 1) * CHUNK], self.resolution)
-        return list(faces.transpose(0, 3, 1, 2))  # (n, R, R, 3) -> (n, 3, R, R)
+    def __getitem__(self, chunk: int) -> list[tuple[np.ndarray, Label]]:
+        factors = face_factors(self.indices[chunk * CHUNK : (chunk + 1) * CHUNK])
+        faces = draw_faces(factors, self.resolution).transpose(0, 3, 1, 2)  # (n, R, R, 3) -> (n, 3, R, R)
+        labels = factors[self.label_column].tolist() if self.label_column else [None] * len(faces)
+        return list(zip(faces, labels, strict=True))
 
 
 class _RowChunks:
@@ -344,27 +400,31 @@ class _RowChunks:
         self,
         rows: datasets.Dataset,
         image_column: str,
+        label_column: str | None,
         crop: str,
         resolution: int,
         may_read: Callable[[str], bool],
     ):
         self.rows, self.image_column, self.crop, self.resolution = rows, image_column, crop, resolution
-        self.may_read = may_read
+        self.label_column, self.may_read = label_column, may_read
 
     def __len__(self) -> int:
         return -(-len(self.rows) // CHUNK)
 
-    def __getitem__(self, chunk: int) -> list[np.ndarray | str]:
+    def __getitem__(self, chunk: int) -> list[tuple[Decoded, Label]]:
         first = chunk * CHUNK
-        cells = self.rows[first : first + CHUNK][self.image_column]
-        return [
+        columns = self.rows[first : first + CHUNK]
+        cells = columns[self.image_column]
+        decoded = [
             _decode_row(first + i, cell, self.crop, self.resolution, self.may_read) for i, cell in enumerate(cells)
         ]
+        labels = columns[self.label_column] if self.label_column else [None] * len(cells)
+        return list(zip(decoded, labels, strict=True))
 
 
 def _decode_row(
     number: int, cell: dict | None, crop: str, resolution: int, may_read: Callable[[str], bool]
-) -> np.ndarray | str:
+) -> Decoded:
     if cell is None or (cell["bytes"] is None and cell.get("path") is None):
         return f"row {number}: no image"
     path = cell.get("path")
@@ -385,8 +445,8 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _in_worker_processes(chunks) -> Iterator[np.ndarray | str]:
-    """The images of all chunks, in order, made on all cores."""
+def _in_worker_processes(chunks) -> Iterator[tuple[Decoded, Label]]:
+    """The images of all chunks with their labels, in order, made on all cores."""
     num_workers = min(available_cores(), len(chunks) - 1)  # not worth a process for a single chunk
     for chunk in DataLoader(chunks, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is):
         yield from chunk

@@ -18,7 +18,8 @@ def preflight_summary(
     Args:
         loss_of: the loss of the training on images of shape (B, 3, H, W); called with one image to see what its
             backward pass keeps.
-        facts: `source`, `num_images`, `num_heldout_images`, `num_processes`, `total_steps`, `step`, `device`.
+        facts: `source`, `num_images`, `num_heldout_images`, `num_classes` (None without labels), `num_processes`,
+            `total_steps`, `step`, `device`.
     """
     parameters = list(network.parameters())
     image = torch.zeros(1, 3, config.resolution, config.resolution, device=parameters[0].device)
@@ -33,9 +34,10 @@ def preflight_summary(
         length += f", at most {config.max_train_minutes:g} minutes in this start"
     rows = {
         "network": f"{sum(p.numel() for p in parameters):,} parameters at {config.resolution}x{config.resolution}",
-        "objective": f"{config.prediction_type}, {config.ddpm_beta_schedule}, {config.ddpm_num_steps} timesteps",
+        "objective": objective_text(config),
         "data": f"{facts['source']}, {config.split}: {facts['num_images']:,} images an epoch",
         "held-out data": f"{facts['num_heldout_images']:,} images",
+        "classes": "none" if facts["num_classes"] is None else f"{facts['num_classes']} of {config.label_column}",
         "images per update": f"{images_per_update} = {config.train_batch_size} x"
         f" {config.gradient_accumulation_steps} accumulated x {facts['num_processes']} processes",
         "length": length,
@@ -47,6 +49,25 @@ def preflight_summary(
     }
     width = max(map(len, rows))
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+def objective_text(config: TrainConfig) -> str:
+    """What the network learns, in a line."""
+    settings = config.objective_settings()
+    kind = config.objective
+    if kind == "ddpm":
+        return f"{config.prediction_type}, {config.ddpm_beta_schedule}, {config.ddpm_num_steps} timesteps"
+    if kind in ("vp", "subvp"):
+        text = f"{kind} SDE, {config.prediction_type}, beta from {config.sde_beta_min:g} to {config.sde_beta_max:g}"
+    else:
+        name = "ve SDE" if kind == "ve" else "edm"
+        text = f"{name}, sigma from {settings['sigma_min']:g} to {settings['sigma_max']:g}"
+    if kind == "edm":
+        text += (
+            f", in training ln(sigma) ~ N({config.noise_mean:g}, {config.noise_std:g}^2), sigma_data"
+            f" {config.sigma_data:g}"
+        )
+    return text + (", likelihood weighting" if config.likelihood_weighting else "")
 
 
 def activation_bytes(compute_loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:

@@ -72,6 +72,8 @@ CATEGORICAL = {
 }
 BINARY = {"glasses": 0.25}  # probability
 FACTORS = (*CONTINUOUS, *CATEGORICAL, *BINARY)
+NO_YES = ["no", "yes"]  # the classes of a factor that is false or true
+LABEL_NAMES = {name: list(odds) for name, odds in CATEGORICAL.items()} | dict.fromkeys(BINARY, NO_YES)
 
 # Colours in sRGB, 0 to 255.
 SKIN = ((255, 222, 199), (245, 200, 166), (226, 172, 132), (196, 138, 98), (158, 106, 74), (122, 82, 60))
@@ -106,6 +108,7 @@ HAIR_STYLE = {
 }
 FACIAL_HAIR = {"none": (0.0, 0.0), "stubble": (0.3, 0.3), "moustache": (0.0, 0.95), "beard": (0.95, 0.95)}  # opacities
 
+LEAST_RESOLUTION = 8
 PIXELS_PER_CHUNK = 2**16  # a float32 plane of 256 KiB stays in the cache
 
 
@@ -148,8 +151,10 @@ def render_faces(indices: Sequence[int], resolution: int, seed: int = 0) -> np.n
 
 def draw_faces(factors: dict[str, np.ndarray], resolution: int) -> np.ndarray:
     """The pictures of n faces given their factors (all of FACTORS): (n, resolution, resolution, 3) uint8, RGB."""
-    if resolution < 8:
-        raise ValueError(f"{SYNTHETIC_FACES} are drawn at a resolution of 8 or more, not {resolution}")
+    if resolution < LEAST_RESOLUTION:
+        raise ValueError(
+            f"{SYNTHETIC_FACES} are drawn at a resolution of {LEAST_RESOLUTION} or more, not {resolution}"
+        )
     num_images = len(factors[FACTORS[0]])
     images = np.empty((num_images, resolution, resolution, 3), np.uint8)
     chunk = max(1, PIXELS_PER_CHUNK // resolution**2)

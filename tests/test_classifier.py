@@ -1,0 +1,302 @@
+"""The classifier of noisy images: its interface, what it learns, and the faults of its command."""
+
+import json
+import os
+import resource
+import signal
+import stat
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training import classifier as module
+from training.classifier import NoisyImageClassifier, main, measure
+from training.data import open_image_store
+
+SIDE = 8
+NAMES = ["dark", "light"]
+SIGMAS = torch.tensor([0.0, 0.02, 1.0, 30.0, 500.0])
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
+
+
+def write_pictures(folder, kinds) -> None:
+    """Grey pictures, dark or light, with a little noise, and a table of which is which."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(len(kinds))
+    lines = ["file_name,kind"]
+    for i, kind in enumerate(kinds):
+        pixels = generator.normal({"dark": 80, "light": 180}.get(kind, 130), 10, (SIDE, SIDE, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03}.png")
+        lines.append(f"{i:03}.png,{kind}")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three quarters are dark."""
+    folder = tmp_path_factory.mktemp("toy") / "pictures"
+    write_pictures(folder / "train", ["dark", "light", "dark", "dark"] * 30)
+    write_pictures(folder / "validation", ["light", "dark", "dark", "dark"] * 10)
+    return folder
+
+
+def command(pictures, out, *more) -> list[str]:
+    options = {
+        "train_data_dir": pictures,
+        "label_column": "kind",
+        "resolution": SIDE,
+        "cache_dir": pictures.parent / "cache",
+        "max_train_steps": 3,
+        "train_batch_size": 16,
+        "out": out,
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))] + list(more)
+
+
+@pytest.fixture(scope="module")
+def trained(pictures):
+    """The folder of a classifier that was trained for some seconds."""
+    folder = pictures.parent / "trained"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", pictures.parent / "hf")
+        torch.set_num_threads(1)
+        assert main(command(pictures, folder, "--max_train_steps", "200")) == 0
+    return folder
+
+
+def untrained(**options) -> NoisyImageClassifier:
+    torch.manual_seed(0)
+    return NoisyImageClassifier(["a", "b", "c"], "kind", SIDE, **options).eval()
+
+
+# The network
+
+
+def test_the_gradient_in_the_images_is_finite_at_every_noise_level():
+    for signal_scale in (1.0, 1e-3, 0.0):
+        images = torch.randn(5, 3, SIDE, SIDE, requires_grad=True)
+        noise_scale = SIGMAS.clamp(min=0.0 if signal_scale else 1.0)
+        log_probs = untrained()(images, signal_scale, noise_scale).log_softmax(1)
+        assert log_probs.shape == (5, 3)
+        (gradient,) = torch.autograd.grad(log_probs[:, 1].sum(), images)
+        assert gradient.isfinite().all()
+        assert (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 0.3, 4.0])
+def test_only_the_ratio_of_image_and_noise_to_the_signal_matters(alpha):
+    network, images = untrained(), 3 * torch.randn(5, 3, SIDE, SIDE)
+    expected = network(images, 1.0, SIGMAS)
+    scaled = network(alpha * images, torch.full((5,), alpha, dtype=torch.float64), alpha * SIGMAS)
+    torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_noise_level_matters():
+    network, images = untrained(), torch.randn(1, 3, SIDE, SIDE).expand(5, -1, -1, -1)
+    logits = network(images * (SIGMAS.square() + 0.25).sqrt().view(5, 1, 1, 1), 1.0, SIGMAS)  # one and the same input
+    torch.testing.assert_close(logits[0], network(images[:1] * 0.5, 1.0, 0.0)[0])
+    assert len({tuple(row.tolist()) for row in logits.detach().round(decimals=4)}) == 5
+
+
+def test_beyond_the_noise_of_training_the_nearest_noise_level_counts():
+    network, images = untrained(), torch.randn(2, 3, SIDE, SIDE)
+    sigma = torch.tensor([100.0, 1e6])
+    logits = network(images[:1] * (sigma.square() + 0.25).sqrt().view(2, 1, 1, 1), 1.0, sigma)
+    torch.testing.assert_close(logits[1], logits[0])
+    torch.testing.assert_close(network(images[:1], 0.0, 1.0)[0], logits[0], rtol=1e-4, atol=1e-4)  # alpha = 0
+
+
+def test_one_noise_level_for_all_is_the_same_one_for_each():
+    network, images = untrained(), torch.randn(4, 3, SIDE, SIDE)
+    one = network(images, 0.5, 0.7)
+    assert torch.equal(network(images, torch.tensor(0.5), torch.full((4,), 0.7)), one)
+
+
+def test_images_in_float64_keep_their_type_in_the_gradient():
+    images = torch.randn(2, 3, SIDE, SIDE, dtype=torch.float64, requires_grad=True)
+    untrained()(images, 1.0, 0.5).log_softmax(1)[:, 0].sum().backward()
+    assert images.grad.dtype == torch.float64
+
+
+def test_images_of_another_shape_are_refused():
+    for shape in ((2, 3, SIDE, 2 * SIDE), (2, 1, SIDE, SIDE), (3, SIDE, SIDE)):
+        with pytest.raises(ValueError, match=r"noisy_images have shape .*; this classifier takes \(B, 3, 8, 8\)$"):
+            untrained()(torch.zeros(shape), 1.0, 1.0)
+
+
+@pytest.mark.parametrize("names", [["a"], [], ["a", "b", "a"]])
+def test_classes_that_cannot_be_told_apart_are_refused(names):
+    with pytest.raises(ValueError, match="they must be two or more, and differ"):
+        NoisyImageClassifier(names, "kind", SIDE)
+
+
+def test_a_saved_classifier_is_loaded_as_it_was(tmp_path):
+    network, images = untrained(block_out_channels=(16, 16)), torch.randn(5, 3, SIDE, SIDE)
+    network.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    loaded = NoisyImageClassifier.from_pretrained(tmp_path)
+    assert torch.equal(loaded(images, 1.0, SIGMAS), network(images, 1.0, SIGMAS))
+    assert (loaded.config.label_names, loaded.config.label_column) == (["a", "b", "c"], "kind")
+    assert loaded.config.sample_size == SIDE
+
+
+# What it learns
+
+
+def test_with_little_noise_the_classes_are_told_apart(trained):
+    measured = json.loads((trained / "classifier.json").read_text())["validation"]
+    accuracies = {row["sigma"]: row["accuracy"] for row in measured["by_noise"]}
+    assert measured["largest_class_share"] == 0.75
+    assert (measured["largest_class"], measured["num_images"]) == ("dark", 40)
+    assert min(accuracies[0.0], accuracies[0.1], accuracies[1.0]) >= 0.95
+
+
+def test_in_pure_noise_the_probabilities_are_the_shares_of_the_classes(trained):
+    network = NoisyImageClassifier.from_pretrained(trained)
+    torch.manual_seed(0)
+    for signal_scale, noise_scale in ((1.0, 100.0), (0.0, 1.0)):
+        images = noise_scale * torch.randn(64, 3, SIDE, SIDE)
+        probabilities = network(images, signal_scale, noise_scale).softmax(1).mean(0)
+        torch.testing.assert_close(probabilities, torch.tensor([0.75, 0.25]), rtol=0, atol=0.1)
+
+
+def test_the_gradient_leads_to_the_class(trained):
+    network = NoisyImageClassifier.from_pretrained(trained)
+    images = torch.zeros(8, 3, SIDE, SIDE, requires_grad=True)
+    log_probs = network(images + torch.randn_like(images), 1.0, 1.0).log_softmax(1)
+    for label, sign in ((0, -1), (1, 1)):  # dark, light
+        (gradient,) = torch.autograd.grad(log_probs[:, label].sum(), images, retain_graph=True)
+        assert (sign * gradient.mean((1, 2, 3)) > 0).all()
+
+
+def test_classes_are_known_by_their_names_not_their_numbers(trained, tmp_path):
+    write_pictures(tmp_path / "data" / "validation", ["light"] * 8)  # whose number there is 0
+    store = open_image_store(
+        train_data_dir=str(tmp_path / "data"),
+        split="validation",
+        label_column="kind",
+        resolution=SIDE,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    measured = measure(NoisyImageClassifier.from_pretrained(trained), store)
+    assert measured["by_noise"][0]["accuracy"] == 1
+    assert (measured["largest_class"], measured["entropy"]) == ("light", 0)
+
+
+# The command
+
+
+def test_the_folder_tells_how_the_classifier_was_trained(trained, pictures):
+    assert {path.name for path in trained.iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "classifier.json",
+    }
+    training = json.loads((trained / "classifier.json").read_text())["training"]
+    facts = {"label_column": "kind", "label_names": NAMES, "max_train_steps": 200, "train_batch_size": 16, "seed": 0}
+    assert training.items() >= facts.items()
+    assert training["data"]["num_images"] == 120
+    assert str(pictures.parent) not in (trained / "classifier.json").read_text()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(trained.stat().st_mode) == 0o777 & ~umask
+
+
+def test_the_seed_decides_the_weights(pictures, tmp_path):
+    weights = []
+    for name, seed in (("first", "5"), ("again", "5"), ("other", "6")):
+        torch.rand(3)  # nothing depends on what was drawn before
+        assert main(command(pictures, tmp_path / name, "--seed", seed)) == 0
+        weights.append((tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def error_of(capsys, arguments, code) -> str:
+    capsys.readouterr()
+    assert main(arguments) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--max_train_steps 0", "--max_train_steps is 0; it must be at least 1"),
+        ("--train_batch_size -1", "--train_batch_size is -1; it must be at least 1"),
+        ("--train_batch_size 121", "120 images are fewer than a batch of 121"),
+        ("--learning_rate nan", "--learning_rate is nan; it must be positive"),
+        ("--learning_rate 0", "--learning_rate is 0.0; it must be positive"),
+        ("--seed -1", "--seed is -1; it must be at least 0 and below 2**32"),
+        ("--seed 4294967296", "--seed is 4294967296; it must be"),
+        ("--resolution 0", "the resolution is 0; it must be at least 1"),
+        ("--resolution many", "argument --resolution: invalid int value: 'many'"),
+        ("--label_column king", "has no column 'king' of labels; did you mean kind? it has image, kind"),
+        ("--split nowhere", "has no split 'nowhere'; it has train, validation"),
+        ("--validation_split test", "has no split 'test'; it has train, validation"),
+        ("--labels kind", "unrecognized arguments: --labels kind"),
+        ("--dataset_name synthetic-faces", "give either dataset_name or train_data_dir"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(pictures, tmp_path, capsys, more, message):
+    assert message in error_of(capsys, command(pictures, tmp_path / "out", *more.split()), 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_out_that_is_there_is_left_as_it_is(pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("precious")
+    assert error_of(capsys, command(pictures, out), 2) == f"error: --out {out} is there already; take another one"
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    message = error_of(capsys, command(pictures, out / "mine" / "deep" / "out"), 2)
+    assert message.endswith("deep/out cannot be there, as mine is a file; take another one")
+
+
+def test_a_class_of_which_the_training_has_none_is_told_before_it(tmp_path, capsys):
+    write_pictures(tmp_path / "data" / "train", NAMES * 10)
+    write_pictures(tmp_path / "data" / "validation", ["light", "striped"])
+    message = error_of(capsys, command(tmp_path / "data", tmp_path / "out"), 2)
+    assert message == "error: split validation has the class 'striped' of 'kind', not one of dark, light"
+
+
+def test_a_loss_that_is_no_number_is_told(pictures, tmp_path, capsys):
+    options = ("--learning_rate", "1e30", "--max_train_steps", "20")
+    message = error_of(capsys, command(pictures, tmp_path / "out", *options), 1)
+    assert message.startswith("error: the loss is nan at step ")
+    assert message.endswith("; lower --learning_rate")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_training_and_nothing_is_written(pictures, tmp_path, capsys, monkeypatch, number):
+    class Signalling(module.tqdm):
+        def update(self, *_):
+            assert len(list(tmp_path.iterdir())) == 1  # the folder in the making
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(module, "tqdm", Signalling)
+    before = signal.getsignal(number)
+    message = error_of(capsys, command(pictures, tmp_path / "out"), 128 + number)
+    assert message == "error: stopped before the end; nothing is written"
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(pictures, trained, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        message = error_of(capsys, command(pictures, tmp_path / "out"), 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert message.startswith(f"error: could not write {tmp_path}/out: ")
+    assert "File too large" in message
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,363 @@
+"""A classifier of noisy images, p(y | x_t, t), for classifier guidance.
+
+Its gradient, added to the score, makes an unconditional model one of a class: grad log p(x_t | y) = grad log p(x_t) +
+grad log p(y | x_t) (Song et al. 2021, arXiv 2011.13456, section 5 and appendix I; Dhariwal & Nichol 2021, arXiv
+2105.05233, section 4).
+
+The network sees x_t = alpha x_0 + n epsilon as x_0 + sigma epsilon with sigma = n / alpha, so one classifier serves
+every noise process: those of DDPM, VP, sub-VP, VE and EDM alike.
+
+    python -m training.classifier --dataset_name synthetic-faces --label_column hair_style --resolution 32 --out DIR
+
+    DIR/config.json, DIR/diffusion_pytorch_model.safetensors  for NoisyImageClassifier.from_pretrained(DIR)
+    DIR/classifier.json   how often it is right on the validation split, by noise level; and how it was trained
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 and 143 stopped by SIGINT and SIGTERM. DIR is written at the end, whole.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from custom_unet.custom_unet_2d import DownBlock, PositionalProjection, TimestepEmbedding, group_norm
+from training.data import (
+    CROPS,
+    DataError,
+    ImageStore,
+    ShuffledBatches,
+    make_loader,
+    open_image_store,
+    to_model_range,
+)
+from training.processes import StoppedEarly, StopSignal, is_out_of_memory
+from training.sde import spread
+
+RECORD = "classifier.json"
+LEAST_SIGMA, MOST_SIGMA = 0.01, 100.0  # of training; at the one no pixel changes visibly, at the other nothing is seen
+REPORTED_SIGMAS = (0.0, 0.1, 0.5, 1.0, 3.0, 10.0)
+WARMUP_STEPS = 50
+
+
+class InputError(ValueError):
+    """An argument that will not do. The message is one line."""
+
+
+class TrainingFailed(RuntimeError):
+    """The training cannot go on. The message is one line."""
+
+
+class NoisyImageClassifier(ModelMixin, ConfigMixin):
+    """p(y | x_t, t), by the contracting path of a U-Net, the mean over the pixels and a linear layer.
+
+    Args:
+        label_names: of the K classes, in the order of the logits.
+        label_column: what the classes are classes of.
+        sample_size: height and width of the images.
+        in_channels: of the images.
+        block_out_channels: width of each level; the first one has half of the resolution, each next one half of that.
+        sigma_data: standard deviation of the pixel values, by which the input is scaled.
+
+    Raises:
+        ValueError: unless there are two classes or more, with names of their own.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        label_names: list[str],
+        label_column: str,
+        sample_size: int,
+        in_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (32, 64, 128),
+        sigma_data: float = 0.5,
+    ):
+        super().__init__()
+        if len(set(label_names)) != len(label_names) or len(label_names) < 2:
+            raise ValueError(f"label_names are {label_names!s:.200}; they must be two or more, and differ")
+        options = SimpleNamespace(  # of the U-Net, whose blocks these are
+            block_out_channels=block_out_channels,
+            time_embedding_dim=None,
+            layers_per_block=1,
+            downsample_type="conv",
+            downsample_padding=1,
+            norm_num_groups=8,
+            norm_eps=1e-5,
+            act_fn="silu",
+            dropout=0.0,
+            resnet_time_scale_shift="scale_shift",
+        )
+        first, last = block_out_channels[0], block_out_channels[-1]
+        self.noise_proj = PositionalProjection(first, flip_sin_to_cos=True, freq_shift=0)
+        self.noise_embedding = TimestepEmbedding(first, 4 * first)
+        self.conv_in = nn.Conv2d(in_channels, first, kernel_size=5, stride=2, padding=2)
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(block_out_channels):
+            before = block_out_channels[max(level - 1, 0)]
+            is_last = level == len(block_out_channels) - 1
+            self.down_blocks.append(DownBlock(before, width, options, downsample=not is_last))
+        self.norm_out = group_norm(last, options.norm_num_groups, options.norm_eps)
+        self.linear_out = nn.Linear(last, len(label_names))
+
+    def forward(self, noisy_images: Tensor, signal_scale: Tensor | float, noise_scale: Tensor | float) -> Tensor:
+        """The logits of the classes; their softmax is p(y | x_t, t), also differentiable in the images.
+
+        Noise levels sigma = n / alpha beyond those of training, 0.01 to 100, count as the nearest of them.
+
+        Args:
+            noisy_images: alpha x_0 + n epsilon for x_0 in [-1, 1], shape (B, in_channels, sample_size, sample_size).
+            signal_scale: alpha >= 0, for all images or one for each, (B,).
+            noise_scale: n >= 0, likewise; the two are not both 0.
+
+        Returns:
+            (B, K), in the type of the network.
+
+        Raises:
+            ValueError: if the images have another shape.
+        """
+        size, shape = self.config.sample_size, tuple(noisy_images.shape)
+        if len(shape) != 4 or shape[1:] != (self.config.in_channels, size, size):
+            expected = f"(B, {self.config.in_channels}, {size}, {size})"
+            raise ValueError(f"noisy_images have shape {shape}; this classifier takes {expected}")
+        alpha, n = (
+            torch.as_tensor(scale, device=noisy_images.device, dtype=torch.float32).expand(shape[0])
+            for scale in (signal_scale, noise_scale)
+        )
+        # x_0 + sigma epsilon over the root of sigma^2 + sigma_data^2, in a form that also suits alpha = 0
+        norm = (n.square() + (self.config.sigma_data * alpha).square()).sqrt()
+        log_sigma = (n / alpha).clamp(LEAST_SIGMA, MOST_SIGMA).log()  # (B,)
+
+        emb = self.noise_embedding(self.noise_proj(10 * log_sigma).to(self.dtype))  # (B, E)
+        hidden = self.conv_in((noisy_images / spread(norm, noisy_images)).to(self.dtype))  # (B, C_0, H/2, W/2)
+        for block in self.down_blocks:
+            hidden, _, _ = block(hidden, emb, None)  # (B, C_i, H / 2^(i+2), W / 2^(i+2)), the last not halved
+        hidden = F.silu(self.norm_out(hidden)).mean((2, 3))  # (B, C)
+        return self.linear_out(hidden)
+
+
+# ---- Training
+
+
+def train_classifier(
+    classifier: NoisyImageClassifier,
+    store: ImageStore,
+    *,
+    max_train_steps: int,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> None:
+    """Minimises the cross-entropy on images with noise of sigma log-uniform in [0.01, 100], in place.
+
+    The learning rate of AdamW rises over the first 50 steps and falls to 0 as a cosine. Batches and noise are
+    functions of the seed alone.
+
+    Raises:
+        DataError: if there are fewer images than a batch.
+        TrainingFailed: if the loss is no number.
+    """
+    device, generator = classifier.device, torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / max_train_steps)) / 2,
+    )
+    batches = ShuffledBatches(len(store), batch_size, seed, num_batches=max_train_steps)
+    classifier.train()
+    with tqdm(total=max_train_steps, unit=" steps") as bar:
+        for step, (images, labels) in enumerate(make_loader(store, batches, 0, pin_memory=False)):
+            positions = torch.rand(batch_size, generator=generator, dtype=torch.float64)
+            sigma = LEAST_SIGMA * (MOST_SIGMA / LEAST_SIGMA) ** positions
+            noisy_images = add_noise(to_model_range(images), sigma, generator)
+            loss = F.cross_entropy(classifier(noisy_images.to(device), 1.0, sigma.to(device)), labels.to(device))
+            if not math.isfinite(loss.item()):
+                raise TrainingFailed(f"the loss is {loss.item()} at step {step}; lower --learning_rate")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.update()
+    classifier.eval()
+
+
+def add_noise(clean_images: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    """x_0 + sigma epsilon, with sigma (B,) or ()."""
+    noise = torch.randn(clean_images.shape, generator=generator)
+    return clean_images + spread(sigma, clean_images) * noise
+
+
+@torch.no_grad()
+def measure(classifier: NoisyImageClassifier, store: ImageStore, seed: int = 0) -> dict:
+    """How well it tells the classes of a store's images, at each of REPORTED_SIGMAS.
+
+    Beside it stand what is had without looking at the images: the share of the largest class, and the entropy of the
+    classes (nats), which the cross-entropy of a calibrated classifier does not exceed.
+    """
+    labels = torch.from_numpy(store.labels_among(classifier.config.label_names))
+    shares = np.bincount(labels, minlength=len(classifier.config.label_names)) / len(labels)
+    by_noise = []
+    for sigma in REPORTED_SIGMAS:
+        generator, logits = torch.Generator().manual_seed(seed), []
+        for first in range(0, len(store), 256):
+            clean_images = to_model_range(store.__getitems__(range(first, min(first + 256, len(store)))))
+            noisy_images = add_noise(clean_images, torch.tensor(sigma), generator)
+            logits.append(classifier(noisy_images.to(classifier.device), 1.0, sigma).float().cpu())
+        logits = torch.cat(logits)  # (N, K)
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
+        cross_entropy = F.cross_entropy(logits, labels).item()
+        by_noise.append({"sigma": sigma, "accuracy": round(accuracy, 4), "cross_entropy": round(cross_entropy, 4)})
+    return {
+        "split": store.description["split"],
+        "num_images": len(store),
+        "largest_class": classifier.config.label_names[int(shares.argmax())],
+        "largest_class_share": round(float(shares.max()), 4),
+        "entropy": round(float(-sum(share * math.log(share) for share in shares if share > 0)), 4),
+        "by_noise": by_noise,
+    }
+
+
+def table(measured: dict) -> str:
+    """What `measure` found, for people."""
+    lines = [f"{'sigma':>8}{'accuracy':>10}{'cross-entropy':>15}"]
+    for row in measured["by_noise"]:
+        lines.append(f"{row['sigma']:8g}{row['accuracy']:10.1%}{row['cross_entropy']:15.3f}")
+    share, name = measured["largest_class_share"], measured["largest_class"]
+    lines.append(f"without looking: {share:.1%} are {name!r}, entropy {measured['entropy']:.3f}")
+    return "\n".join(lines)
+
+
+# ---- The command
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line."""
+
+    def error(self, message):
+        raise InputError(" ".join(message.split())[:300])
+
+
+def parse_options(arguments: list[str]) -> argparse.Namespace:
+    """Raises InputError."""
+    parser = Parser(prog="python -m training.classifier", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--dataset_name", help="Hub id, or synthetic-faces")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--dataset_revision")
+    parser.add_argument("--train_data_dir", help="folder of images, of parquet, or written by save_to_disk")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", required=True, help="what the classes are classes of")
+    parser.add_argument("--crop", default="center", choices=CROPS)
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--cache_dir", help="where decoded images are kept (default: the user's cache)")
+    parser.add_argument("--streaming", action="store_true")
+    parser.add_argument("--skip_bad_images", action="store_true")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--max_images", type=int, help="train on the first ones only")
+    parser.add_argument("--validation_split", default="validation", help="which tells how often it is right")
+    parser.add_argument("--validation_images", type=int, help="the first ones only")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write, not there yet")
+    parser.add_argument("--max_train_steps", type=int, default=1000)
+    parser.add_argument("--train_batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    for name in ("max_train_steps", "train_batch_size"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed is {options.seed}; it must be at least 0 and below 2**32")
+    if not 0 < options.learning_rate < math.inf:
+        parser.error(f"--learning_rate is {options.learning_rate}; it must be positive")
+    if options.out.exists():
+        parser.error(f"--out {options.out} is there already; take another one")
+    nearest = next(parent for parent in options.out.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        parser.error(f"--out {options.out} cannot be there, as {nearest.name} is a file; take another one")
+    return options
+
+
+DATA_OPTIONS = (
+    "dataset_name dataset_config_name dataset_revision train_data_dir image_column label_column crop resolution"
+    " cache_dir streaming skip_bad_images"
+).split()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains a classifier and writes its folder."""
+    data = {name: getattr(options, name) for name in DATA_OPTIONS}
+    store = open_image_store(**data, split=options.split, max_images=options.max_images)
+    validation = open_image_store(**data, split=options.validation_split, max_images=options.validation_images)
+    names = store.description["label_names"]
+    validation.labels_among(names)  # so that classes of which there is none in the training are told before it
+    torch.manual_seed(options.seed)
+    classifier = NoisyImageClassifier(names, options.label_column, options.resolution)
+    classifier.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".tmp-{options.out.name}-", dir=options.out.parent))
+    try:
+        started_at_seconds = time.perf_counter()
+        settings = {name: getattr(options, name) for name in ("max_train_steps", "learning_rate", "seed")}
+        train_classifier(classifier, store, batch_size=options.train_batch_size, **settings)
+        seconds = time.perf_counter() - started_at_seconds
+        measured = measure(classifier, validation)
+        training = {
+            "data": {name: store.description[name] for name in ("source", "split", "num_images", "fingerprint")},
+            "label_column": options.label_column,
+            "label_names": names,
+            **settings,
+            "train_batch_size": options.train_batch_size,
+            "seconds": round(seconds, 1),
+        }
+        folder = beside / options.out.name
+        classifier.save_pretrained(folder)
+        (folder / RECORD).write_text(json.dumps({"training": training, "validation": measured}, indent=2) + "\n")
+        folder.rename(options.out)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {options.out}: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    print(f"{table(measured)}\n{options.out}: trained in {seconds:.0f} s")
+
+
+def main(arguments: list[str]) -> int:
+    stop = StopSignal()
+
+    def fail(what: object, code: int) -> int:
+        tqdm.write(f"error: {' '.join(str(what).split())}", file=sys.stderr)
+        return code
+
+    try:
+        stop.listen()
+        run(parse_options(arguments))
+    except StoppedEarly:
+        return fail("stopped before the end; nothing is written", stop.exit_code)
+    except (InputError, DataError) as error:
+        return fail(error, 2)
+    except (TrainingFailed, OSError) as error:
+        return fail(error, 1)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return fail(f"out of memory; lower --train_batch_size: {error}", 1)
+    finally:
+        stop.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
