@@ -2,53 +2,75 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from pipelines import CustomUNetPipeline
+from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS
 
 
 @dataclass(frozen=True)
 class SamplerSetting:
+    """A sampler with what it is called with.
+
+    Attributes:
+        steps: None for `ode`, which takes as many as it needs.
+        sampler_settings: of a sampler in continuous time, see `ContinuousSampler`.
+    """
+
     sampler: str
-    steps: int
+    steps: int | None
     eta: float = 0.0
+    sampler_settings: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.sampler}, {self.steps} steps" + (f", eta {self.eta:g}" if self.eta else "")
+        own = "".join(f", {name} {value:g}" for name, value in self.sampler_settings.items())
+        steps = "" if self.steps is None else f", {self.steps} steps"
+        return f"{self.sampler}{steps}" + (f", eta {self.eta:g}" if self.eta else "") + own
+
+    def set_on(self, pipeline: CustomUNetPipeline) -> dict:
+        """Sets the sampler of a pipeline.
+
+        Returns:
+            the arguments of its call.
+
+        Raises:
+            ValueError: for a setting that the pipeline refuses.
+        """
+        pipeline.set_sampler(self.sampler, **self.sampler_settings)
+        arguments = {"eta": self.eta} | ({} if self.steps is None else {"num_inference_steps": self.steps})
+        pipeline.check_inputs(**{"num_inference_steps": 50} | arguments)
+        return arguments
 
 
-def settings_grid(samplers: Sequence[str], steps: Sequence[int], etas: Sequence[float]) -> Iterator[SamplerSetting]:
-    """Every sampler with every number of steps; `ddim`, which alone takes it, also with every eta."""
+def settings_grid(
+    samplers: Sequence[str],
+    steps: Sequence[int],
+    etas: Sequence[float],
+    sampler_settings: dict[str, float] | None = None,
+) -> Iterator[SamplerSetting]:
+    """Every sampler with every number of steps; `ddim`, which alone takes it, also with every eta; `ode` once.
+
+    Args:
+        sampler_settings: each goes to the samplers that take it.
+    """
     for sampler in samplers:
+        names = CONTINUOUS_SAMPLERS.get(sampler, ())
+        own = {name: value for name, value in (sampler_settings or {}).items() if name in names}
         for eta in etas if sampler == "ddim" else (0.0,):
-            for number in steps:
-                yield SamplerSetting(sampler, number, eta)
-
-
-class EvaluationCounter:
-    """Counts how often a network is called while the context is open."""
-
-    def __init__(self, network: torch.nn.Module):
-        self.network, self.calls = network, 0
-
-    def __enter__(self) -> "EvaluationCounter":
-        self.handle = self.network.register_forward_hook(self._count)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.handle.remove()
-
-    def _count(self, *_) -> None:
-        self.calls += 1
+            for number in steps if sampler != "ode" else (None,):
+                yield SamplerSetting(sampler, number, eta, own)
 
 
 def sample(
-    pipeline: CustomUNetPipeline, setting: SamplerSetting, seeds: Sequence[int], batch_size: int
-) -> tuple[np.ndarray, int, float]:
+    pipeline: CustomUNetPipeline, setting: SamplerSetting, seeds: Sequence[int], batch_size: int, **more
+) -> tuple[np.ndarray, float, float]:
     """Images of a setting, and what they cost.
+
+    Args:
+        more: arguments of the pipeline's call; `class_labels` has one for each seed.
 
     Returns:
         uint8 images (N, C, H, W), network evaluations an image, seconds an image.
@@ -56,18 +78,17 @@ def sample(
     Raises:
         ValueError: for a setting that the pipeline refuses.
     """
-    pipeline.set_sampler(setting.sampler)
-    images = []
+    arguments = setting.set_on(pipeline) | more
+    labels = arguments.pop("class_labels", None)
+    images, evaluations = [], 0
     started_at_seconds = time.perf_counter()
-    with EvaluationCounter(pipeline.unet) as counter:
-        for first in range(0, len(seeds), batch_size):
-            batch = pipeline(
-                seeds=seeds[first : first + batch_size],
-                num_inference_steps=setting.steps,
-                eta=setting.eta,
-                output_type="pt",
-            ).images
-            images.append((batch * 255).round().to(torch.uint8).cpu().numpy())
+    for first in range(0, len(seeds), batch_size):
+        batch = slice(first, first + batch_size)
+        result = pipeline(
+            seeds=seeds[batch], class_labels=None if labels is None else labels[batch], output_type="pt", **arguments
+        )
+        images.append((result.images * 255).round().to(torch.uint8).cpu().numpy())
+        evaluations += result.network_evaluations * len(result.images)
     seconds = time.perf_counter() - started_at_seconds
-    num_batches = -(-len(seeds) // batch_size)
-    return np.concatenate(images), counter.calls // num_batches, seconds / len(seeds)
+    per_image = evaluations / len(seeds)  # a whole number but for `ode`, whose batches differ
+    return np.concatenate(images), int(per_image) if per_image.is_integer() else per_image, seconds / len(seeds)

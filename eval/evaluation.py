@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -11,15 +13,60 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from eval.cost import SamplerSetting, settings_grid
 from eval.features import ImageSet, images_of_files, images_of_store, subset
 from eval.results import result
 from pipelines import generate
+from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, ContinuousSampler
 from pipelines.generate import InputError
 from training.data import ImageStore, open_image_store
 
+COST_SAMPLERS = ("ddpm", "ddim", "dpmsolver++2m", "unipc")  # of a model with discrete timesteps
+IMAGES = "images"  # the folder of an evaluation that holds its folders of images
+
+
+def images_folder(setting: dict) -> str:
+    """The name of the folder of images that were drawn like this; `setting` as in a result."""
+    parts = [
+        setting["sampler"],
+        setting.get("steps"),
+        f"eta{setting['eta']:g}" if "eta" in setting else None,
+        *(f"{name}{value:g}" for name, value in unusual_settings(setting).items()),
+        f"class{'.'.join(map(str, setting['class_label']))}" if "class_label" in setting else None,
+        f"guidance{setting['guidance_scale']:g}" if setting.get("guidance_scale", 1) != 1 else None,
+        setting["dtype"],
+    ]
+    return "-".join(str(part) for part in parts if part is not None)
+
+
+def unusual_settings(setting: dict) -> dict[str, float]:
+    """Of a sampler in continuous time, those that are not its defaults."""
+    usual = ContinuousSampler(setting["sampler"])
+    return {k: value for k, value in setting.get("sampler_settings", {}).items() if value != getattr(usual, k)}
+
+
+class WithoutClass(torch.nn.Module):
+    """A class-conditional network, whose last class is the null class, as an unconditional one."""
+
+    def __init__(self, unet: torch.nn.Module):
+        super().__init__()
+        self.unet, self.config = unet, unet.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def forward(self, noisy_images: Tensor, timesteps: Tensor):
+        null_class = self.config.num_class_embeds - 1
+        labels = torch.full((len(noisy_images),), null_class, device=noisy_images.device)
+        return self.unet(noisy_images, timesteps, class_labels=labels)
+
 
 class Evaluation:
-    """What the metrics have in common: options, model, images, and the record that they add to."""
+    """What the metrics have in common: options, model, images, and the record that they add to.
+
+    `options.sampler` that is not given becomes DDIM, or the model's own if it was trained in continuous time.
+    """
 
     def __init__(self, options: argparse.Namespace, state: PartialState):
         self.options, self.state = options, state
@@ -27,9 +74,13 @@ class Evaluation:
         source, self.commit = generate.find_pipeline(options.pipeline, options.revision)
         self.source = source
         # images may be drawn in half precision, but likelihoods and losses are of the weights as they are
-        self.pipeline = generate.load_pipeline(source, "fp32", options.sampler).to(state.device)
+        self.pipeline = generate.load_pipeline(source, "fp32", None).to(state.device)
         self.pipeline.unet.eval()
+        if options.sampler is None:
+            options.sampler = self.pipeline.continuous_sampler.name if self.pipeline.is_continuous else "ddim"
+        self.set_sampler()
         generate.check_arguments(self.pipeline, options)
+        generate.check_guidance(self.pipeline, options)
         self.weights_sha256 = {path.name: generate.sha256_of(path) for path in generate.weight_files(source)}
         self.earlier: list[dict] = []  # results of an earlier start
         self.training = self.open_store(options.split)
@@ -40,11 +91,68 @@ class Evaluation:
             )
         self.heldout = self.open_store(options.heldout_split) if options.heldout_split else None
 
+    @property
+    def training_facts(self) -> dict:
+        """What the model repository says of its training; empty if nothing."""
+        path = self.source / "training.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def model_facts(self) -> dict:
+        """What the model is, for the record."""
+        config, training = self.pipeline.scheduler.config, self.training_facts
+        facts = {
+            "objective": config.get("objective", "ddpm"),
+            "prediction_type": config.prediction_type,
+            "likelihood_weighting": training.get("objective", {}).get("likelihood_weighting"),
+            "parameters": sum(parameter.numel() for parameter in self.pipeline.unet.parameters()),
+        }
+        facts |= {name: training.get(name) for name in ("images_seen", "train_seconds")}
+        return {name: value for name, value in facts.items() if value is not None}
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """What likelihoods and losses are of: of a class-conditional network its prediction without a class."""
+        unet = self.pipeline.unet
+        return unet if self.options.class_label is None else WithoutClass(unet).eval()
+
+    @property
+    def sampler_settings(self) -> dict[str, float]:
+        """Of samplers in continuous time, those that were given.
+
+        Raises:
+            InputError: if there is one that no sampler takes.
+        """
+        values = {name: getattr(self.options, name) for name in generate.SAMPLER_SETTINGS}
+        given = {name: value for name, value in values.items() if value is not None}
+        samplers = [self.options.sampler, *(self.cost_samplers if "cost" in self.options.metrics else ())]
+        for name, value in given.items():
+            if not any(name in CONTINUOUS_SAMPLERS.get(sampler, ()) for sampler in samplers):
+                raise InputError(f"--{name} is {value:g}, but {' and '.join(samplers)} take no {name}; leave it out")
+        return given
+
+    @property
+    def cost_samplers(self) -> Sequence[str]:
+        usual = CONTINUOUS_SAMPLERS if self.pipeline.is_continuous else COST_SAMPLERS
+        return self.options.cost_samplers or tuple(usual)
+
+    def set_sampler(self, setting: SamplerSetting | None = None) -> None:
+        """Gives the pipeline this sampler, or that of the images.
+
+        Raises:
+            InputError: if it does not suit the model.
+        """
+        if setting is None:
+            options, given = self.options, self.sampler_settings
+            (setting,) = settings_grid([options.sampler], [options.steps], [options.eta], given)
+        try:
+            setting.set_on(self.pipeline)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
     def open_store(self, split: str) -> ImageStore:
         """The reference data of a split, cropped and resized as the model was trained."""
         options, size = self.options, self.pipeline.unet.config.sample_size
-        facts = self.source / "training.json"
-        trained_on = json.loads(facts.read_text())["data"] if facts.exists() else {}
+        trained_on = self.training_facts.get("data", {})
         crop = options.crop or trained_on.get("crop")
         if crop is None:
             raise InputError(f"{self.source} does not tell what crop it was trained on; give --crop")
@@ -63,15 +171,23 @@ class Evaluation:
     @property
     def setting(self) -> dict:
         """How the images were drawn, for a result."""
-        options = self.options
-        last = options.seed + options.num_images - 1
-        return {
+        options, sampler = self.options, self.pipeline.continuous_sampler
+        setting = {
             "sampler": options.sampler,
             "steps": options.steps,
             "eta": options.eta,
-            "seeds": f"{options.seed} to {last}",
+            "seeds": f"{options.seed} to {options.seed + options.num_images - 1}",
             "dtype": options.dtype,
         }
+        if options.class_label is not None:
+            setting |= {"class_label": options.class_label, "guidance_scale": options.guidance_scale}
+        if sampler is None:
+            return setting
+        del setting["eta"]
+        if sampler.name == "ode":
+            del setting["steps"]
+        finite = {name: value for name, value in sampler.settings.items() if math.isfinite(value)}
+        return setting | {"sampler_settings": finite}
 
     @property
     def threads(self) -> dict:
@@ -88,12 +204,13 @@ class Evaluation:
     def draw_images(self) -> None:
         """Draws what is missing of the images, on all processes."""
         options = self.options
-        name = f"{options.sampler}-{options.steps}-eta{options.eta:g}-{options.dtype}"
-        folder = (options.images_dir or self.out / "images") / name
+        folder = (options.images_dir or self.out / IMAGES) / images_folder(self.setting)
         arguments = ["--pipeline", options.pipeline, "--out", str(folder), "--scheduler", options.sampler]
-        for flag in ("revision", "num_images", "seed", "steps", "eta", "batch_size", "dtype", "num_cpu_threads"):
-            if getattr(options, flag) is not None:
-                arguments += [f"--{flag}", str(getattr(options, flag))]
+        flags = "revision num_images seed steps eta class_label guidance_scale batch_size dtype num_cpu_threads"
+        for flag in (*flags.split(), *CONTINUOUS_SAMPLERS.get(options.sampler, ())):
+            value = getattr(options, flag)
+            if value is not None:
+                arguments += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
         generate.run(generate.parse_options(arguments), arguments)
         self.starts = json.loads((folder / generate.RECORD).read_text())["starts"]
         seeds = range(options.seed, options.seed + options.num_images)
@@ -106,6 +223,9 @@ class Evaluation:
         if not drawn:
             return []
         more = {"num_processes": done[-1]["num_processes"], "starts": len(done)}
+        if all("network_evaluations_per_image" in start for start in done):
+            evaluations = sum(start["generated"] * start["network_evaluations_per_image"] for start in done)
+            more["network_evaluations"] = evaluations / drawn
         return [result("time", "drawing images", "seconds_drawing", seconds, n=drawn, **more, **self.setting)]
 
     @cached_property

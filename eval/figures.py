@@ -8,8 +8,10 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
+IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS = 96, 4, 26  # of a sheet of images
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
@@ -65,3 +67,24 @@ def plot_curves(
     axes.set(**labels)
     axes.legend()
     _save(figure, path)
+
+
+def plot_image_rows(rows: dict[str, list[Path]], path: Path) -> None:
+    """Rows of images, each under its label; small ones are enlarged by a whole number."""
+    lines = {}
+    for label, files in rows.items():
+        images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+        scale = max(1, round(IMAGE_PIXELS / len(images[0])))
+        gap = ((0, 0), (0, GAP_PIXELS), (0, 0))
+        enlarged = [image.repeat(scale, axis=0).repeat(scale, axis=1) for image in images]
+        lines[label] = np.concatenate([np.pad(image, gap, constant_values=255) for image in enlarged], axis=1)
+    width = max(SIZE_INCHES[0] * DOTS_PER_INCH, *(line.shape[1] for line in lines.values()))
+    height = sum(len(line) + LABEL_PIXELS for line in lines.values())
+    figure = plt.figure(figsize=(width / DOTS_PER_INCH, height / DOTS_PER_INCH), dpi=DOTS_PER_INCH)
+    bottom = height
+    for label, line in lines.items():
+        bottom -= len(line) + LABEL_PIXELS
+        figure.figimage(line, 0, bottom)
+        figure.text(0, (bottom + len(line) + LABEL_PIXELS / 3) / height, label, fontsize=9)
+    figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+    plt.close(figure)

@@ -1,4 +1,8 @@
-"""Held-out loss against the timestep, on fixed triples of image, timestep and noise."""
+"""Held-out losses on fixed triples of image, noise level and noise.
+
+`heldout_curve` has the errors against the timestep, for a model with discrete timesteps; `denoising_curve` has them
+against the noise level sigma, where models of all kinds compare.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.custom_unet_pipeline import clean_images_and_noise
+from eval.likelihood import noise_levels, standard_error, time_of
+from pipelines.custom_unet_pipeline import clean_images_and_noise, denoiser
 from training.diffusion import per_image_mse, signal_and_noise_scale
+
+# Known to every model with the usual settings: ve starts at 0.02, a DDPM's schedules end beyond 100
+SIGMAS = tuple(float(f"{sigma:.3g}") for sigma in np.geomspace(0.02, 50, 16))
+SIGMA_UNIT = 1e-6  # of the noise levels by which the noise is seeded
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,49 @@ class HeldoutCurve:
     sample_standard_error: np.ndarray
     v_mse: np.ndarray
     v_standard_error: np.ndarray
+
+
+@dataclass(frozen=True)
+class DenoisingCurve:
+    """Mean squared errors of x_0, of each image at each noise level.
+
+    The errors of one noise level are proportional, as in `HeldoutCurve` with snr = 1 / sigma^2; epsilon is that of
+    x_0 + sigma epsilon, v that of the same scaled to unit size.
+
+    Attributes:
+        sigmas: shape (K,).
+        losses: float64, shape (K, N).
+    """
+
+    sigmas: np.ndarray
+    losses: np.ndarray
+
+    @property
+    def sample_mse(self) -> np.ndarray:
+        """Mean over the images, shape (K,), as are the next ones."""
+        return self.losses.mean(1)
+
+    @property
+    def sample_standard_error(self) -> np.ndarray:
+        return self.losses.std(1, ddof=1) / math.sqrt(self.losses.shape[1])
+
+    @property
+    def epsilon_mse(self) -> np.ndarray:
+        return self.sample_mse / self.sigmas**2
+
+    @property
+    def v_mse(self) -> np.ndarray:
+        return self.sample_mse * (1 + 1 / self.sigmas**2)
+
+    @property
+    def mean(self) -> float:
+        """Over the noise levels; over log sigma where these are evenly spaced in it."""
+        return float(self.losses.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of `mean`, over the images."""
+        return standard_error(self.losses.mean(0))
 
 
 @torch.no_grad()
@@ -74,6 +126,56 @@ def heldout_curve(
     epsilon, sample, v = torch.stack(means).T.numpy()
     epsilon_error, sample_error, v_error = torch.stack(errors).T.numpy()
     return HeldoutCurve(np.array(timesteps), epsilon, epsilon_error, sample, sample_error, v, v_error)
+
+
+@torch.no_grad()
+def denoising_curve(
+    unet,
+    scheduler,
+    clean_images: Tensor,
+    *,
+    sigmas: Sequence[float] = SIGMAS,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> DenoisingCurve:
+    """What the network's x_0 errs by at each noise level, every image with one noise sample at each of them.
+
+    The network is given x_0 + sigma epsilon, scaled as it was trained; a DDPM model between two of its timesteps, see
+    `DiscreteVPSDE`. The noise is a function of seed, sigma and the image's place, so that all models meet the same.
+
+    Args:
+        unet: called as `unet(noisy_images, timestep).sample`, also with fractions of a timestep; in evaluation mode.
+        scheduler: what it was trained with, a noise schedule of DDPM or an `SDEScheduler`.
+        clean_images: float32 in [-1, 1], shape (N, C, H, W), at least 2 for standard errors.
+        sigmas: rising.
+
+    Raises:
+        ValueError: for images of another type, shape or range, noise levels that do not rise or that the network was
+            not trained with, a network in training mode, or an output that is not finite.
+    """
+    _check(unet, clean_images, batch_size)
+    sde, clean = denoiser(unet, scheduler)
+    sigmas = np.array(sigmas, dtype=np.float64)
+    if len(sigmas) == 0 or not (np.diff(sigmas) > 0).all():
+        raise ValueError(f"sigmas are {sigmas.tolist()}; give one or more that rise")
+    low, high = noise_levels(sde)
+    if not low * (1 - 1e-6) <= sigmas[0] <= sigmas[-1] <= high * (1 + 1e-6):
+        raise ValueError(
+            f"sigmas are {sigmas[0]:.4g} to {sigmas[-1]:.4g}; the model was trained with {low:.4g} to {high:.4g}"
+        )
+    device = next(unet.parameters()).device
+    losses = torch.empty(len(sigmas), len(clean_images), dtype=torch.float64)
+    for row, sigma in zip(losses, sigmas.tolist(), strict=True):
+        rng = np.random.default_rng((seed, round(sigma / SIGMA_UNIT)))
+        noise = torch.from_numpy(rng.standard_normal(clean_images.shape, dtype=np.float32))
+        t = time_of(sde, sigma)
+        noisy_images = sde.signal_scale(t) * (clean_images.double() + sigma * noise)
+        for batch in torch.arange(len(clean_images)).split(batch_size):
+            predicted = clean(noisy_images[batch].to(device), t).cpu().double()
+            row[batch] = (predicted - clean_images[batch]).square().mean(dim=(1, 2, 3))
+        if not row.isfinite().all():
+            raise ValueError(f"the network's output is not finite at sigma {sigma:.4g}; look at its weights")
+    return DenoisingCurve(sigmas, losses.numpy())
 
 
 def _timesteps(wanted: int | Sequence[int], num_train_timesteps: int) -> list[int]:

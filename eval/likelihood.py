@@ -3,13 +3,14 @@
 Two likelihoods of two readings of the same network; both are code lengths of 8-bit images, so less is better:
 
     variational_bound   of the stochastic sampler, term by term (DDPM: Ho et al. 2020, arXiv 2006.11239)
-    ode_likelihood      of the probability-flow ODE (Song et al. 2021, arXiv 2011.13456)
+    ode_likelihood      of the probability-flow ODE (Song et al. 2021, arXiv 2011.13456), of DDPM and SDE models alike
 
 Notation: abar is `alphas_cumprod`, D = C x H x W, and with alpha = sqrt(abar), n = sqrt(1 - abar), sigma = n / alpha
 
     x_t = alpha x_0 + n epsilon                              DDPM eq. 4
 
-Timesteps count from 0 as in diffusers: timestep t here is t + 1 in the paper, and abar before timestep 0 is 1.
+Timesteps count from 0 as in diffusers: timestep t here is t + 1 in the paper, and abar before timestep 0 is 1. An SDE
+model has its own alpha(t) and n(t), see training/sde.py.
 """
 
 import math
@@ -21,12 +22,11 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from pipelines.custom_unet_pipeline import clean_images_and_noise
+from pipelines.custom_unet_pipeline import clean_images_and_noise, denoiser
 from training.data import to_model_range
 
 VARIANCES = ("fixed_small", "fixed_large")  # as diffusers' DDPMScheduler calls them
 PROBES = ("rademacher", "gaussian", "exact")
-SMALLEST_ALPHA_CUMPROD = 2**-24  # what diffusers' sigma-type schedulers take for an abar of 0, so that sigma is finite
 
 
 # The model's range, which training/data.py owns: [-1, 1], and the distance of neighbouring pixel values in it, 2/255
@@ -198,9 +198,12 @@ def variational_bound(
 
     Raises:
         ValueError: for images of another type or shape, an argument out of range, a network in training mode or with
-            an output that is not finite, or epsilon prediction where the schedule ends at zero signal.
+            an output that is not finite, epsilon prediction where the schedule ends at zero signal, or a model of
+            continuous time.
     """
     _check(unet, images, batch_size)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError("the bound is of discrete timesteps, but the model was trained in continuous time")
     alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
     num_images, num_timesteps, num_dims = len(images), len(alphas_cumprod), images[0].numel()
     if variance not in VARIANCES:
@@ -353,7 +356,7 @@ def ode_likelihood(
 
     Args:
         unet: called as `unet(noisy_images, timestep).sample`, also with fractions of a timestep; in evaluation mode.
-        scheduler: the noise schedule it was trained with; its `alphas_cumprod` and `prediction_type` count.
+        scheduler: what it was trained with, a noise schedule of DDPM or an `SDEScheduler`.
         images: uint8, shape (N, C, H, W).
         num_draws: of u and probe for each image.
         probe: of the trace, see `draw_probes`.
@@ -404,25 +407,30 @@ def draw_probes(kind: str, shape: Sequence[int], rng: np.random.Generator) -> Te
 def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: float) -> tuple[Tensor, int]:
     """Log-density (nats) of points in the model's range, by the instantaneous change of variables.
 
-    The probability-flow ODE (arXiv 2011.13456, eq. 13, for the VP SDE) in s = log sigma, with alpha and n of sigma:
+    The probability-flow ODE (arXiv 2011.13456, eq. 13) of any linear SDE is, for y = x_t / alpha = x_0 + sigma epsilon
+    with the noise level sigma for a time, one and the same: dy/dsigma = epsilon(y, sigma), with what the network takes
+    for epsilon. It is solved in s = log sigma for x = y / sqrt(1 + sigma^2), which is x_t of a VP SDE and has unit
+    size all the way; with n = sigma / sqrt(1 + sigma^2)
 
         dx/ds = n (epsilon(x, sigma) - n x)        d log p(x)/ds = -div(dx/ds) = -n (div epsilon - n D)     eq. 39
 
-    The network knows discrete timesteps; between two of them sigma is linear in the timestep, as in the sigma-type
-    schedulers of diffusers. The ODE is solved from sigma of timestep 0 to that of the last timestep, where x is taken
-    for standard normal, as samplers do.
+    from sigma of the SDE's first time to that of its last one, where x_t is taken for normal with the standard
+    deviation that samplers start with. The network of a DDPM model knows discrete timesteps; between two of them sigma
+    is linear in the timestep, as in the sigma-type schedulers of diffusers.
 
-    What this is the density of: x_0 + sigma_0 epsilon, as the ODE stops at sigma_0, the noise of timestep 0 (0.006 in
-    the cosine schedule with 1,000 timesteps and 0.010 in the linear one, where neighbouring pixel values are 0.008
-    apart). It is a density by itself, and so a valid code, of a model whose images have that noise left. For data
-    smoother than this noise it costs about log2(1 + sigma_0^2 / variance) / 2 bits/dim beside the density at sigma 0.
+    What this is the density of: x_0 + sigma_0 epsilon, as the ODE stops at sigma_0, the least noise that the network
+    knows, see `noise_levels` (0.006 in the cosine schedule with 1,000 timesteps and 0.010 in the linear one, where
+    neighbouring pixel values are 0.008 apart; 0.001 for vp and 0.02 for ve). It is a density by itself, and so a valid
+    code, of a model whose images have that noise left. For data smoother than this noise it costs about
+    log2(1 + sigma_0^2 / variance) / 2 bits/dim beside the density at sigma 0.
 
     Args:
         points: float64, shape (B, C, H, W); x_0 + sigma_0 epsilon, not scaled by alpha.
         probes: for the trace, shape (K, B, C, H, W), see `draw_probes`.
         tolerance: largest local error of a step of the solver (Runge-Kutta 5(4)): the root mean square error of all
             pixel values of the batch and, with equal weight, of log p / D. On a Gaussian with the spectrum of 32x32
-            images 1e-3 takes 50 network evaluations and errs by up to 0.002 bits/dim, 1e-5 by 0.0001 with 120.
+            images 1e-3 takes 50 network evaluations and errs by up to 0.002 bits/dim, 1e-5 by 0.0001 with 120. With
+            1e-2 a step can leap over the noise levels where the data have their structure.
 
     Returns:
         float64 log-densities (B,), and the number of network evaluations.
@@ -433,43 +441,69 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
     """
     if not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}; it must be positive")
-    if unet.config.get("time_embedding_type") == "learned":
-        raise ValueError("the network has a learned time embedding; the ODE needs fractions of a timestep")
-    abar = scheduler.alphas_cumprod.cpu().double().clamp(min=SMALLEST_ALPHA_CUMPROD)
-    sigmas = ((1 - abar) / abar).sqrt().numpy()
+    sde, clean = denoiser(unet, scheduler)
+    first_sigma, last_sigma = noise_levels(sde)
     shape, num_dims = points.shape, points[0].numel()
+    device = next(unet.parameters()).device
+
+    def predict(y: Tensor, sigma: float) -> Tensor:
+        t = time_of(sde, sigma)
+        return clean((sde.signal_scale(t) * y).to(device), t).cpu()
 
     def flow(log_sigma: float, state: np.ndarray) -> np.ndarray:
         sigma = math.exp(log_sigma)
-        timestep = torch.tensor(np.interp(sigma, sigmas, np.arange(len(sigmas))), dtype=torch.float32)
         noise_scale = sigma / math.sqrt(1 + sigma**2)
         x = torch.from_numpy(state[: points.numel()]).view(shape)
-        noise, divergence = _noise_and_divergence(unet, scheduler, x, timestep, sigma, probes)
+        noise, divergence = _noise_and_divergence(predict, x, sigma, probes)
         dx = noise_scale * (noise - noise_scale * x)
         dlogp = -noise_scale * (divergence - noise_scale * num_dims)
         return torch.cat([dx.flatten(), dlogp / math.sqrt(num_dims)]).numpy()
 
-    first_alpha = float(abar[0].sqrt())
-    start = torch.cat([first_alpha * points.flatten(), torch.zeros(len(points), dtype=torch.float64)])
-    span = (math.log(sigmas[0]), math.log(sigmas[-1]))
+    first_scale, last_scale = (1 / math.sqrt(1 + sigma**2) for sigma in (first_sigma, last_sigma))
+    start = torch.cat([first_scale * points.flatten(), torch.zeros(len(points), dtype=torch.float64)])
+    span = (math.log(first_sigma), math.log(last_sigma))
     # absolute errors alone: x has unit size all the way
     solution = solve_ivp(flow, span, start.numpy(), t_eval=span[1:], atol=tolerance, rtol=1e-13)
     if not solution.success:
         raise ValueError(f"the ODE could not be solved with tolerance {tolerance}: {solution.message}")
     end = torch.from_numpy(solution.y[:, -1].copy())
     last, change = end[: points.numel()].view(shape), end[points.numel() :] * math.sqrt(num_dims)
-    log_prior = -(last.square().sum(dim=(1, 2, 3)) + num_dims * math.log(2 * math.pi)) / 2
-    # log_prior - change is that of x at sigma_0, and x = alpha point: p(point) = p(x) alpha^D
-    return log_prior - change + num_dims * math.log(first_alpha), solution.nfev
+    std = sde.prior_std * last_scale / float(sde.signal_scale(_double(sde.last_time)))  # of x; 1 for VP
+    log_prior = -((last / std).square().sum(dim=(1, 2, 3)) + num_dims * math.log(2 * math.pi * std**2)) / 2
+    # log_prior - change is that of x at sigma_0, and x = scale point: p(point) = p(x) scale^D
+    return log_prior - change + num_dims * math.log(first_scale), solution.nfev
 
 
-def _noise_and_divergence(unet, scheduler, x, timestep, sigma, probes) -> tuple[Tensor, Tensor]:
-    """epsilon (B, C, H, W) that the network predicts at x, and its divergence (B,) estimated by the probes."""
-    signal = 1 / math.sqrt(1 + sigma**2)
+def noise_levels(sde) -> tuple[float, float]:
+    """The least and the greatest sigma that a network was trained with."""
+    return tuple(float(sde.sigma(_double(t))) for t in (sde.first_time, sde.last_time))
+
+
+def time_of(sde, sigma: float) -> Tensor:
+    """The time of a noise level, float64; one that rounding puts beyond the first or last time is that time."""
+    return sde.time_of(_double(sigma)).clamp(sde.first_time, sde.last_time)
+
+
+def _double(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _noise_and_divergence(predict, x: Tensor, sigma: float, probes: Tensor) -> tuple[Tensor, Tensor]:
+    """epsilon (B, C, H, W) at x = y / sqrt(1 + sigma^2), and its divergence in x (B,) as the probes estimate it.
+
+    Args:
+        predict: the x_0 that the network predicts of y with noise of the scale sigma.
+
+    Raises:
+        ValueError: if epsilon is not finite.
+    """
     divergence = torch.zeros(len(x), dtype=torch.float64)
     with torch.enable_grad():
         x = x.clone().requires_grad_()
-        _, noise = _predict(unet, scheduler, x, timestep, signal, sigma * signal)
+        y = math.sqrt(1 + sigma**2) * x
+        noise = (y - predict(y, sigma)) / sigma
+        if not noise.isfinite().all():
+            raise ValueError(f"the network's output is not finite (sigma {sigma:.4g}); look at its weights")
         for probe in probes:
             (product,) = torch.autograd.grad(noise, x, probe, retain_graph=len(probes) > 1)
             divergence += (product * probe).sum(dim=(1, 2, 3))

@@ -8,20 +8,21 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from eval.cost import sample, settings_grid
+from eval.cost import SamplerSetting, sample, settings_grid
 from eval.encoders import open_extractor
 from eval.evaluation import Evaluation
 from eval.features import FeatureExtractor, cached_features, images_of_store
 from eval.figures import plot_cost_curve, plot_curves, plot_nearest_distances
 from eval.frechet import fid_at_infinity, frechet_distance, mean_and_covariance
-from eval.heldout import heldout_curve
+from eval.heldout import SIGMAS, denoising_curve, heldout_curve
 from eval.kernel import cmmd, kernel_distance
-from eval.likelihood import VARIANCES, ode_likelihood, variational_bound
+from eval.likelihood import VARIANCES, noise_levels, ode_likelihood, variational_bound
 from eval.memorisation import MemorisationReport, memorisation
 from eval.prdc import prdc
 from eval.reference import FeatureError
 from eval.results import result
 from eval.swd import sliced_wasserstein, swd_floor
+from pipelines.custom_unet_pipeline import denoiser
 from pipelines.generate import InputError, load_pipeline, on_main_process
 from training.data import to_model_range
 
@@ -41,6 +42,10 @@ def check_metrics(evaluation: Evaluation) -> None:
     if "cost" in metrics and SWD_PARTS * options.cost_images > num_real:
         needed = SWD_PARTS * options.cost_images
         raise InputError(f"--cost_images {options.cost_images} needs {needed} real images; there are {num_real}")
+    if "cost" in metrics:
+        for setting in cost_grid(evaluation):
+            evaluation.set_sampler(setting)
+        evaluation.set_sampler()
     if "features" in metrics and options.features is not None:
         for name in options.features:
             _open(feature_space(name), evaluation)
@@ -214,23 +219,36 @@ def _memorisation_results(evaluation: Evaluation, report: MemorisationReport, sp
     )
 
 
+def why_no_ode(evaluation: Evaluation) -> str | None:
+    """Why the model has no predictions in continuous time; None if it has."""
+    try:
+        denoiser(evaluation.network, evaluation.pipeline.scheduler)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
-    options = evaluation.options
-    unet, scheduler = evaluation.pipeline.unet, evaluation.pipeline.scheduler
+    options, scheduler = evaluation.options, evaluation.pipeline.scheduler
+    unet, no_ode = evaluation.network, why_no_ode(evaluation)
     about = {"unit": "bits/dim"} | {key: evaluation.reference[key] for key in ("dataset", "crop", "resolution")}
     splits = {"training": evaluation.training} | ({"held-out": evaluation.heldout} if evaluation.heldout else {})
     curves = {}
     for kind, store in splits.items():
         images = evaluation.tensors(store, options.likelihood_images)
         for variance in VARIANCES:
+            name, metric = f"Variational bound ({variance}), {kind}", f"bits_per_dim_bound_{variance}"
+            if evaluation.pipeline.is_continuous:
+                yield result("likelihood", name, metric, None, reason=NO_BOUND)
+                continue
             bound = variational_bound(
                 unet, scheduler, images, num_evaluations=options.bound_evaluations, variance=variance
             )
             curves[f"{kind}, {variance}"] = (bound.terms[1:], None)
             yield result(
                 "likelihood",
-                f"Variational bound ({variance}), {kind}",
-                f"bits_per_dim_bound_{variance}",
+                name,
+                metric,
                 bound.mean,
                 std=bound.standard_error,
                 n=len(images),
@@ -240,6 +258,9 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
                 network_evaluations=bound.num_evaluations,
                 **about,
             )
+        if no_ode is not None:
+            yield result("likelihood", f"Probability-flow ODE, {kind}", "bits_per_dim_ode", None, reason=no_ode)
+            continue
         images = evaluation.tensors(store, options.ode_images)
         ode = ode_likelihood(unet, scheduler, images, num_draws=options.ode_draws, tolerance=options.ode_tolerance)
         yield result(
@@ -253,9 +274,12 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
             draws=options.ode_draws,
             draw_standard_error=ode.draw_standard_error if options.ode_draws > 1 else None,
             tolerance=options.ode_tolerance,
+            first_sigma=noise_levels(denoiser(unet, scheduler)[0])[0],
             network_evaluations=ode.num_evaluations,
             **about,
         )
+    if not curves:
+        return
     timesteps = np.arange(1, len(next(iter(curves.values()))[0]) + 1)
     plot_curves(
         timesteps,
@@ -266,11 +290,22 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
 
 
 def measure_heldout(evaluation: Evaluation) -> Iterable[dict]:
-    options, pipeline = evaluation.options, evaluation.pipeline
+    """Against the noise level, and for a model with discrete timesteps against these too."""
+    count = evaluation.options.heldout_images
+    about = {key: evaluation.reference[key] for key in ("dataset", "crop", "resolution")}
+    sets = {
+        kind: (to_model_range(evaluation.tensors(store, count)), about | {"split": store.description["split"]})
+        for kind, store in {"training": evaluation.training, "held-out": evaluation.heldout}.items()
+    }
+    if not evaluation.pipeline.is_continuous:
+        yield from _errors_by_timestep(evaluation, sets)
+    yield from _errors_by_noise_level(evaluation, sets)
+
+
+def _errors_by_timestep(evaluation: Evaluation, sets: dict) -> Iterable[dict]:
     curves = {}
-    for kind, store in {"training": evaluation.training, "held-out": evaluation.heldout}.items():
-        images = to_model_range(evaluation.tensors(store, options.heldout_images))
-        curve = heldout_curve(pipeline.unet, pipeline.scheduler, images)
+    for kind, (images, about) in sets.items():
+        curve = heldout_curve(evaluation.network, evaluation.pipeline.scheduler, images)
         curves[kind] = (curve.epsilon_mse, curve.epsilon_standard_error)
         yield result(
             "heldout",
@@ -278,13 +313,51 @@ def measure_heldout(evaluation: Evaluation) -> Iterable[dict]:
             "epsilon_mse",
             float(curve.epsilon_mse.mean()),
             n=len(images),
-            split=store.description["split"],
             timesteps=curve.timesteps.tolist(),
             curve=curve.epsilon_mse.tolist(),
-            **{key: evaluation.reference[key] for key in ("dataset", "crop", "resolution")},
+            **about,
         )
     labels = {"xlabel": "timestep", "ylabel": "mean squared error of the noise", "yscale": "log"}
     plot_curves(curve.timesteps, curves, labels, evaluation.out / "heldout_loss.png")
+
+
+def _errors_by_noise_level(evaluation: Evaluation, sets: dict) -> Iterable[dict]:
+    curves, reason = {}, why_no_ode(evaluation)
+    if reason is None:
+        low, high = noise_levels(denoiser(evaluation.network, evaluation.pipeline.scheduler)[0])
+        if not low <= SIGMAS[0] * (1 + 1e-6) or not SIGMAS[-1] <= high:
+            reason = (
+                f"the model was trained with noise levels from {low:.3g} to {high:.3g}, and models are compared at"
+                f" {SIGMAS[0]:g} to {SIGMAS[-1]:g}"
+            )
+    for kind, (images, about) in sets.items():
+        name = f"Error of x_0, mean over log sigma, {kind}"
+        if reason is not None:
+            yield result("heldout", name, "sample_mse", None, reason=reason)
+            continue
+        curve = denoising_curve(evaluation.network, evaluation.pipeline.scheduler, images)
+        curves[kind] = (curve.epsilon_mse, curve.sample_standard_error / curve.sigmas**2)
+        yield result(
+            "heldout",
+            name,
+            "sample_mse",
+            curve.mean,
+            std=curve.standard_error,
+            n=len(images),
+            sigmas=curve.sigmas.tolist(),
+            curve=curve.sample_mse.tolist(),
+            **about,
+        )
+    if curves:
+        labels = {"xlabel": "noise level sigma", "ylabel": "mean squared error of the noise"}
+        scales = {"xscale": "log", "yscale": "log"}
+        plot_curves(curve.sigmas, curves, labels | scales, evaluation.out / "denoising_error.png")
+
+
+def cost_grid(evaluation: Evaluation) -> list[SamplerSetting]:
+    options = evaluation.options
+    settings = evaluation.sampler_settings
+    return list(settings_grid(evaluation.cost_samplers, options.cost_steps, options.cost_etas, settings))
 
 
 def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
@@ -292,22 +365,27 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
     real, floor = evaluation.real(n), mean(swd_floor(evaluation.real(SWD_PARTS * n)))
     pipeline = load_pipeline(evaluation.source, options.dtype, None).to(evaluation.state.device)
     seeds = range(options.seed, options.seed + n)
-    entries = []
-    grid = list(settings_grid(options.cost_samplers, options.cost_steps, options.cost_etas))
-    for setting in tqdm(grid, desc="cost", unit="setting"):
-        about = dataclasses.asdict(setting) | evaluation.reference
+    entries, classes = [], {}
+    if options.class_label is not None:
+        labels = [options.class_label[seed % len(options.class_label)] for seed in seeds]
+        classes = {"class_labels": labels, "guidance_scale": options.guidance_scale}
+    for setting in tqdm(cost_grid(evaluation), desc="cost", unit="setting"):
+        about = {name: value for name, value in dataclasses.asdict(setting).items() if value not in (None, {})}
+        about |= evaluation.reference
         about |= {
             "n": n,
             "seeds": f"{seeds[0]} to {seeds[-1]}",
             "dtype": options.dtype,
             "batch_size": options.batch_size,
         }
+        if classes:
+            about |= {"class_label": options.class_label, "guidance_scale": options.guidance_scale}
         known = evaluation.measured_before("cost", about)
         if known is not None:
             entries.append(known)
             yield known
             continue
-        images, evaluations, seconds = sample(pipeline, setting, seeds, options.batch_size)
+        images, evaluations, seconds = sample(pipeline, setting, seeds, options.batch_size, **classes)
         entries.append(
             result(
                 "cost",
@@ -324,6 +402,9 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
         )
         yield entries[-1]
     plot_cost_curve(entries, floor, evaluation.out / "cost.png")
+
+
+NO_BOUND = "the bound is of discrete timesteps, but the model was trained in continuous time"
 
 
 def mean(distances: dict[int, float]) -> float:

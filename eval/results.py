@@ -103,14 +103,16 @@ def cost_table(results: list[dict]) -> str:
     rows = [entry for entry in results if entry["family"] == "cost"]
     if not rows:
         raise ResultsError("there is no cost curve among the results")
-    steps = sorted({entry["steps"] for entry in rows})
-    lines = [f"| {rows[0]['name']}, n = {number(rows[0]['n'])} | {' | '.join(f'{s} steps' for s in steps)} |"]
+    steps = sorted({entry["steps"] for entry in rows if "steps" in entry})
+    steps += [None] * any("steps" not in entry for entry in rows)  # a solver that chooses its steps
+    headings = " | ".join("steps of its own" if s is None else f"{s} steps" for s in steps)
+    lines = [f"| {rows[0]['name']}, n = {number(rows[0]['n'])} | {headings} |"]
     lines.append("|---" * (len(steps) + 1) + "|")
     settings = {(entry["sampler"], entry.get("eta", 0.0)): None for entry in rows}
     for sampler, eta in settings:
         cells = []
         for s in steps:
-            found = [e for e in rows if (e["sampler"], e.get("eta", 0.0), e["steps"]) == (sampler, eta, s)]
+            found = [e for e in rows if (e["sampler"], e.get("eta", 0.0), e.get("steps")) == (sampler, eta, s)]
             cells.append(f"{number(found[0]['value'])} ({number(found[0]['seconds_per_image'])} s)" if found else "")
         lines.append(f"| {sampler}{f', eta {eta:g}' if eta else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)

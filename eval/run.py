@@ -4,13 +4,15 @@
 
 DATA is a folder, a Hub id or `synthetic-faces`, cropped as the model was trained. OUT/results.json has every figure
 with how it was got, beside it are the figures as PNG; the images lie in OUT/images and are used again by a second
-start, as are features in the user's cache. `--write_card` hands the results to the model's card.
+start, as are features in the user's cache. `--write_card` hands the results to the model's card, `python -m
+eval.compare` lays the results of several models side by side. DDPM and SDE models are measured alike, but for what
+belongs to discrete timesteps alone.
 
     swd            sliced Wasserstein distance, with the floor of real against real       eval/swd.py
     features       FID, KID, precision and recall, FD-DINOv2, CMMD                        eval/frechet.py and others
     memorisation   nearest training images of generated and of held-out images            eval/memorisation.py
     likelihood     bits/dim by the variational bound and by the probability-flow ODE      eval/likelihood.py
-    heldout        loss against the timestep on held-out and on training images           eval/heldout.py
+    heldout        loss against timestep and noise level, held-out and training images    eval/heldout.py
     cost           quality, network evaluations and seconds of samplers and steps         eval/cost.py
 
 Several processes (`accelerate launch -m eval.run`, torchrun) share generation and features. Exit codes: 0 done, 1
@@ -34,7 +36,7 @@ from eval.measures import METRICS, check_metrics
 from eval.reference import FEWEST_IMAGES, FeatureError, check_counts
 from eval.results import ResultsError, quality_table, read_results, result, write_results
 from pipelines import generate
-from pipelines.custom_unet_pipeline import SAMPLERS
+from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 from pipelines.generate import DTYPES, InputError
 from pipelines.model_card import CardError, write_card
 from training.data import DataError
@@ -43,7 +45,8 @@ LIBRARIES = "torch diffusers accelerate clean-fid scipy".split()
 NEED_IMAGES = {"swd", "features", "memorisation"}
 ON_ALL_PROCESSES = {"features"}
 ON_THE_CARD = {"swd", "features", "memorisation", "likelihood"}
-IDENTITY = "family name split sampler steps eta n".split()  # what makes two results the same measurement
+# What makes two results the same measurement
+IDENTITY = "family name split sampler steps eta sampler_settings class_label guidance_scale n".split()
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
@@ -62,9 +65,14 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--images_dir", type=Path, help="folder for generated images (default OUT/images)")
     add("--num_images", type=int, default=10000, help="generated images n, and real ones in equal number")
     add("--allow_few", action="store_true", help=f"allow less than {FEWEST_IMAGES} images for FID and the like")
-    add("--sampler", choices=SAMPLERS, default="ddim")
+    samplers = [*SAMPLERS, *CONTINUOUS_SAMPLERS]
+    add("--sampler", choices=samplers, help="default: ddim; of a model of continuous time its own")
     add("--steps", type=int, default=50)
     add("--eta", type=float, default=0.0)
+    for name, (kind, text) in generate.SAMPLER_SETTINGS.items():
+        add(f"--{name}", type=kind, help=text)
+    add("--class_label", type=int, nargs="+", help="of a class-conditional model: classes that the seeds take in turn")
+    add("--guidance_scale", type=float, default=1.0, help="of classifier-free guidance; 1, the default, is without")
     add("--seed", type=int, default=0, help="of the first image, and of every random choice of a metric")
     add("--batch_size", type=int, default=64)
     add("--dtype", choices=DTYPES, default="fp32", help="of the network while sampling")
@@ -86,20 +94,19 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         default=15.0,
         help="RMS in grey levels: held-out images nearer to a training image are near-copies in the data, left out",
     )
-    add("--heldout_images", type=int, default=512, help="of each split, for the loss against the timestep")
+    add("--heldout_images", type=int, default=512, help="of each split, for the loss against the noise")
     add("--cost_images", type=int, default=1000, help="of each sampler and number of steps")
-    add("--cost_samplers", nargs="+", choices=SAMPLERS, default=["ddpm", "ddim", "dpmsolver++2m", "unipc"])
+    add("--cost_samplers", nargs="+", choices=samplers, help="default: some, or all of continuous time")
     add("--cost_steps", nargs="+", type=int, default=[10, 20, 50, 250])
     add("--cost_etas", nargs="+", type=float, default=[0.0])
     add("--write_card", action="store_true", help="put results.json into the pipeline's folder and renew its card")
     options = parser.parse_args(arguments)
-    options.class_label = None  # the models that are evaluated are unconditional
     counts = (
         "num_images batch_size num_cpu_threads k likelihood_images bound_evaluations ode_images ode_draws"
         " heldout_images cost_images cost_steps"
     ).split()
     least = dict.fromkeys(counts, 1) | {"ode_tolerance": 1e-12}
-    least |= dict.fromkeys(("seed", "eta", "cost_etas", "duplicate_distance"), 0)
+    least |= dict.fromkeys(("seed", "eta", "cost_etas", "duplicate_distance", *generate.SAMPLER_SETTINGS), 0)
     most = {"num_cpu_threads": generate.MOST_THREADS, "eta": 1, "cost_etas": 1}
     generate.check_numbers(options, least, most)
     if "features" in options.metrics:
@@ -165,6 +172,7 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
             print(f"{path} is of other weights or real images: it is written anew", flush=True)
     device = evaluation.state.device
     return header | {
+        "model": evaluation.model_facts(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "date": datetime.now(UTC).date().isoformat(),

@@ -25,15 +25,17 @@ MAX_IMAGES = 16
 MAX_SEED = 2**31 - 1
 AS_SHARED = "as shared"  # the repository's own sampler, where no name in SAMPLERS has its settings
 SHOWN_SIZE = 512  # pixels that a side of an image is enlarged to, about
+MAX_STEPS_OF_AN_SDE = 1000
 STRIP_SIZE = 128  # the same for an image in a strip
 FILES_KEPT_SECONDS = 3600
 PROGRESS = gr.Progress()
 ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "network"}  # one queue for all that runs the network
 ABOUT = """# {title}
 
-An unconditional diffusion model: it draws images of {width}x{height} pixels from nothing but noise, with a network of
-{parameters:.1f} million parameters. No image that it draws is a photograph. They may be used as the licence of the
-model and the terms of its training data allow: those of a model trained on CelebA for non-commercial research only.
+An unconditional diffusion model{kind}: it draws images of {width}x{height} pixels from nothing but noise, with a
+network of {parameters:.1f} million parameters. No image that it draws is a photograph. They may be used as the licence
+of the model and the terms of its training data allow: those of a model trained on CelebA for non-commercial research
+only.
 """
 
 
@@ -51,7 +53,11 @@ def build_demo(pipeline: CustomUNetPipeline, name: str = "An unconditional diffu
         raise ValueError("the network has class embeddings; the page is for unconditional networks")
     page = Page(pipeline)
     about = ABOUT.format(
-        title=name, width=page.size[0], height=page.size[1], parameters=pipeline.unet.num_parameters() / 1e6
+        title=name,
+        kind=", trained in continuous time" if pipeline.is_continuous else "",
+        width=page.size[0],
+        height=page.size[1],
+        parameters=pipeline.unet.num_parameters() / 1e6,
     )
     with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(FILES_KEPT_SECONDS, FILES_KEPT_SECONDS)) as demo:
         gr.Markdown(about)
@@ -82,9 +88,11 @@ class Page:
             for name, (cls, settings) in SAMPLERS.items()
             if type(scheduler) is cls and settings.items() <= scheduler.config.items()
         ]
+        if pipeline.continuous_sampler is not None:
+            names = [pipeline.continuous_sampler.name]
         self.own_sampler = names[0] if names else AS_SHARED
-        self.samplers = list(SAMPLERS) if names else [AS_SHARED, *SAMPLERS]
-        self.max_steps = scheduler.config.num_train_timesteps
+        self.samplers = [*([] if names else [AS_SHARED]), *pipeline.samplers]
+        self.max_steps = scheduler.config.get("num_train_timesteps", MAX_STEPS_OF_AN_SDE)
 
     # ---- Generate
 
@@ -129,7 +137,8 @@ class Page:
             result = pipeline.denoising_strip(
                 frames, steps, seeds=consecutive_seeds(seed, 1), eta=eta_for(sampler, eta)
             )
-        levels = f"From left to right: t = {', '.join(map(str, result.timesteps))}, and the result."
+        times = [f"{time:.3g}" if isinstance(time, float) else str(time) for time in result.timesteps]
+        levels = f"From left to right: t = {', '.join(times)}, and the result."
         with tempfile.TemporaryDirectory() as folder:  # Gradio has taken its copy when it comes back after the yield
             path = f"{folder}/denoising.gif"
             result.save_gif(path, scale=self.factor(SHOWN_SIZE // 2), frame_milliseconds=400)
@@ -145,7 +154,8 @@ class Page:
                 steps = self.steps_input()
                 button = gr.Button("Interpolate", variant="primary")
             with gr.Column(scale=3):
-                gallery = image_gallery("From one seed to the other, by DDIM")
+                solver = "the probability-flow ODE" if self.pipeline.is_continuous else "DDIM"
+                gallery = image_gallery(f"From one seed to the other, by {solver}")
         button.click(self.interpolate, [start, end, number, steps], gallery, **ONE_AT_A_TIME)
 
     def interpolate(self, start, end, number, steps, progress=PROGRESS) -> list:
@@ -172,7 +182,13 @@ class Page:
                 number = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Results")
                 steps = self.steps_input()
                 resamples = gr.Slider(
-                    1, 20, 5, step=1, label="Resamplings", info="More agree better with the rest and take longer."
+                    1,
+                    20,
+                    5,
+                    step=1,
+                    label="Resamplings",
+                    info="More agree better with the rest and take longer.",
+                    visible=not self.pipeline.is_continuous,
                 )
                 button = gr.Button("Paint anew", variant="primary")
             with gr.Column(scale=4):
@@ -216,7 +232,10 @@ class Page:
         with errors_shown():
             seeds = consecutive_seeds(seed, number)
             pipeline = self.pipeline_for_a_call(progress)
-            images = pipeline.inpaint(image, mask, steps, num_resamples=resamples, seeds=seeds).images
+            if pipeline.is_continuous:
+                images = pipeline.impute(image, mask, steps, seeds=seeds).images
+            else:
+                images = pipeline.inpaint(image, mask, steps, num_resamples=resamples, seeds=seeds).images
         return self.with_captions(images, [f"seed {seed}" for seed in seeds])
 
     def drawn_mask(self, drawing: dict) -> Image.Image:
@@ -251,7 +270,8 @@ class Page:
         return sampler, steps, eta
 
     def steps_input(self) -> gr.Slider:
-        return gr.Slider(1, self.max_steps, min(50, self.max_steps), step=1, label="Steps")
+        least = 2 if self.pipeline.is_continuous else 1
+        return gr.Slider(least, self.max_steps, min(50, self.max_steps), step=1, label="Steps")
 
     def pipeline_for_a_call(self, progress: gr.Progress, sampler: str = AS_SHARED) -> CustomUNetPipeline:
         """The same network with a fresh sampler, which tells its progress to the page."""
@@ -260,12 +280,7 @@ class Page:
         if sampler != AS_SHARED:
             pipeline.set_sampler(sampler)
 
-        def progress_bar(iterable: Iterable) -> Iterator:
-            for index, item in enumerate(iterable):
-                progress((index, len(iterable)))
-                yield item
-
-        pipeline.progress_bar = progress_bar
+        pipeline.progress_bar = lambda iterable=(), total=None: ProgressBar(progress, iterable, total)
         return pipeline
 
     def with_captions(self, images: list[Image.Image], captions: list[str]) -> list[tuple[Image.Image, str]]:
@@ -275,6 +290,30 @@ class Page:
     def factor(self, shown_size: int) -> int:
         """What images are enlarged by, to about the size."""
         return max(1, round(shown_size / max(self.size)))
+
+
+class ProgressBar:
+    """As much of tqdm as the pipeline uses, which tells the page."""
+
+    def __init__(self, progress: gr.Progress, iterable: Iterable, total: int | None):
+        self.progress, self.iterable, self.done = progress, iterable, 0
+        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+
+    def __iter__(self) -> Iterator:
+        for item in self.iterable:
+            self.progress((self.done, self.total))
+            yield item
+            self.done += 1
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def update(self) -> None:
+        self.done += 1
+        self.progress((self.done, self.total))
 
 
 def seed_input(label: str, value: int = 0) -> gr.Number:

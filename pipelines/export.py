@@ -4,7 +4,7 @@
     FOLDER/model_index.json              names the pipeline class and its components
     FOLDER/custom_unet_pipeline.py       code of the pipeline
     FOLDER/unet/                         weights (safetensors), config.json, custom_unet_2d.py (code of the network)
-    FOLDER/scheduler/                    the sampler's configuration
+    FOLDER/scheduler/                    the sampler's configuration; of an SDE, sde.py besides (code of the SDE)
     FOLDER/training.json                 facts of the run
     FOLDER/training_config.yaml          its configuration
     FOLDER/samples.png                   a grid of samples
@@ -12,7 +12,7 @@
 
 It loads three ways: `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` anywhere,
 `CustomUNetPipeline.from_pretrained(FOLDER)` in this repository, and `UNet2DModel.from_pretrained(FOLDER,
-subfolder="unet")` without any code but diffusers'.
+subfolder="unet")` without any code but diffusers', which samples no SDE.
 
     python -m pipelines.export card --pipeline DIR                    write the card anew
     python -m pipelines.export copy --pipeline DIR --out DIR2 ...     in half precision, in shards, ...
@@ -103,6 +103,7 @@ def _write_pipeline(
         half.save_pretrained(folder / "unet", variant="fp16", max_shard_size=max_shard_size or "10GB")
     module, name = _ship_code(type(unet), folder / "unet")
     index = {"_class_name": _ship_code(type(pipeline), folder), "unet": [module, name]}
+    index["scheduler"] = _ship_code(type(pipeline.scheduler), folder / "scheduler")
     if module != "diffusers":
         index["auto_map"] = {"AutoModel": f"{module}.{name}"}
     _edit_json(folder / "model_index.json", index)

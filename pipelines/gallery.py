@@ -2,13 +2,15 @@
 
 python -m pipelines.gallery --pipeline samples/celeba32_cpu/pipeline --out assets
 
-samplers.png           the same seeds by every sampler at several numbers of steps
+samplers.png           the same seeds by every sampler at several numbers of steps; ode chooses its own
 interpolation.png      spherical interpolations, a row for each pair of seeds
 denoising.png, .gif    x_t and the predicted x_0 on the way
 inversion.png, .json   images, their reconstructions, and the error of these against steps
 inpainting.png         masked images, and what was painted under the mask
 variations.png         images noised to several levels and denoised again
 gallery.json           the seeds and settings of each
+
+A model that was trained in continuous time (an SDE) has the first three. Exit codes: 0 done, 2 bad input.
 """
 
 import json
@@ -23,7 +25,7 @@ from tqdm.auto import tqdm
 
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
-from pipelines.generate import Parser, find_pipeline, load_pipeline
+from pipelines.generate import InputError, Parser, find_pipeline, load_pipeline
 
 SEEDS = list(range(8))
 STEPS = (5, 50)
@@ -53,10 +55,12 @@ def labelled_grid(rows: dict[str, list], columns: list[str] | None = None, side:
 
 def draw_samplers(pipe: CustomUNetPipeline, out: Path) -> dict:
     rows = {}
-    for name in tqdm(SAMPLERS, desc="samplers"):
+    for name in tqdm(pipe.samplers if pipe.is_continuous else SAMPLERS, desc="samplers"):
         pipe.set_sampler(name)
-        for steps in STEPS if name != "pndm" else STEPS[-1:]:
-            rows[f"{name}, {steps} steps"] = pipe(seeds=SEEDS, num_inference_steps=steps).images
+        for steps in STEPS if name not in ("pndm", "ode") else STEPS[-1:]:
+            result = pipe(seeds=SEEDS, num_inference_steps=steps)
+            done = f"{steps} steps" if name != "ode" else f"{result.network_evaluations} evaluations"
+            rows[f"{name}, {done}"] = result.images
     labelled_grid(rows).save(out / "samplers.png")
     return {"seeds": SEEDS, "rows": list(rows)}
 
@@ -65,12 +69,13 @@ def draw_interpolation(pipe: CustomUNetPipeline, out: Path) -> dict:
     pairs = [(0, 1), (2, 3), (4, 5), (6, 7)]
     rows = {f"{a} to {b}": pipe.interpolate(a, b, num_images=10).images for a, b in tqdm(pairs, desc="interpolation")}
     labelled_grid(rows).save(out / "interpolation.png")
-    return {"seed_pairs": pairs, "num_images": 10, "sampler": "ddim", "steps": 50}
+    return {"seed_pairs": pairs, "num_images": 10, "sampler": default_sampler(pipe), "steps": 50}
 
 
 def draw_denoising(pipe: CustomUNetPipeline, out: Path) -> dict:
     strip = pipe.denoising_strip(num_frames=10, num_inference_steps=50, seeds=SEEDS[:2])
-    columns = [f"t = {timestep}" for timestep in strip.timesteps] + ["result"]
+    times = [f"{time:.3g}" if isinstance(time, float) else str(time) for time in strip.timesteps]
+    columns = [f"t = {time}" for time in times] + ["result"]
     rows = {}
     for index, seed in enumerate(SEEDS[:2]):
         rows[f"seed {seed}, x_t"] = [frame[index] for frame in strip.noisy_images]
@@ -79,7 +84,7 @@ def draw_denoising(pipe: CustomUNetPipeline, out: Path) -> dict:
     pipe.denoising_strip(num_frames=51, num_inference_steps=50, seeds=SEEDS[:4]).save_gif(
         out / "denoising.gif", scale=3
     )
-    return {"seeds": SEEDS[:4], "sampler": "ddim", "steps": 50}
+    return {"seeds": SEEDS[:4], "sampler": default_sampler(pipe), "steps": 50}
 
 
 def draw_inversion(pipe: CustomUNetPipeline, out: Path) -> dict:
@@ -155,6 +160,25 @@ PICTURES = {
 }
 
 
+NEED_DDIM = ("inversion", "inpainting", "variations")
+
+
+def default_sampler(pipe: CustomUNetPipeline) -> str:
+    return "edm_heun" if pipe.is_continuous else "ddim"
+
+
+def check_pictures(pipe: CustomUNetPipeline, names: list[str]) -> None:
+    """Raises InputError for pictures that the model cannot give."""
+    if pipe.unet.config.get("num_class_embeds") is not None or pipe.unet.config.get("class_embed_type") is not None:
+        raise InputError("the network has class embeddings; the pictures are of unconditional networks")
+    refused = [name for name in names if name in NEED_DDIM]
+    if pipe.is_continuous and refused:
+        rest = " ".join(name for name in PICTURES if name not in NEED_DDIM)
+        raise InputError(
+            f"{refused[0]} goes by DDIM's steps, but the network was trained in continuous time; take --only {rest}"
+        )
+
+
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m pipelines.gallery", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
@@ -164,6 +188,7 @@ def main(arguments: list[str]) -> int:
     try:
         args = parser.parse_args(arguments)
         pipe = load_pipeline(find_pipeline(args.pipeline, None)[0], "fp32", None)
+        check_pictures(pipe, args.only)
         args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -171,7 +196,7 @@ def main(arguments: list[str]) -> int:
     record = args.out / "gallery.json"
     settings = json.loads(record.read_text()) if record.exists() else {}
     for name in args.only:
-        pipe.set_sampler("ddim")
+        pipe.set_sampler(default_sampler(pipe))
         settings[name] = PICTURES[name](pipe, args.out)
         print(f"wrote {args.out / name}.png", flush=True)
     record.write_text(json.dumps(settings, indent=1) + "\n")

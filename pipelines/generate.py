@@ -2,7 +2,8 @@
 
     python -m pipelines.generate --pipeline DIR_OR_HUB_ID --num_images N --seed S --scheduler NAME --steps K --out DIR
 
-    DIR/seed-0000123.png   the image of seed 123; it depends on no other image, batch size or number of processes
+    DIR/seed-0000123.png   the image of seed 123; it depends on no other image, batch size or number of processes, but
+                           of the sampler ode as much as its tolerance allows
     DIR/contact_sheet.png  the first images in order of the seeds, at most 256
     DIR/generate.json      the settings, and every start that generated images: command, versions, device, speed
 
@@ -21,14 +22,15 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
@@ -38,7 +40,7 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from pipelines import CustomUNetPipeline
-from pipelines.custom_unet_pipeline import SAMPLERS
+from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 from pipelines.loading import LoadError, check_schedule, load_folder
 
 RECORD = "generate.json"
@@ -50,6 +52,16 @@ SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
 # What is fetched from the Hub: no code and no pickles
 NEEDED_FILES = [f"unet/{name}" for name in ("config.json", WEIGHTS, WEIGHTS_INDEX, SHARDS)] + ["scheduler/*.json"]
 MOST_THREADS = 1024  # where threads cannot be made, OpenMP ends the process
+# Settings of the samplers in continuous time, as flags: type and help
+SAMPLER_SETTINGS = {
+    "snr": (float, "of predictor_corrector: signal-to-noise ratio r of a Langevin step"),
+    "corrector_steps": (int, "of predictor_corrector: Langevin steps at each noise level"),
+    "tolerance": (float, "of ode: error of a step"),
+    "churn": (float, "of edm_heun: S_churn, 0 is deterministic"),
+    "churn_min": (float, "of edm_heun: S_tmin, the smallest noise level with churn"),
+    "churn_max": (float, "of edm_heun: S_tmax, the largest one"),
+    "noise_factor": (float, "of edm_heun: S_noise, standard deviation of the noise that churn adds"),
+}
 NUM_SEEDS = 2**32  # torch's generator on the CPU takes a seed modulo this
 
 
@@ -85,6 +97,13 @@ def missing_seeds(folder: Path, seeds: Iterable[int]) -> list[int]:
     return [seed for seed in seeds if not _is_intact(image_path(folder, seed))]
 
 
+class Generated(NamedTuple):
+    """How many images were generated, and how many network evaluations all of them took together."""
+
+    num_images: int
+    network_evaluations: int
+
+
 def generate_images(
     pipeline: CustomUNetPipeline,
     folder: Path,
@@ -93,32 +112,38 @@ def generate_images(
     batch_size: int,
     num_inference_steps: int,
     eta: float = 0.0,
-    class_label: int | None = None,
+    class_label: Sequence[int] | None = None,
+    guidance_scale: float = 1.0,
     show_progress: bool = False,
-) -> int:
+) -> Generated:
     """Writes the images of these seeds that the folder lacks, in this process, with the pipeline's sampler.
 
     An image appears under its name only when it is complete. That those in the folder are of the same settings is
     for the caller to know; see `open_record`.
 
-    Returns:
-        how many images were generated.
+    Args:
+        class_label: for a network with class embeddings; of K labels seed s has the label s mod K of them.
 
     Raises:
         ValueError: for arguments that the pipeline refuses, or images that are not finite.
         OSError: if an image cannot be written.
     """
-    missing = missing_seeds(folder, seeds)
+    missing, evaluations = missing_seeds(folder, seeds), 0
     with tqdm(total=len(missing), desc="generating", unit="image", disable=not show_progress) as bar:
         for first in range(0, len(missing), batch_size):
             batch = missing[first : first + batch_size]
-            images = pipeline(
-                seeds=batch, num_inference_steps=num_inference_steps, eta=eta, class_labels=class_label
-            ).images
-            for seed, image in zip(batch, images, strict=True):
+            result = pipeline(
+                seeds=batch,
+                num_inference_steps=num_inference_steps,
+                eta=eta,
+                class_labels=class_label and [class_label[seed % len(class_label)] for seed in batch],
+                guidance_scale=guidance_scale,
+            )
+            for seed, image in zip(batch, result.images, strict=True):
                 _write_atomically(image_path(folder, seed), image.save)
+            evaluations += result.network_evaluations * len(batch)
             bar.update(len(batch))
-    return len(missing)
+    return Generated(len(missing), evaluations)
 
 
 def draw_contact_sheet(folder: Path) -> None:
@@ -190,7 +215,13 @@ def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Names
     """What makes the images what they are; images of the same `settings` belong in one folder."""
     scheduler = json.loads(pipeline.scheduler.to_json_string())
     del scheduler["_diffusers_version"]
-    size = pipeline.unet.config.sample_size
+    size, sampler = pipeline.unet.config.sample_size, pipeline.continuous_sampler
+    labels, more = options.class_label, {}
+    if sampler is not None:
+        finite = {name: value if math.isfinite(value) else None for name, value in sampler.settings.items()}
+        more["continuous_sampler"] = {"name": sampler.name} | finite
+    if labels is not None:
+        more["guidance_scale"] = options.guidance_scale
     return {
         "pipeline": _without_folder(options.pipeline),
         "revision": commit,
@@ -198,12 +229,13 @@ def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Names
         "settings": {
             "weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)},
             "scheduler": scheduler,
-            "num_inference_steps": options.steps,
+            "num_inference_steps": None if sampler is not None and sampler.name == "ode" else options.steps,
             "eta": options.eta,
             "dtype": options.dtype,
-            "class_label": options.class_label,
+            "class_label": labels[0] if labels is not None and len(labels) == 1 else labels,
             "image_size": [size, size] if isinstance(size, int) else list(size),
-        },
+        }
+        | more,
     }
 
 
@@ -279,19 +311,30 @@ def weight_files(source: Path) -> list[Path]:
     return files
 
 
-def load_pipeline(source: Path, dtype: str, sampler: str | None) -> CustomUNetPipeline:
+def load_pipeline(source: Path, dtype: str, sampler: str | None, **settings: float) -> CustomUNetPipeline:
     """Loads a model repository without running its code, and without a progress bar of its own.
 
+    Args:
+        sampler: name of the sampler to set; None for that of the repository.
+        settings: of a sampler in continuous time.
+
     Raises:
-        InputError: if it is damaged or does not suit.
+        InputError: if it is damaged, or the sampler or a setting does not suit.
     """
     try:
         pipeline = load_folder(source, weight_files(source), DTYPES[dtype])
     except LoadError as error:
         raise InputError(str(error)) from error
     pipeline.set_progress_bar_config(disable=True)
+    if sampler is None and settings:
+        if pipeline.continuous_sampler is None:
+            raise InputError(f"--{min(settings)} is for a sampler in continuous time; name one with --scheduler")
+        sampler = pipeline.continuous_sampler.name
     if sampler is not None:
-        pipeline.set_sampler(sampler)
+        try:
+            pipeline.set_sampler(sampler, **settings)
+        except ValueError as error:
+            raise InputError(str(error)) from error
     return pipeline
 
 
@@ -336,10 +379,17 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
     parser.add_argument("--num_images", type=int, default=64, help="image i has the seed --seed + i (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image (default 0)")
-    parser.add_argument("--scheduler", choices=SAMPLERS, help="sampler (default: the repository's own)")
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default 50)")
+    samplers = [*SAMPLERS, *CONTINUOUS_SAMPLERS]
+    parser.add_argument("--scheduler", choices=samplers, help="sampler (default: the repository's own)")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default 50); ode takes its own")
     parser.add_argument("--eta", type=float, default=0.0, help="of DDIM: 0 is deterministic, 1 as random as DDPM")
-    parser.add_argument("--class_label", type=int, help="for a network with class embeddings")
+    for name, (kind, text) in SAMPLER_SETTINGS.items():
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    labels = "class of all images, or several that the seeds take in turn; for a network with class embeddings"
+    parser.add_argument("--class_label", type=int, nargs="+", help=labels)
+    parser.add_argument(
+        "--guidance_scale", type=float, default=1.0, help="of classifier-free guidance; 1, the default, is without"
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="images at once, in each process (default 16)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network (default fp32)")
     parser.add_argument(
@@ -359,8 +409,17 @@ def check_arguments(pipeline: CustomUNetPipeline, options: argparse.Namespace) -
     """Raises InputError for what the pipeline would refuse."""
     try:
         pipeline.check_inputs(options.steps, options.eta)
-        check_schedule(pipeline.scheduler, options.steps)
-        pipeline._class_labels(options.class_label, batch_size=1)
+        if pipeline.continuous_sampler is None:
+            check_schedule(pipeline.scheduler, options.steps)
+        pipeline._class_labels(options.class_label, batch_size=len(options.class_label or [0]))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def check_guidance(pipeline: CustomUNetPipeline, options: argparse.Namespace) -> None:
+    """Raises InputError for a scale that the pipeline would refuse."""
+    try:
+        pipeline._guidance(options.class_label, len(options.class_label or [0]), options.guidance_scale, None)
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -408,8 +467,10 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
     state = set_up_process(options.num_cpu_threads)
     commit = on_main_process(state, lambda: find_pipeline(options.pipeline, options.revision)[1])
     source, commit = find_pipeline(options.pipeline, commit)
-    pipeline = load_pipeline(source, options.dtype, options.scheduler).to(state.device)
+    settings = {name: value for name in SAMPLER_SETTINGS if (value := getattr(options, name)) is not None}
+    pipeline = load_pipeline(source, options.dtype, options.scheduler, **settings).to(state.device)
     check_arguments(pipeline, options)
+    check_guidance(pipeline, options)
 
     lock = FileLock(options.out / ".lock")
     start = describe_start(options, arguments, state)
@@ -425,7 +486,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
 
     record, missing = on_main_process(state, begin)
     started_at_seconds = time.perf_counter()
-    generate_images(
+    generated = generate_images(
         pipeline,
         options.out,
         missing[state.process_index :: state.num_processes],
@@ -433,15 +494,17 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         num_inference_steps=options.steps,
         eta=options.eta,
         class_label=options.class_label,
+        guidance_scale=options.guidance_scale,
         show_progress=state.is_main_process,
     )
-    state.wait_for_everyone()
+    evaluations = sum(share.network_evaluations for share in gather_object([generated]))  # waits for every process
     seconds = time.perf_counter() - started_at_seconds
     if state.is_main_process:
         draw_contact_sheet(options.out)
         if missing:
             speed = len(missing) / seconds
             start |= {"generated": len(missing), "seconds": round(seconds, 3), "images_per_second": round(speed, 3)}
+            start["network_evaluations_per_image"] = round(evaluations / len(missing), 3)
             record["starts"][-1] = start
             write_record(options.out, record)
         there = options.num_images - len(missing)

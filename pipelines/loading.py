@@ -9,11 +9,15 @@ from diffusers import SchedulerMixin
 from safetensors import safe_open
 
 from pipelines import CustomUNetPipeline
-from pipelines.custom_unet_pipeline import _levels
+from pipelines.custom_unet_pipeline import _levels, denoiser
+from training.sde import PREDICTION_TYPES, SDEScheduler
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
 LARGEST_SIDE = 8192
 MOST_TIMESTEPS = 1_000_000
+SDE_NUMBERS = "beta_min beta_max sigma_min sigma_max sigma_data noise_mean noise_std".split()
+LARGEST_SDE_NUMBER = 1_000_000
+NUM_TIMES_CHECKED = 1001
 
 
 class LoadError(ValueError):
@@ -38,7 +42,7 @@ def load_folder(folder: Path, weight_files: list[Path], dtype: torch.dtype) -> C
     logger.setLevel(logging.ERROR)  # what it warns of is an error here
     try:
         _read_object(folder / "unet" / "config.json")  # diffusers takes a mere string for an id on the Hub
-        _check_timesteps(folder / "scheduler" / "scheduler_config.json")
+        _check_scheduler_config(_read_object(folder / "scheduler" / "scheduler_config.json"))
         pipeline = CustomUNetPipeline.from_pretrained(folder, torch_dtype=dtype)
         _check_weights(pipeline, weight_files)
         _check_numbers(pipeline)
@@ -62,11 +66,25 @@ def _read_object(path: Path) -> dict:
     return values
 
 
-def _check_timesteps(path: Path) -> None:
-    """Before a scheduler makes tables of that length."""
-    number = _read_object(path).get("num_train_timesteps", 1000)
-    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MOST_TIMESTEPS:
-        raise LoadError(f"num_train_timesteps of its scheduler is {number!r}; it must be 1 to {MOST_TIMESTEPS}")
+def _check_scheduler_config(config: dict) -> None:
+    """Before a scheduler makes tables of a length that is written there, or takes text for a number."""
+    if config.get("_class_name") != SDEScheduler.__name__:
+        number = config.get("num_train_timesteps", 1000)
+        if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MOST_TIMESTEPS:
+            raise LoadError(f"num_train_timesteps of its scheduler is {number!r}; it must be 1 to {MOST_TIMESTEPS}")
+        return
+    objective = config.get("objective", "vp")
+    if not isinstance(objective, str) or objective not in PREDICTION_TYPES:
+        raise LoadError(f"objective of its SDE is {objective!r:.80}; it must be one of {', '.join(PREDICTION_TYPES)}")
+    for name in [name for name in SDE_NUMBERS if name in config]:
+        number = config[name]
+        if number is None and name in ("sigma_min", "sigma_max"):
+            continue
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not -LARGEST_SDE_NUMBER <= number <= LARGEST_SDE_NUMBER:
+            raise LoadError(
+                f"{name} of its SDE is {number!r:.80}; it must be a number of at most {LARGEST_SDE_NUMBER:,} in size"
+            )
 
 
 def _check_weights(pipeline: CustomUNetPipeline, weight_files: list[Path]) -> None:
@@ -92,6 +110,9 @@ def _check_numbers(pipeline: CustomUNetPipeline) -> None:
     sides = size if isinstance(size, list | tuple) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides):
         raise LoadError(f"sample_size of its network is {size!r}; it must be 1 to {LARGEST_SIDE} pixels")
+    if isinstance(scheduler, SDEScheduler):
+        denoiser(pipeline.unet, scheduler)  # whether the network takes such times
+        return _check_noise_levels(scheduler)
     levels = scheduler.alphas_cumprod  # the variance of the signal in x_t: of DDPM, above 0 but at zero terminal SNR
     steps = scheduler.config.num_train_timesteps
     if tuple(levels.shape) != (steps,) or not (torch.isfinite(levels) & (levels >= 0) & (levels < 1)).all():
@@ -99,6 +120,18 @@ def _check_numbers(pipeline: CustomUNetPipeline) -> None:
     bound = scheduler.config.get("clip_sample_range", 1.0)
     if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < 1e6:
         raise LoadError(f"clip_sample_range of its scheduler is {bound!r}; it must be a positive number")
+
+
+def _check_noise_levels(scheduler: SDEScheduler) -> None:
+    """That they rise, and that what the network is given and multiplied by are numbers."""
+    sde = scheduler.sde
+    times = torch.linspace(sde.first_time, sde.last_time, NUM_TIMES_CHECKED, dtype=torch.float64)
+    sigmas = sde.sigma(times)
+    if not (torch.isfinite(sigmas) & (sigmas > 0)).all() or not (sigmas.diff() > 0).all():
+        raise LoadError("the noise levels of its SDE do not rise between positive numbers")
+    values = (*scheduler.preconditioning(times), sde.drift(times), sde.diffusion(times))
+    if not all(torch.isfinite(value.float()).all() for value in values):
+        raise LoadError("the numbers of its SDE are too large or too small for this network")
 
 
 def check_schedule(scheduler: SchedulerMixin, num_inference_steps: int) -> None:

@@ -26,9 +26,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from pipelines import card_texts
+from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
+from training.sde import SDEScheduler
 
 TASK = "unconditional-image-generation"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PREDICTS = {
+    "epsilon": "the noise",
+    "sample": "the clean image",
+    "v_prediction": "v",
+    "score": "the score",
+    "edm": "a mixture of noise and clean image (EDM's preconditioning)",
+}
+CLASSES_LISTED = 40
 SETTINGS = "mode n n_reference dataset split sampler steps eta".split()  # of a result
 
 
@@ -72,6 +82,23 @@ class ModelFiles:
     @property
     def is_synthetic(self) -> bool:
         return self.data.get("source") == "synthetic-faces"
+
+    @property
+    def is_sde(self) -> bool:
+        """Whether it was trained in continuous time."""
+        return self.scheduler["_class_name"] == SDEScheduler.__name__
+
+    @property
+    def sde_numbers(self) -> dict:
+        """The configuration of its `SDEScheduler`, with the noise levels that stand there as null."""
+        scheduler = SDEScheduler.from_config(self.scheduler)
+        levels = {name: getattr(scheduler.sde, name, None) for name in ("sigma_min", "sigma_max")}
+        return {**scheduler.config} | levels
+
+    @property
+    def num_classes(self) -> int:
+        """0 for a network without class embeddings; the last embedding is that of no class."""
+        return max((self.unet.get("num_class_embeds") or 1) - 1, 0)
 
     @property
     def title(self) -> str:
@@ -187,7 +214,9 @@ def _metadata(files: ModelFiles) -> ModelCardData:
     licence = {"license": "apache-2.0"} if files.is_synthetic else {}
     if files.is_celeba:
         licence = {"license": "other", "license_name": "celeba-agreement", "license_link": card_texts.CELEBA_PAGE}
-    tags = ["diffusers", "pytorch", "diffusion", "ddpm", "ddim", "unet", TASK, "custom_code"]
+    kind = ["score-based", "sde"] if files.is_sde else ["ddpm", "ddim"]
+    tags = ["diffusers", "pytorch", "diffusion", *kind, "unet", TASK, "custom_code"]
+    tags += ["class-conditional"] if files.num_classes else []
     results = [_eval_result(files, result) for result in files.results if result.get("value") is not None]
     return ModelCardData(
         **licence,
@@ -224,20 +253,40 @@ def _eval_result(files: ModelFiles, result: dict) -> EvalResult:
 
 
 def _introduction(files: ModelFiles) -> str:
-    predicts = {"epsilon": "the noise", "sample": "the clean image", "v_prediction": "v"}
     kind, weights = files.scheduler.get("prediction_type"), files.weights
+    conditional = "A class-conditional" if files.num_classes else "An unconditional"
+    method = (
+        f"and a sampler ({files.scheduler['_class_name']}) that follows its predictions from pure noise to an image."
+    )
+    if files.is_sde:
+        numbers = files.sde_numbers
+        process = card_texts.OBJECTIVES[numbers["objective"]].format(**numbers)
+        method = (
+            "trained in continuous time, and a sampler that follows its predictions from pure noise to an image, by a"
+            f" stochastic or an ordinary differential equation. What it reverses is {process}."
+        )
     dtype = DTYPES.get(weights["dtype"], weights["dtype"])
     variant = '; in float16 with `variant="fp16"`' if weights["has_fp16"] else ""
     average = ", the exponential moving average of its training," if files.config else ""
     lines = [
-        f"An unconditional diffusion model that draws {files.resolution} images out of noise: a U-Net of"
-        f" {weights['num_parameters']:,} parameters that predicts {predicts.get(kind, kind)}, and a sampler"
-        f" ({files.scheduler['_class_name']}) that follows its predictions from pure noise to an image. The weights"
+        f"{conditional} diffusion model that draws {files.resolution} images out of noise: a U-Net of"
+        f" {weights['num_parameters']:,} parameters that predicts {PREDICTS.get(kind, kind)}, {method} The weights"
         f"{average} are {dtype} safetensors of {weights['num_bytes'] / 1e6:.1f} MB{variant}."
     ]
+    if files.num_classes:
+        lines.append(_classes(files))
     if files.has_samples:
         lines.append("![Grid of generated images](samples.png)\n\n" + _grid_caption(files))
     return "\n\n".join(lines)
+
+
+def _classes(files: ModelFiles) -> str:
+    names = files.data.get("label_names")
+    if not names:
+        return f"It has {files.num_classes} classes, 0 to {files.num_classes - 1}; their names are not recorded."
+    listed = ", ".join(f"{index}: `{name}`" for index, name in enumerate(names[:CLASSES_LISTED]))
+    rest = ", and so on as in `training.json`" if len(names) > CLASSES_LISTED else ""
+    return f"Its {files.num_classes} classes are the values of `{files.data['label_column']}`: {listed}{rest}."
 
 
 def _grid_caption(files: ModelFiles) -> str:
@@ -245,7 +294,9 @@ def _grid_caption(files: ModelFiles) -> str:
     if files.config:
         config = files.config
         parts.append(f"seeds 0 to {config['eval_batch_size'] - 1}")
-        parts.append(f"{config['sampler'].upper()}, {config['ddpm_num_inference_steps']} steps")
+        parts += ["the classes in turn"] if files.num_classes else []
+        sampler = "edm_heun" if files.is_sde else config["sampler"].upper()
+        parts.append(f"{sampler}, {config['ddpm_num_inference_steps']} steps")
     step, samples_step = files.facts.get("step"), files.facts.get("samples_step")
     if samples_step is not None and samples_step != step:
         parts.append(f"drawn at step {samples_step:,}, before the step {step:,} of these weights")
@@ -253,58 +304,52 @@ def _grid_caption(files: ModelFiles) -> str:
 
 
 def _use(files: ModelFiles) -> str:
-    name, pipeline = (
-        files.name,
-        "DDPMPipeline" if files.scheduler["_class_name"] == "DDPMScheduler" else "DDIMPipeline",
+    parts = [_use_with_shipped_code(files)]
+    if "/" in files.name:
+        parts.append(card_texts.PINNED.format(name=files.name))
+    parts.append(_use_without_code(files))
+    parts.append(card_texts.USE_IN_A_CLONE.format(name=files.name))
+    if files.is_sde:
+        parts.append(card_texts.CONTINUOUS_SAMPLERS)
+    return "\n\n".join(parts)
+
+
+def _use_with_shipped_code(files: ModelFiles) -> str:
+    code = ["custom_unet_pipeline.py", "unet/custom_unet_2d.py", *(["scheduler/sde.py"] if files.is_sde else [])]
+    label = ", class_labels=0" if files.num_classes else ""
+    own = "edm_heun" if files.is_sde else None
+    other = "predictor_corrector" if files.is_sde else "unipc"
+    names = CONTINUOUS_SAMPLERS if files.is_sde else (*SAMPLERS, *CONTINUOUS_SAMPLERS)
+    others = ", ".join(name for name in names if name not in (own, other))
+    lines = [
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("{files.name}", trust_remote_code=True)',
+        f"images = pipe(seeds=range(4), num_inference_steps=50{label}).images  # one seed an image",
+        f'pipe.set_sampler("{other}")  # or {others}',
+        f"images = pipe(seeds=range(4), num_inference_steps={50 if files.is_sde else 20}{label}).images",
+    ]
+    if files.num_classes:
+        labels = [index % files.num_classes for index in range(4)]
+        lines.append(f"images = pipe(seeds=range(4), class_labels={labels}, guidance_scale=2.0).images")
+    shipped = f"{', '.join(f'`{name}`' for name in code[:-1])} and `{code[-1]}`"
+    return card_texts.USE_WITH_SHIPPED_CODE.format(
+        name=files.name,
+        files=shipped,
+        example="\n".join(lines),
+        methods=card_texts.SDE_METHODS if files.is_sde else card_texts.METHODS,
+        number={2: "two", 3: "three"}[len(code)],
     )
+
+
+def _use_without_code(files: ModelFiles) -> str:
+    """What diffusers alone can do: sample, or for an SDE or classes only load the weights."""
+    if files.is_sde or files.num_classes:
+        reason = card_texts.NO_STOCK_SDE if files.is_sde else card_texts.NO_STOCK_CLASSES
+        return card_texts.USE_WEIGHTS_ALONE.format(name=files.name, reason=reason)
     scheduler = files.scheduler["_class_name"]
-    custom = f"""\
-With the code of this repository (`custom_unet_pipeline.py` and `unet/custom_unet_2d.py`), on any machine that has
-diffusers:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
-images = pipe(seeds=range(4), num_inference_steps=50).images  # one seed an image
-pipe.set_sampler("unipc")  # or ddpm, ddim, pndm, dpmsolver++2m, dpmsolver++3m, heun, euler, euler_ancestral, deis
-images = pipe(seeds=range(4), num_inference_steps=20).images
-```
-
-The pipeline also has the methods `interpolate`, `invert`, `inpaint`, `variations` and `denoising_strip`.
-
-`trust_remote_code=True` means that the two Python files run on your machine with your rights: read them first. The
-network alone is `AutoModel.from_pretrained("{name}", subfolder="unet", trust_remote_code=True)`."""
-    pinned = f"""\
-A name on the Hub stands for whatever was pushed last. `revision` pins code and weights to the commit whose files you
-have read; the page "Files and versions" lists the commits, and this asks for the newest:
-
-```python
-from huggingface_hub import HfApi
-
-commit = HfApi().model_info("{name}").sha
-pipe = DiffusionPipeline.from_pretrained("{name}", revision=commit, trust_remote_code=True)
-```"""
-    stock = f"""\
-Without any code but that of diffusers:
-
-```python
-from diffusers import {pipeline}, {scheduler}, UNet2DModel
-
-pipe = {pipeline}(
-    UNet2DModel.from_pretrained("{name}", subfolder="unet", use_safetensors=True),
-    {scheduler}.from_pretrained("{name}", subfolder="scheduler"),
-)
-```"""
-    own = f"""\
-In a clone of the code that trained it, which also runs nothing from this repository:
-
-```python
-from pipelines import CustomUNetPipeline
-
-pipe = CustomUNetPipeline.from_pretrained("{name}")
-```"""
-    return "\n\n".join([custom, pinned, stock, own] if "/" in name else [custom, stock, own])
+    pipeline = "DDPMPipeline" if scheduler == "DDPMScheduler" else "DDIMPipeline"
+    return card_texts.USE_WITHOUT_CODE.format(name=files.name, pipeline=pipeline, scheduler=scheduler)
 
 
 def _training(files: ModelFiles) -> str:
@@ -365,8 +410,8 @@ def _heldout_text(facts: dict) -> str:
     when = "" if heldout["step"] == facts["step"] else f" at step {heldout['step']:,}"
     return (
         f"**Held-out loss**{when}: {heldout['heldout_loss']:.4f}, the mean squared error of the predicted noise on"
-        f" {facts['num_heldout_images']:,} images of the split `{heldout['split']}`; by quarter of the timesteps,"
-        f" least noise first: {quarters}."
+        f" {facts['num_heldout_images']:,} images of the split `{heldout['split']}`; by quarter of the times, least"
+        f" noise first: {quarters}."
     )
 
 
@@ -374,7 +419,6 @@ def _hyperparameters(files: ModelFiles) -> dict[str, str]:
     config = files.config
     processes = files.facts.get("num_processes", 1)
     batch = [config["train_batch_size"], config["gradient_accumulation_steps"], processes]
-    weight = f"min-SNR, gamma {config['snr_gamma']:g}" if config["snr_gamma"] else "none"
     warm_up, schedule = config["lr_warmup_steps"], config["lr_scheduler"]
     return {
         "channels of the levels": ", ".join(map(str, config["block_out_channels"])),
@@ -382,11 +426,8 @@ def _hyperparameters(files: ModelFiles) -> dict[str, str]:
         "residual blocks a level": str(config["layers_per_block"]),
         "width of an attention head": str(config["attention_head_dim"] or "that of the features"),
         "dropout": f"{config['dropout']:g}",
-        "prediction": config["prediction_type"],
-        "noise schedule": f"{config['ddpm_beta_schedule']}, {config['ddpm_num_steps']:,} timesteps"
-        + (", rescaled to zero terminal SNR" if config["rescale_betas_zero_snr"] else ""),
-        "loss weight": weight,
-        "timesteps of a batch": config["timestep_sampling"],
+        **(_sde_parameters(files) if files.is_sde else _ddpm_parameters(config)),
+        **_label_parameters(config),
         "images an update": f"{math.prod(batch)} = {batch[0]} x {batch[1]} (accumulated) x {batch[2]} (processes)",
         "optimizer": f"AdamW, betas {config['adam_beta1']:g} and {config['adam_beta2']:g}, weight decay"
         f" {config['adam_weight_decay']:g}, epsilon {config['adam_epsilon']:g}",
@@ -397,6 +438,38 @@ def _hyperparameters(files: ModelFiles) -> dict[str, str]:
         "horizontal flips": "yes" if config["random_flip"] else "no",
         "seed": str(config["seed"]),
     }
+
+
+def _ddpm_parameters(config: dict) -> dict[str, str]:
+    return {
+        "prediction": config["prediction_type"],
+        "noise schedule": f"{config['ddpm_beta_schedule']}, {config['ddpm_num_steps']:,} timesteps"
+        + (", rescaled to zero terminal SNR" if config["rescale_betas_zero_snr"] else ""),
+        "loss weight": f"min-SNR, gamma {config['snr_gamma']:g}" if config["snr_gamma"] else "none",
+        "timesteps of a batch": config["timestep_sampling"],
+    }
+
+
+def _sde_parameters(files: ModelFiles) -> dict[str, str]:
+    numbers, config = files.sde_numbers, files.config
+    rows = {"objective": numbers["objective"], "prediction": numbers["prediction_type"]}
+    if numbers["objective"] in ("vp", "subvp"):
+        rows["beta"] = f"{numbers['beta_min']:g} to {numbers['beta_max']:g}"
+    else:
+        rows["noise levels"] = f"{numbers['sigma_min']:g} to {numbers['sigma_max']:g}"
+    weight = "g(t)^2 (likelihood weighting)" if config["likelihood_weighting"] else "n(t)^2, the variance of the noise"
+    rows["loss weight"] = f"{weight}, of the score's squared error"
+    if numbers["objective"] == "edm":
+        rows["standard deviation of the data"] = f"{numbers['sigma_data']:g}"
+        rows["ln(sigma)"] = f"normal, mean {numbers['noise_mean']:g}, standard deviation {numbers['noise_std']:g}"
+        rows["loss weight"] = "1, of the squared error of the network's output"
+    return rows | {"times of a batch": config["timestep_sampling"]}
+
+
+def _label_parameters(config: dict) -> dict[str, str]:
+    if not config.get("label_column"):
+        return {}
+    return {"labels": config["label_column"], "probability that a label is left out": f"{config['label_dropout']:g}"}
 
 
 def _results(files: ModelFiles) -> str:
@@ -425,11 +498,13 @@ def _cell(value) -> str:
 
 def _limitations(files: ModelFiles) -> str:
     num_images = files.data.get("num_images")
-    text = card_texts.LIMITATIONS.format(
+    text = (card_texts.CLASS_LIMITATIONS if files.num_classes else card_texts.LIMITATIONS).format(
         resolution=files.resolution, num_images=f"{num_images:,}" if num_images else "an unknown number of"
     )
     if files.is_celeba:
-        text += f"\n\n{card_texts.CELEBA_LIMITATIONS}"
+        with_labels = card_texts.CELEBA_WITH_LABELS.format(column=files.data.get("label_column", "labels"))
+        labels = with_labels if files.num_classes else card_texts.CELEBA_WITHOUT_LABELS
+        text += f"\n\n{card_texts.CELEBA_LIMITATIONS.format(labels=labels)}"
     return text + (f"\n\n{card_texts.SYNTHETIC_LIMITATIONS}" if files.is_synthetic else "")
 
 
@@ -446,6 +521,10 @@ def _citations(files: ModelFiles) -> list[str]:
         "unet": True,
         "ddim": files.scheduler["_class_name"] == "DDIMScheduler",
         "v_prediction": files.scheduler.get("prediction_type") == "v_prediction",
-        "min_snr": bool(files.config.get("snr_gamma")),
+        "min_snr": not files.is_sde and bool(files.config.get("snr_gamma")),
+        "score_sde": files.is_sde,
+        "edm": files.is_sde,
+        "likelihood_weighting": files.is_sde and bool(files.config.get("likelihood_weighting")),
+        "guidance": bool(files.num_classes),
     }
     return [card_texts.CITATIONS[key] for key, is_used in applies.items() if is_used]

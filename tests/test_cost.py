@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
-from eval.cost import EvaluationCounter, SamplerSetting, sample, settings_grid
+from eval.cost import SamplerSetting, sample, settings_grid
 from pipelines import CustomUNetPipeline
 
 
@@ -43,10 +43,59 @@ def test_images_are_those_of_their_seeds(pipe):
     images, _, _ = sample(pipe, SamplerSetting("ddim", 4, eta=1.0), [3, 1, 2], batch_size=2)
     alone = pipe(seeds=[2], num_inference_steps=4, eta=1.0).images[0]
     assert np.abs(images[2].transpose(1, 2, 0).astype(int) - np.asarray(alone)).max() <= 1
-    assert not pipe.unet._forward_hooks
 
 
-def test_the_counter_lets_go_after_an_error(pipe):
-    with pytest.raises(RuntimeError, match="stop"), EvaluationCounter(pipe.unet):
-        raise RuntimeError("stop")
-    assert not pipe.unet._forward_hooks
+def test_a_setting_goes_to_the_samplers_that_take_it():
+    settings = {"tolerance": 1e-2, "churn": 20.0}
+    grid = list(settings_grid(["ode", "edm_heun", "euler_maruyama"], [5, 10], [0.0], settings))
+    assert [str(setting) for setting in grid] == [
+        "ode, tolerance 0.01",
+        "edm_heun, 5 steps, churn 20",
+        "edm_heun, 10 steps, churn 20",
+        "euler_maruyama, 5 steps",
+        "euler_maruyama, 10 steps",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "evaluations", "settings"),
+    [
+        ("euler_maruyama", 5, {}),
+        ("reverse_diffusion", 5, {}),
+        ("predictor_corrector", 11, {"corrector_steps": 2}),
+        ("edm_heun", 7, {"churn": 2.0}),
+    ],
+)
+def test_samplers_in_continuous_time(pipe, sampler, evaluations, settings):
+    images, counted, _ = sample(pipe, SamplerSetting(sampler, 4, sampler_settings=settings), range(3), batch_size=2)
+    assert counted == evaluations
+    assert images.shape == (3, 3, 8, 8)
+
+
+def test_evaluations_of_the_ode_are_the_mean_over_the_images(pipe):
+    setting = SamplerSetting("ode", None, sampler_settings={"tolerance": 1e-2})
+    setting.set_on(pipe)
+    batches = [pipe(seeds=seeds, output_type="pt").network_evaluations for seeds in ([0, 1], [2])]
+    _, counted, _ = sample(pipe, setting, range(3), batch_size=2)
+    assert counted == pytest.approx((2 * batches[0] + batches[1]) / 3)
+
+
+def test_what_does_not_suit_is_refused(pipe):
+    for setting in (SamplerSetting("ddim", 2000), SamplerSetting("edm_heun", 4, eta=1.0)):
+        with pytest.raises(ValueError, match=r"num_inference_steps is 2000|eta is 1\.0"):
+            setting.set_on(pipe)
+    with pytest.raises(ValueError, match=r"ode .*churn"):
+        SamplerSetting("ode", None, sampler_settings={"churn": 1.0}).set_on(pipe)
+
+
+def test_each_image_has_its_class():
+    torch.manual_seed(0)
+    network = CustomUNet2DModel(**TINY, num_class_embeds=3)
+    pipe = CustomUNetPipeline(network, DDIMScheduler(prediction_type="v_prediction"))
+    pipe.set_progress_bar_config(disable=True)
+    setting = SamplerSetting("ddim", 3)
+    images, _, _ = sample(pipe, setting, [5, 6, 7], 2, class_labels=[1, 0, 1], guidance_scale=2.0)
+    alone = pipe(seeds=[7], num_inference_steps=3, class_labels=[1], guidance_scale=2.0).images[0]
+    assert np.abs(images[2].transpose(1, 2, 0).astype(int) - np.asarray(alone)).max() <= 1
+    other = sample(pipe, setting, [7], 2, class_labels=[0], guidance_scale=2.0)[0]
+    assert not np.array_equal(other[0], images[2])

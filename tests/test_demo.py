@@ -20,8 +20,10 @@ from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
-from pipelines.demo import build_demo, main
+from pipelines.demo import Page as Tabs
+from pipelines.demo import ProgressBar, build_demo, main
 from pipelines.export import export_pipeline
+from training.sde import SDEScheduler
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE, STEPS = 8, 4
@@ -302,6 +304,92 @@ def test_what_the_pipeline_refuses_is_told(page):
     type_into(page, "Steps", 2)
     click(page, "Generate")
     expect(page.get_by_text("num_inference_steps is 2")).to_be_visible()
+
+
+# A model that was trained in continuous time, without a browser
+
+
+@pytest.fixture(scope="module")
+def sde_pipe(pipe) -> CustomUNetPipeline:
+    pipe = CustomUNetPipeline(pipe.unet, SDEScheduler(objective="edm", prediction_type="edm"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def told() -> tuple[list, object]:
+    """What a tab tells of its progress, and what it tells it to."""
+    steps = []
+    return steps, lambda progress: steps.append(progress)
+
+
+def parts(demo, kind: str) -> dict[str, dict]:
+    """The components of a page of one kind, by their label."""
+    found = [component["props"] for component in demo.get_config_file()["components"] if component["type"] == kind]
+    return {props["label"]: props for props in found}
+
+
+def test_the_page_of_an_sde_offers_what_the_model_can_do(pipe, sde_pipe):
+    page, plain = build_demo(sde_pipe), build_demo(pipe)
+    sampler, of_ddpm = parts(page, "dropdown")["Sampler"], parts(plain, "dropdown")["Sampler"]
+    assert [name for name, _ in sampler["choices"]] == list(sde_pipe.samplers)
+    assert [name for name, _ in of_ddpm["choices"]] == list(pipe.samplers)
+    assert (sampler["value"], of_ddpm["value"]) == ("edm_heun", "ddim")
+    resamplings = [parts(demo, "slider")["Resamplings"]["visible"] for demo in (page, plain)]
+    assert resamplings == [False, True]
+    assert [parts(demo, "slider")["Steps"]["minimum"] for demo in (page, plain)] == [2, 1]
+    text = [str(demo.get_config_file()) for demo in (page, plain)]
+    assert ["trained in continuous time" in each for each in text] == [True, False]
+
+
+@pytest.mark.parametrize("sampler", ["edm_heun", "predictor_corrector", "ode"])
+def test_the_page_of_an_sde_generates(sde_pipe, sampler):
+    steps, progress = told()
+    shown = Tabs(sde_pipe).generate(5, 2, sampler, STEPS, 0.5, progress=progress)
+    own = CustomUNetPipeline(sde_pipe.unet, sde_pipe.scheduler)
+    own.set_progress_bar_config(disable=True)
+    own.set_sampler(sampler)
+    result = own(seeds=[5, 6], num_inference_steps=STEPS)
+    assert_same(np.stack([as_drawn(image) for image, _ in shown]), result.images)
+    assert [caption for _, caption in shown] == ["seed 5", "seed 6"]
+    assert len(steps) == result.network_evaluations
+    assert steps[-1] == ((1, 1) if sampler == "ode" else (len(steps), len(steps)))
+    assert sde_pipe.continuous_sampler.name == "edm_heun", "the sampler is the visitor's own"
+
+
+def test_the_page_of_an_sde_denoises_interpolates_and_paints(sde_pipe, tmp_path):
+    tabs, (_, progress) = Tabs(sde_pipe), told()
+    ((strip, levels, animation),) = [
+        (strip, levels, Image.open(path).n_frames)
+        for strip, levels, path in tabs.denoise(3, 4, "edm_heun", STEPS, 0, progress=progress)
+    ]
+    expected = sde_pipe.denoising_strip(4, STEPS, seeds=[3])
+    np.testing.assert_array_equal(np.asarray(strip), np.asarray(expected.to_image(16)))
+    assert animation == 4
+    assert f"t = {expected.timesteps[0]:.3g}, {expected.timesteps[1]:.3g}, " in levels
+    shown = tabs.interpolate(2, 9, 5, STEPS, progress=progress)
+    expected = sde_pipe.interpolate(2, 9, 5, STEPS).images
+    assert_same(np.stack([as_drawn(image) for image, _ in shown]), expected)
+
+    image, background = tabs.image_of_seed(3, STEPS, progress=progress)
+    layer = Image.new("RGBA", (512, 512))
+    layer.paste((255, 0, 0, 255), (128, 128, 384, 384))
+    drawing = {"background": background, "layers": [layer]}
+    shown = tabs.inpaint(image, drawing, 7, 2, STEPS, 5, progress=progress)
+    results = np.stack([as_drawn(image) for image, _ in shown]).astype(int)
+    mask = np.zeros((SIZE, SIZE), np.float32)
+    mask[2:6, 2:6] = 1
+    assert_same(results, sde_pipe.impute(image, mask, STEPS, seeds=[7, 8]).images)
+    changed = np.abs(results - np.asarray(image).astype(int)).max(axis=(0, 3)) > 1
+    assert changed[3:5, 3:5].all()
+    assert not changed[mask == 0].any()
+
+
+def test_progress_is_told_of_known_and_unknown_lengths():
+    steps, progress = told()
+    assert list(ProgressBar(progress, "ab", None)) == ["a", "b"]
+    with ProgressBar(progress, iter("ab"), None) as bar:
+        bar.update()
+    assert steps == [(0, 2), (1, 2), (1, None)]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "no/such/folder", "."])

@@ -15,6 +15,7 @@ from torch import nn
 
 from custom_unet import CustomUNet2DModel
 from eval.encoders import open_extractor
+from eval.evaluation import WithoutClass
 from eval.features import images_of_files, images_of_store
 from eval.frechet import frechet_distance_of
 from eval.memorisation import memorisation
@@ -25,6 +26,7 @@ from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
 from pipelines.generate import image_paths
 from training.data import open_image_store
+from training.sde import SDEScheduler
 
 N = 24
 NETWORK = TINY | {"sample_size": 16}
@@ -125,6 +127,7 @@ def test_every_metric_is_there_with_how_it_was_got(measured):
     assert {path.name for path in measured.glob("*.png")} == {
         "bound_terms.png",
         "cost.png",
+        "denoising_error.png",
         "heldout_loss.png",
         "memorisation.png",
         "memorisation_features.pt.png",
@@ -182,6 +185,12 @@ def test_a_second_start_uses_what_is_there(measured, evaluate, capsys):
         (["--split", "test"], "no split 'test'; it has train, validation"),
         (["--features", "nothing"], "nothing"),
         (["--steps", "0"], "num_inference_steps is 0"),
+        (["--sampler", "ode", "--tolerance", "0"], "tolerance is 0"),
+        (["--sampler", "ode", "--churn", "1"], "--churn is 1, but ode and ddim and unipc take no churn"),
+        (["--sampler", "edm_heun", "--churn", "nan"], "--churn is nan"),
+        (["--sampler", "edm_heun", "--eta", "1"], "eta is 1.0"),
+        (["--cost_samplers", "ddim", "pndm", "--cost_steps", "3"], "num_inference_steps is 3"),
+        (["--class_label", "1"], "no class embeddings"),
         (["--sampler", "unipc", "--eta", "1"], "eta is 1.0"),
         (["--heldout_split", "", "--metrics", "memorisation"], "give --heldout_split"),
         (["--cost_images", "30", "--metrics", "cost"], "needs 60 real images; there are 50"),
@@ -240,3 +249,146 @@ def test_a_measurement_replaces_the_word_that_there_is_none_and_stays():
     ]:
         keep(record, entries)
         assert record["results"] == expected
+
+
+# ---- Samplers in continuous time, SDE models, class-conditional models
+
+
+@pytest.fixture(scope="module")
+def sde_model(tmp_path_factory):
+    """Exports a tiny model of an objective."""
+
+    def export(objective: str, prediction_type: str, **network) -> Path:
+        folder = tmp_path_factory.mktemp("models") / objective
+        torch.manual_seed(0)
+        pipe = CustomUNetPipeline(CustomUNet2DModel(**NETWORK | network), SDEScheduler(objective, prediction_type))
+        export_pipeline(pipe, folder, facts=facts())
+        return folder
+
+    return export
+
+
+SDE_COST = "--cost_samplers edm_heun ode --cost_steps 2 --tolerance 0.01".split()
+
+
+@pytest.fixture(scope="module")
+def measured_sde(evaluate, sde_model, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sde_evaluation")
+    flags = ["--pipeline", str(sde_model("edm", "edm")), "--write_card", *SDE_COST]
+    assert evaluate(out, *flags) == 0
+    return out
+
+
+def test_an_sde_model_is_measured_as_others_are(measured_sde):
+    entries = results(measured_sde)
+    assert {entry["family"] for entry in entries} == FAMILIES
+    swd = next(entry for entry in entries if entry["name"] == "SWD, mean")
+    own = {"churn": 0.0, "churn_min": 0.0, "noise_factor": 1.0}
+    assert {"sampler": "edm_heun", "steps": 3, "sampler_settings": own}.items() <= swd.items()
+    assert len(list((measured_sde / "images" / "edm_heun-3-fp32").glob("seed-*.png"))) == N
+    drawing = next(entry for entry in entries if entry["metric"] == "seconds_drawing")
+    assert drawing["network_evaluations"] == 5
+    cost = [entry for entry in entries if entry["family"] == "cost"]
+    assert [(entry["sampler"], entry.get("steps")) for entry in cost] == [("edm_heun", 2), ("ode", None)]
+    assert cost[0]["network_evaluations"] == 3 < cost[1]["network_evaluations"]
+    assert [entry.get("sampler_settings") for entry in cost] == [None, {"tolerance": 0.01}]
+    record = json.loads((measured_sde / "results.json").read_text())
+    assert record["model"] == {
+        "objective": "edm",
+        "prediction_type": "edm",
+        "parameters": sum(p.numel() for p in CustomUNet2DModel(**NETWORK).parameters()),
+        "images_seen": 4,
+        "train_seconds": 1.0,
+    }
+
+
+def test_what_belongs_to_timesteps_is_not_measured_of_an_sde_model(measured_sde, measured):
+    bounds = [entry for entry in results(measured_sde) if "bound" in entry["metric"]]
+    assert len(bounds) == 4
+    assert all(entry["value"] is None and "continuous time" in entry["reason"] for entry in bounds)
+    assert not (measured_sde / "heldout_loss.png").exists()
+    assert not any("timesteps" in entry for entry in results(measured_sde))
+    assert "| Variational bound (fixed_small), training; " in (measured_sde / "results.md").read_text()
+    # the ODE and the error by noise level are measured of both
+    for out, first_sigma in ((measured_sde, 0.002), (measured, 0.01)):
+        ode = [entry for entry in results(out) if entry["metric"] == "bits_per_dim_ode"]
+        assert [entry["first_sigma"] for entry in ode] == pytest.approx([first_sigma] * 2, rel=1e-3)
+        errors = {entry["name"]: entry for entry in results(out) if entry["metric"] == "sample_mse"}
+        assert {name.rpartition(", ")[2] for name in errors} == {"training", "held-out"}
+        assert all(len(entry["curve"]) == len(entry["sigmas"]) == 16 for entry in errors.values())
+
+
+def test_a_second_start_of_an_sde_model_uses_what_is_there(measured_sde, evaluate, sde_model, capsys):
+    before = results(measured_sde)
+    flags = ["--pipeline", str(sde_model("edm", "edm")), *SDE_COST]
+    assert evaluate(measured_sde, *flags, "--metrics", "swd", "cost", "likelihood") == 0
+    assert "0 images generated" in capsys.readouterr().out
+    after = results(measured_sde)
+    assert len(after) == len(before)
+    assert [e for e in after if e["family"] == "cost"] == [e for e in before if e["family"] == "cost"]
+
+
+def test_a_sampler_that_does_not_suit_an_sde_model_is_one_line(evaluate, sde_model, tmp_path, capfd):
+    model = ["--pipeline", str(sde_model("edm", "edm"))]
+    for flags, message in [
+        (["--sampler", "ddim"], "'ddim'.*euler_maruyama"),
+        (["--cost_samplers", "edm_heun", "unipc"], "'unipc'.*euler_maruyama"),
+        (["--tolerance", "0.1", "--metrics", "swd"], r"--tolerance is 0.1, but edm_heun take no tolerance; leave it"),
+    ]:
+        assert evaluate(tmp_path, *model, *flags) == 2
+        error = capfd.readouterr().err.splitlines()[-1]
+        assert re.match(f"error: .*{message}", error)
+    assert not (tmp_path / "images").exists()
+
+
+def test_settings_of_a_sampler_reach_the_images_and_the_results(evaluate, sde_model, tmp_path):
+    model = ["--pipeline", str(sde_model("ve", "score", time_embedding_type="fourier"))]
+    flags = ["--sampler", "predictor_corrector", "--snr", "0.1", "--corrector_steps", "2"]
+    assert evaluate(tmp_path, *model, *flags, "--metrics", "swd") == 0
+    assert evaluate(tmp_path, *model, "--sampler", "ode", "--tolerance", "0.1", "--metrics", "swd") == 0
+    folders = {path.name for path in (tmp_path / "images").iterdir()}
+    assert folders == {"predictor_corrector-3-snr0.1-corrector_steps2-fp32", "ode-tolerance0.1-fp32"}
+    entries = [entry for entry in results(tmp_path) if entry["name"] == "SWD, mean"]
+    assert [entry["sampler_settings"] for entry in entries] == [{"snr": 0.1, "corrector_steps": 2}, {"tolerance": 0.1}]
+    assert [entry.get("steps") for entry in entries] == [3, None]
+    record = json.loads((tmp_path / "images" / "ode-tolerance0.1-fp32" / "generate.json").read_text())
+    assert record["settings"]["continuous_sampler"] == {"name": "ode", "tolerance": 0.1}
+
+
+def test_a_class_conditional_model(evaluate, sde_model, tmp_path, capfd):
+    model = ["--pipeline", str(sde_model("subvp", "v_prediction", num_class_embeds=3))]
+    assert evaluate(tmp_path, *model, "--metrics", "swd") == 2
+    assert "class" in capfd.readouterr().err.splitlines()[-1]
+    flags = ["--class_label", "0", "1", "--guidance_scale", "2", "--cost_samplers", "euler_maruyama"]
+    assert evaluate(tmp_path, *model, *flags, "--metrics", "swd", "likelihood", "heldout", "cost") == 0
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["edm_heun-3-class0.1-guidance2-fp32"]
+    entries = {entry["metric"]: entry for entry in results(tmp_path)}
+    assert np.isfinite(entries["bits_per_dim_ode"]["value"])
+    assert np.isfinite(entries["sample_mse"]["value"])
+    assert entries["swd_16"]["guidance_scale"] == 2.0
+    assert entries["swd"]["class_label"] == [0, 1]  # the newest: that of the cost curve
+    assert entries["swd"]["network_evaluations"] == 2 * 4
+
+
+def test_without_a_class_a_network_is_asked_for_the_null_class():
+    torch.manual_seed(0)
+    network = CustomUNet2DModel(**NETWORK, num_class_embeds=3).eval()
+    images, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([5, 500])
+    expected = network(images, timesteps, class_labels=torch.tensor([2, 2])).sample
+    other = network(images, timesteps, class_labels=torch.tensor([0, 0])).sample
+    found = WithoutClass(network).eval()(images, timesteps).sample
+    torch.testing.assert_close(found, expected)
+    assert (found - other).abs().max() > 1e-3
+
+
+def test_a_network_of_whole_timesteps_has_no_ode(evaluate, inputs, tmp_path):
+    torch.manual_seed(0)
+    learned = NETWORK | {"time_embedding_type": "learned", "num_train_timesteps": 1000}
+    pipe = CustomUNetPipeline(CustomUNet2DModel(**learned), DDIMScheduler(prediction_type="v_prediction"))
+    export_pipeline(pipe, tmp_path / "learned", facts=facts())
+    out = tmp_path / "out"
+    assert evaluate(out, "--pipeline", str(tmp_path / "learned"), "--metrics", "likelihood", "heldout") == 0
+    entries = [entry for entry in results(out) if entry["metric"] in ("bits_per_dim_ode", "sample_mse")]
+    assert len(entries) == 4
+    assert all(entry["value"] is None and "learned time embedding" in entry["reason"] for entry in entries)
+    assert any(entry["metric"] == "epsilon_mse" for entry in results(out))

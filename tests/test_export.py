@@ -19,6 +19,8 @@ from tiny_network import TINY
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, export
 from pipelines.export import export_pipeline
+from pipelines.hub import model_files
+from training.sde import SDEScheduler
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -122,7 +124,7 @@ def test_pickled_weights_are_refused(pipe, tmp_path, trust_remote_code):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("component", ["_class_name", "unet"])
+@pytest.mark.parametrize("component", ["_class_name", "unet", "scheduler"])
 def test_a_way_out_of_the_folder_is_not_taken(pipe, tmp_path, component):
     folder, mark = export_pipeline(pipe, tmp_path / "faces"), tmp_path / "the code was run"
     (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass CustomUNet2DModel: pass\n")
@@ -219,6 +221,125 @@ def test_a_network_of_diffusers_needs_no_code(pipe, tmp_path):
     assert type(loaded.unet) is CustomUNet2DModel
     expected = pipe(1, seeds(1), 3, output_type="np").images
     np.testing.assert_allclose(loaded(1, seeds(1), 3, output_type="np").images, expected, atol=1e-5)
+
+
+# Models that were trained in continuous time
+
+SDES = {
+    "vp": ({}, {"prediction_type": "v_prediction", "beta_max": 15.0}),
+    "ve": ({"time_embedding_type": "fourier"}, {"prediction_type": "score", "sigma_max": 30.0}),
+    "edm": ({"num_class_embeds": 3}, {"prediction_type": "edm", "sigma_data": 0.6}),
+}
+SDE_CALL = {"seeds": [3, 4], "num_inference_steps": 4, "output_type": "np"}
+SDE_ELSEWHERE = """
+import json, sys
+from pathlib import Path
+import numpy, torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.utils import dynamic_modules_utils
+models, call, out = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+images = {}
+for folder in sorted(models.iterdir()):
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    assert type(pipe).__name__ == "CustomUNetPipeline" and type(pipe.scheduler).__name__ == "SDEScheduler"
+    for cls in (type(pipe), type(pipe.unet), type(pipe.scheduler)):
+        assert cls.__module__.startswith("diffusers_modules.")
+    more = {"class_labels": [0, 1], "guidance_scale": 2.0} if folder.name == "edm" else {}
+    print("STOCK", file=sys.stderr, flush=True)
+    stock = UNet2DModel.from_pretrained(folder, subfolder="unet")
+    print("END", file=sys.stderr, flush=True)
+    images[folder.name] = pipe(**call, **more).images
+    images[f"{folder.name}, stock weights"] = type(pipe)(stock, pipe.scheduler)(**call, **more).images
+    pipe.set_sampler("predictor_corrector", snr=0.1)
+    images[f"{folder.name}, predictor_corrector"] = pipe(**call, **more).images
+assert not {"custom_unet", "pipelines", "training"} & sys.modules.keys()
+numpy.savez(out, **images)
+"""
+
+
+@pytest.fixture(scope="module")
+def sde_models(tmp_path_factory) -> Path:
+    """A folder of model repositories, one for each SDE."""
+    torch.manual_seed(2)
+    models = tmp_path_factory.mktemp("sde") / "models"
+    for objective, (network, process) in SDES.items():
+        scheduler = SDEScheduler(objective=objective, **process)
+        export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY, **network), scheduler), models / objective)
+    return models
+
+
+def draw(pipe: CustomUNetPipeline) -> np.ndarray:
+    has_classes = pipe.unet.config.num_class_embeds is not None
+    more = {"class_labels": [0, 1], "guidance_scale": 2.0} if has_classes else {}
+    return pipe(**SDE_CALL, **more).images
+
+
+def test_models_of_an_sde_load_in_a_fresh_process_elsewhere(sde_models, tmp_path):
+    """By their own code, the same images; by diffusers' classes alone, the same weights without a complaint."""
+    out = tmp_path / "images.npz"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", SDE_ELSEWHERE, str(sde_models)]
+    command += [json.dumps(SDE_CALL), str(out)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    images = np.load(out)
+    assert len(images) == 3 * len(SDES)
+    for objective in SDES:
+        pipe = CustomUNetPipeline.from_pretrained(sde_models / objective)
+        expected = draw(pipe)
+        assert expected.std() > 0.05
+        np.testing.assert_allclose(images[objective], expected, atol=1e-5)
+        np.testing.assert_allclose(images[f"{objective}, stock weights"], expected, atol=1e-5)
+        pipe.set_sampler("predictor_corrector", snr=0.1)
+        np.testing.assert_allclose(images[f"{objective}, predictor_corrector"], draw(pipe), atol=1e-4)
+    complaints = [part.split("END")[0].strip() for part in done.stderr.split("STOCK")[1:]]
+    assert complaints == [""] * len(SDES)
+
+
+@pytest.mark.parametrize("objective", SDES)
+def test_a_model_of_an_sde_loads_in_this_repository_without_its_code(sde_models, objective, tmp_path):
+    folder = shutil.copytree(sde_models / objective, tmp_path / "faces")
+    expected = draw(CustomUNetPipeline.from_pretrained(folder))
+    for path in folder.rglob("*.py"):
+        path.write_text("raise SystemExit('the code was run')\n")
+    pipe = CustomUNetPipeline.from_pretrained(folder)
+    assert type(pipe.scheduler) is SDEScheduler
+    assert {**pipe.scheduler.config}.items() >= SDES[objective][1].items()
+    np.testing.assert_array_equal(draw(pipe), expected)
+
+
+def test_the_code_of_an_sde_needs_consent(sde_models, tmp_path, monkeypatch):
+    """Also where the index names diffusers' own pipeline, and the scheduler alone is of the repository."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = shutil.copytree(sde_models / "vp", tmp_path / "faces")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(folder)
+    assert not (tmp_path / "modules").exists()
+
+
+def test_a_model_of_an_sde_has_the_code_of_the_sde(sde_models):
+    folder = sde_models / "ve"
+    assert (folder / "scheduler" / "sde.py").read_text() == Path(inspect.getfile(SDEScheduler)).read_text()
+    assert json.loads((folder / "model_index.json").read_text())["scheduler"] == ["sde", "SDEScheduler"]
+    assert "scheduler/sde.py" in model_files(folder)
+
+
+def test_a_copy_of_a_model_of_an_sde_is_whole(sde_models, tmp_path):
+    flags = ["--max_shard_size", "30KB", "--fp16_variant"]
+    assert export.main(["copy", "--pipeline", str(sde_models / "edm"), "--out", str(tmp_path / "copy"), *flags]) == 0
+    for name in ("scheduler/sde.py", "scheduler/scheduler_config.json", "model_index.json"):
+        assert (tmp_path / "copy" / name).read_bytes() == (sde_models / "edm" / name).read_bytes()
+    assert len(list((tmp_path / "copy" / "unet").glob("diffusion_pytorch_model-0000*"))) > 1
+    expected = draw(CustomUNetPipeline.from_pretrained(sde_models / "edm"))
+    np.testing.assert_array_equal(draw(CustomUNetPipeline.from_pretrained(tmp_path / "copy")), expected)
+    half = CustomUNetPipeline.from_pretrained(tmp_path / "copy", variant="fp16", torch_dtype=torch.float16)
+    np.testing.assert_allclose(draw(half), expected, atol=0.05)
 
 
 # Copies

@@ -13,6 +13,7 @@ from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
 from pipelines.gallery import labelled_grid, main, masks
+from training.sde import SDEScheduler
 
 
 def test_a_sheet_shows_every_image_in_its_place():
@@ -45,6 +46,35 @@ def test_the_command_draws_and_records(tmp_path, capsys):
     capsys.readouterr()
     assert main(["--pipeline", str(tmp_path / "nothing"), "--out", str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_model_of_an_sde_has_the_pictures_that_need_no_ddim(tmp_path, capsys):
+    torch.manual_seed(0)
+    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), SDEScheduler(objective="edm", prediction_type="edm"))
+    folder, out = export_pipeline(pipe, tmp_path / "model"), tmp_path / "assets"
+    assert main(["--pipeline", str(folder), "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: inversion goes by DDIM's steps, but the network was trained in continuous time")
+    assert not out.exists()
+    names = line.split("--only ")[1].split()
+    assert names == ["samplers", "interpolation", "denoising"]
+    assert main(["--pipeline", str(folder), "--out", str(out), "--only", *names]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        *(f"{name}.png" for name in names),
+        "denoising.gif",
+        "gallery.json",
+    }
+    record = json.loads((out / "gallery.json").read_text())
+    assert {row.split(",")[0] for row in record["samplers"]["rows"]} == {*pipe.samplers}
+    assert record["denoising"]["sampler"] == "edm_heun"
+
+
+def test_a_network_of_classes_is_refused_in_one_line(tmp_path, capsys):
+    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY, num_class_embeds=3), DDIMScheduler())
+    folder = export_pipeline(pipe, tmp_path / "model")
+    assert main(["--pipeline", str(folder), "--out", str(tmp_path / "assets")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the network has class embeddings")
 
 
 def test_reconstructions_get_better_with_steps(tmp_path, monkeypatch):

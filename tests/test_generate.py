@@ -20,8 +20,20 @@ from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
+from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 from pipelines.export import export_pipeline
-from pipelines.generate import DTYPES, generate_images, image_path, image_paths, load_pipeline, main, missing_seeds
+from pipelines.generate import (
+    DTYPES,
+    SAMPLER_SETTINGS,
+    InputError,
+    generate_images,
+    image_path,
+    image_paths,
+    load_pipeline,
+    main,
+    missing_seeds,
+)
+from training.sde import SDEScheduler
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -40,6 +52,14 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model_with_classes(tmp_path_factory) -> Path:
     return export_tiny(tmp_path_factory.mktemp("model") / "tiny-classes", seed=1, num_class_embeds=3)
+
+
+@pytest.fixture(scope="module")
+def model_of_an_sde(tmp_path_factory) -> Path:
+    torch.manual_seed(3)
+    network = CustomUNet2DModel(**TINY, num_class_embeds=4)
+    pipeline = CustomUNetPipeline(network, SDEScheduler(objective="edm", prediction_type="edm"))
+    return export_pipeline(pipeline, tmp_path_factory.mktemp("model") / "tiny-sde")
 
 
 @pytest.fixture
@@ -78,13 +98,16 @@ def record(folder: Path) -> dict:
 # ---- The library
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "dpmsolver++2m"])
+@pytest.mark.parametrize(
+    "sampler", ["ddpm", "dpmsolver++2m", "euler_maruyama", "reverse_diffusion", "predictor_corrector", "edm_heun"]
+)
 def test_an_image_depends_on_neither_batch_size_nor_order(model, tmp_path, sampler):
-    pipeline = load_pipeline(model, "fp32", sampler)
+    pipeline = load_pipeline(model, "fp32", sampler, **({"churn": 5.0} if sampler == "edm_heun" else {}))
     together, alone = tmp_path / "together", tmp_path / "alone"
     for folder, seeds, batch_size in ((together, range(5), 4), (alone, [3, 0, 4, 2, 1], 1)):
         folder.mkdir()
-        assert generate_images(pipeline, folder, seeds, batch_size=batch_size, num_inference_steps=6) == 5
+        generated = generate_images(pipeline, folder, seeds, batch_size=batch_size, num_inference_steps=6)
+        assert generated.num_images == 5
     assert_same_images(together, alone, range(5))
     assert np.abs(pixels(image_path(together, 0)) - pixels(image_path(together, 1))).max() > 10
 
@@ -92,7 +115,7 @@ def test_an_image_depends_on_neither_batch_size_nor_order(model, tmp_path, sampl
 def test_what_is_there_is_kept_and_what_is_damaged_is_not_taken_for_an_image(model, tmp_path):
     pipeline = load_pipeline(model, "fp32", None)
     arguments = {"batch_size": 4, "num_inference_steps": 2}
-    assert generate_images(pipeline, tmp_path, range(3), **arguments) == 3
+    assert generate_images(pipeline, tmp_path, range(3), **arguments).num_images == 3
     whole = image_path(tmp_path, 1).read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
@@ -103,10 +126,22 @@ def test_what_is_there_is_kept_and_what_is_damaged_is_not_taken_for_an_image(mod
     with pytest.raises(FileNotFoundError, match=r"lacks 2 of 4 images, the first being seed-0000001\.png"):
         image_paths(tmp_path, range(4))
     kept = identities([image_path(tmp_path, 0)])
-    assert generate_images(pipeline, tmp_path, range(4), **arguments) == 2
+    assert generate_images(pipeline, tmp_path, range(4), **arguments).num_images == 2
     assert identities([image_path(tmp_path, 0)]) == kept
     assert image_path(tmp_path, 1).read_bytes() == whole
     assert [path.name for path in image_paths(tmp_path, [3, 0])] == ["seed-0000003.png", "seed-0000000.png"]
+
+
+def test_every_setting_of_a_sampler_is_a_flag():
+    assert {*SAMPLER_SETTINGS} == {name for names in CONTINUOUS_SAMPLERS.values() for name in names}
+    assert not {*SAMPLERS} & {*CONTINUOUS_SAMPLERS}
+
+
+def test_a_setting_needs_a_sampler_that_has_it(model, model_of_an_sde):
+    assert load_pipeline(model_of_an_sde, "fp32", None, churn=2.0).continuous_sampler.churn == 2.0
+    assert load_pipeline(model_of_an_sde, "fp32", None).continuous_sampler.name == "edm_heun"
+    with pytest.raises(InputError, match="--churn is for a sampler in continuous time; name one with --scheduler"):
+        load_pipeline(model, "fp32", None, churn=2.0)
 
 
 # ---- The command, in this process
@@ -136,6 +171,83 @@ def test_the_record_suffices_to_make_the_images_again(generate, model, tmp_path)
     assert start["images_per_second"] > 0
     assert start["command"].startswith("python -m pipelines.generate --pipeline tiny --out out --num_images 4")
     assert str(tmp_path.parent) not in json.dumps(made)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "flags", "evaluations"),
+    [
+        ("edm_heun", ["--churn", "20", "--churn_min", "0.1", "--noise_factor", "1.01"], 9),
+        ("predictor_corrector", ["--snr", "0.2", "--corrector_steps", "2"], 14),
+        ("euler_maruyama", [], 6),
+        ("reverse_diffusion", [], 6),
+        ("ode", ["--tolerance", "0.05", "--batch_size", "1"], None),
+    ],
+)
+def test_the_record_of_a_sampler_in_continuous_time_suffices(
+    generate, model_of_an_sde, tmp_path, sampler, flags, evaluations
+):
+    """With several labels, which the seeds take in turn, and guidance, which evaluates the network twice."""
+    flags = ["--scheduler", sampler, *flags, "--class_label", 2, 0, 1, "--guidance_scale", 1.5, "--seed", 4]
+    code, _, error = generate(*flags, pipeline=model_of_an_sde, steps=5, images=3)
+    assert code == 0, error
+    made = record(tmp_path / "out")
+    settings = json.loads(json.dumps(made["settings"], allow_nan=False))
+    pipeline = CustomUNetPipeline.from_pretrained(model_of_an_sde)
+    pipeline.set_sampler(**{key: value for key, value in settings["continuous_sampler"].items() if value is not None})
+    assert pipeline.continuous_sampler.name == sampler
+    assert settings["class_label"] == [2, 0, 1]
+    taken = []
+    for seed in (4, 5, 6):
+        result = pipeline(
+            seeds=[seed],
+            num_inference_steps=settings["num_inference_steps"] or 50,
+            class_labels=settings["class_label"][seed % 3],
+            guidance_scale=settings["guidance_scale"],
+        )
+        taken.append(result.network_evaluations)
+        image = pixels(tmp_path / "out" / f"seed-000000{seed}.png")
+        assert np.abs(np.asarray(result.images[0]).astype(int) - image).max() <= 1
+    assert made["starts"][0]["network_evaluations_per_image"] == round(sum(taken) / 3, 3)
+    assert evaluations is None or taken == [2 * evaluations] * 3
+    assert settings["num_inference_steps"] == (None if sampler == "ode" else 5)
+
+
+def test_a_ddpm_model_is_sampled_in_continuous_time(generate, tmp_path):
+    assert generate("--scheduler", "edm_heun", steps=5)[0] == 0
+    assert record(tmp_path / "out")["settings"]["scheduler"]["_class_name"] == "DDIMScheduler"
+    assert record(tmp_path / "out")["starts"][0]["network_evaluations_per_image"] == 9
+    assert generate(out=tmp_path / "ddim", steps=5)[0] == 0
+    assert record(tmp_path / "ddim")["starts"][0]["network_evaluations_per_image"] == 5
+    difference = pixels(image_path(tmp_path / "out", 0)) - pixels(image_path(tmp_path / "ddim", 0))
+    assert np.abs(difference).max() > 1, "another solver"
+
+
+def test_other_settings_of_a_sampler_and_other_labels_are_refused(generate, model_of_an_sde, tmp_path):
+    flags = {"--scheduler": ["edm_heun"], "--churn": [3.0], "--class_label": [0, 1], "--guidance_scale": [2.0]}
+
+    def again(**arguments) -> tuple[int, str]:
+        changed = flags | {f"--{name}": values for name, values in arguments.items()}
+        words = [word for name, values in changed.items() for word in (name, *values)]
+        code, _, error = generate(*words, pipeline=model_of_an_sde)
+        return code, error
+
+    assert again()[0] == 0
+    before = identities((tmp_path / "out").glob("seed-*.png"))
+    for difference, arguments in {
+        "continuous_sampler churn is 3.0 there and 4.0 now": {"churn": [4.0]},
+        "continuous_sampler churn_max is None there and 9.0 now": {"churn_max": [9.0]},
+        "class_label is [0, 1] there and [1, 0] now": {"class_label": [1, 0]},
+        "class_label is [0, 1] there and 0 now": {"class_label": [0]},
+        "guidance_scale is 2.0 there and 1.0 now": {"guidance_scale": [1.0]},
+        "continuous_sampler name is edm_heun there and ode now": {"scheduler": ["ode"], "churn": []},
+    }.items():
+        if arguments.get("churn") == []:
+            del flags["--churn"]
+            arguments = {"scheduler": ["ode"]}
+        code, error = again(**arguments)
+        assert code == 2
+        assert difference in error
+    assert identities((tmp_path / "out").glob("seed-*.png")) == before
 
 
 def test_a_folder_can_be_extended(generate, tmp_path):
@@ -194,7 +306,40 @@ def test_folders_of_others(generate, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--scheduler", "ddim"], "there is no sampler 'ddim'; the network was trained in continuous time"),
+        (["--snr", "0.1"], "edm_heun has no setting 'snr'; it has churn"),
+        (["--scheduler", "ode", "--churn", "1"], "ode has no setting 'churn'; it has tolerance"),
+        (["--scheduler", "ode", "--tolerance", "0"], "tolerance is 0.0; it must be positive"),
+        (["--churn", "nan"], "churn is nan; it must"),
+        (["--churn_min", "3", "--churn_max", "2"], "churn_min 3.0 and churn_max 2.0 must rise"),
+        (["--scheduler", "predictor_corrector", "--corrector_steps", "0"], "corrector_steps is 0; it must be 1"),
+        (["--corrector_steps", "1.5"], "argument --corrector_steps: invalid int value"),
+        (["--eta", "0.5"], "eta is 0.5, but edm_heun does not take it"),
+        (["--steps", "1"], "num_inference_steps is 1; it must be 2 to"),
+        (["--steps", "1000000000000"], "num_inference_steps is 1000000000000; it must be 2 to"),
+        (["--class_label", "0", "4"], "class_labels are [0, 4]; they must be 0 to 3"),
+        (["--class_label", "0.5"], "argument --class_label: invalid int value"),
+        (["--guidance_scale", "inf"], "guidance_scale is inf; it must be finite"),
+    ],
+)
+def test_bad_input_for_a_model_of_an_sde_is_one_line_and_exit_code_2(
+    generate, model_of_an_sde, tmp_path, arguments, message
+):
+    label = [] if "--class_label" in arguments else ["--class_label", 0]
+    code, out, error = generate(*label, *arguments, pipeline=model_of_an_sde)
+    assert code == 2
+    assert error.startswith("error: ")
+    assert message in error
+    assert not out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--scheduler", "magic"], "'magic' (choose from"),
+        (["--scheduler", "ddim", "--snr", "0.1"], "ddim has no setting 'snr'; it has none"),
+        (["--guidance_scale", "2"], "guidance_scale is 2.0, but there are no class_labels"),
         (["--num_images", "0"], "--num_images is 0; it must be at least 1"),
         (["--seed", "4294967293"], "the last seed is 4294967296; it must be below 2**32"),
         (["--steps", "0"], "num_inference_steps is 0; it must be 1 to 1000"),
@@ -321,6 +466,7 @@ def test_killed_and_finished_by_two_processes(generate, model, tmp_path):
     starts = record(out)["starts"]
     assert [start["num_processes"] for start in starts] == [1, 2]
     assert ["generated" in start for start in starts] == [False, True]
+    assert starts[1]["network_evaluations_per_image"] == 60
 
     whole = tmp_path / "whole"
     assert generate(*sampling, "--batch_size", 5, out=whole, images=len(seeds), steps=60)[0] == 0

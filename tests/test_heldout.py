@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from exact_denoiser import ExactDenoiser
 from exact_gaussian import CORRELATED, ExactGaussian, draw_images, exact_network
+from exact_sde import OBJECTIVES, exact_sde_network
 from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
-from eval.heldout import HeldoutCurve, heldout_curve
+from eval.heldout import SIGMAS, DenoisingCurve, HeldoutCurve, denoising_curve, heldout_curve
 from training.data import to_model_range
+from training.sde import SDEScheduler
 
 CURVES = ("epsilon_mse", "sample_mse", "v_mse")
 
@@ -121,3 +124,90 @@ def test_a_network_with_nan_weights():
     network.conv_out.weight.data[0] = math.nan
     with pytest.raises(ValueError, match="not finite at timestep 25;"):
         heldout_curve(network, make_scheduler(), random_images())
+
+
+# ---- Against the noise level
+
+MODELS = {"ddpm": "v_prediction"} | {objective: types[0] for objective, types in OBJECTIVES.items()}
+
+
+def exact_denoising_curve(model: str, prediction_type: str, num_images: int = 2000, **more) -> DenoisingCurve:
+    images = to_model_range(draw_images(CORRELATED, num_images))
+    if model == "ddpm":
+        scheduler = make_scheduler(prediction_type)
+        network = exact_network(ExactDenoiser, CORRELATED, scheduler)
+    else:
+        scheduler = SDEScheduler(model, prediction_type)
+        network = exact_sde_network(CORRELATED, scheduler)
+    return denoising_curve(network, scheduler, images, batch_size=1000, **more)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_errors_of_the_exact_denoiser_by_noise_level(model):
+    curve = exact_denoising_curve(model, MODELS[model])
+    np.testing.assert_array_equal(curve.sigmas, SIGMAS)
+    variances = torch.linalg.eigvalsh(CORRELATED.covariances[0]).numpy()
+    least = (variances * curve.sigmas[:, None] ** 2 / (variances + curve.sigmas[:, None] ** 2)).mean(1)
+    rounding = (1 / 255) ** 2 / 3
+    assert (np.abs(curve.sample_mse - least) / (curve.sample_standard_error + rounding)).max() < 4
+    assert curve.mean == pytest.approx(least.mean(), abs=4 * curve.standard_error + rounding)
+    assert 0.005 < curve.standard_error / curve.mean < 0.05
+    np.testing.assert_allclose(curve.epsilon_mse, least / curve.sigmas**2, rtol=0.2)
+    np.testing.assert_allclose(curve.v_mse, curve.epsilon_mse + curve.sample_mse)
+
+
+def test_all_models_meet_the_same_noise():
+    curves = [
+        exact_denoising_curve(model, prediction_type, num_images=40)
+        for model, types in ({"ddpm": ("epsilon", "v_prediction")} | OBJECTIVES).items()
+        for prediction_type in types
+    ]
+    assert len(curves) == 10
+    for other in curves[1:]:
+        np.testing.assert_allclose(other.losses, curves[0].losses, rtol=2e-3, atol=1e-6)
+
+
+def test_the_errors_at_a_timestep_are_those_at_its_noise_level():
+    scheduler, images = make_scheduler(), to_model_range(draw_images(CORRELATED, 4000))
+    by_timestep = heldout_curve(
+        exact_network(ExactGaussian, CORRELATED, scheduler), scheduler, images, timesteps=[400]
+    )
+    abar = float(scheduler.alphas_cumprod[400])
+    network = exact_network(ExactDenoiser, CORRELATED, scheduler)
+    curve = denoising_curve(network, scheduler, images, sigmas=[math.sqrt(1 / abar - 1)])
+    for name in CURVES:
+        assert getattr(curve, name)[0] == pytest.approx(getattr(by_timestep, name)[0], rel=0.05)
+
+
+def test_a_noise_level_is_met_with_the_same_noise_whatever_the_others_are():
+    network, scheduler, images = tiny_network(), SDEScheduler(), random_images()
+    curve = denoising_curve(network, scheduler, images, sigmas=[0.1, 1.0, 10.0])
+    again = denoising_curve(network, scheduler, images[:4], sigmas=[1.0], batch_size=3)
+    np.testing.assert_allclose(again.losses[0], curve.losses[1, :4], rtol=1e-4)
+    other = denoising_curve(network, scheduler, images, sigmas=[1.0], seed=1)
+    assert (np.abs(other.losses[0] / curve.losses[1] - 1) > 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"clean_images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "images are torch.uint8"),
+        ({"unet": CustomUNet2DModel(**TINY)}, "training mode"),
+        ({"sigmas": []}, "one or more that rise"),
+        ({"sigmas": [1.0, 0.5]}, "one or more that rise"),
+        ({"sigmas": [0.01, 1.0]}, "sigmas are 0.01 to 1; the model was trained with 0.02 to 100"),
+        ({"sigmas": [1.0, 101.0]}, "sigmas are 1 to 101; the model was trained with 0.02 to 100"),
+    ],
+)
+def test_bad_input_by_noise_level(arguments, message):
+    scheduler = SDEScheduler("ve", "score")
+    arguments = {"unet": tiny_network(), "scheduler": scheduler, "clean_images": random_images()} | arguments
+    with pytest.raises(ValueError, match=message):
+        denoising_curve(**arguments)
+
+
+def test_a_network_with_nan_weights_by_noise_level():
+    network = tiny_network()
+    network.conv_out.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match=r"not finite at sigma 0\.02;"):
+        denoising_curve(network, SDEScheduler(), random_images())

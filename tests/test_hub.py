@@ -22,7 +22,9 @@ import train_unet
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, export
 from pipelines.export import export_pipeline
+from pipelines.generate import find_pipeline, load_pipeline
 from pipelines.hub import ModelRepositoryError, model_files
+from training.sde import SDEScheduler
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STRAY = ("checkpoint-10/optimizer.pt", "log.jsonl", "optimizer.pt", ".env", "scheduler/notes.txt", "unet/notes.txt")
@@ -148,6 +150,61 @@ def test_push_and_load_by_id_in_a_fresh_process(hub, folder, tmp_path):
     assert not any(b"must not leave" in content for content in hub.bodies)
 
 
+LOAD_SDE = """
+import sys
+from pathlib import Path
+import numpy, torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.utils import dynamic_modules_utils
+from huggingface_hub import constants
+modules = Path(dynamic_modules_utils.HF_MODULES_CACHE)
+try:
+    DiffusionPipeline.from_pretrained("someone/faces")
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise SystemExit("the code was run without consent")
+assert not [*modules.rglob("sde.py"), *modules.rglob("custom_unet*.py")]
+pipe = DiffusionPipeline.from_pretrained("someone/faces", trust_remote_code=True)
+assert type(pipe.scheduler).__name__ == "SDEScheduler"
+assert "diffusers_modules" in type(pipe.scheduler).__module__
+assert len([*Path(constants.HF_HUB_CACHE).glob("models--someone--faces/snapshots/*/scheduler/sde.py")]) == 1
+UNet2DModel.from_pretrained("someone/faces", subfolder="unet", use_safetensors=True)
+numpy.save(sys.argv[1], pipe(seeds=[3], num_inference_steps=4, output_type="np").images)
+"""
+
+
+@pytest.fixture
+def sde_folder(tmp_path) -> Path:
+    torch.manual_seed(0)
+    return export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY), SDEScheduler()), tmp_path / "faces")
+
+
+def test_a_model_of_an_sde_is_loaded_by_id_with_the_code_of_its_sde(hub, sde_folder, tmp_path):
+    assert export.main(["push", "--pipeline", str(sde_folder), "--repo_id", "faces"]) == 0
+    assert hub.files("someone/faces").keys() == {*model_files(sde_folder), ".gitattributes"}
+    assert hub.files("someone/faces")["scheduler/sde.py"] == (sde_folder / "scheduler" / "sde.py").read_bytes()
+    env = environment(hub, tmp_path / "loading", token=None)
+    code, output = run("-c", LOAD_SDE, tmp_path / "images.npy", env=env, cwd=tmp_path)
+    assert code == 0, output
+    expected = CustomUNetPipeline.from_pretrained(sde_folder)(
+        seeds=[3], num_inference_steps=4, output_type="np"
+    ).images
+    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), expected, atol=1e-5)
+
+
+def test_generating_from_the_hub_fetches_no_code(hub, sde_folder, tmp_path, monkeypatch):
+    assert export.main(["push", "--pipeline", str(sde_folder), "--repo_id", "faces"]) == 0
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    source, commit = find_pipeline("someone/faces", None)
+    assert commit == hub.commit_id("someone/faces")
+    assert "scheduler/scheduler_config.json" in contents(source)
+    assert not [name for name in contents(tmp_path / "hub-cache") if name.endswith(".py")]
+    assert load_pipeline(source, "fp32", "predictor_corrector", snr=0.2).continuous_sampler.snr == 0.2
+
+
 # Failures: one line with the command to try again, the local folder as it was, no token anywhere
 
 CASES = {
@@ -236,6 +293,8 @@ SPOILERS = {
     "no scheduler": (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config"),
     "no code": (lambda folder: (folder / "unet" / "custom_unet_2d.py").unlink(), "custom_unet_2d.py"),
     "a way out in the index": (lambda folder: spoil_index(folder, unet=["../evil", "X"]), "../evil"),
+    "a way out of the scheduler": (lambda folder: spoil_index(folder, scheduler=["../../evil", "X"]), "../../evil"),
+    "no code of the SDE": (lambda folder: spoil_index(folder, scheduler=["sde", "SDEScheduler"]), "scheduler/sde.py"),
     "pickled weights": (lambda folder: (folder / "unet" / "diffusion_pytorch_model.bin").touch(), "pickled"),
     "a missing shard": (lambda folder: next((folder / "unet").glob("*-00002-of*")).unlink(), "-00002-of"),
     "a pickle by another name": (

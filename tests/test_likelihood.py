@@ -1,5 +1,6 @@
 """Both likelihoods against Gaussian data, whose bits/dim are known, and with bugs planted to see if they are found."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -9,6 +10,8 @@ import torch
 from diffusers import DDPMScheduler
 from exact_denoiser import ExactDenoiser, Mixture, mixture
 from exact_gaussian import CORRELATED, INDEPENDENT, ExactGaussian, draw_images, exact_network
+from exact_sde import OBJECTIVES, exact_sde_network
+from scipy.integrate import solve_ivp
 from scipy.stats import norm
 from tiny_network import TINY
 from torch import Tensor
@@ -20,12 +23,15 @@ from eval.likelihood import (
     discrete_decoder,
     draw_probes,
     log_density,
+    noise_levels,
     ode_likelihood,
     posterior_of,
     prior_term,
     variational_bound,
 )
+from pipelines.custom_unet_pipeline import denoiser, flow
 from training.data import to_model_range
+from training.sde import SDEScheduler
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -360,13 +366,17 @@ def test_the_variance_of_signs_is_the_smaller_one():
         assert forms.mean().item() == pytest.approx(6, abs=4 * math.sqrt(variance / 5000) + 1e-12)
 
 
-def check_ode_likelihood(data: Mixture, timestep_error: int = 0) -> None:
+def check_ode_likelihood(data: Mixture, scheduler=None) -> None:
     """Bits/dim of these images, known in closed form, within the error bars of the draws."""
-    scheduler, images = make_scheduler(), draw_images(data, 250)
-    network = exact_network(ExactDenoiser, data, scheduler, timestep_error)
+    images = draw_images(data, 250)
+    if scheduler is None:
+        scheduler = make_scheduler()
+        network = exact_network(ExactDenoiser, data, scheduler)
+    else:
+        network = exact_sde_network(data, scheduler)
     found = ode_likelihood(network, scheduler, images, num_draws=4, tolerance=1e-5, batch_size=1000)
     assert found.draws.shape == (4, 250)
-    s2 = float(network.sigmas[0]) ** 2
+    s2 = noise_levels(denoiser(network, scheduler)[0])[0] ** 2
     precision = torch.linalg.inv(data.covariances[0] + s2 * torch.eye(3).double())
     nats = gaussian_nats(data, to_model_range(images).double(), s2) + precision.trace() * (2 / 255) ** 2 / 24
     expected = bits_per_dim(nats - 3 * math.log(2 / 255)).mean()
@@ -381,6 +391,82 @@ def check_ode_likelihood(data: Mixture, timestep_error: int = 0) -> None:
 @pytest.mark.parametrize("data", [INDEPENDENT, CORRELATED], ids=["independent", "correlated"])
 def test_ode_likelihood(data):
     check_ode_likelihood(data)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_ode_likelihood_of_sde_models(objective):
+    check_ode_likelihood(CORRELATED, SDEScheduler(objective, OBJECTIVES[objective][0]))
+
+
+def log_density_of_the_model(data: Mixture, points: Tensor, sde) -> Tensor:
+    """Of what a short SDE makes of its prior if the data are Gaussian, where the ODE is linear along each eigenvector.
+
+    y = x / alpha goes from sigma_0 to sigma_T by y_T - m = ((C + sigma_T^2) / (C + sigma_0^2))^(1/2) (y_0 - m).
+    """
+    variances, directions = torch.linalg.eigh(data.covariances[0])
+    first, last = noise_levels(sde)
+    stretch = ((variances + last**2) / (variances + first**2)).sqrt()
+    end = data.means + (stretch * ((points.flatten(1) - data.means) @ directions)) @ directions.T
+    std = sde.prior_std / float(sde.signal_scale(torch.tensor(sde.last_time).double()))
+    prior = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), std)
+    return prior.log_prob(end).sum(1) + stretch.log().sum()
+
+
+@pytest.mark.parametrize(("objective", "prediction_type"), [(o, p) for o, ps in OBJECTIVES.items() for p in ps])
+def test_density_of_sde_models_that_end_far_from_their_prior(objective, prediction_type):
+    scheduler = SDEScheduler(objective, prediction_type, beta_max=2.0, sigma_min=0.01, sigma_max=2.0)
+    points, network = points_of(CORRELATED), exact_sde_network(CORRELATED, scheduler)
+    expected = log_density_of_the_model(CORRELATED, points, scheduler.sde)
+    assert (expected - smoothed_log_density(CORRELATED, points, noise_levels(scheduler.sde)[0])).abs().max() > 0.01
+    found, _ = log_density(network, scheduler, points, exact_probes(points), 1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_density_of_a_mixture_under_an_sde(objective):
+    scheduler, points = SDEScheduler(objective, OBJECTIVES[objective][0]), points_of(mixture())
+    network = exact_sde_network(mixture(), scheduler)
+    expected = smoothed_log_density(mixture(), points, noise_levels(scheduler.sde)[0])
+    errors, evaluations = [], []
+    for tolerance in (1e-3, 1e-5):
+        found, count = log_density(network, scheduler, points, exact_probes(points), tolerance)
+        errors.append(float((found - expected).abs().max()))
+        evaluations.append(count)
+    assert errors[0] < 0.3
+    assert errors[1] < min(0.02, errors[0] / 5)  # what is left: at the last time x is not quite the prior
+    assert 50 < evaluations[0] < evaluations[1] < 250
+
+
+def test_the_likelihood_of_a_ddpm_model_is_that_of_its_schedule_read_as_an_sde():
+    """Eq. 13 and 39 in the time of `DiscreteVPSDE`, segment by segment as its drift has kinks at the timesteps."""
+    scheduler, data, points = make_scheduler("epsilon", 20), mixture(), points_of(mixture(), 4)
+    network = exact_network(ExactDenoiser, data, scheduler)
+    sde, clean = denoiser(network, scheduler)
+    num_dims = points[0].numel()
+
+    def rate(t: float, state: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(state).view(len(points), -1)[:, :num_dims].reshape(points.shape).requires_grad_()
+        dx = flow(sde, clean, x, torch.tensor(t, dtype=torch.float64))
+        rows = [torch.autograd.grad(dx.flatten(1)[:, i].sum(), x, retain_graph=True)[0] for i in range(num_dims)]
+        divergence = sum(row.flatten(1)[:, i] for i, row in enumerate(rows))
+        return torch.cat([dx.flatten(1), -divergence[:, None]], dim=1).detach().flatten().numpy()
+
+    first = float(sde.signal_scale(torch.tensor(sde.first_time).double()))
+    state = torch.cat([first * points.flatten(1), torch.zeros(len(points), 1).double()], dim=1).flatten().numpy()
+    knots = np.linspace(sde.first_time, sde.last_time, 20)
+    for start, end in itertools.pairwise(knots):
+        inside = (start + 1e-12, end - 1e-12)
+        state = solve_ivp(rate, inside, state, method="DOP853", rtol=1e-6, atol=1e-7).y[:, -1]
+    end = torch.from_numpy(state).view(len(points), -1)
+    log_prior = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0).log_prob(end[:, :-1]).sum(1)
+    expected = log_prior - end[:, -1] + num_dims * math.log(first)
+    found, _ = log_density(network, scheduler, points, exact_probes(points), 1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_the_bound_of_a_model_of_continuous_time_is_refused():
+    with pytest.raises(ValueError, match="trained in continuous time"):
+        variational_bound(tiny_network(), SDEScheduler(), random_images())
 
 
 def test_ode_likelihood_is_the_discrete_one_but_for_the_noise_of_timestep_0():
@@ -434,8 +520,8 @@ def plant_divergence(change):
     def plant(monkeypatch):
         right = likelihood._noise_and_divergence
 
-        def wrong(unet, scheduler, x, timestep, sigma, probes):
-            noise, divergence = right(unet, scheduler, x, timestep, sigma, probes)
+        def wrong(predict, x, sigma, probes):
+            noise, divergence = right(predict, x, sigma, probes)
             return noise, change(divergence)
 
         monkeypatch.setattr(likelihood, "_noise_and_divergence", wrong)

@@ -19,6 +19,7 @@ from pipelines.export import export_pipeline
 from pipelines.model_card import CardError, render_card
 from training.config import TrainConfig
 from training.images import CROPS, crop_box
+from training.sde import SDEScheduler
 
 DATA = {"split": "train", "crop": "celeba_140", "resolution": 8, "num_images": 21_803, "num_skipped": 3}
 HELDOUT = {"step": 2_500, "split": "validation", "heldout_loss": 0.0629, "heldout_loss_q1": 0.1895}
@@ -202,6 +203,135 @@ def test_the_examples_of_the_card_run(weights, monkeypatch, tmp_path):
         exec(block.replace("num_inference_steps=50", "num_inference_steps=2"), names)
         assert len(names["pipe"](batch_size=1, num_inference_steps=2).images) == 1
     assert len(names["images"]) == 4
+
+
+# Models that were trained in continuous time, and models of classes
+
+SDES = {
+    "vp": ({}, {"beta_max": 15.0}),
+    "subvp": ({}, {"prediction_type": "v_prediction"}),
+    "ve": ({"time_embedding_type": "fourier"}, {"prediction_type": "score", "sigma_max": 30.0}),
+    "edm": ({}, {"prediction_type": "edm", "noise_mean": -1.0}),
+}
+LABELS = {"label_column": "Smiling", "label_names": ["no", "yes"]}
+
+
+def sde_model(folder: Path, objective: str = "vp", facts: dict | None = FACTS, classes: int | None = None, **options):
+    """Exports a tiny model, with the record of a training that has these options where there are facts."""
+    torch.manual_seed(0)
+    network, process = SDES[objective]
+    unet = CustomUNet2DModel(**TINY, **network, num_class_embeds=classes and classes + 1)
+    pipe = CustomUNetPipeline(unet, SDEScheduler(objective=objective, **process))
+    text = config(**{"snr_gamma": None, "objective": objective} | options) if facts is not None else None
+    return export_pipeline(pipe, folder, facts=facts, training_config=text)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "claims"),
+    [
+        ("vp", {"sde_beta_max": 15.0}, ["beta(t) from 0.1 to 15 at", "| objective | vp |", "| beta | 0.1 to 15 |"]),
+        ("subvp", {"prediction_type": "v_prediction"}, ["the sub-VP SDE", "predicts v,", "beta(t) from 0.1 to 20 at"]),
+        ("ve", {"sigma_max": 30.0, "time_embedding_type": "fourier"}, ["from 0.02 to 30", "predicts the score,"]),
+        ("edm", {"noise_mean": -1.0}, ["from 0.002 to 80", "| ln(sigma) | normal, mean -1, standard deviation 1.2 |"]),
+    ],
+)
+def test_the_sde_is_told_with_its_numbers(tmp_path, objective, options, claims):
+    folder = sde_model(tmp_path / "faces", objective, facts=data(crop="center", source="cats"), **options)
+    card = ModelCard((folder / "README.md").read_text())
+    text = " ".join(card.text.split())
+    for claim in (*claims, "trained in continuous time", "`scheduler/sde.py`", "three Python files"):
+        assert claim in text, claim
+    weight = "1, of the squared error" if objective == "edm" else "n(t)^2, the variance of the noise, of the score's"
+    assert f"| loss weight | {weight}" in text
+    for other in ("timesteps", "DDIM", "DDPMPipeline", "min-SNR", "noise schedule"):
+        assert other not in text, other
+    assert {"score-based", "sde"} <= {*card.data.tags}
+    assert "ddpm" not in card.data.tags
+    assert {"song2021scorebased", "karras2022elucidating"} <= {*re.findall(r"\{(\w+),$", card.text, re.MULTILINE)}
+    assert "arXiv:2011.13456" in card.text
+    assert "arXiv:2206.00364" in card.text
+    assert not re.search(r"\b(None|nan|null|unknown|inf)\b|\{\}|\{[a-z_]+\}", text)
+
+
+def test_likelihood_weighting_is_told_and_cited(tmp_path):
+    assert "song2021maximum" not in (sde_model(tmp_path / "plain") / "README.md").read_text()
+    text = (sde_model(tmp_path / "weighted", likelihood_weighting=True) / "README.md").read_text()
+    assert "| loss weight | g(t)^2 (likelihood weighting), of the score's squared error |" in text
+    assert "song2021maximum" in text
+
+
+def test_the_evaluations_in_the_card_are_those_that_the_samplers_take(tmp_path):
+    folder = sde_model(tmp_path / "faces", facts=None)
+    rows = re.findall(r"^\| `(\w+)`.* \| (.*) \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    pipe = CustomUNetPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert rows[0][0] == pipe.continuous_sampler.name
+    assert {name for name, _ in rows} == {*pipe.samplers}
+    for name, formula in rows:
+        pipe.set_sampler(name)
+        taken = pipe(seeds=[0], num_inference_steps=7).network_evaluations
+        if name == "ode":
+            assert formula == "as many as it takes"
+            assert taken > 20
+        else:
+            assert taken == eval(formula.split(" with")[0].replace("2N", "2 * N"), {"N": 7}), name
+
+
+@pytest.mark.parametrize(("objective", "classes"), [("ve", None), ("edm", 3)])
+def test_the_examples_of_the_card_of_an_sde_run(tmp_path, monkeypatch, objective, classes):
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.chdir(tmp_path)
+    folder = sde_model(tmp_path / "faces", objective, facts=None, classes=classes)
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict = {}
+    for block in blocks:
+        exec(block.replace("num_inference_steps=50", "num_inference_steps=2"), names)
+    assert len(names["images"]) == 4
+    assert type(names["unet"]).__name__ == "UNet2DModel"
+    assert type(names["pipe"].unet).__name__ == "CustomUNet2DModel", "the last block loads by the clone"
+    assert ("guidance_scale" in blocks[0]) == (classes is not None)
+
+
+def test_classes_are_named_and_asked_for(tmp_path):
+    options = {"label_column": "Smiling", "label_dropout": 0.2}
+    card = ModelCard(
+        (sde_model(tmp_path / "faces", facts=data(**LABELS), classes=2, **options) / "README.md").read_text()
+    )
+    text = " ".join(card.text.split())
+    for claim in (
+        "A class-conditional diffusion model",
+        "Its 2 classes are the values of `Smiling`: 0: `no`, 1: `yes`.",
+        "class_labels=[0, 1, 0, 1], guidance_scale=2.0",
+        "nothing but the class can be asked for",
+        "trained with `Smiling` and draws what they took it for",
+        "| labels | Smiling |",
+        "| probability that a label is left out | 0.2 |",
+        "ho2022classifierfree",
+    ):
+        assert claim in text, claim
+    assert "saw no labels" not in text
+    assert "no class" not in text
+    assert "class-conditional" in card.data.tags
+
+
+def test_a_model_of_classes_is_not_said_to_suit_a_stock_pipeline(tmp_path):
+    """diffusers' pipelines of pixels give the network no labels."""
+    unet = CustomUNet2DModel(**TINY, num_class_embeds=1001)
+    names = [f"class {number}" for number in range(1000)]
+    folder = export_pipeline(
+        CustomUNetPipeline(unet, DDIMScheduler()),
+        tmp_path / "faces",
+        facts=data(label_column="kind", label_names=names),
+        training_config=config(label_column="kind"),
+    )
+    text = (folder / "README.md").read_text()
+    assert "DDIMPipeline" not in text
+    assert "the weights load and nothing else does" in text
+    assert "39: `class 39`, and so on as in `training.json`" in text
+    assert "class 40" not in text
+    unnamed = export_pipeline(CustomUNetPipeline(unet, DDIMScheduler()), tmp_path / "unnamed")
+    assert "1000 classes, 0 to 999; their names are not recorded" in (unnamed / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

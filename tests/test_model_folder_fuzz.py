@@ -19,6 +19,7 @@ from tiny_network import TINY
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, export, generate
 from pipelines.export import export_pipeline
+from training.sde import SDEScheduler
 
 SEED = 21
 WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
@@ -34,13 +35,14 @@ class Damage(NamedTuple):
     Attributes:
         kind: which file is damaged.
         expected: exit codes; IMAGE among them where the damage may leave a sound model.
+        model: which one is damaged: plain, sharded, or of an SDE by its objective.
     """
 
     kind: str
     name: str
     spoil: Callable[[Path], object]
     expected: tuple[int, ...] = (REFUSED,)
-    is_sharded: bool = False
+    model: str = "plain"
 
 
 # ---- Damages
@@ -259,7 +261,7 @@ def shard_damages() -> Iterator[Damage]:
         return spoil
 
     for damage in json_damages("shard index", INDEX, (IMAGE, REFUSED)):
-        yield damage._replace(is_sharded=True)
+        yield damage._replace(model="sharded")
     damages = {
         "nowhere": point("diffusion_pytorch_model-00009-of-00009.safetensors"),
         "outside": point("../../outside.safetensors", move=True),
@@ -277,7 +279,7 @@ def shard_damages() -> Iterator[Damage]:
         "metadata of another kind": edit(INDEX, metadata="x"),
     }
     for name, spoil in damages.items():
-        yield Damage("shard index", name, spoil, (IMAGE, REFUSED), is_sharded=True)
+        yield Damage("shard index", name, spoil, (IMAGE, REFUSED), model="sharded")
 
 
 def folder_damages() -> Iterator[Damage]:
@@ -309,8 +311,58 @@ def folder_damages() -> Iterator[Damage]:
             yield Damage("model index", f"{component} is {value}", edit(MODEL_INDEX, **{component: value}), (IMAGE,))
 
 
+def sde_damages() -> Iterator[Damage]:
+    kind = "sde"
+    for damage in json_damages(kind, SCHEDULER):
+        yield damage._replace(model="edm")
+    numbers = "beta_min beta_max sigma_min sigma_max sigma_data noise_mean noise_std"
+    broken = (float("nan"), float("inf"), -float("inf"), 1e300, 1e39, 1e-320, -1e-9)
+    for model, keys in {"vp": "objective prediction_type beta_min beta_max", "edm": numbers}.items():
+        for key in keys.split():
+            for value in (*WRONG, *broken):
+                spoil = edit(SCHEDULER, **{key: value})
+                yield Damage(kind, f"{key} of {model} is {value!r:.40}", spoil, (IMAGE, FAILED, REFUSED), model)
+    wrong = [
+        ("vp", name, value) for name in ("beta_min", "beta_max") for value in ("text", None, [], True, *broken[:5])
+    ]
+    wrong += [("vp", "beta_min", 0), ("vp", "beta_min", 30), ("vp", "beta_max", 1e4), ("vp", "beta_max", 10**30)]
+    wrong += [("edm", name, value) for name in ("sigma_min", "sigma_max") for value in ("text", [], True, *broken[:5])]
+    wrong += [
+        ("edm", "sigma_min", 81),
+        ("edm", "sigma_max", 0.002),
+        ("edm", "sigma_max", 1e300),
+        ("edm", "sigma_data", 0),
+    ]
+    wrong += [
+        ("edm", "sigma_min", -1),
+        ("edm", "noise_std", 0),
+        ("edm", "noise_mean", True),
+        ("edm", "noise_std", "1"),
+    ]
+    wrong += [("vp", "objective", value) for value in ("edm", "ve", "VP", "../evil", "__class__", *WRONG)]
+    wrong += [("vp", "prediction_type", value) for value in ("score", "edm", "flow", *WRONG)]
+    wrong += [("edm", "_class_name", value) for value in ("SDE", "EDMSDE", "../evil", "DDIMScheduler ", None, 5, [])]
+    for model, key, value in wrong:
+        yield Damage(kind, f"{key} of {model} must not be {value!r:.40}", edit(SCHEDULER, **{key: value}), model=model)
+    for names in ("sigma_min sigma_max", "beta_min beta_max noise_mean noise_std", "_diffusers_version"):
+        left_out = edit(SCHEDULER, **dict.fromkeys(names.split(), ...))
+        yield Damage(kind, f"no {names}", left_out, (IMAGE,), "edm")  # they have defaults
+    yield Damage(kind, "no objective, which is then vp", edit(SCHEDULER, objective=...), (REFUSED,), "edm")
+    yield Damage(kind, "an unknown key", edit(SCHEDULER, evil="yes"), (IMAGE,), "edm")
+    for name in ("DDIMScheduler", "DDPMScheduler"):  # then it is no SDE: the prediction type does not suit
+        yield Damage(kind, f"class {name}", edit(SCHEDULER, _class_name=name), (REFUSED,), "edm")
+    learned = edit(UNET, time_embedding_type="learned", num_train_timesteps=1000)
+    yield Damage(kind, "a network of whole timesteps", learned, (REFUSED,), "edm")
+    yield Damage(
+        kind, "a logarithm of a negative number", edit(UNET, time_embedding_type="fourier"), (REFUSED, FAILED), "edm"
+    )
+    code = Path("scheduler/sde.py")  # is not run
+    yield Damage(kind, "no code of the SDE", lambda folder: (folder / code).unlink(), (IMAGE,), "vp")
+    yield Damage(kind, "other code of the SDE", write(code, b"raise SystemExit('the code was run')\n"), (IMAGE,), "vp")
+
+
 def all_damages() -> list[Damage]:
-    makers = (weights_damages, config_damages, scheduler_damages, shard_damages, folder_damages)
+    makers = (weights_damages, config_damages, scheduler_damages, sde_damages, shard_damages, folder_damages)
     return [damage for make in makers for damage in make()]
 
 
@@ -325,14 +377,18 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> dict[bool, Path]:
-    """The same small model in one file of weights, and in shards."""
+def sound(tmp_path_factory) -> dict[str, Path]:
+    """The same small model in one file of weights, in shards, and with SDEs in place of the timesteps."""
     root = tmp_path_factory.mktemp("sound")
     torch.manual_seed(0)
     pipeline = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler())
     return {
-        False: export_pipeline(pipeline, root / "plain"),
-        True: export_pipeline(pipeline, root / "sharded", max_shard_size=30_000),
+        "plain": export_pipeline(pipeline, root / "plain"),
+        "sharded": export_pipeline(pipeline, root / "sharded", max_shard_size=30_000),
+        "vp": export_pipeline(CustomUNetPipeline(pipeline.unet, SDEScheduler()), root / "vp"),
+        "edm": export_pipeline(
+            CustomUNetPipeline(pipeline.unet, SDEScheduler(objective="edm", prediction_type="edm")), root / "edm"
+        ),
     }
 
 
@@ -344,7 +400,7 @@ def outcome_of(sound, tmp_path, capfd, monkeypatch) -> Callable[[Damage | None],
     def draw(damage: Damage | None) -> Outcome:
         work = tmp_path / "work"
         folder, out = work / "model", work / "out"
-        shutil.copytree(sound[damage is not None and damage.is_sharded], folder)
+        shutil.copytree(sound["plain" if damage is None else damage.model], folder)
         if damage is not None:
             damage.spoil(folder)
         flags = ["--pipeline", folder, "--out", out, "--num_images", 1, "--steps", 2, "--num_cpu_threads", 1]
@@ -370,15 +426,19 @@ def by_kind() -> dict[str, list[Damage]]:
 KINDS = by_kind()
 # of each kind: how many damages, and how many of them at least must be refused
 LEAST = {"weights": (60, 50), "weights' data": (5, 0), "unet config": (280, 200), "scheduler": (210, 110)}
-LEAST |= {"shard index": (38, 30), "folder": (24, 20), "model index": (40, 0)}
+LEAST |= {"sde": (250, 130), "shard index": (38, 30), "folder": (24, 20), "model index": (40, 0)}
 
 
 def test_the_sound_model_draws_the_same_image_in_shards(outcome_of):
     whole = outcome_of(None)
     assert whole.code == IMAGE, whole.text
-    sharded = outcome_of(Damage("none", "none", lambda folder: None, is_sharded=True))
+    sharded = outcome_of(Damage("none", "none", lambda folder: None, model="sharded"))
     np.testing.assert_array_equal(sharded.image, whole.image)
     assert whole.image.std() > 10
+    for model in ("vp", "edm"):
+        outcome = outcome_of(Damage("none", "none", lambda folder: None, model=model))
+        assert outcome.code == IMAGE, outcome.text
+        assert outcome.image.std() > 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -418,11 +478,11 @@ def test_code_and_pickles_in_the_folder_are_never_run(outcome_of):
 @pytest.mark.parametrize("command", ["card", "copy"])
 def test_a_damaged_model_is_described_and_copied_whole_or_refused_in_one_line(command, sound, tmp_path, capfd):
     kept = KINDS["weights"][::3] + KINDS["model index"][::2] + KINDS["shard index"][::3] + KINDS["folder"][::2]
-    kept += KINDS["unet config"][::12] + KINDS["scheduler"][::12]
+    kept += KINDS["unet config"][::12] + KINDS["scheduler"][::12] + KINDS["sde"][::6]
     codes = Counter()
     for damage in kept:
         folder, out = tmp_path / "work" / "model", tmp_path / "work" / "copy"
-        shutil.copytree(sound[damage.is_sharded], folder)
+        shutil.copytree(sound[damage.model], folder)
         damage.spoil(folder)
         capfd.readouterr()
         code = export.main([command, "--pipeline", str(folder), *(["--out", str(out)] if command == "copy" else [])])

@@ -36,6 +36,15 @@ def test_tables():
     assert [number(value) for value in (None, 12345, 0.000123456, "x")] == ["", "12,345", "0.0001235", "x"]
 
 
+def test_a_sampler_that_chooses_its_steps_has_a_column_of_its_own(tmp_path):
+    ode = {key: value for key, value in cost("ode", 0, 2.5).items() if key != "steps"}
+    text = "<!-- results: results.json cost -->\n<!-- end -->"
+    write_results(tmp_path / "results.json", {"results": [*RESULTS, ode]})
+    lines = with_tables(text, tmp_path).splitlines()
+    assert lines[1] == "| SWD, mean, n = 1,000 | 10 steps | 50 steps | steps of its own |"
+    assert lines[-2] == "| ode |  |  | 2.5 (0 s) |"
+
+
 @pytest.fixture
 def folder(tmp_path):
     write_results(tmp_path / "results.json", {"pipeline": "faces", "results": RESULTS})

@@ -1,0 +1,252 @@
+"""Lays the evaluations of several models side by side: a table, its numbers, and their images of the same seeds.
+
+    python -m eval.compare RUN_DIR... --out DIR --titles NAME...
+
+A RUN_DIR is what `python -m eval.run --out` wrote. DIR/comparison.md is a table with a row for each model and each way
+that its images were drawn, DIR/comparison.json has its numbers, DIR/comparison.png a row of images for each (where
+RUN_DIR still has them), DIR/comparison_errors.png their held-out errors against the noise level. Exit codes: 0 done, 1
+failed, 2 bad input.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eval.evaluation import IMAGES, images_folder, unusual_settings
+from eval.figures import plot_curves, plot_image_rows
+from eval.results import ResultsError, number, read_results, value_text, write_results
+from pipelines.generate import RECORD, InputError, Parser, check_numbers, image_path, missing_seeds
+
+DRAWN = ("swd", "features", "memorisation")  # families of results that are of generated images
+SETTING = "sampler steps eta sampler_settings class_label guidance_scale seeds dtype".split()
+COLUMNS = {  # key in a row: heading
+    "title": "model",
+    "objective": "objective",
+    "images_seen": "images seen in training",
+    "drawn_by": "sampler",
+    "network_evaluations": "network evaluations an image",
+    "n": "images drawn",
+    "swd": "SWD (real against real)",
+    "memorisation_ratio": "nearest training image, generated / held-out",
+    "bits_per_dim_ode": "bits/dim by the ODE, held-out",
+    "sample_mse": "error of x_0, held-out",
+}
+# Metric and end of the name of what is compared
+OF_THE_IMAGES = {"swd": "SWD, mean", "memorisation_ratio": "(median)"}  # that of pixels
+OF_THE_MODEL = {"bits_per_dim_ode": ", held-out", "sample_mse": ", held-out"}
+FEATURES = ("fid", "fid_inf", "kid", "cmmd")  # a column of its own for each that was measured
+ABOUT = "name value std floor n n_reference split tolerance first_sigma".split()  # of a result, in comparison.json
+
+
+@dataclass(frozen=True)
+class Run:
+    """An evaluation: its folder, what it is called, and its record."""
+
+    folder: Path
+    title: str
+    record: dict
+
+    @property
+    def results(self) -> list[dict]:
+        """Those with a value."""
+        return [entry for entry in self.record["results"] if entry["value"] is not None]
+
+    @property
+    def settings(self) -> list[dict]:
+        """How its images were drawn: in one way, in several or not at all."""
+        found = []
+        for entry in self.results:
+            setting = {key: entry[key] for key in SETTING if key in entry}
+            if entry["family"] in DRAWN and setting not in found:
+                found.append(setting)
+        return found
+
+
+def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
+    """The evaluations, in this order.
+
+    Raises:
+        InputError, ResultsError: if a folder has no results, they are not of the same real images, or titles repeat.
+    """
+    if titles is not None and len(titles) != len(folders):
+        raise InputError(f"there are {len(titles)} --titles for {len(folders)} folders; give one for each")
+    records = [read_results(folder / "results.json") for folder in folders]
+    titles = titles or [record["pipeline"] for record in records]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise InputError(f"{titles.count(title)} models are called {title}; tell them apart by --titles")
+    runs = [Run(*run) for run in zip(folders, titles, records, strict=True)]
+    first = runs[0].record["reference"]
+    for run in runs[1:]:
+        for key in first | run.record["reference"]:
+            here, there = run.record["reference"].get(key), first.get(key)
+            if here != there:
+                raise InputError(
+                    f"the real images of {run.title} have {key} {here}, those of {runs[0].title} {there}; evaluate"
+                    " the models with the same ones"
+                )
+    return runs
+
+
+def rows_of(run: Run) -> Iterator[dict]:
+    """A row for each way that the images were drawn, one if they were not; None stands for not measured."""
+    model = run.record.get("model", {})
+    row = {"title": run.title, "objective": _objective(model), "images_seen": model.get("images_seen")}
+    row |= {metric: _find(run.results, metric, end) for metric, end in OF_THE_MODEL.items()}
+    for setting in run.settings or [None]:
+        entries = [entry for entry in run.results if setting is not None and setting.items() <= entry.items()]
+        drawing = _find(entries, "seconds_drawing", "") or {}
+        images = {metric: _find(entries, metric, end) for metric, end in OF_THE_IMAGES.items()}
+        images |= {entry["name"]: entry for entry in entries if entry["metric"] in FEATURES}
+        yield (
+            row
+            | images
+            | {
+                "drawn_by": setting and _drawn_by(setting),
+                "setting": setting,
+                "network_evaluations": drawing.get("network_evaluations"),
+                "n": max((entry["n"] for entry in entries if entry["family"] in DRAWN), default=None),
+            }
+        )
+
+
+def _find(results: list[dict], metric: str, end_of_name: str) -> dict | None:
+    """The newest."""
+    found = [entry for entry in results if entry["metric"] == metric and entry["name"].endswith(end_of_name)]
+    return found[-1] if found else None
+
+
+def _objective(model: dict) -> str | None:
+    if "objective" not in model:
+        return None
+    names = dict.fromkeys((model["objective"], model["prediction_type"]))  # edm is both
+    return ", ".join([*names] + ["likelihood weighting"] * model.get("likelihood_weighting", False))
+
+
+def _drawn_by(setting: dict) -> str:
+    own = {"eta": setting.get("eta") or None} | unusual_settings(setting)
+    own |= {"guidance scale": setting["guidance_scale"]} if "class_label" in setting else {}
+    steps = [f"{setting['steps']} steps"] if "steps" in setting else []
+    return ", ".join(
+        [setting["sampler"], *steps, *(f"{name} {value:g}" for name, value in own.items() if value is not None)]
+    )
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown; what was not measured says so."""
+    features = [key for row in rows for key, value in row.items() if isinstance(value, dict) and key not in COLUMNS]
+    columns = COLUMNS | {name: name for name in features if name != "setting"}
+    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(_cell(row.get(key)) for key in columns)} |" for row in rows]
+    ends = {row["title"]: row["bits_per_dim_ode"] for row in rows if row["bits_per_dim_ode"] is not None}
+    left = [f"{title} {number(entry['first_sigma'])}" for title, entry in ends.items() if "first_sigma" in entry]
+    if left:
+        lines.append(
+            f"\nThe bits/dim are of images with noise of the least level that the model knows: {', '.join(left)}."
+        )
+    return "\n".join(lines)
+
+
+def _cell(value: dict | float | str | None) -> str:
+    if value is None:
+        return "not measured"
+    if not isinstance(value, dict):
+        return number(value).replace("|", r"\|")
+    # the floor of a memorisation ratio is 1 for all
+    return value_text(value) + (f" ({number(value['floor'])})" if value["metric"] == "swd" else "")
+
+
+def _short(value):
+    """What comparison.json says of a result; the rest stays in the results of its model."""
+    is_result = isinstance(value, dict) and "metric" in value
+    return {name: value[name] for name in ABOUT if name in value} if is_result else value
+
+
+def images_of(runs: list[Run], num_images: int) -> tuple[range, dict[str, list[Path]]]:
+    """Generated images of the same seeds.
+
+    Returns:
+        the seeds, and a label and the files of each model and way of drawing; those that lack one are left out.
+    """
+    folders = {}
+    for run in runs:
+        for setting in run.settings:
+            folder = run.folder / IMAGES / images_folder(setting)
+            if (folder / RECORD).is_file():  # `pipelines.generate` drew them
+                folders[f"{run.title}: {_drawn_by(setting)}"] = folder, int(setting["seeds"].split()[0])
+    first = max((seed for _, seed in folders.values()), default=0)
+    seeds = range(first, first + num_images)
+    whole = {label: folder for label, (folder, _) in folders.items() if not missing_seeds(folder, seeds)}
+    return seeds, {label: [image_path(folder, seed) for seed in seeds] for label, folder in whole.items()}
+
+
+def errors_by_noise_level(runs: list[Run]) -> tuple[list[float], dict[str, np.ndarray]]:
+    """The noise levels, and the held-out error of the noise at each of them by model; those without are left out."""
+    found = {run.title: _find(run.results, "sample_mse", ", held-out") for run in runs}
+    found = {title: entry for title, entry in found.items() if entry is not None}
+    sigmas = next((entry["sigmas"] for entry in found.values()), [])
+    return sigmas, {
+        title: np.array(entry["curve"]) / np.square(sigmas)
+        for title, entry in found.items()
+        if entry["sigmas"] == sigmas
+    }
+
+
+def compare(options: Namespace) -> None:
+    """Writes the comparison.
+
+    Raises:
+        InputError, ResultsError: as `open_runs`.
+        OSError: if it cannot be written.
+    """
+    runs, out = open_runs(options.run_dirs, options.titles), options.out
+    try:
+        rows = [row for run in runs for row in rows_of(run)]
+        sigmas, curves = errors_by_noise_level(runs)
+        text = table(rows)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ResultsError(f"a result lacks what is compared, or it is of another type: {error}") from error
+    seeds, images = images_of(runs, options.num_images)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "comparison.md").write_text(f"{text}\n")
+    if images:
+        plot_image_rows(images, out / "comparison.png")
+    if curves:
+        labels = {"xlabel": "noise level sigma", "ylabel": "mean squared error of the noise, held-out"}
+        bands = {title: (curve, None) for title, curve in curves.items()}
+        plot_curves(
+            np.array(sigmas), bands, labels | {"xscale": "log", "yscale": "log"}, out / "comparison_errors.png"
+        )
+    short = [{key: _short(value) for key, value in row.items()} for row in rows]
+    shown = {"seeds": [*seeds], "labels": [*images]} if images else None
+    write_results(out / "comparison.json", {"reference": runs[0].record["reference"], "rows": short, "shown": shown})
+    print(f"wrote {out / 'comparison.md'}: {len(rows)} rows, images of {len(images)}", flush=True)
+
+
+def parse_options(arguments: list[str]) -> Namespace:
+    """Raises InputError."""
+    parser = Parser(prog="python -m eval.compare", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="an evaluation, by eval.run")
+    parser.add_argument("--out", type=Path, required=True, help="folder for table and figures")
+    parser.add_argument("--titles", nargs="+", help="what the models are called (default: the names of their folders)")
+    parser.add_argument("--num_images", type=int, default=8, help="of each model in the figure (default 8)")
+    options = parser.parse_args(arguments)
+    check_numbers(options, {"num_images": 1}, {"num_images": 64})
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        compare(parse_options(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, (InputError, ResultsError)) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

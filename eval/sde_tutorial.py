@@ -1,0 +1,556 @@
+"""A tutorial: score-based models through stochastic differential equations, on data whose score is known.
+
+    python -m eval.sde_tutorial --out assets/sde
+
+It draws the figures of each step and writes the numbers down, in a few minutes on one core. Read it from top to bottom
+with Song et al. 2021 (arXiv 2011.13456) at hand: equation and algorithm numbers are theirs. The SDEs and the samplers
+are those of the image models; only data and network are small, so that each claim can be checked against the truth.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval import toy_figures
+from eval.toys import (
+    TWO_MODES,
+    GaussianMixture,
+    ScoreNetwork,
+    clean_of,
+    eight_modes,
+    kolmogorov_smirnov,
+    mode_weight_error,
+    sliced_wasserstein,
+    slope,
+)
+from pipelines.custom_unet_pipeline import (
+    edm_heun,
+    euler_maruyama,
+    flow,
+    karras_sigmas,
+    predictor_corrector,
+    solve_flow,
+    uniform_times,
+)
+from training.sde import SDE, VESDE, VPSDE, SubVPSDE
+
+Score = Callable[[Tensor, Tensor], Tensor]  # s(x, t) of points (N, D) at a time () or (N,)
+
+SDES: dict[str, SDE] = {"VE": VESDE(0.01, 10.0), "VP": VPSDE(), "sub-VP": SubVPSDE()}
+RECORD = "tutorial.json"
+
+
+class TutorialError(ValueError):
+    """An argument or a file that the tutorial cannot use."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is computed; the small size is for tests."""
+
+    paths: int = 20_000
+    train_steps: int = 8000
+    samples: int = 10_000
+    seeds: int = 5
+    budgets: tuple[int, ...] = (20, 50, 100, 200)
+    points: int = 1000
+
+
+SMALL = Size(paths=4000, train_steps=1500, samples=2000, seeds=2, budgets=(20, 50), points=200)
+
+
+class Lesson:
+    """What the steps share: sizes, the folder for figures, the 2-D data, its exact score and a learned one."""
+
+    def __init__(self, size: Size, out: Path):
+        self.size, self.out = size, out
+        self.data, self.sde = eight_modes(), SDES["VP"]
+        self.training_points = self.data.sample(10_000, generator(1))
+
+    @cached_property
+    def network(self) -> ScoreNetwork:
+        return train(self.sde, self.training_points, self.size.train_steps)
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        return {"exact": exact_score(self.data, self.sde), "learned": self.network}
+
+
+def generator(*seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+
+
+def noise_source(shape: tuple[int, ...], *seed: int) -> Callable[[], Tensor]:
+    source = generator(*seed)
+    return lambda: torch.randn(shape, generator=source)
+
+
+def at(t: float) -> Tensor:
+    return torch.tensor(t, dtype=torch.float64)
+
+
+def exact_score(data: GaussianMixture, sde: SDE) -> Score:
+    return lambda x, t: data.at(sde, t).score(x)
+
+
+# ---- 1. Data become noise: the forward SDE
+
+
+def forward_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """dx = f x dt + g dw (eq. 5) by Euler-Maruyama from data x (N, 1): times (S + 1,) and paths (S + 1, N)."""
+    times = uniform_times(sde, num_steps).flip(0)  # ours run from noise to data
+    paths = [x + sde.noise_scale(times[0]) * noise()]
+    for now, later in itertools.pairwise(times):
+        dt, x = later - now, paths[-1]
+        paths.append(x + sde.drift(now) * x * dt + sde.diffusion(now) * dt.sqrt() * noise())
+    return times, torch.stack(paths)[..., 0]
+
+
+def forward(lesson: Lesson) -> dict:
+    """Simulated paths against the exact marginals p_t: with a linear drift, x_t = alpha x_0 + n epsilon (eq. 29)."""
+    n, shown_times = lesson.size.paths, (0.1, 0.3, 0.5, 1.0)
+    numbers, panels = {"paths": n, "chance_level_95_percent": 1.358 / math.sqrt(n)}, {}
+    for name, sde in SDES.items():
+        start = TWO_MODES.sample(n, generator(2))
+        times, paths = forward_paths(sde, start, 1000, noise_source((n, 1), 3))
+        numbers[name], marginals = {}, []
+        for t in shown_times:
+            marginal, x = TWO_MODES.at(sde, at(t)), paths[round(t * 1000)]
+            numbers[name][f"distance_at_{t}"] = kolmogorov_smirnov(marginal, x)
+            std = math.sqrt(marginal.variance())
+            grid = torch.linspace(-3, 3, 400, dtype=torch.float64)
+            marginals.append((t, x / std, grid, std * marginal.log_density(std * grid[:, None]).exp()))
+        height = 2.4 * math.hypot(1, sde.prior_std)
+        grid = torch.linspace(-height, height, 500, dtype=torch.float64)[:, None]
+        density = torch.stack([TWO_MODES.at(sde, t).log_density(grid).exp() for t in times[::5]], 1)
+        density /= density.amax(0)  # else the colours of late times would vanish beside the data's
+        panels[name] = {"height": height, "density": density, "times": times, "paths": paths, "marginals": marginals}
+    toy_figures.plot_forward(panels, lesson.out / "forward.png")
+    return numbers | {"figure": "forward.png"}
+
+
+# ---- 2. A network learns the score
+
+
+def train(sde: SDE, points: Tensor, num_steps: int, batch_size: int = 512) -> ScoreNetwork:
+    """Denoising score matching (eq. 7): the score of x_t given x_0 is -epsilon / n, and its regression on x_t alone is
+    the score of p_t. The weight lambda(t) = n^2 makes all times equally hard."""
+    source = generator(4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ScoreNetwork(sde, width=64)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _ in range(num_steps):
+        x_0 = points[torch.randint(len(points), (batch_size,), generator=source)]
+        u = torch.rand(batch_size, generator=source, dtype=torch.float64)
+        t = sde.first_time + (sde.last_time - sde.first_time) * u
+        loss = denoising_loss(sde, network, x_0, t, torch.randn(x_0.shape, generator=source))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.requires_grad_(False)
+
+
+def denoising_loss(sde: SDE, score: Score, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Mean of lambda |s(x_t, t) + epsilon / n|^2 with lambda = n^2, so |n s + epsilon|^2."""
+    alpha, n = sde.signal_scale(t)[..., None], sde.noise_scale(t)[..., None]  # (N, 1), or (1,) for one time
+    return (n * score(alpha * x_0 + n * noise, t) + noise).square().sum(1).mean()
+
+
+def learning(lesson: Lesson) -> dict:
+    """The learned score against the exact one, and against what minimises the loss on 2,000 of the training points.
+
+    That minimum is known: the score of these points with noise. It is the truth where the noise is wider than their
+    spacing; below, it pulls towards single points, and a smooth network is nearer to the truth. Relative errors rise
+    towards time 0, where lambda forgives them.
+    """
+    sde, data, points = lesson.sde, lesson.data, lesson.training_points[:2000]
+    memory = GaussianMixture(torch.full((len(points),), 1 / len(points)).double(), points, 0.0)
+    scores = lesson.scores | {"minimum of the loss on 2,000 points": exact_score(memory, sde)}
+    times = torch.logspace(-3, 0, 16, dtype=torch.float64)
+    errors, losses = {name: [] for name in scores}, {name: [] for name in scores}
+    source = generator(5)
+    for t in times:
+        x_0, noise = data.sample(2000, source), torch.randn(2000, 2, generator=source)
+        x = data.at(sde, t).sample(2000, source)
+        exact = data.at(sde, t).score(x)
+        for name, score in scores.items():
+            errors[name].append(float((score(x, t) - exact).norm() / exact.norm()))
+            losses[name].append(float(denoising_loss(sde, score, x_0, t, noise)))
+
+    lines, fine = (torch.linspace(-end, end, n, dtype=torch.float64) for end, n in ((1.6, 11), (1.8, 120)))
+    arrows, pixels, fields = torch.cartesian_prod(lines, lines), torch.cartesian_prod(fine, fine), []
+    for t in (0.02, 0.1, 0.25, 0.6):
+        marginal, n = data.at(sde, at(t)), float(sde.noise_scale(at(t)))
+        density = marginal.log_density(pixels).exp().view(120, 120)
+        fields.append((t, density, arrows, n * marginal.score(arrows), n * lesson.network(arrows, at(t))))
+    errors.pop("exact")
+    toy_figures.plot_scores(fields, times, errors, losses, lesson.out / "score.png")
+    numbers = {"times": times.tolist(), "relative_rms_error": errors, "denoising_loss": losses}
+    return numbers | {"figure": "score.png"}
+
+
+# ---- 3. Samplers
+
+
+def langevin(sde: SDE, score: Score, x: Tensor, times: Tensor, num_steps: int, noise: Callable[[], Tensor]) -> Tensor:
+    """Langevin dynamics (eq. 4), `num_steps` at each noise level, with steps of n^2 / 2; then the expectation of x_0.
+
+    One level is plain Langevin dynamics. Falling levels anneal it (Song & Ermon 2019, algorithm 1).
+    """
+    for t in times:
+        step = float(sde.noise_scale(t)) ** 2 / 2
+        for _ in range(num_steps):
+            x = x + step * score(x, t) + math.sqrt(2 * step) * noise()
+    return clean_of(sde, score)(x, times[-1])
+
+
+def heun(sde: SDE, clean, x: Tensor, num_steps: int) -> Tensor:
+    """The probability-flow ODE by Heun's method at the noise levels of Karras et al. 2022."""
+    first, last = (float(sde.sigma(at(t))) for t in (sde.first_time, sde.last_time))
+    y = x / float(sde.signal_scale(at(sde.last_time)))
+    return edm_heun(sde, clean, y, karras_sigmas(num_steps, first, last), noise=lambda: None)
+
+
+def solve(sde: SDE, score: Score, x: Tensor, start: float, end: float, tolerance: float) -> tuple[Tensor, int]:
+    """The probability-flow ODE (eq. 13) between two times with steps that adapt, and its evaluations."""
+    clean = clean_of(sde, score)
+    return solve_flow(lambda x, t: flow(sde, clean, x, t), x, start, end, rtol=tolerance, atol=tolerance)
+
+
+def sample(
+    method: str, sde: SDE, score: Score, budget: int, noise: Callable[[], Tensor], snr: float = 0.16
+) -> tuple[Tensor, int]:
+    """Samples by a method of `METHODS`, and how often it evaluated the score: `budget` times or one less.
+
+    The adaptive ODE takes as many as it needs for its tolerance.
+    """
+    evaluations = 0
+
+    def counted(x, t):
+        nonlocal evaluations
+        evaluations += 1
+        return score(x, t)
+
+    clean, x = clean_of(sde, counted), sde.prior_std * noise()
+    if method == "Langevin, one level":
+        x = langevin(sde, counted, x, sde.time_of(at(0.05))[None], budget - 1, noise)
+    elif method == "Langevin, annealed":
+        sigmas = torch.logspace(math.log10(5), math.log10(0.02), budget - 1, dtype=torch.float64)
+        x = langevin(sde, counted, x, sde.time_of(sigmas), 1, noise)
+    elif method == "Euler-Maruyama":
+        x = euler_maruyama(sde, clean, x, uniform_times(sde, budget - 1), noise)
+    elif method == "reverse diffusion":
+        x = predictor_corrector(sde, clean, x, uniform_times(sde, budget - 1), noise, snr, corrector_steps=0)
+    elif method == "predictor-corrector":
+        x = predictor_corrector(sde, clean, x, uniform_times(sde, budget // 2), noise, snr)
+    elif method == "ODE, Heun":
+        x = heun(sde, clean, x, budget // 2)
+    else:
+        x = clean(solve(sde, counted, x, sde.last_time, sde.first_time, tolerance=1e-3)[0], at(sde.first_time))
+    return x, evaluations
+
+
+METHODS = (
+    "Langevin, one level",
+    "Langevin, annealed",
+    "Euler-Maruyama",
+    "reverse diffusion",
+    "predictor-corrector",
+    "ODE, Heun",
+    "ODE, adaptive",
+)
+
+
+def samplers(lesson: Lesson) -> dict:
+    """All methods with 100 evaluations of the exact and of the learned score, from the same prior noise."""
+    size, data = lesson.size, lesson.data
+    shape = (size.samples, 2)
+    truth, again = (data.sample(size.samples, generator(6, i)) for i in range(2))
+
+    def errors(x: Tensor) -> dict[str, float]:
+        return {"sliced_wasserstein": sliced_wasserstein(x, truth), "mode_weight_error": mode_weight_error(data, x)}
+
+    table, drawn, chance = [], {"data": again}, errors(again)
+    for kind, score in lesson.scores.items():
+        for method in METHODS:
+            x, evaluations = sample(method, lesson.sde, score, 100, noise_source(shape, 7))
+            table.append({"score": kind, "method": method, "evaluations": evaluations} | errors(x))
+            drawn[method] = x  # in the end those of the learned score
+    heavy, panels = data.weights > 1 / 8, {}
+    for name, x in drawn.items():
+        error = chance if name == "data" else table[len(METHODS) + METHODS.index(name)]
+        text = f"distance {error['sliced_wasserstein']:.3f}, weights off {error['mode_weight_error']:.1%}"
+        panels[name] = (x[:3000], heavy[torch.cdist(x[:3000].double(), data.means).argmin(1)], text)
+    toy_figures.plot_samples(panels, lesson.out / "samplers.png")
+    return {"samples": size.samples, "chance": chance, "table": table, "figure": "samplers.png"}
+
+
+def gaussian_variance(method: str, sde: SDE, std: float, num_steps: int) -> float:
+    """Variance of what a stochastic sampler draws of N(0, std^2), without the chance of samples.
+
+    The exact score is linear, so the sampler adds up its noises with fixed factors: one noise of 1 and the others 0
+    tell a factor, and the variance is the sum of their squares. All are drawn at once, one a row.
+    """
+    noises = iter(torch.eye(num_steps + 1, dtype=torch.float64)[:, :, None])
+    data = GaussianMixture(torch.ones(1).double(), torch.zeros(1, 1).double(), std)
+    x, _ = sample(method, sde, exact_score(data, sde), num_steps + 1, lambda: next(noises))
+    return float(x.square().sum())
+
+
+def orders(lesson: Lesson) -> dict:
+    """Error against work: the SDE solvers are of (weak) order 1, Heun's method of 2, Dormand-Prince of 5."""
+    sde = lesson.sde
+    panels: dict[str, dict] = {"SDE solvers, data N(0, 1)": {}, "ODE solvers, eight modes, the same noise": {}}
+    of_sde, of_ode = panels.values()
+
+    def line(work: list[int], errors: list[float]) -> dict:
+        return {"evaluations": work, "error": errors, "order": -slope(work[-3:], errors[-3:])}
+
+    # x_0 ~ N(0, 1): p_t has variance alpha^2 + n^2 = 1, and the samplers end with the expectation of x_0, alpha x
+    exact_variance = float(sde.signal_scale(at(sde.first_time))) ** 2
+    steps = [32, 64, 128, 256, 512]
+    for method in ("Euler-Maruyama", "reverse diffusion"):
+        errors = [abs(gaussian_variance(method, sde, 1.0, n) / exact_variance - 1) for n in steps]
+        of_sde[method] = line([n + 1 for n in steps], errors)
+
+    score, first = exact_score(lesson.data, sde), at(sde.first_time)
+    x, clean = noise_source((500, 2), 8)().double(), clean_of(sde, score)
+    exact = clean(solve(sde, score, x, sde.last_time, sde.first_time, 1e-11)[0], first)
+
+    def error(x_0: Tensor) -> float:  # the median: between two modes a small error grows to their distance
+        return float((x_0 - exact).norm(dim=1).median())
+
+    steps = [20, 40, 80, 160, 320]
+    of_ode["Heun"] = line([2 * n - 1 for n in steps], [error(heun(sde, clean, x, n)) for n in steps])
+    solved = [solve(sde, score, x, sde.last_time, sde.first_time, 10.0**-k) for k in range(3, 9)]
+    errors = [error(clean(y, first)) for y, _ in solved]
+    of_ode["Dormand-Prince, adaptive"] = line([n + 1 for _, n in solved], errors)
+    ylabels = ("relative error of the variance", "median error of a sample")
+    toy_figures.plot_orders(panels, ylabels, lesson.out / "orders.png")
+    return of_sde | of_ode | {"figure": "orders.png"}
+
+
+# ---- 4. Is a corrector worth its evaluations?
+
+
+def corrector(lesson: Lesson) -> dict:
+    """Predictor-corrector against predictors alone at equal numbers of evaluations, several seeds each.
+
+    With C evaluations, predictor-corrector takes half as many steps in time.
+    """
+    size, data = lesson.size, lesson.data
+    shape = (size.samples // 2, 2)
+    truth = data.sample(shape[0], generator(9))
+    chance = [sliced_wasserstein(data.sample(shape[0], generator(10, seed)), truth) for seed in range(size.seeds)]
+    variants = {name: (name, 0.16) for name in ("Euler-Maruyama", "reverse diffusion")}
+    variants |= {f"predictor-corrector, snr {snr}": ("predictor-corrector", snr) for snr in (0.05, 0.16, 0.3)}
+
+    def distance(method: str, snr: float, score: Score, budget: int, seed: int) -> float:
+        x, _ = sample(method, lesson.sde, score, budget, noise_source(shape, 11, seed), snr)
+        return sliced_wasserstein(x, truth)
+
+    panels = {kind: {} for kind in lesson.scores}
+    for (kind, score), (label, (method, snr)) in itertools.product(lesson.scores.items(), variants.items()):
+        values = [[distance(method, snr, score, n, seed) for seed in range(size.seeds)] for n in size.budgets]
+        panels[kind][label] = {"mean": np.mean(values, 1).tolist(), "std_of_seeds": np.std(values, 1, ddof=1).tolist()}
+    mean_chance = float(np.mean(chance))
+    toy_figures.plot_corrector(size.budgets, mean_chance, panels, lesson.out / "corrector.png")
+    numbers = {"samples": shape[0], "seeds": size.seeds, "chance": mean_chance, "budgets": size.budgets}
+    return numbers | panels | {"figure": "corrector.png"}
+
+
+# ---- 5. Each point has a code
+
+
+def encoding(lesson: Lesson) -> dict:
+    """The ODE (eq. 13) runs both ways: data to codes and back. The codes depend on the data's score alone, not on the
+    network that learned it, and hardly on the SDE: all SDEs carry the same curves of x / alpha (section 4.3)."""
+    n, vp, ve, data = lesson.size.points, lesson.sde, SDES["VE"], lesson.data
+    x = data.sample(n, generator(12))
+    tolerances = [1e-2, 1e-3, 1e-4, 1e-5]
+    errors = {}
+    for kind, score in lesson.scores.items():
+        errors[kind] = []
+        for tolerance in tolerances:
+            code, _ = solve(vp, score, x, vp.first_time, vp.last_time, tolerance)
+            back, _ = solve(vp, score, code, vp.last_time, vp.first_time, tolerance)
+            errors[kind].append(float((back - x).square().mean().sqrt()))
+
+    def codes(sde: SDE, score: Score) -> Tensor:
+        start = float(sde.signal_scale(at(sde.first_time))) * x
+        return solve(sde, score, start, sde.first_time, sde.last_time, 1e-6)[0] / sde.prior_std
+
+    of_vp, of_ve, learned = (
+        codes(vp, lesson.scores["exact"]),
+        codes(ve, exact_score(data, ve)),
+        codes(vp, lesson.network),
+    )
+
+    panels = {"data": x, "codes, VP": of_vp, "codes, VE": of_ve, "codes, VP, learned score": learned}
+    toy_figures.plot_codes(panels, torch.cdist(x, data.means).argmin(1), lesson.out / "encoding.png")
+    return {
+        "points": n,
+        "tolerances": tolerances,
+        "round_trip_rms_error": errors,
+        "rms_difference_of_codes": {
+            "VE from VP, exact score": float((of_ve - of_vp).square().mean().sqrt()),
+            "learned from exact score, VP": float((learned - of_vp).square().mean().sqrt()),
+        },
+        "figure": "encoding.png",
+    }
+
+
+# ---- 6. Likelihoods
+
+
+def log_likelihood(sde: SDE, score: Score, x: Tensor, tolerance: float) -> Tensor:
+    """log p(x) of points (N, D): the density of their codes under the prior, and what the flow compresses (eq. 39).
+
+    In two dimensions the divergence is the trace of a Jacobian; for images it is estimated (eq. 40).
+    """
+    clean = clean_of(sde, score)
+
+    def rate(state: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = state[:, :-1].detach().requires_grad_()
+            velocity = flow(sde, clean, x, t)
+            columns = range(x.shape[1])
+            gradients = [torch.autograd.grad(velocity[:, i].sum(), x, retain_graph=True)[0][:, i] for i in columns]
+        return torch.cat([velocity.detach(), sum(gradients)[:, None]], 1)
+
+    start = torch.cat([x, torch.zeros(len(x), 1, dtype=torch.float64)], 1)
+    end, _ = solve_flow(rate, start, sde.first_time, sde.last_time, rtol=tolerance, atol=tolerance)
+    code, compression = end[:, :-1], end[:, -1]
+    prior = -(code / sde.prior_std).square().sum(1) / 2 - x.shape[1] * math.log(sde.prior_std * math.sqrt(2 * math.pi))
+    return prior + compression
+
+
+def likelihood(lesson: Lesson) -> dict:
+    """Log-densities by the ODE against the exact ones, in nats: error by tolerance, and what the learned score loses.
+
+    Where tolerances no longer help, the prior is not quite what the data become: under VE its variance lacks theirs.
+    """
+    n, data, tolerances = lesson.size.points // 2, lesson.data, [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
+    errors = {}
+    for name, sde in SDES.items():
+        marginal = data.at(sde, at(sde.first_time))
+        x, score = marginal.sample(n, generator(13)), exact_score(data, sde)
+        found = [log_likelihood(sde, score, x, tolerance) for tolerance in tolerances]
+        errors[name] = [float((values - marginal.log_density(x)).square().mean().sqrt()) for values in found]
+
+    marginal = data.at(lesson.sde, at(lesson.sde.first_time))
+    x = marginal.sample(n, generator(13))
+    exact, learned = marginal.log_density(x), log_likelihood(lesson.sde, lesson.network, x, 1e-4)
+    toy_figures.plot_likelihoods(tolerances, errors, exact, learned, lesson.out / "likelihood.png")
+    return {
+        "points": n,
+        "tolerances": tolerances,
+        "rms_error_nats": errors,
+        "mean_log_likelihood_nats": {"exact": float(exact.mean()), "learned": float(learned.mean())},
+        "learned_rms_error_nats": float((learned - exact).square().mean().sqrt()),
+        "figure": "likelihood.png",
+    }
+
+
+STEPS: dict[str, Callable[[Lesson], dict]] = {
+    "forward": forward,
+    "learning": learning,
+    "samplers": samplers,
+    "orders": orders,
+    "corrector": corrector,
+    "encoding": encoding,
+    "likelihood": likelihood,
+}
+
+
+def rounded(value):
+    """To 4 significant digits, in dictionaries and lists too: the last ones differ from machine to machine."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def read_record(path: Path, size: str) -> dict:
+    """The steps of an earlier start in the same folder.
+
+    Raises:
+        TutorialError: if it is no record of this command, or of the other size.
+    """
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        earlier, steps = record["size"], dict(record["steps"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise TutorialError(f"{path} is no record of the tutorial; move it away or name another --out") from error
+    if earlier != size:
+        raise TutorialError(f"{path} is of the {earlier} size, this is the {size} one; name another --out")
+    return steps
+
+
+def parse_options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.sde_tutorial",
+        description="Teaches score-based models through SDEs on data whose score is known: figures and tutorial.json.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the figures and tutorial.json")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--quick", action="store_true", help="a small size, for tests: coarse numbers in seconds")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Takes the steps, and writes the record after each."""
+    size = "small" if options.quick else "full"
+    path = options.out / RECORD
+    if options.out.exists() and not options.out.is_dir():
+        raise TutorialError(f"--out {options.out} is not a folder")
+    steps = read_record(path, size)
+    options.out.mkdir(parents=True, exist_ok=True)
+    lesson = Lesson(SMALL if options.quick else Size(), options.out)
+    for name in [step for step in STEPS if step in options.only]:
+        started_at_seconds = time.perf_counter()
+        steps[name] = rounded(STEPS[name](lesson))
+        ordered = {step: steps[step] for step in STEPS if step in steps}
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.write_text(json.dumps({"size": size, "steps": ordered}, indent=1) + "\n")
+        temporary.replace(path)
+        print(
+            f"{name}: {options.out / steps[name]['figure']}, {time.perf_counter() - started_at_seconds:.0f} s",
+            flush=True,
+        )
+
+
+def main(arguments: list[str]) -> int:
+    options = parse_options(arguments)
+    torch.set_num_threads(1)  # the tensors are small, and the sums are those of every machine
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        print("stopped; the steps that were done are kept", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, TutorialError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

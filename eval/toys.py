@@ -1,0 +1,124 @@
+"""Data of one or two dimensions whose densities and scores are known at every time, and a network that learns them."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eval.swd import projected_distances, random_directions
+from training.sde import SDE, clean_from_score, score_from_noise, spread
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """Gaussians of one standard deviation, the same in all directions.
+
+    Args:
+        weights: (K,), their sum is 1.
+        means: (K, D), float64.
+        std: 0 makes it the empirical distribution of the means, whose density exists once there is noise.
+    """
+
+    weights: Tensor
+    means: Tensor
+    std: float
+
+    def sample(self, number: int, generator: torch.Generator) -> Tensor:
+        """(number, D), float64."""
+        chosen = torch.multinomial(self.weights, number, replacement=True, generator=generator)
+        noise = torch.randn(number, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return self.means[chosen] + self.std * noise
+
+    def at(self, sde: SDE, t: Tensor) -> "GaussianMixture":
+        """p_t, the distribution of alpha x_0 + n epsilon: a mixture again, as the sum of Gaussians is one."""
+        alpha, n = float(sde.signal_scale(t)), float(sde.noise_scale(t))
+        return GaussianMixture(self.weights, alpha * self.means, math.hypot(alpha * self.std, n))
+
+    def _log_components(self, x: Tensor) -> Tensor:
+        """log(weight x density) of each component without what they have in common, (N, K)."""
+        means, log_weights = self.means.to(x), self.weights.log().to(x)
+        return log_weights + (x @ means.T - means.square().sum(1) / 2) / self.std**2
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """(N, D) -> (N,)."""
+        common = x.square().sum(1) / (2 * self.std**2) + x.shape[1] * math.log(self.std * math.sqrt(2 * math.pi))
+        return self._log_components(x).logsumexp(1) - common
+
+    def score(self, x: Tensor) -> Tensor:
+        """Gradient of the log-density, (N, D): towards the mean of the components, each with its posterior weight."""
+        return (self._log_components(x).softmax(1) @ self.means.to(x) - x) / self.std**2
+
+    def cdf(self, x: Tensor) -> Tensor:
+        """P(X <= x) in one dimension, (N, 1) -> (N,)."""
+        return torch.special.ndtr((x - self.means.T) / self.std) @ self.weights
+
+    def variance(self) -> float:
+        """Mean over the dimensions."""
+        mean = self.weights @ self.means
+        return float(self.weights @ (self.means - mean).square().mean(1)) + self.std**2
+
+
+TWO_MODES = GaussianMixture(torch.tensor([0.3, 0.7]).double(), torch.tensor([[-1.0], [0.6]]).double(), 0.15)
+
+
+def eight_modes() -> GaussianMixture:
+    """On a circle of radius 1; by turns one has three times the weight of the next."""
+    angles = torch.arange(8, dtype=torch.float64) * math.pi / 4
+    weights = torch.tensor([3.0, 1.0] * 4, dtype=torch.float64) / 16
+    return GaussianMixture(weights, torch.stack([angles.cos(), angles.sin()], 1), 0.07)
+
+
+class ScoreNetwork(nn.Module):
+    """A small network s(x, t) for points (N, 2): it predicts epsilon, and the score is -epsilon / n."""
+
+    def __init__(self, sde: SDE, width: int):
+        super().__init__()
+        self.sde = sde
+        self.layers = nn.Sequential(
+            nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, 2),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """For t () or (N,), in the type of x."""
+        t = t.expand(len(x))
+        inputs = torch.cat([x, self.sde.sigma(t).log()[:, None].to(x) / 4, t[:, None].to(x)], 1)
+        noise = self.layers(inputs.float()).to(x)
+        return score_from_noise(noise, spread(self.sde.noise_scale(t), x))
+
+
+def clean_of(sde: SDE, score):
+    """What our samplers take: the expectation of x_0, of a score s(x, t)."""
+
+    def clean(x: Tensor, t: Tensor) -> Tensor:
+        return clean_from_score(score(x, t), x, sde.signal_scale(t), sde.noise_scale(t))
+
+    return clean
+
+
+def sliced_wasserstein(one: Tensor, other: Tensor, num_directions: int = 64) -> float:
+    """Wasserstein-1 distance of the projections of two equally large sets (N, D), its mean over directions."""
+    directions = random_directions(num_directions, one.shape[1], np.random.default_rng(0))
+    return float(projected_distances(one.float().numpy(), other.float().numpy(), directions).mean())
+
+
+def mode_weight_error(data: GaussianMixture, x: Tensor) -> float:
+    """Total variation between the weights of the modes and the shares of the samples that lie nearest to each."""
+    nearest = torch.cdist(x.double(), data.means).argmin(1)
+    shares = torch.bincount(nearest, minlength=len(data.means)) / len(x)
+    return float((shares - data.weights).abs().sum() / 2)
+
+
+def kolmogorov_smirnov(marginal: GaussianMixture, x: Tensor) -> float:
+    """Largest difference between the distribution function and that of samples (N,)."""
+    n = len(x)
+    exact = marginal.cdf(x.double().sort().values[:, None])
+    steps = torch.arange(n + 1) / n
+    return float(torch.maximum(exact - steps[:-1], steps[1:] - exact).max())
+
+
+def slope(x, y) -> float:
+    """Of a line through the logarithms."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])

@@ -1,0 +1,62 @@
+"""A "network" of an SDE model that is trained to perfection: its D(x, t) is the expectation of x_0 given x_t."""
+
+from types import SimpleNamespace
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from exact_denoiser import Mixture
+from torch import Tensor
+
+from training.sde import PREDICTION_TYPES as OBJECTIVES
+from training.sde import SDEScheduler
+
+__all__ = ["OBJECTIVES", "ExactSDENetwork", "exact_sde_network"]
+
+
+class ExactSDENetwork(ModelMixin, ConfigMixin):
+    """Called as networks are, with c_in x and c_noise, one for all images; pixels are independent of each other.
+
+    The data are of one pixel (3 values) or of all values of an image.
+    """
+
+    @register_to_config
+    def __init__(self, sample_size: int = 1, in_channels: int = 3):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def set_data(self, data: Mixture, scheduler: SDEScheduler) -> "ExactSDENetwork":
+        self.data, self.scheduler = data, scheduler
+        return self
+
+    def forward(self, sample: Tensor, c_noise: Tensor) -> SimpleNamespace:
+        scheduler, sde = self.scheduler, self.scheduler.sde
+        c_noise = c_noise.double().flatten()[0]
+        t = {"edm": lambda: (4 * c_noise).exp(), "ve": lambda: sde.time_of(c_noise)}.get(
+            scheduler.config.objective, lambda: c_noise / 999
+        )()
+        c_skip, c_out, c_in, _ = scheduler.preconditioning(t)
+        x = sample.double() / c_in
+        output = (self.clean(x, t) - c_skip * x) / c_out
+        return SimpleNamespace(sample=output.to(sample))
+
+    def clean(self, x: Tensor, t: Tensor) -> Tensor:
+        signal, noise_scale = self.scheduler.sde.signal_scale(t), self.scheduler.sde.noise_scale(t)
+        num_dims = self.data.means.shape[1]
+        per_pixel = x[0].numel() != num_dims
+        points = x.permute(0, 2, 3, 1).reshape(-1, 3) if per_pixel else x.flatten(1)
+        unit = torch.eye(num_dims, dtype=torch.float64)
+        noisy = Mixture(
+            self.data.weights, signal * self.data.means, signal**2 * self.data.covariances + noise_scale**2 * unit
+        )
+        log_densities, solved = noisy.log_densities(points)
+        score = -(log_densities.softmax(-1)[..., None] * solved).sum(1)
+        clean = (points + noise_scale**2 * score) / signal
+        if per_pixel:
+            return clean.view(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2)
+        return clean.view_as(x)
+
+
+def exact_sde_network(data: Mixture, scheduler: SDEScheduler) -> ExactSDENetwork:
+    """In float64 and evaluation mode."""
+    return ExactSDENetwork().double().eval().set_data(data, scheduler)

@@ -1,0 +1,209 @@
+"""The comparison of several models: evaluated for real, and from results with something wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from tiny_network import TINY
+
+from custom_unet import CustomUNet2DModel
+from eval import run
+from eval.compare import main
+from eval.results import number, read_results, write_results
+from pipelines import CustomUNetPipeline
+from pipelines.export import export_pipeline
+from training.sde import SDEScheduler
+
+SIZE, NUM_IMAGES = 16, 10
+SCHEDULERS = {"ddpm": DDIMScheduler(prediction_type="v_prediction"), "vp": SDEScheduler("vp", "epsilon")}
+FACTS = {
+    "step": 1,
+    "images_seen": 12345,
+    "train_seconds": 1.0,
+    "num_processes": 1,
+    "data": {"source": "real", "split": "train", "crop": "none", "resolution": SIZE, "num_images": 24},
+    "device": "cpu",
+    "precision": "fp32",
+    "versions": {"torch": "2"},
+    "date": "2026-11-23",
+}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> Path:
+    """Evaluations in folders `ddpm`, with images by two samplers, and `vp`, a model without facts of its training."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    environment = pytest.MonkeyPatch()
+    environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    for split, count in (("train", 24), ("validation", 4)):
+        (folder / "real" / split).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng((count, i)).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "real" / split / f"{i}.png")
+
+    def evaluate(name: str, *flags: str) -> None:
+        fixed = f"--num_images {NUM_IMAGES} --steps 3 --crop none --num_cpu_threads 1 --reference {folder / 'real'}"
+        where = f"--pipeline {folder / 'models' / name} --out {folder / name}"
+        assert run.main([*fixed.split(), *where.split(), *flags]) == 0
+
+    few = "--likelihood_images 2 --bound_evaluations 2 --ode_images 2 --ode_tolerance 0.01 --heldout_images 4".split()
+    for name, scheduler in SCHEDULERS.items():
+        torch.manual_seed(0)
+        pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY | {"sample_size": SIZE}), scheduler)
+        export_pipeline(pipe, folder / "models" / name, facts=FACTS if name == "ddpm" else None)
+        evaluate(name, *few, "--metrics", "swd", "memorisation", "likelihood", "heldout")
+    evaluate("ddpm", "--metrics", "swd", "--sampler", "euler_maruyama")
+    environment.undo()
+    return folder
+
+
+@pytest.fixture
+def copies(evaluated, tmp_path) -> tuple[Path, Path]:
+    """Evaluations of which something may be taken."""
+    return tuple(shutil.copytree(evaluated / name, tmp_path / name) for name in SCHEDULERS)
+
+
+def compare(*runs: Path, out: Path, flags: str = "") -> list[list[str]]:
+    """The cells of the table."""
+    assert main([*map(str, runs), "--out", str(out), *flags.split()]) == 0
+    lines = (out / "comparison.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def entry(folder: Path, name: str, **about) -> dict:
+    found = read_results(folder / "results.json")["results"]
+    (one,) = [e for e in found if e["name"] == name and about.items() <= e.items()]
+    return one
+
+
+def test_the_table_has_what_was_measured(evaluated, tmp_path):
+    ddpm, vp = evaluated / "ddpm", evaluated / "vp"
+    heading, rule, *rows = compare(ddpm, vp, out=tmp_path, flags="--titles DDPM VP")
+    assert set(rule) == {"---"}
+    table = [dict(zip(heading, row, strict=True)) for row in rows]
+    assert [(row["model"], row["objective"], row["sampler"]) for row in table] == [
+        ("DDPM", "ddpm, v_prediction", "ddim, 3 steps"),
+        ("DDPM", "ddpm, v_prediction", "euler_maruyama, 3 steps"),
+        ("VP", "vp, epsilon", "edm_heun, 3 steps"),
+    ]
+    assert [row["images seen in training"] for row in table] == ["12,345", "12,345", "not measured"]
+    assert [row["network evaluations an image"] for row in table] == ["3", "4", "5"]
+    assert [row["images drawn"] for row in table] == ["10"] * 3
+    swd = [entry(ddpm, "SWD, mean", sampler=sampler) for sampler in ("ddim", "euler_maruyama")]
+    expected = [f"{number(e['value'])} ({number(e['floor'])})" for e in [*swd, entry(vp, "SWD, mean")]]
+    assert [row["SWD (real against real)"] for row in table] == expected
+    ratio = entry(ddpm, "Nearest training image, generated / held-out (median)")
+    shown = [row["nearest training image, generated / held-out"] for row in table]
+    assert shown[:2] == [number(ratio["value"]), "not measured"]
+    for run_dir, row in ((ddpm, table[1]), (vp, table[2])):
+        ode = entry(run_dir, "Probability-flow ODE, held-out")
+        assert row["bits/dim by the ODE, held-out"].startswith(f"{number(ode['value'])} ± ")
+        error = entry(run_dir, "Error of x_0, mean over log sigma, held-out")
+        assert row["error of x_0, held-out"].startswith(f"{number(error['value'])} ± ")
+    assert "the least level that the model knows: DDPM 0.01, VP 0.001" in (tmp_path / "comparison.md").read_text()
+
+
+def test_numbers_and_figures_lie_beside_it(evaluated, tmp_path):
+    compare(evaluated / "ddpm", evaluated / "vp", out=tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"comparison.md", "comparison.json", "comparison.png", "comparison_errors.png"}
+    record = json.loads((tmp_path / "comparison.json").read_text())
+    assert [row["title"] for row in record["rows"]] == ["ddpm", "ddpm", "vp"]
+    swd = entry(evaluated / "vp", "SWD, mean")
+    kept = {key: swd[key] for key in ("name", "value", "floor", "n", "n_reference", "split")}
+    assert record["rows"][2]["swd"] == kept
+    assert record["rows"][2]["images_seen"] is None
+    assert record["reference"]["dataset"] == "real"
+    labels = ["ddpm: ddim, 3 steps", "ddpm: euler_maruyama, 3 steps", "vp: edm_heun, 3 steps"]
+    assert record["shown"] == {"seeds": list(range(8)), "labels": labels}
+    with Image.open(tmp_path / "comparison.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    first, last = (Image.open(evaluated / "vp" / "images" / "edm_heun-3-fp32" / f"seed-000000{i}.png") for i in (0, 7))
+    row = pixels[-96:]  # the bottom one: 6 times the size, with a gap of 4
+    np.testing.assert_array_equal(row[:, :96], np.asarray(first).repeat(6, 0).repeat(6, 1))
+    np.testing.assert_array_equal(row[:, 700:796], np.asarray(last).repeat(6, 0).repeat(6, 1))
+    assert str(evaluated) not in (tmp_path / "comparison.json").read_text()
+
+
+def test_images_that_are_gone_are_left_out(copies, tmp_path):
+    ddpm, vp = copies
+    shutil.rmtree(vp / "images")
+    (ddpm / "images" / "ddim-3-eta0-fp32" / "seed-0000003.png").write_bytes(b"damaged")
+    compare(ddpm, vp, out=tmp_path / "out", flags="--num_images 4")
+    shown = json.loads((tmp_path / "out" / "comparison.json").read_text())["shown"]
+    assert shown == {"seeds": [0, 1, 2, 3], "labels": ["ddpm: euler_maruyama, 3 steps"]}
+    shutil.rmtree(ddpm / "images")
+    compare(ddpm, vp, out=tmp_path / "none")
+    assert not (tmp_path / "none" / "comparison.png").exists()
+
+
+def test_images_that_were_not_generated_are_not_shown(copies, tmp_path):
+    """Real ones, say: they have no record of `pipelines.generate`."""
+    ddpm, vp = copies
+    (vp / "images" / "edm_heun-3-fp32" / "generate.json").unlink()
+    compare(ddpm, vp, out=tmp_path / "out")
+    labels = json.loads((tmp_path / "out" / "comparison.json").read_text())["shown"]["labels"]
+    assert len(labels) == 2
+    assert not any(label.startswith("vp") for label in labels)
+
+
+def test_the_committed_results_which_lack_some_of_it(tmp_path):
+    folder = Path(__file__).parent.parent / "samples" / "celeba32_cpu" / "evaluation"
+    heading, _, row, *more = compare(folder, out=tmp_path)
+    assert not more
+    found = dict(zip(heading, row, strict=True))
+    assert found["sampler"] == "ddim, 50 steps"
+    assert found["objective"] == found["error of x_0, held-out"] == "not measured"
+    swd, ode = entry(folder, "SWD, mean", family="swd"), entry(folder, "Probability-flow ODE, held-out")
+    assert found["SWD (real against real)"].startswith(number(swd["value"]))
+    assert found["bits/dim by the ODE, held-out"].startswith(number(ode["value"]))
+
+
+def test_a_model_that_drew_no_images_has_a_row(copies, tmp_path):
+    ddpm, _ = copies
+    record = read_results(ddpm / "results.json")
+    record["results"] = [e for e in record["results"] if e["family"] in ("likelihood", "heldout")]
+    write_results(ddpm / "results.json", record)
+    heading, _, row = compare(ddpm, out=tmp_path / "out")
+    found = dict(zip(heading, row, strict=True))
+    assert found["sampler"] == found["SWD (real against real)"] == "not measured"
+    assert "±" in found["bits/dim by the ODE, held-out"]
+
+
+def change(folder: Path, **keys) -> None:
+    write_results(folder / "results.json", read_results(folder / "results.json") | keys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "the following arguments are required: RUN_DIR, --out"),
+        (["ddpm", "nowhere", "--out", "out"], "cannot read the results nowhere/results.json"),
+        (["ddpm", "vp", "--out", "out", "--titles", "one"], "there are 1 --titles for 2 folders"),
+        (["ddpm", "vp", "--out", "out", "--titles", "one", "one"], "2 models are called one; tell them apart"),
+        (["ddpm", "--out", "out", "--num_images", "0"], "--num_images is 0"),
+        (["ddpm", "other_data", "--out", "out"], "have fingerprint other, those of ddpm"),
+        (["ddpm", "damaged", "--out", "out"], "a result lacks what is compared"),
+        (["ddpm", "--out", "ddpm/results.json"], "results.json"),
+    ],
+)
+def test_bad_input_is_one_line(copies, flags, message, monkeypatch, capsys):
+    ddpm, vp = copies
+    monkeypatch.chdir(ddpm.parent)
+    record = read_results(vp / "results.json")
+    for name in ("other_data", "damaged"):
+        shutil.copytree(vp, name)
+        change(Path(name), pipeline=name)
+    change(Path("other_data"), reference=record["reference"] | {"fingerprint": "other"})
+    change(Path("damaged"), results=[{"name": "SWD, mean", "metric": "swd", "value": 3.0}])
+    assert main(flags) == (1 if flags and "results.json" in flags[-1] else 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert message in error
+    assert not Path("out").exists()

@@ -1,0 +1,161 @@
+"""The tutorial: its data against autograd, a whole small run, and its command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.sde_tutorial import SDES, STEPS, exact_score, log_likelihood, main
+from eval.toys import GaussianMixture, eight_modes
+
+COMMITTED = Path(__file__).resolve().parent.parent / "assets" / "sde" / "tutorial.json"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("tutorial")
+    assert main(["--out", str(folder), "--quick"]) == 0
+    return folder
+
+
+@pytest.fixture
+def steps(out):
+    return json.loads((out / "tutorial.json").read_text())["steps"]
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_the_score_of_the_data_is_the_gradient_of_their_log_density(name):
+    t = torch.tensor(0.3, dtype=torch.float64)
+    marginal = eight_modes().at(SDES[name], t)
+    x = marginal.sample(50, torch.Generator().manual_seed(0)).requires_grad_()
+    (expected,) = torch.autograd.grad(marginal.log_density(x).sum(), x)
+    torch.testing.assert_close(marginal.score(x.detach()), expected)
+
+
+def test_the_log_density_is_that_of_torch():
+    data = GaussianMixture(torch.tensor([0.3, 0.7]).double(), torch.tensor([[-1.0], [0.6]]).double(), 0.15)
+    x = torch.linspace(-2, 2, 21, dtype=torch.float64)
+    components = torch.distributions.Normal(data.means[:, 0], torch.tensor(0.15, dtype=torch.float64))
+    mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(data.weights), components)
+    torch.testing.assert_close(data.log_density(x[:, None]), mixture.log_prob(x))
+    cdf = (components.cdf(x[:, None]) * data.weights).sum(1)
+    torch.testing.assert_close(data.cdf(x[:, None]), cdf)
+
+
+def test_the_likelihood_of_a_gaussian_is_its_density():
+    data = GaussianMixture(torch.ones(1).double(), torch.zeros(1, 2).double(), 2.0)
+    x = torch.tensor([[0.5, -1.0], [3.0, 0.1]], dtype=torch.float64)
+    found = log_likelihood(SDES["VP"], exact_score(data, SDES["VP"]), x, 1e-6)
+    torch.testing.assert_close(found, data.log_density(x), rtol=0, atol=2e-4)
+
+
+def test_paths_have_the_exact_marginals(steps):
+    forward = steps["forward"]
+    for name in SDES:
+        assert max(forward[name].values()) < 1.5 * forward["chance_level_95_percent"], name
+
+
+def test_the_network_learns_the_score(steps):
+    learning = steps["learning"]
+    errors = dict(zip(learning["times"], learning["relative_rms_error"]["learned"], strict=True))
+    assert errors[0.3981] < 0.1
+    assert errors[0.1] < 0.4
+    for kind in ("learned", "minimum of the loss on 2,000 points"):
+        losses = zip(learning["denoising_loss"][kind], learning["denoising_loss"]["exact"], strict=True)
+        assert all(loss > exact - 0.05 for loss, exact in losses), f"nothing is below the exact score's loss: {kind}"
+
+
+def test_samplers_come_near_the_data_and_plain_langevin_does_not(steps):
+    rows = {row["method"]: row for row in steps["samplers"]["table"] if row["score"] == "exact"}
+    plain = rows.pop("Langevin, one level")
+    assert plain["mode_weight_error"] > 0.15
+    for method, row in rows.items():
+        assert row["sliced_wasserstein"] < 0.05, method
+        assert row["mode_weight_error"] < 0.08, method
+        assert row["evaluations"] in (99, 100) or method == "ODE, adaptive"
+
+
+def test_orders_are_those_of_the_methods(steps):
+    orders = {name: line["order"] for name, line in steps["orders"].items() if name != "figure"}
+    assert orders["Euler-Maruyama"] == pytest.approx(1, abs=0.1)
+    assert orders["reverse diffusion"] == pytest.approx(1, abs=0.1)
+    assert orders["Heun"] == pytest.approx(2, abs=0.2)
+    assert orders["Dormand-Prince, adaptive"] > 4
+
+
+def test_more_evaluations_are_better(steps):
+    for kind in ("exact", "learned"):
+        for method, line in steps["corrector"][kind].items():
+            assert line["mean"][-1] < line["mean"][0], (kind, method)
+
+
+def test_encoding_returns_and_hardly_depends_on_the_sde(steps):
+    encoding = steps["encoding"]
+    assert all(errors[-1] < 1e-3 for errors in encoding["round_trip_rms_error"].values())
+    assert encoding["rms_difference_of_codes"]["VE from VP, exact score"] < 0.01
+
+
+def test_likelihoods_are_exact_up_to_the_tolerance_and_the_prior(steps):
+    errors = steps["likelihood"]["rms_error_nats"]
+    assert errors["VP"][-1] < 1e-3
+    assert errors["sub-VP"][-1] < 1e-3
+    assert errors["VE"][-1] < 0.02
+    mean = steps["likelihood"]["mean_log_likelihood_nats"]
+    assert mean["exact"] - 3 < mean["learned"] < mean["exact"]
+
+
+def test_the_same_command_gives_the_same_bytes(out, tmp_path):
+    only = ["forward", "learning", "orders"]
+    assert main(["--out", str(tmp_path), "--quick", "--only", *only]) == 0
+    first, again = (json.loads((folder / "tutorial.json").read_text())["steps"] for folder in (out, tmp_path))
+    assert again == {name: first[name] for name in only}
+    for name in only:
+        figure = first[name]["figure"]
+        assert (out / figure).read_bytes() == (tmp_path / figure).read_bytes(), figure
+
+
+def test_a_step_alone_keeps_the_others(out, steps):
+    assert main(["--out", str(out), "--quick", "--only", "orders"]) == 0
+    assert json.loads((out / "tutorial.json").read_text())["steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no record of the tutorial"),
+        ('{"size": "small", "steps": 3}', "is no record"),
+        ('{"size": "full", "steps": {}}', "is of the full size"),
+    ],
+)
+def test_a_record_that_cannot_be_continued(tmp_path, capsys, content, message):
+    (tmp_path / "tutorial.json").write_text(content)
+    assert main(["--out", str(tmp_path), "--quick", "--only", "orders"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "tutorial.json").read_text() == content
+
+
+def test_an_unknown_step(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path), "--only", "dreaming"])
+    assert stop.value.code == 2
+    assert "dreaming" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_is_a_file(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("")
+    assert main(["--out", str(path), "--quick"]) == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_the_committed_figures_are_those_of_the_record():
+    record = json.loads(COMMITTED.read_text())
+    assert record["size"] == "full"
+    assert list(record["steps"]) == list(STEPS)
+    figures = {step["figure"] for step in record["steps"].values()}
+    assert figures == {path.name for path in COMMITTED.parent.glob("*.png")}
+    assert all((COMMITTED.parent / name).stat().st_size < 200_000 for name in figures)
