@@ -8,9 +8,12 @@ denoising.png, .gif    x_t and the predicted x_0 on the way
 inversion.png, .json   images, their reconstructions, and the error of these against steps
 inpainting.png         masked images, and what was painted under the mask
 variations.png         images noised to several levels and denoised again
+continuous.png         the same seeds by each sampler of the reverse SDE or the probability-flow ODE
+conditional.png        imputations, and grey images with colours
 gallery.json           the seeds and settings of each
 
-A model that was trained in continuous time (an SDE) has the first three. Exit codes: 0 done, 2 bad input.
+A model that was trained in continuous time (an SDE) has the first three and the last two.
+Exit codes: 0 done, 2 bad input.
 """
 
 import json
@@ -32,6 +35,13 @@ STEPS = (5, 50)
 INVERSION_STEPS = (10, 20, 50, 100)
 FIXED_POINT_ITERATIONS = (1, 2, 5)
 LEVELS = (200, 400, 600, 800)
+CONTINUOUS_STEPS = {
+    "euler_maruyama": 200,
+    "reverse_diffusion": 200,
+    "predictor_corrector": 100,
+    "edm_heun": 18,
+    "ode": 2,
+}
 
 
 def labelled_grid(rows: dict[str, list], columns: list[str] | None = None, side: int = 64) -> Image.Image:
@@ -150,6 +160,31 @@ def draw_variations(pipe: CustomUNetPipeline, out: Path) -> dict:
     return {"image_seeds": SEEDS[:2], "seeds": list(range(7)), "timesteps": LEVELS, "eta": 1.0, "steps": 50}
 
 
+def draw_continuous(pipe: CustomUNetPipeline, out: Path) -> dict:
+    rows = {}
+    for name, steps in tqdm(CONTINUOUS_STEPS.items(), desc="continuous"):
+        pipe.set_sampler(name)
+        result = pipe(seeds=SEEDS, num_inference_steps=steps)
+        rows[f"{name}, {result.network_evaluations} evaluations"] = result.images
+    labelled_grid(rows).save(out / "continuous.png")
+    return {"seeds": SEEDS, "rows": list(rows)}
+
+
+def draw_conditional(pipe: CustomUNetPipeline, out: Path) -> dict:
+    images = pipe(seeds=SEEDS[:4], num_inference_steps=50, output_type="np").images
+    rows = {}
+    for image, seed, (name, mask) in zip(images, SEEDS, list(masks(images.shape[1]).items())[1:], strict=False):
+        shown = np.where(mask[..., None] > 0, 0.5, image)
+        painted = pipe.impute(image[None], mask, seeds=range(6)).images
+        rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(np.stack([image, shown])), *painted]
+    for image, seed in zip(images[2:], SEEDS[2:], strict=False):
+        grey = image.mean(-1, keepdims=True).repeat(3, -1)
+        coloured = pipe.colorize(grey[None], seeds=range(6)).images
+        rows[f"colours of seed {seed}"] = [*pipe.numpy_to_pil(np.stack([image, grey])), *coloured]
+    labelled_grid(rows, ["image", "given", *(f"seed {seed}" for seed in range(6))]).save(out / "conditional.png")
+    return {"image_seeds": SEEDS[:4], "seeds": list(range(6)), "steps": 100, "snr": 0.16, "corrector_steps": 1}
+
+
 PICTURES = {
     "samplers": draw_samplers,
     "interpolation": draw_interpolation,
@@ -157,6 +192,8 @@ PICTURES = {
     "inversion": draw_inversion,
     "inpainting": draw_inpainting,
     "variations": draw_variations,
+    "continuous": draw_continuous,
+    "conditional": draw_conditional,
 }
 
 

@@ -57,7 +57,7 @@ def test_a_model_of_an_sde_has_the_pictures_that_need_no_ddim(tmp_path, capsys):
     assert line.startswith("error: inversion goes by DDIM's steps, but the network was trained in continuous time")
     assert not out.exists()
     names = line.split("--only ")[1].split()
-    assert names == ["samplers", "interpolation", "denoising"]
+    assert names == ["samplers", "interpolation", "denoising", "continuous", "conditional"]
     assert main(["--pipeline", str(folder), "--out", str(out), "--only", *names]) == 0
     assert {path.name for path in out.iterdir()} == {
         *(f"{name}.png" for name in names),
