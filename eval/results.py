@@ -5,7 +5,8 @@
 A RESULT has `name`, `metric` and `value` (null: not measured, with the `reason`), perhaps `std`, and how it was got:
 mode, n, n_reference, dataset, split, crop, resolution, sampler, steps, eta, seeds, features, features_sha256, seconds.
 
-    python -m eval.results README.md     writes the tables anew between <!-- results: FILE FAMILY --> and <!-- end -->
+    python -m eval.results README.md     writes the tables anew between <!-- results: FILE FAMILY --> and <!-- end -->,
+                                         also those of other commands: <!-- results: FILE.md table -->
 """
 
 import json
@@ -130,11 +131,18 @@ TABLES = {"quality": quality_table, "cost": cost_table, "time": time_table}
 def with_tables(text: str, folder: Path) -> str:
     """The text with each marked table made anew from its results file, whose path is relative to the folder.
 
+    The table of a Markdown file (`FILE.md table`) is taken as it is.
+
     Raises:
         ResultsError: for an unknown family or an unreadable file.
     """
 
     def made_anew(match: re.Match) -> str:
+        if match["file"].endswith(".md") and match["family"] == "table":
+            try:
+                return f"{match[1]}{(folder / match['file']).read_text()}{match[4]}"
+            except (OSError, ValueError) as error:
+                raise ResultsError(f"cannot read the table {match['file']}: {error}") from error
         if match["family"] not in TABLES:
             raise ResultsError(f"there is no table {match['family']!r}; there are {', '.join(TABLES)}")
         results = read_results(folder / match["file"])["results"]
