@@ -216,19 +216,13 @@ class CustomUNetPipeline(DiffusionPipeline):
         """The sampler in continuous time that is set; None if it is the scheduler itself."""
         if self._continuous is not None and self._continuous[1] is self.scheduler:  # not replaced since
             return self._continuous[0]
-        return ContinuousSampler("edm_heun", **self._own_settings("edm_heun")) if self.is_continuous else None
-
-    def _own_settings(self, name: str) -> dict[str, float]:
-        # A network that sees x unscaled errs at large sigma, and without new noise its errors add up along the ODE
-        with_noise = name == "edm_heun" and self.scheduler.config.get("objective") == "ve"
-        return {"churn": 10.0} if with_noise else {}
+        return ContinuousSampler("edm_heun") if self.is_continuous else None
 
     def set_sampler(self, name: str, **settings: float) -> None:
         """Replaces the sampler and keeps the noise schedule.
 
         Args:
-            settings: of one of `CONTINUOUS_SAMPLERS`, see `ContinuousSampler`; for a model of the VE SDE the churn of
-                edm_heun is 10 unless it is given.
+            settings: of one of `CONTINUOUS_SAMPLERS`, see `ContinuousSampler`.
 
         Raises:
             ValueError: if there is no such sampler for this model, or no such setting of it.
@@ -244,7 +238,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             cls, fixed = SAMPLERS[name]
             self.scheduler, self._continuous = _scheduler_like(self._trained_config, cls, **fixed), None
             return
-        sampler = ContinuousSampler(name, **self._own_settings(name) | settings)
+        sampler = ContinuousSampler(name, **settings)
         sampler.check()
         denoiser(self.unet, self.scheduler)  # whether the network takes such times
         self._continuous = sampler, self.scheduler
@@ -429,8 +423,6 @@ class CustomUNetPipeline(DiffusionPipeline):
         if not self.is_continuous:
             scheduler = _scheduler_like(self._trained_config, diffusers.DDIMScheduler)
         deterministic = CustomUNetPipeline(self.unet, scheduler)  # by DDIM or, in continuous time, EDM's Heun
-        if self.is_continuous:
-            deterministic.set_sampler("edm_heun", churn=0.0)
         deterministic._progress_bar_config = getattr(self, "_progress_bar_config", {})
         return deterministic(
             latents=latents,
@@ -702,7 +694,8 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     def _ode(self, tolerance: float, class_labels, batch_size: int) -> "_ContinuousDraw":
         ContinuousSampler("ode", tolerance=tolerance).check()
-        return _ContinuousDraw(self, Guidance(self._class_labels(class_labels, batch_size)))
+        labels = self._class_labels(class_labels, batch_size)
+        return _ContinuousDraw(self, Guidance(labels), clip=False)  # what is clipped could not be run backwards
 
     # ---- Steps of DDIM between any two levels
 
@@ -1092,12 +1085,18 @@ class _ContinuousDraw:
 
     Args:
         impose: called as `impose(x, alpha, n)` after each step of the predictor-corrector.
+
+    Where the scheduler has `clip_sample`, the predicted x_0 is clipped to [-1, 1], as DDPM does it: x_0 is an
+    expectation of images, so that this takes it nearer to the truth. At large sigma it matters, as a small error of
+    epsilon is one of sigma times its size there.
     """
 
-    def __init__(self, pipeline, guidance: Guidance, callback=None, tensor_inputs=(), impose=None):
+    def __init__(self, pipeline, guidance: Guidance, callback=None, tensor_inputs=(), impose=None, clip=True):
         self.pipeline, self.guidance, self.callback, self.tensor_inputs = pipeline, guidance, callback, tensor_inputs
         self.sde, self.predict = denoiser(pipeline.unet, pipeline.scheduler, guidance.model_output)
         self.impose, self.index = impose, 0
+        config = pipeline.scheduler.config
+        self.bound = config.get("clip_sample_range", 1.0) if clip and config.get("clip_sample") else math.inf
 
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
         """x_0, after guidance by a classifier."""
@@ -1105,6 +1104,7 @@ class _ContinuousDraw:
         if self.guidance.classifier is not None:
             signal, noise_scale = self.sde.signal_scale(t), self.sde.noise_scale(t)
             images = images + noise_scale**2 / signal * self.guidance.gradient(x, signal, noise_scale)
+        images = images.clamp(-self.bound, self.bound)
         self.bar.update()
         if self.callback is not None:
             tensors = {"latents": x, "noisy_images": x, "pred_original_sample": images}

@@ -13,7 +13,7 @@ from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, GREY_AND_COLOURS
 from training.sde import EDMSDE, SDEScheduler
 
 SCHEDULERS = {
-    "vp": SDEScheduler("vp"),
+    "vp": SDEScheduler("vp"),  # clips, which does not matter here
     "vp v": SDEScheduler("vp", "v_prediction"),
     "subvp": SDEScheduler("subvp"),
     "subvp x0": SDEScheduler("subvp", "sample"),
@@ -338,16 +338,24 @@ def test_what_a_model_does_not_take_is_one_line():
         assert "\n" not in str(raised.value), message
 
 
-def test_a_model_of_the_ve_sde_churns_unless_told_otherwise():
-    ve, vp = tiny_pipeline("ve"), tiny_pipeline("vp")
-    assert (ve.continuous_sampler.churn, vp.continuous_sampler.churn) == (10.0, 0.0)
-    ve.set_sampler("edm_heun")
-    assert ve.continuous_sampler.churn == 10.0
-    ve.set_sampler("edm_heun", churn=0.0)
-    assert ve.continuous_sampler.churn == 0.0
-    ends = ve.interpolate(0, 1, num_images=2, num_inference_steps=3, output_type="pt").images
-    alone = ve(seeds=[0], num_inference_steps=3, output_type="pt").images
-    torch.testing.assert_close(ends[:1], alone, rtol=0, atol=1e-4)  # without noise
+@pytest.mark.parametrize("sampler", CONTINUOUS_SAMPLERS)
+def test_the_predicted_image_is_clipped_where_the_scheduler_says_so(sampler):
+    """An untrained network predicts anything; every x_0 that a sampler meets, and the result, lie in [-1, 1]."""
+    largest = {}
+    for clip in (True, False):
+        pipe, seen = tiny_pipeline("vp"), []
+        pipe.scheduler = SDEScheduler("vp", clip_sample=clip)
+        pipe.set_sampler(sampler, **({"tolerance": 0.1} if sampler == "ode" else {}))
+        pipe(
+            seeds=[0],
+            num_inference_steps=4,
+            output_type="pt",
+            callback_on_step_end=lambda *all_, seen=seen: seen.append(all_[-1]["pred_original_sample"]),
+            callback_on_step_end_tensor_inputs=["pred_original_sample"],
+        )
+        largest[clip] = torch.cat(seen).abs().max().item()
+    assert largest[True] == 1.0
+    assert largest[False] > 2.0
 
 
 def test_a_scheduler_that_is_replaced_replaces_the_sampler():

@@ -246,6 +246,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             which are for [0, 1]), 0.002 and 80 for edm.
         sigma_data: standard deviation of the pixel values, for edm.
         noise_mean, noise_std: of ln(sigma) in the training of edm, P_mean and P_std of the paper.
+        clip_sample, clip_sample_range: whether, and to which size, samplers clip the predicted x_0; see DDPMScheduler.
 
     Raises:
         ValueError: for values that make no SDE, or a prediction type that does not suit the objective.
@@ -265,6 +266,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         sigma_data: float = 0.5,
         noise_mean: float = -1.2,
         noise_std: float = 1.2,
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
     ):
         if objective not in PREDICTION_TYPES:
             raise ValueError(f"objective is {objective!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
