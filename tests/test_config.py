@@ -123,7 +123,8 @@ def test_shipped_configurations_build_their_network(path):
         ("celeba64", 28_000_000, 32_000_000),
         ("celeba64_ddim", 78_700_803, 78_700_803),
         ("celebahq256", 113_673_219, 113_673_219),
-        ("sde32", 1_624_323, 1_624_323),
+        ("vp32", 1_624_323, 1_624_323),
+        ("edm32", 1_624_323, 1_624_323),
         ("ncsnpp32", 1_700_000, 1_800_000),
     ],
 )
@@ -276,9 +277,9 @@ def test_settings_of_an_objective_are_those_that_mean_something_to_it(parse):
     }
 
 
-@pytest.mark.parametrize("objective", ["ddpm", "vp", "subvp", "edm"])
-def test_one_file_serves_all_objectives_of_the_positional_embedding(objective):
-    config = parse_config(["--config", str(CONFIGS[0].parent / "sde32.yaml"), "--objective", objective])
+@pytest.mark.parametrize(("name", "objective"), [("vp32", "vp"), ("vp32", "subvp"), ("edm32", "edm")])
+def test_the_configurations_in_continuous_time_have_the_network_of_the_quickstart(name, objective):
+    config = parse_config(["--config", str(CONFIGS[0].parent / f"{name}.yaml"), "--objective", objective])
     quickstart = parse_config(["--config", str(CONFIGS[0].parent / "quickstart.yaml")])
     assert config.objective == objective
     assert config.unet_kwargs() == quickstart.unet_kwargs()

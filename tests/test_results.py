@@ -55,7 +55,7 @@ def test_the_table_of_a_markdown_file_is_taken_as_it_is(tmp_path):
     (tmp_path / "guidance.md").write_text("| a |\n|---|\n| 1 |\n")
     text = "<!-- results: guidance.md table -->\nold\n<!-- end -->\n"
     assert with_tables(text, tmp_path).splitlines()[1:4] == ["| a |", "|---|", "| 1 |"]
-    with pytest.raises(ResultsError, match="cannot read the table nothing.md"):
+    with pytest.raises(ResultsError, match=r"cannot read the table nothing\.md"):
         with_tables(text.replace("guidance", "nothing"), tmp_path)
 
 
