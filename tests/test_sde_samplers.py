@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, ScoreSdeVeScheduler
 from exact_denoiser import Mixture, mixture
 from scipy.integrate import solve_ivp
 
@@ -15,7 +15,9 @@ from pipelines.custom_unet_pipeline import (
     euler_maruyama,
     flow,
     karras_sigmas,
+    langevin_step,
     predictor_corrector,
+    reverse_diffusion_step,
     sampling_times,
     solve_flow,
 )
@@ -141,6 +143,36 @@ def test_the_solver_is_scipys_method():
     )
     np.testing.assert_allclose(end, exact.y[:, -1], atol=2 * np.abs(theirs.y - exact.y[:, -1:])[:, -1].max() + 1e-9)
     assert evaluations < 1.3 * theirs.nfev
+
+
+def test_a_predictor_and_a_corrector_step_are_those_of_diffusers_ve_scheduler():
+    scheduler = ScoreSdeVeScheduler(num_train_timesteps=10, sigma_min=0.01, sigma_max=10.0, snr=0.17)
+    scheduler.set_timesteps(10)
+    scheduler.set_sigmas(10, 0.01, 10.0)
+    index = 6
+    now, later = (scheduler.discrete_sigmas[i].double() for i in (index, index - 1))
+    sde = VESDE(0.01, 10.0)
+    x, score = torch.randn(2, 5, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def clean(x, t):
+        return x + sde.noise_scale(t) ** 2 * score
+
+    def drawn(dtype):  # the noise that the scheduler draws
+        return torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=dtype).double()
+
+    t = scheduler.timesteps[len(scheduler.timesteps) - 1 - index]
+    theirs = scheduler.step_pred(score, t, x, generator=torch.Generator().manual_seed(1))
+    ours = reverse_diffusion_step(sde, clean, x, sde.time_of(now), sde.time_of(later), drawn(torch.float64))
+    torch.testing.assert_close(ours, theirs.prev_sample, rtol=1e-5, atol=1e-5)
+    theirs = scheduler.step_correct(score, x, generator=torch.Generator().manual_seed(1)).prev_sample
+    ours = langevin_step(sde, clean, x, sde.time_of(now), drawn(torch.float32), 0.17, 1.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_noise_levels_are_those_of_diffusers_edm_scheduler():
+    scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, rho=7.0)
+    scheduler.set_timesteps(18)
+    torch.testing.assert_close(karras_sigmas(18, 0.002, 80.0).float(), scheduler.sigmas)
 
 
 def test_an_ode_that_cannot_be_solved():
