@@ -22,7 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval import toy_figures
+from eval.toy_figures import (
+    plot_codes,
+    plot_corrector,
+    plot_forward,
+    plot_likelihoods,
+    plot_orders,
+    plot_samples,
+    plot_scores,
+)
 from eval.toys import (
     TWO_MODES,
     GaussianMixture,
@@ -136,7 +144,7 @@ def forward(lesson: Lesson) -> dict:
         density = torch.stack([TWO_MODES.at(sde, t).log_density(grid).exp() for t in times[::5]], 1)
         density /= density.amax(0)  # else the colours of late times would vanish beside the data's
         panels[name] = {"height": height, "density": density, "times": times, "paths": paths, "marginals": marginals}
-    toy_figures.plot_forward(panels, lesson.out / "forward.png")
+    plot_forward(panels, lesson.out / "forward.png")
     return numbers | {"figure": "forward.png"}
 
 
@@ -198,7 +206,7 @@ def learning(lesson: Lesson) -> dict:
         density = marginal.log_density(pixels).exp().view(120, 120)
         fields.append((t, density, arrows, n * marginal.score(arrows), n * lesson.network(arrows, at(t))))
     errors.pop("exact")
-    toy_figures.plot_scores(fields, times, errors, losses, lesson.out / "score.png")
+    plot_scores(fields, times, errors, losses, lesson.out / "score.png")
     numbers = {"times": times.tolist(), "relative_rms_error": errors, "denoising_loss": losses}
     return numbers | {"figure": "score.png"}
 
@@ -295,7 +303,7 @@ def samplers(lesson: Lesson) -> dict:
         error = chance if name == "data" else table[len(METHODS) + METHODS.index(name)]
         text = f"distance {error['sliced_wasserstein']:.3f}, weights off {error['mode_weight_error']:.1%}"
         panels[name] = (x[:3000], heavy[torch.cdist(x[:3000].double(), data.means).argmin(1)], text)
-    toy_figures.plot_samples(panels, lesson.out / "samplers.png")
+    plot_samples(panels, lesson.out / "samplers.png")
     return {"samples": size.samples, "chance": chance, "table": table, "figure": "samplers.png"}
 
 
@@ -340,7 +348,7 @@ def orders(lesson: Lesson) -> dict:
     errors = [error(clean(y, first)) for y, _ in solved]
     of_ode["Dormand-Prince, adaptive"] = line([n + 1 for _, n in solved], errors)
     ylabels = ("relative error of the variance", "median error of a sample")
-    toy_figures.plot_orders(panels, ylabels, lesson.out / "orders.png")
+    plot_orders(panels, ylabels, lesson.out / "orders.png")
     return of_sde | of_ode | {"figure": "orders.png"}
 
 
@@ -368,7 +376,7 @@ def corrector(lesson: Lesson) -> dict:
         values = [[distance(method, snr, score, n, seed) for seed in range(size.seeds)] for n in size.budgets]
         panels[kind][label] = {"mean": np.mean(values, 1).tolist(), "std_of_seeds": np.std(values, 1, ddof=1).tolist()}
     mean_chance = float(np.mean(chance))
-    toy_figures.plot_corrector(size.budgets, mean_chance, panels, lesson.out / "corrector.png")
+    plot_corrector(size.budgets, mean_chance, panels, lesson.out / "corrector.png")
     numbers = {"samples": shape[0], "seeds": size.seeds, "chance": mean_chance, "budgets": size.budgets}
     return numbers | panels | {"figure": "corrector.png"}
 
@@ -401,7 +409,7 @@ def encoding(lesson: Lesson) -> dict:
     )
 
     panels = {"data": x, "codes, VP": of_vp, "codes, VE": of_ve, "codes, VP, learned score": learned}
-    toy_figures.plot_codes(panels, torch.cdist(x, data.means).argmin(1), lesson.out / "encoding.png")
+    plot_codes(panels, torch.cdist(x, data.means).argmin(1), lesson.out / "encoding.png")
     return {
         "points": n,
         "tolerances": tolerances,
@@ -455,7 +463,7 @@ def likelihood(lesson: Lesson) -> dict:
     marginal = data.at(lesson.sde, at(lesson.sde.first_time))
     x = marginal.sample(n, generator(13))
     exact, learned = marginal.log_density(x), log_likelihood(lesson.sde, lesson.network, x, 1e-4)
-    toy_figures.plot_likelihoods(tolerances, errors, exact, learned, lesson.out / "likelihood.png")
+    plot_likelihoods(tolerances, errors, exact, learned, lesson.out / "likelihood.png")
     return {
         "points": n,
         "tolerances": tolerances,

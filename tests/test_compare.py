@@ -20,7 +20,10 @@ from pipelines.export import export_pipeline
 from training.sde import SDEScheduler
 
 SIZE, NUM_IMAGES = 16, 10
-SCHEDULERS = {"ddpm": DDIMScheduler(prediction_type="v_prediction"), "vp": SDEScheduler("vp", "epsilon")}
+SCHEDULERS = {
+    "ddpm": DDIMScheduler(prediction_type="v_prediction"),
+    "vp": SDEScheduler(objective="vp", prediction_type="epsilon"),
+}
 FACTS = {
     "step": 1,
     "images_seen": 12345,

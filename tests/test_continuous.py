@@ -13,12 +13,12 @@ from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, GREY_AND_COLOURS
 from training.sde import EDMSDE, SDEScheduler
 
 SCHEDULERS = {
-    "vp": SDEScheduler("vp"),  # clips, which does not matter here
-    "vp v": SDEScheduler("vp", "v_prediction"),
-    "subvp": SDEScheduler("subvp"),
-    "subvp x0": SDEScheduler("subvp", "sample"),
-    "ve": SDEScheduler("ve", "score", sigma_max=20.0),
-    "edm": SDEScheduler("edm", "edm"),
+    "vp": SDEScheduler(objective="vp"),  # clips, which does not matter here
+    "vp v": SDEScheduler(objective="vp", prediction_type="v_prediction"),
+    "subvp": SDEScheduler(objective="subvp"),
+    "subvp x0": SDEScheduler(objective="subvp", prediction_type="sample"),
+    "ve": SDEScheduler(objective="ve", prediction_type="score", sigma_max=20.0),
+    "edm": SDEScheduler(objective="edm", prediction_type="edm"),
     "ddpm": DDPMScheduler(clip_sample=False),
     "ddpm cosine v": DDPMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
@@ -78,7 +78,7 @@ def exact_pipeline(name: str, size: int = 1) -> CustomUNetPipeline:
 def tiny_pipeline(objective: str = "vp", **network) -> CustomUNetPipeline:
     torch.manual_seed(0)
     settings = {"ve": {"prediction_type": "score"}, "edm": {"prediction_type": "edm"}}.get(objective, {})
-    scheduler = DDPMScheduler() if objective == "ddpm" else SDEScheduler(objective, **settings)
+    scheduler = DDPMScheduler() if objective == "ddpm" else SDEScheduler(objective=objective, **settings)
     embedding = {"time_embedding_type": "fourier"} if objective == "ve" else {}
     pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY | embedding | network), scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -124,7 +124,7 @@ def test_the_denoiser_is_the_expectation_of_the_clean_image(name):
 
 
 def test_the_preconditioning_is_that_of_diffusers_edm_schedulers():
-    ours, theirs = SDEScheduler("edm", "edm"), diffusers.EDMEulerScheduler(sigma_data=0.5)
+    ours, theirs = SDEScheduler(objective="edm", prediction_type="edm"), diffusers.EDMEulerScheduler(sigma_data=0.5)
     sigma = torch.tensor([0.002, 0.1, 1.0, 80.0], dtype=torch.float64)
     c_skip, c_out, c_in, c_noise = ours.preconditioning(sigma)
     x, output = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -137,6 +137,8 @@ def test_the_preconditioning_is_that_of_diffusers_edm_schedulers():
 @pytest.mark.parametrize("objective", ["ddpm", "vp", "subvp", "ve", "edm"])
 def test_an_image_depends_on_its_own_seed_alone(objective, sampler):
     pipe = tiny_pipeline(objective)
+    if sampler == "ode":  # the clipped predictions of an untrained network have kinks at which the solver errs
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_sampler(sampler, **({"tolerance": 1e-5} if sampler == "ode" else {}))
     together = pipe(seeds=[3, 4], num_inference_steps=4, output_type="pt").images
     again = pipe(seeds=[3, 4], num_inference_steps=4, output_type="pt").images
@@ -344,7 +346,7 @@ def test_the_predicted_image_is_clipped_where_the_scheduler_says_so(sampler):
     largest = {}
     for clip in (True, False):
         pipe, seen = tiny_pipeline("vp"), []
-        pipe.scheduler = SDEScheduler("vp", clip_sample=clip)
+        pipe.scheduler = SDEScheduler(objective="vp", clip_sample=clip)
         pipe.set_sampler(sampler, **({"tolerance": 0.1} if sampler == "ode" else {}))
         pipe(
             seeds=[0],
@@ -390,7 +392,10 @@ def test_an_sde_scheduler_that_cannot_be(settings, message):
 def test_training_times_are_quantiles():
     """Uniform ones for vp, and for edm a log-normal whose mean and standard deviation come out."""
     positions = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    vp, edm = SDEScheduler("vp").times(positions), SDEScheduler("edm", "edm").times(positions).log()
+    vp, edm = (
+        SDEScheduler(objective="vp").times(positions),
+        SDEScheduler(objective="edm", prediction_type="edm").times(positions).log(),
+    )
     torch.testing.assert_close(vp, 1e-5 + positions * (1 - 1e-5))
     assert edm.mean() == pytest.approx(-1.2, abs=0.01)
     assert edm.std() == pytest.approx(1.2, abs=0.01)

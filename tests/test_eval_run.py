@@ -261,7 +261,9 @@ def sde_model(tmp_path_factory):
     def export(objective: str, prediction_type: str, **network) -> Path:
         folder = tmp_path_factory.mktemp("models") / objective
         torch.manual_seed(0)
-        pipe = CustomUNetPipeline(CustomUNet2DModel(**NETWORK | network), SDEScheduler(objective, prediction_type))
+        pipe = CustomUNetPipeline(
+            CustomUNet2DModel(**NETWORK | network), SDEScheduler(objective=objective, prediction_type=prediction_type)
+        )
         export_pipeline(pipe, folder, facts=facts())
         return folder
 

@@ -45,7 +45,7 @@ def models(tmp_path_factory) -> Path:
     """Models, classifiers, and what does not suit them."""
     folder = tmp_path_factory.mktemp("models")
     export_pipeline(tiny_pipeline(num_class_embeds=3), folder / "conditional")
-    export_pipeline(tiny_pipeline(SDEScheduler("edm", "edm")), folder / "unconditional")
+    export_pipeline(tiny_pipeline(SDEScheduler(objective="edm", prediction_type="edm")), folder / "unconditional")
     export_pipeline(tiny_pipeline(num_class_embeds=2), folder / "no_null_class")
     export_pipeline(tiny_pipeline(sample_size=8), folder / "small")
     export_pipeline(tiny_pipeline(num_class_embeds=3), folder / "hair")
@@ -109,7 +109,7 @@ class Brightness(torch.nn.Module):
 
 
 def test_an_exact_classifier_of_brightness_makes_images_dark_or_light():
-    pipe = tiny_pipeline(SDEScheduler("edm", "edm"))
+    pipe = tiny_pipeline(SDEScheduler(objective="edm", prediction_type="edm"))
     for parameter in pipe.unet.conv_out.parameters():
         parameter.data.zero_()  # now x_0 is predicted as of normal pixels of standard deviation 0.5
     labels = [i % 2 for i in range(40)]
@@ -214,7 +214,7 @@ def test_a_table_and_a_figure_are_written(tmp_path):
 
 def test_guidance_by_a_classifier_is_that_of_the_pipeline_and_starts_from_the_same_images(models, tmp_path):
     results = guide("--pipeline unconditional --judge judge --classifier guide --scales 3 0", tmp_path)["results"]
-    pipe = tiny_pipeline(SDEScheduler("edm", "edm"))
+    pipe = tiny_pipeline(SDEScheduler(objective="edm", prediction_type="edm"))
     judge, classifier = (NoisyImageClassifier.from_pretrained(models / name) for name in ("judge", "guide"))
     labels = [i % 2 for i in range(9)]
     guided = {"class_labels": labels, "guidance_scale": 3.0, "classifier": classifier}

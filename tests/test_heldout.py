@@ -137,7 +137,7 @@ def exact_denoising_curve(model: str, prediction_type: str, num_images: int = 20
         scheduler = make_scheduler(prediction_type)
         network = exact_network(ExactDenoiser, CORRELATED, scheduler)
     else:
-        scheduler = SDEScheduler(model, prediction_type)
+        scheduler = SDEScheduler(objective=model, prediction_type=prediction_type)
         network = exact_sde_network(CORRELATED, scheduler)
     return denoising_curve(network, scheduler, images, batch_size=1000, **more)
 
@@ -200,7 +200,7 @@ def test_a_noise_level_is_met_with_the_same_noise_whatever_the_others_are():
     ],
 )
 def test_bad_input_by_noise_level(arguments, message):
-    scheduler = SDEScheduler("ve", "score")
+    scheduler = SDEScheduler(objective="ve", prediction_type="score")
     arguments = {"unet": tiny_network(), "scheduler": scheduler, "clean_images": random_images()} | arguments
     with pytest.raises(ValueError, match=message):
         denoising_curve(**arguments)

@@ -395,7 +395,7 @@ def test_ode_likelihood(data):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_ode_likelihood_of_sde_models(objective):
-    check_ode_likelihood(CORRELATED, SDEScheduler(objective, OBJECTIVES[objective][0]))
+    check_ode_likelihood(CORRELATED, SDEScheduler(objective=objective, prediction_type=OBJECTIVES[objective][0]))
 
 
 def log_density_of_the_model(data: Mixture, points: Tensor, sde) -> Tensor:
@@ -414,7 +414,9 @@ def log_density_of_the_model(data: Mixture, points: Tensor, sde) -> Tensor:
 
 @pytest.mark.parametrize(("objective", "prediction_type"), [(o, p) for o, ps in OBJECTIVES.items() for p in ps])
 def test_density_of_sde_models_that_end_far_from_their_prior(objective, prediction_type):
-    scheduler = SDEScheduler(objective, prediction_type, beta_max=2.0, sigma_min=0.01, sigma_max=2.0)
+    scheduler = SDEScheduler(
+        objective=objective, prediction_type=prediction_type, beta_max=2.0, sigma_min=0.01, sigma_max=2.0
+    )
     points, network = points_of(CORRELATED), exact_sde_network(CORRELATED, scheduler)
     expected = log_density_of_the_model(CORRELATED, points, scheduler.sde)
     assert (expected - smoothed_log_density(CORRELATED, points, noise_levels(scheduler.sde)[0])).abs().max() > 0.01
@@ -424,7 +426,10 @@ def test_density_of_sde_models_that_end_far_from_their_prior(objective, predicti
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_density_of_a_mixture_under_an_sde(objective):
-    scheduler, points = SDEScheduler(objective, OBJECTIVES[objective][0]), points_of(mixture())
+    scheduler, points = (
+        SDEScheduler(objective=objective, prediction_type=OBJECTIVES[objective][0]),
+        points_of(mixture()),
+    )
     network = exact_sde_network(mixture(), scheduler)
     expected = smoothed_log_density(mixture(), points, noise_levels(scheduler.sde)[0])
     errors, evaluations = [], []

@@ -81,16 +81,16 @@ def images(count: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize("how", ["uniform", "stratified", "antithetic"])
 def test_loss_of_vp_with_epsilon_is_the_mean_squared_error_of_the_noise(objective, how):
     network = Network()
-    loss, noise, positions = loss_and_draws(SDEScheduler(objective), network, images(), how)
+    loss, noise, positions = loss_and_draws(SDEScheduler(objective=objective), network, images(), how)
     times = 1e-5 + (1 - 1e-5) * positions
-    alpha, n = alpha_and_n(SDEScheduler(objective), times)
+    alpha, n = alpha_and_n(SDEScheduler(objective=objective), times)
     prediction = network((alpha * images() + n * noise).float(), (999 * times).float()).sample
     torch.testing.assert_close(loss, (prediction - noise).square().mean(), rtol=1e-4, atol=0)
 
 
 def test_loss_of_ve_is_that_of_sigma_times_the_score():
     network = Network()
-    loss, noise, positions = loss_and_draws(SDEScheduler("ve", "score"), network, images())
+    loss, noise, positions = loss_and_draws(SDEScheduler(objective="ve", prediction_type="score"), network, images())
     sigma = 0.02 * (100 / 0.02) ** positions.view(-1, 1, 1, 1)
     score = network((images() + sigma * noise).float(), sigma.flatten().float()).sample
     torch.testing.assert_close(loss, (sigma * score + noise).square().mean().float(), rtol=1e-4, atol=0)
@@ -99,7 +99,7 @@ def test_loss_of_ve_is_that_of_sigma_times_the_score():
 def test_loss_of_edm_is_that_of_karras():
     """Karras et al. 2022, eq. 2, 7 and table 1: the mean of lambda(sigma) |D(y + n; sigma) - y|^2."""
     network, data = Network(), 0.5
-    loss, noise, positions = loss_and_draws(SDEScheduler("edm", "edm"), network, images())
+    loss, noise, positions = loss_and_draws(SDEScheduler(objective="edm", prediction_type="edm"), network, images())
     log_sigma = -1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * positions - 1).view(-1, 1, 1, 1)
     sigma = log_sigma.exp()
     x, norm = images() + sigma * noise, (sigma**2 + data**2).sqrt()
@@ -111,7 +111,7 @@ def test_loss_of_edm_is_that_of_karras():
 
 @pytest.mark.parametrize(("objective", "kind"), ALL[:-1])
 def test_likelihood_weighting_is_g_squared_times_the_error_of_the_score(objective, kind):
-    scheduler = SDEScheduler(objective, kind)
+    scheduler = SDEScheduler(objective=objective, prediction_type=kind)
     torch.manual_seed(5)
     noise = torch.randn_like(images())
     network = OracleNetwork(scheduler, images(), noise, noise_error=0.1)
@@ -132,7 +132,7 @@ def test_likelihood_weighting_is_g_squared_times_the_error_of_the_score(objectiv
 
 @pytest.mark.parametrize(("objective", "kind"), ALL)
 def test_heldout_loss_is_the_error_of_the_noise_whatever_the_objective(objective, kind):
-    scheduler, clean_images = SDEScheduler(objective, kind), images(40)
+    scheduler, clean_images = SDEScheduler(objective=objective, prediction_type=kind), images(40)
     generator = torch.Generator().manual_seed(0)
     torch.randperm(40, generator=generator)
     noise = torch.randn(clean_images.shape, generator=generator)
@@ -145,7 +145,11 @@ def test_heldout_loss_is_the_error_of_the_noise_whatever_the_objective(objective
 @pytest.mark.parametrize(("objective", "kind"), ALL)
 def test_the_target_is_what_turns_the_noisy_image_into_the_clean_one(objective, kind):
     """c_skip x + c_out F = x_0 with the coefficients of the scheduler, at the ends of the times too."""
-    scheduler, clean_images, noise = SDEScheduler(objective, kind), images(5).double(), images(5).double().flip(0)
+    scheduler, clean_images, noise = (
+        SDEScheduler(objective=objective, prediction_type=kind),
+        images(5).double(),
+        images(5).double().flip(0),
+    )
     positions = torch.tensor([0.0, 1e-3, 0.3, 0.7, 1 - 2**-25], dtype=torch.float64)
     task = score_regression(scheduler, clean_images, noise, positions)
     times = scheduler.times(positions)
@@ -156,7 +160,11 @@ def test_the_target_is_what_turns_the_noisy_image_into_the_clean_one(objective, 
 
 @pytest.mark.parametrize(("objective", "kind"), ALL)
 def test_noise_images_and_loss_are_float32_and_small_times_are_not_lost(objective, kind):
-    scheduler, clean_images, noise = SDEScheduler(objective, kind), images(4), images(4).flip(0)
+    scheduler, clean_images, noise = (
+        SDEScheduler(objective=objective, prediction_type=kind),
+        images(4),
+        images(4).flip(0),
+    )
     positions = torch.tensor([0.0, 1e-6, 1e-3, 1 - 2**-25], dtype=torch.float64)
     task = score_regression(scheduler, clean_images, noise, positions, likelihood_weighting=objective != "edm")
     exact = score_regression(scheduler, clean_images.double(), noise.double(), positions, objective != "edm")
@@ -172,7 +180,7 @@ def test_noise_levels_must_reach_from_the_image_to_pure_noise(objective, kind):
     grey = [torch.full((3, 4, 4), -0.3), torch.full((3, 4, 4), 0.5)]  # root mean square 0.412
 
     def check(**sigmas):
-        check_noise_levels(SDEScheduler(objective, kind, **sigmas), grey)
+        check_noise_levels(SDEScheduler(objective=objective, prediction_type=kind, **sigmas), grey)
 
     check()
     check(sigma_min=0.041, sigma_max=8.25)

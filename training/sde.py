@@ -257,6 +257,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
+        *,
         objective: str = "vp",
         prediction_type: str = "epsilon",
         beta_min: float = 0.1,
