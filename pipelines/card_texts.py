@@ -90,7 +90,7 @@ OBJECTIVES = {
 CONTINUOUS_SAMPLERS = """\
 | sampler | method | network evaluations of N steps |
 |---|---|---|
-| `edm_heun`, as loaded | Heun's method on the probability-flow ODE; with `churn` above 0 it is random | 2N - 1 |
+| `edm_heun`, as loaded | Heun's method on the probability-flow ODE; random with `churn`, 10 for VE | 2N - 1 |
 | `ode` | Dormand-Prince on the probability-flow ODE to a `tolerance`; N is not used | as many as it takes |
 | `euler_maruyama` | the reverse SDE by Euler-Maruyama | N + 1 |
 | `reverse_diffusion` | the reverse SDE by the forward process's own steps | N + 1 |

@@ -216,13 +216,19 @@ class CustomUNetPipeline(DiffusionPipeline):
         """The sampler in continuous time that is set; None if it is the scheduler itself."""
         if self._continuous is not None and self._continuous[1] is self.scheduler:  # not replaced since
             return self._continuous[0]
-        return ContinuousSampler("edm_heun") if self.is_continuous else None
+        return ContinuousSampler("edm_heun", **self._own_settings("edm_heun")) if self.is_continuous else None
+
+    def _own_settings(self, name: str) -> dict[str, float]:
+        # A network that predicts the score of unscaled x errs at large sigma; without new noise these errors add up
+        with_noise = name == "edm_heun" and self.scheduler.config.get("prediction_type") == "score"
+        return {"churn": 10.0} if with_noise else {}
 
     def set_sampler(self, name: str, **settings: float) -> None:
         """Replaces the sampler and keeps the noise schedule.
 
         Args:
-            settings: of one of `CONTINUOUS_SAMPLERS`, see `ContinuousSampler`.
+            settings: of one of `CONTINUOUS_SAMPLERS`, see `ContinuousSampler`; the churn of edm_heun is 10 for a model
+                of the VE SDE unless it is given.
 
         Raises:
             ValueError: if there is no such sampler for this model, or no such setting of it.
@@ -238,7 +244,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             cls, fixed = SAMPLERS[name]
             self.scheduler, self._continuous = _scheduler_like(self._trained_config, cls, **fixed), None
             return
-        sampler = ContinuousSampler(name, **settings)
+        sampler = ContinuousSampler(name, **self._own_settings(name) | settings)
         sampler.check()
         denoiser(self.unet, self.scheduler)  # whether the network takes such times
         self._continuous = sampler, self.scheduler
@@ -423,6 +429,8 @@ class CustomUNetPipeline(DiffusionPipeline):
         if not self.is_continuous:
             scheduler = _scheduler_like(self._trained_config, diffusers.DDIMScheduler)
         deterministic = CustomUNetPipeline(self.unet, scheduler)  # by DDIM or, in continuous time, EDM's Heun
+        if self.is_continuous:
+            deterministic.set_sampler("edm_heun", churn=0.0)
         deterministic._progress_bar_config = getattr(self, "_progress_bar_config", {})
         return deterministic(
             latents=latents,

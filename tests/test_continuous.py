@@ -360,6 +360,18 @@ def test_the_predicted_image_is_clipped_where_the_scheduler_says_so(sampler):
     assert largest[False] > 2.0
 
 
+def test_a_model_of_the_ve_sde_churns_unless_told_otherwise():
+    ve, vp = tiny_pipeline("ve"), tiny_pipeline("vp")
+    assert (ve.continuous_sampler.churn, vp.continuous_sampler.churn) == (10.0, 0.0)
+    ve.set_sampler("edm_heun")
+    assert ve.continuous_sampler.churn == 10.0
+    ve.set_sampler("edm_heun", churn=0.0)
+    assert ve.continuous_sampler.churn == 0.0
+    ends = ve.interpolate(0, 1, num_images=2, num_inference_steps=3, output_type="pt").images
+    alone = ve(seeds=[0], num_inference_steps=3, output_type="pt").images
+    torch.testing.assert_close(ends[:1], alone, rtol=0, atol=1e-4)  # without noise
+
+
 def test_a_scheduler_that_is_replaced_replaces_the_sampler():
     pipe = tiny_pipeline("ddpm")
     pipe.set_sampler("ode")
