@@ -1,5 +1,7 @@
 """The pipeline in continuous time: networks trained with an SDE, and DDPM networks read as a VP SDE."""
 
+import itertools
+
 import diffusers
 import pytest
 import torch
@@ -85,8 +87,13 @@ def tiny_pipeline(objective: str = "vp", **network) -> CustomUNetPipeline:
     return pipe
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        *itertools.product(SCHEDULERS, ["edm_heun", "ode"]),
+        *itertools.product(["vp", "ve", "edm", "ddpm cosine v"], ["euler_maruyama", "reverse_diffusion"]),
+    ],
+)
 def test_samplers_draw_the_mixture(name, sampler):
     """float32 x, the network's own measure of time, and all ways to predict: the mixture comes out."""
     pipe = exact_pipeline(name)
@@ -133,8 +140,10 @@ def test_the_preconditioning_is_that_of_diffusers_edm_schedulers():
     torch.testing.assert_close(c_skip * x + c_out * output, theirs.precondition_outputs(x, output, sigma))
 
 
-@pytest.mark.parametrize("sampler", CONTINUOUS_SAMPLERS)
-@pytest.mark.parametrize("objective", ["ddpm", "vp", "subvp", "ve", "edm"])
+@pytest.mark.parametrize(
+    ("objective", "sampler"),
+    [*itertools.product(["ddpm", "ve"], [name for name in CONTINUOUS_SAMPLERS if name != "ode"]), ("vp", "ode")],
+)
 def test_an_image_depends_on_its_own_seed_alone(objective, sampler):
     pipe = tiny_pipeline(objective)
     if sampler == "ode":  # the clipped predictions of an untrained network have kinks at which the solver errs
