@@ -278,13 +278,16 @@ def test_guidance_reaches_every_sampler(objective):
         assert not torch.allclose(plain.images, guided.images, atol=1e-3), name
 
 
-@pytest.mark.parametrize("name", ["vp", "ve", "edm", "ddpm", "ddpm cosine v"])
-@pytest.mark.parametrize("sampler", ["edm_heun", "euler_maruyama", "ddim", "dpmsolver++2m"])
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        *itertools.product(["vp", "ve", "edm", "ddpm"], ["edm_heun", "euler_maruyama"]),
+        *itertools.product(["ddpm", "ddpm cosine v"], ["ddim", "dpmsolver++2m"]),
+    ],
+)
 def test_an_exact_classifier_leads_to_the_distribution_of_its_class(name, sampler):
     """p(y | x_t) of the mixture's components is known; guided by it, samples are of the one component."""
     pipe = exact_pipeline(name)
-    if sampler not in pipe.samplers:
-        pytest.skip("a sampler of discrete timesteps")
     pipe.set_sampler(sampler)
     data, wanted = mixture(), 0
 

@@ -1103,7 +1103,7 @@ class _ContinuousDraw:
         self.pipeline, self.guidance, self.callback, self.tensor_inputs = pipeline, guidance, callback, tensor_inputs
         self.sde, self.predict = denoiser(pipeline.unet, pipeline.scheduler, guidance.model_output)
         self.impose, self.index = impose, 0
-        config = pipeline.scheduler.config
+        config = pipeline.scheduler.config  # schedulers hand on what they do not know themselves
         self.bound = config.get("clip_sample_range", 1.0) if clip and config.get("clip_sample") else math.inf
 
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
@@ -1136,9 +1136,9 @@ class _ContinuousDraw:
         times = sampling_times(sde, num_steps)
         if sampler.name == "ode":
             x = self.solve(x, sde.last_time, sde.first_time, sampler.tolerance)
-        corrector_steps = {"predictor_corrector": sampler.corrector_steps}.get(sampler.name, 0)
-        total = 1 if sampler.name == "ode" else num_steps + 1 + (num_steps - 1) * corrector_steps
-        total = 2 * num_steps - 1 if sampler.name == "edm_heun" else total
+        corrector_steps = sampler.corrector_steps if sampler.name == "predictor_corrector" else 0
+        of_name = {"ode": 1, "edm_heun": 2 * num_steps - 1}
+        total = of_name.get(sampler.name, num_steps + 1 + (num_steps - 1) * corrector_steps)
 
         def noise() -> Tensor:
             return self.pipeline._noise(len(latents), generator)
