@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -374,7 +375,8 @@ class Trainer:
             dynamic_ncols=True,
             disable=not self.accelerator.is_local_main_process,
         )
-        self.first_step, skipped_in_a_row, interval = progress.step, 0, Interval()
+        self.first_step, skipped_in_a_row = progress.step, 0
+        interval = Interval(set_up_seconds=time.time() - psutil.Process().create_time())
         while (self.total_steps is None or progress.step < self.total_steps) and not self.should_stop():
             started_at_seconds = time.perf_counter()
             loss, grad_norm, applied = self.training_step()
@@ -490,6 +492,8 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "train_seconds": self.progress.train_seconds,
         }
+        if interval.set_up_seconds is not None:
+            values["set_up_seconds"] = interval.set_up_seconds
         self.record(**values)
         shown = {"loss": "loss", "lr": "learning_rate", "grad": "grad_norm", "images/s": "images_per_second"}
         bar.set_postfix({name: f"{values[key]:.3g}" for name, key in shown.items()})

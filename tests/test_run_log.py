@@ -14,7 +14,15 @@ def test_records_after_the_resumed_step_and_half_lines_are_dropped(tmp_path):
         file.write('{"step": 4, "lo')
     assert [record["step"] for record in read_log(path)] == [1, 2, 3]
     RunLog(path, step=2).write(3, loss=9.0)
-    assert read_log(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 9.0}]
+    first, second, lost, third = read_log(path)
+    assert (first, second) == ({"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0})
+    assert (lost, third) == ({"step": 2, "lost_steps": 1}, {"step": 3, "loss": 9.0})
+
+
+def test_a_start_that_loses_nothing_leaves_the_log_as_it_was(tmp_path):
+    RunLog(tmp_path / "log.jsonl", step=0).write(3, loss=1.0)
+    RunLog(tmp_path / "log.jsonl", step=3)
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 3, "loss": 1.0}]
 
 
 def test_no_log_yet(tmp_path):
@@ -43,3 +51,7 @@ def test_table_of_heldout_losses():
         for images, loss in (("0", "1.0000"), ("2,000", "0.3333"), ("4,000", "0.2000"))
     ]
     assert lines[-1] == "3.0 minutes in updates, median 4.0 images/s"
+    records += [{"step": 1, "set_up_seconds": s} for s in (9.0, 12.0, 30.0)] + [{"step": 1, "lost_steps": 7}] * 2
+    assert heldout_table(records).splitlines()[-1] == (
+        "3 starts, 12 s each until the first update (median); 14 updates lost by kills"
+    )

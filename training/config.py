@@ -9,7 +9,6 @@ import difflib
 import inspect
 import math
 import os
-import re
 import types
 import typing
 import unicodedata
@@ -25,12 +24,9 @@ from transformers import HfArgumentParser
 from custom_unet import CustomUNet2DModel
 from training.diffusion import make_noise_scheduler
 from training.sde import SDEScheduler
+from training.yaml_file import TOKEN, TOKEN_HINT, ConfigError, read_yaml, shortened, shown
 
 DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work. The message is one line: what is wrong, the value seen, what to do."""
 
 
 def option(default, help, **kwargs):
@@ -171,19 +167,19 @@ class TrainConfig:
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ConfigError(f"--{name} is {_shown(value)}; it must be positive")
+                raise ConfigError(f"--{name} is {shown(value)}; it must be positive")
         for name in NON_NEGATIVE:
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ConfigError(f"--{name} is {_shown(getattr(self, name))}; it must not be negative")
+                raise ConfigError(f"--{name} is {shown(getattr(self, name))}; it must not be negative")
         for name in BELOW_ONE:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must lie in [0, 1)")
         for name, most in LARGEST.items():
             if getattr(self, name) is not None and getattr(self, name) > most:
-                raise ConfigError(f"--{name} is {_shown(getattr(self, name))}; it must be at most {most}")
+                raise ConfigError(f"--{name} is {shown(getattr(self, name))}; it must be at most {most}")
         for name, least in SMALLEST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ConfigError(f"--{name} is {_shown(getattr(self, name))}; it must be at least {least}")
+                raise ConfigError(f"--{name} is {shown(getattr(self, name))}; it must be at least {least}")
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ConfigError("give either --dataset_name or --train_data_dir, exactly one of them")
         if self.dataset_name == "synthetic-faces" and self.resolution < 8:
@@ -401,20 +397,18 @@ SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e9  # beyond these, squares and quotient
 LARGEST_LEVEL_WIDTH = 2**16
 MOST_PARAMETERS = 10**10  # with gradients, moments and EMA 200 GB, which must fit into each device
 LONGEST_TEXT = 4096  # the longest path of Linux
-CONFIG_FILE_BYTES = 2**16
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 
 
 def _check_value(name: str, value) -> None:
     """Raises ConfigError for a number or a text that is of no use as a value of any option."""
     if isinstance(value, str):
         if not value or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value):
-            raise ConfigError(f"--{name} is {_shown(value)}; it must be a text without control characters")
+            raise ConfigError(f"--{name} is {shown(value)}; it must be a text without control characters")
         if len(value) > LONGEST_TEXT:
             raise ConfigError(f"--{name} has {len(value)} characters; it must have at most {LONGEST_TEXT}")
     elif isinstance(value, int) and name != "seed":
         if abs(value) > LARGEST_INTEGER:
-            raise ConfigError(f"--{name} is {_shown(value)}; it must be at most {LARGEST_INTEGER}")
+            raise ConfigError(f"--{name} is {shown(value)}; it must be at most {LARGEST_INTEGER}")
     elif isinstance(value, float) and value != 0 and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
         if name in POSITIVE + NON_NEGATIVE and not value > 0:
             return  # it is told below
@@ -454,30 +448,18 @@ def check_output_dir(output_dir: str) -> None:
             path = path.parent
         is_writable = path.stat() and os.access(path, os.W_OK | os.X_OK)
     except OSError as error:
-        raise ConfigError(f"--output_dir {_shown(output_dir)}: {error.strerror}; take another folder") from error
+        raise ConfigError(f"--output_dir {shown(output_dir)}: {error.strerror}; take another folder") from error
     if not path.is_dir():
-        raise ConfigError(f"--output_dir {_shown(output_dir)}: {path} is no folder; take another one")
+        raise ConfigError(f"--output_dir {shown(output_dir)}: {path} is no folder; take another one")
     if not is_writable:
-        raise ConfigError(f"--output_dir {_shown(output_dir)}: {path} cannot be written to; take another folder")
+        raise ConfigError(f"--output_dir {shown(output_dir)}: {path} cannot be written to; take another folder")
 
 
 class _Parser(HfArgumentParser):
     """Raises ConfigError where argparse would print its usage and exit."""
 
     def error(self, message):
-        raise ConfigError(_shortened(message))
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which PyYAML would take the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key in [key for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"]:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, "a key stands there twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        raise ConfigError(shortened(message))
 
 
 def parse_config(arguments: list[str], report=print) -> TrainConfig:
@@ -502,7 +484,7 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
     for token in unknown:  # a value may be a secret, so none is printed
         if not token.startswith("--"):
             raise ConfigError(f"argument {given.index(token) + 1} belongs to no flag; write --name value")
-        name = _shortened(token.removeprefix("--").split("=")[0])
+        name = shortened(token.removeprefix("--").split("=")[0])
         raise ConfigError(f"unknown flag --{name}{_nearest(name, '--')}")
     path = known.config
     if path is None:
@@ -531,13 +513,13 @@ def _take_nulls(arguments: list[str]) -> tuple[list[str], dict[str, None]]:
 
 def _yaml_tokens(path: Path, without: dict) -> tuple[list[str], dict[str, None]]:
     """The YAML file as command-line tokens, and the keys that it sets to null; keys in `without` are left out."""
-    values = _read_yaml(path)
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"the configuration {path} is not a mapping of keys to values")
     tokens, nulls = [], {}
     for key, value in values.items():
         if key not in TYPES:
-            raise ConfigError(f"unknown key {_shown(key)} in {path}{_nearest(_shown(key))}")
+            raise ConfigError(f"unknown key {shown(key)} in {path}{_nearest(shown(key))}")
         if key in without:
             continue
         if value is None:
@@ -546,42 +528,11 @@ def _yaml_tokens(path: Path, without: dict) -> tuple[list[str], dict[str, None]]
             nulls[key] = None
         elif not _suits(value, TYPES[key]):
             quotes = "; put it in quotes" if _is_text(TYPES[key]) and isinstance(value, (bool, int, float)) else ""
-            raise ConfigError(f"{key} in {path} is {_shown(value)}; it should be {_type_name(TYPES[key])}{quotes}")
+            raise ConfigError(f"{key} in {path} is {shown(value)}; it should be {_type_name(TYPES[key])}{quotes}")
         else:
             # "=" keeps a value that begins with a dash from being read as a flag
             tokens += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return tokens, nulls
-
-
-def _read_yaml(path: Path):
-    """The content of a YAML file. Messages do not quote it, as a line may hold a secret."""
-    try:
-        if not path.is_file():
-            raise ConfigError(f"cannot read the configuration {_shown(str(path))}: there is no such file")
-        if path.stat().st_size > CONFIG_FILE_BYTES:
-            raise ConfigError(f"cannot read the configuration {path}: it has more than {CONFIG_FILE_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
-        token = TOKEN.search(text)
-        if token:
-            line = text[: token.start()].count("\n") + 1
-            raise ConfigError(f"line {line} of {path} holds a token{_nearest('token')}; remove it")
-        return yaml.load(text, _YamlLoader)
-    except ConfigError:
-        raise
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise ConfigError(f"cannot read the configuration {path}: line {line}: {_shortened(error.problem)}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read the configuration {path}: it is no UTF-8 text: {error.reason}") from error
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {_shown(str(path))}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {_shortened(str(error))}") from error
-    except RecursionError:
-        raise ConfigError(f"cannot read the configuration {path}: it is nested too deep") from None
-    except (ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML's own, as for 2026-99-99
-        raise ConfigError(f"cannot read the configuration {path}: a value does not fit its type") from error
 
 
 def _suits(value, annotation) -> bool:
@@ -611,20 +562,6 @@ def _type_name(annotation) -> str:
 
 def _nearest(name: str, prefix: str = "") -> str:
     if "token" in name.lower():
-        return "; the Hub's token is read from HF_TOKEN or from `hf auth login`"
+        return TOKEN_HINT
     matches = difflib.get_close_matches(name.replace("-", "_"), [*TYPES, "config"], n=1, cutoff=0.4)
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""
-
-
-def _shown(value) -> str:
-    """A value for a message: on one line, short, and never a nested one, which may be endless."""
-    if isinstance(value, (dict, list, tuple, set)):
-        return f"a {type(value).__name__}"
-    if isinstance(value, int) and abs(value) > 10**40:
-        return f"a number of {value.bit_length()} bits"
-    return _shortened(repr(value))
-
-
-def _shortened(text: str) -> str:
-    text = " ".join(str(text).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,6 +1,7 @@
 """The log of a run as JSON lines: what curves and tables are made from.
 
-`python -m training.run_log LOG.jsonl` prints the held-out losses at the start, in the middle and at the end.
+`python -m training.run_log LOG.jsonl` prints the held-out losses at the start, in the middle and at the end, the
+speed, and what starts and kills cost.
 """
 
 import json
@@ -16,8 +17,8 @@ from torch import Tensor
 class RunLog:
     """Appends records to a file, one JSON object a line, each with the `step` it belongs to.
 
-    Records beyond `step` are dropped first: they tell of updates that were lost with the process that made them. A
-    last line that a crash cut short goes with them.
+    Records beyond `step` are dropped first: they tell of updates that were lost with the process that made them, and
+    a record of how many takes their place. A last line that a crash cut short goes with them.
 
     Raises:
         OSError: here and by `write`, naming the path, if it cannot be written; what it held before is still there.
@@ -25,7 +26,10 @@ class RunLog:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        kept = [record for record in read_log(path) if record["step"] <= step]
+        records = read_log(path)
+        kept = [record for record in records if record["step"] <= step]
+        if len(kept) < len(records):
+            kept.append({"step": step, "lost_steps": max(record["step"] for record in records) - step})
         replace_file(path, "".join(f"{json.dumps(record)}\n" for record in kept).encode())
 
     def write(self, step: int, **values) -> None:
@@ -77,6 +81,7 @@ class Interval:
     updates: int = 0
     loss_sum: Tensor | float = 0.0
     grad_norm: Tensor | float = 0.0  # of the last update
+    set_up_seconds: float | None = None  # of the first one: from the start of the process to its first update
 
     def add_time(self, seconds: float) -> None:
         self.attempts += 1
@@ -89,7 +94,7 @@ class Interval:
 
 
 def heldout_table(records: list[dict]) -> str:
-    """The first, the middle and the last held-out loss as a Markdown table, and the median speed.
+    """The first, the middle and the last held-out loss as a Markdown table, the speed, and what starts and kills cost.
 
     Raises:
         ValueError: if there is none among the records.
@@ -101,11 +106,17 @@ def heldout_table(records: list[dict]) -> str:
     for record in (heldout[0], heldout[len(heldout) // 2], heldout[-1]):
         values = [record["heldout_loss"], *(record[f"heldout_loss_q{q}"] for q in (1, 2, 3, 4))]
         lines.append(f"| {record['images_seen']:,} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+    starts = [record["set_up_seconds"] for record in records if "set_up_seconds" in record]
+    lost = sum(record.get("lost_steps", 0) for record in records)
     speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
     minutes = max(record.get("train_seconds", 0) for record in records) / 60
-    return "\n".join(
-        [*lines, "", f"{minutes:.1f} minutes in updates, median {statistics.median(speeds):.1f} images/s"]
-    )
+    lines += ["", f"{minutes:.1f} minutes in updates, median {statistics.median(speeds):.1f} images/s"]
+    if starts:
+        lines.append(
+            f"{len(starts)} starts, {statistics.median(starts):.0f} s each until the first update (median);"
+            f" {lost} updates lost by kills"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
