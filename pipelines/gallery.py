@@ -3,6 +3,7 @@
 python -m pipelines.gallery --pipeline samples/celeba32_cpu/pipeline --out assets
 
 samplers.png           the same seeds by every sampler at several numbers of steps; ode chooses its own
+contact_sheets.png     more seeds by DDPM, DDIM, DPM-Solver++ and UniPC at more numbers of steps
 interpolation.png      spherical interpolations, a row for each pair of seeds
 denoising.png, .gif    x_t and the predicted x_0 on the way
 inversion.png, .json   images, their reconstructions, and the error of these against steps
@@ -12,7 +13,7 @@ continuous.png         the same seeds by each sampler of the reverse SDE or the 
 conditional.png        imputations, and grey images with colours
 gallery.json           the seeds and settings of each
 
-A model that was trained in continuous time (an SDE) has the first three and the last two.
+A model that was trained in continuous time (an SDE) has no contact sheets, inversion, inpainting and variations.
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -32,6 +33,7 @@ from pipelines.generate import InputError, Parser, find_pipeline, load_pipeline
 
 SEEDS = list(range(8))
 STEPS = (5, 50)
+SHEET_SAMPLERS, SHEET_STEPS, SHEET_SEEDS = ("ddpm", "ddim", "dpmsolver++2m", "unipc"), (5, 10, 20, 50, 250), range(16)
 INVERSION_STEPS = (10, 20, 50, 100)
 FIXED_POINT_ITERATIONS = (1, 2, 5)
 LEVELS = (200, 400, 600, 800)
@@ -73,6 +75,16 @@ def draw_samplers(pipe: CustomUNetPipeline, out: Path) -> dict:
             rows[f"{name}, {done}"] = result.images
     labelled_grid(rows).save(out / "samplers.png")
     return {"seeds": SEEDS, "rows": list(rows)}
+
+
+def draw_contact_sheets(pipe: CustomUNetPipeline, out: Path) -> dict:
+    rows = {}
+    for name in tqdm(SHEET_SAMPLERS, desc="contact sheets"):
+        pipe.set_sampler(name)
+        for steps in SHEET_STEPS:
+            rows[f"{name}, {steps} steps"] = pipe(seeds=SHEET_SEEDS, num_inference_steps=steps).images
+    labelled_grid(rows, [f"seed {seed}" for seed in SHEET_SEEDS]).save(out / "contact_sheets.png")
+    return {"seeds": [*SHEET_SEEDS], "rows": list(rows), "eta": 0.0}
 
 
 def draw_interpolation(pipe: CustomUNetPipeline, out: Path) -> dict:
@@ -187,6 +199,7 @@ def draw_conditional(pipe: CustomUNetPipeline, out: Path) -> dict:
 
 PICTURES = {
     "samplers": draw_samplers,
+    "contact_sheets": draw_contact_sheets,
     "interpolation": draw_interpolation,
     "denoising": draw_denoising,
     "inversion": draw_inversion,
@@ -197,7 +210,7 @@ PICTURES = {
 }
 
 
-NEED_DDIM = ("inversion", "inpainting", "variations")
+NEED_TIMESTEPS = ("contact_sheets", "inversion", "inpainting", "variations")
 
 
 def default_sampler(pipe: CustomUNetPipeline) -> str:
@@ -208,11 +221,11 @@ def check_pictures(pipe: CustomUNetPipeline, names: list[str]) -> None:
     """Raises InputError for pictures that the model cannot give."""
     if pipe.unet.config.get("num_class_embeds") is not None or pipe.unet.config.get("class_embed_type") is not None:
         raise InputError("the network has class embeddings; the pictures are of unconditional networks")
-    refused = [name for name in names if name in NEED_DDIM]
+    refused = [name for name in names if name in NEED_TIMESTEPS]
     if pipe.is_continuous and refused:
-        rest = " ".join(name for name in PICTURES if name not in NEED_DDIM)
+        rest = " ".join(name for name in PICTURES if name not in NEED_TIMESTEPS)
         raise InputError(
-            f"{refused[0]} goes by DDIM's steps, but the network was trained in continuous time; take --only {rest}"
+            f"{refused[0]} needs discrete timesteps, but the network was trained in continuous time; take --only {rest}"
         )
 
 

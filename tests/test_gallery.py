@@ -54,7 +54,9 @@ def test_a_model_of_an_sde_has_the_pictures_that_need_no_ddim(tmp_path, capsys):
     folder, out = export_pipeline(pipe, tmp_path / "model"), tmp_path / "assets"
     assert main(["--pipeline", str(folder), "--out", str(out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: inversion goes by DDIM's steps, but the network was trained in continuous time")
+    assert line.startswith(
+        "error: contact_sheets needs discrete timesteps, but the network was trained in continuous time"
+    )
     assert not out.exists()
     names = line.split("--only ")[1].split()
     assert names == ["samplers", "interpolation", "denoising", "continuous", "conditional"]
@@ -75,6 +77,19 @@ def test_a_network_of_classes_is_refused_in_one_line(tmp_path, capsys):
     assert main(["--pipeline", str(folder), "--out", str(tmp_path / "assets")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the network has class embeddings")
+
+
+def test_contact_sheets_have_each_sampler_and_number_of_steps_for_the_same_seeds(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
+    folder = export_pipeline(pipe, tmp_path / "model")
+    monkeypatch.setattr("pipelines.gallery.SHEET_STEPS", (2, 3))
+    assert main(["--pipeline", str(folder), "--out", str(tmp_path), "--only", "contact_sheets"]) == 0
+    sheet = np.asarray(Image.open(tmp_path / "contact_sheets.png"))
+    assert sheet.shape[0] == 20 + 4 * 2 * 64
+    pipe.set_sampler("unipc")
+    expected = pipe(seeds=[15], num_inference_steps=3).images[0].resize((64, 64), Image.Resampling.NEAREST)
+    assert (sheet[-64:, -64:] == np.asarray(expected)).all()
 
 
 def test_reconstructions_get_better_with_steps(tmp_path, monkeypatch):
