@@ -225,7 +225,8 @@ def check_pictures(pipe: CustomUNetPipeline, names: list[str]) -> None:
     if pipe.is_continuous and refused:
         rest = " ".join(name for name in PICTURES if name not in NEED_TIMESTEPS)
         raise InputError(
-            f"{refused[0]} needs discrete timesteps, but the network was trained in continuous time; take --only {rest}"
+            f"{refused[0]} needs discrete timesteps, but the network was trained in continuous time; take --only"
+            f" {rest}"
         )
 
 
