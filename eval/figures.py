@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
+FEW_POINTS = 40  # of a line that shows each of them
 IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS = 96, 4, 26  # of a sheet of images
 
 
@@ -66,6 +67,43 @@ def plot_curves(
             axes.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.25, linewidth=0)
     axes.set(**labels)
     axes.legend()
+    _save(figure, path)
+
+
+def plot_dots(values: dict[str, list[float]], floor: float, xlabel: str, path: Path) -> None:
+    """A line for each label, its values as dots and their mean as a stroke.
+
+    Args:
+        floor: the metric between two sets of real images of the same size.
+    """
+    figure, axes = plt.subplots(figsize=(SIZE_INCHES[0], 1 + 0.28 * len(values)))
+    for place, numbers in enumerate(values.values()):
+        axes.plot(numbers, [place] * len(numbers), "o", color="C0", markersize=4)
+        axes.plot([np.mean(numbers)], [place], "|", color="black", markersize=12)
+    axes.axvline(floor, color="grey", linestyle="--", label="real against real")
+    axes.set(xlabel=xlabel, yticks=range(len(values)), yticklabels=list(values))
+    axes.invert_yaxis()
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_panels(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str, path: Path) -> None:
+    """Panels below each other over the same axis, each with its lines.
+
+    Args:
+        panels: the points (x, y) of each line by its label, by the panel's title; values must be positive.
+    """
+    size = (SIZE_INCHES[0], 2.2 * len(panels))
+    figure, all_axes = plt.subplots(len(panels), figsize=size, sharex=True, squeeze=False)
+    for axes, (title, lines) in zip(all_axes[:, 0], panels.items(), strict=True):
+        for label, points in lines.items():
+            style = "o-" if len(points) <= FEW_POINTS else "-"
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
+        axes.set_title(title, fontsize=10)
+        axes.set_yscale("log")
+        if len(lines) > 1:
+            axes.legend(fontsize=8)
+    axes.set_xlabel(xlabel)
     _save(figure, path)
 
 
