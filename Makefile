@@ -1,11 +1,12 @@
 # make quickstart  sets up a virtual environment, trains on the embedded faces and shows where they are
+# make faces       sets up and draws 64 faces with the shipped model, offline
 # make test        sets up and runs the tests
 # make soak        kills a small training 100 times and compares it with one that was not (minutes)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test soak setup
+.PHONY: quickstart faces test soak setup
 
 setup: $(VENV)/.installed
 
@@ -17,6 +18,10 @@ $(VENV)/.installed: requirements.txt
 quickstart: setup
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train_unet.py --config configs/quickstart.yaml
 	@echo "The faces: $$(ls runs/quickstart/samples/*.png | tail -n 1)"
+
+faces: setup
+	$(BIN)/python -m pipelines.generate --pipeline samples/celeba32_cpu/pipeline --num_images 64 --out runs/faces
+	@echo "The faces: runs/faces/contact_sheet.png"
 
 test: setup
 	$(BIN)/python -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile

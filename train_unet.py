@@ -84,10 +84,18 @@ class Progress:
 class Trainer:
     """One run: its networks, data, optimizer and output folder, and the loop over them."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, deadline_seconds: float, stop: StopSignal):
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        deadline_seconds: float,
+        stop: StopSignal,
+        network_class: type[CustomUNet2DModel] = CustomUNet2DModel,
+    ):
         """Opens the data, then builds the networks.
 
         Args:
+            network_class: an experiment's variant of the network, see `eval/unet_variants.py`.
             deadline_seconds: on the clock of `time.monotonic`, when the run stops in good order; may be infinite.
 
         Raises:
@@ -103,7 +111,7 @@ class Trainer:
         )
         self.noise_scheduler = config.noise_scheduler()
         self.open_data()
-        self.build_networks()
+        self.build_networks(network_class)
         self.total_steps = config.max_train_steps
         if self.total_steps is None and config.num_epochs is not None:
             self.total_steps = math.ceil(config.num_epochs * len(self.store) / self.images_per_update)
@@ -111,11 +119,11 @@ class Trainer:
 
     # ---- Setting up
 
-    def build_networks(self) -> None:
+    def build_networks(self, network_class: type[CustomUNet2DModel]) -> None:
         config = self.config
         torch.manual_seed(config.seed)
         try:
-            self.network = CustomUNet2DModel(**self.unet_kwargs())
+            self.network = network_class(**self.unet_kwargs())
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if config.channels_last:
@@ -562,13 +570,16 @@ class Trainer:
         )
 
 
-def run(config: TrainConfig, started_at_seconds: float, stop: StopSignal) -> None:
+def run(
+    config: TrainConfig, started_at_seconds: float, stop: StopSignal, network_class: type[CustomUNet2DModel]
+) -> None:
     """Trains as configured."""
     accelerator = build_accelerator(config)
     if config.push_to_hub and not config.dry_run:
         # before anything that takes long, so that the push does not fail for a name or a token
         on_main_process(accelerator, partial(open_repository, config.hub_repo_id, config.hub_private_repo))
-    trainer = Trainer(config, accelerator, started_at_seconds + 60 * (config.max_train_minutes or math.inf), stop)
+    deadline_seconds = started_at_seconds + 60 * (config.max_train_minutes or math.inf)
+    trainer = Trainer(config, accelerator, deadline_seconds, stop, network_class)
     try:
         if not config.dry_run:
             trainer.start_or_resume()
@@ -580,7 +591,7 @@ def run(config: TrainConfig, started_at_seconds: float, stop: StopSignal) -> Non
         accelerator.end_training()
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], network_class: type[CustomUNet2DModel] = CustomUNet2DModel) -> int:
     started_at_seconds = time.monotonic()
     rank, stop = int(os.environ.get("RANK", 0)), StopSignal()
 
@@ -591,7 +602,8 @@ def main(arguments: list[str]) -> int:
 
     try:
         stop.listen()
-        run(parse_config(arguments, report=print if rank == 0 else lambda line: None), started_at_seconds, stop)
+        config = parse_config(arguments, report=print if rank == 0 else lambda line: None)
+        run(config, started_at_seconds, stop, network_class)
     except (ConfigError, DataError, CheckpointError, TrainingFailed, PushError, OSError) as error:
         return fail(error, 2 if isinstance(error, (ConfigError, DataError, AccessError)) else 1)
     except StoppedEarly as error:

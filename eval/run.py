@@ -103,7 +103,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     counts = (
         "num_images batch_size num_cpu_threads k likelihood_images bound_evaluations ode_images ode_draws"
-        " heldout_images cost_images cost_steps"
+        " heldout_images cost_images cost_steps steps"
     ).split()
     least = dict.fromkeys(counts, 1) | {"ode_tolerance": 1e-12}
     least |= dict.fromkeys(("seed", "eta", "cost_etas", "duplicate_distance", *generate.SAMPLER_SETTINGS), 0)

@@ -1,0 +1,183 @@
+"""What each level of a U-Net costs and sees: parameters, multiplications and additions, attention, receptive field.
+
+    python -m eval.architecture --config configs/celeba64.yaml [--out FOLDER]
+
+A row is a level of the contracting path, the bottleneck or a level of the expanding path. Operations are those of one
+forward pass of one image, counted by PyTorch on tensors without memory; a multiplication and an addition are two. The
+receptive field is that of the convolutions: the side of the square of input pixels on which a pixel of the row's
+output depends. It is measured, by the gradient, in a narrow copy of the network without attention and group norm,
+which see the whole image. With --out, FOLDER/architecture.md and .json. Exit codes: 0 done, 2 bad input.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from custom_unet import CustomUNet2DModel
+from eval.results import number, write_results
+from pipelines.generate import InputError, Parser
+from training.config import TrainConfig, parse_config
+from training.yaml_file import ConfigError
+
+NARROW, NARROW_NCSNPP = 4, 32  # channels; the groups of NCSN++ need more
+ATTENTION_OPERATORS = ("bmm", "baddbmm", "scaled_dot_product")
+COLUMNS = {
+    "part": "part",
+    "side": "pixels a side",
+    "channels": "channels",
+    "parameters": "parameters",
+    "gflop": "GFLOP",
+    "share": "share",
+    "attention_share": "of it between pixels, by attention",
+    "receptive_field": "receptive field",
+}
+
+
+def parts_of(network: CustomUNet2DModel) -> Iterator[tuple[str, str, nn.Module]]:
+    """Name for a reader, name among the modules, and module of each part, in the order of the forward pass."""
+    yield "first convolution", "conv_in", network.conv_in
+    for level, block in enumerate(network.down_blocks):
+        yield f"contracting, level {level}", f"down_blocks.{level}", block
+    if network.mid_block is not None:
+        yield "bottleneck", "mid_block", network.mid_block
+    for level, block in enumerate(network.up_blocks):
+        yield f"expanding, level {len(network.up_blocks) - 1 - level}", f"up_blocks.{level}", block
+    yield "last convolution", "conv_out", network.conv_out
+
+
+def output_of(module_output) -> torch.Tensor:
+    """The features among what a part returns."""
+    return module_output[0] if isinstance(module_output, tuple) else module_output
+
+
+def costs(config: TrainConfig) -> list[dict]:
+    """Resolution, channels, parameters and operations of each part."""
+    with torch.device("meta"):
+        network = CustomUNet2DModel(**config.unet_kwargs()).eval()
+        image = torch.empty(1, 3, config.resolution, config.resolution)
+        shapes = {}
+        for name, _, module in parts_of(network):
+            module.register_forward_hook(
+                lambda _module, _inputs, output, name=name: shapes.update({name: output_of(output).shape})
+            )
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(image, torch.ones(1))
+    counts, total = counter.get_flop_counts(), counter.get_total_flops()
+    rows = []
+    for name, path, module in parts_of(network):
+        operators = counts.get(f"{type(network).__name__}.{path}", {})
+        flops = sum(operators.values())
+        between_pixels = sum(n for op, n in operators.items() if any(key in str(op) for key in ATTENTION_OPERATORS))
+        rows.append(
+            {
+                "part": name,
+                "side": shapes[name][-1],
+                "channels": shapes[name][1],
+                "parameters": sum(parameter.numel() for parameter in module.parameters()),
+                "gflop": flops / 1e9,
+                "share": flops / total,
+                "attention_share": between_pixels / flops,
+            }
+        )
+    embedding = sum(parameter.numel() for parameter in network.parameters()) - sum(row["parameters"] for row in rows)
+    everything = {
+        "part": "whole, with the time embedding",
+        "parameters": embedding,
+        "gflop": total / 1e9,
+        "share": 1.0,
+    }
+    everything["parameters"] += sum(row["parameters"] for row in rows)
+    return [*rows, everything]
+
+
+def receptive_fields(config: TrainConfig) -> dict[str, int]:
+    """Side of the receptive field of each part's output in the input's pixels, of the convolutions alone.
+
+    All weights are positive, so that nothing cancels: an input pixel counts if the gradient of the output's central
+    pixel is not zero there.
+    """
+    levels = len(config.block_out_channels)
+    has_skip_blocks = any("Skip" in block for block in (*config.down_block_types, *config.up_block_types))
+    width = NARROW_NCSNPP if has_skip_blocks else NARROW
+    kwargs = config.unet_kwargs() | {"block_out_channels": (width,) * levels, "norm_num_groups": 1}
+    kwargs |= {"attention_head_dim": None, "attn_norm_num_groups": 1}
+    network = CustomUNet2DModel(**kwargs).double().eval()
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.GroupNorm) or type(child).__name__ == "SelfAttention":
+                setattr(module, name, nn.Identity())
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, 1 / max(1, parameter[0].numel()))
+    outputs = {}
+    for name, _, module in parts_of(network):
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: outputs.update({name: output_of(output)})
+        )
+    side = 16 * 2 ** (levels - 1)
+    while True:
+        image = torch.ones(1, 3, side, side, dtype=torch.float64, requires_grad=True)
+        network(image, torch.ones(1, dtype=torch.float64))
+        fields = {}
+        for name, output in outputs.items():
+            height, width = output.shape[-2:]
+            centre = output[0, 0, height // 2, width // 2]
+            (gradient,) = torch.autograd.grad(centre, image, retain_graph=True)
+            columns = (gradient[0] != 0).any(0).any(0).nonzero()
+            fields[name] = int(columns.max() - columns.min() + 1)
+        if max(fields.values()) <= side // 2:  # else it may be cut off at the border
+            return fields
+        side *= 2
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(COLUMNS.values())} |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        cells = [
+            f"{row[key]:.1%}" if key.endswith("share") and key in row else number(row.get(key)) for key in COLUMNS
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def architecture(config: TrainConfig) -> list[dict]:
+    """A row for each part: what it costs and what it sees."""
+    fields = receptive_fields(config)
+    return [row | ({"receptive_field": fields[row["part"]]} if row["part"] in fields else {}) for row in costs(config)]
+
+
+def parse_options(arguments: list[str]) -> Namespace:
+    """Raises InputError."""
+    parser = Parser(prog="python -m eval.architecture", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of a training")
+    parser.add_argument("--out", type=Path, help="folder for the table and its numbers")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        options = parse_options(arguments)
+        # the images do not matter
+        config = parse_config(["--config", str(options.config), "--train_data_dir", "null", "--dataset_name", "any"])
+        rows = architecture(config)
+        text = table(rows)
+        print(text)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "architecture.md").write_text(f"{text}\n")
+            write_results(
+                options.out / "architecture.json", {"config": options.config.name, "results": [], "rows": rows}
+            )
+    except (ConfigError, InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,198 @@
+"""What came of a training as it went on: losses from its log, SWD and memorisation of its checkpoints' EMA networks.
+
+    python -m eval.curves --run RUN_DIR --reference DATA --out runs/curves/NAME [--num_images 1024] [--every 2]
+
+RUN_DIR is the output folder of a training that kept its checkpoints (`--checkpoints_total_limit null`). Each is laid
+in OUT/step-N as a pipeline folder and measured by `eval.run`; OUT/curves.json has all figures against the images seen,
+OUT/curves.md a table, OUT/curves.png the curves. Started again, the command measures what is new. Exit codes: 0 done,
+1 failed, 2 bad input, 130 stopped by Ctrl-C.
+"""
+
+import json
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from eval.figures import plot_panels
+from eval.reference import FeatureError
+from eval.results import ResultsError, number, read_results, write_results
+from eval.run import parse_options as parse_evaluation
+from eval.run import run as evaluate
+from pipelines import CustomUNetPipeline
+from pipelines.generate import DTYPES, InputError, Parser, check_numbers
+from training.checkpoint import CheckpointError, check_tensors, list_checkpoints, load_checkpoint, verify_checkpoint
+from training.data import DataError
+from training.run_log import read_log
+
+MEASURED = {  # key in a row: metric and end of its name in results.json
+    "swd": ("swd", "SWD, mean"),
+    "memorisation_ratio": ("memorisation_ratio", "(median)"),
+}
+LOSSES = ("loss", "heldout_loss", *(f"heldout_loss_q{q}" for q in (1, 2, 3, 4)))
+COLUMNS = {
+    "images_seen": "images seen",
+    "heldout_loss": "held-out loss",
+    **{f"heldout_loss_q{q}": f"q{q}" for q in (1, 2, 3, 4)},
+    "swd": "SWD",
+    "memorisation_ratio": "nearest training image, generated / held-out",
+}
+
+
+def lay_out(checkpoint: Path, pipeline_dir: Path, out: Path) -> None:
+    """The pipeline folder of a run with the EMA network of one of its checkpoints.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or of another network.
+    """
+    verify_checkpoint(checkpoint)
+    tensors, state = load_checkpoint(checkpoint, ["ema_unet"])
+    pipeline = CustomUNetPipeline.from_pretrained(pipeline_dir)
+    expected = pipeline.unet.state_dict()
+    check_tensors(checkpoint / "ema_unet.safetensors", tensors["ema_unet"], expected)
+    pipeline.unet.load_state_dict(tensors["ema_unet"])
+    temporary = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(pipeline_dir, temporary)
+    pipeline.unet.save_pretrained(temporary / "unet")
+    facts = json.loads((temporary / "training.json").read_text())
+    changes = {"step": state["progress"]["step"], "train_seconds": state["progress"]["train_seconds"]}
+    (temporary / "training.json").write_text(json.dumps(facts | changes, indent=2) + "\n")
+    temporary.replace(out)
+
+
+def choose(options: Namespace, log: list[dict]) -> dict[int, Path]:
+    """The checkpoints to measure, by step; the last one is among them.
+
+    Raises:
+        InputError: if there is none, no pipeline folder, or the log is not that of this run.
+    """
+    checkpoints = [*list_checkpoints(options.run).items()]
+    chosen = dict(checkpoints[:: -options.every][::-1])
+    if not chosen:
+        raise InputError(f"--run {options.run} has no checkpoints; train with --checkpoints_total_limit null")
+    if not (options.run / "pipeline" / "training.json").is_file():
+        raise InputError(f"--run {options.run} has no pipeline folder; let the training export it")
+    lacking = chosen.keys() - {record["step"] for record in log}
+    if lacking:
+        raise InputError(f"the log of --run {options.run} has no record of step {min(lacking)}; is it of this run?")
+    return chosen
+
+
+def measure(options: Namespace, chosen: dict[int, Path]) -> list[dict]:
+    """Measures the checkpoints that are not measured yet; a row for each, in order.
+
+    Raises:
+        InputError, DataError, ResultsError: as `eval.run`.
+        CheckpointError: as `lay_out`.
+    """
+    rows = []
+    for step, checkpoint in chosen.items():
+        folder = options.out / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "pipeline").exists():
+            lay_out(checkpoint, options.run / "pipeline", folder / "pipeline")
+        arguments = ["--pipeline", str(folder / "pipeline"), "--reference", options.reference, "--out", str(folder)]
+        arguments += ["--metrics", "swd", "memorisation", "--num_images", str(options.num_images)]
+        arguments += ["--steps", str(options.steps), "--dtype", options.dtype]
+        if options.num_cpu_threads:
+            arguments += ["--num_cpu_threads", str(options.num_cpu_threads)]
+        if not _is_measured(folder / "results.json", options):
+            evaluate(parse_evaluation(arguments))
+        rows.append(_row(step, read_results(folder / "results.json")))
+    return rows
+
+
+def _is_measured(path: Path, options: Namespace) -> bool:
+    if not path.exists():
+        return False
+    wanted = {"n": options.num_images, "steps": options.steps, "dtype": options.dtype}
+    found = {entry["family"] for entry in read_results(path)["results"] if wanted.items() <= entry.items()}
+    return {"swd", "memorisation"} <= found
+
+
+def _row(step: int, record: dict) -> dict:
+    row = {"step": step, "n": None, "reference": record["reference"], "versions": record["versions"]}
+    for key, (metric, name) in MEASURED.items():
+        entry = [e for e in record["results"] if e["metric"] == metric and e["name"].endswith(name)][-1]
+        row |= {key: entry["value"], f"{key}_floor": entry["floor"], "n": entry["n"]}
+        row["drawn_by"] = {name: entry[name] for name in ("sampler", "steps", "seeds", "dtype") if name in entry}
+    return row
+
+
+def with_losses(rows: list[dict], log: list[dict]) -> list[dict]:
+    """Each row with its images seen, and the held-out loss that the log has of its step, if any."""
+    found = []
+    for row in rows:
+        records = [record for record in log if record["step"] == row["step"]]
+        losses = {key: record[key] for record in records for key in LOSSES[1:] if key in record}
+        found.append({"step": row["step"], "images_seen": records[-1]["images_seen"], **losses, **row})
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(COLUMNS.values())} |", "|---" * len(COLUMNS) + "|"]
+    lines += [f"| {' | '.join(number(row.get(key)) for key in COLUMNS)} |" for row in rows]
+    by = rows[0]["drawn_by"]
+    lines.append(
+        f"\nSWD of {number(rows[0]['n'])} images ({by['sampler']}, {by.get('steps', 'its own')} steps); of as many"
+        f" real ones it is {number(rows[0]['swd_floor'])}."
+    )
+    return "\n".join(lines)
+
+
+def write_curves(rows: list[dict], log: list[dict], out: Path) -> None:
+    """Raises OSError if something cannot be written."""
+    losses = {key: [(r["images_seen"], r[key]) for r in log if key in r] for key in LOSSES}
+    panels = {
+        "loss in training": {"loss": losses["loss"]},
+        "held-out loss": {"mean": losses["heldout_loss"]},
+        "held-out loss by quarter of the timesteps": {key[-2:]: losses[key] for key in LOSSES[2:]},
+    }
+    for key, title in (("swd", "SWD"), ("memorisation_ratio", "nearest training image, generated / held-out")):
+        floor = [(row["images_seen"], row[f"{key}_floor"]) for row in rows]
+        real = "real against real" if key == "swd" else "held-out"
+        panels[title] = {"generated": [(row["images_seen"], row[key]) for row in rows], real: floor}
+    plot_panels(panels, "images seen", out / "curves.png")
+    shared = {name: rows[0][name] for name in ("reference", "versions", "drawn_by", "n")}
+    short = [{key: value for key, value in row.items() if key not in shared} for row in rows]
+    write_results(out / "curves.json", shared | {"results": [], "rows": short, "losses": losses})
+    (out / "curves.md").write_text(f"{table(rows)}\n")
+    print(f"wrote {out / 'curves.md'}: {len(rows)} checkpoints", flush=True)
+
+
+def parse_options(arguments: list[str]) -> Namespace:
+    """Raises InputError."""
+    parser = Parser(prog="python -m eval.curves", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--run", type=Path, required=True, help="output folder of a training")
+    parser.add_argument("--reference", required=True, help="real images: a folder, a Hub id or synthetic-faces")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results and figures")
+    parser.add_argument("--num_images", type=int, default=1024, help="generated of each checkpoint (default 1024)")
+    parser.add_argument("--steps", type=int, default=20, help="of the sampler (default 20)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network while sampling")
+    parser.add_argument("--every", type=int, default=1, help="take each so-and-so-manyth checkpoint (default 1)")
+    parser.add_argument("--num_cpu_threads", type=int)
+    options = parser.parse_args(arguments)
+    check_numbers(options, {"num_images": 1, "steps": 1, "every": 1, "num_cpu_threads": 1}, {"num_cpu_threads": 1024})
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        options = parse_options(arguments)
+        log = read_log(options.run / "log.jsonl")
+        rows = measure(options, choose(options, log))
+        write_curves(with_losses(rows, log), log, options.out)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, CheckpointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        bad_input = (InputError, DataError, FeatureError, ResultsError, CheckpointError)
+        return 2 if isinstance(error, bad_input) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""What is compared in an ablation study: a YAML file.
+
+config: configs/celeba32_cpu.yaml    what all variants share, a file of configs/
+flags: {max_train_steps: 500}        and flags of train_unet.py beside it
+evaluation: {num_images: 1024}       flags of eval.run
+seeds: [0, 1]                        of the trainings
+variants:                            the first is what the others are compared with
+  base: {}
+  edm: {flags: {objective: edm}, evaluation: {sampler: edm_heun}}
+  no_skips: {network: no_skips}      a network of eval.unet_variants
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eval.unet_variants import VARIANTS
+from training.yaml_file import ConfigError, read_yaml, shown
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
+# What `eval.ablation` itself sets: in a study's flags, and in its evaluation
+OWN_FLAGS = set("config help dataset_name train_data_dir seed output_dir num_cpu_threads overwrite_output_dir".split())
+OWN_OPTIONS = set("help pipeline reference out images_dir metrics num_cpu_threads".split())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one variant changes: flags of the trainer and of eval.run, and the network."""
+
+    name: str
+    flags: dict = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
+    network: str | None = None  # one of `eval.unet_variants`
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its file has it."""
+
+    config: str
+    flags: dict
+    evaluation: dict
+    seeds: list[int]
+    variants: list[Variant]  # the first is what the others are compared with
+
+
+def read_study(path: Path) -> Study:
+    """Reads a study.
+
+    Raises:
+        ConfigError: if it cannot be read or is not as described above.
+    """
+    content = _mapping(read_yaml(path), str(path), {"config", "flags", "evaluation", "seeds", "variants"})
+    if not isinstance(content.get("config"), str):
+        raise ConfigError(f"config in {path} is {shown(content.get('config'))}; give a file of configs/")
+    seeds = content.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds:
+        raise ConfigError(f"seeds in {path} is {shown(seeds)}; give a list of whole numbers")
+    for seed in seeds:
+        if type(seed) is not int or seed < 0 or seeds.count(seed) > 1:
+            raise ConfigError(f"one of the seeds in {path} is {shown(seed)}; give whole numbers from 0, each once")
+    variants = []
+    for name, changes in _mapping(content.get("variants"), f"variants in {path}").items():
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"a variant in {path} is called {shown(name)}; take letters, digits and . _ + -")
+        changes = _mapping(changes, f"{name} in {path}", {"flags", "evaluation", "network"})
+        network = changes.get("network")
+        if network is not None and network not in VARIANTS:
+            raise ConfigError(f"network of {name} in {path} is {shown(network)}; take one of {', '.join(VARIANTS)}")
+        variants.append(Variant(name, **_flags_and_evaluation(changes, f"{name} in {path}"), network=network))
+    if len(variants) < 2:
+        raise ConfigError(f"the number of variants in {path} is {len(variants)}; give two or more")
+    return Study(content["config"], seeds=seeds, variants=variants, **_flags_and_evaluation(content, str(path)))
+
+
+def _flags_and_evaluation(content: dict, where: str) -> dict[str, dict]:
+    found = {}
+    for kind, own in (("flags", OWN_FLAGS), ("evaluation", OWN_OPTIONS)):
+        found[kind] = _mapping(content.get(kind), f"{kind} of {where}")
+        for name in found[kind]:
+            if name in own:
+                raise ConfigError(f"{kind} of {where} has {name}, which is for the command itself to set; remove it")
+    return found
+
+
+def _mapping(value, what: str, keys: set[str] | None = None) -> dict:
+    """The value, or an empty mapping for none."""
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise ConfigError(f"{what} is {shown(value)}; it must be a mapping of names to values")
+    for key in value:
+        if not isinstance(key, str):
+            raise ConfigError(f"{what} has the key {shown(key)}, which is no text; put it in quotes")
+        if keys is not None and key not in keys:
+            raise ConfigError(f"unknown key {shown(key)} of {what}; there are {', '.join(sorted(keys))}")
+    return value
+
+
+def flags_as_arguments(flags: dict) -> list[str]:
+    """As a command line has them; None is `null`."""
+    arguments = []
+    for name, value in flags.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is True:
+            arguments.append(f"--{name}")
+        elif value is None:
+            arguments += [f"--{name}", "null"]
+        else:
+            arguments.append(f"--{name}={value}")
+    return arguments

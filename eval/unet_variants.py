@@ -1,0 +1,138 @@
+"""The U-Net with one part taken out or exchanged, to see what the part does. `eval.ablation` compares them.
+
+    python -m eval.unet_variants VARIANT train --config configs/quickstart.yaml ...      flags of train_unet.py
+    python -m eval.unet_variants VARIANT evaluate --pipeline DIR --reference DATA ...    flags of eval.run
+
+    no_skips        no skip connections: the expanding path sees the bottleneck alone
+    added_skips     skip connections are added to the features (after a 1x1 convolution where the widths differ),
+                    not concatenated
+    no_time         the network is not told the noise level
+    no_group_norm   no normalisation at all
+
+Other parts are options of the network: attention, levels, width. Exit codes as those of the two commands.
+"""
+
+import functools
+import sys
+
+import torch
+from torch import nn
+
+from custom_unet import CustomUNet2DModel
+from custom_unet.custom_unet_2d import UpBlock
+from eval.run import main as evaluate
+from pipelines import CustomUNetPipeline
+from train_unet import main as train
+
+
+class VariantUNet(CustomUNet2DModel):
+    """A network that `alter` changes once it is built; its configuration is that of the unchanged one."""
+
+    @functools.wraps(CustomUNet2DModel.__init__)  # diffusers reads the options off the signature
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.alter()
+
+    def alter(self) -> None:
+        raise NotImplementedError
+
+    def rebuild_up_blocks(self, block: type[UpBlock]) -> None:
+        """The expanding path anew, as `CustomUNet2DModel` builds it, of blocks of another class."""
+        config = self.config
+        widths, last_level = config.block_out_channels, len(config.block_out_channels) - 1
+        skip_channels = [widths[0]]
+        for level, width in enumerate(widths):
+            skip_channels += [width] * (config.layers_per_block + (level < last_level))
+        channels, blocks = widths[-1], nn.ModuleList()
+        for level, block_type in enumerate(config.up_block_types):
+            if block_type not in ("UpBlock2D", "AttnUpBlock2D"):
+                raise ValueError(f"up_block_types has {block_type}; this variant knows UpBlock2D and AttnUpBlock2D")
+            width, attention = widths[last_level - level], block_type == "AttnUpBlock2D"
+            taken = [skip_channels.pop() for _ in range(config.layers_per_block + 1)]
+            kind = None if attention else "conv"
+            blocks.append(block(channels, taken, width, config, level < last_level, attention, kind))
+            channels = width
+        self.up_blocks = blocks
+
+
+class WithoutSkips(VariantUNet):
+    def alter(self) -> None:
+        self.rebuild_up_blocks(UpBlockWithoutSkips)
+
+
+class UpBlockWithoutSkips(UpBlock):
+    """Takes nothing of the skip connections: no channel is joined to its own."""
+
+    def __init__(self, in_channels, skip_channels, *args):
+        super().__init__(in_channels, [0] * len(skip_channels), *args)
+
+    def forward(self, hidden, skips, emb, image):
+        return super().forward(hidden, [skip[:, :0] for skip in skips], emb, image)
+
+
+class WithAddedSkips(VariantUNet):
+    def alter(self) -> None:
+        self.rebuild_up_blocks(AddingUpBlock)
+
+
+class AddingUpBlock(UpBlockWithoutSkips):
+    """Adds each skip connection to its features."""
+
+    def __init__(self, in_channels, skip_channels, out_channels, config, *args):
+        super().__init__(in_channels, skip_channels, out_channels, config, *args)
+        inputs = [in_channels] + [out_channels] * config.layers_per_block
+        self.projections = nn.ModuleList(
+            nn.Identity() if channels == skip else nn.Conv2d(skip, channels, kernel_size=1)
+            for channels, skip in zip(inputs, skip_channels, strict=True)
+        )
+
+    def forward(self, hidden, skips, emb, image):
+        layers = zip(self.resnets, self.attentions, self.projections, skips, strict=True)
+        for resnet, attention, project, skip in layers:
+            hidden = attention(resnet(hidden + project(skip), emb))  # (B, C_out, H, W)
+        for upsampler in self.upsamplers:
+            hidden = upsampler(hidden, emb)  # (B, C_out, 2H, 2W)
+        return hidden, image
+
+
+class WithoutTime(VariantUNet):
+    """Every noise level is embedded as timestep 0, so that the number of parameters stays."""
+
+    def alter(self) -> None:
+        pass
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        return super().forward(sample, torch.zeros_like(torch.as_tensor(timestep)), class_labels, return_dict)
+
+
+class WithoutGroupNorm(VariantUNet):
+    def alter(self) -> None:
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.GroupNorm):
+                    setattr(module, name, nn.Identity())
+
+
+VARIANTS = {
+    "no_skips": WithoutSkips,
+    "added_skips": WithAddedSkips,
+    "no_time": WithoutTime,
+    "no_group_norm": WithoutGroupNorm,
+}
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) < 2 or arguments[0] not in VARIANTS or arguments[1] not in ("train", "evaluate"):
+        print(
+            f"usage: python -m eval.unet_variants {{{','.join(VARIANTS)}}} {{train,evaluate}} [flags]", file=sys.stderr
+        )
+        return 2
+    network_class = VARIANTS[arguments[0]]
+    if arguments[1] == "train":
+        return train(arguments[2:], network_class)
+    CustomUNetPipeline.unet_class = network_class
+    return evaluate(arguments[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,514 @@
+"""Ablation studies: one for real from end to end, tables from results written by hand, and what is refused."""
+
+import json
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from eval.ablation import Job, jobs_of, main
+from eval.figures import plot_dots
+from eval.results import number, read_results, write_results
+from eval.study import read_study
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SIZE, NUM_IMAGES = 16, 16
+FLAGS = {
+    "resolution": SIZE,
+    "attention_head_dim": 32,
+    "block_out_channels": [32, 32],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "max_train_steps": 3,
+    "lr_warmup_steps": 1,
+    "validation_images": 8,
+    "max_images": 64,
+}
+EVALUATION = {"num_images": NUM_IMAGES, "steps": 3, "heldout_images": 8}
+EDM = {"objective": "edm", "prediction_type": "epsilon", "ddpm_beta_schedule": "linear", "snr_gamma": None}
+REAL_STUDY = {
+    "config": "configs/quickstart.yaml",
+    "flags": FLAGS,
+    "evaluation": EVALUATION,
+    "seeds": [7],
+    "variants": {
+        "base": {"flags": {"learning_rate": 2.5e-4, "random_flip": False}},
+        "edm": {"flags": EDM, "evaluation": {"sampler": "edm_heun", "churn": 2.0}},
+    },
+}
+SEEDS = [0, 1, 5]
+REFERENCE = {"dataset": "real", "split": "train", "crop": "none", "resolution": SIZE, "fingerprint": "a"}
+STUDY = REAL_STUDY | {
+    "seeds": SEEDS,
+    "variants": {
+        "base": {},
+        "linear": {"flags": {"ddpm_beta_schedule": "linear"}},
+        "fast": {"flags": {"learning_rate": 0.01}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    """A folder of real images."""
+    folder = tmp_path_factory.mktemp("data") / "real"
+    for split, count in (("train", 64), ("validation", 12)):
+        (folder / split).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng((count, i)).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            image.save(folder / split / f"{i:03}.png")
+    return folder
+
+
+def write_study(folder: Path, content, name: str = "study.yaml") -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def start(study: Path, data: Path | str, *flags: str) -> int:
+    return main([str(study), "--data", str(data), "--out", str(study.parent / "out"), *flags])
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    """The table's cells by their heading."""
+    lines = [line for line in (out / "ablation.md").read_text().splitlines() if line.startswith("|")]
+    heading, _, *rest = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [dict(zip(heading, row, strict=True)) for row in rest]
+
+
+# ---- One for real
+
+
+@pytest.fixture(scope="module")
+def done(real, tmp_path_factory) -> Path:
+    """The folder of a study, whose trainings and evaluations lie in `out`."""
+    folder = tmp_path_factory.mktemp("done")
+    environment = pytest.MonkeyPatch()
+    environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    environment.setenv("ACCELERATE_USE_CPU", "true")
+    study = write_study(folder, REAL_STUDY)
+    assert start(study, real, "--jobs", "2", "--num_images", "3") == 0, logs(folder / "out")
+    environment.undo()
+    return folder
+
+
+def logs(out: Path) -> str:
+    return "\n".join(path.read_text()[-2000:] for path in out.rglob("log.txt"))
+
+
+def entry(results: Path, name: str) -> dict:
+    (one,) = [e for e in read_results(results / "results.json")["results"] if e["name"] == name]
+    return one
+
+
+def test_the_flags_of_a_study_reach_the_trainer(done):
+    base, edm = (
+        yaml.safe_load((done / "out" / name / "seed-7" / "run" / "config.yaml").read_text())
+        for name in ("base", "edm")
+    )
+    assert FLAGS.items() <= base.items()
+    assert FLAGS.items() <= edm.items()
+    assert (base["learning_rate"], base["random_flip"], base["snr_gamma"]) == (2.5e-4, False, 5.0)
+    assert (edm["learning_rate"], edm["random_flip"], edm["snr_gamma"]) == (1e-3, True, None)
+    assert (base["objective"], edm["objective"]) == ("ddpm", "edm")
+    assert (base["seed"], base["dataset_name"]) == (7, None)
+    assert Path(base["train_data_dir"]).name == "real"
+
+
+def test_the_evaluation_of_a_study_reaches_eval_run(done):
+    expected = {"base": ("ddim", None), "edm": ("edm_heun", 2.0)}
+    for name, (sampler, churn) in expected.items():
+        results = done / "out" / name / "seed-7" / "evaluation"
+        swd = entry(results, "SWD, mean")
+        assert (swd["n"], swd["sampler"], swd["steps"]) == (NUM_IMAGES, sampler, 3)
+        assert swd.get("sampler_settings", {}).get("churn") == churn
+        assert entry(results, "Error of x_0, mean over log sigma, held-out")["n"] == 8
+
+
+def test_the_table_has_the_values_of_the_evaluations(done):
+    table = rows(done / "out")
+    assert [row["variant"] for row in table] == ["base", "edm"]
+    assert table[0]["what is changed"] == "learning_rate 0.00025, random_flip False"
+    assert table[1]["what is changed"].endswith("snr_gamma null")
+    assert [row["sampler"] for row in table] == ["ddim, 3 steps", "edm_heun, 3 steps, churn 2"]
+    for row in table:
+        results = done / "out" / row["variant"] / "seed-7" / "evaluation"
+        assert row["SWD"] == number(entry(results, "SWD, mean")["value"])
+        error = entry(results, "Error of x_0, mean over log sigma, held-out")
+        assert row["error of x_0"] == number(error["value"])
+        ratio = entry(results, "Nearest training image, generated / held-out (median)")
+        assert row["nearest training image, generated / held-out"] == number(ratio["value"])
+        assert row["images seen"] == number(3 * 16)
+        assert row["parameters"] == number(read_results(results / "results.json")["model"]["parameters"])
+    epsilon = entry(
+        done / "out" / "base" / "seed-7" / "evaluation", "Error of the noise, mean over timesteps, held-out"
+    )
+    assert table[0]["error of the noise"] == number(epsilon["value"])
+    assert table[1]["error of the noise"] == table[1]["q1"] == "–"
+    text = (done / "out" / "ablation.md").read_text()
+    assert f"SWD of {NUM_IMAGES} images" in text
+    assert "standard deviations" not in text
+
+
+def test_the_figures_lie_beside_it(done):
+    names = {path.name for path in (done / "out").iterdir() if path.is_file()}
+    figures = {"ablation_swd.png", "ablation_errors.png", "ablation_images.png"}
+    assert names == {"ablation.md", "ablation.json"} | figures
+    with Image.open(done / "out" / "ablation_images.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    third = done / "out" / "edm" / "seed-7" / "evaluation" / "images" / "edm_heun-3-churn2-fp32" / "seed-0000002.png"
+    expected = np.asarray(Image.open(third)).repeat(6, 0).repeat(6, 1)
+    np.testing.assert_array_equal(pixels[-96:, 200:296], expected)  # the bottom row, with gaps of 4
+
+
+def test_the_numbers_tell_nothing_of_this_machine(done):
+    assert str(done) not in (done / "out" / "ablation.json").read_text() + (done / "out" / "ablation.md").read_text()
+
+
+def test_a_second_start_does_nothing_again(done, real, capsys):
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (done / "out").rglob("*") if path.parent != done / "out"}
+
+    before = files()
+    assert start(done / "study.yaml", real, "--num_images", "3") == 0
+    assert files() == before
+    assert "2 trainings and evaluations, 2 of them done before" in capsys.readouterr().out
+
+
+# ---- Results that are written by hand
+
+
+def results_of(name: str, seed: int) -> dict:
+    """As eval.run writes them, with other numbers for each variant and seed."""
+    values = np.random.default_rng([*name.encode(), seed])
+    drawing = {"sampler": "ddim", "steps": 3, "eta": 0.0, "seeds": "0 to 15", "dtype": "fp32", "n": NUM_IMAGES}
+    swd = {"family": "swd", "name": "SWD, mean", "metric": "swd", "value": values.uniform(1, 9), "floor": 0.625}
+    ratio = {"family": "memorisation", "metric": "memorisation_ratio", "value": values.uniform(0.5, 1)}
+    curve = values.uniform(0.1, 1, 20).tolist()
+    epsilon = {"name": "Error of the noise, mean over timesteps, held-out", "metric": "epsilon_mse"}
+    sample = {"name": "Error of x_0, mean over log sigma, held-out", "metric": "sample_mse"}
+    sigmas = {"sigmas": [0.5, 2.0], "curve": values.uniform(0.1, 1, 2).tolist()}
+    return {
+        "pipeline": "pipeline",
+        "reference": REFERENCE,
+        "model": {"parameters": 1234, "images_seen": 48, "train_seconds": values.uniform(60, 600)},
+        "versions": {"torch": "2"},
+        "results": [
+            swd | drawing,
+            ratio | drawing | {"name": "Nearest training image, generated / held-out (median)"},
+            epsilon | {"family": "heldout", "value": statistics.mean(curve), "curve": curve},
+            sample | sigmas | {"family": "heldout", "value": values.uniform(0.1, 1)},
+        ],
+    }
+
+
+def jobs(study: Path, data: Path) -> list[Job]:
+    return jobs_of(read_study(study), str(data), None, study.parent / "out")
+
+
+@pytest.fixture
+def by_hand(real, tmp_path) -> Path:
+    return done_by_hand(tmp_path, real)
+
+
+def done_by_hand(folder: Path, real: Path) -> Path:
+    """A study whose jobs count as done."""
+    study = write_study(folder, STUDY)
+    for job in jobs(study, real):
+        job.results.mkdir(parents=True)
+        write_results(job.results / "results.json", results_of(job.variant.name, job.seed))
+        write_results(job.folder / "job.json", job.record | {"is_done": True})
+    return study
+
+
+@pytest.fixture(scope="module")
+def written(real, tmp_path_factory) -> Path:
+    """The folder of the table and the figures of such a study."""
+    study = done_by_hand(tmp_path_factory.mktemp("written"), real)
+    assert start(study, real) == 0
+    return study.parent / "out"
+
+
+def values(name: str, metric: str) -> list[float]:
+    """Of a variant, by seed."""
+    records = [results_of(name, seed) for seed in SEEDS]
+    return [e["value"] for record in records for e in record["results"] if e["metric"] == metric]
+
+
+def with_spread(numbers: list[float]) -> str:
+    return f"{number(statistics.mean(numbers))} ± {statistics.stdev(numbers):.2g}"
+
+
+def test_the_table_has_means_and_standard_deviations_over_the_seeds(written):
+    columns = {
+        "SWD": "swd",
+        "nearest training image, generated / held-out": "memorisation_ratio",
+        "error of x_0": "sample_mse",
+    }
+    for row in rows(written):
+        for heading, metric in columns.items():
+            assert row[heading] == with_spread(values(row["variant"], metric))
+        minutes = [results_of(row["variant"], seed)["model"]["train_seconds"] / 60 for seed in SEEDS]
+        assert row["minutes of training"] == with_spread(minutes)
+    record = json.loads((written / "ablation.json").read_text())
+    assert record["rows"][2]["swd"]["values"] == values("fast", "swd")
+    assert [row["seeds"] for row in record["rows"]] == [SEEDS] * 3
+    assert record["reference"]["dataset"] == "real"
+    text = (written / "ablation.md").read_text()
+    assert "of as many real ones it is 0.625" in text
+    assert "standard deviations over 3 trainings" in text
+
+
+def test_quarters_are_means_of_the_curve_by_timestep(written):
+    fast = rows(written)[2]
+    curves = [results_of("fast", seed)["results"][2]["curve"] for seed in SEEDS]
+    for quarter in range(4):
+        means = [sum(curve[5 * quarter : 5 * quarter + 5]) / 5 for curve in curves]
+        assert fast[f"q{quarter + 1}"] == with_spread(means)
+    assert fast["error of the noise"] == with_spread(values("fast", "epsilon_mse"))
+
+
+def test_errors_by_timestep_are_not_compared_at_another_noise_schedule(written):
+    base, linear, _ = rows(written)
+    assert linear["variant"] == "linear"
+    for heading in ("error of the noise", "q1", "q2", "q3", "q4"):
+        assert linear[heading] == "–"
+        assert "±" in base[heading]
+    assert "±" in linear["error of x_0"]
+
+
+def test_images_that_are_gone_are_not_shown(written):
+    assert {path.name for path in written.glob("*.png")} == {"ablation_swd.png", "ablation_errors.png"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"results": []}, "a result of linear lacks what is compared"),
+        ({"model": {}}, "a result of linear lacks what is compared"),
+        ({"reference": REFERENCE | {"fingerprint": "b"}}, "have fingerprint b"),
+    ],
+)
+def test_results_that_lack_what_is_compared_are_refused(by_hand, real, change, message, capsys):
+    path = by_hand.parent / "out" / "linear" / "seed-1" / "evaluation" / "results.json"
+    write_results(path, json.loads(path.read_text()) | change)
+    assert start(by_hand, real) == 2
+    assert message in error_line(capsys)
+
+
+# ---- What is done anew
+
+
+def changed(study: Path, variant: str, **flags) -> None:
+    """Gives a variant other flags."""
+    content = yaml.safe_load(study.read_text())
+    content["variants"][variant]["flags"] |= flags
+    write_study(study.parent, content)
+
+
+def not_done(study: Path, data: Path) -> set[tuple[str, int]]:
+    return {(job.variant.name, job.seed) for job in jobs(study, data) if not job.is_done}
+
+
+def test_what_has_other_flags_is_not_done(by_hand, real):
+    assert not_done(by_hand, real) == set()
+    changed(by_hand, "fast", learning_rate=0.02)
+    assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS}
+
+
+def test_what_has_another_evaluation_is_not_done(by_hand, real):
+    content = yaml.safe_load(by_hand.read_text())
+    content["variants"]["linear"]["evaluation"] = {"steps": 4}
+    write_study(by_hand.parent, content)
+    assert not_done(by_hand, real) == {("linear", seed) for seed in SEEDS}
+
+
+def test_a_changed_configuration_is_noticed(by_hand, real):
+    config = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
+    own = write_study(by_hand.parent, config, "own.yaml")
+    write_study(by_hand.parent, STUDY | {"config": str(own)})
+    assert not_done(by_hand, real) == set()  # the same, elsewhere
+    write_study(by_hand.parent, config | {"dropout": 0.25}, "own.yaml")
+    assert len(not_done(by_hand, real)) == 9
+
+
+def test_a_study_that_was_moved_is_done(by_hand, real, tmp_path_factory, monkeypatch):
+    moved = by_hand.parent.rename(tmp_path_factory.mktemp("moved") / "study") / "study.yaml"
+    monkeypatch.chdir(real.parent)
+    assert not_done(moved, Path("real")) == set()
+
+
+def ablation(arguments: list[str], log: Path) -> None:
+    sys.stderr = log.open("w")
+    sys.exit(main(arguments))
+
+
+def test_sigterm_ends_the_trainings_too(by_hand, real):
+    """Those with other flags by now, whose old checkpoints are gone when they begin."""
+    changed(by_hand, "fast", learning_rate=0.02)
+    out = by_hand.parent / "out"
+    for name in ("linear", "fast"):
+        (out / name / "seed-0" / "run" / "checkpoint-3").mkdir(parents=True)
+    arguments = [str(by_hand), "--data", str(real), "--out", str(out), "--jobs", "2"]
+    log = by_hand.parent / "stderr.txt"
+    process = multiprocessing.get_context("fork").Process(target=ablation, args=(arguments, log))
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(trainings := psutil.Process(process.pid).children()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 130
+    assert not any(training.is_running() for training in trainings)
+    assert log.read_text() == "stopped; the same command goes on from here\n"
+    assert (out / "linear" / "seed-0" / "run" / "checkpoint-3").exists()
+    assert not (out / "fast" / "seed-0" / "run" / "checkpoint-3").exists()
+    assert not (out / "fast" / "seed-0" / "evaluation").exists()
+    assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS}
+    begun = json.loads((out / "fast" / "seed-0" / "job.json").read_text())
+    assert begun["training"]["learning_rate"] == 0.02  # it goes on from here
+    write_study(by_hand.parent, STUDY)  # with the first flags again: two have begun with others
+    assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS[:2]}
+
+
+# ---- What fails, and what is refused
+
+
+def error_line(capsys) -> str:
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1, error
+    return error
+
+
+def test_a_training_that_fails_is_told_in_one_line(tmp_path, capsys):
+    """A folder without images; what comes after it is not begun."""
+    (tmp_path / "empty").mkdir()
+    study = write_study(tmp_path, REAL_STUDY)
+    assert start(study, tmp_path / "empty") == 1
+    error = error_line(capsys)
+    log = tmp_path / "out" / "base" / "seed-7" / "log.txt"
+    assert error.startswith("error: base, seed-7 failed with exit code 2: error: ")
+    assert str(log) in error
+    assert log.read_text().splitlines()[-1] in error
+    assert not (tmp_path / "out" / "edm").exists()
+    assert not (tmp_path / "out" / "ablation.md").exists()
+
+
+def study_with(**changes) -> dict:
+    return REAL_STUDY | changes
+
+
+def variant_with(flags: dict | None = None, evaluation: dict | None = None) -> dict:
+    return study_with(variants={"base": {}, "other": {"flags": flags, "evaluation": evaluation}})
+
+
+BAD_STUDIES = {
+    "a list": ("[1, 2]", "is a list; it must be a mapping"),
+    "empty": ("", "config in"),
+    "no YAML": ("a: [", "cannot read the configuration"),
+    "an unknown key": (study_with(variant={}), "unknown key 'variant'"),
+    "a key twice": ("config: a\nseeds: [1]\nseeds: [2]\n", "line 3: a key stands there twice"),
+    "a variant twice": ("config: a\nvariants:\n  one: {}\n  one: {}\n", "line 4: a key stands there twice"),
+    "one variant": (study_with(variants={"base": {}}), "the number of variants in"),
+    "no variants": (study_with(variants=None), "the number of variants in"),
+    "a list of variants": (study_with(variants=["base", "edm"]), "is a list; it must be a mapping"),
+    "a name with a slash": (study_with(variants={"base": {}, "../other": {}}), "is called '../other'"),
+    "a name that is no text": (study_with(variants={"base": {}, False: {}}), "has the key False, which is no text"),
+    "an unknown key of a variant": (study_with(variants={"base": {}, "b": {"flag": {}}}), "unknown key 'flag' of b"),
+    "flags that are a list": (study_with(variants={"base": {}, "b": {"flags": ["x"]}}), "it must be a mapping"),
+    "no seeds": (study_with(seeds=[]), "give a list of whole numbers"),
+    "a seed that is a number": (study_with(seeds=3), "seeds in"),
+    "a negative seed": (study_with(seeds=[0, -1]), "is -1; give whole numbers"),
+    "a seed that is no number": (study_with(seeds=[True]), "is True; give whole numbers"),
+    "a seed twice": (study_with(seeds=[4, 4]), "is 4; give whole numbers from 0, each once"),
+    "a seed too large": (study_with(seeds=[2**70]), "variant base: --seed"),
+    "a config that is not there": (study_with(config="configs/nowhere.yaml"), "there is no such file"),
+    "a config that is no text": (study_with(config=3), "is 3; give a file of configs/"),
+    "an unknown flag": (
+        variant_with({"learnig_rate": 1.0}),
+        "variant other: unknown flag --learnig_rate; did you mean",
+    ),
+    "a bad flag": (variant_with({"learning_rate": -1.0}), "variant other: --learning_rate is -1.0"),
+    "a flag of the command": (variant_with({"output_dir": "elsewhere"}), "flags of other in"),
+    "help": (variant_with({"help": True}), "has help, which is for the command itself"),
+    "an unknown evaluation flag": (variant_with(None, {"num_image": 4}), "variant other: unrecognized arguments"),
+    "a bad evaluation flag": (variant_with(None, {"num_images": 0}), "variant other: --num_images is 0"),
+    "metrics": (variant_with(None, {"metrics": ["swd"]}), "has metrics, which is for the command itself"),
+    "a sampler that does not suit": (
+        variant_with(EDM, {"sampler": "ddim"}),
+        "--sampler ddim is not for --objective edm",
+    ),
+    "other real images": (
+        variant_with({"resolution": 32}),
+        "variant other: --resolution is 32, of the first variant 16",
+    ),
+    "no held-out images": (variant_with({"validation_split": None}), "variant other: there is no --validation_split"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STUDIES)
+def test_a_bad_study_is_refused_before_anything_is_done(name, real, tmp_path, capsys):
+    content, message = BAD_STUDIES[name]
+    assert start(write_study(tmp_path, content), real) == 2
+    assert message in error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--jobs", "0"], "--jobs is 0"),
+        (["--num_images", "65"], "--num_images is 65"),
+        (["--crop", "nowhere"], "variant base: "),
+        (["--resolution", "16"], "unrecognized arguments: --resolution"),
+    ],
+)
+def test_bad_flags_are_one_line(flags, message, real, tmp_path, capsys):
+    assert start(write_study(tmp_path, REAL_STUDY), real, *flags) == 2
+    assert message in error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_that_is_not_there_is_refused(tmp_path, capsys):
+    assert start(tmp_path / "nowhere.yaml", "synthetic-faces") == 2
+    assert "there is no such file" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "configs" / "ablations").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_studies_of_the_repository_can_begin(path, tmp_path):
+    study = read_study(path)
+    found = jobs_of(study, "synthetic-faces", "none", tmp_path / "out")
+    assert len(found) == len(study.variants) * len(study.seeds)
+    assert len({json.dumps(job.record) for job in found[: len(study.variants)]}) == len(study.variants)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- The figure of a metric by variant
+
+
+def test_dots_stand_at_their_values(tmp_path):
+    plot_dots({"first": [1.0, 2.0], "second": [9.0]}, 5.0, "SWD", tmp_path / "dots.png")
+    with Image.open(tmp_path / "dots.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    y, x = np.nonzero((pixels == (31, 119, 180)).all(-1))  # matplotlib's C0
+    middle = (y.min() + y.max()) / 2
+    first, second = x[y < middle], x[y > middle]
+    floor = np.nonzero((pixels == (128, 128, 128)).all(-1))[1]
+    assert first.max() < np.median(floor) < second.min()
+    dot = np.ptp(second)
+    assert np.ptp(first) - dot == pytest.approx((second.mean() - first.mean()) / 7.5, rel=0.05)

@@ -1,0 +1,117 @@
+"""Networks with one part taken out or exchanged."""
+
+import pytest
+import torch
+from tiny_network import TINY
+from torch import nn
+
+from custom_unet import CustomUNet2DModel
+from eval.unet_variants import VARIANTS, main
+
+NETWORK = TINY | {"sample_size": 16}
+
+
+def build(name: str, **more) -> CustomUNet2DModel:
+    torch.manual_seed(0)
+    return VARIANTS[name](**NETWORK | more).eval()
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
+
+
+def gradient_of_the_first_convolution_by_skips(network: CustomUNet2DModel) -> bool:
+    """Whether the output depends on what the first convolution leaves for the last layer, but by the skip alone."""
+    images, timesteps = inputs()
+    network.down_blocks[0].register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
+    (gradient,) = torch.autograd.grad(
+        network(images, timesteps).sample.sum(), network.conv_in.weight, allow_unused=True
+    )
+    return gradient is not None and bool(gradient.any())
+
+
+@pytest.mark.parametrize(("name", "has_skips"), [("no_skips", False), ("added_skips", True), ("no_time", True)])
+def test_only_without_skips_nothing_goes_past_the_bottleneck(name, has_skips):
+    assert gradient_of_the_first_convolution_by_skips(build(name)) == has_skips
+
+
+def test_without_skips_the_expanding_path_takes_the_features_alone():
+    widths = [[r.conv1.in_channels for r in block.resnets] for block in build("no_skips").up_blocks]
+    channels = [*reversed(NETWORK["block_out_channels"])]
+    outputs = [[block.resnets[0].conv1.out_channels] * len(block.resnets) for block in build("no_skips").up_blocks]
+    assert [row[1:] for row in widths] == [row[1:] for row in outputs]
+    assert [row[0] for row in widths] == [channels[0], *channels[:-1]]
+
+
+def test_added_skips_are_the_sum_of_features_and_skip():
+    network = build("added_skips")
+    block = network.up_blocks[0]
+    seen = {}
+    block.resnets[0].register_forward_pre_hook(lambda _, args: seen.update(sum=args[0]))
+    hidden = torch.randn(2, block.resnets[0].conv1.in_channels, 8, 8)
+    emb = torch.randn(2, network.time_embedding.linear_2.out_features)
+    skips = []
+    for project, resnet in zip(block.projections, block.resnets, strict=True):
+        width = project.in_channels if isinstance(project, nn.Conv2d) else resnet.conv1.in_channels
+        skips.append(torch.randn(2, width, 8, 8))
+    with torch.no_grad():
+        block(hidden, skips, emb, None)
+        assert torch.equal(seen["sum"], hidden + block.projections[0](skips[0]))
+
+
+def test_without_time_the_output_is_the_same_at_all_timesteps_and_else_not():
+    images, _ = inputs()
+    with torch.no_grad():
+        for name, is_same in (("no_time", True), ("added_skips", False)):
+            network = build(name)
+            first, second = network(images, torch.tensor([3, 3])).sample, network(images, 700).sample
+            assert torch.equal(first, second) == is_same
+
+
+def test_without_group_norm_there_is_none_and_the_rest_is_there():
+    network = build("no_group_norm")
+    assert not any(isinstance(module, nn.GroupNorm) for module in network.modules())
+    plain = CustomUNet2DModel(**NETWORK).state_dict()
+    norms = {key for key in plain if ".norm" in key or "group_norm" in key or "conv_norm_out" in key}
+    assert network.state_dict().keys() == plain.keys() - norms
+    assert norms
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_saved_and_loaded_with_the_same_options_and_output(name, tmp_path):
+    network = build(name)
+    network.save_pretrained(tmp_path)
+    loaded = VARIANTS[name].from_pretrained(tmp_path).eval()
+    assert loaded.config.block_out_channels == list(NETWORK["block_out_channels"])
+    images, timesteps = inputs()
+    with torch.no_grad():
+        assert torch.equal(loaded(images, timesteps).sample, network(images, timesteps).sample)
+
+
+@pytest.mark.parametrize("name", ["no_skips", "added_skips"])
+def test_the_blocks_of_ncsnpp_have_no_such_variant(name):
+    blocks = {"up_block_types": ("SkipUpBlock2D",) * 2, "down_block_types": ("SkipDownBlock2D",) * 2}
+    with pytest.raises(ValueError, match="up_block_types has SkipUpBlock2D"):
+        build(name, **blocks)
+
+
+@pytest.mark.parametrize("arguments", [[], ["no_skips"], ["no_head", "train"], ["no_skips", "push"]])
+def test_a_wrong_command_is_one_line_of_usage(arguments, capsys):
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("usage: ")
+
+
+def test_the_command_trains_and_evaluates_the_variant(tmp_path, capsys):
+    flags = "--config configs/quickstart.yaml --resolution 16 --attention_head_dim 16 --block_out_channels 16 32"
+    flags += " --down_block_types DownBlock2D DownBlock2D --up_block_types UpBlock2D UpBlock2D --max_train_steps 2"
+    flags += " --lr_warmup_steps 1 --validation_images 8 --train_batch_size 4 --save_images_steps 100"
+    flags += " --eval_batch_size 1 --report_to none --num_cpu_threads 1"
+    assert main(["no_skips", "train", *flags.split(), "--output_dir", str(tmp_path / "run")]) == 0
+    evaluation = f"--pipeline {tmp_path / 'run' / 'pipeline'} --reference synthetic-faces --num_images 8 --steps 2"
+    evaluation += f" --metrics swd --num_cpu_threads 1 --out {tmp_path / 'eval'}"
+    assert main(["no_skips", "evaluate", *evaluation.split()]) == 0
+    assert (tmp_path / "eval" / "results.json").exists()
+    capsys.readouterr()
+    assert main(["no_group_norm", "evaluate", *evaluation.split()]) == 2  # of another network
+    assert "could not be loaded" in capsys.readouterr().err
