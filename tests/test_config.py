@@ -158,6 +158,7 @@ def test_network_options_are_those_of_diffusers(parse):
         (BASE, ["--dropout", "1.5"], "[0, 1)"),
         (BASE, ["--seed", "-1"], "negative"),
         (BASE, ["--rescale_betas_zero_snr", "--prediction_type", "epsilon"], "zero SNR"),
+        (BASE + "snr_gamma: 5\nprediction_type: sample\n", ["--rescale_betas_zero_snr"], "the weight 0"),
         (BASE, ["--train_data_dir", "x"], "exactly one"),
         (BASE, ["--ddpm_num_inference_steps", "2000"], "1000"),
         ("max_train_steps: 1\n", [], "exactly one"),

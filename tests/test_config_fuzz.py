@@ -279,6 +279,7 @@ def contradictions(rng):
         ({"max_train_steps": None, "max_train_minutes": 1}, "lr_scheduler"),
         ({"max_train_steps": None, "max_train_minutes": 1, "lr_scheduler": "linear"}, "lr_scheduler"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "sample", "snr_gamma": 5}, "snr_gamma"),
         ({"ddpm_num_steps": 1, "ddpm_num_inference_steps": 2}, "ddpm_num_inference_steps"),
         ({"ddpm_num_inference_steps": 1001}, "ddpm_num_inference_steps"),
         ({"beta_start": 0.03}, "beta_start"),

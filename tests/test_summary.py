@@ -1,9 +1,11 @@
 """The estimate of the memory against a count by hand."""
 
+import pytest
 import torch
 
+from custom_unet import CustomUNet2DModel
 from training.config import TrainConfig
-from training.summary import activation_bytes, duration, objective_text
+from training.summary import activation_bytes, duration, levels_without_time, objective_text
 
 
 def test_activations_of_two_linear_layers():
@@ -16,8 +18,6 @@ def test_activations_of_two_linear_layers():
 
 
 def test_gradient_checkpointing_lowers_the_estimate():
-    from custom_unet import CustomUNet2DModel
-
     network = CustomUNet2DModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -46,6 +46,27 @@ def test_the_objective_is_told_with_its_settings():
     assert text(objective="edm", sigma_max=50) == (
         "edm, sigma from 0.002 to 50, in training ln(sigma) ~ N(-1.2, 1.2^2), sigma_data 0.5"
     )
+
+
+@pytest.mark.parametrize(
+    ("groups", "how", "deaf"), [(8, "default", [0]), (4, "default", []), (16, "default", [1]), (8, "scale_shift", [])]
+)
+def test_levels_that_group_norm_makes_deaf_to_the_time_are_found(groups, how, deaf):
+    """Against the output of the residual blocks of each level at two times."""
+    settings = {"norm_num_groups": groups, "resnet_time_scale_shift": how, "block_out_channels": [8, 16]}
+    if groups == 16:
+        settings["block_out_channels"] = [32, 16]
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    config = TrainConfig(
+        dataset_name="synthetic-faces", max_train_steps=1, resolution=8, add_attention=False, **settings, **blocks
+    )
+    assert levels_without_time(config) == deaf
+    network = CustomUNet2DModel(**config.unet_kwargs())
+    for level, block in enumerate(network.down_blocks):
+        resnet = block.resnets[-1]
+        hidden = torch.randn(2, resnet.conv1.in_channels, 8, 8)
+        first, second = (resnet(hidden, torch.randn(2, resnet.time_emb_proj.in_features)) for _ in range(2))
+        assert torch.allclose(first, second, atol=1e-4) == (level in deaf)
 
 
 def test_duration():

@@ -206,6 +206,11 @@ class TrainConfig:
                 "--rescale_betas_zero_snr does not go with --prediction_type epsilon: at zero SNR the noise tells"
                 " nothing of the image; use v_prediction or sample"
             )
+        if self.rescale_betas_zero_snr and self.snr_gamma is not None:
+            raise ConfigError(
+                f"--snr_gamma {self.snr_gamma} gives the last timestep of --rescale_betas_zero_snr, where sampling"
+                " starts, the weight 0; leave one of them out"
+            )
         if self.max_train_steps is None and self.num_epochs is None and self.max_train_minutes is None:
             raise ConfigError("the run has no length: give --max_train_steps, --num_epochs or --max_train_minutes")
         if self.lr_scheduler in ("linear", "cosine") and self.max_train_steps is None and self.num_epochs is None:

@@ -47,8 +47,28 @@ def preflight_summary(
         "output": config.output_dir,
         "starts at": f"step {facts['step']}",
     }
+    deaf = levels_without_time(config)
+    if deaf:
+        rows["note"] = (
+            f"level {deaf[0]} has one channel a group, so group norm takes the time embedding out again; lower"
+            " --norm_num_groups, or take --resnet_time_scale_shift scale_shift"
+        )
     width = max(map(len, rows))
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+def levels_without_time(config: TrainConfig) -> list[int]:
+    """Levels of the network whose residual blocks cannot tell the timestep.
+
+    The embedding is one number for each channel, added before the second norm, and a group of one channel has its mean
+    subtracted.
+    """
+    if config.resnet_time_scale_shift != "default":
+        return []
+    blocks = zip(config.block_out_channels, config.down_block_types, strict=True)
+    return [
+        level for level, (width, block) in enumerate(blocks) if "Skip" not in block and width == config.norm_num_groups
+    ]
 
 
 def objective_text(config: TrainConfig) -> str:
