@@ -1,10 +1,8 @@
 """Ablation studies: one for real from end to end, tables from results written by hand, and what is refused."""
 
 import json
-import multiprocessing
-import os
-import signal
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -349,11 +347,6 @@ def test_a_study_that_was_moved_is_done(by_hand, real, tmp_path_factory, monkeyp
     assert not_done(moved, Path("real")) == set()
 
 
-def ablation(arguments: list[str], log: Path) -> None:
-    sys.stderr = log.open("w")
-    sys.exit(main(arguments))
-
-
 def test_sigterm_ends_the_trainings_too(by_hand, real):
     """Those with other flags by now, whose old checkpoints are gone when they begin."""
     changed(by_hand, "fast", learning_rate=0.02)
@@ -361,18 +354,16 @@ def test_sigterm_ends_the_trainings_too(by_hand, real):
     for name in ("linear", "fast"):
         (out / name / "seed-0" / "run" / "checkpoint-3").mkdir(parents=True)
     arguments = [str(by_hand), "--data", str(real), "--out", str(out), "--jobs", "2"]
-    log = by_hand.parent / "stderr.txt"
-    process = multiprocessing.get_context("fork").Process(target=ablation, args=(arguments, log))
-    process.start()
-    deadline = time.monotonic() + 60
+    command = [sys.executable, "-m", "eval.ablation", *arguments]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while len(trainings := psutil.Process(process.pid).children()) < 2:
-        assert time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode == 130
+    process.terminate()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
     assert not any(training.is_running() for training in trainings)
-    assert log.read_text() == "stopped; the same command goes on from here\n"
+    assert error.splitlines()[-1] == "stopped; the same command goes on from here"
     assert (out / "linear" / "seed-0" / "run" / "checkpoint-3").exists()
     assert not (out / "fast" / "seed-0" / "run" / "checkpoint-3").exists()
     assert not (out / "fast" / "seed-0" / "evaluation").exists()

@@ -9,6 +9,7 @@ from diffusers import UNet2DModel
 
 from custom_unet import CustomUNet2DModel
 from training.config import UNET_OPTIONS, ConfigError, parse_config
+from training.summary import levels_without_time
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 TOKEN = "hf_" + "aB3" * 11
@@ -115,6 +116,7 @@ def test_shipped_configurations_build_their_network(path):
     config = parse_config(flags)
     with torch.device("meta"):
         CustomUNet2DModel(**config.unet_kwargs())
+    assert levels_without_time(config) == []
 
 
 @pytest.mark.parametrize(
