@@ -184,7 +184,7 @@ def test_a_second_start_uses_what_is_there(measured, evaluate, capsys):
         (["--crop", "celeba_999"], "unknown crop 'celeba_999'"),
         (["--split", "test"], "no split 'test'; it has train, validation"),
         (["--features", "nothing"], "nothing"),
-        (["--steps", "0"], "num_inference_steps is 0"),
+        (["--steps", "0"], "--steps is 0"),
         (["--sampler", "ode", "--tolerance", "0"], "tolerance is 0"),
         (["--sampler", "ode", "--churn", "1"], "--churn is 1, but ode and ddim and unipc take no churn"),
         (["--sampler", "edm_heun", "--churn", "nan"], "--churn is nan"),

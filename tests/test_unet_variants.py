@@ -1,5 +1,9 @@
 """Networks with one part taken out or exchanged."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_network import TINY
@@ -7,7 +11,9 @@ from torch import nn
 
 from custom_unet import CustomUNet2DModel
 from eval.unet_variants import VARIANTS, main
+from pipelines import CustomUNetPipeline
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 NETWORK = TINY | {"sample_size": 16}
 
 
@@ -102,12 +108,14 @@ def test_a_wrong_command_is_one_line_of_usage(arguments, capsys):
     assert line.startswith("usage: ")
 
 
-def test_the_command_trains_and_evaluates_the_variant(tmp_path, capsys):
+def test_the_command_trains_and_evaluates_the_variant(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(CustomUNetPipeline, "unet_class", CustomUNet2DModel)  # which the command changes
     flags = "--config configs/quickstart.yaml --resolution 16 --attention_head_dim 16 --block_out_channels 16 32"
     flags += " --down_block_types DownBlock2D DownBlock2D --up_block_types UpBlock2D UpBlock2D --max_train_steps 2"
     flags += " --lr_warmup_steps 1 --validation_images 8 --train_batch_size 4 --save_images_steps 100"
     flags += " --eval_batch_size 1 --report_to none --num_cpu_threads 1"
-    assert main(["no_skips", "train", *flags.split(), "--output_dir", str(tmp_path / "run")]) == 0
+    command = [sys.executable, "-m", "eval.unet_variants", "no_skips", "train", *flags.split()]
+    subprocess.run([*command, "--output_dir", str(tmp_path / "run")], cwd=REPOSITORY, check=True, capture_output=True)
     evaluation = f"--pipeline {tmp_path / 'run' / 'pipeline'} --reference synthetic-faces --num_images 8 --steps 2"
     evaluation += f" --metrics swd --num_cpu_threads 1 --out {tmp_path / 'eval'}"
     assert main(["no_skips", "evaluate", *evaluation.split()]) == 0
