@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from custom_unet import CustomUNet2DModel
+from custom_unet.custom_unet_2d import SelfAttention
 from eval.results import number, write_results
 from pipelines.generate import InputError, Parser
 from training.config import TrainConfig, parse_config
@@ -84,14 +85,12 @@ def costs(config: TrainConfig) -> list[dict]:
                 "attention_share": between_pixels / flops,
             }
         )
-    embedding = sum(parameter.numel() for parameter in network.parameters()) - sum(row["parameters"] for row in rows)
     everything = {
         "part": "whole, with the time embedding",
-        "parameters": embedding,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "gflop": total / 1e9,
         "share": 1.0,
     }
-    everything["parameters"] += sum(row["parameters"] for row in rows)
     return [*rows, everything]
 
 
@@ -109,7 +108,7 @@ def receptive_fields(config: TrainConfig) -> dict[str, int]:
     network = CustomUNet2DModel(**kwargs).double().eval()
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.GroupNorm) or type(child).__name__ == "SelfAttention":
+            if isinstance(child, (nn.GroupNorm, SelfAttention)):
                 setattr(module, name, nn.Identity())
     for parameter in network.parameters():
         nn.init.constant_(parameter, 1 / max(1, parameter[0].numel()))

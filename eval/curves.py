@@ -39,7 +39,7 @@ COLUMNS = {
 }
 
 
-def lay_out(checkpoint: Path, pipeline_dir: Path, out: Path) -> None:
+def lay_out(checkpoint: Path, images_seen: int, pipeline_dir: Path, out: Path) -> None:
     """The pipeline folder of a run with the EMA network of one of its checkpoints.
 
     Raises:
@@ -56,9 +56,15 @@ def lay_out(checkpoint: Path, pipeline_dir: Path, out: Path) -> None:
     shutil.copytree(pipeline_dir, temporary)
     pipeline.unet.save_pretrained(temporary / "unet")
     facts = json.loads((temporary / "training.json").read_text())
-    changes = {"step": state["progress"]["step"], "train_seconds": state["progress"]["train_seconds"]}
+    progress = state["progress"]
+    changes = {"step": progress["step"], "train_seconds": progress["train_seconds"], "images_seen": images_seen}
     (temporary / "training.json").write_text(json.dumps(facts | changes, indent=2) + "\n")
     temporary.replace(out)
+
+
+def images_seen_at(log: list[dict]) -> dict[int, int]:
+    """Images seen by step; what the log says of lost updates tells nothing of them."""
+    return {record["step"]: record["images_seen"] for record in log if "images_seen" in record}
 
 
 def choose(options: Namespace, log: list[dict]) -> dict[int, Path]:
@@ -73,13 +79,13 @@ def choose(options: Namespace, log: list[dict]) -> dict[int, Path]:
         raise InputError(f"--run {options.run} has no checkpoints; train with --checkpoints_total_limit null")
     if not (options.run / "pipeline" / "training.json").is_file():
         raise InputError(f"--run {options.run} has no pipeline folder; let the training export it")
-    lacking = chosen.keys() - {record["step"] for record in log}
+    lacking = chosen.keys() - images_seen_at(log).keys()
     if lacking:
         raise InputError(f"the log of --run {options.run} has no record of step {min(lacking)}; is it of this run?")
     return chosen
 
 
-def measure(options: Namespace, chosen: dict[int, Path]) -> list[dict]:
+def measure(options: Namespace, chosen: dict[int, Path], log: list[dict]) -> list[dict]:
     """Measures the checkpoints that are not measured yet; a row for each, in order.
 
     Raises:
@@ -91,7 +97,7 @@ def measure(options: Namespace, chosen: dict[int, Path]) -> list[dict]:
         folder = options.out / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "pipeline").exists():
-            lay_out(checkpoint, options.run / "pipeline", folder / "pipeline")
+            lay_out(checkpoint, images_seen_at(log)[step], options.run / "pipeline", folder / "pipeline")
         arguments = ["--pipeline", str(folder / "pipeline"), "--reference", options.reference, "--out", str(folder)]
         arguments += ["--metrics", "swd", "memorisation", "--num_images", str(options.num_images)]
         arguments += ["--steps", str(options.steps), "--dtype", options.dtype]
@@ -126,7 +132,7 @@ def with_losses(rows: list[dict], log: list[dict]) -> list[dict]:
     for row in rows:
         records = [record for record in log if record["step"] == row["step"]]
         losses = {key: record[key] for record in records for key in LOSSES[1:] if key in record}
-        found.append({"step": row["step"], "images_seen": records[-1]["images_seen"], **losses, **row})
+        found.append({"step": row["step"], "images_seen": images_seen_at(log)[row["step"]], **losses, **row})
     return found
 
 
@@ -182,7 +188,7 @@ def main(arguments: list[str]) -> int:
     try:
         options = parse_options(arguments)
         log = read_log(options.run / "log.jsonl")
-        rows = measure(options, choose(options, log))
+        rows = measure(options, choose(options, log), log)
         write_curves(with_losses(rows, log), log, options.out)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -34,7 +34,7 @@ class VariantUNet(CustomUNet2DModel):
         self.alter()
 
     def alter(self) -> None:
-        raise NotImplementedError
+        """Changes the modules; a variant that changes the forward pass alone has nothing to do here."""
 
     def rebuild_up_blocks(self, block: type[UpBlock]) -> None:
         """The expanding path anew, as `CustomUNet2DModel` builds it, of blocks of another class."""
@@ -97,9 +97,6 @@ class AddingUpBlock(UpBlockWithoutSkips):
 
 class WithoutTime(VariantUNet):
     """Every noise level is embedded as timestep 0, so that the number of parameters stays."""
-
-    def alter(self) -> None:
-        pass
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
         return super().forward(sample, torch.zeros_like(torch.as_tensor(timestep)), class_labels, return_dict)

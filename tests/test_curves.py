@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from custom_unet import CustomUNet2DModel
 from eval.curves import main
-from training.run_log import read_log
+from training.run_log import RunLog, read_log
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TRAINING = (
@@ -57,6 +57,7 @@ def test_each_checkpoint_is_measured_with_its_own_ema_weights(run, measured):
         assert found.keys() == expected.keys()
         assert all(found[name].equal(expected[name]) for name in expected)
         record = json.loads((measured / f"step-{step}" / "results.json").read_text())
+        assert record["model"]["images_seen"] == 4 * step
         seen.add(record["weights_sha256"]["diffusion_pytorch_model.safetensors"])
     assert len(seen) == 3
 
@@ -97,6 +98,16 @@ def test_a_second_start_measures_nothing_again_and_another_number_of_images_does
     assert curves(run, out, "--num_images", "6", "--every", "3") == 0
     assert [path.parent.name for path in times if path.stat().st_mtime_ns != times[path]] == ["step-6"]
     assert [row["step"] for row in rows(out)] == [6]
+
+
+def test_a_run_that_was_killed_has_its_curves_too(run, measured, tmp_path):
+    """Its log tells of lost updates behind the records of a checkpoint."""
+    killed, out = shutil.copytree(run, tmp_path / "run"), shutil.copytree(measured, tmp_path / "curves")
+    RunLog(killed / "log.jsonl", step=6).write(8, images_seen=32)
+    log = RunLog(killed / "log.jsonl", step=6)
+    assert read_log(log.path)[-1] == {"step": 6, "lost_steps": 2}
+    assert curves(killed, out) == 0
+    assert rows(out) == rows(measured)
 
 
 def test_a_damaged_checkpoint_is_refused(run, tmp_path, capsys):
