@@ -15,7 +15,8 @@ FEW_POINTS = 40  # of a line that shows each of them
 IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS = 96, 4, 26  # of a sheet of images
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Writes the file and forgets the figure."""
     figure.tight_layout()
     figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
     plt.close(figure)
@@ -38,7 +39,7 @@ def plot_cost_curve(entries: list[dict], floor: float, path: Path) -> None:
     axes.axhline(floor, color="grey", linestyle="--", label="real against real")
     axes.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel=entries[0]["name"])
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_nearest_distances(edges: np.ndarray, counts: dict[str, np.ndarray], unit: str, path: Path) -> None:
@@ -48,7 +49,7 @@ def plot_nearest_distances(edges: np.ndarray, counts: dict[str, np.ndarray], uni
         axes.stairs(values / values.sum(), edges, label=label, fill=True, alpha=0.5)
     axes.set(xlabel=f"distance to the nearest training image, {unit}", ylabel="share of the images")
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(
@@ -67,7 +68,7 @@ def plot_curves(
             axes.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.25, linewidth=0)
     axes.set(**labels)
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_dots(values: dict[str, list[float]], floor: float, xlabel: str, path: Path) -> None:
@@ -84,7 +85,7 @@ def plot_dots(values: dict[str, list[float]], floor: float, xlabel: str, path: P
     axes.set(xlabel=xlabel, yticks=range(len(values)), yticklabels=list(values))
     axes.invert_yaxis()
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_panels(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str, path: Path) -> None:
@@ -104,14 +105,15 @@ def plot_panels(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel:
         if len(lines) > 1:
             axes.legend(fontsize=8)
     axes.set_xlabel(xlabel)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def plot_image_rows(rows: dict[str, list[Path]], path: Path) -> None:
-    """Rows of images, each under its label; small ones are enlarged by a whole number."""
+def plot_image_rows(rows: dict[str, list[Path | Image.Image]], path: Path) -> None:
+    """Rows of images or image files, each under its label; small ones are enlarged by a whole number."""
     lines = {}
-    for label, files in rows.items():
-        images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    for label, entries in rows.items():
+        opened = [entry if isinstance(entry, Image.Image) else Image.open(entry) for entry in entries]
+        images = [np.asarray(image.convert("RGB")) for image in opened]
         scale = max(1, round(IMAGE_PIXELS / len(images[0])))
         gap = ((0, 0), (0, GAP_PIXELS), (0, 0))
         enlarged = [image.repeat(scale, axis=0).repeat(scale, axis=1) for image in images]

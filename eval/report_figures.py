@@ -1,0 +1,240 @@
+"""The figures of REPORT.md that no training is needed for: the network, noise schedules, loss weights, noised faces.
+
+    python -m eval.report_figures --out assets/report
+
+OUT/unet.png is drawn from the modules of the network of configs/celeba32_cpu.yaml; OUT/forward.png shows synthetic
+faces on the way to noise, OUT/schedules.png signal-to-noise ratios, OUT/weights.png what each target makes of the
+loss. OUT/figures.json has the numbers. Exit codes: 0 done, 2 bad input.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from custom_unet import CustomUNet2DModel
+from custom_unet.custom_unet_2d import SelfAttention
+from eval.figures import plot_curves, plot_image_rows, plot_panels, save_figure
+from eval.results import write_results
+from pipelines.generate import InputError, Parser
+from training.config import parse_config
+from training.data import to_model_range, to_uint8
+from training.diffusion import make_noise_scheduler, timestep_regression
+from training.synthetic_faces import render_faces
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DRAWN_CONFIG = REPOSITORY / "configs" / "celeba32_cpu.yaml"
+NUM_TIMESTEPS, BETA_START, BETA_END = 1000, 1e-4, 0.02
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # diffusers' name of each
+SHOWN_TIMESTEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
+SNR_GAMMA = 5.0
+TARGETS = {  # prediction type and gamma of each line
+    "epsilon": ("epsilon", None),
+    "x_0": ("sample", None),
+    "v": ("v_prediction", None),
+    f"v with min-SNR, gamma {SNR_GAMMA:g}": ("v_prediction", SNR_GAMMA),
+}
+FACE_PIXELS = 64
+COLOURS = {"conv": "#888888", "resnet": "#4c78a8", "attention": "#e45756", "down": "#72b7b2", "up": "#f2cf5b"}
+SKIP_COLOUR = "#444444"
+LEGEND = {
+    "conv": "3x3 convolution",
+    "resnet": "residual block",
+    "attention": "residual block, then attention",
+    "down": "downsampling",
+    "up": "upsampling",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One box of the drawn network, in the order of the forward pass.
+
+    Attributes:
+        name: of the module, as in the weights' file.
+        kind: a key of COLOURS.
+        level: 0 is the resolution of the image, each further one half of it.
+        channels, side: of its output (B, channels, side, side).
+        skip_from: place of the layer whose output is concatenated to its input; None without one.
+    """
+
+    name: str
+    kind: str
+    level: int
+    channels: int
+    side: int
+    skip_from: int | None = None
+
+
+def layers_of(network: CustomUNet2DModel, side: int) -> list[Layer]:
+    """The layers of a network without Skip blocks, with the shapes that it gives an image of so many pixels a side."""
+    shapes: dict[str, torch.Size] = {}
+    names = {module: name for name, module in network.named_modules()}
+    hooks = [
+        module.register_forward_hook(lambda module, _, output: shapes.update({names[module]: output.shape}))
+        for module in network.modules()
+        if not list(module.children()) or hasattr(module, "conv")  # of an Upsample or Downsample the whole
+    ]
+    device = next(network.parameters()).device
+    network(torch.zeros(1, network.config.in_channels, side, side, device=device), torch.ones(1, device=device))
+    for hook in hooks:
+        hook.remove()
+
+    layers: list[Layer] = []
+    skips: list[int] = []
+
+    def add(module: torch.nn.Module, kind: str, shape_of: torch.nn.Module, skip_from: int | None = None) -> None:
+        _, channels, height, _ = shapes[names[shape_of]]
+        level = (side // height).bit_length() - 1
+        layers.append(Layer(names[module], kind, level, channels, height, skip_from))
+
+    def add_resnets(block, takes_skips: bool) -> None:
+        attentions = list(block.attentions) + [None] * (len(block.resnets) - len(block.attentions))
+        for resnet, attention in zip(block.resnets, attentions, strict=True):
+            kind = "attention" if isinstance(attention, SelfAttention) else "resnet"
+            add(resnet, kind, resnet.conv2, skips.pop() if takes_skips else None)
+            if block in network.down_blocks:
+                skips.append(len(layers) - 1)
+
+    add(network.conv_in, "conv", network.conv_in)
+    skips.append(0)
+    for block in network.down_blocks:
+        add_resnets(block, takes_skips=False)
+        for downsampler in block.downsamplers:
+            add(downsampler, "down", downsampler)
+            skips.append(len(layers) - 1)
+    add_resnets(network.mid_block, takes_skips=False)
+    for block in network.up_blocks:
+        add_resnets(block, takes_skips=True)
+        for upsampler in block.upsamplers:
+            add(upsampler, "up", upsampler)
+    add(network.conv_out, "conv", network.conv_out)
+    return layers
+
+
+def draw_network(layers: list[Layer], path: Path) -> None:
+    """Boxes from left to right, a row for each level; skip connections are arrows."""
+    levels = 1 + max(layer.level for layer in layers)
+    figure, axes = plt.subplots(figsize=(11, 1.0 + 1.5 * levels))
+    heights = [layer.side / layers[0].side * 0.45 + 0.25 for layer in layers]
+    sources = [layer.skip_from for layer in layers]
+    for place, (layer, height) in enumerate(zip(layers, heights, strict=True)):
+        colour, top = COLOURS[layer.kind], height / 2 - layer.level
+        axes.add_patch(Rectangle((place - 0.32, top - height), 0.64, height, color=colour))
+        axes.text(place, -layer.level, layer.channels, ha="center", va="center", rotation=90, fontsize=8)
+        if place in sources:  # over the boxes, each higher than those inside it
+            end, inner = sources.index(place), [source for source in sources if source is not None and source > place]
+            y = top + 0.06 + 0.06 * sum(layers[source].level == layer.level for source in inner)
+            for x in (place, end):
+                axes.plot([x, x], [top + 0.01, y], color=SKIP_COLOUR, linewidth=0.7)
+            axes.plot([place, end], [y, y], color=SKIP_COLOUR, linewidth=0.7)
+    for level in range(levels):
+        side = next(layer.side for layer in layers if layer.level == level)
+        axes.text(-1.1, -level, f"{side} x {side}", ha="right", va="center", fontsize=9)
+    for kind, label in LEGEND.items():
+        axes.plot([], [], "s", color=COLOURS[kind], label=label)
+    axes.plot([], [], color=SKIP_COLOUR, linewidth=0.7, label="skip connection, concatenated")
+    axes.set(xlim=(-3.5, len(layers)), ylim=(-levels + 0.6, 0.65))
+    axes.axis("off")
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    save_figure(figure, path)
+
+
+def noise_schedule(name: str, prediction_type: str = "epsilon"):
+    """One of SCHEDULES with DDPM's number of timesteps and betas."""
+    return make_noise_scheduler(NUM_TIMESTEPS, SCHEDULES[name], BETA_START, BETA_END, prediction_type, False)
+
+
+def signal_to_noise(name: str) -> np.ndarray:
+    """snr(t) = abar_t / (1 - abar_t) of every timestep; float64 (T,)."""
+    alphas_cumprod = noise_schedule(name).alphas_cumprod.double()
+    return (alphas_cumprod / (1 - alphas_cumprod)).numpy()
+
+
+def clean_error_weights(schedule: str, prediction_type: str, snr_gamma: float | None) -> np.ndarray:
+    """Weight of the squared error of x_0 in the training loss at every timestep; float64 (T,).
+
+    The training's own regression says by what the squared error of the prediction is weighted, and which multiple of
+    it is that of epsilon, which is snr times that of x_0.
+    """
+    images = torch.zeros(NUM_TIMESTEPS, 1, 1, 1)
+    positions = (torch.arange(NUM_TIMESTEPS).double() + 0.5) / NUM_TIMESTEPS
+    task = timestep_regression(noise_schedule(schedule, prediction_type), images, images, positions, snr_gamma)
+    return (task.loss_weight / task.noise_weight).double().numpy() * signal_to_noise(schedule)
+
+
+def noised_faces() -> dict[str, list[Image.Image]]:
+    """A face and the same noise, at SHOWN_TIMESTEPS of each schedule."""
+    rows = {}
+    noise = torch.randn(1, 3, FACE_PIXELS, FACE_PIXELS, generator=torch.Generator().manual_seed(0))
+    face = to_model_range(torch.from_numpy(render_faces([0], FACE_PIXELS)).permute(0, 3, 1, 2))
+    timesteps = torch.tensor(SHOWN_TIMESTEPS)
+    for name in SCHEDULES:
+        noisy = noise_schedule(name).add_noise(face.expand(len(timesteps), -1, -1, -1), noise, timesteps)
+        pixels = to_uint8(noisy).permute(0, 2, 3, 1).numpy()
+        rows[f"{name}, t = {', '.join(map(str, SHOWN_TIMESTEPS))}"] = [Image.fromarray(image) for image in pixels]
+    return rows
+
+
+def drawn_network() -> list[Layer]:
+    """The layers of the network of DRAWN_CONFIG."""
+    config = parse_config(["--config", str(DRAWN_CONFIG), "--dataset_name", "any"])
+    with torch.device("meta"):
+        network = CustomUNet2DModel(**config.unet_kwargs()).eval()
+    return layers_of(network, config.resolution)
+
+
+def write_figures(out: Path) -> None:
+    """All of them, and their numbers.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    layers = drawn_network()
+    draw_network(layers, out / "unet.png")
+    plot_image_rows(noised_faces(), out / "forward.png")
+
+    def points(values: np.ndarray) -> list[tuple[float, float]]:
+        return list(enumerate(values.tolist()))
+
+    ratios = {name: signal_to_noise(name) for name in SCHEDULES}
+    left = {name: np.sqrt(snr / (1 + snr)) for name, snr in ratios.items()}
+    panels = {"sqrt(abar), the share of the image": left, "snr = abar / (1 - abar)": ratios}
+    panels = {title: {name: points(values) for name, values in lines.items()} for title, lines in panels.items()}
+    plot_panels(panels, "timestep", out / "schedules.png")
+    weights = {label: clean_error_weights("cosine", *target) for label, target in TARGETS.items()}
+    labels = {"xlabel": "timestep, cosine schedule", "ylabel": "weight of the squared error of x_0"}
+    labels |= {"yscale": "log", "ylim": (1e-3, 1e3)}
+    plot_curves(
+        np.arange(NUM_TIMESTEPS), {name: (line, None) for name, line in weights.items()}, labels, out / "weights.png"
+    )
+    record = {
+        "config": DRAWN_CONFIG.name,
+        "layers": [asdict(layer) for layer in layers],
+        "timesteps": list(SHOWN_TIMESTEPS),
+        "snr": {name: values[list(SHOWN_TIMESTEPS)].tolist() for name, values in ratios.items()},
+        "clean_error_weight": {name: values[list(SHOWN_TIMESTEPS)].tolist() for name, values in weights.items()},
+        "results": [],
+    }
+    write_results(out / "figures.json", record)
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="python -m eval.report_figures", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
+    try:
+        write_figures(parser.parse_args(arguments).out)
+    except (InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

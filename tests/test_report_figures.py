@@ -1,0 +1,97 @@
+"""The figures of the REPORT: the drawn network is the real one, ratios and weights are the closed forms."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from custom_unet import CustomUNet2DModel
+from eval import report_figures
+from eval.report_figures import SCHEDULES, clean_error_weights, layers_of, main, signal_to_noise
+
+
+@pytest.fixture(scope="module")
+def network() -> CustomUNet2DModel:
+    with torch.device("meta"):
+        return CustomUNet2DModel(
+            block_out_channels=(8, 16, 24),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=8,
+            norm_num_groups=4,
+        ).eval()
+
+
+def test_the_layers_come_in_the_order_of_the_forward_pass(network):
+    found = [(layer.name, layer.kind, layer.level, layer.channels, layer.side) for layer in layers_of(network, 16)]
+    assert found == [
+        ("conv_in", "conv", 0, 8, 16),
+        ("down_blocks.0.resnets.0", "resnet", 0, 8, 16),
+        ("down_blocks.0.downsamplers.0", "down", 1, 8, 8),
+        ("down_blocks.1.resnets.0", "attention", 1, 16, 8),
+        ("down_blocks.1.downsamplers.0", "down", 2, 16, 4),
+        ("down_blocks.2.resnets.0", "resnet", 2, 24, 4),
+        ("mid_block.resnets.0", "attention", 2, 24, 4),
+        ("mid_block.resnets.1", "resnet", 2, 24, 4),
+        ("up_blocks.0.resnets.0", "resnet", 2, 24, 4),
+        ("up_blocks.0.resnets.1", "resnet", 2, 24, 4),
+        ("up_blocks.0.upsamplers.0", "up", 1, 24, 8),
+        ("up_blocks.1.resnets.0", "attention", 1, 16, 8),
+        ("up_blocks.1.resnets.1", "attention", 1, 16, 8),
+        ("up_blocks.1.upsamplers.0", "up", 0, 16, 16),
+        ("up_blocks.2.resnets.0", "resnet", 0, 8, 16),
+        ("up_blocks.2.resnets.1", "resnet", 0, 8, 16),
+        ("conv_out", "conv", 0, 3, 16),
+    ]
+
+
+def test_skip_connections_bring_the_channels_that_are_missing(network):
+    layers = layers_of(network, 16)
+    for before, layer in itertools.pairwise(layers):
+        if ".resnets." in layer.name:
+            skip = 0 if layer.skip_from is None else layers[layer.skip_from].channels
+            assert network.get_submodule(layer.name).conv1.in_channels == before.channels + skip, layer
+            if layer.skip_from is not None:
+                assert layers[layer.skip_from].side == layer.side
+    taken = sorted(layer.skip_from for layer in layers if layer.skip_from is not None)
+    assert taken == [place for place, layer in enumerate(layers) if layer.name.startswith(("conv_in", "down_blocks"))]
+
+
+def test_signal_to_noise_is_that_of_the_closed_forms():
+    beta = np.linspace(1e-4, 0.02, 1000)
+    abar = np.cumprod(1 - beta)
+    np.testing.assert_allclose(signal_to_noise("linear"), abar / (1 - abar), rtol=2e-3)  # the scheduler is float32
+    t = np.arange(1000)
+    ratio = np.cos(((t + 1) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    start = np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    abar = (ratio / start)[:990]  # before betas are cut off at 0.999
+    np.testing.assert_allclose(signal_to_noise("cosine")[:990], abar / (1 - abar), rtol=5e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_weights_of_the_error_of_x_0(schedule):
+    snr = signal_to_noise(schedule)
+    np.testing.assert_allclose(clean_error_weights(schedule, "epsilon", None), snr, rtol=1e-4)
+    np.testing.assert_allclose(clean_error_weights(schedule, "sample", None), np.ones(1000), rtol=1e-4)
+    np.testing.assert_allclose(clean_error_weights(schedule, "v_prediction", None), snr + 1, rtol=1e-4)
+    for prediction_type in ("epsilon", "sample", "v_prediction"):
+        weights = clean_error_weights(schedule, prediction_type, 5.0)
+        np.testing.assert_allclose(weights, np.minimum(snr, 5.0), rtol=1e-4)
+
+
+def test_the_command_writes_figures_and_numbers(tmp_path, capsys):
+    out = tmp_path / "figures"
+    assert main(["--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "unet.png", "forward.png", "schedules.png", "weights.png", "figures.json",
+    }  # fmt: skip
+    record = json.loads((out / "figures.json").read_text())
+    assert record["snr"]["linear"][-1] == signal_to_noise("linear")[999]
+    assert [layer["name"] for layer in record["layers"]] == [layer.name for layer in report_figures.drawn_network()]
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert main(["--out", str(blocked)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
