@@ -6,7 +6,8 @@ A RESULT has `name`, `metric` and `value` (null: not measured, with the `reason`
 mode, n, n_reference, dataset, split, crop, resolution, sampler, steps, eta, seeds, features, features_sha256, seconds.
 
     python -m eval.results README.md     writes the tables anew between <!-- results: FILE FAMILY --> and <!-- end -->,
-                                         also those of other commands: <!-- results: FILE.md table -->
+                                         also those of other commands: <!-- results: FILE.md table -->, and the
+                                         held-out losses of a training: <!-- results: LOG.jsonl heldout -->
 """
 
 import json
@@ -15,6 +16,8 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+from training.run_log import heldout_table, read_log
 
 MARKED = re.compile(r"(<!-- results: (?P<file>\S+) (?P<family>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -99,6 +102,14 @@ def quality_table(results: list[dict]) -> str:
     return table(rows, columns | {"split": "split", "sampler": "sampler", "steps": "steps"})
 
 
+def summary_table(results: list[dict]) -> str:
+    """What a reader asks first: the distances to real images, copies, and the likelihood of held-out images."""
+    metrics = ("swd", "fid", "memorisation_ratio", "bits_per_dim_bound_fixed_large", "bits_per_dim_ode")
+    quality = [entry for entry in results if entry["family"] not in ("cost", "time")]
+    rows = [entry for entry in quality if entry["metric"] in metrics and not entry["name"].endswith(", training")]
+    return quality_table(rows)
+
+
 def cost_table(results: list[dict]) -> str:
     """Samplers by numbers of steps: the quality, with network evaluations and seconds an image below."""
     rows = [entry for entry in results if entry["family"] == "cost"]
@@ -125,7 +136,7 @@ def time_table(results: list[dict]) -> str:
     return table(rows, columns | {"num_processes": "processes", "num_cpu_threads": "CPU threads each"})
 
 
-TABLES = {"quality": quality_table, "cost": cost_table, "time": time_table}
+TABLES = {"quality": quality_table, "summary": summary_table, "cost": cost_table, "time": time_table}
 
 
 def with_tables(text: str, folder: Path) -> str:
@@ -143,6 +154,11 @@ def with_tables(text: str, folder: Path) -> str:
                 return f"{match[1]}{(folder / match['file']).read_text()}{match[4]}"
             except (OSError, ValueError) as error:
                 raise ResultsError(f"cannot read the table {match['file']}: {error}") from error
+        if match["family"] == "heldout":
+            try:
+                return f"{match[1]}{heldout_table(read_log(folder / match['file']))}\n{match[4]}"
+            except (OSError, ValueError) as error:
+                raise ResultsError(f"cannot read the log {match['file']}: {error}") from error
         if match["family"] not in TABLES:
             raise ResultsError(f"there is no table {match['family']!r}; there are {', '.join(TABLES)}")
         results = read_results(folder / match["file"])["results"]

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from eval.results import ResultsError, main, number, quality_table, read_results, result, with_tables, write_results
+from eval.results import (
+    ResultsError,
+    main,
+    number,
+    quality_table,
+    read_results,
+    result,
+    summary_table,
+    with_tables,
+    write_results,
+)
 
 
 def cost(sampler: str, steps: int, value: float, eta: float = 0.0) -> dict:
@@ -59,6 +69,35 @@ def test_the_table_of_a_markdown_file_is_taken_as_it_is(tmp_path):
         with_tables(text.replace("guidance", "nothing"), tmp_path)
 
 
+def test_the_held_out_losses_of_a_log_are_its_own_table(tmp_path):
+    losses = {f"heldout_loss_q{quarter}": quarter / 8 for quarter in (1, 2, 3, 4)}
+    records = [
+        {"step": step, "images_seen": 16 * step, "heldout_loss": 0.5, **losses, "images_per_second": 8.0}
+        for step in (0, 10, 20)
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    text = "<!-- results: log.jsonl heldout -->\n<!-- end -->"
+    lines = with_tables(text, tmp_path).splitlines()
+    assert lines[3:6:2] == [
+        "| 0 | 0.5000 | 0.1250 | 0.2500 | 0.3750 | 0.5000 |",
+        "| 320 | 0.5000 | 0.1250 | 0.2500 | 0.3750 | 0.5000 |",
+    ]
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(ResultsError, match=r"cannot read the log log\.jsonl"):
+        with_tables(text, tmp_path)
+
+
+def test_the_summary_has_what_is_asked_first():
+    training = result("likelihood", "Probability-flow ODE, training", "bits_per_dim_ode", 5.0)
+    heldout = training | {"name": "Probability-flow ODE, held-out", "value": 6.0}
+    lines = summary_table([*RESULTS, training, heldout]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| SWD, mean",
+        "| FID (clean)",
+        "| Probability-flow ODE, held-out",
+    ]
+
+
 def test_marked_tables_are_made_anew_and_the_rest_stays(folder):
     text = "before\n<!-- results: results.json {} -->\nold\n<!-- end -->\nafter <!-- end -->\n"
     made = with_tables(text.format("cost"), folder)
@@ -91,7 +130,7 @@ def test_what_cannot_be_written_or_read_is_refused(folder, capsys):
             read_results(folder / "bad.json")
     (folder / "README.md").write_text("<!-- results: results.json beauty -->\n<!-- end -->")
     assert main([str(folder / "README.md")]) == 2
-    assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, cost, time\n"
+    assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, summary, cost, time\n"
     assert json.loads((folder / "results.json").read_text())["pipeline"] == "faces"
 
 
