@@ -2,11 +2,12 @@
 # make faces       sets up and draws 64 faces with the shipped model, offline
 # make test        sets up and runs the tests
 # make soak        kills a small training 100 times and compares it with one that was not (minutes)
+# make report      writes the figures and tables of REPORT.md that need no training (minutes)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart faces test soak setup
+.PHONY: quickstart faces test soak report setup
 
 setup: $(VENV)/.installed
 
@@ -28,3 +29,12 @@ test: setup
 
 soak: setup
 	$(BIN)/python -W ignore -m tests.soak --kills 100
+
+report: setup
+	$(BIN)/python -m eval.report_figures --out assets/report
+	for name in celeba32_cpu celeba64; do \
+		$(BIN)/python -m eval.architecture --config configs/$$name.yaml --out assets/report/$$name || exit 1; done
+	$(BIN)/python -m eval.sde_tutorial --out assets/sde
+	$(BIN)/python -m pipelines.gallery --pipeline samples/celeba32_cpu/pipeline --out assets
+	$(BIN)/python -m eval.results README.md
+	$(BIN)/python -m eval.results REPORT.md

@@ -134,7 +134,7 @@ def test_what_cannot_be_written_or_read_is_refused(folder, capsys):
     assert json.loads((folder / "results.json").read_text())["pipeline"] == "faces"
 
 
-@pytest.mark.parametrize("name", ["README.md", "samples/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "REPORT.md", "samples/README.md"])
 def test_the_tables_of_the_readme_are_those_of_the_results(name):
     readme = Path(__file__).parent.parent / name
     text = readme.read_text()

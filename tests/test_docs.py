@@ -1,0 +1,119 @@
+"""What the documents point at is there: files, headings, functions, commands; and their formulas are closed."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCUMENTS = ["README.md", "REPORT.md", "samples/README.md"]
+LINK = re.compile(r"!?\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^()\s]+)\)")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FORMULA = re.compile(r"\$`(.+?)`\$", re.DOTALL)
+
+
+def prose(text: str) -> str:
+    """Without code blocks and formulas."""
+    return FORMULA.sub("", FENCE.sub("", text))
+
+
+def links(name: str) -> list[tuple[str, str]]:
+    """(text, target) of a document, of images too."""
+    text = prose((REPOSITORY / name).read_text())
+    found = [(match["text"], match["target"]) for match in LINK.finditer(text)]
+    return found + [("", target) for target in re.findall(r'<img src="([^"]+)"', text)]
+
+
+def anchors(text: str) -> set[str]:
+    """Those that GitHub gives the headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def defined(path: Path) -> set[str]:
+    """Names of the functions, classes and methods of a file, and what it assigns at its top."""
+    tree = ast.parse(path.read_text())
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    return names | {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    found = links(name)
+    assert len(found) > 5
+    for text, target in found:
+        address = urlparse(target)
+        if address.scheme:
+            assert address.scheme == "https", target
+            continue
+        path = (REPOSITORY / name).parent / address.path if address.path else REPOSITORY / name
+        assert path.exists(), f"[{text}]({target})"
+        assert REPOSITORY in path.resolve().parents, target
+        if address.fragment:
+            assert address.fragment in anchors(path.read_text()), f"[{text}]({target})"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_functions_that_are_named_are_in_the_file(name):
+    """[`function`](file.py) and [`Class.method`](file.py)."""
+    for text, target in links(name):
+        match = re.fullmatch(r"`([\w.]+)`", text)
+        if match and target.endswith(".py") and not match[1].endswith(".py"):
+            path = (REPOSITORY / name).parent / target
+            module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+            if match[1] not in (module, path.stem):
+                assert set(match[1].split(".")) <= defined(path), f"[{text}]({target})"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_commands_are_there(name):
+    text = (REPOSITORY / name).read_text()
+    modules = set(re.findall(r"python (?:-W \w+ )?-m ([\w.]+)", text)) | set(re.findall(r"`(eval\.\w+)", text))
+    assert modules
+    for module in modules:
+        assert importlib.util.find_spec(module) is not None, module
+    rules = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make (\w+)", text)) <= rules
+    for path in re.findall(r"\bconfigs/[\w/]+\.yaml", text):
+        assert (REPOSITORY / path).is_file(), path
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_python_blocks_can_be_parsed(name):
+    for language, code in FENCE.findall((REPOSITORY / name).read_text()):
+        if language == "python":
+            ast.parse(code)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_formulas_are_closed(name):
+    """Braces, `\\left` and `\\right`, and what GitHub takes for a formula; no line of it is taken for Markdown."""
+    text = (REPOSITORY / name).read_text()
+    outside = prose(text)
+    assert "$`" not in outside
+    assert "`$" not in outside
+    assert text.count("\n```") % 2 == 0
+    formulas = FORMULA.findall(text) + [code for language, code in FENCE.findall(text) if language == "math"]
+    for formula in formulas:
+        depth = 0
+        for brace in re.findall(r"(?<!\\)[{}]", formula):
+            depth += 1 if brace == "{" else -1
+            assert depth >= 0, formula
+        assert depth == 0, formula
+        assert len(re.findall(r"\\left\b", formula)) == len(re.findall(r"\\right\b", formula)), formula
+        assert "`" not in formula, formula
+    for formula in FORMULA.findall(text):
+        assert "\n\n" not in formula, formula
+
+
+def test_the_checks_see_what_is_wrong(tmp_path):
+    assert anchors("# One `two`: three\n## 1.2 It's") == {"one-two-three", "12-its"}
+    assert LINK.findall("[a](b.md) ![c](d.png) [![e](f)](g)") != []
+    (tmp_path / "file.py").write_text("A = 1\nclass B:\n    def c(self):\n        d = 2\n")
+    assert defined(tmp_path / "file.py") == {"A", "B", "c"}
