@@ -31,6 +31,7 @@ from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
 from pipelines.hub import AccessError, PushError, open_repository, push_to_hub
+from pipelines.loading import InputError, find_pipeline, load_pipeline
 from training import checkpoint
 from training.checkpoint import CheckpointError
 from training.config import DEFAULTS, ConfigError, TrainConfig, parse_config
@@ -44,7 +45,7 @@ from training.data import (
     to_model_range,
 )
 from training.diffusion import diffusion_loss, drop_labels, heldout_loss, make_sampling_scheduler
-from training.facts import recorded_step, run_facts
+from training.facts import pretrained_facts, recorded_step, run_facts
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.processes import (
     StoppedEarly,
@@ -99,8 +100,8 @@ class Trainer:
             deadline_seconds: on the clock of `time.monotonic`, when the run stops in good order; may be infinite.
 
         Raises:
-            ConfigError, DataError: if the data cannot be had, the noise levels do not suit them, or the network cannot
-                be built.
+            ConfigError, DataError: if the data or the pretrained weights cannot be had, these are of another network,
+                the noise levels do not suit the data, or the network cannot be built.
         """
         self.config, self.accelerator, self.deadline_seconds, self.stop = config, accelerator, deadline_seconds, stop
         self.output_dir = Path(config.output_dir)
@@ -110,8 +111,10 @@ class Trainer:
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         )
         self.noise_scheduler = config.noise_scheduler()
+        self.pretrained_facts: dict | None = None
+        pretrained = self.open_pretrained() if config.pretrained_model_name_or_path is not None else None
         self.open_data()
-        self.build_networks(network_class)
+        self.build_networks(network_class, pretrained)
         self.total_steps = config.max_train_steps
         if self.total_steps is None and config.num_epochs is not None:
             self.total_steps = math.ceil(config.num_epochs * len(self.store) / self.images_per_update)
@@ -119,13 +122,49 @@ class Trainer:
 
     # ---- Setting up
 
-    def build_networks(self, network_class: type[CustomUNet2DModel]) -> None:
+    def open_pretrained(self) -> CustomUNetPipeline:
+        """The model whose weights the run starts from."""
+        name = self.config.pretrained_model_name_or_path
+        find = partial(find_pipeline, name, None, "--pretrained_model_name_or_path")
+        try:
+            on_main_process(self.accelerator, find)  # fetches it once, for all processes
+            source, _ = find()
+            pretrained = load_pipeline(source, "fp32", None)
+        except InputError as error:
+            raise ConfigError(str(error)) from error
+        ours, theirs = self.noise_scheduler.config, pretrained.scheduler.config
+        if ours["prediction_type"] != theirs["prediction_type"]:
+            raise ConfigError(
+                f"--pretrained_model_name_or_path {name} predicts {theirs['prediction_type']}, this run"
+                f" {ours['prediction_type']}; set --prediction_type or --objective as they were there"
+            )
+        self.pretrained_facts = pretrained_facts(self.config.pretrained_name, source)
+        return pretrained
+
+    def take_weights(self, pretrained: CustomUNetPipeline) -> None:
+        """Copies the weights into the network, if it is the same one but for dropout and resolution."""
+        free = ("dropout", "sample_size")
+        wanted = json.loads(json.dumps({k: v for k, v in self.unet_kwargs().items() if k not in free}))
+        found = json.loads(json.dumps({name: pretrained.unet.config.get(name) for name in wanted}))
+        difference = checkpoint.difference(found, wanted)
+        if difference:
+            name = self.config.pretrained_model_name_or_path
+            raise ConfigError(
+                f"--pretrained_model_name_or_path {name} is another network ({difference}); take over its settings"
+            )
+        self.network.load_state_dict(pretrained.unet.state_dict())
+
+    def build_networks(
+        self, network_class: type[CustomUNet2DModel], pretrained: CustomUNetPipeline | None = None
+    ) -> None:
         config = self.config
         torch.manual_seed(config.seed)
         try:
             self.network = network_class(**self.unet_kwargs())
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if pretrained is not None:
+            self.take_weights(pretrained)
         if config.channels_last:
             self.network.to(memory_format=torch.channels_last)
         self.network.to(self.accelerator.device)
@@ -289,6 +328,7 @@ class Trainer:
             num_processes=self.accelerator.num_processes,
             num_heldout_images=0 if self.heldout_images is None else len(self.heldout_images),
             samples_step=samples_step,
+            pretrained=self.pretrained_facts,
         )
         try:
             export_pipeline(

@@ -32,7 +32,8 @@ from eval.results import ResultsError, number, write_results
 from eval.run import parse_options as parse_evaluation
 from eval.study import Study, Variant, flags_as_arguments, read_study
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
-from pipelines.generate import InputError, Parser, check_numbers
+from pipelines.generate import Parser, check_numbers
+from pipelines.loading import InputError
 from training.config import DEFAULTS, TrainConfig, parse_config
 from training.yaml_file import ConfigError
 

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import SelfAttention
 from eval.results import number, write_results
-from pipelines.generate import InputError, Parser
+from pipelines.generate import Parser
+from pipelines.loading import InputError
 from training.config import TrainConfig, parse_config
 from training.yaml_file import ConfigError
 

@@ -19,7 +19,8 @@ import numpy as np
 from eval.evaluation import IMAGES, images_folder, unusual_settings
 from eval.figures import plot_curves, plot_image_rows
 from eval.results import ResultsError, number, read_results, value_text, write_results
-from pipelines.generate import RECORD, InputError, Parser, check_numbers, image_path, missing_seeds
+from pipelines.generate import RECORD, Parser, check_numbers, image_path, missing_seeds
+from pipelines.loading import InputError
 
 DRAWN = ("swd", "features", "memorisation")  # families of results that are of generated images
 SETTING = "sampler steps eta sampler_settings class_label guidance_scale seeds dtype".split()

@@ -20,7 +20,8 @@ from eval.results import ResultsError, number, read_results, write_results
 from eval.run import parse_options as parse_evaluation
 from eval.run import run as evaluate
 from pipelines import CustomUNetPipeline
-from pipelines.generate import DTYPES, InputError, Parser, check_numbers
+from pipelines.generate import Parser, check_numbers
+from pipelines.loading import DTYPES, InputError
 from training.checkpoint import CheckpointError, check_tensors, list_checkpoints, load_checkpoint, verify_checkpoint
 from training.data import DataError
 from training.run_log import read_log

@@ -18,7 +18,7 @@ from eval.features import ImageSet, images_of_files, images_of_store, subset
 from eval.results import result
 from pipelines import generate
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, ContinuousSampler
-from pipelines.generate import InputError
+from pipelines.loading import InputError, find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
 
 COST_SAMPLERS = ("ddpm", "ddim", "dpmsolver++2m", "unipc")  # of a model with discrete timesteps
@@ -71,17 +71,17 @@ class Evaluation:
     def __init__(self, options: argparse.Namespace, state: PartialState):
         self.options, self.state = options, state
         self.out: Path = options.out
-        source, self.commit = generate.find_pipeline(options.pipeline, options.revision)
+        source, self.commit = find_pipeline(options.pipeline, options.revision)
         self.source = source
         # images may be drawn in half precision, but likelihoods and losses are of the weights as they are
-        self.pipeline = generate.load_pipeline(source, "fp32", None).to(state.device)
+        self.pipeline = load_pipeline(source, "fp32", None).to(state.device)
         self.pipeline.unet.eval()
         if options.sampler is None:
             options.sampler = self.pipeline.continuous_sampler.name if self.pipeline.is_continuous else "ddim"
         self.set_sampler()
         generate.check_arguments(self.pipeline, options)
         generate.check_guidance(self.pipeline, options)
-        self.weights_sha256 = {path.name: generate.sha256_of(path) for path in generate.weight_files(source)}
+        self.weights_sha256 = {path.name: generate.sha256_of(path) for path in weight_files(source)}
         self.earlier: list[dict] = []  # results of an earlier start
         self.training = self.open_store(options.split)
         if options.num_images > len(self.training):

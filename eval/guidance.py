@@ -34,7 +34,7 @@ from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
 from pipelines import CustomUNetPipeline, generate
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
-from pipelines.generate import InputError
+from pipelines.loading import InputError, find_pipeline, load_pipeline
 from training.classifier import RECORD, NoisyImageClassifier
 from training.data import DataError, ImageStore, open_image_store, to_model_range
 from training.facts import device_name
@@ -223,9 +223,9 @@ def open_models(options: Namespace) -> tuple:
         InputError: unless they suit each other and the options.
     """
     state = generate.set_up_process(options.num_cpu_threads)
-    source, commit = generate.find_pipeline(options.pipeline, None)
+    source, commit = find_pipeline(options.pipeline, None)
     settings = {name: value for name in generate.SAMPLER_SETTINGS if (value := getattr(options, name)) is not None}
-    pipeline = generate.load_pipeline(source, options.dtype, options.scheduler, **settings).to(state.device)
+    pipeline = load_pipeline(source, options.dtype, options.scheduler, **settings).to(state.device)
     judge, judge_facts = load_classifier(options.judge, state.device)
     classifier, facts = load_classifier(options.classifier, state.device) if options.classifier else (None, None)
     if facts is not None and facts["weights_sha256"] == judge_facts["weights_sha256"]:

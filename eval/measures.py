@@ -23,7 +23,8 @@ from eval.reference import FeatureError
 from eval.results import result
 from eval.swd import sliced_wasserstein, swd_floor
 from pipelines.custom_unet_pipeline import denoiser
-from pipelines.generate import InputError, load_pipeline, on_main_process
+from pipelines.generate import on_main_process
+from pipelines.loading import InputError, load_pipeline
 from training.data import to_model_range
 
 SWD_PARTS = 2  # the floor takes two disjoint sets of real images

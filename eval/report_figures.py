@@ -21,7 +21,8 @@ from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import SelfAttention
 from eval.figures import plot_curves, plot_image_rows, plot_panels, save_figure
 from eval.results import write_results
-from pipelines.generate import InputError, Parser
+from pipelines.generate import Parser
+from pipelines.loading import InputError
 from training.config import parse_config
 from training.data import to_model_range, to_uint8
 from training.diffusion import make_noise_scheduler, timestep_regression

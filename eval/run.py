@@ -37,7 +37,7 @@ from eval.reference import FEWEST_IMAGES, FeatureError, check_counts
 from eval.results import ResultsError, quality_table, read_results, result, write_results
 from pipelines import generate
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
-from pipelines.generate import DTYPES, InputError
+from pipelines.loading import DTYPES, InputError
 from pipelines.model_card import CardError, write_card
 from training.data import DataError
 

@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
-from pipelines.generate import InputError, Parser, find_pipeline, load_pipeline
+from pipelines.generate import Parser
+from pipelines.loading import InputError, find_pipeline, load_pipeline
 
 SEEDS = list(range(8))
 STEPS = (5, 50)

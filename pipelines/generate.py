@@ -32,8 +32,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from filelock import FileLock, Timeout
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
@@ -41,16 +39,11 @@ from tqdm.auto import tqdm
 
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
-from pipelines.loading import LoadError, check_schedule, load_folder
+from pipelines.loading import DTYPES, InputError, check_schedule, find_pipeline, load_pipeline, weight_files
 
 RECORD = "generate.json"
 CONTACT_SHEET = "contact_sheet.png"
 CONTACT_SHEET_IMAGES = 256
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WEIGHTS, WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
-SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
-# What is fetched from the Hub: no code and no pickles
-NEEDED_FILES = [f"unet/{name}" for name in ("config.json", WEIGHTS, WEIGHTS_INDEX, SHARDS)] + ["scheduler/*.json"]
 MOST_THREADS = 1024  # where threads cannot be made, OpenMP ends the process
 # Settings of the samplers in continuous time, as flags: type and help
 SAMPLER_SETTINGS = {
@@ -63,10 +56,6 @@ SAMPLER_SETTINGS = {
     "noise_factor": (float, "of edm_heun: S_noise, standard deviation of the noise that churn adds"),
 }
 NUM_SEEDS = 2**32  # torch's generator on the CPU takes a seed modulo this
-
-
-class InputError(ValueError):
-    """An argument, pipeline or folder that will not do. The message is one line."""
 
 
 # ---- The images of a folder
@@ -272,70 +261,6 @@ def _flat(settings: dict) -> dict:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- The pipeline
-
-
-def find_pipeline(name: str, revision: str | None) -> tuple[Path, str | None]:
-    """The folder of a model repository, fetched from the Hub if need be, and its commit there.
-
-    Raises:
-        InputError: if there is none.
-    """
-    if Path(name).is_dir():
-        if revision is not None:
-            raise InputError(f"--revision {revision} is for the Hub, but --pipeline {name} is a folder; leave it out")
-        return Path(name), None
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED_FILES))
-    except HFValidationError as error:
-        raise InputError(f"--pipeline {name} is neither a folder nor the id of a Hub repository") from error
-    except (OSError, HTTPError) as error:
-        raise InputError(
-            f"--pipeline {name} is no folder, and it could not be had from the Hub: {_one_line(error)}"
-        ) from error
-    return folder, folder.name
-
-
-def weight_files(source: Path) -> list[Path]:
-    """The files that the network's weights are read from.
-
-    Raises:
-        InputError: if there are none.
-    """
-    unet = source / "unet"
-    files = sorted(unet.glob(SHARDS)) if (unet / WEIGHTS_INDEX).exists() else [unet / WEIGHTS]
-    if not files or not all(path.is_file() for path in files):
-        raise InputError(f"{source} is no model repository: it has no unet/{WEIGHTS}")
-    return files
-
-
-def load_pipeline(source: Path, dtype: str, sampler: str | None, **settings: float) -> CustomUNetPipeline:
-    """Loads a model repository without running its code, and without a progress bar of its own.
-
-    Args:
-        sampler: name of the sampler to set; None for that of the repository.
-        settings: of a sampler in continuous time.
-
-    Raises:
-        InputError: if it is damaged, or the sampler or a setting does not suit.
-    """
-    try:
-        pipeline = load_folder(source, weight_files(source), DTYPES[dtype])
-    except LoadError as error:
-        raise InputError(str(error)) from error
-    pipeline.set_progress_bar_config(disable=True)
-    if sampler is None and settings:
-        if pipeline.continuous_sampler is None:
-            raise InputError(f"--{min(settings)} is for a sampler in continuous time; name one with --scheduler")
-        sampler = pipeline.continuous_sampler.name
-    if sampler is not None:
-        try:
-            pipeline.set_sampler(sampler, **settings)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-    return pipeline
 
 
 def _one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Loading a model repository from its folder, which may be damaged or come from a stranger."""
+"""Finding a model repository and loading it; it may be damaged or come from a stranger."""
 
 import json
 import logging
@@ -6,12 +6,22 @@ from pathlib import Path
 
 import torch
 from diffusers import SchedulerMixin
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import safe_open
 
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import _levels, denoiser
 from training.sde import PREDICTION_TYPES, SDEScheduler
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WEIGHTS, WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
+# What is fetched from the Hub: no code and no pickles
+NEEDED_FILES = [
+    *(f"unet/{name}" for name in ("config.json", WEIGHTS, WEIGHTS_INDEX, SHARDS)),
+    *("scheduler/*.json", "training.json"),
+]
 FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
 LARGEST_SIDE = 8192
 MOST_TIMESTEPS = 1_000_000
@@ -20,8 +30,76 @@ LARGEST_SDE_NUMBER = 1_000_000
 NUM_TIMES_CHECKED = 1001
 
 
+class InputError(ValueError):
+    """An argument, pipeline or folder that will not do. The message is one line."""
+
+
 class LoadError(ValueError):
     """A model repository that cannot be loaded, or not as it is. The message is one line."""
+
+
+def find_pipeline(name: str, revision: str | None, flag: str = "--pipeline") -> tuple[Path, str | None]:
+    """The folder of a model repository, fetched from the Hub if need be, and its commit there.
+
+    Args:
+        flag: by which the name was given, for the messages.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise InputError(f"--revision {revision} is for the Hub, but {flag} {name} is a folder; leave it out")
+        return Path(name), None
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED_FILES))
+    except HFValidationError as error:
+        raise InputError(f"{flag} {name} is neither a folder nor the id of a Hub repository") from error
+    except (OSError, HTTPError) as error:
+        raise InputError(
+            f"{flag} {name} is no folder, and it could not be had from the Hub: {' '.join(str(error).split())}"
+        ) from error
+    return folder, folder.name
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files that the network's weights are read from.
+
+    Raises:
+        InputError: if there are none.
+    """
+    unet = source / "unet"
+    files = sorted(unet.glob(SHARDS)) if (unet / WEIGHTS_INDEX).exists() else [unet / WEIGHTS]
+    if not files or not all(path.is_file() for path in files):
+        raise InputError(f"{source} is no model repository: it has no unet/{WEIGHTS}")
+    return files
+
+
+def load_pipeline(source: Path, dtype: str, sampler: str | None, **settings: float) -> CustomUNetPipeline:
+    """Loads a model repository without running its code, and without a progress bar of its own.
+
+    Args:
+        sampler: name of the sampler to set; None for that of the repository.
+        settings: of a sampler in continuous time.
+
+    Raises:
+        InputError: if it is damaged, or the sampler or a setting does not suit.
+    """
+    try:
+        pipeline = load_folder(source, weight_files(source), DTYPES[dtype])
+    except LoadError as error:
+        raise InputError(str(error)) from error
+    pipeline.set_progress_bar_config(disable=True)
+    if sampler is None and settings:
+        if pipeline.continuous_sampler is None:
+            raise InputError(f"--{min(settings)} is for a sampler in continuous time; name one with --scheduler")
+        sampler = pipeline.continuous_sampler.name
+    if sampler is not None:
+        try:
+            pipeline.set_sampler(sampler, **settings)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    return pipeline
 
 
 def load_folder(folder: Path, weight_files: list[Path], dtype: torch.dtype) -> CustomUNetPipeline:

@@ -394,10 +394,22 @@ def _run_text(files: ModelFiles) -> str:
     processes = f"{facts['num_processes']} processes" if facts["num_processes"] > 1 else "1 process"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return (
-        f"**Length:** {facts['step']:,}{total} updates, {facts['images_seen']:,} images seen{passes}, in"
-        f" {_time(facts['train_seconds'])} of training. **Hardware:** {facts['device']}; {processes},"
+        f"{_start_text(facts)}**Length:** {facts['step']:,}{total} updates, {facts['images_seen']:,} images"
+        f" seen{passes}, in {_time(facts['train_seconds'])} of training. **Hardware:** {facts['device']}; {processes},"
         f" {facts['precision']}. **Software:** {versions}. **Date:** {facts['date']}."
     )
+
+
+def _start_text(facts: dict) -> str:
+    """What the training started from, if not from fresh weights."""
+    pretrained = facts.get("pretrained")
+    if pretrained is None:
+        return ""
+    trained = "whose training is not recorded"
+    if pretrained["images_seen"] is not None:
+        seen, time = f"{pretrained['images_seen']:,}", _time(pretrained["train_seconds"])
+        trained = f"which had seen {seen} images in {time} of training"
+    return f"**Start:** the weights of `{pretrained['name']}`, {trained}; what follows comes on top. "
 
 
 def _time(seconds: float) -> str:

@@ -22,8 +22,8 @@ import train_unet
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, export
 from pipelines.export import export_pipeline
-from pipelines.generate import find_pipeline, load_pipeline
 from pipelines.hub import ModelRepositoryError, model_files
+from pipelines.loading import find_pipeline, load_pipeline
 from training.sde import SDEScheduler
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -340,6 +340,87 @@ def make_trainer(tmp_path, cache_dir):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+# A start from the weights of a trained model
+
+
+@pytest.fixture
+def taught(make_trainer) -> train_unet.Trainer:
+    """A trainer after two steps, with its pipeline folder."""
+    trainer = make_trainer(learning_rate=0.05, lr_warmup_steps=0)
+    trainer.training_step()
+    trainer.training_step()
+    trainer.export()
+    return trainer
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_run_starts_from_the_weights_of_a_model(taught, make_trainer):
+    """From the averaged ones; only its first start does, and its model tells."""
+    name = {"pretrained_model_name_or_path": str(taught.pipeline_dir)}
+    other = {"dropout": 0.2, "resolution": 16, "seed": 5}
+    run = make_trainer(**name, **other)
+    assert not same_weights(taught.network, taught.ema_network)
+    assert same_weights(run.network, taught.ema_network)
+    assert same_weights(run.ema_network, taught.ema_network)
+    assert run.progress.step == 0
+    run.training_step()
+    run.training_step()
+    run.save_checkpoint()
+    run.export()
+    run.lock.release()
+    again = make_trainer(**name, **other, output_dir=run.config.output_dir)
+    assert again.progress.step == 2
+    assert same_weights(again.network, run.network)
+    assert not same_weights(again.network, taught.ema_network)
+
+    facts = json.loads((run.pipeline_dir / "training.json").read_text())
+    seconds = taught.progress.train_seconds
+    assert facts["pretrained"] == {"name": "run0", "images_seen": 28, "train_seconds": seconds}
+    card = (run.pipeline_dir / "README.md").read_text()
+    assert "the weights of `run0`, which had seen 28 images in 0.0 minutes of training; what follows" in card
+    public = yaml.safe_load((run.pipeline_dir / "training_config.yaml").read_text())
+    assert public["pretrained_model_name_or_path"] == "run0"
+    third = make_trainer(pretrained_model_name_or_path=str(run.pipeline_dir), **other)
+    assert third.pretrained_facts["images_seen"] == 28 + 28
+    (run.pipeline_dir / "training.json").unlink()
+    fourth = make_trainer(pretrained_model_name_or_path=str(run.pipeline_dir), **other)
+    assert fourth.pretrained_facts == {"name": "run1", "images_seen": None, "train_seconds": None}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--block_out_channels", "8", "24"], "is another network (block_out_channels: [8, 16] -> [8, 24])"),
+        (["--prediction_type", "v_prediction"], "predicts epsilon, this run v_prediction"),
+        (["--objective", "edm"], "predicts epsilon, this run edm"),
+        (["--label_column", "hair_style"], "num_class_embeds: None -> 8"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(flags, message, taught, tmp_path, cache_dir, capfd):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    arguments = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / "new", "--cache_dir", cache_dir]
+    arguments += ["--pretrained_model_name_or_path", taught.pipeline_dir, *flags]
+    assert train_unet.main([str(argument) for argument in arguments]) == 2
+    assert message in error_line(capfd.readouterr().err)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_that_cannot_be_had_is_told_before_the_data_are_read(taught, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    weights = taught.pipeline_dir / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    arguments = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / "new", "--split", "nowhere"]
+    for name, message in ((taught.pipeline_dir, "could not be loaded"), ("no/where/at/all", "is neither a folder")):
+        flags = [*arguments, "--pretrained_model_name_or_path", name]
+        assert train_unet.main([str(argument) for argument in flags]) == 2
+        assert message in error_line(capfd.readouterr().err)
+
+
 def labels_seen_by(network, call) -> torch.Tensor:
     seen = []
     hook = network.class_embedding.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0]))

@@ -65,6 +65,9 @@ class TrainConfig:
     dataloader_num_workers: int = option(0, "processes that read batches; 0 reads them in the training process")
 
     # Network: the constructor arguments of UNet2DModel; sample_size is the resolution, in and out channels are RGB
+    pretrained_model_name_or_path: str | None = option(
+        None, "model folder or Hub id with the same network, whose weights a fresh run starts from"
+    )
     down_block_types: list[str] = option(["DownBlock2D", *["AttnDownBlock2D"] * 3], "contracting path, top to bottom")
     mid_block_type: str | None = option("UNetMidBlock2D", "the bottleneck")
     up_block_types: list[str] = option([*["AttnUpBlock2D"] * 3, "UpBlock2D"], "expanding path, bottom to top")
@@ -337,7 +340,17 @@ class TrainConfig:
         for name in ("train_data_dir", "output_dir", "logging_dir"):
             path = getattr(self, name)
             private[name] = path and Path(path).resolve().name
+        private["pretrained_model_name_or_path"] = self.pretrained_name
         return dataclasses.replace(self, **private).to_yaml()
+
+    @property
+    def pretrained_name(self) -> str | None:
+        """The model that a run starts from: its id on the Hub, or the name of its folder."""
+        name = self.pretrained_model_name_or_path
+        if name is None or not os.path.isdir(name):
+            return name
+        folder = Path(name).resolve()
+        return folder.parent.name if folder.name == "pipeline" else folder.name  # the trainer calls each of them so
 
     @property
     def hub_repo_id(self) -> str:

@@ -25,12 +25,14 @@ def run_facts(
     device: torch.device,
     *,
     step: int,
+    pretrained: dict | None = None,
     **numbers: int | float | None,
 ) -> dict:
     """What `training.json` of the model repository says, JSON-able and without any path of this machine.
 
     Args:
         data: the description of the image store.
+        pretrained: of the model that the run started from, see `pretrained_facts`; None if from fresh weights.
         log_path: the run's log; its newest held-out losses up to `step` are taken.
         numbers: `total_steps` (None without a last step), `images_seen`, `train_seconds`, `num_processes`,
             `num_heldout_images` and `samples_step`, at which the sample grid was drawn (None without a grid).
@@ -43,6 +45,7 @@ def run_facts(
     return {
         "step": step,
         **numbers,
+        **({} if pretrained is None else {"pretrained": pretrained}),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "objective": config.objective_settings(),
         "data": {key: value for key, value in data.items() if value is not None},
@@ -52,6 +55,21 @@ def run_facts(
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def pretrained_facts(name: str, folder: Path) -> dict:
+    """What is known of a model that a run starts from: `name`, and images and seconds of its training in all.
+
+    Args:
+        folder: of the model repository. If it tells nothing of its training, the two are None.
+    """
+    try:
+        facts = json.loads((folder / "training.json").read_text())
+        before = facts.get("pretrained") or {"images_seen": 0, "train_seconds": 0.0}
+        sums = {key: facts[key] + before[key] for key in ("images_seen", "train_seconds")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sums = dict.fromkeys(("images_seen", "train_seconds"))
+    return {"name": name, **sums}
 
 
 def device_name(device: torch.device) -> str:
