@@ -40,6 +40,7 @@ from training.yaml_file import ConfigError
 REPOSITORY = Path(__file__).resolve().parent.parent
 FAMILIES = ("swd", "memorisation", "heldout")  # the metrics of every variant
 NEVER = 10**9  # steps
+SHOWN_ERRORS = (0.5, 2.0)  # of the first variant's
 UNWATCHED = {"report_to": "none", "save_images_steps": NEVER, "eval_batch_size": 1}  # a grid is drawn at the end
 QUARTERS = ("q1", "q2", "q3", "q4")
 TIMESTEPS = "Error of the noise, mean over timesteps, held-out"
@@ -363,8 +364,9 @@ def write_study(study: Study, jobs: list[Job], out: Path, num_images: int) -> No
     if study.variants[0].name in curves:
         base = curves[study.variants[0].name]
         bands = {name: (curve / base, None) for name, curve in curves.items()}
-        labels = {"xlabel": "noise level sigma", "ylabel": f"held-out error, of {study.variants[0].name} = 1"}
-        plot_curves(np.array(sigmas), bands, labels | {"xscale": "log"}, out / "ablation_errors.png")
+        labels = {"xlabel": "noise level sigma", "ylabel": f"held-out error of x_0, of {study.variants[0].name} = 1"}
+        labels |= {"xscale": "log", "ylim": SHOWN_ERRORS}  # one bad variant would hide how the others differ
+        plot_curves(np.array(sigmas), bands, labels, out / "ablation_errors.png")
     _, images = images_of(runs, num_images)
     if images:
         plot_image_rows(images, out / "ablation_images.png")

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
+NUM_COLOURS = 10  # of matplotlib's cycle
 FEW_POINTS = 40  # of a line that shows each of them
 IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS = 96, 4, 26  # of a sheet of images
 
@@ -61,13 +62,14 @@ def plot_curves(
         curves: mean (len(x),) and standard error or None, by their label.
         labels: `xlabel`, `ylabel` and perhaps scales, as matplotlib's `Axes.set` takes them.
     """
-    figure, axes = plt.subplots(figsize=SIZE_INCHES)
-    for label, (mean, error) in curves.items():
-        (line,) = axes.plot(x, mean, label=label)
+    many = len(curves) > NUM_COLOURS  # the legend then stands beside the lines, and colours come again, dashed
+    figure, axes = plt.subplots(figsize=(SIZE_INCHES[0] + 2 * many, SIZE_INCHES[1]))
+    for place, (label, (mean, error)) in enumerate(curves.items()):
+        (line,) = axes.plot(x, mean, "--" if place >= NUM_COLOURS else "-", label=label)
         if error is not None:
             axes.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.25, linewidth=0)
     axes.set(**labels)
-    axes.legend()
+    axes.legend(**({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}))
     save_figure(figure, path)
 
 
