@@ -152,7 +152,9 @@ class Trainer:
             raise ConfigError(
                 f"--pretrained_model_name_or_path {name} is another network ({difference}); take over its settings"
             )
-        self.network.load_state_dict(pretrained.unet.state_dict())
+        weights = pretrained.unet.state_dict()
+        checkpoint.check_tensors(Path(self.config.pretrained_model_name_or_path), weights, self.network.state_dict())
+        self.network.load_state_dict(weights)
 
     def build_networks(
         self, network_class: type[CustomUNet2DModel], pretrained: CustomUNetPipeline | None = None

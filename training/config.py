@@ -66,7 +66,7 @@ class TrainConfig:
 
     # Network: the constructor arguments of UNet2DModel; sample_size is the resolution, in and out channels are RGB
     pretrained_model_name_or_path: str | None = option(
-        None, "model folder or Hub id with the same network, whose weights a fresh run starts from"
+        None, "model folder or Hub id with the same network, whose weights a fresh run starts from; give it later too"
     )
     down_block_types: list[str] = option(["DownBlock2D", *["AttnDownBlock2D"] * 3], "contracting path, top to bottom")
     mid_block_type: str | None = option("UNetMidBlock2D", "the bottleneck")
