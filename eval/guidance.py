@@ -34,7 +34,7 @@ from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
 from pipelines import CustomUNetPipeline, generate
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
-from pipelines.loading import InputError, find_pipeline, load_pipeline
+from pipelines.loading import WEIGHTS, InputError, find_pipeline, load_pipeline
 from training.classifier import RECORD, NoisyImageClassifier
 from training.data import DataError, ImageStore, open_image_store, to_model_range
 from training.facts import device_name
@@ -61,7 +61,7 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[NoisyImageClass
         InputError: if it cannot be read.
     """
     try:
-        sha256 = generate.sha256_of(folder / generate.WEIGHTS)  # what is no folder diffusers seeks on the Hub
+        sha256 = generate.sha256_of(folder / WEIGHTS)  # what is no folder diffusers seeks on the Hub
         network = NoisyImageClassifier.from_pretrained(folder, use_safetensors=True).to(device).requires_grad_(False)
         validation = json.loads((folder / RECORD).read_text())["validation"]
         accuracy = {row["sigma"]: row["accuracy"] for row in validation["by_noise"]}[0.0]
