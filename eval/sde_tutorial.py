@@ -215,7 +215,7 @@ def learning(lesson: Lesson) -> dict:
 
 
 def langevin(sde: SDE, score: Score, x: Tensor, times: Tensor, num_steps: int, noise: Callable[[], Tensor]) -> Tensor:
-    """Langevin dynamics (eq. 4), `num_steps` at each noise level, with steps of n^2 / 2; then the expectation of x_0.
+    """Langevin dynamics (eq. 2), `num_steps` at each noise level, with steps of n^2 / 2; then the expectation of x_0.
 
     One level is plain Langevin dynamics. Falling levels anneal it (Song & Ermon 2019, algorithm 1).
     """
