@@ -371,7 +371,7 @@ def test_sigterm_ends_the_trainings_too(by_hand, real):
         assert process.poll() is None
         time.sleep(0.01)
     process.terminate()
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)  # a training that is just starting may take long to stop
     assert process.returncode == 130, error
     assert not any(training.is_running() for training in trainings)
     assert error.splitlines()[-1] == "stopped; the same command goes on from here"
