@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
-NUM_COLOURS = 10  # of matplotlib's cycle
+NUM_COLOURS = 10  # of matplotlib's cycle; beyond them lines are dashed
+FEW_CURVES = 5  # the legend of more stands beside them
 FEW_POINTS = 40  # of a line that shows each of them
 IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS = 96, 4, 26  # of a sheet of images
 
@@ -62,7 +63,7 @@ def plot_curves(
         curves: mean (len(x),) and standard error or None, by their label.
         labels: `xlabel`, `ylabel` and perhaps scales, as matplotlib's `Axes.set` takes them.
     """
-    many = len(curves) > NUM_COLOURS  # the legend then stands beside the lines, and colours come again, dashed
+    many = len(curves) > FEW_CURVES
     figure, axes = plt.subplots(figsize=(SIZE_INCHES[0] + 2 * many, SIZE_INCHES[1]))
     for place, (label, (mean, error)) in enumerate(curves.items()):
         (line,) = axes.plot(x, mean, "--" if place >= NUM_COLOURS else "-", label=label)
