@@ -4,8 +4,9 @@
 
 RUN_DIR is the output folder of a training that kept its checkpoints (`--checkpoints_total_limit null`). Each is laid
 in OUT/step-N as a pipeline folder and measured by `eval.run`; OUT/curves.json has all figures against the images seen,
-OUT/curves.md a table, OUT/curves.png the curves. Started again, the command measures what is new. Exit codes: 0 done,
-1 failed, 2 bad input, 130 stopped by Ctrl-C.
+OUT/curves.md a table, OUT/curves.png the curves. Started again, the command measures what is new. Of a run that began
+with the weights of another's last checkpoint, `--after CURVES_JSON` of that one makes the two one curve. Exit codes:
+0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
 import json
@@ -137,21 +138,67 @@ def with_losses(rows: list[dict], log: list[dict]) -> list[dict]:
     return found
 
 
-def table(rows: list[dict]) -> str:
+def table(record: dict) -> str:
     """Markdown."""
+    rows, by = record["rows"], record["drawn_by"]
     lines = [f"| {' | '.join(COLUMNS.values())} |", "|---" * len(COLUMNS) + "|"]
     lines += [f"| {' | '.join(number(row.get(key)) for key in COLUMNS)} |" for row in rows]
-    by = rows[0]["drawn_by"]
     lines.append(
-        f"\nSWD of {number(rows[0]['n'])} images ({by['sampler']}, {by.get('steps', 'its own')} steps); of as many"
+        f"\nSWD of {number(record['n'])} images ({by['sampler']}, {by.get('steps', 'its own')} steps); of as many"
         f" real ones it is {number(rows[0]['swd_floor'])}."
     )
     return "\n".join(lines)
 
 
-def write_curves(rows: list[dict], log: list[dict], out: Path) -> None:
-    """Raises OSError if something cannot be written."""
+def describe(rows: list[dict], log: list[dict]) -> dict:
+    """What curves.json says: the rows, what they share, and the losses of the whole log."""
+    shared = {name: rows[0][name] for name in ("reference", "versions", "drawn_by", "n")}
+    short = [{key: value for key, value in row.items() if key not in shared} for row in rows]
     losses = {key: [(r["images_seen"], r[key]) for r in log if key in r] for key in LOSSES}
+    return shared | {"results": [], "rows": short, "losses": losses}
+
+
+def read_before(path: Path, pipeline_dir: Path) -> dict:
+    """The curves of the run with whose last weights another one began.
+
+    Args:
+        pipeline_dir: the other run's.
+
+    Raises:
+        InputError, ResultsError: if there are none, or the other run began otherwise.
+    """
+    before = read_results(path)
+    try:
+        end = before["rows"][-1]["images_seen"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"--after {path} has no curves of a training") from error
+    began = json.loads((pipeline_dir / "training.json").read_text()).get("pretrained")
+    if began is None or began["images_seen"] != end:
+        weights = "fresh weights" if began is None else f"weights that had seen {number(began['images_seen'])} images"
+        raise InputError(f"--run began with {weights}, and --after {path} ends at {end:,}")
+    return before
+
+
+def join(before: dict, record: dict) -> dict:
+    """One record of two runs, of which the second began with the weights of the first one's last row.
+
+    Raises:
+        InputError: if their checkpoints were measured in different ways.
+    """
+    differing = [name for name in ("reference", "drawn_by", "n") if before[name] != record[name]]
+    if differing:
+        raise InputError(f"--after was measured otherwise ({', '.join(differing)}); use the same options for both")
+    end = before["rows"][-1]["images_seen"]
+    rows = [row | {"images_seen": row["images_seen"] + end} for row in record["rows"]]
+    losses = {
+        key: before["losses"][key] + [(images + end, loss) for images, loss in record["losses"][key]] for key in LOSSES
+    }
+    return record | {"rows": before["rows"] + rows, "losses": losses}
+
+
+def write_curves(record: dict, out: Path) -> None:
+    """Raises OSError if something cannot be written."""
+    rows, losses = record["rows"], record["losses"]
     panels = {
         "loss in training": {"loss": losses["loss"]},
         "held-out loss": {"mean": losses["heldout_loss"]},
@@ -162,10 +209,8 @@ def write_curves(rows: list[dict], log: list[dict], out: Path) -> None:
         real = "real against real" if key == "swd" else "held-out"
         panels[title] = {"generated": [(row["images_seen"], row[key]) for row in rows], real: floor}
     plot_panels(panels, "images seen", out / "curves.png")
-    shared = {name: rows[0][name] for name in ("reference", "versions", "drawn_by", "n")}
-    short = [{key: value for key, value in row.items() if key not in shared} for row in rows]
-    write_results(out / "curves.json", shared | {"results": [], "rows": short, "losses": losses})
-    (out / "curves.md").write_text(f"{table(rows)}\n")
+    write_results(out / "curves.json", record)
+    (out / "curves.md").write_text(f"{table(record)}\n")
     print(f"wrote {out / 'curves.md'}: {len(rows)} checkpoints", flush=True)
 
 
@@ -175,6 +220,7 @@ def parse_options(arguments: list[str]) -> Namespace:
     parser.add_argument("--run", type=Path, required=True, help="output folder of a training")
     parser.add_argument("--reference", required=True, help="real images: a folder, a Hub id or synthetic-faces")
     parser.add_argument("--out", type=Path, required=True, help="folder for results and figures")
+    parser.add_argument("--after", type=Path, help="curves.json of the run with whose last weights this one began")
     parser.add_argument("--num_images", type=int, default=1024, help="generated of each checkpoint (default 1024)")
     parser.add_argument("--steps", type=int, default=20, help="of the sampler (default 20)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network while sampling")
@@ -189,8 +235,12 @@ def main(arguments: list[str]) -> int:
     try:
         options = parse_options(arguments)
         log = read_log(options.run / "log.jsonl")
-        rows = measure(options, choose(options, log), log)
-        write_curves(with_losses(rows, log), log, options.out)
+        chosen = choose(options, log)
+        before = None if options.after is None else read_before(options.after, options.run / "pipeline")
+        record = describe(with_losses(measure(options, chosen, log), log), log)
+        if before is not None:
+            record = join(before, record)
+        write_curves(record, options.out)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

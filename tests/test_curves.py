@@ -150,3 +150,52 @@ def test_a_run_that_lacks_something_is_refused(run, tmp_path, capsys, missing, m
     assert curves(part, tmp_path / "out", "--every", "3") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
+
+
+@pytest.fixture(scope="module")
+def second_run(run, tmp_path_factory) -> Path:
+    """A training of two updates that began with the weights of the first one."""
+    folder = tmp_path_factory.mktemp("training") / "second"
+    command = [sys.executable, "train_unet.py", *TRAINING, "--output_dir", str(folder), "--max_train_steps", "2"]
+    command += ["--pretrained_model_name_or_path", str(run / "pipeline")]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    return folder
+
+
+def test_a_run_that_began_with_anothers_weights_goes_on_with_its_curves(second_run, measured, tmp_path):
+    assert curves(second_run, tmp_path, "--after", str(measured / "curves.json")) == 0
+    alone = tmp_path / "alone"
+    assert curves(second_run, alone) == 0
+    (last,) = rows(alone)
+    assert rows(tmp_path) == [*rows(measured), last | {"images_seen": 24 + 8}]
+    first, second, both = (
+        json.loads((out / "curves.json").read_text())["losses"] for out in (measured, alone, tmp_path)
+    )
+    assert both.keys() == first.keys()
+    for key, points in both.items():
+        assert points == first[key] + [[24 + images, loss] for images, loss in second[key]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record["rows"].pop(), "began with weights that had seen 24 images"),
+        (lambda record: record.pop("rows"), "has no curves of a training"),
+        (lambda record: record.update(n=9), "measured otherwise (n)"),
+    ],
+)
+def test_other_curves_are_not_joined(second_run, measured, tmp_path, capsys, change, message):
+    record = json.loads((measured / "curves.json").read_text())
+    change(record)
+    (tmp_path / "before.json").write_text(json.dumps(record))
+    assert curves(second_run, tmp_path / "out", "--after", str(tmp_path / "before.json")) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "out" / "curves.json").exists()
+
+
+def test_a_run_of_fresh_weights_is_after_none(run, measured, tmp_path, capsys):
+    assert curves(run, tmp_path, "--after", str(measured / "curves.json")) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--run began with fresh weights" in line
