@@ -31,8 +31,8 @@ from eval.figures import plot_curves, plot_dots, plot_image_rows
 from eval.results import ResultsError, number, write_results
 from eval.run import parse_options as parse_evaluation
 from eval.study import Study, Variant, flags_as_arguments, read_study
+from pipelines.command import Parser, check_numbers, run_command
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
-from pipelines.generate import Parser, check_numbers
 from pipelines.loading import InputError
 from training.config import DEFAULTS, TrainConfig, parse_config
 from training.yaml_file import ConfigError
@@ -389,19 +389,16 @@ def parse_options(arguments: list[str]) -> Namespace:
 
 def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+    def compare() -> None:
         options = parse_options(arguments)
         study = read_study(options.study)
         jobs = jobs_of(study, options.data, options.crop, options.out)
         do_all(jobs, options.jobs)
         write_study(study, jobs, options.out, options.num_images)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, StudyError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (ConfigError, InputError, ResultsError)) else 1
-    return 0
+
+    stopped = "stopped; the same command goes on from here"
+    return run_command(compare, (ConfigError, InputError, ResultsError), (ValueError, OSError, StudyError), stopped)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import SelfAttention
 from eval.results import number, write_results
-from pipelines.generate import Parser
+from pipelines.command import Parser, run_command
 from pipelines.loading import InputError
 from training.config import TrainConfig, parse_config
 from training.yaml_file import ConfigError
@@ -159,24 +159,21 @@ def parse_options(arguments: list[str]) -> Namespace:
     return parser.parse_args(arguments)
 
 
+def run(options: Namespace) -> None:
+    # the images do not matter
+    config = parse_config(["--config", str(options.config), "--train_data_dir", "null", "--dataset_name", "any"])
+    rows = architecture(config)
+    text = table(rows)
+    print(text)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "architecture.md").write_text(f"{text}\n")
+        record = {"config": options.config.name, "results": [], "rows": rows}
+        write_results(options.out / "architecture.json", record)
+
+
 def main(arguments: list[str]) -> int:
-    try:
-        options = parse_options(arguments)
-        # the images do not matter
-        config = parse_config(["--config", str(options.config), "--train_data_dir", "null", "--dataset_name", "any"])
-        rows = architecture(config)
-        text = table(rows)
-        print(text)
-        if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / "architecture.md").write_text(f"{text}\n")
-            write_results(
-                options.out / "architecture.json", {"config": options.config.name, "results": [], "rows": rows}
-            )
-    except (ConfigError, InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(parse_options(arguments)), (ConfigError, InputError, OSError))
 
 
 if __name__ == "__main__":

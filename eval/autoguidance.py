@@ -14,7 +14,6 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
 import json
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ from eval.guidance import LIBRARIES, REFERENCE
 from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein, swd_floor
 from pipelines import CustomUNetPipeline, generate
+from pipelines.command import MOST_THREADS, Parser, check_numbers, command_line, run_command, without_folder
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import DTYPES, InputError, find_pipeline, load_pipeline
 from training.data import DataError, ImageStore, open_image_store
@@ -116,9 +116,7 @@ def summary(record: dict) -> str:
 
 def parse_options(arguments: list[str]) -> Namespace:
     """Raises InputError."""
-    parser = generate.Parser(
-        prog="python -m eval.autoguidance", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m eval.autoguidance", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     add("--worse", required=True, help="the same of a model that is worse")
@@ -135,7 +133,7 @@ def parse_options(arguments: list[str]) -> Namespace:
     add("--num_cpu_threads", type=int)
     options = parser.parse_args(arguments)
     least = dict.fromkeys(("num_images", "steps", "batch_size", "num_cpu_threads"), 1) | {"seed": 0, "scales": 0}
-    generate.check_numbers(options, least, {"num_cpu_threads": generate.MOST_THREADS})
+    check_numbers(options, least, {"num_cpu_threads": MOST_THREADS})
     if len(set(options.scales)) < len(options.scales):
         parser.error(f"--scales are {' '.join(f'{scale:g}' for scale in options.scales)}; give each once")
     if options.seed + options.num_images > generate.NUM_SEEDS:
@@ -178,12 +176,12 @@ def run(options: Namespace, arguments: Sequence[str]) -> None:
         raise InputError(f"--out {options.out} is no folder; take another one") from error
     names = {"pipeline": (source, commit), "worse": (worse_source, worse_commit)}
     about = {
-        key: {"name": generate._without_folder(getattr(options, key)), "revision": revision}
+        key: {"name": without_folder(getattr(options, key)), "revision": revision}
         | {"images_seen": images_seen(folder)}
         for key, (folder, revision) in names.items()
     }
     record = about | {
-        "command": shlex.join(["python", "-m", "eval.autoguidance", *map(generate._without_folder, arguments)]),
+        "command": command_line("eval.autoguidance", arguments),
         "reference": {key: store.description[key] for key in REFERENCE},
         "versions": {name: version(name) for name in LIBRARIES},
         "device": device_name(state.device),
@@ -211,15 +209,8 @@ def run(options: Namespace, arguments: Sequence[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        run(parse_options(arguments), arguments)
-    except KeyboardInterrupt:
-        print("stopped; the scales that were measured are in autoguidance.json", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (InputError, DataError)) else 1
-    return 0
+    stopped = "stopped; the scales that were measured are in autoguidance.json"
+    return run_command(lambda: run(parse_options(arguments), arguments), (InputError, DataError), stopped=stopped)
 
 
 if __name__ == "__main__":

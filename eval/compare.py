@@ -19,7 +19,8 @@ import numpy as np
 from eval.evaluation import IMAGES, images_folder, unusual_settings
 from eval.figures import plot_curves, plot_image_rows
 from eval.results import ResultsError, number, read_results, value_text, write_results
-from pipelines.generate import RECORD, Parser, check_numbers, image_path, missing_seeds
+from pipelines.command import Parser, check_numbers, run_command
+from pipelines.generate import RECORD, image_path, missing_seeds
 from pipelines.loading import InputError
 
 DRAWN = ("swd", "features", "memorisation")  # families of results that are of generated images
@@ -241,12 +242,7 @@ def parse_options(arguments: list[str]) -> Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        compare(parse_options(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (InputError, ResultsError)) else 1
-    return 0
+    return run_command(lambda: compare(parse_options(arguments)), (InputError, ResultsError))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from eval.results import ResultsError, number, read_results, write_results
 from eval.run import parse_options as parse_evaluation
 from eval.run import run as evaluate
 from pipelines import CustomUNetPipeline
-from pipelines.generate import Parser, check_numbers
+from pipelines.command import MOST_THREADS, Parser, check_numbers, run_command
 from pipelines.loading import DTYPES, InputError
 from training.checkpoint import CheckpointError, check_tensors, list_checkpoints, load_checkpoint, verify_checkpoint
 from training.data import DataError
@@ -227,28 +227,23 @@ def parse_options(arguments: list[str]) -> Namespace:
     parser.add_argument("--every", type=int, default=1, help="take each so-and-so-manyth checkpoint (default 1)")
     parser.add_argument("--num_cpu_threads", type=int)
     options = parser.parse_args(arguments)
-    check_numbers(options, {"num_images": 1, "steps": 1, "every": 1, "num_cpu_threads": 1}, {"num_cpu_threads": 1024})
+    least = dict.fromkeys(("num_images", "steps", "every", "num_cpu_threads"), 1)
+    check_numbers(options, least, {"num_cpu_threads": MOST_THREADS})
     return options
 
 
+def run(options: Namespace) -> None:
+    log = read_log(options.run / "log.jsonl")
+    chosen = choose(options, log)
+    before = None if options.after is None else read_before(options.after, options.run / "pipeline")
+    record = describe(with_losses(measure(options, chosen, log), log), log)
+    write_curves(record if before is None else join(before, record), options.out)
+
+
 def main(arguments: list[str]) -> int:
-    try:
-        options = parse_options(arguments)
-        log = read_log(options.run / "log.jsonl")
-        chosen = choose(options, log)
-        before = None if options.after is None else read_before(options.after, options.run / "pipeline")
-        record = describe(with_losses(measure(options, chosen, log), log), log)
-        if before is not None:
-            record = join(before, record)
-        write_curves(record, options.out)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        bad_input = (InputError, DataError, FeatureError, ResultsError, CheckpointError)
-        return 2 if isinstance(error, bad_input) else 1
-    return 0
+    bad_input = (InputError, DataError, FeatureError, ResultsError, CheckpointError)
+    stopped = "stopped; the same command goes on from here"
+    return run_command(lambda: run(parse_options(arguments)), bad_input, stopped=stopped)
 
 
 if __name__ == "__main__":

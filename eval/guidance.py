@@ -16,7 +16,6 @@ The class of image i is i mod K, its seed --seed + i. Exit codes: 0 done, 1 fail
 
 import json
 import math
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from eval.cost import sample
 from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
 from pipelines import CustomUNetPipeline, generate
+from pipelines.command import MOST_THREADS, Parser, check_numbers, command_line, run_command
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 from pipelines.loading import WEIGHTS, InputError, find_pipeline, load_pipeline
 from training.classifier import RECORD, NoisyImageClassifier
@@ -189,7 +189,7 @@ def plot_images(blocks: dict[str, np.ndarray], names: Sequence[str], path: Path)
 
 def parse_options(arguments: list[str]) -> Namespace:
     """Raises InputError."""
-    parser = generate.Parser(prog="python -m eval.guidance", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m eval.guidance", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     add("--judge", required=True, type=Path, help="folder of the classifier that tells the class of an image")
@@ -208,7 +208,7 @@ def parse_options(arguments: list[str]) -> Namespace:
     parser.set_defaults(eta=0.0, dtype="fp32", class_label=None)
     options = parser.parse_args(arguments)
     least = dict.fromkeys(("num_images", "batch_size", "num_cpu_threads"), 1) | {"seed": 0, "scales": 0}
-    generate.check_numbers(options, least, {"num_cpu_threads": generate.MOST_THREADS})
+    check_numbers(options, least, {"num_cpu_threads": MOST_THREADS})
     if len(set(options.scales)) < len(options.scales):
         parser.error(f"--scales are {' '.join(f'{scale:g}' for scale in options.scales)}; give each once")
     if options.seed + options.num_images > generate.NUM_SEEDS:
@@ -259,7 +259,7 @@ def run(options: Namespace, arguments: list[str]) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"--out {options.out} is no folder; take another one") from error
     record |= {
-        "command": shlex.join(["python", "-m", "eval.guidance", *map(generate._without_folder, arguments)]),
+        "command": command_line("eval.guidance", arguments),
         "reference": {key: store.description[key] for key in REFERENCE},
         "versions": {name: version(name) for name in LIBRARIES},
         "date": datetime.now(UTC).date().isoformat(),
@@ -290,15 +290,8 @@ def run(options: Namespace, arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        run(parse_options(arguments), arguments)
-    except KeyboardInterrupt:
-        print("stopped; the scales that were measured are in guidance.json", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (InputError, DataError)) else 1
-    return 0
+    stopped = "stopped; the scales that were measured are in guidance.json"
+    return run_command(lambda: run(parse_options(arguments), arguments), (InputError, DataError), stopped=stopped)
 
 
 if __name__ == "__main__":

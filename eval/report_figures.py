@@ -21,7 +21,7 @@ from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import SelfAttention
 from eval.figures import plot_curves, plot_image_rows, plot_panels, save_figure
 from eval.results import write_results
-from pipelines.generate import Parser
+from pipelines.command import Parser, run_command
 from pipelines.loading import InputError
 from training.config import parse_config
 from training.data import to_model_range, to_uint8
@@ -229,12 +229,7 @@ def write_figures(out: Path) -> None:
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m eval.report_figures", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
-    try:
-        write_figures(parser.parse_args(arguments).out)
-    except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: write_figures(parser.parse_args(arguments).out), (InputError, OSError))
 
 
 if __name__ == "__main__":

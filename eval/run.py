@@ -20,7 +20,6 @@ failed, 2 bad input, 130 stopped by Ctrl-C; what was measured by then is in resu
 """
 
 import argparse
-import os
 import platform
 import sys
 import time
@@ -36,6 +35,7 @@ from eval.measures import METRICS, check_metrics
 from eval.reference import FEWEST_IMAGES, FeatureError, check_counts
 from eval.results import ResultsError, quality_table, read_results, result, write_results
 from pipelines import generate
+from pipelines.command import MOST_THREADS, Parser, check_numbers, run_command
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 from pipelines.loading import DTYPES, InputError
 from pipelines.model_card import CardError, write_card
@@ -51,7 +51,7 @@ IDENTITY = "family name split sampler steps eta sampler_settings class_label gui
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     """Raises InputError or FeatureError."""
-    parser = generate.Parser(prog="python -m eval.run", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m eval.run", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     add("--revision", help="branch, tag or commit on the Hub")
@@ -107,8 +107,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     ).split()
     least = dict.fromkeys(counts, 1) | {"ode_tolerance": 1e-12}
     least |= dict.fromkeys(("seed", "eta", "cost_etas", "duplicate_distance", *generate.SAMPLER_SETTINGS), 0)
-    most = {"num_cpu_threads": generate.MOST_THREADS, "eta": 1, "cost_etas": 1}
-    generate.check_numbers(options, least, most)
+    most = {"num_cpu_threads": MOST_THREADS, "eta": 1, "cost_etas": 1}
+    check_numbers(options, least, most)
     if "features" in options.metrics:
         check_counts(options.num_images, options.num_images, options.allow_few)
     if options.write_card and not Path(options.pipeline).is_dir():
@@ -197,18 +197,13 @@ def keep(record: dict, entries: list[dict]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    rank = int(os.environ.get("RANK", 0))
-    try:
+    def evaluate() -> None:
         run(parse_options(arguments))
         PartialState().destroy_process_group()
-    except KeyboardInterrupt:
-        print("stopped; what was measured is kept, and the same command uses its images again", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        text = " ".join(str(error).split())
-        print(f"{f'[rank {rank}] ' if rank else ''}error: {text}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, (InputError, DataError, FeatureError, ResultsError, CardError)) else 1
-    return 0
+
+    bad_input = (InputError, DataError, FeatureError, ResultsError, CardError)
+    stopped = "stopped; what was measured is kept, and the same command uses its images again"
+    return run_command(evaluate, bad_input, stopped=stopped)
 
 
 if __name__ == "__main__":

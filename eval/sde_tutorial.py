@@ -42,6 +42,7 @@ from eval.toys import (
     sliced_wasserstein,
     slope,
 )
+from pipelines.command import run_command
 from pipelines.custom_unet_pipeline import (
     edm_heun,
     euler_maruyama,
@@ -549,15 +550,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> int:
     options = parse_options(arguments)
     torch.set_num_threads(1)  # the tensors are small, and the sums are those of every machine
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        print("stopped; the steps that were done are kept", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, TutorialError) else 1
-    return 0
+    return run_command(lambda: run(options), (TutorialError,), stopped="stopped; the steps that were done are kept")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from pipelines import CustomUNetPipeline
+from pipelines.command import Parser, run_command
 from pipelines.custom_unet_pipeline import SAMPLERS
-from pipelines.generate import Parser
 from pipelines.loading import InputError, find_pipeline, load_pipeline
 
 SEEDS = list(range(8))
@@ -231,20 +231,16 @@ def check_pictures(pipe: CustomUNetPipeline, names: list[str]) -> None:
         )
 
 
-def main(arguments: list[str]) -> int:
+def run(arguments: list[str]) -> None:
     parser = Parser(prog="python -m pipelines.gallery", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     parser.add_argument("--out", type=Path, default=Path("assets"))
     parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES))
+    args = parser.parse_args(arguments)
+    pipe = load_pipeline(find_pipeline(args.pipeline, None)[0], "fp32", None)
+    check_pictures(pipe, args.only)
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    try:
-        args = parser.parse_args(arguments)
-        pipe = load_pipeline(find_pipeline(args.pipeline, None)[0], "fp32", None)
-        check_pictures(pipe, args.only)
-        args.out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     record = args.out / "gallery.json"
     settings = json.loads(record.read_text()) if record.exists() else {}
     for name in args.only:
@@ -252,7 +248,10 @@ def main(arguments: list[str]) -> int:
         settings[name] = PICTURES[name](pipe, args.out)
         print(f"wrote {args.out / name}.png", flush=True)
     record.write_text(json.dumps(settings, indent=1) + "\n")
-    return 0
+
+
+def main(arguments: list[str]) -> int:
+    return run_command(lambda: run(arguments), (InputError, OSError))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -38,13 +37,13 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from pipelines import CustomUNetPipeline
+from pipelines.command import MOST_THREADS, Parser, check_numbers, command_line, run_command, without_folder
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 from pipelines.loading import DTYPES, InputError, check_schedule, find_pipeline, load_pipeline, weight_files
 
 RECORD = "generate.json"
 CONTACT_SHEET = "contact_sheet.png"
 CONTACT_SHEET_IMAGES = 256
-MOST_THREADS = 1024  # where threads cannot be made, OpenMP ends the process
 # Settings of the samplers in continuous time, as flags: type and help
 SAMPLER_SETTINGS = {
     "snr": (float, "of predictor_corrector: signal-to-noise ratio r of a Langevin step"),
@@ -212,7 +211,7 @@ def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Names
     if labels is not None:
         more["guidance_scale"] = options.guidance_scale
     return {
-        "pipeline": _without_folder(options.pipeline),
+        "pipeline": without_folder(options.pipeline),
         "revision": commit,
         "sampler": options.scheduler,
         "settings": {
@@ -231,7 +230,7 @@ def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Names
 def describe_start(options: argparse.Namespace, arguments: list[str], state: PartialState) -> dict:
     """What was asked for, and what draws it."""
     return {
-        "command": shlex.join(["python", "-m", "pipelines.generate", *map(_without_folder, arguments)]),
+        "command": command_line("pipelines.generate", arguments),
         "first_seed": options.seed,
         "num_images": options.num_images,
         "batch_size": options.batch_size,
@@ -243,12 +242,6 @@ def describe_start(options: argparse.Namespace, arguments: list[str], state: Par
             "diffusers": diffusers.__version__,
         },
     }
-
-
-def _without_folder(argument: str) -> str:
-    """An absolute path tells of the author's machine: of /home/me/faces only `faces` is written down."""
-    flag, equals, value = argument.rpartition("=")
-    return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def _flat(settings: dict) -> dict:
@@ -263,37 +256,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 # ---- The command
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one short line without control characters, and shows no token."""
-
-    def error(self, message):
-        message = "".join(c if c.isprintable() else "?" for c in _one_line(message))
-        raise InputError(message if len(message) <= 300 else f"{message[:300]}...")
-
-    def parse_args(self, arguments):
-        options, unknown = self.parse_known_args(arguments)
-        if any("token" in argument.lower() or argument.startswith("hf_") for argument in unknown):
-            self.error("the Hub's token is no argument; it is read from HF_TOKEN or from `hf auth login`")
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return options
-
-
-def check_numbers(options: argparse.Namespace, least: dict[str, float], most: dict[str, float]) -> None:
-    """Raises InputError unless each number that is given, or each of a list, is finite and in its range."""
-    for name, low in least.items():
-        value, high = getattr(options, name), most.get(name, math.inf)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and not (low <= number <= high and math.isfinite(number)):
-                at_most = f" and at most {high}" if math.isfinite(high) else ""
-                raise InputError(f"--{name} is {number}; it must be at least {low}{at_most}")
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
@@ -438,17 +401,13 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    rank = int(os.environ.get("RANK", 0))
-    try:
+    def generate() -> None:
         run(parse_options(arguments), arguments)
         PartialState().destroy_process_group()
-    except KeyboardInterrupt:
-        print("stopped; the images so far are kept, and the same command goes on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
-        print(f"{f'[rank {rank}] ' if rank else ''}error: {_one_line(error)}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, InputError) else 1
-    return 0
+
+    failures = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError)
+    stopped = "stopped; the images so far are kept, and the same command goes on"
+    return run_command(generate, failures=failures, stopped=stopped)
 
 
 if __name__ == "__main__":
