@@ -168,10 +168,9 @@ def read_before(path: Path, pipeline_dir: Path) -> dict:
         InputError, ResultsError: if there are none, or the other run began otherwise.
     """
     before = read_results(path)
-    try:
-        end = before["rows"][-1]["images_seen"]
-    except (KeyError, TypeError, IndexError) as error:
-        raise InputError(f"--after {path} has no curves of a training") from error
+    if not {"reference", "drawn_by", "n", "losses"} <= before.keys() or not before.get("rows"):
+        raise InputError(f"--after {path} has no curves of a training")
+    end = before["rows"][-1]["images_seen"]
     began = json.loads((pipeline_dir / "training.json").read_text()).get("pretrained")
     if began is None or began["images_seen"] != end:
         weights = "fresh weights" if began is None else f"weights that had seen {number(began['images_seen'])} images"
