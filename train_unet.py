@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
+from pipelines.command import emulates_bf16
 from pipelines.export import export_pipeline
 from pipelines.hub import AccessError, PushError, open_repository, push_to_hub
 from pipelines.loading import InputError, find_pipeline, load_pipeline
@@ -609,6 +610,7 @@ class Trainer:
             total_steps=self.total_steps,
             step=self.progress.step,
             device=str(self.accelerator.device),
+            emulates_bf16=emulates_bf16(self.accelerator.device),
         )
 
 

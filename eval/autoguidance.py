@@ -158,7 +158,7 @@ def images_seen(source: Path) -> int | None:
 
 def run(options: Namespace, arguments: Sequence[str]) -> None:
     """Checks everything, then draws and measures; what was measured is written down after each scale."""
-    state = generate.set_up_process(options.num_cpu_threads)
+    state = generate.set_up_process(options.num_cpu_threads, options.dtype)
     source, commit = find_pipeline(options.pipeline, None)
     worse_source, worse_commit = find_pipeline(options.worse, None, "--worse")
     pipeline, worse = (load_pipeline(s, options.dtype, None).to(state.device) for s in (source, worse_source))

@@ -212,6 +212,15 @@ def _memorisation_results(evaluation: Evaluation, report: MemorisationReport, sp
         yield result("memorisation", f"{name}{where}", metric, value, floor=expected, **about)
     yield result(
         "memorisation",
+        f"Share nearest to a held-out image{where}",
+        "memorisation_control",
+        report.share_nearest_heldout,
+        floor=report.expected_share_nearest_heldout,
+        std=report.std_share_nearest_heldout,
+        **about | {"n_heldout": report.num_heldout + report.num_heldout_duplicates},
+    )
+    yield result(
+        "memorisation",
         f"Median distance of held-out images, {space}",
         "heldout_distance",
         report.heldout_median,

@@ -7,6 +7,10 @@ Mind that distances in pixels have a bias: a smooth or blurred image is nearer t
 A ratio below 1 may be blur; a copy shows in the shares and the pairs. And data sets hold near-copies of their own: a
 held-out image that is one of a training image brings the minimum down, below which then nothing falls. So held-out
 images nearer than `duplicate_distance` are left out and counted.
+
+What tells blur from copying is which real image is the nearest of all. To a model that generalises, training and
+held-out images are alike, however it blurs; a model that is drawn to what it saw has held-out images as its nearest
+ones too seldom. (Meehan, Chaudhuri and Dasgupta 2020, arXiv 2004.05675, compare the two kinds of distances for it.)
 """
 
 from dataclasses import dataclass
@@ -43,6 +47,9 @@ class MemorisationReport:
     share_below_heldout_minimum: float  # of the generated images
     expected_share_below_heldout_minimum: float  # for a perfect model: 1 / (num_heldout + 1)
     share_below_heldout_percentile_1: float  # about 0.01 for a perfect model
+    share_nearest_heldout: float  # of the generated images, those with a held-out image nearer than any training image
+    expected_share_nearest_heldout: float  # for a model to which both are alike: held-out images / all
+    std_share_nearest_heldout: float | None  # over as many training images in the place of the held-out ones
     pairs: list[Pair]  # the nearest ones, nearest first
     bin_edges: np.ndarray  # (num_bins + 1,), from 0
     generated_counts: np.ndarray  # (num_bins,)
@@ -83,6 +90,8 @@ def memorisation(
     if mirror and not is_images:
         raise ValueError("features cannot be mirrored; append features of mirrored images to the training ones")
     distances, indices, mirrored = nearest_training(generated, training, mirror, chunk)
+    is_heldout_nearest = nearest_training(generated, heldout, mirror, chunk)[0] < distances
+    shares = shares_of_groups(indices[~is_heldout_nearest], len(training), len(heldout)) * (~is_heldout_nearest).mean()
     heldout_distances, _, _ = nearest_training(heldout, training, mirror, chunk)
     if is_images:  # L2 -> root mean square over the pixels
         distances, heldout_distances = (d / training[0].size ** 0.5 for d in (distances, heldout_distances))
@@ -110,11 +119,24 @@ def memorisation(
         share_below_heldout_minimum=float((distances < minimum).mean()),
         expected_share_below_heldout_minimum=1 / (len(heldout_distances) + 1),
         share_below_heldout_percentile_1=float((distances < percentile_1).mean()),
+        share_nearest_heldout=float(is_heldout_nearest.mean()),
+        expected_share_nearest_heldout=len(heldout) / (len(heldout) + len(training)),
+        std_share_nearest_heldout=float(shares.std(ddof=1)) if len(shares) > 1 else None,
         pairs=[Pair(i, int(indices[i]), bool(mirrored[i]), float(distances[i])) for i in suspects],
         bin_edges=bin_edges,
         generated_counts=np.histogram(distances, bin_edges)[0],
         heldout_counts=np.histogram(heldout_distances, bin_edges)[0],
     )
+
+
+def shares_of_groups(indices: np.ndarray, num_images: int, group_size: int) -> np.ndarray:
+    """Shares of the indices, each below `num_images`, that fall into consecutive groups of images; a rest is no group.
+
+    Returns:
+        shape (num_images // group_size,).
+    """
+    num_groups = num_images // group_size
+    return np.bincount(indices // group_size, minlength=num_groups)[:num_groups] / max(len(indices), 1)
 
 
 def nearest_training(

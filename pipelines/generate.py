@@ -37,7 +37,15 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from pipelines import CustomUNetPipeline
-from pipelines.command import MOST_THREADS, Parser, check_numbers, command_line, run_command, without_folder
+from pipelines.command import (
+    MOST_THREADS,
+    Parser,
+    check_numbers,
+    command_line,
+    emulates_bf16,
+    run_command,
+    without_folder,
+)
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 from pipelines.loading import DTYPES, InputError, check_schedule, find_pipeline, load_pipeline, weight_files
 
@@ -312,14 +320,20 @@ def check_guidance(pipeline: CustomUNetPipeline, options: argparse.Namespace) ->
         raise InputError(str(error)) from error
 
 
-def set_up_process(num_cpu_threads: int | None) -> PartialState:
-    """Accelerate, and threads: `accelerate launch` leaves a process on the CPU one, however many cores there are."""
+def set_up_process(num_cpu_threads: int | None, dtype: str) -> PartialState:
+    """Accelerate, and threads: `accelerate launch` leaves a process on the CPU one, however many cores there are.
+
+    Args:
+        dtype: a name of `DTYPES`; on a CPU that emulates it, the main process says so.
+    """
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu, timeout=timedelta(hours=2))  # the first process to be ready waits for the last one
     if state.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(num_cpu_threads or max(share, 1))
+    if dtype == "bf16" and emulates_bf16(state.device) and state.is_main_process:
+        print("this CPU has no instructions for bf16: --dtype fp32 is many times faster", flush=True)
     return state
 
 
@@ -352,7 +366,7 @@ def take_folder(folder: Path, lock: FileLock) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> None:
     """Generates what is missing, on all processes."""
-    state = set_up_process(options.num_cpu_threads)
+    state = set_up_process(options.num_cpu_threads, options.dtype)
     commit = on_main_process(state, lambda: find_pipeline(options.pipeline, options.revision)[1])
     source, commit = find_pipeline(options.pipeline, commit)
     settings = {name: value for name in SAMPLER_SETTINGS if (value := getattr(options, name)) is not None}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.memorisation import memorisation, nearest_distances, nearest_training
+from eval.memorisation import memorisation, nearest_distances, nearest_training, shares_of_groups
 from training.synthetic_faces import render_faces
 
 
@@ -151,6 +151,41 @@ def test_expected_share_below_the_minimum_is_met_over_many_draws():
     shares = np.array([report.share_below_heldout_minimum for report in reports])
     assert reports[0].expected_share_below_heldout_minimum == 1 / 10
     assert abs(shares.mean() - 1 / 10) < 4 * shares.std() / 600**0.5
+
+
+def test_the_expected_share_nearest_to_a_held_out_image_is_met_over_many_draws():
+    generator = np.random.default_rng(0)
+    reports = [memorisation(*(generator.random((n, 2)) for n in (25, 10, 40)), num_pairs=1) for _ in range(600)]
+    shares = np.array([report.share_nearest_heldout for report in reports])
+    assert reports[0].expected_share_nearest_heldout == 1 / 5
+    assert abs(shares.mean() - 1 / 5) < 4 * shares.std() / 600**0.5
+    stds = np.array([report.std_share_nearest_heldout for report in reports])  # each of four groups
+    assert np.mean(stds**2) == pytest.approx(shares.var(), rel=0.25)
+
+
+def test_dull_images_and_copies_are_told_apart(faces):
+    """Drawn towards the mean, faces lie nearer to the training set, copied or not; only copies are nearest to it."""
+    mean = faces.mean(axis=0)
+
+    def dulled(images: np.ndarray) -> np.ndarray:
+        return (0.7 * images + 0.3 * mean).round().astype(np.uint8)
+
+    training, heldout, fresh = faces[:600], faces[600:750], faces[750:]
+    dull = memorisation(dulled(fresh), heldout, training)
+    copies = memorisation(dulled(training[:350]), heldout, training)
+    assert dull.ratio < 0.93
+    assert copies.ratio < 0.93
+    assert dull.expected_share_nearest_heldout == copies.expected_share_nearest_heldout == 0.2
+    assert dull.std_share_nearest_heldout < 0.05
+    assert abs(dull.share_nearest_heldout - 0.2) < 3 * dull.std_share_nearest_heldout
+    assert copies.share_nearest_heldout < 0.05
+
+
+def test_groups_as_large_as_the_held_out_set_share_the_images():
+    assert shares_of_groups(np.array([0, 1, 1, 3, 6]), 7, 2).tolist() == [0.6, 0.2, 0.0]  # image 6 is in no group
+    assert shares_of_groups(np.array([], np.int64), 4, 2).tolist() == [0, 0]
+    few = memorisation(np.zeros((1, 2)), np.ones((3, 2)), np.arange(8.0).reshape(4, 2))
+    assert few.std_share_nearest_heldout is None  # of one group
 
 
 def test_features_are_measured_by_their_l2_distance():

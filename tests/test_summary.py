@@ -5,7 +5,7 @@ import torch
 
 from custom_unet import CustomUNet2DModel
 from training.config import TrainConfig
-from training.summary import activation_bytes, duration, levels_without_time, objective_text
+from training.summary import activation_bytes, duration, levels_without_time, objective_text, preflight_summary
 
 
 def test_activations_of_two_linear_layers():
@@ -67,6 +67,17 @@ def test_levels_that_group_norm_makes_deaf_to_the_time_are_found(groups, how, de
         hidden = torch.randn(2, resnet.conv1.in_channels, 8, 8)
         first, second = (resnet(hidden, torch.randn(2, resnet.time_emb_proj.in_features)) for _ in range(2))
         assert torch.allclose(first, second, atol=1e-4) == (level in deaf)
+
+
+@pytest.mark.parametrize(("emulated", "precision", "told"), [(1, "bf16", True), (0, "bf16", False), (1, "no", False)])
+def test_a_device_without_instructions_for_bf16_is_told_of(emulated, precision, told):
+    config = TrainConfig(dataset_name="synthetic-faces", max_train_steps=1, resolution=8, mixed_precision=precision)
+    network = torch.nn.Conv2d(3, 3, 3)
+    facts = {"source": "synthetic-faces", "num_images": 1, "num_heldout_images": 0, "num_classes": None}
+    facts |= {"num_processes": 1, "total_steps": 1, "step": 0, "device": "cpu", "emulates_bf16": bool(emulated)}
+    text = preflight_summary(config, network, lambda images: network(images).square().sum(), **facts)
+    assert f"device             cpu, precision {precision}" in text
+    assert ("--mixed_precision no is many times faster" in text) == told
 
 
 def test_duration():
