@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import SelfAttention
 from eval.results import number, write_results
-from pipelines.command import Parser, run_command
+from pipelines.command import Parser, make_folder, run_command
 from pipelines.loading import InputError
 from training.config import TrainConfig, parse_config
 from training.yaml_file import ConfigError
@@ -166,7 +166,7 @@ def run(options: Namespace) -> None:
     text = table(rows)
     print(text)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
         (options.out / "architecture.md").write_text(f"{text}\n")
         record = {"config": options.config.name, "results": [], "rows": rows}
         write_results(options.out / "architecture.json", record)

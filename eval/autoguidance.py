@@ -34,7 +34,16 @@ from eval.guidance import LIBRARIES, REFERENCE
 from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein, swd_floor
 from pipelines import CustomUNetPipeline, generate
-from pipelines.command import MOST_THREADS, Parser, check_numbers, command_line, run_command, without_folder
+from pipelines.command import (
+    MOST_THREADS,
+    Parser,
+    check_numbers,
+    check_seeds,
+    command_line,
+    make_folder,
+    run_command,
+    without_folder,
+)
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import DTYPES, InputError, find_pipeline, load_pipeline
 from training.data import DataError, ImageStore, open_image_store
@@ -136,8 +145,7 @@ def parse_options(arguments: list[str]) -> Namespace:
     check_numbers(options, least, {"num_cpu_threads": MOST_THREADS})
     if len(set(options.scales)) < len(options.scales):
         parser.error(f"--scales are {' '.join(f'{scale:g}' for scale in options.scales)}; give each once")
-    if options.seed + options.num_images > generate.NUM_SEEDS:
-        parser.error(f"the last seed is {options.seed + options.num_images - 1}; it must be below 2**32")
+    check_seeds(options)
     return options
 
 
@@ -170,10 +178,7 @@ def run(options: Namespace, arguments: Sequence[str]) -> None:
         floor = float(np.mean([*swd_floor(chosen).values()]))
     except ValueError as error:
         raise InputError(f"SWD cannot be taken: {error}") from error
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"--out {options.out} is no folder; take another one") from error
+    make_folder(options.out)
     names = {"pipeline": (source, commit), "worse": (worse_source, worse_commit)}
     about = {
         key: {"name": without_folder(getattr(options, key)), "revision": revision}

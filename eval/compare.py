@@ -19,7 +19,7 @@ import numpy as np
 from eval.evaluation import IMAGES, images_folder, unusual_settings
 from eval.figures import plot_curves, plot_image_rows
 from eval.results import ResultsError, number, read_results, value_text, write_results
-from pipelines.command import Parser, check_numbers, run_command
+from pipelines.command import Parser, check_numbers, make_folder, run_command
 from pipelines.generate import RECORD, image_path, missing_seeds
 from pipelines.loading import InputError
 
@@ -213,7 +213,7 @@ def compare(options: Namespace) -> None:
     except (KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"a result lacks what is compared, or it is of another type: {error}") from error
     seeds, images = images_of(runs, options.num_images)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     (out / "comparison.md").write_text(f"{text}\n")
     if images:
         plot_image_rows(images, out / "comparison.png")

@@ -32,7 +32,15 @@ from eval.cost import sample
 from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
 from pipelines import CustomUNetPipeline, generate
-from pipelines.command import MOST_THREADS, Parser, check_numbers, command_line, run_command
+from pipelines.command import (
+    MOST_THREADS,
+    Parser,
+    check_numbers,
+    check_seeds,
+    command_line,
+    make_folder,
+    run_command,
+)
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 from pipelines.loading import WEIGHTS, InputError, find_pipeline, load_pipeline
 from training.classifier import RECORD, NoisyImageClassifier
@@ -211,8 +219,7 @@ def parse_options(arguments: list[str]) -> Namespace:
     check_numbers(options, least, {"num_cpu_threads": MOST_THREADS})
     if len(set(options.scales)) < len(options.scales):
         parser.error(f"--scales are {' '.join(f'{scale:g}' for scale in options.scales)}; give each once")
-    if options.seed + options.num_images > generate.NUM_SEEDS:
-        parser.error(f"the last seed is {options.seed + options.num_images - 1}; it must be below 2**32")
+    check_seeds(options)
     return options
 
 
@@ -254,10 +261,7 @@ def run(options: Namespace, arguments: list[str]) -> None:
         floor = swd(others, real)
     except ValueError as error:
         raise InputError(f"SWD cannot be taken: {error}") from error
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"--out {options.out} is no folder; take another one") from error
+    make_folder(options.out)
     record |= {
         "command": command_line("eval.guidance", arguments),
         "reference": {key: store.description[key] for key in REFERENCE},

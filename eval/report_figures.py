@@ -21,7 +21,7 @@ from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import SelfAttention
 from eval.figures import plot_curves, plot_image_rows, plot_panels, save_figure
 from eval.results import write_results
-from pipelines.command import Parser, run_command
+from pipelines.command import Parser, make_folder, run_command
 from pipelines.loading import InputError
 from training.config import parse_config
 from training.data import to_model_range, to_uint8
@@ -194,9 +194,9 @@ def write_figures(out: Path) -> None:
     """All of them, and their numbers.
 
     Raises:
-        OSError: if a file cannot be written.
+        InputError, OSError: if the folder cannot be had or a file cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     layers = drawn_network()
     draw_network(layers, out / "unet.png")
     plot_image_rows(noised_faces(), out / "forward.png")

@@ -35,7 +35,7 @@ from eval.measures import METRICS, check_metrics
 from eval.reference import FEWEST_IMAGES, FeatureError, check_counts
 from eval.results import ResultsError, quality_table, read_results, result, write_results
 from pipelines import generate
-from pipelines.command import MOST_THREADS, Parser, check_numbers, run_command
+from pipelines.command import MOST_THREADS, Parser, check_numbers, make_folder, run_command
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 from pipelines.loading import DTYPES, InputError
 from pipelines.model_card import CardError, write_card
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
     check_metrics(evaluation)
     record = open_record(evaluation, path)
     if state.is_main_process:
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
     if not NEED_IMAGES.isdisjoint(options.metrics):
         evaluation.draw_images()
         keep(record, evaluation.drawing_time())

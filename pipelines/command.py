@@ -13,6 +13,7 @@ import torch
 from pipelines.loading import InputError
 
 MOST_THREADS = 1024  # where threads cannot be made, OpenMP ends the process
+NUM_SEEDS = 2**32  # torch's generator on the CPU takes a seed modulo this
 
 
 def run_command(
@@ -71,6 +72,25 @@ def check_numbers(options: argparse.Namespace, least: dict[str, float], most: di
             if number is not None and not (low <= number <= high and math.isfinite(number)):
                 at_most = f" and at most {high}" if math.isfinite(high) else ""
                 raise InputError(f"--{name} is {number}; it must be at least {low}{at_most}")
+
+
+def check_seeds(options: argparse.Namespace) -> None:
+    """Raises InputError unless each of `options.num_images` from `options.seed` on has a seed of its own."""
+    last_seed = options.seed + options.num_images - 1
+    if last_seed >= NUM_SEEDS:
+        raise InputError(f"the last seed is {last_seed}; it must be below 2**32")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of `--out`.
+
+    Raises:
+        InputError: if something else is there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"--out {folder} is no folder; take another one") from error
 
 
 def emulates_bf16(device: torch.device) -> bool:

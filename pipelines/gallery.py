@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from pipelines import CustomUNetPipeline
-from pipelines.command import Parser, run_command
+from pipelines.command import Parser, make_folder, run_command
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import InputError, find_pipeline, load_pipeline
 
@@ -239,7 +239,7 @@ def run(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     pipe = load_pipeline(find_pipeline(args.pipeline, None)[0], "fp32", None)
     check_pictures(pipe, args.only)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     torch.manual_seed(0)
     record = args.out / "gallery.json"
     settings = json.loads(record.read_text()) if record.exists() else {}

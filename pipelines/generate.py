@@ -41,8 +41,10 @@ from pipelines.command import (
     MOST_THREADS,
     Parser,
     check_numbers,
+    check_seeds,
     command_line,
     emulates_bf16,
+    make_folder,
     run_command,
     without_folder,
 )
@@ -62,7 +64,6 @@ SAMPLER_SETTINGS = {
     "churn_max": (float, "of edm_heun: S_tmax, the largest one"),
     "noise_factor": (float, "of edm_heun: S_noise, standard deviation of the noise that churn adds"),
 }
-NUM_SEEDS = 2**32  # torch's generator on the CPU takes a seed modulo this
 
 
 # ---- The images of a folder
@@ -296,8 +297,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     check_numbers(options, least, {"num_cpu_threads": MOST_THREADS, "eta": 1})
     if "\0" in str(options.out):
         parser.error("--out has a NUL character, which no path can have")
-    if options.seed + options.num_images > NUM_SEEDS:
-        parser.error(f"the last seed is {options.seed + options.num_images - 1}; it must be below 2**32")
+    check_seeds(options)
     return options
 
 
@@ -355,11 +355,9 @@ def on_main_process(state: PartialState, action: Callable):
 
 def take_folder(folder: Path, lock: FileLock) -> None:
     """Makes the folder and keeps other starts out of it, until this process ends however it ends."""
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"--out {folder} is no folder; take another one") from error
     except Timeout as error:
         raise OSError(f"{folder} is in use by another start; wait for it or take another --out") from error
 
