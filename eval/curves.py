@@ -144,8 +144,8 @@ def table(record: dict) -> str:
     lines = [f"| {' | '.join(COLUMNS.values())} |", "|---" * len(COLUMNS) + "|"]
     lines += [f"| {' | '.join(number(row.get(key)) for key in COLUMNS)} |" for row in rows]
     lines.append(
-        f"\nSWD of {number(record['n'])} images ({by['sampler']}, {by.get('steps', 'its own')} steps); of as many"
-        f" real ones it is {number(rows[0]['swd_floor'])}."
+        f"\nSWD of {number(record['n'])} images ({by['sampler']}, {by.get('steps', 'its own')} steps, {by['dtype']});"
+        f" of as many real ones it is {number(rows[0]['swd_floor'])}."
     )
     return "\n".join(lines)
 
@@ -181,9 +181,13 @@ def read_before(path: Path, pipeline_dir: Path) -> dict:
 def join(before: dict, record: dict) -> dict:
     """One record of two runs, of which the second began with the weights of the first one's last row.
 
+    They may differ in the network's type while sampling, which changes images by less than an eye sees.
+
     Raises:
-        InputError: if their checkpoints were measured in different ways.
+        InputError: if their checkpoints were measured in other different ways.
     """
+    dtype = ", then ".join(dict.fromkeys(r["drawn_by"].get("dtype", "") for r in (before, record)))
+    before, record = (r | {"drawn_by": r["drawn_by"] | {"dtype": dtype}} for r in (before, record))
     differing = [name for name in ("reference", "drawn_by", "n") if before[name] != record[name]]
     if differing:
         raise InputError(f"--after was measured otherwise ({', '.join(differing)}); use the same options for both")

@@ -85,7 +85,7 @@ def test_the_losses_of_the_whole_log_are_kept(run, measured):
 def test_there_are_a_table_and_a_figure(measured):
     lines = (measured / "curves.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| 8", "| 16", "| 24"]
-    assert "SWD of 8 images (ddim, 2 steps)" in lines[-1]
+    assert "SWD of 8 images (ddim, 2 steps, fp32)" in lines[-1]
     with Image.open(measured / "curves.png") as figure:
         assert figure.height > figure.width
 
@@ -176,6 +176,15 @@ def test_a_run_that_began_with_anothers_weights_goes_on_with_its_curves(second_r
         assert points == first[key] + [[24 + images, loss] for images, loss in second[key]]
 
 
+def test_curves_of_another_precision_are_joined_and_it_is_told(second_run, measured, tmp_path):
+    record = json.loads((measured / "curves.json").read_text())
+    record["drawn_by"]["dtype"] = "bf16"
+    (tmp_path / "before.json").write_text(json.dumps(record))
+    assert curves(second_run, tmp_path / "out", "--after", str(tmp_path / "before.json")) == 0
+    assert len(rows(tmp_path / "out")) == len(rows(measured)) + 1
+    assert "(ddim, 2 steps, bf16, then fp32)" in (tmp_path / "out" / "curves.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -183,6 +192,7 @@ def test_a_run_that_began_with_anothers_weights_goes_on_with_its_curves(second_r
         (lambda record: record.pop("rows"), "has no curves of a training"),
         (lambda record: record.pop("losses"), "has no curves of a training"),
         (lambda record: record.update(n=9), "measured otherwise (n)"),
+        (lambda record: record["drawn_by"].update(steps=3), "measured otherwise (drawn_by)"),
     ],
 )
 def test_other_curves_are_not_joined(second_run, measured, tmp_path, capsys, change, message):
