@@ -23,6 +23,11 @@ from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
 
 
+# DDIM divides float32 noise by the square root of the last alphas_cumprod, and rounding grows 157-fold by it. The order
+# of sums, which differs between the two and between CPUs, then decides about 2e-5; an 8-bit level is 4e-3.
+ROUNDING = 4 * np.finfo(np.float32).eps / DDIMScheduler().alphas_cumprod[-1].sqrt().item()
+
+
 @pytest.fixture
 def pipe() -> CustomUNetPipeline:
     torch.manual_seed(0)
@@ -60,7 +65,7 @@ def test_same_images_as_the_stock_pipeline(pipe, stock, scheduler, prediction_ty
     reference = stock_pipeline(pipe, stock, scheduler(**settings))
     arguments = {"batch_size": 2, "num_inference_steps": 7, "output_type": "np"}
     images = ours(**arguments, generator=generators(1, 2)).images
-    np.testing.assert_allclose(images, reference(**arguments, generator=generators(1, 2)).images, atol=1e-5)
+    np.testing.assert_allclose(images, reference(**arguments, generator=generators(1, 2)).images, atol=ROUNDING)
     assert images.std() > 0.05
 
 
@@ -69,14 +74,14 @@ def test_same_images_as_the_stock_pipeline_with_thresholding(pipe):
     ours = quiet(CustomUNetPipeline(pipe.unet, scheduler))(2, generators(1, 2), 5, output_type="np").images
     reference = stock_pipeline(pipe, DDIMPipeline, scheduler)
     stock = reference(batch_size=2, generator=generators(1, 2), num_inference_steps=5, output_type="np").images
-    np.testing.assert_allclose(ours, stock, atol=1e-5)
+    np.testing.assert_allclose(ours, stock, atol=ROUNDING)
 
 
 def test_eta_adds_noise_as_the_stock_pipeline_does(pipe):
     reference = stock_pipeline(pipe, DDIMPipeline, DDIMScheduler())
     arguments = {"batch_size": 2, "num_inference_steps": 5, "eta": 1.0, "output_type": "np"}
     ours = pipe(**arguments, generator=generators(1, 2)).images
-    np.testing.assert_allclose(ours, reference(**arguments, generator=generators(1, 2)).images, atol=1e-5)
+    np.testing.assert_allclose(ours, reference(**arguments, generator=generators(1, 2)).images, atol=ROUNDING)
     assert np.abs(ours - pipe(**{**arguments, "eta": 0.0}, generator=generators(1, 2)).images).max() > 0.01
 
 
