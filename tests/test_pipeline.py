@@ -22,9 +22,8 @@ from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
 
-
-# DDIM divides float32 noise by the square root of the last alphas_cumprod, and rounding grows 157-fold by it. The order
-# of sums, which differs between the two and between CPUs, then decides about 2e-5; an 8-bit level is 4e-3.
+# DDIM divides float32 noise by the square root of the last alphas_cumprod: rounding grows 157-fold. The order of sums,
+# which differs between the two and between CPUs, then decides about 2e-5; an 8-bit level is 4e-3.
 ROUNDING = 4 * np.finfo(np.float32).eps / DDIMScheduler().alphas_cumprod[-1].sqrt().item()
 
 
