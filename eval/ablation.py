@@ -316,15 +316,19 @@ def _summary(values: list[float]) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown."""
-    lines = [f"| {' | '.join(COLUMNS.values())} |", "|---" * len(COLUMNS) + "|"]
-    lines += [f"| {' | '.join(_cell(row[key]) for key in COLUMNS)} |" for row in rows]
+    """Markdown. What is the same in all rows stands below instead of in a column."""
+    columns = {heading: [_cell(row[key]) for row in rows] for key, heading in COLUMNS.items()}
+    shared = {heading: cells[0] for heading, cells in columns.items() if len(rows) > 1 and len(set(cells)) == 1}
+    columns = {heading: cells for heading, cells in columns.items() if heading not in shared}
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in zip(*columns.values(), strict=True)]
     first, seeds = rows[0], rows[0]["seeds"]
+    of_all = f" In all rows: {', '.join(' '.join(pair) for pair in shared.items())}." if shared else ""
     spread = f" Means and standard deviations over {len(seeds)} trainings." if len(seeds) > 1 else ""
     lines.append(
         f"\nSWD of {number(first['n'])} images; of as many real ones it is {number(first['swd_floor'])}. Errors are"
         " mean squared errors on held-out images: of x_0 at noise levels that are the same for all, of the noise over"
-        f" the timesteps and by their quarters, q1 with the least noise (– at other noise levels).{spread}"
+        f" the timesteps and by their quarters, q1 with the least noise (– at other noise levels).{of_all}{spread}"
     )
     return "\n".join(lines)
 

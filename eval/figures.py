@@ -92,7 +92,7 @@ def plot_dots(values: dict[str, list[float]], floor: float, xlabel: str, path: P
 
 
 def plot_panels(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str, path: Path) -> None:
-    """Panels below each other over the same axis, each with its lines.
+    """Panels below each other over the same axis, each with its lines; logarithmic if these span a factor of 3.
 
     Args:
         panels: the points (x, y) of each line by its label, by the panel's title; values must be positive.
@@ -104,7 +104,8 @@ def plot_panels(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel:
             style = "o-" if len(points) <= FEW_POINTS else "-"
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
         axes.set_title(title, fontsize=10)
-        axes.set_yscale("log")
+        values = [y for points in lines.values() for _, y in points]
+        axes.set_yscale("log" if max(values) > 3 * min(values) else "linear")
         if len(lines) > 1:
             axes.legend(fontsize=8)
     axes.set_xlabel(xlabel)
