@@ -46,7 +46,7 @@ from training.data import (
     to_model_range,
 )
 from training.diffusion import diffusion_loss, drop_labels, heldout_loss, make_sampling_scheduler
-from training.facts import pretrained_facts, recorded_step, run_facts
+from training.facts import recorded_step, run_facts, training_in_all
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.processes import (
     StoppedEarly,
@@ -139,7 +139,7 @@ class Trainer:
                 f"--pretrained_model_name_or_path {name} predicts {theirs['prediction_type']}, this run"
                 f" {ours['prediction_type']}; set --prediction_type or --objective as they were there"
             )
-        self.pretrained_facts = pretrained_facts(self.config.pretrained_name, source)
+        self.pretrained_facts = {"name": self.config.pretrained_name, **training_in_all(source)}
         return pretrained
 
     def take_weights(self, pretrained: CustomUNetPipeline) -> None:

@@ -47,7 +47,7 @@ from pipelines.command import (
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import DTYPES, InputError, find_pipeline, load_pipeline
 from training.data import DataError, ImageStore, open_image_store
-from training.facts import device_name
+from training.facts import device_name, training_in_all
 
 NUM_SHOWN = 16  # images of each scale in the figure
 SHARED = (  # of the two models' configurations
@@ -155,15 +155,6 @@ def measure(images: np.ndarray, real: np.ndarray) -> dict:
     return {"value": float(np.mean([*levels.values()])), "levels": {str(k): v for k, v in levels.items()}}
 
 
-def images_seen(source: Path) -> int | None:
-    """In the whole training of a model, also that of the weights it began with; None if it does not tell."""
-    try:
-        facts = json.loads((source / "training.json").read_text())
-        return facts["images_seen"] + (facts.get("pretrained") or {"images_seen": 0})["images_seen"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def run(options: Namespace, arguments: Sequence[str]) -> None:
     """Checks everything, then draws and measures; what was measured is written down after each scale."""
     state = generate.set_up_process(options.num_cpu_threads, options.dtype)
@@ -182,7 +173,7 @@ def run(options: Namespace, arguments: Sequence[str]) -> None:
     names = {"pipeline": (source, commit), "worse": (worse_source, worse_commit)}
     about = {
         key: {"name": without_folder(getattr(options, key)), "revision": revision}
-        | {"images_seen": images_seen(folder)}
+        | {"images_seen": training_in_all(folder)["images_seen"]}
         for key, (folder, revision) in names.items()
     }
     record = about | {

@@ -20,6 +20,7 @@ from pipelines import generate
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, ContinuousSampler
 from pipelines.loading import InputError, find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
+from training.facts import training_in_all
 
 COST_SAMPLERS = ("ddpm", "ddim", "dpmsolver++2m", "unipc")  # of a model with discrete timesteps
 IMAGES = "images"  # the folder of an evaluation that holds its folders of images
@@ -106,7 +107,7 @@ class Evaluation:
             "likelihood_weighting": training.get("objective", {}).get("likelihood_weighting"),
             "parameters": sum(parameter.numel() for parameter in self.pipeline.unet.parameters()),
         }
-        facts |= {name: training.get(name) for name in ("images_seen", "train_seconds")}
+        facts |= training_in_all(self.source)
         return {name: value for name, value in facts.items() if value is not None}
 
     @property

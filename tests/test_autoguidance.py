@@ -70,7 +70,8 @@ def write_model(folder: Path, seed: int, scheduler=None, images_seen: int | None
     pipe = CustomUNetPipeline(network, scheduler or DDIMScheduler(prediction_type="v_prediction"))
     export_pipeline(pipe, folder)
     if images_seen is not None:
-        facts = {"data": {"crop": "none"}, "images_seen": images_seen, "pretrained": {"images_seen": 30}}
+        before = {"images_seen": 30, "train_seconds": 1.0}
+        facts = {"data": {"crop": "none"}, "images_seen": images_seen, "train_seconds": 2.0, "pretrained": before}
         (folder / "training.json").write_text(json.dumps(facts))
 
 

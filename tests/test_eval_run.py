@@ -67,6 +67,7 @@ def facts() -> dict:
         "step": 1,
         "images_seen": 4,
         "train_seconds": 1.0,
+        "pretrained": {"name": "before", "images_seen": 8, "train_seconds": 1.5},
         "num_processes": 1,
         "data": {"source": "real", "split": "train", "crop": "none", "resolution": 16, "num_images": 50},
         "device": "cpu",
@@ -299,8 +300,8 @@ def test_an_sde_model_is_measured_as_others_are(measured_sde):
         "objective": "edm",
         "prediction_type": "edm",
         "parameters": sum(p.numel() for p in CustomUNet2DModel(**NETWORK).parameters()),
-        "images_seen": 4,
-        "train_seconds": 1.0,
+        "images_seen": 4 + 8,
+        "train_seconds": 1.0 + 1.5,
     }
 
 

@@ -32,7 +32,7 @@ def run_facts(
 
     Args:
         data: the description of the image store.
-        pretrained: of the model that the run started from, see `pretrained_facts`; None if from fresh weights.
+        pretrained: `name` and `training_in_all` of the model that the run started from; None if from fresh weights.
         log_path: the run's log; its newest held-out losses up to `step` are taken.
         numbers: `total_steps` (None without a last step), `images_seen`, `train_seconds`, `num_processes`,
             `num_heldout_images` and `samples_step`, at which the sample grid was drawn (None without a grid).
@@ -57,19 +57,17 @@ def run_facts(
     }
 
 
-def pretrained_facts(name: str, folder: Path) -> dict:
-    """What is known of a model that a run starts from: `name`, and images and seconds of its training in all.
+def training_in_all(folder: Path) -> dict:
+    """`images_seen` and `train_seconds` of a model repository, those of the weights that its training began with too.
 
-    Args:
-        folder: of the model repository. If it tells nothing of its training, the two are None.
+    If it tells nothing of its training, the two are None.
     """
     try:
         facts = json.loads((folder / "training.json").read_text())
         before = facts.get("pretrained") or {"images_seen": 0, "train_seconds": 0.0}
-        sums = {key: facts[key] + before[key] for key in ("images_seen", "train_seconds")}
+        return {key: facts[key] + before[key] for key in ("images_seen", "train_seconds")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        sums = dict.fromkeys(("images_seen", "train_seconds"))
-    return {"name": name, **sums}
+        return dict.fromkeys(("images_seen", "train_seconds"))
 
 
 def device_name(device: torch.device) -> str:
