@@ -158,8 +158,10 @@ def test_images_that_were_not_generated_are_not_shown(copies, tmp_path):
 def test_committed_results_of_which_one_lacks_some(tmp_path):
     samples = Path(__file__).parent.parent / "samples" / "celeba32_cpu"
     whole, part = samples / "evaluation", samples / "samplers" / "ddpm"
-    heading, _, *rows = compare(whole, part, out=tmp_path)
-    found = [dict(zip(heading, row, strict=True)) for row in rows]
+    found = []
+    for folder in (whole, part):  # one at a time, as they have other numbers of images
+        heading, _, row = compare(folder, out=tmp_path)
+        found.append(dict(zip(heading, row, strict=True)))
     assert [row["sampler"] for row in found] == ["ddim, 50 steps", "ddpm, 50 steps"]
     assert [row["objective"] for row in found] == ["ddpm, v_prediction"] * 2
     for folder, row in zip((whole, part), found, strict=True):
