@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from custom_unet import CustomUNet2DModel
-from eval import report_figures
+from eval import figures, report_figures
 from eval.report_figures import SCHEDULES, clean_error_weights, layers_of, main, signal_to_noise
 
 
@@ -95,3 +95,13 @@ def test_the_command_writes_figures_and_numbers(tmp_path, capsys):
     blocked.write_text("")
     assert main(["--out", str(blocked)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(2.9, "linear"), (3.1, "log")])
+def test_a_panel_is_logarithmic_if_its_values_span_a_factor_of_3(monkeypatch, tmp_path, largest, scale):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    figures.plot_panels(
+        {"SWD": {"generated": [(0, largest), (1, 2.0)], "floor": [(0, 1.0)]}}, "step", tmp_path / "a.png"
+    )
+    assert drawn[0].axes[0].get_yscale() == scale
