@@ -417,7 +417,7 @@ class Trainer:
         self.open_batches()
         if progress.step == 0:
             self.report_heldout_loss()
-        self.stop.is_training = True
+        self.stop.is_noted_only = True
         bar = tqdm(
             desc="training",
             unit="step",
@@ -637,25 +637,19 @@ def run(
 
 def main(arguments: list[str], network_class: type[CustomUNet2DModel] = CustomUNet2DModel) -> int:
     started_at_seconds = time.monotonic()
-    rank, stop = int(os.environ.get("RANK", 0)), StopSignal()
-
-    def fail(what: object, code: int) -> int:
-        # not print: after a progress bar the line would stand behind it
-        tqdm.write(f"{f'[rank {rank}] ' if rank else ''}error: {' '.join(str(what).split())}", file=sys.stderr)
-        return code
-
+    stop = StopSignal()
     try:
         stop.listen()
-        config = parse_config(arguments, report=print if rank == 0 else lambda line: None)
+        config = parse_config(arguments, report=print if os.environ.get("RANK", "0") == "0" else lambda line: None)
         run(config, started_at_seconds, stop, network_class)
     except (ConfigError, DataError, CheckpointError, TrainingFailed, PushError, OSError) as error:
-        return fail(error, 2 if isinstance(error, (ConfigError, DataError, AccessError)) else 1)
+        return stop.fail(error, 2 if isinstance(error, (ConfigError, DataError, AccessError)) else 1)
     except StoppedEarly as error:
-        return fail(error, stop.exit_code)
+        return stop.fail(error, stop.exit_code)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return fail(f"out of memory; lower --train_batch_size or the network, or {MEMORY_SAVERS}: {error}", 1)
+        return stop.fail(f"out of memory; lower --train_batch_size or the network, or {MEMORY_SAVERS}: {error}", 1)
     finally:
         stop.leave()
     return stop.exit_code

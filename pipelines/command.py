@@ -39,7 +39,8 @@ def run_command(
         print(stopped, file=sys.stderr)
         return 130
     except (*bad_input, *failures) as error:
-        print(f"{f'[rank {rank}] ' if rank else ''}error: {one_line(error)}", file=sys.stderr, flush=True)
+        # in one write: print makes two where Python is told not to buffer, and the lines of several processes mix
+        sys.stderr.write(f"{f'[rank {rank}] ' if rank else ''}error: {one_line(error)}\n")
         return 2 if isinstance(error, bad_input) else 1
     return 0
 

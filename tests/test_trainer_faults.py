@@ -1,5 +1,6 @@
 """What the trainer does when its process, its disk or its numbers fail: each fault is a real one."""
 
+import io
 import multiprocessing
 import os
 import re
@@ -21,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from test_train_unet import REPOSITORY, TINY, assert_same_tensors, error_line, records, wait_for_step
 
 import train_unet
-from training import checkpoint
+from pipelines import generate
+from training import checkpoint, classifier
 from training.config import TrainConfig
 from training.processes import StopSignal, build_accelerator, is_accelerate_launch
 from training.run_log import read_log
@@ -331,6 +333,42 @@ def test_a_signal_before_the_first_step_ends_the_run_with_one_line(start, tmp_pa
     output = start(run, fault=partial(signal_at, number, "open", ".tmp-config.yaml", 1)).finish(code)
     assert "before the training began" in error_line(output)
     assert not list(run.glob("*checkpoint-*"))
+
+
+class Writes(io.RawIOBase):
+    """What stderr is where Python is told not to buffer (PYTHONUNBUFFERED), with each write kept by itself."""
+
+    def __init__(self, before_each=lambda: None):
+        self.texts, self.before_each = [], before_each
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        self.before_each()
+        self.texts.append(bytes(data).decode())
+        return len(data)
+
+    def put_in_place(self, monkeypatch) -> None:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(self, write_through=True))
+
+
+@pytest.mark.parametrize("main", [train_unet.main, classifier.main, generate.main], ids=lambda main: main.__module__)
+def test_an_error_is_one_write_so_that_those_of_several_processes_do_not_mix(main, monkeypatch):
+    stderr = Writes()
+    stderr.put_in_place(monkeypatch)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--nonsense", "1"]) == 2
+    (text,) = [text for text in stderr.texts if text]
+    assert re.fullmatch(r"\[rank 1\] error: .+\n", text)
+
+
+@pytest.mark.parametrize("main", [train_unet.main, classifier.main], ids=lambda main: main.__module__)
+def test_a_signal_while_an_error_is_told_does_not_keep_it_from_being_told(main, monkeypatch):
+    stderr = Writes(before_each=lambda: signal.raise_signal(signal.SIGTERM))
+    stderr.put_in_place(monkeypatch)
+    assert main(["--nonsense", "1"]) == 2
+    assert re.fullmatch(r"error: .+\n", "".join(stderr.texts))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -336,24 +336,19 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> int:
     stop = StopSignal()
-
-    def fail(what: object, code: int) -> int:
-        tqdm.write(f"error: {' '.join(str(what).split())}", file=sys.stderr)
-        return code
-
     try:
         stop.listen()
         run(parse_options(arguments))
     except StoppedEarly:
-        return fail("stopped before the end; nothing is written", stop.exit_code)
+        return stop.fail("stopped before the end; nothing is written", stop.exit_code)
     except (InputError, DataError) as error:
-        return fail(error, 2)
+        return stop.fail(error, 2)
     except (TrainingFailed, OSError) as error:
-        return fail(error, 1)
+        return stop.fail(error, 1)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return fail(f"out of memory; lower --train_batch_size: {error}", 1)
+        return stop.fail(f"out of memory; lower --train_batch_size: {error}", 1)
     finally:
         stop.leave()
     return 0

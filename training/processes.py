@@ -19,6 +19,7 @@ from accelerate.utils import (
     TorchDynamoPlugin,
     broadcast_object_list,
 )
+from tqdm.auto import tqdm
 
 from training.config import ConfigError, TrainConfig
 
@@ -36,12 +37,14 @@ class StopSignal:
 
     Attributes:
         number: of the first signal that came; None if none did.
-        is_training: set by the training when it begins: from then on it looks at `number` and ends in good order.
+        is_noted_only: set by the training when it begins: from then on it looks at `number` and ends in good order.
+            Set too when the process ends with an error: another process that has ended with the same one sooner makes
+            torchrun stop this one before it has told it.
     """
 
     def __init__(self):
         self.number: int | None = None
-        self.is_training = False
+        self.is_noted_only = False
 
     def listen(self) -> None:
         """Takes over both signals; under `accelerate launch` also the end of the launcher counts as a SIGTERM."""
@@ -60,8 +63,18 @@ class StopSignal:
             StoppedEarly: before the training.
         """
         self.number = self.number or number
-        if not self.is_training:
+        if not self.is_noted_only:
             raise StoppedEarly(f"stopped by {signal.Signals(number).name} before the training began")
+
+    def fail(self, error: object, code: int) -> int:
+        """Tells on stderr in one line what ends the process, and from which process of several; returns the code."""
+        self.is_noted_only = True
+        rank = int(os.environ.get("RANK", 0))
+        line = f"{f'[rank {rank}] ' if rank else ''}error: {' '.join(str(error).split())}\n"
+        # Not print: after a progress bar the line would stand behind it. And with its end in one write, where Python
+        # is told not to buffer: the lines of several processes would mix.
+        tqdm.write(line, file=sys.stderr, end="")
+        return code
 
     @property
     def exit_code(self) -> int:
