@@ -328,7 +328,8 @@ def table(rows: list[dict]) -> str:
     lines.append(
         f"\nSWD of {number(first['n'])} images; of as many real ones it is {number(first['swd_floor'])}. Errors are"
         " mean squared errors on held-out images: of x_0 at noise levels that are the same for all, of the noise over"
-        f" the timesteps and by their quarters, q1 with the least noise (– at other noise levels).{of_all}{spread}"
+        " the timesteps and by their quarters, q1 with the least noise (–: other noise levels, which do not compare)."
+        f"{of_all}{spread}"
     )
     return "\n".join(lines)
 

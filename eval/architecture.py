@@ -35,7 +35,7 @@ COLUMNS = {
     "parameters": "parameters",
     "gflop": "GFLOP",
     "share": "share",
-    "attention_share": "of it between pixels, by attention",
+    "attention_share": "share of it in attention between pixels",
     "receptive_field": "receptive field",
 }
 
