@@ -15,8 +15,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -57,15 +57,17 @@ from training.processes import (
     on_main_process,
 )
 from training.run_log import Interval, RunLog, replace_file
-from training.samples import SamplingStopped, draw_grid, newest_samples, save_grid
+from training.samples import SamplingStopped, delete_newer_samples, draw_grid, newest_samples, save_grid
 from training.score_matching import check_noise_levels
 from training.summary import duration, preflight_summary, speed_report
 
+PROJECT = "unet"  # what the trackers call the run; TensorBoard's folder
 SPEED_REPORT_STEPS = 20  # updates after which speed and time left are told in a line of their own
 RANGE_IMAGES = 1000  # of the data, by which the noise levels are judged
-OBJECTIVE = (  # what the loss and the noise process depend on; older checkpoints tell but the first six of it
+OBJECTIVE = (  # what the loss and the noise process depend on; older checkpoints do not tell all of it
     "prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr objective"
     " likelihood_weighting sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_mean noise_std label_dropout"
+    " snr_gamma"
 ).split()
 MEMORY_SAVERS = "set --gradient_checkpointing true or --mixed_precision bf16"
 
@@ -145,7 +147,8 @@ class Trainer:
     def take_weights(self, pretrained: CustomUNetPipeline) -> None:
         """Copies the weights into the network, if it is the same one but for dropout and resolution."""
         free = ("dropout", "sample_size")
-        wanted = json.loads(json.dumps({k: v for k, v in self.unet_kwargs().items() if k not in free}))
+        wanted = {"num_class_embeds": None} | {k: v for k, v in self.unet_kwargs().items() if k not in free}
+        wanted = json.loads(json.dumps(wanted))
         found = json.loads(json.dumps({name: pretrained.unet.config.get(name) for name in wanted}))
         difference = checkpoint.difference(found, wanted)
         if difference:
@@ -201,6 +204,11 @@ class Trainer:
         self.heldout_images = self.heldout_labels = None
         if config.validation_split is not None:
             store = self.open_store(config.validation_split, config.validation_images)
+            if len(store) < 4:
+                raise DataError(
+                    f"split {config.validation_split} has {len(store)} held-out images; their loss needs at least 4,"
+                    " one for each quarter of the times: raise --validation_images or take another --validation_split"
+                )
             self.heldout_images = to_model_range(store.__getitems__(range(len(store))))
             if self.label_names is not None:
                 self.heldout_labels = torch.from_numpy(store.labels_among(self.label_names))
@@ -236,7 +244,7 @@ class Trainer:
         if folder is not None:
             self.restore(folder)
         on_main_process(self.accelerator, self.prepare_output_dir)
-        self.accelerator.init_trackers("unet", {k: str(v) for k, v in asdict(self.config).items()})
+        self.accelerator.init_trackers(PROJECT, {k: str(v) for k, v in asdict(self.config).items()})
 
     def take_output_dir(self) -> Path | None:
         """Main process: locks the folder; returns the checkpoint to go on from, if any."""
@@ -250,7 +258,8 @@ class Trainer:
             return None
         if config.overwrite_output_dir and folder.resolve().parent == self.output_dir.resolve():
             raise CheckpointError(f"--overwrite_output_dir would delete {folder}, which the run is to go on from")
-        saved = {name: DEFAULTS[name] for name in OBJECTIVE} | checkpoint.read_identity(folder)
+        untold = {name: DEFAULTS[name] for name in OBJECTIVE} | {"snr_gamma": config.snr_gamma}
+        saved = untold | checkpoint.read_identity(folder)
         difference = checkpoint.difference(saved, self.identity())
         if difference:
             raise CheckpointError(
@@ -279,11 +288,14 @@ class Trainer:
     def prepare_output_dir(self) -> None:
         """Main process: clears away what the run does not go on from, and begins the log and config.yaml."""
         if self.config.overwrite_output_dir:
-            for path in [*self.output_dir.glob("*checkpoint-*"), *self.output_dir.glob("log.jsonl")]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            checkpoint.delete_all(self.output_dir)
+            (self.output_dir / "log.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(self.output_dir / self.config.logging_dir / PROJECT, ignore_errors=True)
         checkpoint.set_aside_newer(self.output_dir, self.progress.step)
+        delete_newer_samples(self.output_dir / "samples", self.progress.step)
         self.log = RunLog(self.output_dir / "log.jsonl", self.progress.step)
-        replace_file(self.output_dir / "config.yaml", self.config.to_yaml().encode())
+        again = replace(self.config, overwrite_output_dir=False)  # who starts from the file goes on
+        replace_file(self.output_dir / "config.yaml", again.to_yaml().encode())
 
     def save_checkpoint(self) -> None:
         scaler = self.accelerator.scaler
@@ -504,6 +516,9 @@ class Trainer:
             self.report_heldout_loss()
         if is_new and self.stop.number is None and step % config.save_images_steps:
             self.save_samples()
+        if step == 0:
+            self.tell("stopped before the first update: there is no model to write")
+            return
         if is_new or on_main_process(self.accelerator, lambda: recorded_step(self.pipeline_dir) != step):
             self.export()
         length = f"{step} of {self.total_steps} steps" if self.total_steps else f"{step} steps"
@@ -627,12 +642,17 @@ def run(
     try:
         if not config.dry_run:
             trainer.start_or_resume()
+        elif config.resume_from_checkpoint != "latest":
+            checkpoint.find_checkpoint(trainer.output_dir, config.resume_from_checkpoint)
         accelerator.print(f"{config.to_yaml()}\n{trainer.preflight()}\n", flush=True)
         trainer.dry_run() if config.dry_run else trainer.train()
-        if config.push_to_hub and not config.dry_run and stop.number is None:
+        if config.push_to_hub and not config.dry_run and stop.number is None and trainer.progress.step:
             trainer.tell(f"pushed: {on_main_process(accelerator, trainer.push)}")
-    finally:
-        accelerator.end_training()
+    except BaseException:
+        with suppress(Exception):  # a tracker that could not start cannot end; what ended the run is to be told
+            accelerator.end_training()
+        raise
+    accelerator.end_training()
 
 
 def main(arguments: list[str], network_class: type[CustomUNet2DModel] = CustomUNet2DModel) -> int:

@@ -445,14 +445,15 @@ class CustomUNetPipeline(DiffusionPipeline):
         self,
         image: PipelineImageInput,
         num_inference_steps: int = 50,
-        num_fixed_point_iterations: int = 1,
+        num_fixed_point_iterations: int = 3,
         class_labels: int | Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """The latents from which DDIM (eta 0, as many steps) draws these images again, up to an error.
 
-        A step of DDIM from t to s < t is run backwards: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon with x_0 =
-        (x_s - sqrt(1 - abar_s) epsilon) / sqrt(abar_s), where epsilon is the network's at x_t. As x_t is what is
-        looked for, epsilon is first taken at x_s; each further fixed-point iteration takes it at the last x_t found.
+        A step of DDIM from t to s < t turns x_t in the plane of x_0 and epsilon by an angle phi: x_s = cos(phi) x_t -
+        sin(phi) v, where v is the network's at x_t; so x_t = (x_s + sin(phi) v) / cos(phi). As x_t is what is looked
+        for, v is first taken at x_s; each further fixed-point iteration takes it at the last x_t found. (With epsilon
+        or x_0 in the place of v the iterations do not converge where little is left of the image, or of the noise.)
 
         Args:
             image: PIL images, or arrays in [0, 1] of shape (B, H, W, C) or tensors of shape (B, C, H, W).
@@ -471,10 +472,13 @@ class CustomUNetPipeline(DiffusionPipeline):
             for k in self.progress_bar(range(1, len(levels))):
                 signal_s, sigma_s = _scales(levels[k - 1])
                 signal_t, sigma_t = _scales(levels[k])
+                cosine = signal_s * signal_t + sigma_s * sigma_t
+                sine = signal_s * sigma_t - sigma_s * signal_t
                 next_latents = latents
                 for _ in range(num_fixed_point_iterations):
-                    _, noise = self._predict(next_latents, timesteps[k - 1], levels[k], class_labels)
-                    next_latents = signal_t * (latents - sigma_s * noise) / signal_s + sigma_t * noise
+                    clean, noise = self._predict(next_latents, timesteps[k - 1], levels[k], class_labels)
+                    velocity = signal_t * noise - sigma_t * clean
+                    next_latents = (latents + sine * velocity) / cosine
                 latents = next_latents
         return self._finite(latents)
 

@@ -36,7 +36,7 @@ SEEDS = list(range(8))
 STEPS = (5, 50)
 SHEET_SAMPLERS, SHEET_STEPS, SHEET_SEEDS = ("ddpm", "ddim", "dpmsolver++2m", "unipc"), (5, 10, 20, 50, 250), range(16)
 INVERSION_STEPS = (10, 20, 50, 100)
-FIXED_POINT_ITERATIONS = (1, 2, 5)
+FIXED_POINT_ITERATIONS = (1, 2, 3, 5)
 LEVELS = (200, 400, 600, 800)
 CONTINUOUS_STEPS = {
     "euler_maruyama": 200,
@@ -111,7 +111,7 @@ def draw_denoising(pipe: CustomUNetPipeline, out: Path) -> dict:
 
 
 def draw_inversion(pipe: CustomUNetPipeline, out: Path) -> dict:
-    """Images drawn by another sampler are inverted and drawn again; clipping is off, as it cannot be inverted."""
+    """Images drawn by another sampler are inverted and drawn again, shown for three iterations; clipping is off, as it cannot be inverted."""
     pipe.set_sampler("dpmsolver++2m")
     images = pipe(seeds=SEEDS, num_inference_steps=100, output_type="pt").images
     pipe.set_sampler("ddim")
@@ -132,7 +132,7 @@ def draw_inversion(pipe: CustomUNetPipeline, out: Path) -> dict:
                     "latents_std": round(latents.std().item(), 4),
                 }
             )
-            if iterations == 1:
+            if iterations == 3:
                 rows[f"{steps} steps"] = pipe.numpy_to_pil(again.permute(0, 2, 3, 1).numpy())
     labelled_grid(rows).save(out / "inversion.png")
     facts = {"seeds": SEEDS, "images_by": "dpmsolver++2m, 100 steps"}

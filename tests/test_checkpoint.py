@@ -92,6 +92,12 @@ def test_nothing_intact_is_an_error_not_a_fresh_start(tmp_path):
         checkpoint.find_checkpoint(tmp_path, "latest")
 
 
+def test_a_checkpoint_of_the_output_folder_by_its_name(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    assert checkpoint.find_checkpoint(tmp_path, "checkpoint-1") == tmp_path / "checkpoint-1"
+
+
 def test_an_explicit_path_that_does_not_exist_lists_what_is_there(tmp_path):
     save(tmp_path, 3)
     with pytest.raises(CheckpointError, match=r"does not exist.*checkpoint-3"):

@@ -241,6 +241,8 @@ def error_of(capsys, arguments, code) -> str:
         ("--label_column king", "has no column 'king' of labels; did you mean kind? it has image, kind"),
         ("--split nowhere", "has no split 'nowhere'; it has train, validation"),
         ("--validation_split test", "has no split 'test'; it has train, validation"),
+        ("--validation_split train", "--validation_split train is what is trained on"),
+        (f"--hub_token hf_{'a' * 34}", "holds a token; the Hub's token is read from HF_TOKEN"),
         ("--labels kind", "unrecognized arguments: --labels kind"),
         ("--dataset_name synthetic-faces", "give either dataset_name or train_data_dir"),
     ],
@@ -265,6 +267,13 @@ def test_a_class_of_which_the_training_has_none_is_told_before_it(tmp_path, caps
     write_pictures(tmp_path / "data" / "validation", ["light", "striped"])
     message = error_of(capsys, command(tmp_path / "data", tmp_path / "out"), 2)
     assert message == "error: split validation has the class 'striped' of 'kind', not one of dark, light"
+
+
+def test_a_single_class_is_told_before_the_training(tmp_path, capsys):
+    for split in ("test", "validation"):
+        write_pictures(tmp_path / "data" / split, ["dark"] * 20)
+    message = error_of(capsys, command(tmp_path / "data", tmp_path / "out", "--split", "test"), 2)
+    assert message == "error: column kind has one class alone, 'dark'; nothing is to be learned"
 
 
 def test_a_loss_that_is_no_number_is_told(pictures, tmp_path, capsys):

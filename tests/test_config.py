@@ -54,6 +54,12 @@ def test_null_on_the_command_line_wins_over_the_file(parse):
         parse(BASE, "--seed", "null")
 
 
+def test_of_two_values_the_later_one_counts_and_null_is_one(parse):
+    assert parse(BASE, "--snr_gamma", "5", "--snr_gamma", "null").snr_gamma is None
+    assert parse(BASE, "--snr_gamma=null", "--snr_gamma=5").snr_gamma == 5.0
+    assert parse(BASE + "cache_dir: there\n", "--cache_dir=null").cache_dir is None
+
+
 def test_saved_configuration_reads_back_unchanged(parse):
     config = parse(BASE + "attention_head_dim: null\nblock_out_channels: [32, 64, 64, 64]\nsnr_gamma: 5\n")
     assert parse(config.to_yaml()) == config

@@ -1,5 +1,6 @@
 """The facts of a run: the newest held-out losses up to the step, what the machine is, and nothing of where it lies."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -32,6 +33,8 @@ def test_facts(tmp_path):
     assert facts["versions"].keys() == {"python", *LIBRARIES}
     assert facts["versions"]["python"] == platform.python_version()
     assert run_facts(*arguments, step=1, **numbers)["heldout"] is None
+    without = dataclasses.replace(config, validation_split=None)  # given up by a run that goes on
+    assert run_facts(without, *arguments[1:], step=5, **numbers)["heldout"] is None
 
 
 def test_the_processor_is_named_with_its_cores():

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
-from training.samples import draw_grid, grid_name, newest_samples
+from training.samples import delete_newer_samples, draw_grid, grid_name, newest_samples
 
 
 def test_the_grid_shows_the_seeds_in_order():
@@ -27,3 +27,8 @@ def test_the_newest_grid_up_to_a_step(tmp_path):
         (tmp_path / grid_name(step)).touch()
     assert newest_samples(tmp_path, 19) == (tmp_path / "step-0000010.png", 10)
     assert newest_samples(tmp_path, 4) == (None, None)
+    (tmp_path / "step-0000019 (copy).png").touch()
+    (tmp_path / "step-best.png").touch()
+    assert newest_samples(tmp_path, 19) == (tmp_path / "step-0000010.png", 10)
+    delete_newer_samples(tmp_path, 5)
+    assert {path.name for path in tmp_path.iterdir()} == {grid_name(5), "step-0000019 (copy).png", "step-best.png"}

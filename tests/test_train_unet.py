@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import train_unet
 from pipelines import CustomUNetPipeline
-from training.config import TrainConfig
+from training.config import ConfigError, TrainConfig
 from training.processes import StopSignal, build_accelerator
 from training.run_log import read_log
 
@@ -261,6 +261,9 @@ def test_a_checkpoint_of_another_run_and_a_missing_path_are_refused(uninterrupte
         (["--block_out_channels", "8", "18"], "groups"),
         (["--resolution", "9"], "sample_size"),
         (["--split", "test"], "validation"),
+        (["--validation_split", "validation", "--validation_images", "3"], "3 held-out images"),
+        (["--validation_split", "train"], "not held out"),
+        (["--dataset_revision", "main"], "--dataset_revision is for the Hub"),
         (["--train_batch_size", "51"], "50 images are fewer"),
         (["--mixed_precision", "fp16"], "fp16"),
         (["--report_to", "wandb"], "wandb"),
@@ -278,6 +281,27 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, cache_d
     output = capfd.readouterr()
     assert message in error_line(output.err)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_a_checkpoint_that_is_not_there_is_refused(tmp_path, cache_dir, capfd):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    flags = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / "run", "--cache_dir", cache_dir]
+    flags += ["--dry_run", "--resume_from_checkpoint", tmp_path / "nowhere"]
+    assert train_unet.main([str(flag) for flag in flags]) == 1
+    assert "nowhere does not exist" in error_line(capfd.readouterr().err)
+
+
+def test_fp16_needs_a_gpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        build_accelerator(TrainConfig(**TINY | {"mixed_precision": "fp16"}))
+
+
+def test_an_environment_variable_of_accelerate_does_not_divide_the_gradient(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert build_accelerator(TrainConfig(**TINY)).gradient_accumulation_steps == 1
 
 
 def test_an_error_of_the_main_process_ends_all_processes(start, tmp_path):
@@ -406,6 +430,13 @@ def test_a_model_that_does_not_fit_is_refused(flags, message, taught, tmp_path, 
     assert train_unet.main([str(argument) for argument in arguments]) == 2
     assert message in error_line(capfd.readouterr().err)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_class_conditional_model_is_no_start_of_an_unconditional_one(make_trainer):
+    conditional = make_trainer(label_column="glasses")
+    conditional.export()
+    with pytest.raises(ConfigError, match="num_class_embeds: 3 -> None"):
+        make_trainer(pretrained_model_name_or_path=str(conditional.pipeline_dir))
 
 
 def test_a_model_that_cannot_be_had_is_told_before_the_data_are_read(taught, tmp_path, monkeypatch, capfd):

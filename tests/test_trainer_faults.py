@@ -270,13 +270,14 @@ def test_what_differs_from_the_checkpoint_is_listed(start, straight, tmp_path):
     state["identity"]["num_processes"] = 2
     (run / "checkpoint-3" / "state.json").write_text(checkpoint.json.dumps(state))
     update_manifest(run / "checkpoint-3")
-    flags = ["--block_out_channels", "8", "24", "--beta_end", "0.03", "--train_batch_size", "5"]
+    flags = ["--block_out_channels", "8", "24", "--beta_end", "0.03", "--train_batch_size", "5", "--snr_gamma", "5"]
     before = contents(run)
     line = error_line(start(run, *flags).finish(1))
     for text in (
         "block_out_channels: [8, 16] -> [8, 24]",
         "beta_end: 0.02 -> 0.03",
         "train_batch_size: 7 -> 5",
+        "snr_gamma: None -> 5.0",
         "num_processes: 2 -> 1",
     ):
         assert text in line
@@ -311,8 +312,40 @@ def test_a_checkpoint_from_before_there_were_objectives_is_one_of_ddpm(start, st
     (run / "checkpoint-3" / "state.json").write_text(checkpoint.json.dumps(state))
     update_manifest(run / "checkpoint-3")
     assert "objective: 'ddpm' -> 'edm'" in error_line(start(run, "--objective", "edm").finish(1))
+    start(copy_until(run, tmp_path / "weighted", 3), "--snr_gamma", "5").finish(0)  # it told nothing of weights
     start(run).finish(0)
     assert records(run, "loss") == records(straight, "loss")
+
+
+def test_to_overwrite_deletes_what_the_earlier_run_wrote_and_nothing_else(start, straight, tmp_path):
+    run = copy_until(straight, tmp_path / "run", 3)
+    (run / "abandoned-checkpoint-4").mkdir()
+    for name in ("samples/step-0000006.png", "logs/unet/events", "logs/mine", "my-checkpoint-notes.txt"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    start(run, "--overwrite_output_dir", "--max_train_steps", "1").finish(0)
+    there = "checkpoint-1 config.yaml log.jsonl logs my-checkpoint-notes.txt pipeline samples".split()
+    assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == there
+    assert [path.name for path in run.glob("samples/*")] == ["step-0000001.png"]
+    assert [path.name for path in run.glob("logs/*")] == ["mine"]
+    assert records(run, "loss").keys() == {1}
+    start(run, "--config", run / "config.yaml", "--max_train_steps", "2").finish(0)  # it does not overwrite again
+    assert list(checkpoint.list_checkpoints(run)) == [1, 2]
+
+
+def test_a_run_stopped_before_its_first_update_exports_no_model(start, straight, tmp_path):
+    run = copy_until(straight, tmp_path / "run", 3)
+    before = contents(run / "pipeline")
+    output = start(run, "--overwrite_output_dir", "--max_train_minutes", "1e-9").finish(0)
+    assert "stopped before the first update" in output
+    assert contents(run / "pipeline") == before
+
+
+def test_a_tracker_that_cannot_start_is_one_line(start, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "logs").touch()
+    assert "logs" in error_line(start(run, "--report_to", "tensorboard").finish(1))
 
 
 # Signals
@@ -369,6 +402,62 @@ def test_a_signal_while_an_error_is_told_does_not_keep_it_from_being_told(main, 
     stderr.put_in_place(monkeypatch)
     assert main(["--nonsense", "1"]) == 2
     assert re.fullmatch(r"error: .+\n", "".join(stderr.texts))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_loaders_workers_too_ends_the_run_in_good_order(tmp_path, number, code):
+    """As Ctrl-C in a terminal sends it."""
+    run = tmp_path / "run"
+    endless = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "dataloader_num_workers": 2}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | endless))
+    own = ["--config", tmp_path / "tiny.yaml", "--output_dir", run, "--cache_dir", tmp_path / "cache"]
+    process = subprocess.Popen(
+        [sys.executable, "train_unet.py", *own],
+        cwd=REPOSITORY,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_step(process, run, 2)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    os.killpg(process.pid, number)
+    output = "".join(process.communicate(timeout=120))
+    assert process.returncode == code, output
+    assert "Traceback" not in output
+    assert list(checkpoint.list_checkpoints(run)) == [max(records(run, "loss"))]
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+
+
+DECODING = """
+import time
+from training.sources import _in_worker_processes
+
+class Chunks:
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        time.sleep(0.2)
+        return [(None, None)]
+
+for _ in _in_worker_processes(Chunks()):
+    print("decoding", flush=True)
+"""
+
+
+def test_ctrl_c_while_images_are_decoded_is_told_by_the_main_process_alone():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", DECODING], cwd=REPOSITORY, start_new_session=True, **pipes)
+    for _ in range(4):  # the two workers take turns, so both are at work
+        assert process.stdout.readline() == "decoding\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert stderr.count("Traceback") == 1, stderr
+    assert stderr.endswith("KeyboardInterrupt\n")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

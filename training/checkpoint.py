@@ -118,7 +118,7 @@ def find_checkpoint(output_dir: Path, resume_from: str, report: Callable[[str], 
 
     Args:
         resume_from: `latest`: the newest one that verifies, after reporting each newer one that does not; or a path,
-            which must verify.
+            also one inside `output_dir`, which must verify.
         report: called with one line for each checkpoint that is passed over.
 
     Returns:
@@ -128,10 +128,10 @@ def find_checkpoint(output_dir: Path, resume_from: str, report: Callable[[str], 
         CheckpointError: if the path is no complete checkpoint, or there are checkpoints but none verifies.
     """
     if resume_from != "latest":
-        folder = Path(resume_from)
-        if not folder.is_dir():
+        folder = next((path for path in (Path(resume_from), output_dir / resume_from) if path.is_dir()), None)
+        if folder is None:
             there = ", ".join(p.name for p in list_checkpoints(output_dir).values()) or "no checkpoint"
-            raise CheckpointError(f"--resume_from_checkpoint {folder} does not exist; {output_dir} holds {there}")
+            raise CheckpointError(f"--resume_from_checkpoint {resume_from} does not exist; {output_dir} holds {there}")
         verify_checkpoint(folder)
         return folder
     candidates = list(reversed(list_checkpoints(output_dir).values()))
@@ -306,6 +306,13 @@ def set_aside_newer(output_dir: Path, step: int, report: Callable[[str], None] =
                 shutil.rmtree(aside)
             path.rename(aside)
             report(f"{path.name} is newer than the checkpoint resumed from: renamed to {aside.name}")
+
+
+def delete_all(output_dir: Path) -> None:
+    """Deletes the checkpoints and those set aside, and nothing else."""
+    for path in output_dir.iterdir():
+        if path.is_dir() and re.fullmatch(r"(abandoned-)?checkpoint-\d+", path.name):
+            shutil.rmtree(path)
 
 
 def difference(saved: dict, current: dict) -> str:

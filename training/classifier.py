@@ -46,6 +46,7 @@ from training.data import (
 )
 from training.processes import StoppedEarly, StopSignal, is_out_of_memory
 from training.sde import spread
+from training.yaml_file import TOKEN, TOKEN_HINT
 
 RECORD = "classifier.json"
 LEAST_SIGMA, MOST_SIGMA = 0.01, 100.0  # of training; at the one no pixel changes visibly, at the other nothing is seen
@@ -274,7 +275,12 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    for number, argument in enumerate(arguments, 1):
+        if TOKEN.search(argument):
+            parser.error(f"argument {number} holds a token{TOKEN_HINT}")
     options = parser.parse_args(arguments)
+    if options.validation_split == options.split:
+        parser.error(f"--validation_split {options.split} is what is trained on; take another one")
     for name in ("max_train_steps", "train_batch_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; it must be at least 1")
@@ -302,6 +308,8 @@ def run(options: argparse.Namespace) -> None:
     store = open_image_store(**data, split=options.split, max_images=options.max_images)
     validation = open_image_store(**data, split=options.validation_split, max_images=options.validation_images)
     names = store.description["label_names"]
+    if len(names) < 2:
+        raise InputError(f"column {options.label_column} has one class alone, {names[0]!r}; nothing is to be learned")
     validation.labels_among(names)  # so that classes of which there is none in the training are told before it
     torch.manual_seed(options.seed)
     classifier = NoisyImageClassifier(names, options.label_column, options.resolution)

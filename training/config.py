@@ -6,12 +6,14 @@ has the name and the default of `UNet2DModel`. A flag given on the command line 
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import os
 import types
 import typing
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -145,7 +147,7 @@ class TrainConfig:
 
     # Output
     output_dir: str = option("runs/unet", "checkpoints, samples, logs and the pipeline folder")
-    overwrite_output_dir: bool = option(False, "delete the checkpoints and logs of an earlier run in output_dir")
+    overwrite_output_dir: bool = option(False, "delete checkpoints, logs and grids of an earlier run in output_dir")
     resume_from_checkpoint: str = option("latest", "latest (a fresh run where there is none) or a checkpoint's path")
     checkpointing_steps: int = option(500, "updates between checkpoints; each also exports the pipeline folder")
     checkpoints_total_limit: int | None = option(2, "newest checkpoints kept; null in YAML keeps all")
@@ -188,8 +190,12 @@ class TrainConfig:
         if self.dataset_name == "synthetic-faces" and self.resolution < 8:
             raise ConfigError(f"--resolution is {self.resolution}; synthetic-faces are drawn at 8 or more")
         for name in ("streaming", "dataset_revision"):
-            if getattr(self, name) and self.train_data_dir is not None:
-                raise ConfigError(f"--{name} is for the Hub, but --train_data_dir is given; leave one of them out")
+            if getattr(self, name) and (self.train_data_dir is not None or self.dataset_name == "synthetic-faces"):
+                given = "--train_data_dir" if self.train_data_dir is not None else "--dataset_name synthetic-faces"
+                raise ConfigError(f"--{name} is for the Hub, but {given} is given; leave one of them out")
+        train, heldout = ("validation" if split == "valid" else split for split in (self.split, self.validation_split))
+        if train == heldout:
+            raise ConfigError(f"--validation_split {self.split} is what is trained on, not held out; take another one")
         images_per_update = self.train_batch_size * self.gradient_accumulation_steps
         if self.max_images is not None and images_per_update > self.max_images:
             raise ConfigError(
@@ -335,7 +341,7 @@ class TrainConfig:
 
         Of each path the last part is left, so the folder of the images has to be given anew.
         """
-        private = {"cache_dir": None, "resume_from_checkpoint": "latest"}
+        private = {"cache_dir": None, "resume_from_checkpoint": "latest", "overwrite_output_dir": False}
         private |= {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": False}
         for name in ("train_data_dir", "output_dir", "logging_dir"):
             path = getattr(self, name)
@@ -497,60 +503,55 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
             raise ConfigError(f"argument {number} holds a token{_nearest('token')}, where no log or model can show it")
     parser = _Parser(TrainConfig, allow_abbrev=False, description="Trains an unconditional diffusion model of images.")
     parser.add_argument("--config", type=Path, help="YAML file whose keys are the flags below")
-    given, (arguments, flag_nulls) = arguments, _take_nulls(arguments)
+    for action in parser._actions:
+        if action.dest in TYPES and _is_optional(TYPES[action.dest]):
+            action.type = _or_null(action.type)
     known, unknown = parser.parse_known_args(arguments)
     for token in unknown:  # a value may be a secret, so none is printed
         if not token.startswith("--"):
-            raise ConfigError(f"argument {given.index(token) + 1} belongs to no flag; write --name value")
+            raise ConfigError(f"argument {arguments.index(token) + 1} belongs to no flag; write --name value")
         name = shortened(token.removeprefix("--").split("=")[0])
         raise ConfigError(f"unknown flag --{name}{_nearest(name, '--')}")
     path = known.config
     if path is None:
         path = DEFAULT_CONFIG_PATH
         report(f"no --config given: taking configs/{path.name}")
-    tokens, file_nulls = _yaml_tokens(path, without=flag_nulls)
-    parser.set_defaults(**file_nulls, **flag_nulls)
-    config, _ = parser.parse_args_into_dataclasses([*tokens, *arguments], look_for_args_file=False)
+    config, _ = parser.parse_args_into_dataclasses([*_yaml_tokens(path), *arguments], look_for_args_file=False)
     check_output_dir(config.output_dir)
     check_model(config)
     return config
 
 
-def _take_nulls(arguments: list[str]) -> tuple[list[str], dict[str, None]]:
-    """The arguments without each `--key null`, and those keys: argparse knows no type for it."""
-    rest, nulls = [], {}
-    for argument in arguments:
-        key = rest[-1].removeprefix("--").replace("-", "_") if rest else ""
-        if argument == "null" and key in TYPES and _is_optional(TYPES[key]):
-            nulls[key] = None
-            rest.pop()
-        else:
-            rest.append(argument)
-    return rest, nulls
+def _or_null(read: Callable) -> Callable:
+    """Reads the value of an option that may have none."""
+
+    @functools.wraps(read)  # argparse tells the type by its name
+    def read_or_null(text: str):
+        return None if text == "null" else read(text)
+
+    return read_or_null
 
 
-def _yaml_tokens(path: Path, without: dict) -> tuple[list[str], dict[str, None]]:
-    """The YAML file as command-line tokens, and the keys that it sets to null; keys in `without` are left out."""
+def _yaml_tokens(path: Path) -> list[str]:
+    """The YAML file as command-line tokens."""
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"the configuration {path} is not a mapping of keys to values")
-    tokens, nulls = [], {}
+    tokens = []
     for key, value in values.items():
         if key not in TYPES:
             raise ConfigError(f"unknown key {shown(key)} in {path}{_nearest(shown(key))}")
-        if key in without:
-            continue
         if value is None:
             if not _is_optional(TYPES[key]):
                 raise ConfigError(f"{key} is null in {path}; it needs a value")
-            nulls[key] = None
+            tokens.append(f"--{key}=null")
         elif not _suits(value, TYPES[key]):
             quotes = "; put it in quotes" if _is_text(TYPES[key]) and isinstance(value, (bool, int, float)) else ""
             raise ConfigError(f"{key} in {path} is {shown(value)}; it should be {_type_name(TYPES[key])}{quotes}")
         else:
             # "=" keeps a value that begins with a dash from being read as a flag
             tokens += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-    return tokens, nulls
+    return tokens
 
 
 def _suits(value, annotation) -> bool:

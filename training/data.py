@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from training.images import CROPS
+from training.processes import loader_workers
 from training.sources import DataError, HuggingFaceImages, SyntheticFaces, find_source
 
 STORE_VERSION = 2  # raised whenever decoding changes the pixels
@@ -352,7 +353,11 @@ def make_loader(store: ImageStore, batches: ShuffledBatches, num_workers: int, p
     """Yields images, uint8 (B, 3, R, R), and their labels, int64 (B,), or None for a store without labels."""
     dataset = _Batches(store)
     return DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_it_is
+        dataset,
+        batch_sampler=batches,
+        pin_memory=pin_memory,
+        collate_fn=_as_it_is,
+        **loader_workers(num_workers),
     )
 
 

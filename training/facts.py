@@ -39,7 +39,7 @@ def run_facts(
     """
     heldout = [record for record in read_log(log_path) if "heldout_loss" in record and record["step"] <= step]
     losses = None
-    if heldout:
+    if heldout and config.validation_split is not None:  # a run that goes on may have given them up
         losses = {key: value for key, value in heldout[-1].items() if key == "step" or key.startswith("heldout_loss")}
         losses["split"] = config.validation_split
     return {

@@ -1,8 +1,10 @@
 """The processes of a run: how Accelerate is set up, how its processes agree, and how they are stopped."""
 
+import atexit
 import ctypes
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import signal
 import sys
@@ -14,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     TorchDynamoPlugin,
@@ -82,6 +85,30 @@ class StopSignal:
         return 0 if self.number is None else 128 + self.number
 
 
+def loader_workers(count: int) -> dict:
+    """Arguments of a DataLoader for as many worker processes, which leave SIGINT and SIGTERM to their parent.
+
+    Signals to a whole group, such as Ctrl-C, reach them too; one that is ended by them would take its parent along,
+    before that has saved anything.
+    """
+    if count:
+        atexit.register(_kill_workers)  # where the parent ends with a traceback, multiprocessing would wait for them
+    return {"num_workers": count, "worker_init_fn": _ignore_signals}
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def end_with_launcher() -> None:
     """On Linux, has SIGTERM sent to this process when the `accelerate launch` that started it dies.
 
@@ -134,6 +161,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / config.logging_dir)),
+            # accumulated by hand; an environment variable of Accelerate would divide every gradient once more
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_plugin=TorchDynamoPlugin(backend="inductor", fullgraph=True) if config.compile else None,
             # the other processes wait while the main one samples
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
@@ -144,6 +173,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         supported = ", ".join(kind.value for kind in SUPPORTED)
         raise ConfigError(f"the distributed type {accelerator.distributed_type.value} is not one of {supported}")
     if accelerator.device.type == "cpu":
+        if config.mixed_precision == "fp16":  # Accelerate would go on in float32
+            raise ConfigError("--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no")
         # `accelerate launch` without --cpu leaves a process one thread, however many cores there are
         share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(config.num_cpu_threads or max(share, 1))

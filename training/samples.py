@@ -1,6 +1,7 @@
 """Grids of samples that show how a run goes on."""
 
 import math
+import re
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -59,6 +60,19 @@ def grid_name(step: int) -> str:
 
 def newest_samples(folder: Path, step: int) -> tuple[Path | None, int | None]:
     """The newest grid `step-NNNNNNN.png` in a folder that is no newer than `step`, and its step; (None, None)."""
-    grids = {int(path.stem.removeprefix("step-")): path for path in folder.glob("step-*.png")}
+    grids = _grids(folder)
     newest = max((number for number in grids if number <= step), default=None)
     return grids.get(newest), newest
+
+
+def delete_newer_samples(folder: Path, step: int) -> None:
+    """Deletes the grids `step-NNNNNNN.png` beyond `step`: a run that goes on from there draws its own."""
+    for number, path in _grids(folder).items():
+        if number > step:
+            path.unlink()
+
+
+def _grids(folder: Path) -> dict[int, Path]:
+    """The grids of a folder by their steps; files of other names are none."""
+    found = {path: re.fullmatch(r"step-(\d{7,})\.png", path.name) for path in folder.glob("step-*.png")}
+    return {int(match[1]): path for path, match in found.items() if match}

@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
 from torch.utils.data import DataLoader
 
 from training.images import BadImage, decode_image
-from training.processes import available_cores
+from training.processes import available_cores, loader_workers
 from training.synthetic_faces import (
     FACTORS,
     LABEL_NAMES,
@@ -266,8 +266,8 @@ def find_source(
         names = dataset_name, commit, dataset_config_name, split, image_column
         return HuggingFaceImages(*names, max_images, streaming, label_column)
     folder = Path(os.path.abspath(train_data_dir))  # `datasets` has names of its own, such as `parquet`
-    if not folder.is_dir():
-        nearest = next(parent for parent in folder.parents if parent.is_dir())
+    if not os.path.isdir(folder):  # unlike Path's, it takes a name that is too long for one that is not there
+        nearest = next(parent for parent in folder.parents if os.path.isdir(parent))
         raise DataError(f"there is no folder {folder}; there is {_listing(nearest)}")
     if not any(path.is_file() for path in folder.rglob("*")):
         raise DataError(f"the folder {folder} has no files")
@@ -448,7 +448,7 @@ def _read(path: str) -> bytes:
 def _in_worker_processes(chunks) -> Iterator[tuple[Decoded, Label]]:
     """The images of all chunks with their labels, in order, made on all cores."""
     num_workers = min(available_cores(), len(chunks) - 1)  # not worth a process for a single chunk
-    for chunk in DataLoader(chunks, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is):
+    for chunk in DataLoader(chunks, batch_size=None, collate_fn=_as_it_is, **loader_workers(num_workers)):
         yield from chunk
 
 
