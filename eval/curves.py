@@ -23,7 +23,14 @@ from eval.run import run as evaluate
 from pipelines import CustomUNetPipeline
 from pipelines.command import MOST_THREADS, Parser, check_numbers, run_command
 from pipelines.loading import DTYPES, InputError
-from training.checkpoint import CheckpointError, check_tensors, list_checkpoints, load_checkpoint, verify_checkpoint
+from training.checkpoint import (
+    CheckpointError,
+    check_tensors,
+    checksum,
+    list_checkpoints,
+    load_checkpoint,
+    verify_checkpoint,
+)
 from training.data import DataError
 from training.run_log import read_log
 
@@ -97,7 +104,7 @@ def measure(options: Namespace, chosen: dict[int, Path], log: list[dict]) -> lis
     rows = []
     for step, checkpoint in chosen.items():
         folder = options.out / f"step-{step}"
-        folder.mkdir(parents=True, exist_ok=True)
+        take_folder(folder, identity(options, checkpoint))
         if not (folder / "pipeline").exists():
             lay_out(checkpoint, images_seen_at(log)[step], options.run / "pipeline", folder / "pipeline")
         arguments = ["--pipeline", str(folder / "pipeline"), "--reference", options.reference, "--out", str(folder)]
@@ -109,6 +116,21 @@ def measure(options: Namespace, chosen: dict[int, Path], log: list[dict]) -> lis
             evaluate(parse_evaluation(arguments))
         rows.append(_row(step, read_results(folder / "results.json")))
     return rows
+
+
+def identity(options: Namespace, checkpoint: Path) -> dict:
+    """What the measurements of a checkpoint depend on."""
+    names = ("reference", "num_images", "steps", "dtype")
+    return {name: getattr(options, name) for name in names} | {"weights": checksum(checkpoint, "ema_unet.safetensors")}
+
+
+def take_folder(folder: Path, wanted: dict) -> None:
+    """Makes the folder, empty unless it is of the same measurements."""
+    path = folder / "measured.json"
+    if not path.exists() or json.loads(path.read_text()) != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        path.write_text(json.dumps(wanted) + "\n")
 
 
 def _is_measured(path: Path, options: Namespace) -> bool:

@@ -95,8 +95,10 @@ def plot_panels(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel:
     """Panels below each other over the same axis, each with its lines; logarithmic if these span a factor of 3.
 
     Args:
-        panels: the points (x, y) of each line by its label, by the panel's title; values must be positive.
+        panels: the points (x, y) of each line by its label, by the panel's title; values must be positive. A panel
+            without points is left out.
     """
+    panels = {title: lines for title, lines in panels.items() if any(lines.values())}
     size = (SIZE_INCHES[0], 2.2 * len(panels))
     figure, all_axes = plt.subplots(len(panels), figsize=size, sharex=True, squeeze=False)
     for axes, (title, lines) in zip(all_axes[:, 0], panels.items(), strict=True):

@@ -85,7 +85,7 @@ def feature_space(name: str) -> FeatureSpace:
     """The space of `inception`, `inception:MODE`, `dinov2`, `clip` or what else `open_extractor` takes."""
     if name == "clip":
         return FeatureSpace(name, None, {"cmmd": "CMMD"})
-    if name.startswith("inception") and not Path(name).exists():
+    if name.partition(":")[0] == "inception":
         mode = name.partition(":")[2] or "clean"
         metrics = {"fid": f"FID ({mode})", "kid": f"KID ({mode})"}
         if mode == "clean":

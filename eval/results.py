@@ -27,7 +27,7 @@ class ResultsError(ValueError):
 
 
 def result(family: str, name: str, metric: str, value: float | None, **settings) -> dict:
-    """One RESULT; settings that are None are left out.
+    """One RESULT; settings that are None or NaN, as the spread of one value, are left out.
 
     Args:
         family: of metrics, the table it belongs to.
@@ -39,7 +39,7 @@ def result(family: str, name: str, metric: str, value: float | None, **settings)
         raise ResultsError(f"{name} has no value and no reason why")
     if value is not None and not math.isfinite(value):
         raise ResultsError(f"{name} is {value}; it must be finite")
-    kept = {key: setting for key, setting in settings.items() if setting is not None}
+    kept = {key: setting for key, setting in settings.items() if setting is not None and setting == setting}  # no NaN
     return {"family": family, "name": name, "metric": metric, "value": value, **kept}
 
 

@@ -105,7 +105,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         "num_images batch_size num_cpu_threads k likelihood_images bound_evaluations ode_images ode_draws"
         " heldout_images cost_images cost_steps steps"
     ).split()
-    least = dict.fromkeys(counts, 1) | {"ode_tolerance": 1e-12}
+    least = dict.fromkeys(counts, 1) | {"ode_tolerance": 1e-12, "bound_evaluations": 2, "heldout_images": 2}
     least |= dict.fromkeys(("seed", "eta", "cost_etas", "duplicate_distance", *generate.SAMPLER_SETTINGS), 0)
     most = {"num_cpu_threads": MOST_THREADS, "eta": 1, "cost_etas": 1}
     check_numbers(options, least, most)

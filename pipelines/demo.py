@@ -7,19 +7,19 @@ Exit codes: 0 stopped by Ctrl-C, 2 if the model cannot be loaded or the port can
 
 import argparse
 import random
-import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import gradio as gr
 import torch
 from PIL import Image, ImageChops, ImageOps
 
 from pipelines import CustomUNetPipeline
+from pipelines.command import Parser, check_numbers, run_command
 from pipelines.custom_unet_pipeline import SAMPLERS
+from pipelines.loading import InputError, find_pipeline, load_pipeline
 
 MAX_IMAGES = 16
 MAX_SEED = 2**31 - 1
@@ -373,40 +373,37 @@ def errors_shown() -> Iterator[None]:
         raise error_shown(str(error)) from None
 
 
-def load_pipeline(folder_or_hub_id: str) -> CustomUNetPipeline:
-    """
-    Raises:
-        ValueError: with one line, if it cannot be loaded.
-    """
-    is_folder = Path(folder_or_hub_id).is_dir()
-    if not is_folder and not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_hub_id):
-        raise ValueError(f"--pipeline is {folder_or_hub_id}; there is no such folder, and a Hub id is OWNER/NAME")
-    try:
-        pipeline = CustomUNetPipeline.from_pretrained(folder_or_hub_id)
-    except (OSError, ValueError) as error:
-        kind = "is a folder, but no" if is_folder else "is no folder here and no"
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder_or_hub_id} {kind} model that can be loaded: {reason}") from error
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description="A web page for a trained model.")
+def parse_options(arguments: list[str]) -> argparse.Namespace:
+    """Raises InputError."""
+    parser = Parser(prog="python -m pipelines.demo", description="A web page for a trained model.", allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder or Hub id of the model")
     parser.add_argument("--port", type=int, help="the first free one from 7860 if not given")
     parser.add_argument("--share", action="store_true", help="a public link through Gradio's servers, for a week")
     options = parser.parse_args(arguments)
+    check_numbers(options, {"port": 1}, {"port": 65535})
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serves the page until Ctrl-C.
+
+    Raises:
+        InputError: if the model cannot be had or shown, or the port is taken.
+    """
+    source, _ = find_pipeline(options.pipeline, None)
+    pipeline = load_pipeline(source, "fp32", None).to("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        demo = build_demo(load_pipeline(options.pipeline), name=options.pipeline)
+        demo = build_demo(pipeline, name=options.pipeline)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise InputError(str(error)) from error
     try:
         demo.launch(server_port=options.port, share=options.share)
-    except OSError:
-        print(f"error: port {options.port} cannot be had, it may be in use; take another --port", file=sys.stderr)
-        return 2
-    return 0
+    except OSError as error:
+        raise InputError(f"port {options.port} cannot be had, it may be in use; take another --port") from error
+
+
+def main(arguments: list[str]) -> int:
+    return run_command(lambda: run(parse_options(arguments)))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,10 @@ def draw_denoising(pipe: CustomUNetPipeline, out: Path) -> dict:
 
 
 def draw_inversion(pipe: CustomUNetPipeline, out: Path) -> dict:
-    """Images drawn by another sampler are inverted and drawn again, shown for three iterations; clipping is off, as it cannot be inverted."""
+    """Images of another sampler, inverted and drawn again; clipping is off, as it cannot be inverted.
+
+    The picture shows those of three iterations.
+    """
     pipe.set_sampler("dpmsolver++2m")
     images = pipe(seeds=SEEDS, num_inference_steps=100, output_type="pt").images
     pipe.set_sampler("ddim")

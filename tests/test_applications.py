@@ -79,6 +79,18 @@ def test_interpolation_between_inverted_images(pipe):
     torch.testing.assert_close(between[[0, -1]], images, atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="num_images is 1"):
         pipe.interpolate(0, 1, num_images=1)
+    with pytest.raises(ValueError, match=r"latents to interpolate have the shape \(2, 3, 1, 2\)"):
+        pipe.interpolate(0, torch.zeros(2, 3, 1, 2))
+
+
+def test_seeds_are_taken_in_every_form(pipe):
+    """Numbers of numpy and torch as well as Python's."""
+    image = images_of(pipe, 1)
+    expected = pipe.variations(image, 500, 10, seeds=[3, 4], output_type="np").images
+    for seeds in (range(3, 5), np.array([3, 4]), torch.tensor([3, 4])):
+        assert np.array_equal(pipe.variations(image, 500, 10, seeds=seeds, output_type="np").images, expected)
+    one, other = (pipe.interpolate(kind(3), kind(4), 3, 5, output_type="np").images for kind in (int, np.int64))
+    assert np.array_equal(one, other)
 
 
 # Inversion
@@ -199,6 +211,7 @@ def test_inpainting_keeps_what_is_known_and_paints_what_agrees_with_it(pipe):
         ("inpaint", {"mask": np.ones((1, 2), np.float32), "num_resamples": 0}, "num_resamples is 0"),
         ("inpaint", {"mask": np.ones((1, 2), np.float32), "output_type": "latent"}, "output_type is 'latent'"),
         ("inpaint", {"mask": np.ones((1, 2), np.float32), "seeds": [1, 2, 3]}, "2 images for 3 seeds"),
+        ("inpaint", {"mask": torch.ones(3, 1, 1, 2)}, "3 masks for 2 images"),
         ("variations", {"timestep": 1000}, "timestep is 1000; it must be 0 to 999"),
         ("variations", {"timestep": 10, "eta": 2}, "eta is 2"),
         ("invert", {"num_fixed_point_iterations": 0}, "num_fixed_point_iterations is 0"),

@@ -395,6 +395,13 @@ def test_a_scheduler_that_is_replaced_replaces_the_sampler():
     assert pipe.continuous_sampler is None
 
 
+def test_a_scheduler_of_discrete_timesteps_is_refused_by_a_model_in_continuous_time():
+    pipe = tiny_pipeline("vp")
+    pipe.scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(ValueError, match="trained in continuous time"):
+        pipe(seeds=[0], num_inference_steps=2)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

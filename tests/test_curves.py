@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from custom_unet import CustomUNet2DModel
-from eval.curves import main
+from eval.curves import identity, main, take_folder
 from training.run_log import RunLog, read_log
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -98,6 +99,17 @@ def test_a_second_start_measures_nothing_again_and_another_number_of_images_does
     assert curves(run, out, "--num_images", "6", "--every", "3") == 0
     assert [path.parent.name for path in times if path.stat().st_mtime_ns != times[path]] == ["step-6"]
     assert [row["step"] for row in rows(out)] == [6]
+
+
+def test_what_was_measured_otherwise_or_of_other_weights_is_measured_anew(run, tmp_path):
+    options = Namespace(reference="synthetic-faces", num_images=8, steps=2, dtype="fp32", every=1)
+    of = [identity(options, run / f"checkpoint-{step}") for step in (2, 4)]
+    assert of[0] != of[1]
+    folder = tmp_path / "step-2"
+    for wanted, is_kept in ((of[0], False), (of[0], True), (of[0] | {"steps": 3}, False), (of[1], False)):
+        take_folder(folder, wanted)
+        assert (folder / "results.json").exists() == is_kept
+        (folder / "results.json").touch()
 
 
 def test_a_run_that_was_killed_has_its_curves_too(run, measured, tmp_path):

@@ -399,6 +399,20 @@ def test_a_model_that_cannot_be_loaded_is_one_line(name, tmp_path, monkeypatch, 
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_bad_input_is_one_line(folder, tmp_path, capsys):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / "scheduler" / "scheduler_config.json").write_text("[]")
+    for arguments, message in (
+        ([], "--pipeline"),
+        (["--pipeline", str(folder), "--port", "70000"], "--port is 70000"),
+        (["--pipeline", str(damaged)], "could not be loaded"),
+    ):
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert message in line
+
+
 def test_a_port_in_use_is_one_line(folder, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -29,6 +29,7 @@ from eval.features import cached_features, extract_features, images_of_files, im
 from eval.frechet import frechet_distance_of, mean_and_covariance
 from eval.inception import PYTORCH, TORCHSCRIPT, Inception, find_weights
 from eval.kernel import kernel_distance
+from eval.measures import feature_space
 from eval.reference import FeatureError, check_counts, load_statistics, save_statistics
 from tests.loopback_hub import LoopbackHub
 from tests.stand_in_networks import (
@@ -609,3 +610,9 @@ def test_two_processes_share_the_images(folders, tmp_path):
         np.testing.assert_allclose(np.load(tmp_path / f"5-of-{rank}.npy"), expected, rtol=1e-6)
         np.testing.assert_allclose(np.load(tmp_path / f"1-of-{rank}.npy"), expected[:1], rtol=1e-6)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_name_that_only_begins_with_inception_is_no_published_network():
+    assert feature_space("inception").mode == "clean"
+    assert feature_space("inception:legacy_tensorflow").metrics["fid"] == "FID (legacy_tensorflow)"
+    assert feature_space("inception_v3").metrics["fid"] == "FD-inception_v3"

@@ -105,3 +105,10 @@ def test_a_panel_is_logarithmic_if_its_values_span_a_factor_of_3(monkeypatch, tm
         {"SWD": {"generated": [(0, largest), (1, 2.0)], "floor": [(0, 1.0)]}}, "step", tmp_path / "a.png"
     )
     assert drawn[0].axes[0].get_yscale() == scale
+
+
+def test_a_panel_without_points_is_left_out(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    figures.plot_panels({"held-out": {"loss": []}, "SWD": {"generated": [(0, 1.0)]}}, "step", tmp_path / "a.png")
+    assert [axes.get_title() for axes in drawn[0].axes] == ["SWD"]

@@ -1,6 +1,7 @@
 """results.json and the tables that are made from it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ RESULTS = [
     cost("ddim", 10, 7.0, eta=1.0),
     result("time", "swd", "seconds_swd", 61.5, n=10000, num_cpu_threads=2),
 ]
+
+
+def test_the_spread_of_a_single_value_is_none():
+    assert "std" not in result("likelihood", "bound", "bound", 4.0, n=1, std=math.nan)
 
 
 def test_tables():

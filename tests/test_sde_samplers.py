@@ -145,6 +145,12 @@ def test_the_solver_is_scipys_method():
     assert evaluations < 1.3 * theirs.nfev
 
 
+def test_the_solver_starts_from_zero():
+    """There the size of x gives no first step."""
+    end, _ = solve_flow(lambda x, t: torch.ones_like(x), torch.zeros(3), 0.0, 5.0, 1e-7, 1e-9)
+    torch.testing.assert_close(end, torch.full((3,), 5.0, dtype=torch.float64))
+
+
 def test_a_predictor_and_a_corrector_step_are_those_of_diffusers_ve_scheduler():
     scheduler = ScoreSdeVeScheduler(num_train_timesteps=10, sigma_min=0.01, sigma_max=10.0, snr=0.17)
     scheduler.set_timesteps(10)

@@ -169,6 +169,18 @@ def verify_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{path} has another checksum than when it was written")
 
 
+def checksum(folder: Path, name: str) -> str:
+    """The sha256 of a checkpoint's file, as its manifest has it.
+
+    Raises:
+        CheckpointError: if the manifest is damaged, or has no such file.
+    """
+    entries = _read_manifest(folder)
+    if name not in entries:
+        raise CheckpointError(f"{folder} has no {name}")
+    return entries[name][1]
+
+
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """File name -> (bytes, SHA-256).
 

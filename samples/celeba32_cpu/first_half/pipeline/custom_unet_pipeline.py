@@ -423,7 +423,10 @@ class CustomUNetPipeline(DiffusionPipeline):
         """
         if num_images < 2:
             raise ValueError(f"num_images is {num_images}; it must be at least 2")
-        start, end = (self._noise(1, _generators([x])) if isinstance(x, int) else x for x in (start, end))
+        start, end = (x if isinstance(x, Tensor) else self._noise(1, _generators([x])) for x in (start, end))
+        for latents in (start, end):
+            if tuple(latents.shape) != (shape := (1, self.unet.config.in_channels, *self._image_size)):
+                raise ValueError(f"latents to interpolate have the shape {tuple(latents.shape)}; it must be {shape}")
         latents = slerp(start, end.to(start), torch.linspace(0, 1, num_images))
         scheduler = self.scheduler
         if not self.is_continuous:
@@ -445,14 +448,15 @@ class CustomUNetPipeline(DiffusionPipeline):
         self,
         image: PipelineImageInput,
         num_inference_steps: int = 50,
-        num_fixed_point_iterations: int = 1,
+        num_fixed_point_iterations: int = 3,
         class_labels: int | Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """The latents from which DDIM (eta 0, as many steps) draws these images again, up to an error.
 
-        A step of DDIM from t to s < t is run backwards: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon with x_0 =
-        (x_s - sqrt(1 - abar_s) epsilon) / sqrt(abar_s), where epsilon is the network's at x_t. As x_t is what is
-        looked for, epsilon is first taken at x_s; each further fixed-point iteration takes it at the last x_t found.
+        A step of DDIM from t to s < t turns x_t in the plane of x_0 and epsilon by an angle phi: x_s = cos(phi) x_t -
+        sin(phi) v, where v is the network's at x_t; so x_t = (x_s + sin(phi) v) / cos(phi). As x_t is what is looked
+        for, v is first taken at x_s; each further fixed-point iteration takes it at the last x_t found. (With epsilon
+        or x_0 in the place of v the iterations do not converge where little is left of the image, or of the noise.)
 
         Args:
             image: PIL images, or arrays in [0, 1] of shape (B, H, W, C) or tensors of shape (B, C, H, W).
@@ -471,10 +475,13 @@ class CustomUNetPipeline(DiffusionPipeline):
             for k in self.progress_bar(range(1, len(levels))):
                 signal_s, sigma_s = _scales(levels[k - 1])
                 signal_t, sigma_t = _scales(levels[k])
+                cosine = signal_s * signal_t + sigma_s * sigma_t
+                sine = signal_s * sigma_t - sigma_s * signal_t
                 next_latents = latents
                 for _ in range(num_fixed_point_iterations):
-                    _, noise = self._predict(next_latents, timesteps[k - 1], levels[k], class_labels)
-                    next_latents = signal_t * (latents - sigma_s * noise) / signal_s + sigma_t * noise
+                    clean, noise = self._predict(next_latents, timesteps[k - 1], levels[k], class_labels)
+                    velocity = signal_t * noise - sigma_t * clean
+                    next_latents = (latents + sine * velocity) / cosine
                 latents = next_latents
         return self._finite(latents)
 
@@ -555,6 +562,7 @@ class CustomUNetPipeline(DiffusionPipeline):
         timesteps, levels = self._ddim_levels(num_inference_steps, output_type)
         clean_images, generator, class_labels = self._batch_of(image, generator, seeds, class_labels)
         painted = self._mask(mask)
+        _check_masks(painted, len(clean_images))
         walk = repaint_walk(num_inference_steps, jump_length, num_resamples)
         latents = self._noise(len(clean_images), generator)
         with self._evaluation_mode():
@@ -688,6 +696,7 @@ class CustomUNetPipeline(DiffusionPipeline):
         def change_basis(x: Tensor, matrix: Tensor | None) -> Tensor:
             return x if matrix is None else torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
 
+        _check_masks(known, len(clean_images))
         given = change_basis(clean_images, basis)
 
         def impose(x: Tensor, signal: Tensor | float, noise_scale: Tensor | float) -> Tensor:
@@ -791,7 +800,8 @@ class CustomUNetPipeline(DiffusionPipeline):
     def _batch_of(self, image, generator, seeds, class_labels) -> tuple[Tensor, list | None, Tensor | None]:
         """The images, one for each seed or generator, with generators and labels."""
         clean_images = self._to_model_range(image)
-        batch_size = len(seeds or (generator if isinstance(generator, list) else clean_images))
+        given = next((x for x in (seeds, generator) if x is not None and not isinstance(x, torch.Generator)), None)
+        batch_size = len(clean_images if given is None else given)
         if len(clean_images) not in (1, batch_size):
             raise ValueError(f"{len(clean_images)} images for {batch_size} seeds; give one for all or one for each")
         batch_size, generator = self._batch_and_generator(batch_size, generator, seeds, None)
@@ -901,6 +911,8 @@ class CustomUNetPipeline(DiffusionPipeline):
                 f" {self._prediction_type!r}"
             )
         known, new = self._alphas_cumprod, scheduler.alphas_cumprod.cpu()
+        if known is None:
+            raise ValueError(f"{name} has discrete timesteps, but the network was trained in continuous time")
         if known.shape != new.shape or (known - new).abs().max() > 1e-4:  # some bound the last one away from 0
             raise ValueError(
                 f"{name} has another noise schedule than the pipeline was made with; `from_config` may lose it:"
@@ -985,9 +997,14 @@ def _scheduler_like(config, cls: type[SchedulerMixin], **settings) -> SchedulerM
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """On the CPU, so that a seed means the same image on every device."""
-    if not all(0 <= seed < 2**32 for seed in seeds):  # torch takes them modulo 2^32
-        raise ValueError(f"seeds are {min(seeds)} to {max(seeds)}; they must be 0 to {2**32 - 1}")
+    if not all(0 <= seed < 2**32 and seed == int(seed) for seed in seeds):  # torch takes them modulo 2^32
+        raise ValueError(f"seeds are {min(seeds)} to {max(seeds)}; they must be whole numbers from 0 to {2**32 - 1}")
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def _check_masks(masks: Tensor, batch_size: int) -> None:
+    if masks.ndim == 4 and len(masks) not in (1, batch_size):
+        raise ValueError(f"{len(masks)} masks for {batch_size} images; give one for all or one for each")
 
 
 def _scales(alpha_cumprod: float) -> tuple[float, float]:
@@ -1375,7 +1392,8 @@ def solve_flow(
     first = rate(x, _time(t))
     evaluations = 1
     scale = atol + rtol * x.abs()
-    step = min(0.01 * rms(x / scale) / max(rms(first / scale), 1e-12), abs(end - start))
+    step = 0.01 * rms(x / scale) / max(rms(first / scale), 1e-12)
+    step = min(max(step, 1e-6 * abs(end - start)), abs(end - start))  # x may be 0
     while (end - t) * sign > 0:
         step = min(step, abs(end - t))
         slopes = [first]
