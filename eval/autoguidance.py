@@ -9,6 +9,7 @@ one. Scale w = 1 is the model alone, at half the cost.
     OUT/autoguidance.json   for each scale: SWD in all and by level, network evaluations, seconds
     OUT/autoguidance.md     the same as a table
     OUT/autoguidance.png    images of the same seeds, a row for each scale
+    OUT/scale-W.png         the first 100 images of each scale, row by row
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
@@ -26,6 +27,8 @@ import numpy as np
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from eval.cost import SamplerSetting, sample
 from eval.features import subset
@@ -50,6 +53,7 @@ from training.data import DataError, ImageStore, open_image_store
 from training.facts import device_name, training_in_all
 
 NUM_SHOWN = 16  # images of each scale in the figure
+SHEET_IMAGES = 100
 SHARED = (  # of the two models' configurations
     "prediction_type num_train_timesteps beta_schedule beta_start beta_end rescale_betas_zero_snr in_channels"
     " sample_size num_class_embeds"
@@ -198,6 +202,8 @@ def run(options: Namespace, arguments: Sequence[str]) -> None:
         )
         write_results(options.out / "autoguidance.json", record)
         print(f"scale {scale:g}: SWD {measured['value']:.4g}, {seconds * n:.0f} s", flush=True)
+        sheet = make_grid(torch.from_numpy(images[:SHEET_IMAGES]), nrow=10, padding=2, pad_value=255)
+        to_pil_image(sheet).save(options.out / f"scale-{scale:g}.png")
         rows[f"scale {scale:g}"] = [Image.fromarray(image.transpose(1, 2, 0)) for image in images[:NUM_SHOWN]]
     (options.out / "autoguidance.md").write_text(summary(record))
     plot_image_rows(rows, options.out / "autoguidance.png")

@@ -112,6 +112,9 @@ def test_images_of_each_scale_are_drawn_and_measured(models, tmp_path, capsys):
         assert entry["floor"] == pytest.approx(np.mean([*swd_floor(real).values()]))
         assert (entry["guidance_scale"], entry["network_evaluations"]) == (scale, 3 * scale)
         assert (entry["n"], entry["seeds"], entry["steps"]) == (6, "4 to 9", 3)
+        with Image.open(tmp_path / f"scale-{scale}.png") as sheet:
+            assert sheet.size == (2 + 6 * 18, 2 + 18)  # six images of 16 pixels, lines of 2
+            assert np.array_equal(np.asarray(sheet)[2:18, 20:36], images[1].transpose(1, 2, 0))
         seen.append(images)
     assert not np.array_equal(*seen)
     assert (record["pipeline"]["images_seen"], record["worse"]["images_seen"]) == (1230, None)
