@@ -77,6 +77,9 @@ def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
     if titles is not None and len(titles) != len(folders):
         raise InputError(f"there are {len(titles)} --titles for {len(folders)} folders; give one for each")
     records = [read_results(folder / "results.json") for folder in folders]
+    for folder, record in zip(folders, records, strict=True):
+        if not {"pipeline", "reference"} <= record.keys():
+            raise InputError(f"{folder}/results.json is not of eval.run: it names no pipeline or no reference")
     titles = titles or [record["pipeline"] for record in records]
     for title in titles:
         if titles.count(title) > 1:

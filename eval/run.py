@@ -162,22 +162,25 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
         "weights_sha256": evaluation.weights_sha256,
         "reference": evaluation.reference,
     }
+    device = evaluation.state.device
+    now = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
     results = []
     if path.exists():
         there = read_results(path)
         if all(there.get(key) == value for key, value in header.items()):
             results = there["results"]
+            for entry in results:  # where it was measured, if that is told of it alone no more
+                for key in ("device", "versions", "date"):
+                    if key not in entry and there.get(key) != now[key]:
+                        entry[key] = there.get(key)
             evaluation.earlier = results
         else:
             print(f"{path} is of other weights or real images: it is written anew", flush=True)
-    device = evaluation.state.device
-    return header | {
-        "model": evaluation.model_facts(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
-        "date": datetime.now(UTC).date().isoformat(),
-        "results": results,
-    }
+    return header | {"model": evaluation.model_facts()} | now | {"results": results}
 
 
 def keep(record: dict, entries: list[dict]) -> None:

@@ -131,7 +131,7 @@ def measured_config(arguments: list[str], steps: int) -> tuple[TrainConfig, bool
     """The configuration cut down to updates alone, and whether the synthetic faces stand in for a missing source.
 
     Raises:
-        ConfigError: as `parse_config`.
+        ConfigError: as `parse_config`, and for what plain diffusers does not train.
     """
     stands_in = False
     try:
@@ -142,6 +142,8 @@ def measured_config(arguments: list[str], steps: int) -> tuple[TrainConfig, bool
         except ConfigError:
             raise error from None  # something else is wrong
         stands_in = True
+    if config.objective != "ddpm" or config.label_column is not None:
+        raise ConfigError("plain diffusers trains ddpm without classes: take --objective ddpm, no --label_column")
     length = {"max_train_steps": steps, "num_epochs": None, "max_train_minutes": None}
     intervals = dict.fromkeys(("checkpointing_steps", "validation_steps", "save_images_steps"), NEVER)
     last_grid = {"eval_batch_size": 1, "ddpm_num_inference_steps": 1}
@@ -206,6 +208,8 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for name, least in smallest.items():
         if getattr(options, name) < least:
             parser.error(f"--{name} is {getattr(options, name)}; it must be at least {least}")
+    if options.out is not None and (options.out.suffix != ".json" or options.out.is_dir()):
+        parser.error(f"--out {options.out} is no JSON file; name one that ends in .json")
     if options.out is not None and not options.out.parent.is_dir():
         parser.error(f"--out {options.out}: the folder {options.out.parent} does not exist")
     return options, flags
@@ -218,6 +222,7 @@ def main(arguments: list[str]) -> int:
         if stands_in:
             print("no data source given: taking synthetic-faces without a crop")
         store = open_image_store(**config.data_source(), split=config.split, max_images=config.max_images)
+        torch.set_num_threads(config.num_cpu_threads)
         result = measure(config, options)
     except (ConfigError, DataError, SpeedError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -197,6 +197,7 @@ def change(folder: Path, **keys) -> None:
         (["ddpm", "--out", "out", "--num_images", "0"], "--num_images is 0"),
         (["ddpm", "other_data", "--out", "out"], "have fingerprint other, those of ddpm"),
         (["ddpm", "damaged", "--out", "out"], "a result lacks what is compared"),
+        (["of_another_command", "--out", "out"], "it names no pipeline or no reference"),
         (["ddpm", "--out", "ddpm/results.json"], "--out ddpm/results.json is no folder; take another one"),
     ],
 )
@@ -209,6 +210,8 @@ def test_bad_input_is_one_line(copies, flags, message, monkeypatch, capsys):
         change(Path(name), pipeline=name)
     change(Path("other_data"), reference=record["reference"] | {"fingerprint": "other"})
     change(Path("damaged"), results=[{"name": "SWD, mean", "metric": "swd", "value": 3.0}])
+    Path("of_another_command").mkdir()
+    write_results(Path("of_another_command/results.json"), {"results": []})
     assert main(flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

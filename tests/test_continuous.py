@@ -321,6 +321,11 @@ def test_what_a_model_does_not_take_is_one_line():
     conditional = tiny_pipeline("vp", num_class_embeds=3)
     mask = torch.ones(1, 1, 8, 8)
     image = torch.rand(1, 3, 8, 8)
+
+    def with_euler():
+        learned.set_sampler("euler")
+        learned(num_inference_steps=2)
+
     for message, call in {
         "no sampler 'ddim'; the network was trained in continuous time": lambda: vp.set_sampler("ddim"),
         "no sampler 'pc'": lambda: ddpm.set_sampler("pc"),
@@ -331,6 +336,7 @@ def test_what_a_model_does_not_take_is_one_line():
         "corrector_steps is 0.5": lambda: vp.set_sampler("predictor_corrector", corrector_steps=0.5),
         "churn_min 2": lambda: vp.set_sampler("edm_heun", churn_min=2, churn_max=1),
         "learned time embedding": lambda: learned.set_sampler("ode"),
+        "a learned time embedding has no rows": with_euler,
         "num_inference_steps is 1": lambda: vp(num_inference_steps=1),
         "eta is 0.5": lambda: vp(eta=0.5),
         "output_type is 'jpg'": lambda: vp(output_type="jpg"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -177,9 +178,22 @@ def test_a_second_start_uses_what_is_there(measured, evaluate, capsys):
     assert without_times(after) == without_times(before)  # the seconds of the cost curve too: it was not drawn again
 
 
+def test_what_another_machine_measured_stays_its(measured, evaluate, tmp_path):
+    out = shutil.copytree(measured, tmp_path / "out")
+    record = json.loads((out / "results.json").read_text())
+    (out / "results.json").write_text(json.dumps(record | {"device": "a GPU"}))
+    assert evaluate(out, "--metrics", "swd") == 0
+    assert json.loads((out / "results.json").read_text())["device"] == "cpu"
+    where = {entry["family"]: entry.get("device", "cpu") for entry in results(out) if entry["value"] is not None}
+    assert where["swd"] == "cpu"
+    assert where["memorisation"] == "a GPU"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--bound_evaluations", "1"], "--bound_evaluations is 1"),
+        (["--heldout_images", "1"], "--heldout_images is 1"),
         (["--metrics", "beauty"], "invalid choice: 'beauty'"),
         (["--num_images", "0"], "--num_images is 0"),
         (["--crop", "celeba_999"], "unknown crop 'celeba_999'"),

@@ -49,6 +49,8 @@ def test_comparison_is_of_medians():
         (["--step", "3"], "--step"),
         (["--train_data_dir", "nowhere"], "exactly one"),
         (["--learning_rate", "-1"], "positive"),
+        (["--config", "configs/vp32.yaml"], "take --objective ddpm"),
+        (["--out", "speed.md"], "--out speed.md is no JSON file"),
     ],
 )
 def test_bad_input_is_one_line(capsys, flags, message):

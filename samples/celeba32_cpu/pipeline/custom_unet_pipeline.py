@@ -918,6 +918,8 @@ class CustomUNetPipeline(DiffusionPipeline):
                 f"{name} has another noise schedule than the pipeline was made with; `from_config` may lose it:"
                 " take set_sampler(name)"
             )
+        if isinstance(scheduler, SIGMA_TYPE) and self.unet.config.get("time_embedding_type") == "learned":
+            raise ValueError(f"{name} takes fractions of a timestep, for which a learned time embedding has no rows")
         if str(config.get("variance_type")).startswith("learned"):
             raise ValueError(f"variance_type is {config.variance_type!r}, but the network predicts no variance")
         if config.get("use_flow_sigmas"):
