@@ -27,7 +27,8 @@ def run_plain_loop(config: TrainConfig) -> None:
 
     Images are in memory as fp32 tensors; the script itself decodes them anew in every epoch.
     """
-    torch.set_num_threads(config.num_cpu_threads)
+    if config.num_cpu_threads is not None:
+        torch.set_num_threads(config.num_cpu_threads)
     accelerator = Accelerator(mixed_precision="no")
     store = open_image_store(**config.data_source(), split=config.split, max_images=config.max_images)
     num_images = min(len(store), config.train_batch_size * config.max_train_steps)

@@ -14,7 +14,7 @@ conditional.png        imputations, and grey images with colours
 gallery.json           the seeds and settings of each
 
 A model that was trained in continuous time (an SDE) has no contact sheets, inversion, inpainting and variations.
-Exit codes: 0 done, 2 bad input.
+Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
 import json
@@ -249,8 +249,8 @@ def run(arguments: list[str]) -> None:
     for name in args.only:
         pipe.set_sampler(default_sampler(pipe))
         settings[name] = PICTURES[name](pipe, args.out)
+        record.write_text(json.dumps(settings, indent=1) + "\n")
         print(f"wrote {args.out / name}.png", flush=True)
-    record.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def main(arguments: list[str]) -> int:

@@ -293,8 +293,8 @@ class CustomUNetPipeline(DiffusionPipeline):
             callback_on_step_end: called after each network evaluation as `callback(pipeline, index, timestep,
                 tensors)`; it may return a dictionary with new `latents`, but not in continuous time.
             callback_on_step_end_tensor_inputs: which `tensors` it gets: `latents` (after the step, as the scheduler
-                keeps them), `noisy_images` (x_t that the network saw) and `pred_original_sample` (x_0 predicted from
-                it), each float32 of shape (B, C, H, W).
+                keeps them; in continuous time those that the network saw), `noisy_images` (x_t that the network saw)
+                and `pred_original_sample` (x_0 predicted from it), each float32 of shape (B, C, H, W).
 
         Raises:
             ValueError: for an argument out of range, a scheduler that does not suit, or a result that is not finite.
