@@ -432,8 +432,11 @@ def test_a_signal_to_the_loaders_workers_too_ends_the_run_in_good_order(tmp_path
 
 
 DECODING = """
+import signal
 import time
 from training.sources import _in_worker_processes
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
 
 class Chunks:
     def __len__(self):
