@@ -421,7 +421,8 @@ def test_a_signal_to_the_loaders_workers_too_ends_the_run_in_good_order(tmp_path
         start_new_session=True,
     )
     wait_for_step(process, run, 2)
-    workers = psutil.Process(process.pid).children()
+    trainer = psutil.Process(process.pid)
+    workers = [child for child in trainer.children() if child.cmdline() == trainer.cmdline()]  # they are forked
     assert len(workers) == 2
     os.killpg(process.pid, number)
     output = "".join(process.communicate(timeout=120))
