@@ -290,7 +290,9 @@ class Trainer:
         if self.config.overwrite_output_dir:
             checkpoint.delete_all(self.output_dir)
             (self.output_dir / "log.jsonl").unlink(missing_ok=True)
-            shutil.rmtree(self.output_dir / self.config.logging_dir / PROJECT, ignore_errors=True)
+            trackers = self.output_dir / self.config.logging_dir / PROJECT
+            if trackers.exists():
+                shutil.rmtree(trackers)
         checkpoint.set_aside_newer(self.output_dir, self.progress.step)
         delete_newer_samples(self.output_dir / "samples", self.progress.step)
         self.log = RunLog(self.output_dir / "log.jsonl", self.progress.step)

@@ -27,7 +27,7 @@ class ResultsError(ValueError):
 
 
 def result(family: str, name: str, metric: str, value: float | None, **settings) -> dict:
-    """One RESULT; settings that are None or NaN, as the spread of one value, are left out.
+    """One RESULT; settings that are None are left out, and the `std` of a single value, which is NaN.
 
     Args:
         family: of metrics, the table it belongs to.
@@ -39,7 +39,9 @@ def result(family: str, name: str, metric: str, value: float | None, **settings)
         raise ResultsError(f"{name} has no value and no reason why")
     if value is not None and not math.isfinite(value):
         raise ResultsError(f"{name} is {value}; it must be finite")
-    kept = {key: setting for key, setting in settings.items() if setting is not None and setting == setting}  # no NaN
+    kept = {key: setting for key, setting in settings.items() if setting is not None}
+    if math.isnan(kept.get("std", 0)):
+        del kept["std"]
     return {"family": family, "name": name, "metric": metric, "value": value, **kept}
 
 

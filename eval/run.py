@@ -173,7 +173,7 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
         there = read_results(path)
         if all(there.get(key) == value for key, value in header.items()):
             results = there["results"]
-            for entry in results:  # where it was measured, if that is told of it alone no more
+            for entry in results:  # of another machine or day than the header will tell
                 for key in ("device", "versions", "date"):
                     if key not in entry and there.get(key) != now[key]:
                         entry[key] = there.get(key)
