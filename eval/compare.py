@@ -40,7 +40,7 @@ COLUMNS = {  # key in a row: heading
 # Metric and end of the name of what is compared
 OF_THE_IMAGES = {"swd": "SWD, mean", "memorisation_ratio": "(median)"}  # that of pixels
 OF_THE_MODEL = {"bits_per_dim_ode": ", held-out", "sample_mse": ", held-out"}
-FEATURES = ("fid", "fid_inf", "kid", "cmmd")  # a column of its own for each that was measured
+FEATURES = ("fid", "kid", "cmmd")  # a column of its own for each that was measured
 ABOUT = "name value std floor n n_reference split tolerance first_sigma".split()  # of a result, in comparison.json
 
 

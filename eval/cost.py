@@ -1,14 +1,15 @@
-"""The cost curve: how good images are against what they cost, over samplers, numbers of steps and eta."""
+"""What a sampler costs: network evaluations and seconds of a setting."""
 
+import argparse
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from pipelines import CustomUNetPipeline
-from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS
+from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,27 @@ class SamplerSetting:
         steps = "" if self.steps is None else f", {self.steps} steps"
         return f"{self.sampler}{steps}" + (f", eta {self.eta:g}" if self.eta else "") + own
 
+    @classmethod
+    def parse(cls, text: str) -> "SamplerSetting":
+        """`NAME`, `NAME:STEPS` or `NAME:STEPS:ETA`; the ode takes no steps, the others 50 by default.
+
+        Raises:
+            argparse.ArgumentTypeError: if it is none of these; steps and eta are judged by `set_on`.
+        """
+        name, *numbers = text.split(":")
+        try:
+            steps, eta = int(numbers[0]) if numbers else 50, float(numbers[1]) if numbers[1:] else 0.0
+        except ValueError:
+            steps, eta = 0, 0.0
+        if name not in {*SAMPLERS, *CONTINUOUS_SAMPLERS} or numbers[2:] or steps < 1 or not 0 <= eta <= 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not NAME, NAME:STEPS or NAME:STEPS:ETA of a sampler")
+        return cls(name, None if name == "ode" else steps, eta)
+
+    def with_settings(self, given: dict[str, float]) -> "SamplerSetting":
+        """The same with those of the given settings that this sampler takes."""
+        own = CONTINUOUS_SAMPLERS.get(self.sampler, ())
+        return replace(self, sampler_settings={name: value for name, value in given.items() if name in own})
+
     def set_on(self, pipeline: CustomUNetPipeline) -> dict:
         """Sets the sampler of a pipeline.
 
@@ -43,25 +65,6 @@ class SamplerSetting:
         arguments = {"eta": self.eta} | ({} if self.steps is None else {"num_inference_steps": self.steps})
         pipeline.check_inputs(**{"num_inference_steps": 50} | arguments)
         return arguments
-
-
-def settings_grid(
-    samplers: Sequence[str],
-    steps: Sequence[int],
-    etas: Sequence[float],
-    sampler_settings: dict[str, float] | None = None,
-) -> Iterator[SamplerSetting]:
-    """Every sampler with every number of steps; `ddim`, which alone takes it, also with every eta; `ode` once.
-
-    Args:
-        sampler_settings: each goes to the samplers that take it.
-    """
-    for sampler in samplers:
-        names = CONTINUOUS_SAMPLERS.get(sampler, ())
-        own = {name: value for name, value in (sampler_settings or {}).items() if name in names}
-        for eta in etas if sampler == "ddim" else (0.0,):
-            for number in steps if sampler != "ode" else (None,):
-                yield SamplerSetting(sampler, number, eta, own)
 
 
 def sample(

@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from eval.cost import SamplerSetting, settings_grid
+from eval.cost import SamplerSetting
 from eval.features import ImageSet, images_of_files, images_of_store, subset
 from eval.results import result
 from pipelines import generate
@@ -22,7 +21,9 @@ from pipelines.loading import InputError, find_pipeline, load_pipeline, weight_f
 from training.data import ImageStore, open_image_store
 from training.facts import training_in_all
 
-COST_SAMPLERS = ("ddpm", "ddim", "dpmsolver++2m", "unipc")  # of a model with discrete timesteps
+COST_SAMPLERS = "unipc:10 unipc:20 dpmsolver++2m:20 ddim:20 ddim:50 ddpm:100".split()
+COST_SAMPLERS_IN_CONTINUOUS_TIME = "edm_heun:9 edm_heun:18 predictor_corrector:100 euler_maruyama:100 ode".split()
+DRAWING_FLAGS = "pipeline revision seed class_label guidance_scale batch_size dtype num_cpu_threads".split()
 IMAGES = "images"  # the folder of an evaluation that holds its folders of images
 
 
@@ -79,11 +80,15 @@ class Evaluation:
         self.pipeline.unet.eval()
         if options.sampler is None:
             options.sampler = self.pipeline.continuous_sampler.name if self.pipeline.is_continuous else "ddim"
-        self.set_sampler()
+        if options.cost_samplers is None:
+            usual = COST_SAMPLERS_IN_CONTINUOUS_TIME if self.pipeline.is_continuous else COST_SAMPLERS
+            options.cost_samplers = [SamplerSetting.parse(text) for text in usual]
+        self.set_sampler(self.sampler_setting)
         generate.check_arguments(self.pipeline, options)
         generate.check_guidance(self.pipeline, options)
         self.weights_sha256 = {path.name: generate.sha256_of(path) for path in weight_files(source)}
         self.earlier: list[dict] = []  # results of an earlier start
+        self.starts: list[dict] = []  # of drawing the images
         self.training = self.open_store(options.split)
         if options.num_images > len(self.training):
             raise InputError(
@@ -125,26 +130,30 @@ class Evaluation:
         """
         values = {name: getattr(self.options, name) for name in generate.SAMPLER_SETTINGS}
         given = {name: value for name, value in values.items() if value is not None}
-        samplers = [self.options.sampler, *(self.cost_samplers if "cost" in self.options.metrics else ())]
+        cost = self.options.cost_samplers if "cost" in self.options.metrics else []
+        samplers = dict.fromkeys([self.options.sampler, *(setting.sampler for setting in cost)])
         for name, value in given.items():
             if not any(name in CONTINUOUS_SAMPLERS.get(sampler, ()) for sampler in samplers):
                 raise InputError(f"--{name} is {value:g}, but {' and '.join(samplers)} take no {name}; leave it out")
         return given
 
     @property
-    def cost_samplers(self) -> Sequence[str]:
-        usual = CONTINUOUS_SAMPLERS if self.pipeline.is_continuous else COST_SAMPLERS
-        return self.options.cost_samplers or tuple(usual)
+    def sampler_setting(self) -> SamplerSetting:
+        """That of the images."""
+        options = self.options
+        steps = None if options.sampler == "ode" else options.steps
+        return SamplerSetting(options.sampler, steps, options.eta).with_settings(self.sampler_settings)
 
-    def set_sampler(self, setting: SamplerSetting | None = None) -> None:
-        """Gives the pipeline this sampler, or that of the images.
+    @property
+    def cost_settings(self) -> list[SamplerSetting]:
+        return [setting.with_settings(self.sampler_settings) for setting in self.options.cost_samplers]
+
+    def set_sampler(self, setting: SamplerSetting) -> None:
+        """Gives the pipeline this sampler.
 
         Raises:
             InputError: if it does not suit the model.
         """
-        if setting is None:
-            options, given = self.options, self.sampler_settings
-            (setting,) = settings_grid([options.sampler], [options.steps], [options.eta], given)
         try:
             setting.set_on(self.pipeline)
         except ValueError as error:
@@ -172,23 +181,21 @@ class Evaluation:
     @property
     def setting(self) -> dict:
         """How the images were drawn, for a result."""
-        options, sampler = self.options, self.pipeline.continuous_sampler
-        setting = {
-            "sampler": options.sampler,
-            "steps": options.steps,
-            "eta": options.eta,
-            "seeds": f"{options.seed} to {options.seed + options.num_images - 1}",
-            "dtype": options.dtype,
-        }
+        return self.describe(self.sampler_setting, self.options.num_images)
+
+    def describe(self, setting: SamplerSetting, num_images: int) -> dict:
+        """How images of a setting are drawn, for a result."""
+        options = self.options
+        seeds = f"{options.seed} to {options.seed + num_images - 1}"
+        about = {"sampler": setting.sampler, "steps": setting.steps, "seeds": seeds, "dtype": options.dtype}
         if options.class_label is not None:
-            setting |= {"class_label": options.class_label, "guidance_scale": options.guidance_scale}
-        if sampler is None:
-            return setting
-        del setting["eta"]
-        if sampler.name == "ode":
-            del setting["steps"]
-        finite = {name: value for name, value in sampler.settings.items() if math.isfinite(value)}
-        return setting | {"sampler_settings": finite}
+            about |= {"class_label": options.class_label, "guidance_scale": options.guidance_scale}
+        if setting.sampler in CONTINUOUS_SAMPLERS:
+            settings = ContinuousSampler(setting.sampler, **setting.sampler_settings).settings
+            about["sampler_settings"] = {name: value for name, value in settings.items() if math.isfinite(value)}
+        else:
+            about["eta"] = setting.eta
+        return {name: value for name, value in about.items() if value is not None}
 
     @property
     def threads(self) -> dict:
@@ -204,18 +211,28 @@ class Evaluation:
 
     def draw_images(self) -> None:
         """Draws what is missing of the images, on all processes."""
-        options = self.options
-        folder = (options.images_dir or self.out / IMAGES) / images_folder(self.setting)
-        arguments = ["--pipeline", options.pipeline, "--out", str(folder), "--scheduler", options.sampler]
-        flags = "revision num_images seed steps eta class_label guidance_scale batch_size dtype num_cpu_threads"
-        for flag in (*flags.split(), *CONTINUOUS_SAMPLERS.get(options.sampler, ())):
-            value = getattr(options, flag)
+        self.generated_set, self.starts = self.draw(self.sampler_setting, self.options.num_images)
+
+    def draw(self, setting: SamplerSetting, num_images: int) -> tuple[ImageSet, list[dict]]:
+        """Draws what is missing of the images of a setting, on all processes.
+
+        Returns:
+            the images in order of their seeds, and the starts that drew them, as `pipelines.generate` records them.
+        """
+        options, about = self.options, self.describe(setting, num_images)
+        folder = (options.images_dir or self.out / IMAGES) / images_folder(about)
+        values = {name: getattr(options, name) for name in DRAWING_FLAGS} | setting.sampler_settings
+        values |= {"out": str(folder), "num_images": num_images, "scheduler": setting.sampler, "eta": setting.eta}
+        if setting.steps is not None:
+            values["steps"] = setting.steps
+        arguments = []
+        for flag, value in values.items():
             if value is not None:
                 arguments += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
         generate.run(generate.parse_options(arguments), arguments)
-        self.starts = json.loads((folder / generate.RECORD).read_text())["starts"]
-        seeds = range(options.seed, options.seed + options.num_images)
-        self.generated_set = images_of_files(generate.image_paths(folder, seeds))
+        seeds = range(options.seed, options.seed + num_images)
+        images = images_of_files(generate.image_paths(folder, seeds))
+        return images, json.loads((folder / generate.RECORD).read_text())["starts"]
 
     def drawing_time(self) -> list[dict]:
         """How long the drawing took, over all starts that finished."""
@@ -234,21 +251,22 @@ class Evaluation:
         """uint8 (n, 3, R, R), in order of the seeds."""
         return self.generated_set.read(range(self.generated_set.count))
 
-    def real_set(self, count: int) -> ImageSet:
-        """A fixed random subset of the reference."""
-        return images_of_store(self.training, count)
+    def real_set(self, count: int, part: int = 0) -> ImageSet:
+        """A fixed random subset of the reference; different parts are disjoint."""
+        return images_of_store(self.training, count, part)
 
-    def real(self, count: int) -> np.ndarray:
+    def has_floor(self, count: int) -> bool:
+        """Whether there are two disjoint subsets of so many images, to compare real with real ones."""
+        return 2 * count <= len(self.training)
+
+    def real(self, count: int, part: int = 0) -> np.ndarray:
         """The images of `real_set`, uint8 (count, 3, R, R)."""
-        return np.asarray(self.training.images[subset(len(self.training), count)])
+        return np.asarray(self.training.images[subset(len(self.training), count, part)])
 
     def tensors(self, store: ImageStore, count: int) -> Tensor:
         """The same of a store, as a uint8 tensor; all of it if it has fewer."""
         return store.__getitems__(subset(len(store), min(count, len(store))))
 
-    def measured_before(self, family: str, about: dict) -> dict | None:
-        """A result of an earlier start with these settings."""
-        for entry in self.earlier:
-            if entry["family"] == family and about.items() <= entry.items():
-                return entry
-        return None
+    def measured_before(self, family: str, about: dict) -> list[dict]:
+        """The results of an earlier start with these settings."""
+        return [entry for entry in self.earlier if entry["family"] == family and about.items() <= entry.items()]

@@ -60,33 +60,36 @@ class ImageSet:
         return FeatureKey(**facts, extractor=extractor.name, mode=extractor.mode, sha256=extractor.sha256)
 
 
-def images_of_store(store: ImageStore, count: int | None = None) -> ImageSet:
+def images_of_store(store: ImageStore, count: int | None = None, part: int = 0) -> ImageSet:
     """All images of a store, or the `count` of `subset`.
 
     Raises:
         FeatureError: if it has fewer.
     """
-    positions = subset(len(store), len(store) if count is None else count)
+    positions = subset(len(store), len(store) if count is None else count, part)
     height, width = store.images.shape[2:]
     return ImageSet(
         read=lambda indices: store.images[positions[np.asarray(indices)]],
         count=len(positions),
-        fingerprint=store.fingerprint,
+        fingerprint=f"{store.fingerprint}{f', part {part}' if part else ''}",
         split=store.description["split"],
         crop=store.description["crop"],
         resolution=f"{width}x{height}",
     )
 
 
-def subset(num_images: int, count: int) -> np.ndarray:
+def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
     """Ascending positions of `count` images, always the same ones, at random: a folder may be sorted by class.
+
+    Args:
+        part: 0, 1, ...: subsets of the same count and different parts have no image in common.
 
     Raises:
         FeatureError: if there are fewer.
     """
-    if not 1 <= count <= num_images:
-        raise FeatureError(f"{count} images are asked of {num_images}; ask for 1 to {num_images} (--num_images)")
-    return np.sort(np.random.default_rng(0).permutation(num_images)[:count])
+    if not 1 <= count * (part + 1) <= num_images:
+        raise FeatureError(f"{count * (part + 1)} images are asked of {num_images}; ask for fewer (--num_images)")
+    return np.sort(np.random.default_rng(0).permutation(num_images)[count * part : count * (part + 1)])
 
 
 def images_of_files(paths: Sequence[Path]) -> ImageSet:

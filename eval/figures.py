@@ -13,6 +13,7 @@ from PIL import Image
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
 NUM_COLOURS = 10  # of matplotlib's cycle; beyond them lines are dashed
 FEW_CURVES = 5  # the legend of more stands beside them
+NUM_BINS = 40  # of a histogram of colours
 FEW_POINTS = 40  # of a line that shows each of them
 IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS = 96, 4, 26  # of a sheet of images
 
@@ -24,13 +25,14 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_cost_curve(entries: list[dict], floor: float, path: Path) -> None:
-    """Quality against network evaluations an image, a line for each sampler.
+def plot_cost_curve(entries: list[dict], path: Path) -> None:
+    """FID, or SWD where there is none, against network evaluations, a line for each sampler.
 
     Args:
         entries: the results of the family `cost`.
-        floor: the metric between two sets of real images of the same size.
     """
+    metric = "fid" if any(entry["metric"] == "fid" for entry in entries) else "swd"
+    entries = [entry for entry in entries if entry["metric"] == metric]
     figure, axes = plt.subplots(figsize=SIZE_INCHES)
     lines: dict[str, list[tuple[int, float]]] = {}
     for entry in entries:
@@ -38,9 +40,29 @@ def plot_cost_curve(entries: list[dict], floor: float, path: Path) -> None:
         lines.setdefault(label, []).append((entry["network_evaluations"], entry["value"]))
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), "o-", label=label, markersize=4)
-    axes.axhline(floor, color="grey", linestyle="--", label="real against real")
-    axes.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel=entries[0]["name"])
+    axes.axhline(entries[0]["floor"], color="grey", linestyle="--", label="real against real")
+    axes.set(xlabel="network evaluations per image", ylabel=f"{entries[0]['name']}, n = {entries[0]['n']:,}")
+    axes.set_ylim(bottom=0)
     axes.legend()
+    save_figure(figure, path)
+
+
+def plot_colours(sets: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Histograms of brightness, contrast and saturation side by side.
+
+    Args:
+        sets: by label, `eval.colours.colour_statistics`.
+    """
+    names = list(next(iter(sets.values())))
+    figure, all_axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3))
+    for axes, name in zip(all_axes, names, strict=True):
+        edges = np.histogram_bin_edges(np.concatenate([values[name] for values in sets.values()]), NUM_BINS)
+        for label, values in sets.items():
+            shares = np.histogram(values[name], edges)[0] / len(values[name])
+            axes.stairs(shares, edges, label=label, fill=True, alpha=0.5)
+        axes.set(xlabel=f"{name}, grey levels")
+    all_axes[0].set_ylabel("share of the images")
+    all_axes[-1].legend()
     save_figure(figure, path)
 
 

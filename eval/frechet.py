@@ -3,27 +3,11 @@
     d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))        Heusel et al. 2017 (arXiv 1706.08500), equation 6
 
 between Gaussians with the means m and covariances S of the features of two sets of images. It falls as the sets grow,
-by about 1/n: compare it only at equal n, or extrapolate it to infinite n.
+by about 1/n: compare it only at equal n.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 from scipy import linalg
-
-
-class FIDAtInfinity(NamedTuple):
-    """A line through (1/n, FID of n images).
-
-    Attributes:
-        value: the line at 1/n = 0; where the sets are alike it may come out below 0.
-        counts: n of each point.
-        distances: FID of each point.
-    """
-
-    value: float
-    counts: list[int]
-    distances: list[float]
 
 
 def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
@@ -61,51 +45,6 @@ def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     check_features(features)
     features = np.asarray(features, np.float64)
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
-
-
-def fid_at_infinity(
-    features: np.ndarray,
-    reference_mean: np.ndarray,
-    reference_covariance: np.ndarray,
-    *,
-    seed: int,
-    num_points: int = 15,
-    smallest_count: int | None = None,
-) -> FIDAtInfinity:
-    """FID of infinitely many generated images, by a straight line (Chong & Forsyth 2020, arXiv 1911.07023, section 3).
-
-    The FID of n images is FID_infinity + c/n + O(1/n^2) with a c that depends on the generator, so that a ranking at
-    finite n may be wrong. The line is fitted by least squares through n at equal steps between `smallest_count` and N;
-    each n takes a new random subset. The reference stays as it is, and so does the bias of its own finite count.
-
-    Args:
-        features: shape (N, D), of generated images.
-        reference_mean, reference_covariance: (D,) and (D, D), by `mean_and_covariance`.
-        seed: of the subsets.
-        smallest_count: by default N/10, as the paper's 5,000 of 50,000. Below D the line is a coarse fit.
-
-    Raises:
-        ValueError: if there are too few images for the points, or as `frechet_distance`.
-    """
-    check_features(features)
-    smallest = len(features) // 10 if smallest_count is None else smallest_count
-    counts = np.linspace(smallest, len(features), num_points).astype(int)
-    if num_points < 2 or smallest < 2 or len(set(counts)) < num_points:
-        raise ValueError(
-            f"no line can be fitted with {num_points} subsets of {smallest} to {len(features)} images;"
-            " give more images, at best 10,000 or more"
-        )
-    generator = np.random.default_rng(seed)
-    _check_moments(features[0], reference_covariance, reference_mean, reference_covariance)
-    reference_root = _root(reference_covariance)
-    distances = []
-    for count in counts:
-        mean, covariance = mean_and_covariance(features[generator.permutation(len(features))[:count]])
-        distances.append(
-            _distance(mean, covariance, _root(covariance), reference_mean, reference_covariance, reference_root)
-        )
-    _, value = np.polyfit(1 / counts, distances, deg=1)
-    return FIDAtInfinity(float(value), counts.tolist(), distances)
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

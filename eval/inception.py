@@ -150,7 +150,9 @@ def load_network(file: Path) -> nn.Sequential:
     network = build_network()
     convolutions = [module for module in network.modules() if isinstance(module, BasicConv2d)]
     for prefix, convolution in zip(prefixes, convolutions, strict=True):
-        weight, beta, mean, variance = (tensors[f"{prefix}{key}"].double() for key in ("weight", "beta", "mean", "var"))
+        weight, beta, mean, variance = (
+            tensors[f"{prefix}{key}"].double() for key in ("weight", "beta", "mean", "var")
+        )
         scale = (variance + BATCH_NORM_EPS).rsqrt()
         convolution.conv.weight.data.copy_(weight * scale[:, None, None, None])
         convolution.conv.bias = nn.Parameter((beta - mean * scale).float())

@@ -6,14 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from eval.cost import SamplerSetting, sample, settings_grid
+from eval.colours import colour_distance, colour_statistics, share_of_extremes
+from eval.cost import SamplerSetting, sample
 from eval.encoders import open_extractor
 from eval.evaluation import Evaluation
-from eval.features import FeatureExtractor, cached_features, images_of_store
-from eval.figures import plot_cost_curve, plot_curves, plot_nearest_distances
-from eval.frechet import fid_at_infinity, frechet_distance, mean_and_covariance
+from eval.features import FeatureExtractor, ImageSet, cached_features, images_of_store
+from eval.figures import plot_colours, plot_cost_curve, plot_curves, plot_nearest_distances
+from eval.frechet import frechet_distance_of
 from eval.heldout import SIGMAS, denoising_curve, heldout_curve
 from eval.kernel import cmmd, kernel_distance
 from eval.likelihood import VARIANCES, noise_levels, ode_likelihood, variational_bound
@@ -22,12 +22,10 @@ from eval.prdc import prdc
 from eval.reference import FeatureError
 from eval.results import result
 from eval.swd import sliced_wasserstein, swd_floor
-from pipelines.custom_unet_pipeline import denoiser
+from pipelines.custom_unet_pipeline import CustomUNetPipeline, denoiser
 from pipelines.generate import on_main_process
 from pipelines.loading import InputError, load_pipeline
 from training.data import to_model_range
-
-SWD_PARTS = 2  # the floor takes two disjoint sets of real images
 
 
 def check_metrics(evaluation: Evaluation) -> None:
@@ -40,27 +38,57 @@ def check_metrics(evaluation: Evaluation) -> None:
     for name in {"memorisation", "heldout"}.intersection(metrics):
         if evaluation.heldout is None:
             raise InputError(f"the metric {name} needs held-out images; give --heldout_split or other --metrics")
-    if "cost" in metrics and SWD_PARTS * options.cost_images > num_real:
-        needed = SWD_PARTS * options.cost_images
-        raise InputError(f"--cost_images {options.cost_images} needs {needed} real images; there are {num_real}")
     if "cost" in metrics:
-        for setting in cost_grid(evaluation):
+        if not evaluation.has_floor(options.cost_images):
+            needed = 2 * options.cost_images
+            raise InputError(f"--cost_images {options.cost_images} needs {needed} real images; there are {num_real}")
+        for setting in evaluation.cost_settings:
             evaluation.set_sampler(setting)
-        evaluation.set_sampler()
+        evaluation.set_sampler(evaluation.sampler_setting)
     if "features" in metrics and options.features is not None:
         for name in options.features:
             _open(feature_space(name), evaluation)
 
 
 def measure_swd(evaluation: Evaluation) -> Iterable[dict]:
-    n = min(evaluation.options.num_images, len(evaluation.training) // SWD_PARTS)
+    n = min(evaluation.options.num_images, len(evaluation.training) // 2)
     distances = sliced_wasserstein(evaluation.generated[:n], evaluation.real(n))
-    floors = swd_floor(evaluation.real(SWD_PARTS * n))
+    floors = swd_floor(evaluation.real(2 * n))
     about = evaluation.setting | evaluation.reference | {"n": n, "n_reference": n}
     yield result("swd", "SWD, mean", "swd", mean(distances), floor=mean(floors), **about)
     for level, distance in distances.items():
         name = f"SWD, level {level}x{level}"
         yield result("swd", name, f"swd_{level}", distance, floor=floors[level], **about)
+
+
+def measure_colours(evaluation: Evaluation) -> Iterable[dict]:
+    n, about = evaluation.options.num_images, evaluation.setting | evaluation.reference
+    yield from _compare_colours("colours", evaluation, evaluation.generated, about)
+    sets = {"generated": evaluation.generated, "real": evaluation.real(n)}
+    plot_colours({name: colour_statistics(images) for name, images in sets.items()}, evaluation.out / "colours.png")
+
+
+def _compare_colours(family: str, evaluation: Evaluation, images: np.ndarray, about: dict) -> Iterable[dict]:
+    n = len(images)
+    generated, real = colour_statistics(images), colour_statistics(evaluation.real(n))
+    others = colour_statistics(evaluation.real(n, 1)) if evaluation.has_floor(n) else {}
+    for name, values in generated.items():
+        yield result(
+            family,
+            f"{name.capitalize()}, Wasserstein distance in grey levels",
+            name,
+            colour_distance(values, real[name]),
+            floor=colour_distance(others[name], real[name]) if others else None,
+            n=n,
+            n_reference=n,
+            mean=float(values.mean()),
+            spread=float(values.std()),
+            real_mean=float(real[name].mean()),
+            real_spread=float(real[name].std()),
+            share_of_extremes=share_of_extremes(values, real[name]),
+            share_of_extremes_expected=0.01,
+            **about,
+        )
 
 
 PRDC = ("precision", "recall", "density", "coverage")
@@ -73,7 +101,7 @@ class FeatureSpace:
     Attributes:
         extractor: as `open_extractor` names it.
         mode: of Inception.
-        metrics: name in the tables of each metric: fid, fid_inf (at infinite n), kid, cmmd, precision, ...
+        metrics: name in the tables of each metric: fid, kid, cmmd, precision, ...
     """
 
     extractor: str
@@ -89,13 +117,13 @@ def feature_space(name: str) -> FeatureSpace:
         mode = name.partition(":")[2] or "clean"
         metrics = {"fid": f"FID ({mode})", "kid": f"KID ({mode})"}
         if mode == "clean":
-            metrics |= {"fid_inf": "FID at infinite n (clean)"} | {key: f"{key}, Inception" for key in PRDC}
+            metrics |= {key: f"{key.capitalize()}, Inception" for key in PRDC}
         return FeatureSpace("inception", mode, metrics)
     label = {"dinov2": "DINOv2"}.get(name, Path(name).name)
-    return FeatureSpace(name, None, {"fid": f"FD-{label}"} | {key: f"{key}, {label}" for key in PRDC})
+    return FeatureSpace(name, None, {"fid": f"FD-{label}"} | {key: f"{key.capitalize()}, {label}" for key in PRDC})
 
 
-PUBLISHED = ("inception", "inception:legacy_tensorflow", "dinov2", "clip")
+PUBLISHED = ("inception", "dinov2", "clip")
 
 
 def measure_features(evaluation: Evaluation) -> Iterable[dict]:
@@ -131,32 +159,60 @@ def _open(space: FeatureSpace, evaluation: Evaluation) -> FeatureExtractor:
     return open_it()
 
 
+def _features(evaluation: Evaluation, extractor: FeatureExtractor, images: ImageSet) -> np.ndarray:
+    return cached_features(images, extractor, evaluation.state, batch_size=evaluation.options.batch_size)
+
+
 def _compare(evaluation: Evaluation, space: FeatureSpace, extractor: FeatureExtractor) -> Iterable[dict]:
-    options = evaluation.options
-    generated, real = (
-        cached_features(images, extractor, evaluation.state, batch_size=options.batch_size)
-        for images in (evaluation.generated_set, evaluation.real_set(options.num_images))
-    )
-    about = evaluation.setting | evaluation.reference | {"n": len(generated), "n_reference": len(real)}
-    about |= {"features": extractor.name, "mode": extractor.mode, "features_sha256": extractor.sha256}
-    moments = mean_and_covariance(real) if "fid" in space.metrics else None
-    neighbours = prdc(real, generated, k=options.k) if "precision" in space.metrics else {}
-    for metric, name in space.metrics.items():
-        if metric == "fid":
-            value, more = frechet_distance(*mean_and_covariance(generated), *moments), {}
-        elif metric == "fid_inf":
-            value, *line = fid_at_infinity(generated, *moments, seed=options.seed)
-            more = dict(zip(("counts", "distances"), line, strict=True))
-        elif metric == "kid":
-            value, std, num_subsets, subset_size = kernel_distance(real, generated, seed=options.seed)
-            more = {"std": std, "num_subsets": num_subsets, "subset_size": subset_size}
-        elif metric == "cmmd":
-            value, more = cmmd(real, generated), {}
-        else:
-            value, more = neighbours[metric], {"k": options.k}
-        yield result("features", name, metric, value, **about, **more)
-    if "memorisation" in options.metrics:
+    n, about = evaluation.options.num_images, evaluation.setting | evaluation.reference
+    generated = _features(evaluation, extractor, evaluation.generated_set)
+    real = _features(evaluation, extractor, evaluation.real_set(n))
+    others = _features(evaluation, extractor, evaluation.real_set(n, 1)) if evaluation.has_floor(n) else None
+    if evaluation.state.is_main_process:
+        yield from _compare_features("features", evaluation, space, extractor, (generated, real, others), about)
+    if "memorisation" in evaluation.options.metrics:
         yield from _memorisation_in_features(evaluation, extractor, generated)
+
+
+def _compare_features(
+    family: str,
+    evaluation: Evaluation,
+    space: FeatureSpace,
+    extractor: FeatureExtractor,
+    features: tuple[np.ndarray, np.ndarray, np.ndarray | None],
+    about: dict,
+) -> Iterable[dict]:
+    """The metrics of a space.
+
+    Args:
+        features: of the generated images, of as many real ones, and of as many others (for the floor), if there are.
+    """
+    generated, real, others = features
+    values = _feature_metrics(space, real, generated, evaluation)
+    floors = {} if others is None else _feature_metrics(space, real, others, evaluation)
+    about |= {"n": len(generated), "n_reference": len(real)}
+    about |= {"features": extractor.name, "features_file": getattr(extractor, "file", None)}
+    about |= {"features_sha256": extractor.sha256, "mode": extractor.mode}
+    for metric, name in space.metrics.items():
+        value, more = values[metric]
+        yield result(family, name, metric, value, floor=floors[metric][0] if floors else None, **about, **more)
+
+
+def _feature_metrics(
+    space: FeatureSpace, real: np.ndarray, generated: np.ndarray, evaluation: Evaluation
+) -> dict[str, tuple[float, dict]]:
+    """The value of each metric of the space, and how it was got."""
+    found, options = {}, evaluation.options
+    if "fid" in space.metrics:
+        found["fid"] = frechet_distance_of(real, generated), {}
+    if "kid" in space.metrics:
+        value, std, num_subsets, subset_size = kernel_distance(real, generated, seed=options.seed)
+        found["kid"] = value, {"std": std, "num_subsets": num_subsets, "subset_size": subset_size}
+    if "cmmd" in space.metrics:
+        found["cmmd"] = cmmd(real, generated), {}
+    if "precision" in space.metrics:
+        found |= {name: (value, {"k": options.k}) for name, value in prdc(real, generated, k=options.k).items()}
+    return found
 
 
 def measure_memorisation(evaluation: Evaluation) -> Iterable[dict]:
@@ -364,54 +420,62 @@ def _errors_by_noise_level(evaluation: Evaluation, sets: dict) -> Iterable[dict]
         plot_curves(curve.sigmas, curves, labels | scales, evaluation.out / "denoising_error.png")
 
 
-def cost_grid(evaluation: Evaluation) -> list[SamplerSetting]:
-    options = evaluation.options
-    settings = evaluation.sampler_settings
-    return list(settings_grid(evaluation.cost_samplers, options.cost_steps, options.cost_etas, settings))
+COST_METRICS = ("fid", "kid")  # beside SWD and colours
 
 
 def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
+    """Quality of each sampler, on all processes, beside network evaluations and seconds of one batch."""
     options, n = evaluation.options, evaluation.options.cost_images
-    real, floor = evaluation.real(n), mean(swd_floor(evaluation.real(SWD_PARTS * n)))
+    space, extractor = _cost_features(evaluation)
+    metrics = {"swd", "brightness", "contrast", "saturation", *space.metrics}
     pipeline = load_pipeline(evaluation.source, options.dtype, None).to(evaluation.state.device)
-    seeds = range(options.seed, options.seed + n)
-    entries, classes = [], {}
+    entries = []
+    for setting in evaluation.cost_settings:
+        about = evaluation.describe(setting, n) | evaluation.reference | {"n": n}
+        found = evaluation.measured_before("cost", about)
+        if not metrics <= {entry["metric"] for entry in found}:
+            images, _ = evaluation.draw(setting, n)
+            sets = (images, evaluation.real_set(n), evaluation.real_set(n, 1)) if extractor else ()
+            features = [_features(evaluation, extractor, image_set) for image_set in sets]
+            if not evaluation.state.is_main_process:
+                continue
+            about |= _cost_of_one_batch(evaluation, pipeline, setting)
+            pixels, real = images.read(range(n)), evaluation.real(n)
+            distance, floor = sliced_wasserstein(pixels, real), swd_floor(evaluation.real(2 * n))
+            found = [result("cost", "SWD, mean", "swd", mean(distance), floor=mean(floor), n_reference=n, **about)]
+            del about["n"]
+            found += _compare_colours("cost", evaluation, pixels, about)
+            if extractor:
+                found += _compare_features("cost", evaluation, space, extractor, tuple(features), about)
+        entries += found
+        yield from found
+    if evaluation.state.is_main_process:
+        plot_cost_curve(entries, evaluation.out / "cost.png")
+
+
+def _cost_features(evaluation: Evaluation) -> tuple[FeatureSpace, FeatureExtractor | None]:
+    """The first of the feature spaces and its network; None, and no metrics, if its weights are not found."""
+    options = evaluation.options
+    space = feature_space((options.features or PUBLISHED)[0])
+    space = dataclasses.replace(space, metrics={k: v for k, v in space.metrics.items() if k in COST_METRICS})
+    try:
+        return space, _open(space, evaluation)
+    except FeatureError as error:
+        if options.features is not None:
+            raise
+        print(f"cost: FID and KID are not measured: {error}", flush=True)
+        return dataclasses.replace(space, metrics={}), None
+
+
+def _cost_of_one_batch(evaluation: Evaluation, pipeline: CustomUNetPipeline, setting: SamplerSetting) -> dict:
+    options, classes = evaluation.options, {}
+    seeds = range(options.seed, options.seed + min(options.batch_size, options.cost_images))
     if options.class_label is not None:
         labels = [options.class_label[seed % len(options.class_label)] for seed in seeds]
         classes = {"class_labels": labels, "guidance_scale": options.guidance_scale}
-    for setting in tqdm(cost_grid(evaluation), desc="cost", unit="setting"):
-        about = {name: value for name, value in dataclasses.asdict(setting).items() if value not in (None, {})}
-        about |= evaluation.reference
-        about |= {
-            "n": n,
-            "seeds": f"{seeds[0]} to {seeds[-1]}",
-            "dtype": options.dtype,
-            "batch_size": options.batch_size,
-        }
-        if classes:
-            about |= {"class_label": options.class_label, "guidance_scale": options.guidance_scale}
-        known = evaluation.measured_before("cost", about)
-        if known is not None:
-            entries.append(known)
-            yield known
-            continue
-        images, evaluations, seconds = sample(pipeline, setting, seeds, options.batch_size, **classes)
-        entries.append(
-            result(
-                "cost",
-                "SWD, mean",
-                "swd",
-                mean(sliced_wasserstein(images, real)),
-                floor=floor,
-                n_reference=n,
-                network_evaluations=evaluations,
-                seconds_per_image=seconds,
-                **evaluation.threads,
-                **about,
-            )
-        )
-        yield entries[-1]
-    plot_cost_curve(entries, floor, evaluation.out / "cost.png")
+    _, evaluations, seconds = sample(pipeline, setting, seeds, len(seeds), **classes)
+    cost = {"network_evaluations": evaluations, "seconds_per_image": seconds, "batch_size": len(seeds)}
+    return cost | evaluation.threads
 
 
 NO_BOUND = "the bound is of discrete timesteps, but the model was trained in continuous time"
@@ -423,6 +487,7 @@ def mean(distances: dict[int, float]) -> float:
 
 METRICS = {
     "swd": measure_swd,
+    "colours": measure_colours,
     "features": measure_features,
     "memorisation": measure_memorisation,
     "likelihood": measure_likelihood,

@@ -1,4 +1,4 @@
-"""Features and their moments on the disk, each with what it is of; and how many images a comparison needs.
+"""Features on the disk, each with what they are of; and how many images a comparison needs.
 
 A file is an npz: the arrays, and under `key` what they were computed from. Nothing is taken from a file whose key is
 another than the one asked for.
@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-
-from eval.frechet import mean_and_covariance
 
 FEWEST_IMAGES = 2048  # below the 2,048 dimensions of Inception's features their covariance is singular
 
@@ -74,31 +72,6 @@ def check_counts(num_generated: int, num_reference: int, allow_few: bool = False
             f"{num_generated} images are too few for a figure that others can compare with; take {FEWEST_IMAGES} or"
             " more (--num_images), or say --allow_few"
         )
-
-
-def save_statistics(path: Path, key: FeatureKey, features: np.ndarray) -> None:
-    """Writes the mean and covariance of features (N, D), which do not show the images.
-
-    Raises:
-        ValueError: as `mean_and_covariance`.
-        OSError: if it cannot be written.
-    """
-    mean, covariance = mean_and_covariance(features)
-    write_arrays(path, key, mean=mean, covariance=covariance)
-
-
-def load_statistics(path: Path, asked: Mapping[str, object]) -> tuple[np.ndarray, np.ndarray, FeatureKey]:
-    """Mean (D,), covariance (D, D), and what they are of.
-
-    Args:
-        asked: the fields of `FeatureKey` that must agree: `asdict(key)` for all of them. Without the data at hand its
-            fingerprint is not known; the extractor, its mode and hash, the count, crop and resolution always are.
-
-    Raises:
-        FeatureError: if there is no such file, it is damaged, or it is of something else than asked.
-    """
-    arrays, key = read_arrays(path, asked, ("mean", "covariance"))
-    return arrays["mean"], arrays["covariance"], key
 
 
 def write_arrays(path: Path, key: FeatureKey, **arrays: np.ndarray) -> None:

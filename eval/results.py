@@ -104,31 +104,46 @@ def quality_table(results: list[dict]) -> str:
     return table(rows, columns | {"split": "split", "sampler": "sampler", "steps": "steps"})
 
 
+SUMMARY = "fid kid precision recall memorisation_ratio bits_per_dim_bound_fixed_large bits_per_dim_ode".split()
+
+
 def summary_table(results: list[dict]) -> str:
     """What a reader asks first: the distances to real images, copies, and the likelihood of held-out images."""
-    metrics = ("swd", "fid", "memorisation_ratio", "bits_per_dim_bound_fixed_large", "bits_per_dim_ode")
-    quality = [entry for entry in results if entry["family"] not in ("cost", "time")]
-    rows = [entry for entry in quality if entry["metric"] in metrics and not entry["name"].endswith(", training")]
-    return quality_table(rows)
+    rows = [
+        entry
+        for entry in results
+        if entry["metric"] in SUMMARY
+        and entry["family"] != "cost"
+        and entry["value"] is not None
+        and not entry["name"].endswith(("training", "DINOv2", "legacy_tensorflow)"))
+    ]
+    columns = {"name": "metric", "value": "value", "floor": "real against real", "n": "images"}
+    return table(sorted(rows, key=lambda entry: SUMMARY.index(entry["metric"])), columns)
 
 
 def cost_table(results: list[dict]) -> str:
-    """Samplers by numbers of steps: the quality, with network evaluations and seconds an image below."""
+    """A row for each sampler and number of steps: its quality, network evaluations and seconds."""
     rows = [entry for entry in results if entry["family"] == "cost"]
     if not rows:
         raise ResultsError("there is no cost curve among the results")
-    steps = sorted({entry["steps"] for entry in rows if "steps" in entry})
-    steps += [None] * any("steps" not in entry for entry in rows)  # a solver that chooses its steps
-    headings = " | ".join("steps of its own" if s is None else f"{s} steps" for s in steps)
-    lines = [f"| {rows[0]['name']}, n = {number(rows[0]['n'])} | {headings} |"]
-    lines.append("|---" * (len(steps) + 1) + "|")
-    settings = {(entry["sampler"], entry.get("eta", 0.0)): None for entry in rows}
-    for sampler, eta in settings:
-        cells = []
-        for s in steps:
-            found = [e for e in rows if (e["sampler"], e.get("eta", 0.0), e.get("steps")) == (sampler, eta, s)]
-            cells.append(f"{number(found[0]['value'])} ({number(found[0]['seconds_per_image'])} s)" if found else "")
-        lines.append(f"| {sampler}{f', eta {eta:g}' if eta else ''} | {' | '.join(cells)} |")
+    metrics = [name for name in ("fid", "kid", "swd", "saturation") if any(entry["metric"] == name for entry in rows)]
+    settings: dict[str, dict] = {}
+    for entry in rows:
+        eta = f", eta {entry['eta']:g}" if entry.get("eta") else ""
+        steps = f", {entry['steps']} steps" if "steps" in entry else ""
+        setting = settings.setdefault(f"{entry['sampler']}{steps}{eta}", entry | {"by_metric": {}})
+        setting["by_metric"][entry["metric"]] = entry
+    headings = [{"fid": "FID", "kid": "KID", "swd": "SWD", "saturation": "saturation"}[name] for name in metrics]
+    lines = [f"| sampler | {' | '.join(headings)} | network evaluations | seconds per image |"]
+    lines.append("|---" * (len(metrics) + 3) + "|")
+    for name, setting in settings.items():
+        cells = [
+            value_text(setting["by_metric"][metric]) if metric in setting["by_metric"] else "" for metric in metrics
+        ]
+        cells += [number(setting[key]) for key in ("network_evaluations", "seconds_per_image")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    floors = [number(next(entry.get("floor") for entry in rows if entry["metric"] == metric)) for metric in metrics]
+    lines.append(f"| real against real | {' | '.join(floors)} | | |")
     return "\n".join(lines)
 
 

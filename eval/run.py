@@ -9,6 +9,7 @@ eval.compare` lays the results of several models side by side. DDPM and SDE mode
 belongs to discrete timesteps alone.
 
     swd            sliced Wasserstein distance, with the floor of real against real       eval/swd.py
+    colours        brightness, contrast and saturation                                   eval/colours.py
     features       FID, KID, precision and recall, FD-DINOv2, CMMD                        eval/frechet.py and others
     memorisation   nearest training images of generated and of held-out images            eval/memorisation.py
     likelihood     bits/dim by the variational bound and by the probability-flow ODE      eval/likelihood.py
@@ -30,7 +31,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from eval.evaluation import Evaluation
+from eval.cost import SamplerSetting
+from eval.evaluation import COST_SAMPLERS, COST_SAMPLERS_IN_CONTINUOUS_TIME, Evaluation
 from eval.measures import METRICS, check_metrics
 from eval.reference import FEWEST_IMAGES, FeatureError, check_counts
 from eval.results import ResultsError, quality_table, read_results, result, write_results
@@ -42,8 +44,8 @@ from pipelines.model_card import CardError, write_card
 from training.data import DataError
 
 LIBRARIES = "torch diffusers accelerate clean-fid scipy".split()
-NEED_IMAGES = {"swd", "features", "memorisation"}
-ON_ALL_PROCESSES = {"features"}
+NEED_IMAGES = {"swd", "colours", "features", "memorisation"}
+ON_ALL_PROCESSES = {"features", "cost"}
 ON_THE_CARD = {"swd", "features", "memorisation", "likelihood"}
 # What makes two results the same measurement
 IDENTITY = "family name split sampler steps eta sampler_settings class_label guidance_scale n".split()
@@ -78,7 +80,10 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="fp32", help="of the network while sampling")
     add("--num_cpu_threads", type=int)
     add(
-        "--features", nargs="+", help="inception[:MODE], dinov2, clip or a path (default: all whose weights are there)"
+        "--features",
+        nargs="+",
+        help="inception[:legacy_tensorflow], dinov2, clip or a path (default: inception, dinov2 and clip as far as"
+        " their weights are found)",
     )
     for name in ("inception", "dinov2", "clip"):
         add(f"--{name}_path", type=Path, help="weights where they cannot be fetched")
@@ -95,19 +100,23 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         help="RMS in grey levels: held-out images nearer to a training image are near-copies in the data, left out",
     )
     add("--heldout_images", type=int, default=512, help="of each split, for the loss against the noise")
-    add("--cost_images", type=int, default=1000, help="of each sampler and number of steps")
-    add("--cost_samplers", nargs="+", choices=samplers, help="default: some, or all of continuous time")
-    add("--cost_steps", nargs="+", type=int, default=[10, 20, 50, 250])
-    add("--cost_etas", nargs="+", type=float, default=[0.0])
+    add("--cost_images", type=int, default=FEWEST_IMAGES, help="of each sampler")
+    add(
+        "--cost_samplers",
+        nargs="+",
+        type=SamplerSetting.parse,
+        metavar="NAME[:STEPS[:ETA]]",
+        help=f"default: {' '.join(COST_SAMPLERS)}; in continuous time {' '.join(COST_SAMPLERS_IN_CONTINUOUS_TIME)}",
+    )
     add("--write_card", action="store_true", help="put results.json into the pipeline's folder and renew its card")
     options = parser.parse_args(arguments)
     counts = (
         "num_images batch_size num_cpu_threads k likelihood_images bound_evaluations ode_images ode_draws"
-        " heldout_images cost_images cost_steps steps"
+        " heldout_images cost_images steps"
     ).split()
     least = dict.fromkeys(counts, 1) | {"ode_tolerance": 1e-12, "bound_evaluations": 2, "heldout_images": 2}
-    least |= dict.fromkeys(("seed", "eta", "cost_etas", "duplicate_distance", *generate.SAMPLER_SETTINGS), 0)
-    most = {"num_cpu_threads": MOST_THREADS, "eta": 1, "cost_etas": 1}
+    least |= dict.fromkeys(("seed", "eta", "duplicate_distance", *generate.SAMPLER_SETTINGS), 0)
+    most = {"num_cpu_threads": MOST_THREADS, "eta": 1}
     check_numbers(options, least, most)
     if "features" in options.metrics:
         check_counts(options.num_images, options.num_images, options.allow_few)

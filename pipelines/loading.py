@@ -76,7 +76,7 @@ def weight_files(source: Path) -> list[Path]:
 
 
 def load_pipeline(source: Path, dtype: str, sampler: str | None, **settings: float) -> CustomUNetPipeline:
-    """Loads a model repository without running its code, in channels-last format and without a progress bar of its own.
+    """Loads a model repository without running its code, in channels-last format, without a progress bar of its own.
 
     Args:
         sampler: name of the sampler to set; None for that of the repository.

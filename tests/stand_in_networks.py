@@ -1,64 +1,29 @@
-"""Small random networks with the interfaces of Inception, DINOv2 and CLIP, as files; images to put through them."""
+"""Small random networks with the interfaces of a feature extractor, DINOv2 and CLIP; images to put through them."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from cleanfid import inception_pytorch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional
-
-from eval.inception import Weights
-
-LIVE_FEATURES = 32  # of 2,048; the others are 0, as a root of 2,048 x 2,048 matrices takes clean-fid a minute
 
 
-class StandInLayers(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.convolution = nn.Conv2d(3, LIVE_FEATURES, kernel_size=8, stride=8)
-        self.num_zeros = 2048 - LIVE_FEATURES
+class StandInExtractor:
+    """A `FeatureExtractor` of 8 features that counts its images."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        features = 20 * torch.relu(self.convolution(images)).mean([2, 3])
-        return functional.pad(features, [0, self.num_zeros])
-
-
-class StandInInception(nn.Module):
-    """Called like NVIDIA's inception-2015-12-05.pt: images in 0..255 of any size, or its `layers` from 299x299."""
+    name, mode, sha256 = "stand-in", "as they are", "1" * 64
 
     def __init__(self):
-        super().__init__()
-        self.layers = StandInLayers()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(3, 8, kernel_size=8, stride=8)
+        self.num_images = 0
 
-    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
-        assert return_features
-        resized = functional.interpolate(images, size=[299, 299], mode="bilinear", align_corners=False)
-        return self.layers((resized - 128) / 128)
-
-
-def write_torchscript(folder: Path) -> Path:
-    path = folder / "inception-2015-12-05.pt"
-    torch.manual_seed(0)
-    torch.jit.script(StandInInception().eval()).save(str(path))
-    return path
-
-
-def write_pytorch_inception(folder: Path) -> Path:
-    """Random weights of pytorch-fid's network, at their full size."""
-    path = folder / "pt_inception.pth"
-    torch.manual_seed(0)
-    network = inception_pytorch._inception_v3(num_classes=1008, aux_logits=False, pretrained=False)
-    torch.save(network.state_dict(), path)
-    return path
-
-
-def stand_in_weights(path: Path) -> Weights:
-    return Weights("stand-in", "http://127.0.0.1:9/stand-in.pt", hashlib.sha256(path.read_bytes()).hexdigest())
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        self.num_images += len(images)
+        return torch.relu(self.convolution(images / 127.5 - 1)).mean([2, 3])
 
 
 def write_dinov2(folder: Path) -> Path:

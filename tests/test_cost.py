@@ -1,4 +1,6 @@
-"""The cost curve's settings, and what a sampling costs."""
+"""Samplers' settings, and what sampling with them costs."""
+
+import argparse
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from diffusers import DDIMScheduler
 from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
-from eval.cost import SamplerSetting, sample, settings_grid
+from eval.cost import SamplerSetting, sample
 from pipelines import CustomUNetPipeline
 
 
@@ -19,16 +21,25 @@ def pipe() -> CustomUNetPipeline:
     return pipe
 
 
-def test_only_ddim_takes_eta():
-    grid = [str(setting) for setting in settings_grid(["ddpm", "ddim"], [5, 10], [0.0, 1.0])]
-    assert grid == [
-        "ddpm, 5 steps",
-        "ddpm, 10 steps",
-        "ddim, 5 steps",
-        "ddim, 10 steps",
-        "ddim, 5 steps, eta 1",
-        "ddim, 10 steps, eta 1",
-    ]
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ddpm", SamplerSetting("ddpm", 50)),
+        ("ddim:10", SamplerSetting("ddim", 10)),
+        ("ddim:10:1", SamplerSetting("ddim", 10, 1.0)),
+        ("ode", SamplerSetting("ode", None)),
+    ],
+)
+def test_a_setting_is_read_from_its_text(text, expected):
+    assert SamplerSetting.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ddim:x", "ddim:0", "ddim:-1", "euler2:5", "ddim:5:nan", "ddim:5:2", "ddim:5:1:1"]
+)
+def test_what_is_no_setting_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not NAME, NAME:STEPS or NAME:STEPS:ETA"):
+        SamplerSetting.parse(text)
 
 
 @pytest.mark.parametrize(("sampler", "steps", "evaluations"), [("ddim", 4, 4), ("heun", 4, 7), ("pndm", 5, 14)])
@@ -47,14 +58,8 @@ def test_images_are_those_of_their_seeds(pipe):
 
 def test_a_setting_goes_to_the_samplers_that_take_it():
     settings = {"tolerance": 1e-2, "churn": 20.0}
-    grid = list(settings_grid(["ode", "edm_heun", "euler_maruyama"], [5, 10], [0.0], settings))
-    assert [str(setting) for setting in grid] == [
-        "ode, tolerance 0.01",
-        "edm_heun, 5 steps, churn 20",
-        "edm_heun, 10 steps, churn 20",
-        "euler_maruyama, 5 steps",
-        "euler_maruyama, 10 steps",
-    ]
+    found = [str(SamplerSetting.parse(text).with_settings(settings)) for text in ("ode", "edm_heun:5", "ddim:5:1")]
+    assert found == ["ode, tolerance 0.01", "edm_heun, 5 steps, churn 20", "ddim, 5 steps, eta 1"]
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ from training.sde import SDEScheduler
 N = 24
 NETWORK = TINY | {"sample_size": 16}
 SMALL = "--likelihood_images 3 --bound_evaluations 3 --ode_images 2 --heldout_images 4 --cost_images 4".split()
-SMALL += "--cost_samplers ddim unipc --cost_steps 2 3 --cost_etas 0 1 --num_cpu_threads 1".split()
-FAMILIES = {"swd", "features", "memorisation", "likelihood", "heldout", "cost", "time"}
+SMALL += "--cost_samplers ddim:2 ddim:3:1 unipc:3 --num_cpu_threads 1".split()
+FAMILIES = {"swd", "colours", "features", "memorisation", "likelihood", "heldout", "cost", "time"}
 
 
 class Features(nn.Module):
@@ -125,9 +125,12 @@ def test_every_metric_is_there_with_how_it_was_got(measured):
     about = {"n": N, "n_reference": N, "sampler": "ddim", "steps": 3, "eta": 0.0, "seeds": f"0 to {N - 1}"}
     about |= {"dataset": "real", "split": "train", "crop": "none", "resolution": 16}
     assert about.items() <= swd.items()
-    assert len([entry for entry in entries if entry["family"] == "cost"]) == 2 * 2 + 2
+    cost = [entry for entry in entries if entry["family"] == "cost"]
+    assert len(cost) == 3 * len(("swd", "brightness", "contrast", "saturation", "fid"))
+    assert all(entry["network_evaluations"] == entry["steps"] and entry["seconds_per_image"] > 0 for entry in cost)
     assert {path.name for path in measured.glob("*.png")} == {
         "bound_terms.png",
+        "colours.png",
         "cost.png",
         "denoising_error.png",
         "heldout_loss.png",
@@ -204,7 +207,8 @@ def test_what_another_machine_measured_stays_its(measured, evaluate, tmp_path):
         (["--sampler", "ode", "--churn", "1"], "--churn is 1, but ode and ddim and unipc take no churn"),
         (["--sampler", "edm_heun", "--churn", "nan"], "--churn is nan"),
         (["--sampler", "edm_heun", "--eta", "1"], "eta is 1.0"),
-        (["--cost_samplers", "ddim", "pndm", "--cost_steps", "3"], "num_inference_steps is 3"),
+        (["--cost_samplers", "ddim:5", "pndm:3"], "num_inference_steps is 3"),
+        (["--cost_samplers", "ddim:x"], "'ddim:x' is not NAME, NAME:STEPS or NAME:STEPS:ETA"),
         (["--class_label", "1"], "no class embeddings"),
         (["--sampler", "unipc", "--eta", "1"], "eta is 1.0"),
         (["--heldout_split", "", "--metrics", "memorisation"], "give --heldout_split"),
@@ -233,6 +237,7 @@ def test_published_networks_that_cannot_be_had_are_not_measured(inputs, tmp_path
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("eval.inception._packaged_file", lambda: None)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: refuses connections
     monkeypatch.setattr(
         "urllib.request._opener", None
@@ -285,7 +290,7 @@ def sde_model(tmp_path_factory):
     return export
 
 
-SDE_COST = "--cost_samplers edm_heun ode --cost_steps 2 --tolerance 0.01".split()
+SDE_COST = "--cost_samplers edm_heun:2 ode --tolerance 0.01".split()
 
 
 @pytest.fixture(scope="module")
@@ -305,10 +310,10 @@ def test_an_sde_model_is_measured_as_others_are(measured_sde):
     assert len(list((measured_sde / "images" / "edm_heun-3-fp32").glob("seed-*.png"))) == N
     drawing = next(entry for entry in entries if entry["metric"] == "seconds_drawing")
     assert drawing["network_evaluations"] == 5
-    cost = [entry for entry in entries if entry["family"] == "cost"]
+    cost = [entry for entry in entries if entry["family"] == "cost" and entry["metric"] == "swd"]
     assert [(entry["sampler"], entry.get("steps")) for entry in cost] == [("edm_heun", 2), ("ode", None)]
     assert cost[0]["network_evaluations"] == 3 < cost[1]["network_evaluations"]
-    assert [entry.get("sampler_settings") for entry in cost] == [None, {"tolerance": 0.01}]
+    assert [entry["sampler_settings"] for entry in cost] == [own, {"tolerance": 0.01}]
     record = json.loads((measured_sde / "results.json").read_text())
     assert record["model"] == {
         "objective": "edm",
@@ -349,7 +354,7 @@ def test_a_sampler_that_does_not_suit_an_sde_model_is_one_line(evaluate, sde_mod
     model = ["--pipeline", str(sde_model("edm", "edm"))]
     for flags, message in [
         (["--sampler", "ddim"], "'ddim'.*euler_maruyama"),
-        (["--cost_samplers", "edm_heun", "unipc"], "'unipc'.*euler_maruyama"),
+        (["--cost_samplers", "edm_heun:2", "unipc:2"], "'unipc'.*euler_maruyama"),
         (["--tolerance", "0.1", "--metrics", "swd"], r"--tolerance is 0.1, but edm_heun take no tolerance; leave it"),
     ]:
         assert evaluate(tmp_path, *model, *flags) == 2
@@ -376,15 +381,18 @@ def test_a_class_conditional_model(evaluate, sde_model, tmp_path, capfd):
     model = ["--pipeline", str(sde_model("subvp", "v_prediction", num_class_embeds=3))]
     assert evaluate(tmp_path, *model, "--metrics", "swd") == 2
     assert "class" in capfd.readouterr().err.splitlines()[-1]
-    flags = ["--class_label", "0", "1", "--guidance_scale", "2", "--cost_samplers", "euler_maruyama"]
+    flags = ["--class_label", "0", "1", "--guidance_scale", "2", "--cost_samplers", "euler_maruyama:2"]
     assert evaluate(tmp_path, *model, *flags, "--metrics", "swd", "likelihood", "heldout", "cost") == 0
-    assert [path.name for path in (tmp_path / "images").iterdir()] == ["edm_heun-3-class0.1-guidance2-fp32"]
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {
+        "edm_heun-3-class0.1-guidance2-fp32",
+        "euler_maruyama-2-class0.1-guidance2-fp32",
+    }
     entries = {entry["metric"]: entry for entry in results(tmp_path)}
     assert np.isfinite(entries["bits_per_dim_ode"]["value"])
     assert np.isfinite(entries["sample_mse"]["value"])
     assert entries["swd_16"]["guidance_scale"] == 2.0
     assert entries["swd"]["class_label"] == [0, 1]  # the newest: that of the cost curve
-    assert entries["swd"]["network_evaluations"] == 2 * 4
+    assert entries["swd"]["network_evaluations"] == 2 * 3
 
 
 def test_without_a_class_a_network_is_asked_for_the_null_class():

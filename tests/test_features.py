@@ -1,13 +1,11 @@
-"""Extractors beside clean-fid's whole path and the papers' own preprocessing; the weights, the cache and the rules."""
+"""Extractors beside the papers' own preprocessing; the cache and the rules. Inception is in test_inception.py."""
 
 import hashlib
 import os
 import subprocess
 import sys
-import threading
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,6 @@ import pytest
 import torch
 import transformers
 from accelerate import PartialState
-from cleanfid import downloads_helper, fid, inception_pytorch
-from cleanfid import features as clean_features
-from cleanfid.inception_torchscript import InceptionV3W
 from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -27,21 +22,10 @@ from eval import encoders, features
 from eval.encoders import TorchScriptEncoder, TransformersEncoder, open_extractor
 from eval.features import cached_features, extract_features, images_of_files, images_of_store, subset
 from eval.frechet import frechet_distance_of, mean_and_covariance
-from eval.inception import PYTORCH, TORCHSCRIPT, Inception, find_weights
-from eval.kernel import kernel_distance
 from eval.measures import feature_space
-from eval.reference import FeatureError, check_counts, load_statistics, save_statistics
+from eval.reference import FeatureError, check_counts
 from tests.loopback_hub import LoopbackHub
-from tests.stand_in_networks import (
-    LIVE_FEATURES,
-    draw_images,
-    stand_in_weights,
-    write_clip,
-    write_dinov2,
-    write_images,
-    write_pytorch_inception,
-    write_torchscript,
-)
+from tests.stand_in_networks import StandInExtractor, draw_images, write_clip, write_dinov2, write_images
 from training.data import open_image_store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -50,11 +34,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def state():
     return PartialState(cpu=True)
-
-
-@pytest.fixture(scope="module")
-def torchscript(tmp_path_factory):
-    return write_torchscript(tmp_path_factory.mktemp("inception"))
 
 
 @pytest.fixture(scope="module")
@@ -73,108 +52,29 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture
-def extractor(torchscript):
-    return TorchScriptStandIn(torchscript)
-
-
-class TorchScriptStandIn(Inception):
-    """Counts its images."""
-
-    def __init__(self, path):
-        super().__init__("clean", path=path, weights=stand_in_weights(path))
-        self.num_images = 0
-
-    def __call__(self, images):
-        self.num_images += len(images)
-        return super().__call__(images)
+def extractor():
+    return StandInExtractor()
 
 
 def features_of(folder: Path, extractor, state) -> np.ndarray:
     return extract_features(images_of_files(sorted(folder.glob("*.png"))), extractor, state, batch_size=16)
 
 
-# ---- clean-fid's whole path
-
-
-@pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow"])
-def test_same_fid_and_kid_as_clean_fid(mode, torchscript, folders, state, monkeypatch):
-    live = slice(LIVE_FEATURES)
-    original, seen = fid.frechet_distance, []
-
-    def frechet_of_live_features(mean1, covariance1, mean2, covariance2):
-        seen.append(np.abs(mean1[LIVE_FEATURES:]).max())
-        return original(mean1[live], covariance1[live, live], mean2[live], covariance2[live, live])
-
-    monkeypatch.setattr(fid, "frechet_distance", frechet_of_live_features)
-    monkeypatch.setattr(
-        clean_features,
-        "InceptionV3W",
-        lambda path, download, resize_inside: InceptionV3W(str(torchscript.parent), False, resize_inside),
-    )
-    arguments = {"mode": mode, "num_workers": 0, "device": torch.device("cpu"), "verbose": False}
-    arguments |= {"use_dataparallel": False, "batch_size": 16}
-    generated, reference = (str(folder) for folder in folders)
-    expected_fid = fid.compute_fid(generated, reference, **arguments)
-    np.random.seed(3)
-    expected_kid = fid.compute_kid(generated, reference, **arguments)
-
-    extractor = Inception(mode, path=torchscript, weights=stand_in_weights(torchscript))
-    ours = [features_of(folder, extractor, state) for folder in folders]
-    assert ours[0].shape == (50, 2048)
-    assert ours[0].dtype == np.float32
-    assert seen == [0]
-    assert expected_fid > 1e-4
-    assert frechet_distance_of(ours[0][:, live], ours[1][:, live]) == pytest.approx(expected_fid, rel=1e-5)
-    theirs = fid.get_folder_features(
-        generated, clean_features.build_feature_extractor(mode, torch.device("cpu"), False), num_workers=0,
-        device=torch.device("cpu"), mode=mode, verbose=False,
-    )  # fmt: skip
-    np.testing.assert_array_equal(ours[0], theirs)
-    assert kernel_distance(*ours, seed=3).mean == pytest.approx(expected_kid, rel=1e-4)  # float32 there
-
-
-def test_same_features_as_clean_fid_in_legacy_pytorch(folders, state, tmp_path, monkeypatch):
-    """pytorch-fid's whole network with random weights."""
-    path = write_pytorch_inception(tmp_path)
-    extractor = Inception("legacy_pytorch", path=path, weights=stand_in_weights(path))
-    assert inception_pytorch.load_state_dict_from_url.__module__.startswith("torch")  # as it was
-    monkeypatch.setattr(inception_pytorch, "load_state_dict_from_url", lambda *_, **__: torch.load(path))
-    theirs = clean_features.build_feature_extractor("legacy_pytorch", torch.device("cpu"), use_dataparallel=False)
-    paths = sorted(folders[0].glob("*.png"))[:2]
-    options = {"num_workers": 0, "device": torch.device("cpu"), "mode": "legacy_pytorch", "verbose": False}
-    expected = fid.get_files_features([str(path) for path in paths], theirs, **options)
-    ours = extract_features(images_of_files(paths), extractor, state)
-    assert expected.std() > 0
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
-
-
-def test_modes_differ(torchscript, state, folders):
-    weights = stand_in_weights(torchscript)
-    clean, legacy = (
-        features_of(folders[0], Inception(mode, path=torchscript, weights=weights), state)
-        for mode in ("clean", "legacy_tensorflow")
-    )
-    assert np.abs(clean - legacy).max() > 1e-4 * np.abs(clean).max()
-    with pytest.raises(FeatureError, match="unknown mode 'legacy'; take one of clean, "):
-        Inception("legacy")
-
-
 def test_identical_folders_have_fid_0(extractor, state, folders):
-    first, again = (features_of(folders[0], extractor, state)[:, :LIVE_FEATURES] for _ in range(2))
+    first, again = (features_of(folders[0], extractor, state) for _ in range(2))
     assert 0 <= frechet_distance_of(first, again) < 1e-9 * np.trace(mean_and_covariance(first)[1])
 
 
 # ---- Input
 
 
-@pytest.mark.parametrize("kind", ["inception", "dinov2", "torchscript"])
-def test_only_uint8_is_taken(kind, torchscript, tmp_path):
-    if kind == "inception":
-        extractor = Inception("clean", path=torchscript, weights=stand_in_weights(torchscript))
-    elif kind == "dinov2":
+@pytest.mark.parametrize("kind", ["dinov2", "torchscript"])
+def test_only_uint8_is_taken(kind, tmp_path):
+    if kind == "dinov2":
         extractor = TransformersEncoder(str(write_dinov2(tmp_path / "dinov2")))
     else:
-        extractor = TorchScriptEncoder(torchscript)
+        torch.jit.script(Brightness()).save(str(tmp_path / "brightness.pt"))
+        extractor = TorchScriptEncoder(tmp_path / "brightness.pt")
     in_model_range = torch.rand(2, 3, 16, 16) * 2 - 1
     with pytest.raises(FeatureError, match=r"not of float32; convert by training\.data\.to_uint8"):
         extractor(in_model_range)
@@ -197,7 +97,7 @@ def test_files_that_will_not_do(extractor, state, tmp_path):
 
 
 def test_features_that_are_not_finite(folders, state, extractor):
-    extractor.network.layers.convolution.weight.data.fill_(float("nan"))
+    extractor.convolution.weight.data.fill_(float("nan"))
     with pytest.raises(FeatureError, match="features of stand-in are not finite"):
         features_of(folders[0], extractor, state)
 
@@ -217,119 +117,12 @@ def test_subset(store, extractor, state):
     whole = extract_features(images_of_store(store), extractor, state)
     part = extract_features(images_of_store(store, 12), extractor, state)
     np.testing.assert_allclose(part, whole[subset(30, 12)], rtol=1e-5)
-    with pytest.raises(FeatureError, match="31 images are asked of 30"):
-        images_of_store(store, 31)
-
-
-# ---- The weights of Inception
-
-
-class Server:
-    """Answers every GET with the bytes of `content`, but tells of `length` bytes."""
-
-    def __init__(self):
-        self.content, self.length, self.num_requests = b"", 0, 0
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                server.num_requests += 1
-                self.send_response(200)
-                self.send_header("Content-Length", str(server.length))
-                self.end_headers()
-                self.wfile.write(server.content)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def serve(self, content: bytes, length: int | None = None) -> None:
-        self.content, self.length = content, len(content) if length is None else length
-
-
-@pytest.fixture
-def server():
-    server = Server()
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
-
-
-@pytest.fixture
-def served_weights(server, torchscript):
-    server.serve(torchscript.read_bytes())
-    return replace(
-        stand_in_weights(torchscript), url=f"http://127.0.0.1:{server.server.server_port}/pretrained/stand-in.pt"
-    )
-
-
-def test_weights_are_fetched_once(server, served_weights, torchscript, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = find_weights(served_weights)
-    assert path == tmp_path / "train_unet_eval" / "weights" / "stand-in.pt"
-    assert path.read_bytes() == torchscript.read_bytes()
-    assert find_weights(served_weights) == path
-    assert server.num_requests == 1
-    assert [other.name for other in path.parent.iterdir()] == ["stand-in.pt"]
-    assert Inception("clean", weights=served_weights).sha256 == served_weights.sha256
-
-
-@pytest.mark.parametrize("fault", ["cut", "another", "empty"])
-def test_a_bad_download_is_never_used(fault, server, served_weights, torchscript, tmp_path):
-    whole = torchscript.read_bytes()
-    server.serve({"cut": whole[: len(whole) // 2], "another": b"<html>moved</html>", "empty": b""}[fault])
-    if fault == "cut":
-        server.length = len(whole)
-    with pytest.raises(FeatureError) as error:
-        find_weights(served_weights, cache_dir=tmp_path)
-    assert "\n" not in str(error.value)
-    if fault != "cut":  # of a short answer the standard library may tell by itself
-        assert served_weights.sha256 in str(error.value)
-        assert "try again" in str(error.value)
-    assert list(tmp_path.iterdir()) == []
-    server.serve(whole)
-    assert find_weights(served_weights, cache_dir=tmp_path).read_bytes() == whole
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_file_in_the_cache_is_fetched_again(damage, server, served_weights, torchscript, tmp_path, capsys):
-    content = bytearray(torchscript.read_bytes())
-    content[1000] ^= 1
-    (tmp_path / "stand-in.pt").write_bytes(content if damage == "flipped" else content[:1000])
-    assert find_weights(served_weights, cache_dir=tmp_path).read_bytes() == torchscript.read_bytes()
-    assert server.num_requests == 1
-    assert f"not {served_weights.sha256}; fetching it again" in capsys.readouterr().out
-
-
-def test_a_wrong_file_given_by_path(torchscript, tmp_path):
-    """Never used under Inception's name, be it a whole file or a cut one."""
-    found = stand_in_weights(torchscript).sha256
-    with pytest.raises(FeatureError) as error:
-        open_extractor("inception", path=torchscript)
-    assert f"its sha256 is {found}, it must be {TORCHSCRIPT.sha256}; fetch it again" in str(error.value)
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes(torchscript.read_bytes()[:-1])
-    with pytest.raises(FeatureError, match=r"cut\.pt is not stand-in or is damaged"):
-        Inception("clean", path=cut, weights=stand_in_weights(torchscript))
-    with pytest.raises(FeatureError, match=r"there is no file .*missing\.pt; give that of https://nvlabs"):
-        open_extractor("inception", path=tmp_path / "missing.pt")
-
-
-def test_offline_without_weights(torchscript, tmp_path):
-    unreachable = stand_in_weights(torchscript)  # nothing listens there
-    with pytest.raises(FeatureError) as error:
-        find_weights(unreachable, cache_dir=tmp_path / "cache")
-    assert "could not be fetched ([Errno 111] Connection refused)" in str(error.value)
-    assert f"put it at {tmp_path / 'cache' / 'stand-in.pt'}, or give its path" in str(error.value)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_pinned_hashes():
-    assert PYTORCH.sha256[:8] in PYTORCH.url
-    assert TORCHSCRIPT.url == downloads_helper.inception_url
-    assert PYTORCH.url == inception_pytorch.FID_WEIGHTS_URL
+    parts = [subset(30, 10, part) for part in range(3)]
+    assert (np.sort(np.concatenate(parts)) == np.arange(30)).all()
+    assert images_of_store(store, 10).fingerprint != images_of_store(store, 10, part=1).fingerprint
+    for count, part in ((31, 0), (16, 1)):
+        with pytest.raises(FeatureError, match=f"{count * (part + 1)} images are asked of 30"):
+            images_of_store(store, count, part)
 
 
 # ---- DINOv2, CLIP and networks given by path
@@ -518,28 +311,6 @@ def test_default_cache(monkeypatch, tmp_path):
     assert features.default_cache_dir() == tmp_path / "train_unet_eval"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert features.default_cache_dir() == Path.home() / ".cache" / "train_unet_eval"
-
-
-def test_statistics_of_another_crop_are_refused(store, extractor, state, tmp_path):
-    images = images_of_store(store)
-    key = replace(images.key(extractor), crop="celeba_140")
-    vectors = extract_features(images, extractor, state)[:, :LIVE_FEATURES]
-    save_statistics(tmp_path / "statistics.npz", key, vectors)
-    mean, covariance, there = load_statistics(tmp_path / "statistics.npz", asdict(key))
-    np.testing.assert_array_equal(mean, mean_and_covariance(vectors)[0])
-    np.testing.assert_array_equal(covariance, mean_and_covariance(vectors)[1])
-    assert there == key
-    assert load_statistics(tmp_path / "statistics.npz", {"crop": "celeba_140", "count": 30})[2] == key
-    with pytest.raises(FeatureError, match="crop is celeba_140 there and celeba_128 here; make it anew"):
-        load_statistics(tmp_path / "statistics.npz", asdict(replace(key, crop="celeba_128")))
-    for name, value in asdict(key).items():
-        with pytest.raises(FeatureError, match=f"{name} is {value} there"):
-            load_statistics(tmp_path / "statistics.npz", {name: "another"})
-    (tmp_path / "statistics.npz").write_bytes(b"PK")
-    with pytest.raises(FeatureError, match="damaged"):
-        load_statistics(tmp_path / "statistics.npz", {})
-    with pytest.raises(FeatureError, match="there is no"):
-        load_statistics(tmp_path / "missing.npz", {})
 
 
 def test_a_full_disk_leaves_no_file(store, extractor, state, tmp_path, monkeypatch):
