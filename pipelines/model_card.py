@@ -39,7 +39,7 @@ PREDICTS = {
     "edm": "a mixture of noise and clean image (EDM's preconditioning)",
 }
 CLASSES_LISTED = 40
-SETTINGS = "mode n n_reference dataset split sampler steps eta".split()  # of a result
+SETTINGS = "mode floor n n_reference dataset split sampler steps eta".split()  # of a result
 
 
 class CardError(ValueError):
@@ -492,7 +492,10 @@ def _results(files: ModelFiles) -> str:
     for result in files.results:
         cells = [result["name"], _value_text(result), *(_cell(result.get(column)) for column in columns)]
         lines.append(f"| {' | '.join(cells)} |")
-    note = "`n` is the number of generated images. FID falls as n grows, so compare it only at equal n, mode and crop."
+    note = (
+        "`n` is the number of generated images; `floor` is the same figure of two disjoint sets of as many real images"
+        " (of memorisation, what chance gives). FID falls as n grows, so compare it only at equal n, mode and crop."
+    )
     return "\n".join(lines) + f"\n\n{note}"
 
 
