@@ -480,8 +480,8 @@ class Trainer:
             if progress.step % config.checkpointing_steps == 0:
                 self.save_checkpoint()
                 self.export()
-            if progress.step % config.metric_steps == 0:
-                self.measure()
+            if progress.step % config.metric_steps == 0 and progress.step != self.total_steps:
+                self.measure()  # the last step is measured after its checkpoint
         bar.close()
         self.finish()
 
@@ -529,8 +529,7 @@ class Trainer:
             return
         if is_new or on_main_process(self.accelerator, lambda: recorded(self.pipeline_dir, "step") != step):
             self.export()
-        if not is_new or step % config.metric_steps:
-            self.measure()
+        self.measure()
         length = f"{step} of {self.total_steps} steps" if self.total_steps else f"{step} steps"
         self.tell(
             f"{length}, {self.images_seen:,} images in {duration(self.progress.train_seconds)} of training;"

@@ -13,8 +13,8 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from test_train_unet import TINY, assert_same_tensors, cache_dir, error_line, make_trainer, records  # noqa: F401
-from test_trainer_faults import act_at, signal_at, start  # noqa: F401 (fixtures)
+from test_train_unet import TINY, assert_same_tensors, cache_dir, error_line, make_trainer, records  # noqa: F401 (fixtures)
+from test_trainer_faults import full_disk_at, signal_at, start  # noqa: F401 (a fixture)
 from torch import Tensor
 
 import train_unet
@@ -23,6 +23,7 @@ from eval.features import images_of_store
 from eval.frechet import frechet_distance_of
 from eval.kernel import kernel_distance
 from pipelines import CustomUNetPipeline
+from training.checkpoint import verify_checkpoint
 from training.config import TrainConfig
 from training.processes import build_accelerator
 
@@ -172,6 +173,16 @@ def test_a_metric_changes_no_loss_whether_it_succeeds_or_fails(start, tmp_path):
     # what failed in the last step is made up for by another start
     start(tmp_path / "with", *METRIC, "--metric_steps", "3", fault=patched).finish(0)
     assert records(tmp_path / "with", "fid").keys() == {6, 9}
+
+
+def test_best_weights_that_do_not_fit_the_disk_end_the_run(start, tmp_path):  # noqa: F811
+    run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "3"]
+    fault = partial(
+        faults, partial(put_in_place, tmp_path / "cache"), partial(full_disk_at, 5000, "os.mkdir", ".tmp-best")
+    )
+    assert f"could not write {run / 'best_pipeline'}" in error_line(start(run, *flags, fault=fault).finish(1))
+    assert not (run / "best_pipeline").exists()
+    verify_checkpoint(run / "checkpoint-3")
 
 
 def as_process(rank: int, port: int) -> None:
