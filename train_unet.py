@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from custom_unet import CustomUNet2DModel
+from eval.training_metric import TrainingMetric
 from pipelines import CustomUNetPipeline
 from pipelines.command import emulates_bf16
 from pipelines.export import export_pipeline
@@ -46,7 +47,7 @@ from training.data import (
     to_model_range,
 )
 from training.diffusion import diffusion_loss, drop_labels, heldout_loss, make_sampling_scheduler
-from training.facts import recorded_step, run_facts, training_in_all
+from training.facts import recorded, run_facts, training_in_all
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.processes import (
     StoppedEarly,
@@ -104,11 +105,11 @@ class Trainer:
 
         Raises:
             ConfigError, DataError: if the data or the pretrained weights cannot be had, these are of another network,
-                the noise levels do not suit the data, or the network cannot be built.
+                the noise levels do not suit the data, the network cannot be built, or the metric cannot be measured.
         """
         self.config, self.accelerator, self.deadline_seconds, self.stop = config, accelerator, deadline_seconds, stop
         self.output_dir = Path(config.output_dir)
-        self.pipeline_dir = self.output_dir / "pipeline"
+        self.pipeline_dir, self.best_dir = self.output_dir / "pipeline", self.output_dir / "best_pipeline"
         self.progress = Progress()
         self.images_per_update = (
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
@@ -118,6 +119,8 @@ class Trainer:
         pretrained = self.open_pretrained() if config.pretrained_model_name_or_path is not None else None
         self.open_data()
         self.build_networks(network_class, pretrained)
+        self.metric = None if config.metric is None else TrainingMetric(config, self.store, self.pipeline, accelerator)
+        self.last_metric: dict[str, str] = {}  # for the progress bar
         self.total_steps = config.max_train_steps
         if self.total_steps is None and config.num_epochs is not None:
             self.total_steps = math.ceil(config.num_epochs * len(self.store) / self.images_per_update)
@@ -290,9 +293,9 @@ class Trainer:
         if self.config.overwrite_output_dir:
             checkpoint.delete_all(self.output_dir)
             (self.output_dir / "log.jsonl").unlink(missing_ok=True)
-            trackers = self.output_dir / self.config.logging_dir / PROJECT
-            if trackers.exists():
-                shutil.rmtree(trackers)
+            for folder in (self.output_dir / self.config.logging_dir / PROJECT, self.best_dir):
+                if folder.exists():
+                    shutil.rmtree(folder)
         checkpoint.set_aside_newer(self.output_dir, self.progress.step)
         delete_newer_samples(self.output_dir / "samples", self.progress.step)
         self.log = RunLog(self.output_dir / "log.jsonl", self.progress.step)
@@ -327,9 +330,9 @@ class Trainer:
         Raises:
             TrainingFailed: if it cannot be written; an older one is untouched.
         """
-        on_main_process(self.accelerator, self.write_pipeline)
+        on_main_process(self.accelerator, partial(self.write_pipeline, self.pipeline_dir))
 
-    def write_pipeline(self) -> None:
+    def write_pipeline(self, folder: Path, metric: dict | None = None) -> None:
         step = self.progress.step
         sample_grid, samples_step = newest_samples(self.output_dir / "samples", step)
         facts = run_facts(
@@ -346,19 +349,20 @@ class Trainer:
             num_heldout_images=0 if self.heldout_images is None else len(self.heldout_images),
             samples_step=samples_step,
             pretrained=self.pretrained_facts,
+            metric=metric,
         )
         try:
             export_pipeline(
                 self.pipeline,
-                self.pipeline_dir,
+                folder,
                 facts=facts,
                 training_config=self.config.to_public_yaml(),
                 sample_grid=sample_grid,
             )
         except (OSError, SafetensorError) as error:
             raise TrainingFailed(
-                f"could not write {self.pipeline_dir}: {error}; the checkpoint of step {step} is there: see to the"
-                " disk and start the same command again"
+                f"could not write {folder}: {error}; see to the disk and start the same command again, which goes on"
+                " from the newest checkpoint"
             ) from error
 
     def push(self) -> str:
@@ -476,6 +480,8 @@ class Trainer:
             if progress.step % config.checkpointing_steps == 0:
                 self.save_checkpoint()
                 self.export()
+            if progress.step % config.metric_steps == 0 and progress.step != self.total_steps:
+                self.measure()  # the last step is measured after its checkpoint
         bar.close()
         self.finish()
 
@@ -509,7 +515,7 @@ class Trainer:
         return on_any_process(self.accelerator, stop)
 
     def finish(self) -> None:
-        """Checkpoint, last held-out loss and samples, export; what the last step has done already is not repeated."""
+        """Checkpoint, last held-out loss and samples, export, metric; what the last step has done is not repeated."""
         step, config = self.progress.step, self.config
         is_new = step > self.first_step
         if is_new and step % config.checkpointing_steps:
@@ -521,13 +527,18 @@ class Trainer:
         if step == 0:
             self.tell("stopped before the first update: there is no model to write")
             return
-        if is_new or on_main_process(self.accelerator, lambda: recorded_step(self.pipeline_dir) != step):
+        if is_new or on_main_process(self.accelerator, lambda: recorded(self.pipeline_dir, "step") != step):
             self.export()
+        self.measure()
         length = f"{step} of {self.total_steps} steps" if self.total_steps else f"{step} steps"
         self.tell(
             f"{length}, {self.images_seen:,} images in {duration(self.progress.train_seconds)} of training;"
             f" the pipeline is {self.pipeline_dir}"
         )
+        if self.metric is not None and (best := self.metric.best_in(self.best_dir)) is not None:
+            self.tell(
+                f"the best by {self.metric.title} is {self.best_dir}: {best['value']:.4g} at step {best['step']}"
+            )
 
     # ---- What a person sees
 
@@ -564,7 +575,7 @@ class Trainer:
             values["set_up_seconds"] = interval.set_up_seconds
         self.record(**values)
         shown = {"loss": "loss", "lr": "learning_rate", "grad": "grad_norm", "images/s": "images_per_second"}
-        bar.set_postfix({name: f"{values[key]:.3g}" for name, key in shown.items()})
+        bar.set_postfix({name: f"{values[key]:.3g}" for name, key in shown.items()} | self.last_metric)
 
     def report_heldout_loss(self) -> None:
         if self.heldout_images is None or not self.accelerator.is_main_process:
@@ -612,6 +623,27 @@ class Trainer:
             self.tell(f"step {step}: sampling given up, the run is to stop")
         except Exception as error:  # whatever it is, the training does not depend on it
             self.tell(f"step {step}: sampling failed, training goes on: {error}")
+
+    def measure(self) -> None:
+        """FID or KID of the EMA network, unless a signal came or this step has it; the best is a folder of its own.
+
+        A failure is told and does not end the training.
+
+        Raises:
+            TrainingFailed: if that folder cannot be written.
+        """
+        step, metric, stopped = self.progress.step, self.metric, lambda: self.stop.number is not None
+        if metric is None:
+            return
+        is_known = self.accelerator.is_main_process and self.log.has(step, metric.name)
+        if on_any_process(self.accelerator, is_known or stopped()):
+            return
+        value = metric.measure(step, stopped, self.tell)
+        if value is not None:
+            keep = partial(metric.keep_best, value, step, self.best_dir, self.write_pipeline)
+            self.tell(on_main_process(self.accelerator, keep))
+            self.record(**{metric.name: value})
+            self.last_metric = {metric.name: f"{value:.3g}"}
 
     def preflight(self) -> str:
         label = None if self.label_names is None else torch.zeros(1, dtype=torch.int64, device=self.accelerator.device)

@@ -358,6 +358,8 @@ def _training(files: ModelFiles) -> str:
     parts = []
     if files.facts:
         parts += [_data_text(files), _run_text(files)]
+        if files.facts.get("metric"):
+            parts.append(_selection_text(files.facts["metric"]))
         if files.facts.get("heldout"):
             parts.append(_heldout_text(files.facts))
     if files.config:
@@ -414,6 +416,16 @@ def _start_text(facts: dict) -> str:
 
 def _time(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _selection_text(metric: dict) -> str:
+    """By what these weights were chosen among those of the run."""
+    return (
+        f"**Selection:** the weights of the step with the lowest {metric['name'].upper()} measured during training,"
+        f" {metric['value']:.4g} between {metric['num_images']:,} generated images ({metric['sampler']},"
+        f" {metric['steps']} steps) and as many training images. As the lowest of several measurements it is a little"
+        " too low."
+    )
 
 
 def _heldout_text(facts: dict) -> str:

@@ -50,6 +50,8 @@ def test_null_on_the_command_line_wins_over_the_file(parse):
     config = parse(BASE + "validation_split: validation\nsnr_gamma: 5\n", "--validation_split", "null")
     assert (config.validation_split, config.snr_gamma) == (None, 5.0)
     assert parse(BASE, "--attention_head_dim", "null").attention_head_dim is None
+    assert parse(BASE + "metric: fid\n").metric == "fid"
+    assert parse(BASE + "metric: fid\n", "--metric", "null").metric is None
     with pytest.raises(ConfigError, match="seed"):
         parse(BASE, "--seed", "null")
 
@@ -69,6 +71,7 @@ def test_the_public_configuration_tells_nothing_of_the_machine(parse, tmp_path):
     private = {"train_data_dir": tmp_path / "faces", "cache_dir": tmp_path / "cache", "output_dir": tmp_path / "run"}
     private |= {"logging_dir": tmp_path / "logs", "resume_from_checkpoint": tmp_path / "run" / "checkpoint-3"}
     flags = [str(part) for name, value in private.items() for part in (f"--{name}", value)]
+    flags += ["--metric", "fid", "--inception_path", str(tmp_path / "weights.pt")]
     config = parse("max_train_steps: 10\nseed: 7\n", *flags, "--push_to_hub", "--hub_model_id", "someone/faces")
     text = config.to_public_yaml()
     assert str(tmp_path) not in text

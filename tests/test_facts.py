@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from training.config import TrainConfig
-from training.facts import LIBRARIES, device_name, recorded_step, run_facts
+from training.facts import LIBRARIES, device_name, recorded, run_facts
 
 
 def test_facts(tmp_path):
@@ -45,9 +45,9 @@ def test_the_processor_is_named_with_its_cores():
 
 
 def test_the_step_of_a_model_repository(tmp_path):
-    assert recorded_step(tmp_path) is None
+    assert recorded(tmp_path, "step") is None
     (tmp_path / "training.json").write_text('{"step": 12}')
-    assert recorded_step(tmp_path) == 12
+    assert recorded(tmp_path, "step") == 12
     for damaged in ('{"step', "[]", "{}"):
         (tmp_path / "training.json").write_text(damaged)
-        assert recorded_step(tmp_path) is None
+        assert recorded(tmp_path, "step") is None

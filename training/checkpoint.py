@@ -53,6 +53,11 @@ def lock_output_dir(output_dir: Path, report: Callable[[str], None] = print) -> 
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot write to {output_dir}: {error.strerror}") from error
+    for old in output_dir.glob(f"{TEMPORARY_PREFIX}old-*"):  # a kill between the two renames of `export_pipeline`
+        name = old.name.removeprefix(f"{TEMPORARY_PREFIX}old-")
+        new = output_dir / f"{TEMPORARY_PREFIX}{name}"
+        if not (output_dir / name).exists():
+            (new if new.exists() else old).rename(output_dir / name)
     newest = list(list_checkpoints(output_dir).values())[-1:]
     before = f"the newest complete one is {newest[0].name}" if newest else "there is no complete one"
     for leftover in output_dir.glob(f"{TEMPORARY_PREFIX}*"):

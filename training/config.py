@@ -10,7 +10,6 @@ import functools
 import inspect
 import math
 import os
-import types
 import typing
 import unicodedata
 from collections.abc import Callable
@@ -147,7 +146,7 @@ class TrainConfig:
 
     # Output
     output_dir: str = option("runs/unet", "checkpoints, samples, logs and the pipeline folder")
-    overwrite_output_dir: bool = option(False, "delete checkpoints, logs and grids of an earlier run in output_dir")
+    overwrite_output_dir: bool = option(False, "delete what an earlier run left in output_dir")
     resume_from_checkpoint: str = option("latest", "latest (a fresh run where there is none) or a checkpoint's path")
     checkpointing_steps: int = option(500, "updates between checkpoints; each also exports the pipeline folder")
     checkpoints_total_limit: int | None = option(2, "newest checkpoints kept; null in YAML keeps all")
@@ -156,6 +155,10 @@ class TrainConfig:
     eval_batch_size: int = option(16, "images in a sample grid")
     ddpm_num_inference_steps: int = option(50, "sampling steps for a sample grid")
     sampler: Literal["ddim", "ddpm"] = option("ddim", "sampler of the grids and of the exported pipeline, for ddpm")
+    metric: Literal["fid", "kid"] | None = option(None, "metric of the EMA network while training; its best is kept")
+    metric_images: int = option(2048, "images of the metric, generated ones and as many of the training images")
+    metric_steps: int = option(5000, "updates between measurements of the metric; the last update is measured too")
+    inception_path: str | None = option(None, "file of Inception's weights, for the metric; looked for by default")
     logging_steps: int = option(10, "updates between log records")
     logging_dir: str = option("logs", "folder of the trackers, inside output_dir")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option("tensorboard", "trackers besides log.jsonl")
@@ -235,6 +238,9 @@ class TrainConfig:
         for name in ("hub_model_id", "hub_private_repo"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ConfigError(f"--{name} is {getattr(self, name)}, but nothing is pushed without --push_to_hub")
+        for name in ("metric_images", "metric_steps", "inception_path"):
+            if self.metric is None and getattr(self, name) != DEFAULTS[name]:
+                raise ConfigError(f"--{name} is {getattr(self, name)}, but nothing is measured without --metric")
         if self.overwrite_output_dir and self.resume_from_checkpoint != "latest":
             raise ConfigError(
                 f"--resume_from_checkpoint {self.resume_from_checkpoint} does not go with --overwrite_output_dir,"
@@ -341,7 +347,8 @@ class TrainConfig:
 
         Of each path the last part is left, so the folder of the images has to be given anew.
         """
-        private = {"cache_dir": None, "resume_from_checkpoint": "latest", "overwrite_output_dir": False}
+        private = {"cache_dir": None, "inception_path": None, "resume_from_checkpoint": "latest"}
+        private |= {"overwrite_output_dir": False}
         private |= {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": False}
         for name in ("train_data_dir", "output_dir", "logging_dir"):
             path = getattr(self, name)
@@ -356,7 +363,7 @@ class TrainConfig:
         if name is None or not os.path.isdir(name):
             return name
         folder = Path(name).resolve()
-        return folder.parent.name if folder.name == "pipeline" else folder.name  # the trainer calls each of them so
+        return folder.parent.name if folder.name in ("pipeline", "best_pipeline") else folder.name  # as in every run
 
     @property
     def hub_repo_id(self) -> str:
@@ -391,7 +398,7 @@ POSITIVE = (
     "resolution ddpm_num_steps beta_start beta_end snr_gamma train_batch_size gradient_accumulation_steps"
     " learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_nonfinite_steps max_train_steps num_epochs"
     " max_train_minutes checkpointing_steps checkpoints_total_limit validation_steps validation_images"
-    " save_images_steps eval_batch_size ddpm_num_inference_steps logging_steps max_images num_cpu_threads"
+    " save_images_steps metric_steps eval_batch_size ddpm_num_inference_steps logging_steps max_images num_cpu_threads"
     " sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_std"
 ).split()
 NON_NEGATIVE = "dataloader_num_workers lr_warmup_steps adam_weight_decay seed".split()
@@ -409,13 +416,18 @@ LARGEST = {
     "train_batch_size": 2**20,
     "eval_batch_size": 4096,
     "validation_images": 100_000,
+    "metric_images": 100_000,
     "dataloader_num_workers": 256,  # each is a process
     "num_cpu_threads": 1024,  # where threads cannot be made, OpenMP ends the process
     "adam_epsilon": 1,
     "learning_rate": 100,
     "seed": 2**63 - 1,
 }
-SMALLEST = {"sigma_min": 1e-5, "sigma_data": 1e-3}  # float32 images keep no smaller noise
+SMALLEST = {
+    "sigma_min": 1e-5,  # float32 images keep no smaller noise
+    "sigma_data": 1e-3,
+    "metric_images": 2,  # one has no covariance
+}
 LARGEST_INTEGER = 2**31 - 1
 SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e9  # beyond these, squares and quotients leave the range of float32
 LARGEST_LEVEL_WIDTH = 2**16
@@ -506,6 +518,9 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
     for action in parser._actions:
         if action.dest in TYPES and _is_optional(TYPES[action.dest]):
             action.type = _or_null(action.type)
+            if action.choices is not None:
+                action.metavar = f"{{{','.join(action.choices)},null}}"
+                action.choices = [*action.choices, None]
     known, unknown = parser.parse_known_args(arguments)
     for token in unknown:  # a value may be a secret, so none is printed
         if not token.startswith("--"):
@@ -572,7 +587,7 @@ def _is_text(annotation) -> bool:
 
 
 def _is_optional(annotation) -> bool:
-    return isinstance(annotation, types.UnionType) and type(None) in typing.get_args(annotation)
+    return type(None) in typing.get_args(annotation)
 
 
 def _type_name(annotation) -> str:

@@ -26,6 +26,7 @@ def run_facts(
     *,
     step: int,
     pretrained: dict | None = None,
+    metric: dict | None = None,
     **numbers: int | float | None,
 ) -> dict:
     """What `training.json` of the model repository says, JSON-able and without any path of this machine.
@@ -33,6 +34,7 @@ def run_facts(
     Args:
         data: the description of the image store.
         pretrained: `name` and `training_in_all` of the model that the run started from; None if from fresh weights.
+        metric: what the weights were chosen by, see `eval/training_metric.py`; None if they are the newest.
         log_path: the run's log; its newest held-out losses up to `step` are taken.
         numbers: `total_steps` (None without a last step), `images_seen`, `train_seconds`, `num_processes`,
             `num_heldout_images` and `samples_step`, at which the sample grid was drawn (None without a grid).
@@ -46,6 +48,7 @@ def run_facts(
         "step": step,
         **numbers,
         **({} if pretrained is None else {"pretrained": pretrained}),
+        **({} if metric is None else {"metric": metric}),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "objective": config.objective_settings(),
         "data": {key: value for key, value in data.items() if value is not None},
@@ -85,9 +88,9 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {available_cores()} cores"
 
 
-def recorded_step(folder: Path) -> int | None:
-    """The step of a model repository's weights, by its `training.json`; None if there is none or it is damaged."""
+def recorded(folder: Path, key: str):
+    """An entry of a model repository's `training.json`, as its `step`; None if there is none or it is damaged."""
     try:
-        return json.loads((folder / "training.json").read_text())["step"]
+        return json.loads((folder / "training.json").read_text())[key]
     except (OSError, ValueError, KeyError, TypeError):
         return None

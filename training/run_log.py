@@ -39,6 +39,10 @@ class RunLog:
         except OSError as error:
             raise unwritable(self.path, error) from error
 
+    def has(self, step: int, key: str) -> bool:
+        """Whether a record of this step has such a value."""
+        return any(record["step"] == step and key in record for record in read_log(self.path))
+
 
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a file beside and renames it, so that there is the old content or the new, never a part of it.

@@ -30,16 +30,21 @@ def draw_grid(
         RuntimeError, ValueError: where the pipeline does, as for weights that are not finite.
         SamplingStopped: once `should_stop` says so.
     """
+    generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)]
+    images = pipeline(
+        num_images, generators, num_inference_steps, output_type="pt", callback_on_step_end=stop_callback(should_stop)
+    ).images
+    return to_pil_image(make_grid(images.cpu(), nrow=math.ceil(math.sqrt(num_images)), padding=2, pad_value=1.0))
+
+
+def stop_callback(should_stop: Callable[[], bool]) -> Callable:
+    """A pipeline's `callback_on_step_end` that raises SamplingStopped once `should_stop` says so."""
 
     def look_for_stop(pipeline, index, timestep, tensors) -> None:
         if should_stop():
             raise SamplingStopped
 
-    generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)]
-    images = pipeline(
-        num_images, generators, num_inference_steps, output_type="pt", callback_on_step_end=look_for_stop
-    ).images
-    return to_pil_image(make_grid(images.cpu(), nrow=math.ceil(math.sqrt(num_images)), padding=2, pad_value=1.0))
+    return look_for_stop
 
 
 def save_grid(grid: Image.Image, folder: Path, step: int) -> None:

@@ -47,6 +47,10 @@ def preflight_summary(
         "output": config.output_dir,
         "starts at": f"step {facts['step']}",
     }
+    if config.metric is not None:
+        rows["metric"] = (
+            f"{config.metric.upper()} of {config.metric_images:,} images every {config.metric_steps:,} updates"
+        )
     if config.mixed_precision == "bf16" and facts["emulates_bf16"]:
         rows["device"] += ", which this CPU has no instructions for: --mixed_precision no is many times faster"
     deaf = levels_without_time(config)

@@ -1,0 +1,155 @@
+"""FID or KID of the EMA network during training, from few images by a fast sampler: which step is the best so far."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from eval.features import cached_features, images_of_store
+from eval.frechet import frechet_distance_of
+from eval.inception import Inception, find_weights
+from eval.kernel import kernel_distance
+from eval.reference import FeatureError
+from pipelines import CustomUNetPipeline
+from pipelines.command import one_line
+from training.checkpoint import difference
+from training.config import ConfigError, TrainConfig
+from training.data import DataError, ImageStore
+from training.facts import recorded
+from training.processes import on_any_process, on_main_process
+from training.samples import SamplingStopped, stop_callback
+
+UNIPC_STEPS, EDM_HEUN_STEPS = 20, 18
+LARGEST_BATCH = 64  # images that are drawn at once; fewer if the training has smaller batches
+
+
+class TrainingMetric:
+    """FID or KID of n images of the pipeline's network, of the seeds 0 to n - 1, against n of the training images.
+
+    Attributes:
+        name, title: `fid` and `FID`, or `kid` and `KID`.
+        identity: what two values must have in common to compare.
+
+    Raises:
+        ConfigError: if Inception's weights cannot be had.
+        DataError: if there are fewer training images than `config.metric_images`.
+    """
+
+    def __init__(self, config: TrainConfig, store: ImageStore, pipeline: CustomUNetPipeline, accelerator: Accelerator):
+        if len(store) < config.metric_images:
+            raise DataError(
+                f"{len(store)} training images are fewer than --metric_images {config.metric_images}; lower it"
+            )
+        self.name, self.title, self.accelerator = config.metric, config.metric.upper(), accelerator
+        path = None if config.inception_path is None else Path(config.inception_path)
+        try:
+            on_main_process(accelerator, lambda: find_weights(path))  # fetches them once, for all processes
+            self.extractor = Inception(path=path, device=accelerator.device)
+            images = images_of_store(store, config.metric_images)
+            self.training_features = cached_features(images, self.extractor, PartialState())
+        except FeatureError as error:
+            raise ConfigError(str(error)) from error
+        sampler, steps = "edm_heun", EDM_HEUN_STEPS
+        if not pipeline.is_continuous:
+            sampler, steps = "unipc", min(UNIPC_STEPS, config.ddpm_num_steps)
+        self.pipeline = CustomUNetPipeline(pipeline.unet, pipeline.scheduler)  # the given one keeps its sampler
+        self.pipeline.set_sampler(sampler)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.batch_size = min(config.train_batch_size, LARGEST_BATCH)
+        self.identity = {
+            "name": self.name,
+            "num_images": config.metric_images,
+            "data": store.fingerprint,
+            "features": self.extractor.sha256,
+            "sampler": sampler,
+            "steps": steps,
+        }
+
+    def measure(self, step: int, should_stop: Callable[[], bool], tell: Callable[[str], None]) -> float | None:
+        """The value, on every process; None if it was given up or failed on one of them, which is told in one line.
+
+        Args:
+            should_stop: asked after each step of the sampler.
+        """
+        # 1. Features of this process's share of the seeds; after each batch the processes agree whether to go on
+        shares = np.array_split(np.arange(self.identity["num_images"]), self.accelerator.num_processes)
+        share, rounds = shares[self.accelerator.process_index], range(0, len(shares[0]), self.batch_size)
+        features, failure = [], None
+        hide = not self.accelerator.is_main_process
+        for start in tqdm(rounds, desc=f"images for {self.title}", unit="batch", leave=False, disable=hide):
+            try:
+                seeds = share[start : start + self.batch_size]
+                features += [self.features(seeds, should_stop)] if len(seeds) else []
+            except SamplingStopped:
+                failure = "given up, the run is to stop"
+            except Exception as error:  # whatever it is, the training does not depend on it
+                failure = failed(error)
+            if on_any_process(self.accelerator, failure is not None):
+                break
+        # 2. The distance, once all have theirs
+        outcomes = gather_object([(features, failure)])  # in the order of the processes, which is that of the seeds
+        failure = next((failure for _, failure in outcomes if failure is not None), None)
+        if failure is None:
+            generated = [batch for features, _ in outcomes for batch in features]
+            try:
+                return on_main_process(self.accelerator, lambda: self.distance(np.concatenate(generated)))
+            except Exception as error:
+                failure = failed(error)
+        tell(f"step {step}: {self.title} {failure}")
+        return None
+
+    def features(self, seeds: np.ndarray, should_stop: Callable[[], bool]) -> np.ndarray:
+        """Features of the images of B seeds, float32 (B, D); the classes in turn. Raises SamplingStopped."""
+        if should_stop():
+            raise SamplingStopped
+        num_classes = (self.pipeline.unet.config.num_class_embeds or 1) - 1  # the last embedding is that of no class
+        with self.accelerator.autocast():
+            images = self.pipeline(
+                seeds=seeds.tolist(),
+                num_inference_steps=self.identity["steps"],
+                output_type="pt",
+                class_labels=(seeds % num_classes).tolist() if num_classes else None,
+                callback_on_step_end=stop_callback(should_stop),
+            ).images
+        return self.extractor((images * 255).round().to(torch.uint8)).float().cpu().numpy()
+
+    def distance(self, generated: np.ndarray) -> float:
+        """From features (n, D). Raises ValueError if they are not finite."""
+        if self.name == "fid":
+            return frechet_distance_of(self.training_features, generated)
+        return kernel_distance(self.training_features, generated, seed=0).mean
+
+    def keep_best(self, value: float, step: int, folder: Path, write: Callable[[Path, dict], object]) -> str:
+        """Main process: has the network written if its value is below that of the pipeline in the folder.
+
+        A pipeline that was chosen by another measurement is replaced.
+
+        Args:
+            write: takes the folder and the facts of the measurement, for the `metric` of its `training.json`.
+
+        Returns:
+            the line to tell.
+        """
+        best, note = self.best_in(folder), ""
+        if best is None and (folder / "training.json").exists():
+            note = f"; {folder} was chosen by another measurement ({self._difference(folder)}) and is replaced"
+        if best is None or value < best["value"]:
+            best = self.identity | {"value": value, "step": step}
+            write(folder, best)
+        return f"step {step}: {self.title} {value:.4g} (best {best['value']:.4g} at step {best['step']}){note}"
+
+    def best_in(self, folder: Path) -> dict | None:
+        """`identity`, `value` and `step` of the pipeline in the folder; None if there is none to compare with."""
+        return None if self._difference(folder) else recorded(folder, "metric")
+
+    def _difference(self, folder: Path) -> str:
+        facts = recorded(folder, "metric") or {}
+        return difference({name: facts.get(name) for name in self.identity}, self.identity)
+
+
+def failed(error: Exception) -> str:
+    return f"could not be measured, training goes on: {one_line(error) or type(error).__name__}"

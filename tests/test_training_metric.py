@@ -1,0 +1,243 @@
+"""FID and KID during training, through a stand-in for Inception: the value, the best weights, what may go wrong."""
+
+import json
+import os
+import signal
+import socket
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from test_train_unet import TINY, assert_same_tensors, cache_dir, error_line, make_trainer, records  # noqa: F401 (fixtures)
+from test_trainer_faults import full_disk_at, signal_at, start  # noqa: F401 (a fixture)
+from torch import Tensor
+
+import train_unet
+from eval import training_metric
+from eval.features import images_of_store
+from eval.frechet import frechet_distance_of
+from eval.kernel import kernel_distance
+from pipelines import CustomUNetPipeline
+from training.checkpoint import verify_checkpoint
+from training.config import TrainConfig
+from training.processes import build_accelerator
+
+METRIC = ["--metric", "fid", "--metric_images", "20"]
+VALUES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5, 9: 1.5, 10: 7.0, 11: 8.0}  # by steps
+
+
+class StandIn:
+    """A random network of 8 features."""
+
+    name, mode, sha256 = "stand-in", "clean", "0" * 64
+
+    def __init__(self, *, path: Path | None = None, device: torch.device | str = "cpu"):
+        self.matrix = torch.randn(3 * 8 * 8, 8, generator=torch.Generator().manual_seed(0)) / 10
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.tanh((images.flatten(1) / 128 - 1) @ self.matrix)
+
+
+def put_in_place(cache: Path) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    training_metric.find_weights = lambda path: None
+    training_metric.Inception = StandIn
+
+
+def faults(*faults) -> None:
+    """Several ones in the same process."""
+    for fault in faults:
+        fault()
+
+
+def values_by_step() -> None:
+    training_metric.TrainingMetric.measure = lambda self, step, should_stop, tell: VALUES[step]
+
+
+def act_at_batch(action, *counts: int) -> None:
+    """Does something at these batches of images of this process."""
+    features, seen = training_metric.TrainingMetric.features, 0
+
+    def act_or_draw(self, seeds, should_stop):
+        nonlocal seen
+        seen += 1
+        if seen in counts:
+            action()
+        return features(self, seeds, should_stop)
+
+    training_metric.TrainingMetric.features = act_or_draw
+
+
+def fail() -> None:
+    raise OSError("no\nimages")
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(training_metric, "find_weights", lambda path: None)
+    monkeypatch.setattr(training_metric, "Inception", StandIn)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric": "fid"},
+        {"metric": "kid", "objective": "edm", "label_column": "eye_colour"},
+        {"metric": "fid", "ddpm_num_steps": 15, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ],
+    ids=["fid", "kid of classes in continuous time", "few timesteps and zero terminal SNR"],
+)
+def test_the_value_is_that_of_the_images_of_the_seeds(changes, make_trainer, stand_in, capfd):  # noqa: F811
+    trainer = make_trainer(metric_images=20, **changes)
+    for _ in range(3):
+        trainer.training_step()
+    trainer.first_step = 3
+    exported = trainer.pipeline.scheduler
+    trainer.measure()
+    pipeline = CustomUNetPipeline(trainer.ema_network, trainer.pipeline.scheduler)
+    is_edm = "objective" in changes
+    pipeline.set_sampler("edm_heun" if is_edm else "unipc")
+    labels = {"class_labels": [seed % len(trainer.label_names) for seed in range(20)]} if is_edm else {}
+    steps = 18 if is_edm else changes.get("ddpm_num_steps", 20)
+    images = pipeline(seeds=range(20), num_inference_steps=steps, **labels).images
+    generated = torch.from_numpy(np.stack([np.asarray(image).transpose(2, 0, 1) for image in images]))
+    chosen = images_of_store(trainer.store, 20)
+    real, generated = (StandIn()(images).numpy() for images in (torch.from_numpy(chosen.read(range(20))), generated))
+    value = frechet_distance_of(real, generated)
+    if changes["metric"] == "kid":
+        value = kernel_distance(real, generated, seed=0).mean
+    assert records(trainer.output_dir, changes["metric"]) == {3: pytest.approx(value, rel=1e-4)}
+    assert trainer.pipeline.scheduler is exported
+    title, value = changes["metric"].upper(), records(trainer.output_dir, changes["metric"])[3]
+    assert f"step 3: {title} {value:.4g} (best {value:.4g} at step 3)" in "".join(capfd.readouterr())
+    assert json.loads((trainer.best_dir / "training.json").read_text())["metric"] == {
+        "name": changes["metric"],
+        "value": value,
+        "num_images": 20,
+        "step": 3,
+        "data": trainer.store.fingerprint,
+        "features": StandIn.sha256,
+        "sampler": "edm_heun" if is_edm else "unipc",
+        "steps": steps,
+    }
+    assert f"the lowest {title} measured during training" in (trainer.best_dir / "README.md").read_text()
+
+
+def test_the_best_weights_are_kept_through_a_kill_until_another_measurement_or_run(start, tmp_path):  # noqa: F811
+    """The kill strikes when the old folder is moved away and the new one is not yet in its place."""
+    run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "2", "--checkpointing_steps", "4"]
+    flags += ["--checkpoints_total_limit", "null"]
+    patched = [partial(put_in_place, tmp_path / "cache"), values_by_step]
+    kill = partial(signal_at, signal.SIGKILL, "os.rename", "best_pipeline", 3)
+    start(run, *flags, fault=partial(faults, *patched, kill)).finish(-signal.SIGKILL)
+    assert not (run / "best_pipeline").exists()
+    output = start(run, *flags, fault=partial(faults, *patched)).finish(0)
+    assert "FID of 20 images every 2 updates" in output
+    assert "step 8: FID 2.5 (best 1 at step 4)" in output
+    assert f"the best by FID is {run / 'best_pipeline'}: 1 at step 4" in output
+    assert records(run, "fid") == {2: 3.0, 6: 2.0, 8: 2.5, 9: 1.5}
+    best = load_file(run / "best_pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    ema = load_file(run / "checkpoint-4" / "ema_unet.safetensors")
+    assert all(torch.equal(best[key], ema[key]) for key in ema)
+
+    other = ["--metric_images", "12", "--max_train_steps", "11"]
+    output = start(run, *flags, *other, fault=partial(faults, *patched)).finish(0)
+    (line,) = [line for line in output.splitlines() if "another measurement" in line]
+    assert "step 10: FID 7 (best 7 at step 10)" in line
+    assert "(num_images: 20 -> 12) and is replaced" in line
+    assert json.loads((run / "best_pipeline" / "training.json").read_text())["metric"]["step"] == 10
+    start(run, "--overwrite_output_dir", "--max_train_steps", "1").finish(0)
+    assert not (run / "best_pipeline").exists()
+
+
+def test_a_metric_changes_no_loss_whether_it_succeeds_or_fails(start, tmp_path):  # noqa: F811
+    start(tmp_path / "without").finish(0)
+    patched = partial(put_in_place, tmp_path / "cache")
+    some_fail = partial(faults, patched, partial(act_at_batch, fail, 1, 5))
+    output = start(tmp_path / "with", *METRIC, "--metric_steps", "3", fault=some_fail).finish(0)
+    for step in (3, 9):
+        assert f"step {step}: FID could not be measured, training goes on: no images" in output.splitlines()
+    assert records(tmp_path / "with", "fid").keys() == {6}
+    assert records(tmp_path / "with", "loss") == records(tmp_path / "without", "loss")
+    assert_same_tensors(tmp_path / "with" / "checkpoint-9", tmp_path / "without" / "checkpoint-9")
+    # what failed in the last step is made up for by another start
+    start(tmp_path / "with", *METRIC, "--metric_steps", "3", fault=patched).finish(0)
+    assert records(tmp_path / "with", "fid").keys() == {6, 9}
+
+
+def test_best_weights_that_do_not_fit_the_disk_end_the_run(start, tmp_path):  # noqa: F811
+    run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "3"]
+    fault = partial(
+        faults, partial(put_in_place, tmp_path / "cache"), partial(full_disk_at, 5000, "os.mkdir", ".tmp-best")
+    )
+    assert f"could not write {run / 'best_pipeline'}" in error_line(start(run, *flags, fault=fault).finish(1))
+    assert not (run / "best_pipeline").exists()
+    verify_checkpoint(run / "checkpoint-3")
+
+
+def as_process(rank: int, port: int) -> None:
+    """What torchrun tells one of two processes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def test_two_processes_measure_the_value_of_one_and_agree_when_one_fails_or_is_stopped(
+    start,  # noqa: F811
+    tmp_path,
+    stand_in,
+):
+    """Process 1 fails after step 3, and is sent SIGTERM in the measurement after step 9."""
+    run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "3"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    patched = partial(put_in_place, tmp_path / "cache")
+    second = [partial(act_at_batch, fail, 1), partial(act_at_batch, stop, 4)]
+    jobs = [
+        start(run, *flags, fault=partial(faults, partial(as_process, rank, port), patched, *more))
+        for rank, more in enumerate([[], second])
+    ]
+    output = jobs[0].finish(0) + jobs[1].finish(128 + signal.SIGTERM)
+    assert output.count("step 3: FID could not be measured, training goes on: no images") == 1
+    assert output.count("step 9: FID given up, the run is to stop") == 1
+    assert records(run, "fid").keys() == {6}
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    config = TrainConfig(**saved)
+    store = train_unet.open_image_store(**config.data_source(), split="train", max_images=config.max_images)
+    pipeline = CustomUNetPipeline.from_pretrained(run / "best_pipeline")
+    metric = training_metric.TrainingMetric(config, store, pipeline, build_accelerator(config))
+    assert metric.measure(6, lambda: False, print) == pytest.approx(records(run, "fid")[6], rel=1e-5)
+    asked = []
+    assert metric.measure(6, lambda: asked.append(1) or len(asked) == 3, asked.append) is None
+    assert asked == [1, 1, 1, "step 6: FID given up, the run is to stop"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([*METRIC, "--inception_path", "nowhere.pt"], "--inception_path nowhere.pt is not a file"),
+        ([*METRIC, "--inception_path", __file__], "is damaged or not Inception"),
+        (["--metric", "kid"], "50 training images are fewer than --metric_images 2048"),
+        (["--metric", "fid", "--metric_images", "1"], "--metric_images is 1; it must be at least 2"),
+        (["--metric_steps", "9"], "nothing is measured without --metric"),
+        (["--metric", "is"], "--metric"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_is_written(flags, message, tmp_path, cache_dir, capfd):  # noqa: F811
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    own = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / "run", "--cache_dir", cache_dir]
+    assert train_unet.main([str(part) for part in (*own, *flags)]) == 2
+    assert message in error_line(capfd.readouterr().err)
+    assert not (tmp_path / "run").exists()
