@@ -67,7 +67,7 @@ RANGE_IMAGES = 1000  # of the data, by which the noise levels are judged
 OBJECTIVE = (  # what the loss and the noise process depend on; older checkpoints do not tell all of it
     "prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr objective"
     " likelihood_weighting sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_mean noise_std label_dropout"
-    " snr_gamma"
+    " snr_gamma snr_weighting"
 ).split()
 MEMORY_SAVERS = "set --gradient_checkpointing true or --mixed_precision bf16"
 
@@ -417,7 +417,7 @@ class Trainer:
 
     def loss(self, unet: torch.nn.Module, clean_images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         config = self.config
-        weighting = {"snr_gamma": config.snr_gamma, "likelihood_weighting": config.likelihood_weighting}
+        weighting = {name: getattr(config, name) for name in ("snr_gamma", "snr_weighting", "likelihood_weighting")}
         how = config.timestep_sampling
         return diffusion_loss(unet, self.noise_scheduler, clean_images, how, **weighting, class_labels=labels)
 

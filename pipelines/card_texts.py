@@ -221,4 +221,12 @@ CITATIONS = {
   booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
   year = {2023}
 }""",
+    "soft_min_snr": """\
+@inproceedings{crowson2024scalable,
+  title = {Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers},
+  author = {Crowson, Katherine and Baumann, Stefan Andreas and Birch, Alex and Abraham, Tanishq Mathew and Kaplan,
+            Daniel Z. and Shippole, Enrico},
+  booktitle = {International Conference on Machine Learning (ICML)},
+  year = {2024}
+}""",
 }

@@ -457,9 +457,15 @@ def _ddpm_parameters(config: dict) -> dict[str, str]:
         "prediction": config["prediction_type"],
         "noise schedule": f"{config['ddpm_beta_schedule']}, {config['ddpm_num_steps']:,} timesteps"
         + (", rescaled to zero terminal SNR" if config["rescale_betas_zero_snr"] else ""),
-        "loss weight": f"min-SNR, gamma {config['snr_gamma']:g}" if config["snr_gamma"] else "none",
+        "loss weight": f"{_snr_weighting(config)}, gamma {config['snr_gamma']:g}" if config["snr_gamma"] else "none",
         "timesteps of a batch": config["timestep_sampling"],
     }
+
+
+def _snr_weighting(config: dict) -> str | None:
+    """The name of the loss weight, None without one; older configurations with a gamma mean min-SNR."""
+    names = {"min": "min-SNR", "soft_min": "soft-min-SNR"}
+    return names[config.get("snr_weighting", "min")] if config.get("snr_gamma") else None
 
 
 def _sde_parameters(files: ModelFiles) -> dict[str, str]:
@@ -533,7 +539,8 @@ def _citations(files: ModelFiles) -> list[str]:
         "unet": True,
         "ddim": files.scheduler["_class_name"] == "DDIMScheduler",
         "v_prediction": files.scheduler.get("prediction_type") == "v_prediction",
-        "min_snr": not files.is_sde and bool(files.config.get("snr_gamma")),
+        "min_snr": _snr_weighting(files.config) == "min-SNR",
+        "soft_min_snr": _snr_weighting(files.config) == "soft-min-SNR",
         "score_sde": files.is_sde,
         "edm": files.is_sde,
         "likelihood_weighting": files.is_sde and bool(files.config.get("likelihood_weighting")),

@@ -270,7 +270,8 @@ def test_what_differs_from_the_checkpoint_is_listed(start, straight, tmp_path):
     state["identity"]["num_processes"] = 2
     (run / "checkpoint-3" / "state.json").write_text(checkpoint.json.dumps(state))
     update_manifest(run / "checkpoint-3")
-    flags = ["--block_out_channels", "8", "24", "--beta_end", "0.03", "--train_batch_size", "5", "--snr_gamma", "5"]
+    flags = ["--block_out_channels", "8", "24", "--beta_end", "0.03", "--train_batch_size", "5"]
+    flags += ["--snr_gamma", "5", "--snr_weighting", "soft_min"]
     before = contents(run)
     line = error_line(start(run, *flags).finish(1))
     for text in (
@@ -278,6 +279,7 @@ def test_what_differs_from_the_checkpoint_is_listed(start, straight, tmp_path):
         "beta_end: 0.02 -> 0.03",
         "train_batch_size: 7 -> 5",
         "snr_gamma: None -> 5.0",
+        "snr_weighting: 'min' -> 'soft_min'",
         "num_processes: 2 -> 1",
     ):
         assert text in line

@@ -106,6 +106,9 @@ class TrainConfig:
     beta_end: float = option(0.02, "last beta of the linear schedules")
     rescale_betas_zero_snr: bool = option(False, "rescale the betas so that the last timestep is pure noise")
     snr_gamma: float | None = option(None, "gamma of the min-SNR loss weighting; the plain loss without it")
+    snr_weighting: Literal["min", "soft_min"] = option(
+        "min", "with snr_gamma, min(SNR, gamma) or SNR gamma / (SNR + gamma) for the error of x_0"
+    )
     likelihood_weighting: bool = option(False, "weight the loss by g^2 instead of n^2 (vp, subvp, ve)")
     sde_beta_min: float = option(0.1, "beta at time 0 (vp, subvp)")
     sde_beta_max: float = option(20.0, "beta at time 1 (vp, subvp)")
@@ -215,6 +218,8 @@ class TrainConfig:
                 "--rescale_betas_zero_snr does not go with --prediction_type epsilon: at zero SNR the noise tells"
                 " nothing of the image; use v_prediction or sample"
             )
+        if self.snr_gamma is None and self.snr_weighting != DEFAULTS["snr_weighting"]:
+            raise ConfigError(f"--snr_weighting is {self.snr_weighting}, but there is no --snr_gamma; give both")
         if self.rescale_betas_zero_snr and self.snr_gamma is not None:
             raise ConfigError(
                 f"--snr_gamma {self.snr_gamma} gives the last timestep of --rescale_betas_zero_snr, where sampling"
@@ -375,6 +380,7 @@ ONLY_FOR = {
     "beta_end": ("ddpm",),
     "rescale_betas_zero_snr": ("ddpm",),
     "snr_gamma": ("ddpm",),
+    "snr_weighting": ("ddpm",),
     "sampler": ("ddpm",),
     "likelihood_weighting": ("vp", "subvp", "ve"),
     "sde_beta_min": ("vp", "subvp"),
