@@ -267,7 +267,8 @@ def _introduction(files: ModelFiles) -> str:
         )
     dtype = DTYPES.get(weights["dtype"], weights["dtype"])
     variant = '; in float16 with `variant="fp16"`' if weights["has_fp16"] else ""
-    average = ", the exponential moving average of its training," if files.config else ""
+    profile = "power-function" if files.facts.get("post_hoc_ema") else "exponential"
+    average = f", the {profile} moving average of its training," if files.config else ""
     lines = [
         f"{conditional} diffusion model that draws {files.resolution} images out of noise: a U-Net of"
         f" {weights['num_parameters']:,} parameters that predicts {PREDICTS.get(kind, kind)}, {method} The weights"
@@ -445,11 +446,22 @@ def _hyperparameters(files: ModelFiles) -> dict[str, str]:
         f" {config['adam_weight_decay']:g}, epsilon {config['adam_epsilon']:g}",
         "learning rate": f"{config['learning_rate']:g}, {schedule}, {warm_up} updates of warm-up",
         "largest gradient norm": f"{config['max_grad_norm']:g}",
-        "EMA": f"decay 1 - (1 + step / {config['ema_inv_gamma']:g})^-{config['ema_power']:g},"
-        f" at most {config['ema_max_decay']:g}",
+        "EMA": _average(files),
         "horizontal flips": "yes" if config["random_flip"] else "no",
         "seed": str(config["seed"]),
     }
+
+
+def _average(files: ModelFiles) -> str:
+    config, chosen = files.config, files.facts.get("post_hoc_ema")
+    if chosen:
+        return (
+            f"power function of relative standard deviation {chosen['sigma_rel']:g}, chosen after the training; its"
+            f" profile is reconstructed from {chosen['num_snapshots']} snapshots with a relative error of"
+            f" {chosen['profile_error']:.2g}"
+        )
+    decay = f"1 - (1 + step / {config['ema_inv_gamma']:g})^-{config['ema_power']:g}"
+    return f"decay {decay}, at most {config['ema_max_decay']:g}"
 
 
 def _ddpm_parameters(config: dict) -> dict[str, str]:
@@ -545,5 +557,6 @@ def _citations(files: ModelFiles) -> list[str]:
         "edm": files.is_sde,
         "likelihood_weighting": files.is_sde and bool(files.config.get("likelihood_weighting")),
         "guidance": bool(files.num_classes),
+        "post_hoc_ema": bool(files.facts.get("post_hoc_ema")),
     }
     return [card_texts.CITATIONS[key] for key, is_used in applies.items() if is_used]

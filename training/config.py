@@ -135,6 +135,10 @@ class TrainConfig:
     ema_inv_gamma: float = option(1.0, "warm-up length of the EMA: decay = 1 - (1 + step / inv_gamma) ** -power")
     ema_power: float = option(0.75, "warm-up exponent of the EMA")
     ema_max_decay: float = option(0.9999, "largest decay of the EMA")
+    post_hoc_ema: bool = option(
+        False, "keep two power-function averages too, for an EMA whose length is chosen later: pipelines.post_hoc_ema"
+    )
+    post_hoc_ema_steps: int = option(1000, "updates between snapshots of the two; all are kept, in float16")
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "autocast type of the network")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the network")
@@ -398,7 +402,7 @@ POSITIVE = (
     " learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_nonfinite_steps max_train_steps num_epochs"
     " max_train_minutes checkpointing_steps checkpoints_total_limit validation_steps validation_images"
     " save_images_steps eval_batch_size ddpm_num_inference_steps logging_steps max_images num_cpu_threads"
-    " sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_std"
+    " sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_std post_hoc_ema_steps"
 ).split()
 NON_NEGATIVE = "dataloader_num_workers lr_warmup_steps adam_weight_decay seed".split()
 BELOW_ONE = "dropout label_dropout adam_beta1 adam_beta2 ema_max_decay".split()

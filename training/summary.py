@@ -23,7 +23,7 @@ def preflight_summary(
     """
     parameters = list(network.parameters())
     image = torch.zeros(1, 3, config.resolution, config.resolution, device=parameters[0].device)
-    state_bytes = sum(p.numel() * p.element_size() for p in parameters) * 5
+    state_bytes = sum(p.numel() * p.element_size() for p in parameters) * (7 if config.post_hoc_ema else 5)
     batch_bytes = activation_bytes(lambda: loss_of(image), parameters) * config.train_batch_size
     images_per_update = config.train_batch_size * config.gradient_accumulation_steps * facts["num_processes"]
     length = "no last step"
