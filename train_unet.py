@@ -29,7 +29,6 @@ from tqdm.auto import tqdm
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
-from pipelines.command import emulates_bf16
 from pipelines.export import export_pipeline
 from pipelines.hub import AccessError, PushError, open_repository, push_to_hub
 from pipelines.loading import InputError, find_pipeline, load_pipeline
@@ -49,6 +48,7 @@ from training.diffusion import diffusion_loss, drop_labels, heldout_loss, make_s
 from training.facts import recorded_step, run_facts, training_in_all
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.post_hoc_ema import start_averages, update_averages
+from training.precision import settle_precision
 from training.processes import (
     StoppedEarly,
     StopSignal,
@@ -321,6 +321,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "identity": self.identity(),
             "grad_scaler": scaler.state_dict() if scaler is not None else None,
+            "mixed_precision": self.config.mixed_precision,
         }
         save = partial(checkpoint.save_checkpoint, folder, self.progress.step, tensors, state, limit)
         on_main_process(self.accelerator, save)
@@ -421,10 +422,8 @@ class Trainer:
         return mean_loss, grad_norm, applied
 
     def loss(self, unet: torch.nn.Module, clean_images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        config = self.config
-        weighting = {name: getattr(config, name) for name in ("snr_gamma", "snr_weighting", "likelihood_weighting")}
-        how = config.timestep_sampling
-        return diffusion_loss(unet, self.noise_scheduler, clean_images, how, **weighting, class_labels=labels)
+        settings = self.config.loss_settings()
+        return diffusion_loss(unet, self.noise_scheduler, clean_images, **settings, class_labels=labels)
 
     def train(self) -> None:
         """Trains until the last step, the deadline or a signal, and leaves a checkpoint and the pipeline folder.
@@ -634,7 +633,6 @@ class Trainer:
             total_steps=self.total_steps,
             step=self.progress.step,
             device=str(self.accelerator.device),
-            emulates_bf16=emulates_bf16(self.accelerator.device),
         )
 
 
@@ -642,6 +640,7 @@ def run(
     config: TrainConfig, started_at_seconds: float, stop: StopSignal, network_class: type[CustomUNet2DModel]
 ) -> None:
     """Trains as configured."""
+    config = settle_precision(config, network_class)
     accelerator = build_accelerator(config)
     if config.push_to_hub and not config.dry_run:
         # before anything that takes long, so that the push does not fail for a name or a token

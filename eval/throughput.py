@@ -113,18 +113,13 @@ def noise_scheduler(config: TrainConfig):
     return make_noise_scheduler(*(getattr(config, name) for name in names))
 
 
-def loss_of(config: TrainConfig, unet, scheduler, clean_images: torch.Tensor) -> torch.Tensor:
-    how = (config.timestep_sampling, config.snr_gamma, config.snr_weighting)
-    return diffusion_loss(unet, scheduler, clean_images, *how)
-
-
 def flops_per_image(config: TrainConfig, network: str) -> int:
     """Floating-point operations of forward and backward for one image, counted on a network without data."""
     with torch.device("meta"):
         unet = NETWORKS[network](**config.unet_kwargs())
         image = torch.zeros(1, 3, config.resolution, config.resolution)
     with FlopCounterMode(display=False) as counter:
-        loss_of(config, unet, noise_scheduler(config), image).backward()
+        diffusion_loss(unet, noise_scheduler(config), image, **config.loss_settings()).backward()
     return counter.get_total_flops()
 
 
@@ -146,7 +141,7 @@ def build_step(config: TrainConfig, network: str) -> tuple[Callable[[], None], t
     decay = ema_decay(config.lr_warmup_steps, config.ema_inv_gamma, config.ema_power, config.ema_max_decay)
 
     def step() -> None:
-        accelerator.backward(loss_of(config, prepared, scheduler, clean_images))
+        accelerator.backward(diffusion_loss(prepared, scheduler, clean_images, **config.loss_settings()))
         grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
         bool(torch.isfinite(grad_norm))  # the trainer waits for it as well
         for group in optimizer.param_groups:

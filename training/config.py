@@ -139,7 +139,9 @@ class TrainConfig:
         False, "keep two power-function averages too, for an EMA whose length is chosen later: pipelines.post_hoc_ema"
     )
     post_hoc_ema_steps: int = option(1000, "updates between snapshots of the two; all are kept, in float16")
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "autocast type of the network")
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] = option(
+        "no", "autocast type of the network; auto times float32 and bf16 (or fp16) at the start and takes the faster"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the network")
     channels_last: bool = option(False, "channels-last memory format")
@@ -321,6 +323,11 @@ class TrainConfig:
             sde = self.noise_scheduler().sde
             settings |= {"sigma_min": sde.sigma_min, "sigma_max": sde.sigma_max}
         return settings
+
+    def loss_settings(self) -> dict:
+        """The arguments of `diffusion_loss` for this run."""
+        names = ("timestep_sampling", "snr_gamma", "snr_weighting", "likelihood_weighting")
+        return {name: getattr(self, name) for name in names}
 
     def unet_kwargs(self, num_classes: int | None = None) -> dict:
         """The constructor arguments of `CustomUNet2DModel` for this run, with K classes and the null class."""

@@ -19,7 +19,7 @@ def preflight_summary(
         loss_of: the loss of the training on images of shape (B, 3, H, W); called with one image to see what its
             backward pass keeps.
         facts: `source`, `num_images`, `num_heldout_images`, `num_classes` (None without labels), `num_processes`,
-            `total_steps`, `step`, `device`, `emulates_bf16` (whether the device has no instructions for it).
+            `total_steps`, `step`, `device`.
     """
     parameters = list(network.parameters())
     image = torch.zeros(1, 3, config.resolution, config.resolution, device=parameters[0].device)
@@ -47,8 +47,6 @@ def preflight_summary(
         "output": config.output_dir,
         "starts at": f"step {facts['step']}",
     }
-    if config.mixed_precision == "bf16" and facts["emulates_bf16"]:
-        rows["device"] += ", which this CPU has no instructions for: --mixed_precision no is many times faster"
     deaf = levels_without_time(config)
     if deaf:
         rows["note"] = (
