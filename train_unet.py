@@ -30,7 +30,6 @@ from tqdm.auto import tqdm
 from custom_unet import CustomUNet2DModel
 from eval.training_metric import TrainingMetric
 from pipelines import CustomUNetPipeline
-from pipelines.command import emulates_bf16
 from pipelines.export import export_pipeline
 from pipelines.hub import AccessError, PushError, open_repository, push_to_hub
 from pipelines.loading import InputError, find_pipeline, load_pipeline
@@ -49,6 +48,8 @@ from training.data import (
 from training.diffusion import diffusion_loss, drop_labels, heldout_loss, make_sampling_scheduler
 from training.facts import recorded, run_facts, training_in_all
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
+from training.post_hoc_ema import start_averages, update_averages
+from training.precision import settle_precision
 from training.processes import (
     StoppedEarly,
     StopSignal,
@@ -68,7 +69,7 @@ RANGE_IMAGES = 1000  # of the data, by which the noise levels are judged
 OBJECTIVE = (  # what the loss and the noise process depend on; older checkpoints do not tell all of it
     "prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr objective"
     " likelihood_weighting sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_mean noise_std label_dropout"
-    " snr_gamma"
+    " snr_gamma snr_weighting"
 ).split()
 MEMORY_SAVERS = "set --gradient_checkpointing true or --mixed_precision bf16"
 
@@ -178,6 +179,7 @@ class Trainer:
             self.network.to(memory_format=torch.channels_last)
         self.network.to(self.accelerator.device)
         self.ema_network = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.averages = start_averages(self.network) if config.post_hoc_ema else {}
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         # `unet` is `network` under autocast, torch.compile and DistributedDataParallel, where they are asked for
@@ -229,7 +231,7 @@ class Trainer:
     def identity(self) -> dict:
         """What a checkpoint and the run that goes on from it must have in common, as one flat dictionary."""
         config = self.config
-        names = "train_batch_size gradient_accumulation_steps random_flip timestep_sampling seed".split()
+        names = "train_batch_size gradient_accumulation_steps random_flip timestep_sampling seed post_hoc_ema".split()
         identity = self.unet_kwargs() | {name: getattr(config, name) for name in [*OBJECTIVE, *names]}
         identity |= {"num_processes": self.accelerator.num_processes, "data_fingerprint": self.store.fingerprint}
         identity |= {"label_column": config.label_column, "label_names": self.label_names}
@@ -261,7 +263,7 @@ class Trainer:
             return None
         if config.overwrite_output_dir and folder.resolve().parent == self.output_dir.resolve():
             raise CheckpointError(f"--overwrite_output_dir would delete {folder}, which the run is to go on from")
-        untold = {name: DEFAULTS[name] for name in OBJECTIVE} | {"snr_gamma": config.snr_gamma}
+        untold = {name: DEFAULTS[name] for name in [*OBJECTIVE, "post_hoc_ema"]} | {"snr_gamma": config.snr_gamma}
         saved = untold | checkpoint.read_identity(folder)
         difference = checkpoint.difference(saved, self.identity())
         if difference:
@@ -274,16 +276,20 @@ class Trainer:
     def restore(self, folder: Path) -> None:
         """Takes over a checkpoint, once all of it is read and fits."""
         scaler = self.accelerator.scaler
-        tensors, state = checkpoint.load_checkpoint(folder, ["unet", "ema_unet", "optimizer"])
+        tensors, state = checkpoint.load_checkpoint(folder, ["unet", "ema_unet", "optimizer", *self.averages])
         checkpoint.check_progress(folder, state.get("progress"))
-        for name in ("unet", "ema_unet"):
-            checkpoint.check_tensors(folder / f"{name}.safetensors", tensors[name], self.network.state_dict())
+        replaced = dict.fromkeys(("unet", "ema_unet"), self.network.state_dict()) | self.averages
+        for name, expected in replaced.items():
+            checkpoint.check_tensors(folder / f"{name}.safetensors", tensors[name], expected)
         checkpoint.check_optimizer_tensors(folder / "optimizer.safetensors", tensors["optimizer"], self.network)
         if scaler is not None and state.get("grad_scaler") is not None:
             checkpoint.check_numbers(folder, "grad_scaler", state["grad_scaler"], scaler.state_dict())
             scaler.load_state_dict(state["grad_scaler"])
         self.network.load_state_dict(tensors["unet"])
         self.ema_network.load_state_dict(tensors["ema_unet"])
+        for name, average in self.averages.items():
+            for key, tensor in average.items():
+                tensor.copy_(tensors[name][key])
         checkpoint.restore_optimizer(self.optimizer, self.network, tensors["optimizer"])
         self.progress = Progress(**state["progress"])
         self.tell(f"going on from {folder}")
@@ -303,26 +309,25 @@ class Trainer:
         replace_file(self.output_dir / "config.yaml", again.to_yaml().encode())
 
     def save_checkpoint(self) -> None:
+        tensors = {"unet": self.network.state_dict(), "ema_unet": self.ema_network.state_dict()} | self.averages
+        tensors["optimizer"] = checkpoint.optimizer_tensors(self.optimizer, self.network)
+        self.write_checkpoint(self.output_dir, tensors, self.config.checkpoints_total_limit)
+
+    def save_snapshot(self) -> None:
+        """The averages of `--post_hoc_ema` in half precision, kept for good."""
+        halves = {stem: {name: t.half() for name, t in average.items()} for stem, average in self.averages.items()}
+        self.write_checkpoint(self.output_dir / checkpoint.SNAPSHOTS, halves, None)
+
+    def write_checkpoint(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]], limit: int | None) -> None:
         scaler = self.accelerator.scaler
-
-        def write() -> None:
-            checkpoint.save_checkpoint(
-                self.output_dir,
-                self.progress.step,
-                tensors={
-                    "unet": self.network.state_dict(),
-                    "ema_unet": self.ema_network.state_dict(),
-                    "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.network),
-                },
-                state={
-                    "progress": asdict(self.progress),
-                    "identity": self.identity(),
-                    "grad_scaler": scaler.state_dict() if scaler is not None else None,
-                },
-                total_limit=self.config.checkpoints_total_limit,
-            )
-
-        on_main_process(self.accelerator, write)
+        state = {
+            "progress": asdict(self.progress),
+            "identity": self.identity(),
+            "grad_scaler": scaler.state_dict() if scaler is not None else None,
+            "mixed_precision": self.config.mixed_precision,
+        }
+        save = partial(checkpoint.save_checkpoint, folder, self.progress.step, tensors, state, limit)
+        on_main_process(self.accelerator, save)
 
     def export(self) -> None:
         """Writes the pipeline folder of the EMA network, with what is known of the run.
@@ -417,13 +422,12 @@ class Trainer:
             progress.step += 1
             decay = ema_decay(progress.step, config.ema_inv_gamma, config.ema_power, config.ema_max_decay)
             update_ema(self.ema_network, self.network, decay)
+            update_averages(self.averages, self.network, progress.step)
         return mean_loss, grad_norm, applied
 
     def loss(self, unet: torch.nn.Module, clean_images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        config = self.config
-        weighting = {"snr_gamma": config.snr_gamma, "likelihood_weighting": config.likelihood_weighting}
-        how = config.timestep_sampling
-        return diffusion_loss(unet, self.noise_scheduler, clean_images, how, **weighting, class_labels=labels)
+        settings = self.config.loss_settings()
+        return diffusion_loss(unet, self.noise_scheduler, clean_images, **settings, class_labels=labels)
 
     def train(self) -> None:
         """Trains until the last step, the deadline or a signal, and leaves a checkpoint and the pipeline folder.
@@ -477,6 +481,8 @@ class Trainer:
                 self.report_heldout_loss()
             if progress.step % config.save_images_steps == 0:
                 self.save_samples()
+            if config.post_hoc_ema and progress.step % config.post_hoc_ema_steps == 0:
+                self.save_snapshot()  # before the checkpoint: a run that resumes from it lacks no snapshot
             if progress.step % config.checkpointing_steps == 0:
                 self.save_checkpoint()
                 self.export()
@@ -659,7 +665,6 @@ class Trainer:
             total_steps=self.total_steps,
             step=self.progress.step,
             device=str(self.accelerator.device),
-            emulates_bf16=emulates_bf16(self.accelerator.device),
         )
 
 
@@ -667,6 +672,7 @@ def run(
     config: TrainConfig, started_at_seconds: float, stop: StopSignal, network_class: type[CustomUNet2DModel]
 ) -> None:
     """Trains as configured."""
+    config = settle_precision(config, network_class)
     accelerator = build_accelerator(config)
     if config.push_to_hub and not config.dry_run:
         # before anything that takes long, so that the push does not fail for a name or a token

@@ -161,7 +161,7 @@ def measure(images: np.ndarray, real: np.ndarray) -> dict:
 
 def run(options: Namespace, arguments: Sequence[str]) -> None:
     """Checks everything, then draws and measures; what was measured is written down after each scale."""
-    state = generate.set_up_process(options.num_cpu_threads, options.dtype)
+    state = generate.set_up_process(options.num_cpu_threads)
     source, commit = find_pipeline(options.pipeline, None)
     worse_source, worse_commit = find_pipeline(options.worse, None, "--worse")
     pipeline, worse = (load_pipeline(s, options.dtype, None).to(state.device) for s in (source, worse_source))

@@ -20,9 +20,9 @@ from eval.reference import FeatureError
 from eval.results import ResultsError, number, read_results, write_results
 from eval.run import parse_options as parse_evaluation
 from eval.run import run as evaluate
-from pipelines import CustomUNetPipeline
 from pipelines.command import MOST_THREADS, Parser, check_numbers, run_command
-from pipelines.loading import DTYPES, InputError
+from pipelines.export import export_variant
+from pipelines.loading import DTYPES, InputError, load_pipeline
 from training.checkpoint import (
     CheckpointError,
     check_tensors,
@@ -32,6 +32,7 @@ from training.checkpoint import (
     verify_checkpoint,
 )
 from training.data import DataError
+from training.facts import progress_facts
 from training.run_log import read_log
 
 MEASURED = {  # key in a row: metric and end of its name in results.json
@@ -48,27 +49,19 @@ COLUMNS = {
 }
 
 
-def lay_out(checkpoint: Path, images_seen: int, pipeline_dir: Path, out: Path) -> None:
+def lay_out(checkpoint: Path, pipeline_dir: Path, out: Path) -> None:
     """The pipeline folder of a run with the EMA network of one of its checkpoints.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or of another network.
+        InputError: if the pipeline folder is damaged.
     """
     verify_checkpoint(checkpoint)
     tensors, state = load_checkpoint(checkpoint, ["ema_unet"])
-    pipeline = CustomUNetPipeline.from_pretrained(pipeline_dir)
-    expected = pipeline.unet.state_dict()
-    check_tensors(checkpoint / "ema_unet.safetensors", tensors["ema_unet"], expected)
+    pipeline = load_pipeline(pipeline_dir, "fp32", None)
+    check_tensors(checkpoint / "ema_unet.safetensors", tensors["ema_unet"], pipeline.unet.state_dict())
     pipeline.unet.load_state_dict(tensors["ema_unet"])
-    temporary = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(pipeline_dir, temporary)
-    pipeline.unet.save_pretrained(temporary / "unet")
-    facts = json.loads((temporary / "training.json").read_text())
-    progress = state["progress"]
-    changes = {"step": progress["step"], "train_seconds": progress["train_seconds"], "images_seen": images_seen}
-    (temporary / "training.json").write_text(json.dumps(facts | changes, indent=2) + "\n")
-    temporary.replace(out)
+    export_variant(pipeline, pipeline_dir, out, progress_facts(state))
 
 
 def images_seen_at(log: list[dict]) -> dict[int, int]:
@@ -94,7 +87,7 @@ def choose(options: Namespace, log: list[dict]) -> dict[int, Path]:
     return chosen
 
 
-def measure(options: Namespace, chosen: dict[int, Path], log: list[dict]) -> list[dict]:
+def measure(options: Namespace, chosen: dict[int, Path]) -> list[dict]:
     """Measures the checkpoints that are not measured yet; a row for each, in order.
 
     Raises:
@@ -106,7 +99,7 @@ def measure(options: Namespace, chosen: dict[int, Path], log: list[dict]) -> lis
         folder = options.out / f"step-{step}"
         take_folder(folder, identity(options, checkpoint))
         if not (folder / "pipeline").exists():
-            lay_out(checkpoint, images_seen_at(log)[step], options.run / "pipeline", folder / "pipeline")
+            lay_out(checkpoint, options.run / "pipeline", folder / "pipeline")
         arguments = ["--pipeline", str(folder / "pipeline"), "--reference", options.reference, "--out", str(folder)]
         arguments += ["--metrics", "swd", "memorisation", "--num_images", str(options.num_images)]
         arguments += ["--steps", str(options.steps), "--dtype", options.dtype]
@@ -258,7 +251,7 @@ def run(options: Namespace) -> None:
     log = read_log(options.run / "log.jsonl")
     chosen = choose(options, log)
     before = None if options.after is None else read_before(options.after, options.run / "pipeline")
-    record = describe(with_losses(measure(options, chosen, log), log), log)
+    record = describe(with_losses(measure(options, chosen), log), log)
     write_curves(record if before is None else join(before, record), options.out)
 
 

@@ -229,7 +229,7 @@ def open_models(options: Namespace) -> tuple:
     Raises:
         InputError: unless they suit each other and the options.
     """
-    state = generate.set_up_process(options.num_cpu_threads, options.dtype)
+    state = generate.set_up_process(options.num_cpu_threads)
     source, commit = find_pipeline(options.pipeline, None)
     settings = {name: value for name in generate.SAMPLER_SETTINGS if (value := getattr(options, name)) is not None}
     pipeline = load_pipeline(source, options.dtype, options.scheduler, **settings).to(state.device)

@@ -127,7 +127,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Measures what is asked for and writes it down after each metric; only the main process measures and writes."""
-    state = generate.set_up_process(options.num_cpu_threads, options.dtype)
+    state = generate.set_up_process(options.num_cpu_threads)
     path = options.out / "results.json"
     evaluation = Evaluation(options, state)
     check_metrics(evaluation)

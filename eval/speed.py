@@ -142,6 +142,8 @@ def measured_config(arguments: list[str], steps: int) -> tuple[TrainConfig, bool
         except ConfigError:
             raise error from None  # something else is wrong
         stands_in = True
+    if config.mixed_precision == "auto":
+        raise ConfigError("--mixed_precision auto has no fixed precision to compare; take no, fp16 or bf16")
     if config.objective != "ddpm" or config.label_column is not None:
         raise ConfigError("plain diffusers trains ddpm without classes: take --objective ddpm, no --label_column")
     length = {"max_train_steps": steps, "num_epochs": None, "max_train_minutes": None}

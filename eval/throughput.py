@@ -119,7 +119,7 @@ def flops_per_image(config: TrainConfig, network: str) -> int:
         unet = NETWORKS[network](**config.unet_kwargs())
         image = torch.zeros(1, 3, config.resolution, config.resolution)
     with FlopCounterMode(display=False) as counter:
-        diffusion_loss(unet, noise_scheduler(config), image, config.timestep_sampling, config.snr_gamma).backward()
+        diffusion_loss(unet, noise_scheduler(config), image, **config.loss_settings()).backward()
     return counter.get_total_flops()
 
 
@@ -141,8 +141,7 @@ def build_step(config: TrainConfig, network: str) -> tuple[Callable[[], None], t
     decay = ema_decay(config.lr_warmup_steps, config.ema_inv_gamma, config.ema_power, config.ema_max_decay)
 
     def step() -> None:
-        loss = diffusion_loss(prepared, scheduler, clean_images, config.timestep_sampling, config.snr_gamma)
-        accelerator.backward(loss)
+        accelerator.backward(diffusion_loss(prepared, scheduler, clean_images, **config.loss_settings()))
         grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
         bool(torch.isfinite(grad_norm))  # the trainer waits for it as well
         for group in optimizer.param_groups:

@@ -221,4 +221,19 @@ CITATIONS = {
   booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
   year = {2023}
 }""",
+    "post_hoc_ema": """\
+@inproceedings{karras2024analyzing,
+  title = {Analyzing and Improving the Training Dynamics of Diffusion Models},
+  author = {Karras, Tero and Aittala, Miika and Lehtinen, Jaakko and Hellsten, Janne and Aila, Timo and Laine, Samuli},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year = {2024}
+}""",
+    "soft_min_snr": """\
+@inproceedings{crowson2024scalable,
+  title = {Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers},
+  author = {Crowson, Katherine and Baumann, Stefan Andreas and Birch, Alex and Abraham, Tanishq Mathew and Kaplan,
+            Daniel Z. and Shippole, Enrico},
+  booktitle = {International Conference on Machine Learning (ICML)},
+  year = {2024}
+}""",
 }

@@ -94,11 +94,6 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"--out {folder} is no folder; take another one") from error
 
 
-def emulates_bf16(device: torch.device) -> bool:
-    """Whether it has no instructions for bf16, as CPUs without AVX-512; bf16 then costs more time, not less."""
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
-
-
 def without_folder(argument: str) -> str:
     """An absolute path tells of the author's machine: of /home/me/faces only `faces` is written down."""
     flag, equals, value = argument.rpartition("=")

@@ -165,6 +165,22 @@ def copy_pipeline(
     )
 
 
+def export_variant(pipeline: CustomUNetPipeline, source: Path, folder: Path, changes: dict) -> Path:
+    """Writes a model repository of the same training as `source` with other weights, those of the pipeline.
+
+    What was measured and drawn with the weights of `source` stays behind: held-out losses, samples and results.
+
+    Args:
+        changes: to the facts of the run, such as `step`.
+
+    Raises:
+        OSError: if a file of `source` is missing, and as `export_pipeline`.
+    """
+    facts = json.loads((source / "training.json").read_text()) | {"heldout": None, "samples_step": None} | changes
+    training_config = (source / "training_config.yaml").read_text()
+    return export_pipeline(pipeline, folder, facts=facts, training_config=training_config)
+
+
 class _Parser(argparse.ArgumentParser):
     """Tells what is wrong in one line."""
 

@@ -43,7 +43,6 @@ from pipelines.command import (
     check_numbers,
     check_seeds,
     command_line,
-    emulates_bf16,
     make_folder,
     run_command,
     without_folder,
@@ -288,7 +287,12 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         "--guidance_scale", type=float, default=1.0, help="of classifier-free guidance; 1, the default, is without"
     )
     parser.add_argument("--batch_size", type=int, default=16, help="images at once, in each process (default 16)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network (default fp32)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="fp32",
+        help="of the network (default fp32); bf16 is not faster on every CPU",
+    )
     parser.add_argument(
         "--num_cpu_threads", type=int, help="of a process on the CPU (default: its share of the cores)"
     )
@@ -320,20 +324,14 @@ def check_guidance(pipeline: CustomUNetPipeline, options: argparse.Namespace) ->
         raise InputError(str(error)) from error
 
 
-def set_up_process(num_cpu_threads: int | None, dtype: str) -> PartialState:
-    """Accelerate, and threads: `accelerate launch` leaves a process on the CPU one, however many cores there are.
-
-    Args:
-        dtype: a name of `DTYPES`; on a CPU that emulates it, the main process says so.
-    """
+def set_up_process(num_cpu_threads: int | None) -> PartialState:
+    """Accelerate, and threads: `accelerate launch` leaves a process on the CPU one, however many cores there are."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu, timeout=timedelta(hours=2))  # the first process to be ready waits for the last one
     if state.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(num_cpu_threads or max(share, 1))
-    if dtype == "bf16" and emulates_bf16(state.device) and state.is_main_process:
-        print("this CPU has no instructions for bf16: --dtype fp32 is many times faster", flush=True)
     return state
 
 
@@ -364,7 +362,7 @@ def take_folder(folder: Path, lock: FileLock) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> None:
     """Generates what is missing, on all processes."""
-    state = set_up_process(options.num_cpu_threads, options.dtype)
+    state = set_up_process(options.num_cpu_threads)
     commit = on_main_process(state, lambda: find_pipeline(options.pipeline, options.revision)[1])
     source, commit = find_pipeline(options.pipeline, commit)
     settings = {name: value for name in SAMPLER_SETTINGS if (value := getattr(options, name)) is not None}

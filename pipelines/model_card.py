@@ -267,7 +267,8 @@ def _introduction(files: ModelFiles) -> str:
         )
     dtype = DTYPES.get(weights["dtype"], weights["dtype"])
     variant = '; in float16 with `variant="fp16"`' if weights["has_fp16"] else ""
-    average = ", the exponential moving average of its training," if files.config else ""
+    profile = "power-function" if files.facts.get("post_hoc_ema") else "exponential"
+    average = f", the {profile} moving average of its training," if files.config else ""
     lines = [
         f"{conditional} diffusion model that draws {files.resolution} images out of noise: a U-Net of"
         f" {weights['num_parameters']:,} parameters that predicts {PREDICTS.get(kind, kind)}, {method} The weights"
@@ -457,11 +458,22 @@ def _hyperparameters(files: ModelFiles) -> dict[str, str]:
         f" {config['adam_weight_decay']:g}, epsilon {config['adam_epsilon']:g}",
         "learning rate": f"{config['learning_rate']:g}, {schedule}, {warm_up} updates of warm-up",
         "largest gradient norm": f"{config['max_grad_norm']:g}",
-        "EMA": f"decay 1 - (1 + step / {config['ema_inv_gamma']:g})^-{config['ema_power']:g},"
-        f" at most {config['ema_max_decay']:g}",
+        "EMA": _average(files),
         "horizontal flips": "yes" if config["random_flip"] else "no",
         "seed": str(config["seed"]),
     }
+
+
+def _average(files: ModelFiles) -> str:
+    config, chosen = files.config, files.facts.get("post_hoc_ema")
+    if chosen:
+        return (
+            f"power function of relative standard deviation {chosen['sigma_rel']:g}, chosen after the training; its"
+            f" profile is reconstructed from {chosen['num_snapshots']} snapshots with a relative error of"
+            f" {chosen['profile_error']:.2g}"
+        )
+    decay = f"1 - (1 + step / {config['ema_inv_gamma']:g})^-{config['ema_power']:g}"
+    return f"decay {decay}, at most {config['ema_max_decay']:g}"
 
 
 def _ddpm_parameters(config: dict) -> dict[str, str]:
@@ -469,9 +481,15 @@ def _ddpm_parameters(config: dict) -> dict[str, str]:
         "prediction": config["prediction_type"],
         "noise schedule": f"{config['ddpm_beta_schedule']}, {config['ddpm_num_steps']:,} timesteps"
         + (", rescaled to zero terminal SNR" if config["rescale_betas_zero_snr"] else ""),
-        "loss weight": f"min-SNR, gamma {config['snr_gamma']:g}" if config["snr_gamma"] else "none",
+        "loss weight": f"{_snr_weighting(config)}, gamma {config['snr_gamma']:g}" if config["snr_gamma"] else "none",
         "timesteps of a batch": config["timestep_sampling"],
     }
+
+
+def _snr_weighting(config: dict) -> str | None:
+    """The name of the loss weight, None without one; older configurations with a gamma mean min-SNR."""
+    names = {"min": "min-SNR", "soft_min": "soft-min-SNR"}
+    return names[config.get("snr_weighting", "min")] if config.get("snr_gamma") else None
 
 
 def _sde_parameters(files: ModelFiles) -> dict[str, str]:
@@ -548,10 +566,12 @@ def _citations(files: ModelFiles) -> list[str]:
         "unet": True,
         "ddim": files.scheduler["_class_name"] == "DDIMScheduler",
         "v_prediction": files.scheduler.get("prediction_type") == "v_prediction",
-        "min_snr": not files.is_sde and bool(files.config.get("snr_gamma")),
+        "min_snr": _snr_weighting(files.config) == "min-SNR",
+        "soft_min_snr": _snr_weighting(files.config) == "soft-min-SNR",
         "score_sde": files.is_sde,
         "edm": files.is_sde,
         "likelihood_weighting": files.is_sde and bool(files.config.get("likelihood_weighting")),
         "guidance": bool(files.num_classes),
+        "post_hoc_ema": bool(files.facts.get("post_hoc_ema")),
     }
     return [card_texts.CITATIONS[key] for key, is_used in applies.items() if is_used]

@@ -170,6 +170,7 @@ def test_network_options_are_those_of_diffusers(parse):
         (BASE, ["--seed", "-1"], "negative"),
         (BASE, ["--rescale_betas_zero_snr", "--prediction_type", "epsilon"], "zero SNR"),
         (BASE + "snr_gamma: 5\nprediction_type: sample\n", ["--rescale_betas_zero_snr"], "the weight 0"),
+        (BASE, ["--snr_weighting", "soft_min"], "no --snr_gamma"),
         (BASE, ["--train_data_dir", "x"], "exactly one"),
         (BASE, ["--ddpm_num_inference_steps", "2000"], "1000"),
         ("max_train_steps: 1\n", [], "exactly one"),
@@ -285,7 +286,7 @@ def test_settings_of_an_objective_are_those_that_mean_something_to_it(parse):
     }
     assert set(parse(BASE).objective_settings()) == {
         *("objective prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end").split(),
-        *("rescale_betas_zero_snr snr_gamma sampler").split(),
+        *("rescale_betas_zero_snr snr_gamma snr_weighting sampler").split(),
     }
 
 

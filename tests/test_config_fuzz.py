@@ -294,6 +294,7 @@ def contradictions(rng):
         ({"objective": "edm", "time_embedding_type": "fourier"}, "fourier"),
         ({"objective": "edm", "prediction_type": "sample"}, "prediction_type"),
         ({"objective": "vp", "snr_gamma": 5}, "snr_gamma"),
+        ({"snr_weighting": "soft_min"}, "snr_gamma"),
         ({"objective": "subvp", "ddpm_num_steps": 10}, "ddpm_num_steps"),
         ({"objective": "vp", "sampler": "ddpm"}, "sampler"),
         ({"objective": "edm", "likelihood_weighting": True}, "likelihood_weighting"),

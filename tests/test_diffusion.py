@@ -67,7 +67,28 @@ def test_min_snr_weight(prediction_type):
     assert (diffusion.loss_weight(scheduler, timesteps, None) == 1).all()
 
 
-def test_min_snr_losses_of_the_three_parametrisations_agree():
+@pytest.mark.parametrize("prediction_type", KINDS)
+def test_soft_min_snr_weight_and_that_it_tends_to_min_snr_far_from_gamma(prediction_type):
+    """The published formula per prediction type, for x_0 1 / (sigma^2 + 1 / gamma), with diffusers' own SNR."""
+    scheduler = scheduler_of(prediction_type, "squaredcos_cap_v2")
+    timesteps, gamma = torch.arange(1000), 5.0
+    snr = compute_snr(scheduler, timesteps)
+    of_clean = 1 / (1 / snr + 1 / gamma)
+    expected = {"epsilon": of_clean / snr, "sample": of_clean, "v_prediction": of_clean / (snr + 1)}[prediction_type]
+    weight = diffusion.loss_weight(scheduler, timesteps, gamma, "soft_min")
+    torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-9)
+
+    ratio = weight / diffusion.loss_weight(scheduler, timesteps, gamma)
+    far, at_gamma = (snr < gamma / 200) | (snr > gamma * 200), (snr - gamma).abs().argmin()
+    assert min((snr[far] < gamma).sum(), (snr[far] > gamma).sum()) > 10
+    assert (ratio[far] > 0.995).all()
+    assert (ratio < 1 + 1e-6).all()
+    assert ratio.min() == ratio[at_gamma]
+    assert ratio[at_gamma].item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("snr_weighting", ["min", "soft_min"])
+def test_min_snr_losses_of_the_three_parametrisations_agree(snr_weighting):
     """One and the same prediction costs the same, whichever way it is expressed."""
     torch.manual_seed(0)
     clean_images, noise = torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)
@@ -78,7 +99,7 @@ def test_min_snr_losses_of_the_three_parametrisations_agree():
         noisy_images = scheduler.add_noise(clean_images, noise, timesteps)
         target = diffusion.prediction_target(scheduler, clean_images, noise, timesteps)
         error = diffusion.per_image_mse(network(noisy_images, timesteps).sample, target)
-        costs.append(diffusion.loss_weight(scheduler, timesteps, 5.0) * error)
+        costs.append(diffusion.loss_weight(scheduler, timesteps, 5.0, snr_weighting) * error)
     torch.testing.assert_close(costs[0], costs[1], rtol=1e-3, atol=0)
     torch.testing.assert_close(costs[0], costs[2], rtol=1e-3, atol=0)
 
@@ -156,6 +177,21 @@ def test_training_loss_of_a_known_error(prediction_type):
     snr = compute_snr(scheduler, timesteps)
     factor = {"epsilon": torch.ones(4), "sample": 1 / snr, "v_prediction": (snr + 1) / snr}[prediction_type]
     assert loss.item() == pytest.approx((0.01 * factor).mean().item(), rel=1e-3)
+
+
+def test_training_loss_has_the_weight_that_was_asked_for():
+    scheduler, losses = scheduler_of("v_prediction"), {}
+    torch.manual_seed(3)
+    clean_images = torch.randn(4, 3, 4, 4)
+    torch.manual_seed(5)
+    noise, timesteps = torch.randn_like(clean_images), timesteps_of(diffusion.sample_positions("stratified", 4))
+    network = OracleNetwork(scheduler, clean_images, noise, noise_error=0.1)
+    for how in ("min", "soft_min"):
+        torch.manual_seed(5)
+        losses[how] = diffusion.diffusion_loss(network, scheduler, clean_images, "stratified", 5.0, how).item()
+    snr = compute_snr(scheduler, timesteps)
+    assert losses["min"] == pytest.approx((0.01 * snr.clamp(max=5) / snr).mean().item(), rel=1e-3)
+    assert losses["soft_min"] == pytest.approx((0.01 * 5 / (snr + 5)).mean().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("prediction_type", KINDS)

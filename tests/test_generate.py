@@ -147,16 +147,6 @@ def test_a_setting_needs_a_sampler_that_has_it(model, model_of_an_sde):
 # ---- The command, in this process
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "told"), [("AVX2", "bf16", True), ("AVX512", "bf16", False), ("AVX2", "fp32", False)]
-)
-def test_a_cpu_without_instructions_for_bf16_is_told_of(capability, dtype, told, generate, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    code, out, error = generate("--dtype", dtype)
-    assert code == 0, error
-    assert ("--dtype fp32 is many times faster" in out) == told
-
-
 def test_the_record_suffices_to_make_the_images_again(generate, model, tmp_path):
     arguments = ("--scheduler", "ddim", "--eta", "0.5", "--seed", 7, "--dtype", "bf16", "--batch_size", 3)
     code, out, error = generate(*arguments)

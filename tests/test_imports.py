@@ -19,6 +19,7 @@ FORBIDDEN = {
 ALLOWED = {  # folder or file: module
     "pipelines": {"training.sde"},  # shipped with models, and needed by both sides
     "train_unet.py": {"eval.training_metric"},  # which it reports while training
+    "pipelines/post_hoc_ema.py": {"training.checkpoint", "training.facts", "training.post_hoc_ema"},  # reads a run
     "eval/unet_variants.py": {"train_unet"},  # an experiment is a training
 }
 SHIPPED = {

@@ -174,6 +174,9 @@ def test_no_placeholders_and_only_the_citations_that_apply(card, tmp_path):
     assert not re.search(r"\b(None|nan|TODO|TBD|null|unknown|More Information)\b|\{\}|<[a-z_-]+>", read.text)
     keys = re.findall(r"^@inproceedings\{(\w+),$", read.text, re.MULTILINE)
     assert len(keys) == len({*keys}) == 6
+    soft = card(config=config(snr_weighting="soft_min")).text
+    assert "soft-min-SNR, gamma 5" in soft
+    assert ("crowson2024" in soft, "hang2023" in soft) == (True, False)
     read = card(data(crop="none", source="synthetic-faces"), config(snr_gamma=None))
     assert "hang2023" not in read.text
     bibtex = read.text.split("```bibtex")[1].split("```")[0]

@@ -50,6 +50,7 @@ def test_comparison_is_of_medians():
         (["--train_data_dir", "nowhere"], "exactly one"),
         (["--learning_rate", "-1"], "positive"),
         (["--config", "configs/vp32.yaml"], "take --objective ddpm"),
+        (["--mixed_precision", "auto"], "auto has no fixed precision"),
         (["--out", "speed.md"], "--out speed.md is no JSON file"),
     ],
 )

@@ -1,6 +1,7 @@
 """The main job as its users start it: whole runs, kills, resumes, signals and refusals, with a tiny network."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,9 @@ from safetensors.torch import load_file
 
 import train_unet
 from pipelines import CustomUNetPipeline
+from training.checkpoint import SNAPSHOTS, list_checkpoints
 from training.config import ConfigError, TrainConfig
+from training.post_hoc_ema import STORED
 from training.processes import StopSignal, build_accelerator
 from training.run_log import read_log
 
@@ -50,6 +53,8 @@ TINY = {
     "ddpm_num_inference_steps": 3,
     "report_to": "none",
     "num_cpu_threads": 1,
+    "post_hoc_ema": True,
+    "post_hoc_ema_steps": 2,
 }
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -128,13 +133,20 @@ def records(output_dir: Path, key: str) -> dict[int, float]:
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
-    names = {path.name for path in one.glob("*.safetensors")}
-    assert names == {"unet.safetensors", "ema_unet.safetensors", "optimizer.safetensors"}
-    for name in names:
-        ours, theirs = load_file(one / name), load_file(other / name)
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert torch.equal(ours[key], theirs[key]), f"{name}: {key}"
+    """Of two checkpoints, and of the snapshots up to them."""
+    for name in ("unet", "ema_unet", "optimizer", *STORED):
+        assert_same_file(one, other, name)
+    steps = [list(list_checkpoints(folder.parent / SNAPSHOTS)) for folder in (one, other)]
+    assert steps[0] == steps[1]
+    for step, name in itertools.product(steps[0], STORED):
+        assert_same_file(*(folder.parent / SNAPSHOTS / f"checkpoint-{step}" for folder in (one, other)), name)
+
+
+def assert_same_file(one: Path, other: Path, name: str) -> None:
+    ours, theirs = (load_file(folder / f"{name}.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key]), f"{name}: {key}"
 
 
 def error_line(output: str) -> str:

@@ -121,7 +121,7 @@ def straight(start, tmp_path_factory) -> Path:
 def copy_until(straight: Path, folder: Path, step: int) -> Path:
     """The output folder as it was just after the checkpoint of this step."""
     shutil.copytree(straight, folder)
-    for path in folder.glob("checkpoint-*"):
+    for path in (*folder.glob("checkpoint-*"), *folder.glob("ema_snapshots/checkpoint-*")):
         if int(path.name.split("-")[1]) > step:
             shutil.rmtree(path)
     return folder
@@ -163,13 +163,25 @@ def test_killed_after_a_checkpoint_at_the_end_of_an_epoch_and_resumed(start, tmp
 def test_a_save_that_was_cut_off_is_told_and_the_checkpoint_before_taken(start, straight, tmp_path):
     flags = ["--checkpoints_total_limit", "1"]
     run = copy_until(straight, tmp_path / "run", 3)
-    kill = partial(signal_at, signal.SIGKILL, "open", ".tmp-checkpoint-6/manifest", 1)
+    kill = partial(signal_at, signal.SIGKILL, "open", "/run/.tmp-checkpoint-6/manifest", 1)
     start(run, *flags, fault=kill).finish(-signal.SIGKILL)
     output = start(run, *flags).finish(0)
     (line,) = [line for line in output.splitlines() if "cut off" in line]
     assert "the save of checkpoint-6 was cut off; the newest complete one is checkpoint-3" in line
     assert f"going on from {run / 'checkpoint-3'}" in output
     assert list(checkpoint.list_checkpoints(run)) == [9]
+    assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
+
+
+def test_a_snapshot_that_was_cut_off_is_taken_again(start, straight, tmp_path):
+    run = copy_until(straight, tmp_path / "run", 3)
+    kill = partial(signal_at, signal.SIGKILL, "open", "/ema_snapshots/.tmp-checkpoint-6/manifest", 1)
+    start(run, fault=kill).finish(-signal.SIGKILL)
+    assert list(checkpoint.list_checkpoints(run / "ema_snapshots")) == [2, 4]
+    output = start(run).finish(0)
+    assert "cut off" not in output
+    assert f"{run / 'ema_snapshots' / 'checkpoint-4'} is newer than the checkpoint resumed from" in output
+    assert not list(run.rglob(".tmp-*"))
     assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
 
 
@@ -195,7 +207,13 @@ def test_killed_in_continuous_time_and_resumed_equals_never_killed(start, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "name"), [(100_000, "checkpoint-6"), (1500, "config.yaml"), (2000, "log.jsonl")]
+    ("num_bytes", "name"),
+    [
+        (150_000, "checkpoint-6"),
+        (100_000, "ema_snapshots/checkpoint-4"),
+        (1500, "config.yaml"),
+        (2000, "log.jsonl"),
+    ],
 )
 def test_a_full_disk_names_the_path_and_the_run_goes_on_later(start, straight, tmp_path, num_bytes, name):
     run = copy_until(straight, tmp_path / "run", 3)
@@ -210,7 +228,7 @@ def test_a_full_disk_names_the_path_and_the_run_goes_on_later(start, straight, t
     assert {path: after[path] for path in kept if "samples" not in str(path)} == {
         path: before[path] for path in kept if "samples" not in str(path)
     }
-    assert not list(run.glob(".tmp-*"))
+    assert not list(run.rglob(".tmp-*"))
     start(run).finish(0)
     assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
 
@@ -251,7 +269,7 @@ def test_an_exception_in_the_middle_of_sampling_changes_no_loss(start, straight,
 # Checkpoints that do not fit
 
 
-@pytest.mark.parametrize("name", ["ema_unet", "optimizer"])
+@pytest.mark.parametrize("name", ["ema_unet", "optimizer", "ema_sigma_rel_0.10"])
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "not listed"])
 def test_a_checkpoint_without_a_file_changes_nothing(start, straight, tmp_path, name, listed):
     run = copy_until(straight, tmp_path / "run", 9)
@@ -270,7 +288,8 @@ def test_what_differs_from_the_checkpoint_is_listed(start, straight, tmp_path):
     state["identity"]["num_processes"] = 2
     (run / "checkpoint-3" / "state.json").write_text(checkpoint.json.dumps(state))
     update_manifest(run / "checkpoint-3")
-    flags = ["--block_out_channels", "8", "24", "--beta_end", "0.03", "--train_batch_size", "5", "--snr_gamma", "5"]
+    flags = ["--block_out_channels", "8", "24", "--beta_end", "0.03", "--train_batch_size", "5"]
+    flags += ["--snr_gamma", "5", "--snr_weighting", "soft_min", "--post_hoc_ema", "false"]
     before = contents(run)
     line = error_line(start(run, *flags).finish(1))
     for text in (
@@ -278,7 +297,9 @@ def test_what_differs_from_the_checkpoint_is_listed(start, straight, tmp_path):
         "beta_end: 0.02 -> 0.03",
         "train_batch_size: 7 -> 5",
         "snr_gamma: None -> 5.0",
+        "snr_weighting: 'min' -> 'soft_min'",
         "num_processes: 2 -> 1",
+        "post_hoc_ema: True -> False",
     ):
         assert text in line
     assert contents(run) == before
@@ -307,13 +328,17 @@ def test_a_checkpoint_from_before_there_were_objectives_is_one_of_ddpm(start, st
     run = copy_until(straight, tmp_path / "run", 3)
     state = checkpoint.read_state(run / "checkpoint-3")
     old = "prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr".split()
-    for name in [*(name for name in train_unet.OBJECTIVE if name not in old), "label_column", "label_names"]:
+    others = ("label_column", "label_names", "post_hoc_ema")
+    for name in [*(name for name in train_unet.OBJECTIVE if name not in old), *others]:
         del state["identity"][name]
     (run / "checkpoint-3" / "state.json").write_text(checkpoint.json.dumps(state))
     update_manifest(run / "checkpoint-3")
-    assert "objective: 'ddpm' -> 'edm'" in error_line(start(run, "--objective", "edm").finish(1))
-    start(copy_until(run, tmp_path / "weighted", 3), "--snr_gamma", "5").finish(0)  # it told nothing of weights
-    start(run).finish(0)
+    line = error_line(start(run, "--objective", "edm").finish(1))
+    assert "objective: 'ddpm' -> 'edm'; post_hoc_ema: False -> True" in line
+    without = ["--post_hoc_ema", "false"]
+    weighted = copy_until(run, tmp_path / "weighted", 3)
+    start(weighted, "--snr_gamma", "5", *without).finish(0)  # it told nothing of weights
+    start(run, *without).finish(0)
     assert records(run, "loss") == records(straight, "loss")
 
 

@@ -5,6 +5,8 @@
         state.json         numbers: progress, and what a resumed run must have in common with this one
         manifest.json      size and SHA-256 of every other file; written last
 
+The averages of `--post_hoc_ema` are further tensors of a checkpoint; snapshots of them are kept in the same form, as
+OUTPUT_DIR/ema_snapshots/checkpoint-STEP, and follow the checkpoints where those are set aside or deleted by a new run.
 There is no file for random states: everything random in a step derives from (seed, step, rank). Nothing is pickled.
 """
 
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+SNAPSHOTS = "ema_snapshots"
 TEMPORARY_PREFIX = ".tmp-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -60,9 +63,10 @@ def lock_output_dir(output_dir: Path, report: Callable[[str], None] = print) -> 
             (new if new.exists() else old).rename(output_dir / name)
     newest = list(list_checkpoints(output_dir).values())[-1:]
     before = f"the newest complete one is {newest[0].name}" if newest else "there is no complete one"
-    for leftover in output_dir.glob(f"{TEMPORARY_PREFIX}*"):
+    pattern = f"{TEMPORARY_PREFIX}*"
+    for leftover in (*output_dir.glob(pattern), *(output_dir / SNAPSHOTS).glob(pattern)):
         name = leftover.name.removeprefix(TEMPORARY_PREFIX)
-        if _NAME.fullmatch(name):
+        if _NAME.fullmatch(name) and leftover.parent == output_dir:
             report(f"{output_dir}: the save of {name} was cut off; {before}")
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
@@ -96,7 +100,7 @@ def save_checkpoint(
     folder = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f"{TEMPORARY_PREFIX}{folder.name}"
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         for name, group in tensors.items():
             save_file({k: t.detach().cpu().contiguous() for k, t in group.items()}, temporary / f"{name}.safetensors")
         (temporary / STATE).write_text(json.dumps(state, indent=1))
@@ -315,20 +319,20 @@ def check_optimizer_tensors(path: Path, found: dict[str, Tensor], model: nn.Modu
 
 
 def set_aside_newer(output_dir: Path, step: int, report: Callable[[str], None] = print) -> None:
-    """Renames checkpoints beyond `step`, so that a run that goes on from there is never continued from them."""
-    for other, path in list_checkpoints(output_dir).items():
-        if other > step:
+    """Renames checkpoints and snapshots beyond `step`, so that a run that goes on from there never uses them."""
+    for folder in (output_dir, output_dir / SNAPSHOTS):
+        for path in (path for other, path in list_checkpoints(folder).items() if other > step):
             aside = path.with_name(f"abandoned-{path.name}")
             if aside.exists():
                 shutil.rmtree(aside)
             path.rename(aside)
-            report(f"{path.name} is newer than the checkpoint resumed from: renamed to {aside.name}")
+            report(f"{path} is newer than the checkpoint resumed from: renamed to {aside.name}")
 
 
 def delete_all(output_dir: Path) -> None:
-    """Deletes the checkpoints and those set aside, and nothing else."""
+    """Deletes the checkpoints, those set aside and the folder of snapshots, and nothing else."""
     for path in output_dir.iterdir():
-        if path.is_dir() and re.fullmatch(r"(abandoned-)?checkpoint-\d+", path.name):
+        if path.is_dir() and re.fullmatch(rf"(abandoned-)?checkpoint-\d+|{SNAPSHOTS}", path.name):
             shutil.rmtree(path)
 
 

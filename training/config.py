@@ -105,6 +105,9 @@ class TrainConfig:
     beta_end: float = option(0.02, "last beta of the linear schedules")
     rescale_betas_zero_snr: bool = option(False, "rescale the betas so that the last timestep is pure noise")
     snr_gamma: float | None = option(None, "gamma of the min-SNR loss weighting; the plain loss without it")
+    snr_weighting: Literal["min", "soft_min"] = option(
+        "min", "with snr_gamma, min(SNR, gamma) or SNR gamma / (SNR + gamma) for the error of x_0"
+    )
     likelihood_weighting: bool = option(False, "weight the loss by g^2 instead of n^2 (vp, subvp, ve)")
     sde_beta_min: float = option(0.1, "beta at time 0 (vp, subvp)")
     sde_beta_max: float = option(20.0, "beta at time 1 (vp, subvp)")
@@ -131,7 +134,13 @@ class TrainConfig:
     ema_inv_gamma: float = option(1.0, "warm-up length of the EMA: decay = 1 - (1 + step / inv_gamma) ** -power")
     ema_power: float = option(0.75, "warm-up exponent of the EMA")
     ema_max_decay: float = option(0.9999, "largest decay of the EMA")
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "autocast type of the network")
+    post_hoc_ema: bool = option(
+        False, "keep two power-function averages too, for an EMA whose length is chosen later: pipelines.post_hoc_ema"
+    )
+    post_hoc_ema_steps: int = option(1000, "updates between snapshots of the two; all are kept, in float16")
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] = option(
+        "no", "autocast type of the network; auto times float32 and bf16 (or fp16) at the start and takes the faster"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the network")
     channels_last: bool = option(False, "channels-last memory format")
@@ -218,6 +227,8 @@ class TrainConfig:
                 "--rescale_betas_zero_snr does not go with --prediction_type epsilon: at zero SNR the noise tells"
                 " nothing of the image; use v_prediction or sample"
             )
+        if self.snr_gamma is None and self.snr_weighting != DEFAULTS["snr_weighting"]:
+            raise ConfigError(f"--snr_weighting is {self.snr_weighting}, but there is no --snr_gamma; give both")
         if self.rescale_betas_zero_snr and self.snr_gamma is not None:
             raise ConfigError(
                 f"--snr_gamma {self.snr_gamma} gives the last timestep of --rescale_betas_zero_snr, where sampling"
@@ -319,6 +330,11 @@ class TrainConfig:
             settings |= {"sigma_min": sde.sigma_min, "sigma_max": sde.sigma_max}
         return settings
 
+    def loss_settings(self) -> dict:
+        """The arguments of `diffusion_loss` for this run."""
+        names = ("timestep_sampling", "snr_gamma", "snr_weighting", "likelihood_weighting")
+        return {name: getattr(self, name) for name in names}
+
     def unet_kwargs(self, num_classes: int | None = None) -> dict:
         """The constructor arguments of `CustomUNet2DModel` for this run, with K classes and the null class."""
         kwargs = {name: getattr(self, name) for name in UNET_OPTIONS}
@@ -382,6 +398,7 @@ ONLY_FOR = {
     "beta_end": ("ddpm",),
     "rescale_betas_zero_snr": ("ddpm",),
     "snr_gamma": ("ddpm",),
+    "snr_weighting": ("ddpm",),
     "sampler": ("ddpm",),
     "likelihood_weighting": ("vp", "subvp", "ve"),
     "sde_beta_min": ("vp", "subvp"),
@@ -399,7 +416,7 @@ POSITIVE = (
     " learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_nonfinite_steps max_train_steps num_epochs"
     " max_train_minutes checkpointing_steps checkpoints_total_limit validation_steps validation_images"
     " save_images_steps metric_steps eval_batch_size ddpm_num_inference_steps logging_steps max_images num_cpu_threads"
-    " sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_std"
+    " sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_std post_hoc_ema_steps"
 ).split()
 NON_NEGATIVE = "dataloader_num_workers lr_warmup_steps adam_weight_decay seed".split()
 BELOW_ONE = "dropout label_dropout adam_beta1 adam_beta2 ema_max_decay".split()

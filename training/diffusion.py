@@ -106,18 +106,23 @@ def prediction_target(scheduler, clean_images: Tensor, noise: Tensor, timesteps:
     return signal * noise - sigma * clean_images
 
 
-def loss_weight(scheduler, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
+def loss_weight(scheduler, timesteps: Tensor, snr_gamma: float | None, snr_weighting: str = "min") -> Tensor:
     """Weight of each image's squared error, shape (B,).
 
-    Without gamma it is 1: for epsilon the simple loss of DDPM eq. 14. With gamma it is min-SNR-gamma (Hang et al.
-    2023, arXiv 2303.09556, eq. 8 and section 3.4): min(snr, gamma) for the squared error of x_0, carried over to the
-    predicted quantity by ||epsilon error||^2 = snr ||x_0 error||^2 and ||v error||^2 = (snr + 1) ||x_0 error||^2.
+    Without gamma it is 1: for epsilon the simple loss of DDPM eq. 14. With gamma it is a weight of the squared error
+    of x_0, carried over to the predicted quantity by ||epsilon error||^2 = snr ||x_0 error||^2 and
+    ||v error||^2 = (snr + 1) ||x_0 error||^2.
+
+    Args:
+        snr_weighting: that of x_0. `min`: min(snr, gamma), min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, eq. 8
+            and section 3.4). `soft_min`: snr gamma / (snr + gamma), which has no kink (soft-min-SNR, Crowson et al.
+            2024, arXiv 2401.11605).
     """
     if snr_gamma is None:
         return torch.ones(timesteps.shape, device=timesteps.device)
     signal, sigma = signal_and_noise_scale(scheduler, timesteps)
     snr = (signal / sigma).square().flatten()
-    weight = snr.clamp(max=snr_gamma)
+    weight = snr.clamp(max=snr_gamma) if snr_weighting == "min" else snr * (snr_gamma / (snr + snr_gamma))
     return (
         weight
         / {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[scheduler.config.prediction_type]
@@ -130,7 +135,12 @@ def per_image_mse(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def timestep_regression(
-    scheduler, clean_images: Tensor, noise: Tensor, positions: Tensor, snr_gamma: float | None
+    scheduler,
+    clean_images: Tensor,
+    noise: Tensor,
+    positions: Tensor,
+    snr_gamma: float | None,
+    snr_weighting: str = "min",
 ) -> Regression:
     """What the network of a DDPM model is to learn from a batch."""
     timesteps = (positions * scheduler.config.num_train_timesteps).long().to(clean_images.device)
@@ -140,7 +150,7 @@ def timestep_regression(
         inputs=scheduler.add_noise(clean_images, noise, timesteps),
         times=timesteps,
         target=prediction_target(scheduler, clean_images, noise, timesteps),
-        loss_weight=loss_weight(scheduler, timesteps, snr_gamma),
+        loss_weight=loss_weight(scheduler, timesteps, snr_gamma, snr_weighting),
         noise_weight=noise_weight[scheduler.config.prediction_type],
     )
 
@@ -151,12 +161,13 @@ def make_regression(
     noise: Tensor,
     positions: Tensor,
     snr_gamma: float | None = None,
+    snr_weighting: str = "min",
     likelihood_weighting: bool = False,
 ) -> Regression:
     """What the network is to learn from a batch, whatever the kind of the scheduler."""
     if isinstance(scheduler, SDEScheduler):
         return score_regression(scheduler, clean_images, noise, positions, likelihood_weighting)
-    return timestep_regression(scheduler, clean_images, noise, positions, snr_gamma)
+    return timestep_regression(scheduler, clean_images, noise, positions, snr_gamma, snr_weighting)
 
 
 def drop_labels(class_labels: Tensor, null_class: int, probability: float) -> Tensor:
@@ -174,6 +185,7 @@ def diffusion_loss(
     clean_images: Tensor,
     timestep_sampling: str,
     snr_gamma: float | None = None,
+    snr_weighting: str = "min",
     likelihood_weighting: bool = False,
     class_labels: Tensor | None = None,
 ) -> Tensor:
@@ -183,7 +195,7 @@ def diffusion_loss(
         unet: called as `unet(inputs, times, class_labels).sample`, under the caller's autocast if it sets one up.
         scheduler: one of diffusers' or an `SDEScheduler`.
         clean_images: float32 in [-1, 1], shape (B, 3, H, W).
-        snr_gamma: of the min-SNR weighting, for a DDPM model.
+        snr_gamma, snr_weighting: of `loss_weight`, for a DDPM model.
         likelihood_weighting: for an SDE model other than edm.
         class_labels: int64 (B,), for a class-conditional network.
 
@@ -192,7 +204,7 @@ def diffusion_loss(
     """
     noise = torch.randn_like(clean_images)
     positions = sample_positions(timestep_sampling, len(clean_images))
-    task = make_regression(scheduler, clean_images, noise, positions, snr_gamma, likelihood_weighting)
+    task = make_regression(scheduler, clean_images, noise, positions, snr_gamma, snr_weighting, likelihood_weighting)
     model_output = unet(task.inputs, task.times, class_labels).sample
     return (task.loss_weight * per_image_mse(model_output, task.target)).mean()
 

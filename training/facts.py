@@ -1,6 +1,7 @@
 """The facts of a run that travel with its model, from which the model card is written."""
 
 import json
+import math
 import os
 import platform
 from datetime import UTC, datetime
@@ -58,6 +59,14 @@ def run_facts(
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def progress_facts(state: dict) -> dict:
+    """`step`, `train_seconds` and `images_seen` of a checkpoint, by its state."""
+    progress, identity = state["progress"], state["identity"]
+    sizes = [identity[name] for name in ("train_batch_size", "gradient_accumulation_steps", "num_processes")]
+    facts = {name: progress[name] for name in ("step", "train_seconds")}
+    return facts | {"images_seen": progress["attempts"] * math.prod(sizes)}
 
 
 def training_in_all(folder: Path) -> dict:

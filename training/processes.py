@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
@@ -175,10 +175,14 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.device.type == "cpu":
         if config.mixed_precision == "fp16":  # Accelerate would go on in float32
             raise ConfigError("--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no")
-        # `accelerate launch` without --cpu leaves a process one thread, however many cores there are
-        share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(config.num_cpu_threads or max(share, 1))
+        take_cpu_threads(config)
     return accelerator
+
+
+def take_cpu_threads(config: TrainConfig) -> None:
+    """`accelerate launch` without --cpu leaves a process one thread, however many cores there are."""
+    share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config.num_cpu_threads or max(share, 1))
 
 
 def available_cores() -> int:
@@ -188,7 +192,7 @@ def available_cores() -> int:
     )  # macOS has no affinity
 
 
-def on_main_process(accelerator: Accelerator, action: Callable):
+def on_main_process(accelerator: Accelerator | PartialState, action: Callable):
     """Runs an action on the main process alone; its (picklable) result, or its error, reaches every process."""
     outcome = [None, None]
     if accelerator.is_main_process:

@@ -19,11 +19,11 @@ def preflight_summary(
         loss_of: the loss of the training on images of shape (B, 3, H, W); called with one image to see what its
             backward pass keeps.
         facts: `source`, `num_images`, `num_heldout_images`, `num_classes` (None without labels), `num_processes`,
-            `total_steps`, `step`, `device`, `emulates_bf16` (whether the device has no instructions for it).
+            `total_steps`, `step`, `device`.
     """
     parameters = list(network.parameters())
     image = torch.zeros(1, 3, config.resolution, config.resolution, device=parameters[0].device)
-    state_bytes = sum(p.numel() * p.element_size() for p in parameters) * 5
+    state_bytes = sum(p.numel() * p.element_size() for p in parameters) * (7 if config.post_hoc_ema else 5)
     batch_bytes = activation_bytes(lambda: loss_of(image), parameters) * config.train_batch_size
     images_per_update = config.train_batch_size * config.gradient_accumulation_steps * facts["num_processes"]
     length = "no last step"
@@ -51,8 +51,6 @@ def preflight_summary(
         rows["metric"] = (
             f"{config.metric.upper()} of {config.metric_images:,} images every {config.metric_steps:,} updates"
         )
-    if config.mixed_precision == "bf16" and facts["emulates_bf16"]:
-        rows["device"] += ", which this CPU has no instructions for: --mixed_precision no is many times faster"
     deaf = levels_without_time(config)
     if deaf:
         rows["note"] = (

@@ -1,0 +1,108 @@
+"""The model of a training with its weights averaged over another length, chosen afterwards.
+
+    python -m pipelines.post_hoc_ema --run RUN_DIR --sigma_rel 0.075 [--step S] --out DIR
+
+RUN_DIR is the output folder of a training with `--post_hoc_ema true`. The average at step S, by default the newest
+one, is put together from those in RUN_DIR/ema_snapshots and in the checkpoints (`training/post_hoc_ema.py`) and
+written as a model repository. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from pipelines.command import Parser, check_numbers, run_command
+from pipelines.export import export_variant
+from pipelines.loading import InputError, load_pipeline
+from training.checkpoint import (
+    SNAPSHOTS,
+    CheckpointError,
+    check_tensors,
+    list_checkpoints,
+    load_checkpoint,
+    read_identity,
+    read_state,
+    verify_checkpoint,
+)
+from training.facts import progress_facts
+from training.post_hoc_ema import LARGEST_SIGMA_REL, STORED, combine_profiles
+
+
+def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
+    """Step -> folder of the snapshots and checkpoints of a run up to `step`, by rising step.
+
+    Raises:
+        InputError: if there is none of that step, or the run has kept no averages.
+        CheckpointError: if the newest one is damaged.
+    """
+    found = dict(sorted((list_checkpoints(run / SNAPSHOTS) | list_checkpoints(run)).items()))
+    if not found or not read_identity(found[max(found)]).get("post_hoc_ema"):
+        raise InputError(f"--run {run} has no averages to build on; train with --post_hoc_ema true")
+    if step is not None and step not in found:
+        nearest = min(found, key=lambda other: abs(other - step))
+        raise InputError(f"--step {step} has no snapshot in {run}; the nearest is that of step {nearest}")
+    return {other: folder for other, folder in found.items() if step is None or other <= step}
+
+
+def reconstruct(
+    snapshots: dict[int, Path], sigma_rel: float, expected: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], float]:
+    """The average of `sigma_rel` at the last of the snapshots, summed in float64, and its profile's relative error.
+
+    Args:
+        expected: parameters by name, whose names and shapes those of the snapshots must have.
+
+    Raises:
+        CheckpointError: naming a snapshot that is damaged or of another network.
+    """
+    factors, error = combine_profiles([*snapshots], max(snapshots), sigma_rel)
+    sums = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in expected.items()}
+    for folder, row in zip(snapshots.values(), factors, strict=True):
+        verify_checkpoint(folder)
+        averages, _ = load_checkpoint(folder, [*STORED])
+        for stem, factor in zip(STORED, row, strict=True):
+            average = {name: tensor.float() for name, tensor in averages[stem].items()}  # snapshots are float16
+            check_tensors(folder / f"{stem}.safetensors", average, expected)
+            for name, total in sums.items():
+                total.add_(average[name], alpha=factor)
+    return {name: total.float() for name, total in sums.items()}, error
+
+
+def parse_options(arguments: list[str]) -> Namespace:
+    """Raises InputError."""
+    parser = Parser(prog="python -m pipelines.post_hoc_ema", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--run", type=Path, required=True, help="output folder of a training with --post_hoc_ema true")
+    parser.add_argument(
+        "--sigma_rel", type=float, required=True, help="length: standard deviation / step, 0.01 to 0.28"
+    )
+    parser.add_argument("--step", type=int, help="one with a snapshot (default: the newest)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new model repository")
+    options = parser.parse_args(arguments)
+    check_numbers(options, {"sigma_rel": 0.01, "step": 1}, {"sigma_rel": LARGEST_SIGMA_REL})
+    return options
+
+
+def run(options: Namespace) -> None:
+    snapshots = find_snapshots(options.run, options.step)
+    pipeline = load_pipeline(options.run / "pipeline", "fp32", None)
+    trainable = {name: parameter for name, parameter in pipeline.unet.named_parameters() if parameter.requires_grad}
+    weights, error = reconstruct(snapshots, options.sigma_rel, trainable)
+    pipeline.unet.load_state_dict(pipeline.unet.state_dict() | weights)
+    step = max(snapshots)
+    about = {"sigma_rel": options.sigma_rel, "num_snapshots": len(snapshots), "profile_error": error}
+    facts = progress_facts(read_state(snapshots[step])) | {"post_hoc_ema": about}
+    export_variant(pipeline, options.run / "pipeline", options.out, facts)
+    print(
+        f"wrote {options.out}: step {step}, sigma_rel {options.sigma_rel:g}, from {len(snapshots)} snapshots; the"
+        f" relative error of its profile is {error:.2g}"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    return run_command(lambda: run(parse_options(arguments)), (InputError, CheckpointError))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

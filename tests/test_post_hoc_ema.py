@@ -1,0 +1,231 @@
+"""Averages of any length, put together after the training, against explicit weighted sums of the trajectory."""
+
+import json
+import shutil
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from test_train_unet import TINY, error_line
+
+import train_unet
+from pipelines import CustomUNetPipeline
+from pipelines.post_hoc_ema import main
+from training.config import TrainConfig
+from training.post_hoc_ema import (
+    LARGEST_SIGMA_REL,
+    STORED,
+    combine_profiles,
+    inner_products,
+    power_of,
+    start_averages,
+    update_averages,
+)
+from training.processes import StopSignal, build_accelerator
+
+
+def profile(step: int, sigma_rel: float) -> np.ndarray:
+    """Weights of the updates 1 to `step` in the average, float64 (step,); they add up to 1."""
+    borders = (np.arange(step + 1) / step) ** (power_of(sigma_rel) + 1)
+    return np.diff(borders)
+
+
+def average(trajectory: np.ndarray, step: int, sigma_rel: float) -> np.ndarray:
+    """The long way: (T, P) -> (P,)."""
+    return profile(step, sigma_rel) @ trajectory[:step]
+
+
+@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.2, LARGEST_SIGMA_REL])
+def test_sigma_rel_is_the_standard_deviation_of_the_profile(sigma_rel):
+    step = 100_000
+    weights, positions = profile(step, sigma_rel), (np.arange(step) + 0.5) / step
+    mean = weights @ positions
+    assert np.sqrt(weights @ (positions - mean) ** 2) == pytest.approx(sigma_rel, rel=1e-5)
+
+
+def test_updates_add_up_to_the_weights_of_the_profile_and_leave_frozen_parameters_out():
+    torch.manual_seed(0)
+    network = torch.nn.Linear(5, 3).double()
+    network.bias.requires_grad_(False)
+    averages, trajectory = start_averages(network), []
+    for step in range(1, 301):
+        with torch.no_grad():
+            network.weight.add_(torch.randn_like(network.weight))
+        trajectory.append(network.weight.detach().numpy().ravel().copy())
+        update_averages(averages, network, step)
+    assert averages.keys() == STORED.keys()
+    for stem, tensors in averages.items():
+        assert tensors.keys() == {"weight"}
+        expected = average(np.array(trajectory), 300, STORED[stem])
+        np.testing.assert_allclose(tensors["weight"].numpy().ravel(), expected, rtol=0, atol=1e-12)
+
+
+def test_inner_products_are_the_integrals_of_the_products():
+    steps, powers = [10.0, 25.0, 25.0], [5.0, 16.97, 0.5]
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    expected = np.empty((3, 3))
+    for i, j in np.ndindex(3, 3):
+        end = min(steps[i], steps[j])
+        s = end * (nodes + 1) / 2
+        values = [(powers[k] + 1) * s ** powers[k] / steps[k] ** (powers[k] + 1) for k in (i, j)]
+        expected[i, j] = (weights * values[0] * values[1]).sum() * end / 2
+    np.testing.assert_allclose(inner_products(steps, powers, steps, powers), expected, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def random_walk() -> np.ndarray:
+    """4,096 updates of 64 parameters, float64, with a drift that ends as a training does."""
+    steps = np.random.default_rng(0).normal(size=(4096, 64))
+    return np.cumsum(steps, axis=0) + 50 * np.sqrt(np.arange(1, 4097))[:, None] / 64
+
+
+def reconstruction_error(trajectory: np.ndarray, num_snapshots: int, step: int, sigma_rel: float) -> float:
+    """Of the average from equally spaced snapshots, relative to how far the newest weights are from it."""
+    every = len(trajectory) // num_snapshots
+    steps = list(range(every, step + 1, every))
+    stored = np.array([[average(trajectory, s, value) for value in STORED.values()] for s in steps])
+    factors, _ = combine_profiles(steps, step, sigma_rel)
+    expected = average(trajectory, step, sigma_rel)
+    found = np.einsum("sk,skp->p", factors, stored)
+    return np.linalg.norm(found - expected) / np.linalg.norm(trajectory[step - 1] - expected)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.03, 0.075, 0.15, 0.2])
+def test_a_random_walk_is_averaged_over_any_length_and_the_error_falls_with_more_snapshots(random_walk, sigma_rel):
+    """The tolerance: a thousandth of the distance between weights and average, with 64 snapshots."""
+    errors = [reconstruction_error(random_walk, number, 4096, sigma_rel) for number in (8, 16, 32, 64)]
+    assert all(more < fewer / 2 for fewer, more in pairwise(errors)), errors
+    assert errors[-1] < 1e-3
+    assert reconstruction_error(random_walk, 64, 2048, sigma_rel) < 1e-2
+
+
+@pytest.mark.parametrize("sigma_rel", STORED.values())
+def test_a_stored_average_is_itself(sigma_rel):
+    steps = list(range(100, 3300, 100))
+    factors, error = combine_profiles(steps, 3200, sigma_rel)
+    expected = np.zeros((32, 2))
+    expected[-1, [*STORED.values()].index(sigma_rel)] = 1
+    np.testing.assert_allclose(factors, expected, atol=1e-8)
+    assert error < 1e-6
+
+
+def test_the_error_of_the_profile_is_that_of_the_weights():
+    """Against the weights of single updates, which the profile has in the limit of many."""
+    steps = [500, 1000, 1500, 2000]
+    for sigma_rel in (0.02, 0.075, 0.25):
+        factors, error = combine_profiles(steps, 2000, sigma_rel)
+        combined = np.zeros(2000)
+        for step, row in zip(steps, factors, strict=True):
+            for value, factor in zip(STORED.values(), row, strict=True):
+                combined[:step] += factor * profile(step, value)
+        target = profile(2000, sigma_rel)
+        assert error == pytest.approx(np.linalg.norm(combined - target) / np.linalg.norm(target), rel=0.02)
+
+
+# A run and the command
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 40 updates with its output folder, and the weights after each of them by name, float64 (40, ...)."""
+    folder = tmp_path_factory.mktemp("trained")
+    changes = {"output_dir": str(folder / "run"), "cache_dir": str(folder / "cache"), "max_train_steps": 40}
+    changes |= {"checkpointing_steps": 40, "learning_rate": 1e-2, "lr_scheduler": "constant_with_warmup"}
+    config = TrainConfig(**TINY | changes)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = train_unet.Trainer(config, build_accelerator(config), float("inf"), StopSignal())
+    trainer.start_or_resume()
+    trajectory, make_step = [], trainer.training_step
+
+    def recorded_step():
+        result = make_step()
+        trajectory.append({name: p.detach().double().clone() for name, p in trainer.network.named_parameters()})
+        return result
+
+    trainer.training_step = recorded_step
+    trainer.train()
+    trainer.lock.release()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder / "run", {name: torch.stack([weights[name] for weights in trajectory]) for name in trajectory[0]}
+
+
+def reconstruct(run, out, *flags) -> int:
+    return main([str(part) for part in ("--run", run, "--out", out, *flags)])
+
+
+@pytest.mark.parametrize(("step", "sigma_rel"), [(None, 0.075), (30, 0.12)])
+def test_the_command_writes_a_model_with_the_average_of_the_trajectory(trained, tmp_path, step, sigma_rel, capsys):
+    """From 20 or 15 snapshots in half precision."""
+    run, trajectory = trained
+    out, end = tmp_path / "averaged", step or 40
+    assert reconstruct(run, out, "--sigma_rel", sigma_rel, *(["--step", step] if step else [])) == 0
+    assert f"step {end}, sigma_rel {sigma_rel}, from {end // 2} snapshots" in capsys.readouterr().out
+    pipeline = CustomUNetPipeline.from_pretrained(out)
+    assert len(pipeline(batch_size=2, num_inference_steps=2).images) == 2
+    weights = torch.from_numpy(profile(end, sigma_rel))
+    distances, errors = [], []
+    for name, found in pipeline.unet.named_parameters():
+        path = trajectory[name][:end]
+        expected = torch.tensordot(weights, path, 1)
+        distances.append((path[-1] - expected).square().sum())
+        errors.append((found.detach() - expected).square().sum())
+    assert (sum(errors) / sum(distances)).sqrt() < 0.02
+
+    facts = json.loads((out / "training.json").read_text())
+    assert (facts["step"], facts["images_seen"], facts["heldout"]) == (end, 14 * end, None)
+    assert (facts["post_hoc_ema"]["sigma_rel"], facts["post_hoc_ema"]["num_snapshots"]) == (sigma_rel, end // 2)
+    card = (out / "README.md").read_text()
+    assert f"power function of relative standard deviation {sigma_rel}, chosen after the training" in card
+    assert "the power-function moving average" in card
+    assert "karras2024analyzing" in card
+    assert not (out / "samples.png").exists()
+
+
+def test_the_checkpoint_has_the_averages_in_full_precision_and_the_snapshot_in_half(trained):
+    run, trajectory = trained
+    for stem, sigma_rel in STORED.items():
+        full = load_file(run / "checkpoint-40" / f"{stem}.safetensors")
+        half = load_file(run / "ema_snapshots" / "checkpoint-40" / f"{stem}.safetensors")
+        weights = torch.from_numpy(profile(40, sigma_rel))
+        assert full.keys() == half.keys() == trajectory.keys()
+        for name, path in trajectory.items():
+            torch.testing.assert_close(full[name].double(), torch.tensordot(weights, path, 1), rtol=0, atol=1e-6)
+            assert torch.equal(half[name], full[name].half())
+
+
+def test_a_checkpoint_between_two_snapshots_is_one_too(trained, tmp_path, capsys):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    shutil.rmtree(run / "ema_snapshots" / "checkpoint-40")
+    assert reconstruct(run, tmp_path / "out", "--sigma_rel", "0.05") == 0
+    assert "step 40, sigma_rel 0.05, from 20 snapshots" in capsys.readouterr().out
+    found = CustomUNetPipeline.from_pretrained(tmp_path / "out").unet.state_dict()
+    for name, value in load_file(run / "checkpoint-40" / "ema_sigma_rel_0.05.safetensors").items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sigma_rel", "0.3"], "--sigma_rel is 0.3"),
+        (["--sigma_rel", "0.1", "--step", "39"], "the nearest is that of step 38"),
+        (["--sigma_rel", "0.1", "--run", "nowhere"], "no averages to build on"),
+    ],
+)
+def test_bad_input_is_one_line(trained, tmp_path, flags, message, capsys):
+    assert reconstruct(trained[0], tmp_path / "out", *flags) == 2
+    assert message in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_snapshot_is_refused(trained, tmp_path, capsys):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    path = run / "ema_snapshots" / "checkpoint-12" / "ema_sigma_rel_0.10.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    assert reconstruct(run, tmp_path / "out", "--sigma_rel", "0.1") == 2
+    assert str(path) in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,102 @@
+"""The precision of `--mixed_precision auto`: that in which this machine trains this network faster, by measurement."""
+
+import statistics
+import time
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+
+from training.checkpoint import find_checkpoint, read_state
+from training.config import TrainConfig
+from training.diffusion import diffusion_loss
+from training.processes import on_main_process, take_cpu_threads
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WARM_UP_UPDATES, TIMED_UPDATES = 2, 5
+
+
+def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> TrainConfig:
+    """The configuration with the precision that `auto` stands for; all processes take that of the main process.
+
+    It is that of the checkpoint to resume from, which is not timed again, or else the faster one. To be called before
+    the `Accelerator` is made, which takes its precision for good.
+
+    Raises:
+        CheckpointError: if there are checkpoints but none is intact.
+    """
+    if config.mixed_precision != "auto":
+        return config
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu, timeout=timedelta(hours=2))  # the other processes wait
+    if state.device.type == "cpu":
+        take_cpu_threads(config)
+
+    def choose() -> str:
+        recorded = recorded_precision(config)
+        if recorded is not None:
+            print(f"--mixed_precision auto: {recorded}, as in the checkpoint", flush=True)
+            return recorded
+        seconds = update_seconds(config, network_class, state.device, candidates(state.device))
+        fastest = min(seconds, key=seconds.get)
+        speeds = {name: f"{config.train_batch_size / value:.1f} images/s" for name, value in seconds.items()}
+        told = " against ".join(f"{speed} with {name}" for name, speed in speeds.items())
+        print(f"--mixed_precision auto: {told}; taking {fastest}", flush=True)
+        return fastest
+
+    return replace(config, mixed_precision=on_main_process(state, choose))
+
+
+def recorded_precision(config: TrainConfig) -> str | None:
+    """That of the checkpoint to resume from; None for a fresh run, or a checkpoint that does not tell."""
+    if config.overwrite_output_dir:
+        return None
+    folder = find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint, lambda line: None)
+    return None if folder is None else read_state(folder).get("mixed_precision")
+
+
+def candidates(device: torch.device) -> list[str]:
+    """Values of `--mixed_precision`: float32, and the half precision that suits the device."""
+    lacks_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return ["no", "fp16" if lacks_bf16 else "bf16"]
+
+
+def update_seconds(
+    config: TrainConfig, network_class: type[nn.Module], device: torch.device, precisions: list[str]
+) -> dict[str, float]:
+    """Median seconds of the loss of a batch of noise, forward and backward, in each of the precisions by turns.
+
+    It has a network of its own, without classes, and leaves the random generators as they were.
+    """
+    seconds = {name: [] for name in precisions}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        network = network_class(**config.unet_kwargs()).train()
+        network.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+        if config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if config.compile:
+            network.compile(fullgraph=True)
+        shape = (config.train_batch_size, 3, config.resolution, config.resolution)
+        images, scheduler = torch.rand(shape, device=device).mul_(2).sub_(1), config.noise_scheduler()
+        for number in range(WARM_UP_UPDATES + TIMED_UPDATES):
+            for name in precisions:
+                started_at_seconds = time.perf_counter()
+                unet = partial(_under_autocast, network, DTYPES[name])
+                diffusion_loss(unet, scheduler, images, **config.loss_settings()).backward()
+                network.zero_grad()
+                if device.type != "cpu":
+                    torch.accelerator.synchronize()
+                if number >= WARM_UP_UPDATES:
+                    seconds[name].append(time.perf_counter() - started_at_seconds)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _under_autocast(network: nn.Module, dtype: torch.dtype, images: torch.Tensor, *arguments):
+    """As Accelerate prepares it: the network alone is under autocast, not the loss."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return network(images, *arguments)
