@@ -68,8 +68,8 @@ SPEED_REPORT_STEPS = 20  # updates after which speed and time left are told in a
 RANGE_IMAGES = 1000  # of the data, by which the noise levels are judged
 OBJECTIVE = (  # what the loss and the noise process depend on; older checkpoints do not tell all of it
     "prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr objective"
-    " likelihood_weighting sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_mean noise_std label_dropout"
-    " snr_gamma snr_weighting"
+    " likelihood_weighting sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_mean noise_std time_density"
+    " label_dropout snr_gamma snr_weighting"
 ).split()
 MEMORY_SAVERS = "set --gradient_checkpointing true or --mixed_precision bf16"
 

@@ -32,9 +32,11 @@ class ExactSDENetwork(ModelMixin, ConfigMixin):
     def forward(self, sample: Tensor, c_noise: Tensor) -> SimpleNamespace:
         scheduler, sde = self.scheduler, self.scheduler.sde
         c_noise = c_noise.double().flatten()[0]
-        t = {"edm": lambda: (4 * c_noise).exp(), "ve": lambda: sde.time_of(c_noise)}.get(
-            scheduler.config.objective, lambda: c_noise / 999
-        )()
+        t = {
+            "edm": lambda: (4 * c_noise).exp(),
+            "ve": lambda: sde.time_of(c_noise),
+            "flow": lambda: c_noise / 1000,
+        }.get(scheduler.config.objective, lambda: c_noise / 999)()
         c_skip, c_out, c_in, _ = scheduler.preconditioning(t)
         x = sample.double() / c_in
         output = (self.clean(x, t) - c_skip * x) / c_out

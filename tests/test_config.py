@@ -136,6 +136,7 @@ def test_shipped_configurations_build_their_network(path):
         ("celebahq256", 113_673_219, 113_673_219),
         ("vp32", 1_624_323, 1_624_323),
         ("edm32", 1_624_323, 1_624_323),
+        ("flow32", 1_624_323, 1_624_323),
         ("ncsnpp32", 1_700_000, 1_800_000),
     ],
 )
@@ -206,7 +207,7 @@ def test_bad_input_is_one_line(parse, yaml_text, flags, message):
     assert "\n" not in str(error.value)
 
 
-VP, EDM = ["--objective", "vp"], ["--objective", "edm"]
+VP, EDM, FLOW = (["--objective", name] for name in ("vp", "edm", "flow"))
 VE = ["--objective", "ve", "--time_embedding_type", "fourier"]
 
 
@@ -217,6 +218,10 @@ VE = ["--objective", "ve", "--time_embedding_type", "fourier"]
         ([*EDM, "--time_embedding_type", "fourier"], "ve needs fourier"),
         ([*VP, "--time_embedding_type", "learned"], "learned knows whole timesteps alone"),
         ([*VE, "--prediction_type", "v_prediction"], "--prediction_type is v_prediction, which means nothing to"),
+        ([*FLOW, "--time_embedding_type", "fourier"], "ve needs fourier"),
+        ([*FLOW, "--prediction_type", "v_prediction"], "--prediction_type is v_prediction, which means nothing to"),
+        ([*FLOW, "--likelihood_weighting"], "--likelihood_weighting"),
+        ([*EDM, "--time_density", "logit_normal"], "--time_density is logit_normal, which means nothing to"),
         ([*EDM, "--prediction_type", "sample"], "--prediction_type is sample, which means nothing to"),
         ([*VP, "--snr_gamma", "5"], "--snr_gamma"),
         ([*VP, "--rescale_betas_zero_snr", "--prediction_type", "v_prediction"], "--rescale_betas_zero_snr"),
@@ -270,6 +275,8 @@ def yaml_of(flags: list[str]) -> str:
         ([*VE, "--sigma_max", "50"], {"prediction_type": "score", "sigma_min": None, "sigma_max": 50.0}),
         ([*EDM, "--sigma_data", "0.4", "--noise_mean", "-1"], {"prediction_type": "edm", "sigma_data": 0.4}),
         ([*EDM, "--ddpm_num_inference_steps", "2000"], {"objective": "edm"}),
+        (FLOW, {"prediction_type": "flow_prediction", "time_density": "uniform", "clip_sample": False}),
+        ([*FLOW, "--time_density", "logit_normal"], {"objective": "flow", "time_density": "logit_normal"}),
     ],
 )
 def test_the_noise_process_is_that_of_the_flags(parse, flags, scheduler):
@@ -290,7 +297,9 @@ def test_settings_of_an_objective_are_those_that_mean_something_to_it(parse):
     }
 
 
-@pytest.mark.parametrize(("name", "objective"), [("vp32", "vp"), ("vp32", "subvp"), ("edm32", "edm")])
+@pytest.mark.parametrize(
+    ("name", "objective"), [("vp32", "vp"), ("vp32", "subvp"), ("edm32", "edm"), ("flow32", "flow")]
+)
 def test_the_configurations_in_continuous_time_have_the_network_of_the_quickstart(name, objective):
     config = parse_config(["--config", str(CONFIGS[0].parent / f"{name}.yaml"), "--objective", objective])
     quickstart = parse_config(["--config", str(CONFIGS[0].parent / "quickstart.yaml")])

@@ -412,7 +412,9 @@ def log_density_of_the_model(data: Mixture, points: Tensor, sde) -> Tensor:
     return prior.log_prob(end).sum(1) + stretch.log().sum()
 
 
-@pytest.mark.parametrize(("objective", "prediction_type"), [(o, p) for o, ps in OBJECTIVES.items() for p in ps])
+@pytest.mark.parametrize(
+    ("objective", "prediction_type"), [(o, p) for o, ps in OBJECTIVES.items() for p in ps if o != "flow"]
+)
 def test_density_of_sde_models_that_end_far_from_their_prior(objective, prediction_type):
     scheduler = SDEScheduler(
         objective=objective, prediction_type=prediction_type, beta_max=2.0, sigma_min=0.01, sigma_max=2.0

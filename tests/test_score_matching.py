@@ -10,7 +10,8 @@ from training.score_matching import check_noise_levels, score_regression
 from training.sde import SDEScheduler
 
 KINDS = ["epsilon", "sample", "v_prediction"]
-ALL = [(name, kind) for name in ("vp", "subvp") for kind in KINDS] + [("ve", "score"), ("edm", "edm")]
+ALL = [(name, kind) for name in ("vp", "subvp") for kind in KINDS] + [("ve", "score")]
+ALL += [("edm", "edm"), ("flow", "flow_prediction")]
 
 
 class Network(torch.nn.Conv2d):
@@ -37,7 +38,7 @@ class OracleNetwork(torch.nn.Module):
     def forward(self, inputs, c_noise, class_labels=None):
         objective = self.scheduler.config.objective
         times = {"ve": lambda c: self.scheduler.sde.time_of(c), "edm": lambda c: (4 * c).exp()}.get(
-            objective, lambda c: c / 999
+            objective, lambda c: c / (1000 if objective == "flow" else 999)
         )(c_noise.double())
         alpha, n = alpha_and_n(self.scheduler, times)
         clean, noise = self.clean_images.double(), self.noise.double()
@@ -49,6 +50,7 @@ class OracleNetwork(torch.nn.Module):
             "v_prediction": lambda: (alpha * epsilon - n * predicted) / (alpha**2 + n**2).sqrt(),
             "score": lambda: -epsilon / n,
             "edm": lambda: (predicted - 0.25 / (n**2 + 0.25) * x) / (n * 0.5 / (n**2 + 0.25).sqrt()),
+            "flow_prediction": lambda: epsilon - predicted,
         }[self.scheduler.config.prediction_type]()
         return type("Output", (), {"sample": output.float()})
 
@@ -62,6 +64,7 @@ def alpha_and_n(scheduler, times):
         "subvp": lambda: ((-integral / 2).exp(), 1 - (-integral).exp()),
         "ve": lambda: (torch.ones_like(t), 0.02 * (100 / 0.02) ** t),
         "edm": lambda: (torch.ones_like(t), t),
+        "flow": lambda: (1 - t, t),
     }[scheduler.config.objective]()
 
 
@@ -109,7 +112,21 @@ def test_loss_of_edm_is_that_of_karras():
     torch.testing.assert_close(loss, (weight * (denoised - images()) ** 2).mean().float(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("objective", "kind"), ALL[:-1])
+@pytest.mark.parametrize("how", ["uniform", "stratified", "antithetic"])
+@pytest.mark.parametrize("density", ["uniform", "logit_normal"])
+def test_loss_of_flow_is_the_mean_squared_error_of_the_velocity(density, how):
+    """Liu et al. 2022, eq. 1, with time reversed; logit-normal as in Esser et al. 2024, section 3.1."""
+    network = Network()
+    scheduler = SDEScheduler(objective="flow", prediction_type="flow_prediction", time_density=density)
+    loss, noise, positions = loss_and_draws(scheduler, network, images(), how)
+    t = positions.view(-1, 1, 1, 1)
+    if density == "logit_normal":
+        t = 1 / (1 + (-math.sqrt(2) * torch.erfinv(2 * t - 1)).exp())
+    velocity = network(((1 - t) * images() + t * noise).float(), (1000 * t).flatten().float()).sample
+    torch.testing.assert_close(loss, (velocity - (noise - images())).square().mean(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("objective", "kind"), ALL[:-2])
 def test_likelihood_weighting_is_g_squared_times_the_error_of_the_score(objective, kind):
     scheduler = SDEScheduler(objective=objective, prediction_type=kind)
     torch.manual_seed(5)
@@ -166,8 +183,12 @@ def test_noise_images_and_loss_are_float32_and_small_times_are_not_lost(objectiv
         images(4).flip(0),
     )
     positions = torch.tensor([0.0, 1e-6, 1e-3, 1 - 2**-25], dtype=torch.float64)
-    task = score_regression(scheduler, clean_images, noise, positions, likelihood_weighting=objective != "edm")
-    exact = score_regression(scheduler, clean_images.double(), noise.double(), positions, objective != "edm")
+    task = score_regression(
+        scheduler, clean_images, noise, positions, likelihood_weighting=(objective, kind) in ALL[:-2]
+    )
+    exact = score_regression(
+        scheduler, clean_images.double(), noise.double(), positions, (objective, kind) in ALL[:-2]
+    )
     for name in ("inputs", "times", "target", "loss_weight", "noise_weight"):
         value = getattr(task, name)
         assert value.dtype == torch.float32

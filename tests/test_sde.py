@@ -14,6 +14,8 @@ from training.sde import (
     SDE,
     VESDE,
     VPSDE,
+    FlowSDE,
+    SDEScheduler,
     SubVPSDE,
     clean_from_noise,
     clean_from_score,
@@ -32,6 +34,7 @@ SDES = {
     "vp": VPSDE(),
     "subvp": SubVPSDE(),
     "edm": EDMSDE(0.002, 10.0),
+    "flow": FlowSDE(),
     "discrete linear": DiscreteVPSDE(LINEAR),
     "discrete cosine": DiscreteVPSDE(COSINE),
 }
@@ -42,7 +45,7 @@ def times(sde, number: int = 9) -> torch.Tensor:
     return torch.linspace(first, sde.last_time, number, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["ve", "vp", "subvp", "edm"])
+@pytest.mark.parametrize("name", ["ve", "vp", "subvp", "edm", "flow"])
 def test_drift_and_diffusion_give_mean_and_standard_deviation(name):
     """d alpha / dt = f alpha and d n^2 / dt = 2 f n^2 + g^2, integrated from the first to the last time."""
     sde, t = SDES[name], times(SDES[name])
@@ -146,10 +149,31 @@ def test_the_four_predictions_are_one():
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_the_velocity_of_a_flow_tells_the_other_predictions():
+    """x_0 = x - t u, epsilon = x + (1 - t) u and score = -(x + (1 - t) u) / t, for u = epsilon - x_0."""
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 6, 3, 4, 4, generator=generator, dtype=torch.float64)
+    scheduler = SDEScheduler(objective="flow", prediction_type="flow_prediction")
+    times = torch.linspace(1e-3, 0.999, 6, dtype=torch.float64)
+    t, u = times.view(-1, 1, 1, 1), noise - clean
+    x = scheduler.add_noise(clean, noise, times)
+    torch.testing.assert_close(x, (1 - t) * clean + t * noise)
+    c_skip, c_out, c_in, c_noise = scheduler.preconditioning(times)
+    assert (c_in == 1).all()
+    torch.testing.assert_close(c_noise, 1000 * times)
+    found = c_skip.view(-1, 1, 1, 1) * x + c_out.view(-1, 1, 1, 1) * u
+    torch.testing.assert_close(found, x - t * u)
+    torch.testing.assert_close(found, clean)
+    torch.testing.assert_close(noise_from_clean(found, x, 1 - t, t), x + (1 - t) * u)
+    torch.testing.assert_close(score_from_clean(found, x, 1 - t, t), -(x + (1 - t) * u) / t)
+    v = ((1 - t) * noise - t * clean) / (t**2 + (1 - t) ** 2).sqrt()
+    torch.testing.assert_close(velocity(found, noise_from_clean(found, x, 1 - t, t), 1 - t, t), v)
+
+
 def test_the_score_is_that_of_the_perturbed_data():
     """Of a mixture of two points: the gradient of the log-density of x_t, by autograd, at the posterior mean."""
     points = torch.tensor([-0.5, 0.8], dtype=torch.float64)
-    for sde in (VESDE(), VPSDE(), SubVPSDE()):
+    for sde in (VESDE(), VPSDE(), SubVPSDE(), FlowSDE()):
         t = torch.tensor(0.3, dtype=torch.float64)
         alpha, n = sde.signal_scale(t), sde.noise_scale(t)
         x = torch.linspace(-1, 1, 11, dtype=torch.float64).requires_grad_()

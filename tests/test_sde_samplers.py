@@ -21,7 +21,7 @@ from pipelines.custom_unet_pipeline import (
     sampling_times,
     solve_flow,
 )
-from training.sde import EDMSDE, VESDE, VPSDE, SubVPSDE
+from training.sde import EDMSDE, VESDE, VPSDE, FlowSDE, SubVPSDE
 
 N = 10000
 DATA = mixture()
@@ -30,6 +30,7 @@ SDES = {
     "vp": VPSDE(),
     "subvp": SubVPSDE(),
     "edm": EDMSDE(0.002, 10.0),
+    "flow": FlowSDE(),
     "discrete": DiscreteVPSDE(DDPMScheduler().alphas_cumprod),
 }
 # largest error of weights, means and (relative) covariances that chance leaves of N samples

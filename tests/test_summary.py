@@ -43,6 +43,7 @@ def test_the_objective_is_told_with_its_settings():
         "vp SDE, epsilon, beta from 0.1 to 20, likelihood weighting"
     )
     assert text(objective="ve", time_embedding_type="fourier") == "ve SDE, sigma from 0.02 to 100"
+    assert text(objective="flow", time_density="logit_normal") == "flow, logit_normal times"
     assert text(objective="edm", sigma_max=50) == (
         "edm, sigma from 0.002 to 50, in training ln(sigma) ~ N(-1.2, 1.2^2), sigma_data 0.5"
     )

@@ -93,11 +93,11 @@ class TrainConfig:
     flip_sin_to_cos: bool = option(True, "cosines before sines in the positional time embedding")
 
     # Diffusion: in timesteps (ddpm), or in continuous time by an SDE
-    objective: Literal["ddpm", "vp", "subvp", "ve", "edm"] = option(
-        "ddpm", "noise process and loss: DDPM's, those of the VP, sub-VP and VE SDEs, or EDM's"
+    objective: Literal["ddpm", "vp", "subvp", "ve", "edm", "flow"] = option(
+        "ddpm", "noise process and loss: DDPM's, those of the VP, sub-VP and VE SDEs, EDM's, or rectified flow's"
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option(
-        "epsilon", "what the network predicts; with ve it is the score, with edm a mixture"
+        "epsilon", "what the network predicts; with ve it is the score, with edm a mixture, with flow the velocity"
     )
     ddpm_num_steps: int = option(1000, "timesteps T of the forward process")
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option("linear", "noise schedule")
@@ -116,6 +116,7 @@ class TrainConfig:
     sigma_data: float = option(0.5, "standard deviation of the pixel values in [-1, 1] (edm)")
     noise_mean: float = option(-1.2, "mean of ln(sigma) in training (edm)")
     noise_std: float = option(1.2, "standard deviation of ln(sigma) in training (edm)")
+    time_density: Literal["uniform", "logit_normal"] = option("uniform", "density of the times in training (flow)")
     timestep_sampling: Literal["uniform", "stratified", "antithetic"] = option(
         "uniform", "times of a batch: independent, one from each of B equal strata, or in pairs t and T - 1 - t"
     )
@@ -309,7 +310,7 @@ class TrainConfig:
                 )
             return SDEScheduler(
                 objective=self.objective,
-                prediction_type={"ve": "score", "edm": "edm"}.get(self.objective, self.prediction_type),
+                prediction_type=OWN_PREDICTION.get(self.objective, self.prediction_type),
                 beta_min=self.sde_beta_min,
                 beta_max=self.sde_beta_max,
                 sigma_min=self.sigma_min,
@@ -317,6 +318,8 @@ class TrainConfig:
                 sigma_data=self.sigma_data,
                 noise_mean=self.noise_mean,
                 noise_std=self.noise_std,
+                time_density=self.time_density,
+                clip_sample=self.objective != "flow",  # its x_0 errs by no more than its velocity
             )
         except ValueError as error:
             raise ConfigError(f"--objective {self.objective}: {error}") from error
@@ -408,7 +411,9 @@ ONLY_FOR = {
     "sigma_data": ("edm",),
     "noise_mean": ("edm",),
     "noise_std": ("edm",),
+    "time_density": ("flow",),
 }
+OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the others take --prediction_type
 LARGEST_LAST_SIGNAL = 0.05
 UNET_OPTIONS = [name for name in inspect.signature(CustomUNet2DModel.__init__).parameters if name in TYPES]
 POSITIVE = (

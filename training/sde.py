@@ -31,7 +31,9 @@ PREDICTION_TYPES = {
     "subvp": ("epsilon", "sample", "v_prediction"),
     "ve": ("score",),
     "edm": ("edm",),
+    "flow": ("flow_prediction",),
 }
+TIME_DENSITIES = ("uniform", "logit_normal")
 
 
 class SDE(ABC):
@@ -231,6 +233,32 @@ class EDMSDE(_SigmaSDE):
         return sigma
 
 
+class FlowSDE(SDE):
+    """The SDE with the marginals of rectified flow: alpha = 1 - t and n = t (Liu et al. 2022, arXiv 2209.03003; Lipman
+    et al. 2022, arXiv 2210.02747; time as in Esser et al. 2024, arXiv 2403.03206, 0 for images and 1 for noise).
+
+    The velocity of the straight path from x_0 to epsilon is dx/dt = epsilon - x_0. It is finite at time 1, where f, g
+    and sigma are not: likelihoods and samplers that need them start at sigma = 99, near VE's 100 and EDM's 80.
+    """
+
+    first_time, last_time, prior_std = 1e-3, 0.99, 0.99
+
+    def drift(self, t):
+        return -1 / (1 - t)
+
+    def diffusion(self, t):
+        return (2 * t / (1 - t)).sqrt()
+
+    def signal_scale(self, t):
+        return 1 - t
+
+    def noise_scale(self, t):
+        return t
+
+    def time_of(self, sigma):
+        return sigma / (1 + sigma)
+
+
 class SDEScheduler(SchedulerMixin, ConfigMixin):
     """What a network was trained with in continuous time: the SDE, its training times, and what the network predicts.
 
@@ -238,14 +266,17 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
     F, the prediction of x_0 is D(x, t) = c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, eq. 7).
 
     Args:
-        objective: vp, subvp, ve or edm.
+        objective: vp, subvp, ve, edm or flow.
         prediction_type: what F predicts: epsilon, sample or v_prediction for vp and subvp; score for ve; edm for edm,
-            where F is a mixture of epsilon and x_0 such that its target has unit variance at every noise level.
+            where F is a mixture of epsilon and x_0 such that its target has unit variance at every noise level;
+            flow_prediction for flow, the velocity epsilon - x_0 (named as in diffusers).
         beta_min, beta_max: of vp and subvp.
         sigma_min, sigma_max: of ve and edm, for images in [-1, 1]; by default 0.02 and 100 for ve (twice the paper's,
             which are for [0, 1]), 0.002 and 80 for edm.
         sigma_data: standard deviation of the pixel values, for edm.
         noise_mean, noise_std: of ln(sigma) in the training of edm, P_mean and P_std of the paper.
+        time_density: of the times in the training of flow: uniform, or logit_normal, with ln(t / (1 - t)) ~ N(0, 1)
+            (Esser et al. 2024, arXiv 2403.03206, section 3.1).
         clip_sample, clip_sample_range: whether, and to which size, samplers clip the predicted x_0; see DDPMScheduler.
 
     Raises:
@@ -267,6 +298,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         sigma_data: float = 0.5,
         noise_mean: float = -1.2,
         noise_std: float = 1.2,
+        time_density: str = "uniform",
         clip_sample: bool = True,
         clip_sample_range: float = 1.0,
     ):
@@ -280,9 +312,13 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"{name} is {self.config[name]}; it must be positive")
         if not math.isfinite(noise_mean):
             raise ValueError(f"noise_mean is {noise_mean}; it must be finite")
+        if time_density not in TIME_DENSITIES:
+            raise ValueError(f"time_density is {time_density!r}; it must be {' or '.join(TIME_DENSITIES)}")
         self.sde: SDE
         if objective in ("vp", "subvp"):
             self.sde = {"vp": VPSDE, "subvp": SubVPSDE}[objective](beta_min, beta_max)
+        elif objective == "flow":
+            self.sde = FlowSDE()
         else:
             cls, low, high = {"ve": (VESDE, 0.02, 100.0), "edm": (EDMSDE, 0.002, 80.0)}[objective]
             self.sde = cls(low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
@@ -291,9 +327,13 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         """Quantiles of the times of training, for positions in [0, 1); float64.
 
         They are uniform for vp, subvp and ve (eq. 7); for edm ln(sigma) is normal (Karras et al., table 1), between
-        sigma_min and sigma_max.
+        sigma_min and sigma_max. For flow they have the density `time_density` over the whole of (0, 1).
         """
         positions = positions.double()
+        if self.config.objective == "flow":
+            if self.config.time_density == "logit_normal":
+                positions = torch.special.ndtri(positions).sigmoid()
+            return positions.clamp(min=1e-5)  # c_out is 0 at t = 0
         if self.config.objective != "edm":
             return self.sde.first_time + positions * (self.sde.last_time - self.sde.first_time)
         log_sigma = self.config.noise_mean + self.config.noise_std * torch.special.ndtri(positions)
@@ -308,7 +348,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         """c_skip, c_out, c_in and c_noise at times (B,), in their type.
 
         c_noise, the network's own measure of time, is 999 t for vp and subvp and sigma for ve as in the code of Song
-        et al., ln(sigma) / 4 for edm.
+        et al., ln(sigma) / 4 for edm, and 1000 t for flow as in diffusers.
         """
         alpha, n = self.sde.signal_scale(times), self.sde.noise_scale(times)
         one, zero = torch.ones_like(times), torch.zeros_like(times)
@@ -318,6 +358,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             return (data / norm).square(), n * data / norm, 1 / norm, n.log() / 4
         if prediction_type == "score":
             return one, n.square(), one, n
+        if prediction_type == "flow_prediction":
+            return one, -times, one, 1000 * times  # x_0 = x - t (epsilon - x_0)
         c_skip, c_out = {
             "epsilon": (1 / alpha, -n / alpha),
             "sample": (zero, one),
@@ -329,10 +371,10 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         """Weight (B,) of the squared error of F, whose target is (x_0 - c_skip x) / c_out.
 
         It makes lambda(t) the weight of the squared error of the score (eq. 7): lambda = n^2, the paper's choice, or
-        g^2, with which the loss bounds the likelihood (Song et al. 2021, arXiv 2101.09258, theorem 1). For edm all
-        weights are 1 (Karras et al., section 5).
+        g^2, with which the loss bounds the likelihood (Song et al. 2021, arXiv 2101.09258, theorem 1). For edm and
+        flow all weights are 1 (Karras et al., section 5; Liu et al., eq. 1).
         """
-        if self.config.objective == "edm":
+        if self.config.objective in ("edm", "flow"):
             return torch.ones_like(times)
         _, c_out, _, _ = self.preconditioning(times)
         alpha, n = self.sde.signal_scale(times), self.sde.noise_scale(times)

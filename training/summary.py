@@ -83,6 +83,8 @@ def objective_text(config: TrainConfig) -> str:
         return f"{config.prediction_type}, {config.ddpm_beta_schedule}, {config.ddpm_num_steps} timesteps"
     if kind in ("vp", "subvp"):
         text = f"{kind} SDE, {config.prediction_type}, beta from {config.sde_beta_min:g} to {config.sde_beta_max:g}"
+    elif kind == "flow":
+        text = f"flow, {config.time_density} times"
     else:
         name = "ve SDE" if kind == "ve" else "edm"
         text = f"{name}, sigma from {settings['sigma_min']:g} to {settings['sigma_max']:g}"
