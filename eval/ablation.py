@@ -32,7 +32,7 @@ from eval.results import ResultsError, number, write_results
 from eval.run import parse_options as parse_evaluation
 from eval.study import Study, Variant, flags_as_arguments, read_study
 from pipelines.command import Parser, check_numbers, run_command
-from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
+from pipelines.custom_unet_pipeline import samplers_for
 from pipelines.loading import InputError
 from training.config import DEFAULTS, TrainConfig, parse_config
 from training.yaml_file import ConfigError
@@ -218,9 +218,11 @@ def _check_fits(config: TrainConfig, options: Namespace, first: TrainConfig) -> 
     """Raises ConfigError if a training does not suit its evaluation, or not what the first variant is measured by."""
     if config.validation_split is None:
         raise ConfigError("there is no --validation_split, but held-out images are compared; give one")
-    if config.objective != "ddpm" and options.sampler in SAMPLERS:
-        samplers = ", ".join(CONTINUOUS_SAMPLERS)
-        raise ConfigError(f"--sampler {options.sampler} is not for --objective {config.objective}; take {samplers}")
+    samplers = samplers_for(config.objective)
+    if options.sampler not in (None, *samplers):
+        raise ConfigError(
+            f"--sampler {options.sampler} is not for --objective {config.objective}; take {', '.join(samplers)}"
+        )
     for name in ("resolution", "crop"):
         here, there = getattr(config, name), getattr(first, name)
         if here != there:

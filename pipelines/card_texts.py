@@ -64,6 +64,9 @@ unet = UNet2DModel.from_pretrained("{name}", subfolder="unet", use_safetensors=T
 NO_STOCK_SDE = """\
 diffusers has no pipeline that samples them. What the network is to be given, and what its output means, is
 `preconditioning` in `scheduler/sde.py`: the predicted clean image is c_skip x + c_out unet(c_in x, c_noise)."""
+STOCK_FLOW = """\
+It draws what the sampler `flow_euler` draws. As the scheduler loads, diffusers warns that it ignores the settings of
+the training; it needs none of them."""
 NO_STOCK_CLASSES = "diffusers has no pipeline for a network of pixels and classes."
 
 USE_IN_A_CLONE = """\
@@ -85,6 +88,8 @@ OBJECTIVES = {
     " images in [-1, 1]",
     "edm": "the process of EDM (Karras et al. 2022), noise levels from {sigma_min:g} to {sigma_max:g} for images in"
     " [-1, 1]",
+    "flow": "rectified flow (Liu et al. 2022), the straight paths x_t = (1 - t) x_0 + t epsilon from an image x_0 at"
+    " time 0 to noise epsilon at time 1",
 }
 
 CONTINUOUS_SAMPLERS = """\
@@ -95,8 +100,12 @@ CONTINUOUS_SAMPLERS = """\
 | `euler_maruyama` | the reverse SDE by Euler-Maruyama | N + 1 |
 | `reverse_diffusion` | the reverse SDE by the forward process's own steps | N + 1 |
 | `predictor_corrector` | the same with Langevin steps (`snr`, `corrector_steps`) | 2N with one corrector step |
-
+{flow_euler}
 They are those of Song et al. (arXiv 2011.13456), `edm_heun` that of Karras et al. (arXiv 2206.00364, algorithm 2)."""
+
+FLOW_EULER = """\
+| `flow_euler` | Euler's method on the straight flow, as diffusers' `FlowMatchEulerDiscreteScheduler` | N |
+"""
 
 LIMITATIONS = """\
 The model draws what its training images have in common, at {resolution} pixels, and nothing can be asked for: no
@@ -197,6 +206,30 @@ CITATIONS = {
   volume = {35},
   year = {2022},
   note = {arXiv:2206.00364}
+}""",
+    "flow": """\
+@inproceedings{liu2023flow,
+  title = {Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow},
+  author = {Liu, Xingchao and Gong, Chengyue and Liu, Qiang},
+  booktitle = {International Conference on Learning Representations},
+  year = {2023},
+  note = {arXiv:2209.03003}
+}
+
+@inproceedings{lipman2023flow,
+  title = {Flow Matching for Generative Modeling},
+  author = {Lipman, Yaron and Chen, Ricky T. Q. and Ben-Hamu, Heli and Nickel, Maximilian and Le, Matt},
+  booktitle = {International Conference on Learning Representations},
+  year = {2023},
+  note = {arXiv:2210.02747}
+}""",
+    "logit_normal": """\
+@inproceedings{esser2024scaling,
+  title = {Scaling Rectified Flow Transformers for High-Resolution Image Synthesis},
+  author = {Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and others},
+  booktitle = {International Conference on Machine Learning},
+  year = {2024},
+  note = {arXiv:2403.03206}
 }""",
     "likelihood_weighting": """\
 @inproceedings{song2021maximum,

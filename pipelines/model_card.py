@@ -26,7 +26,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from pipelines import card_texts
-from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
+from pipelines.custom_unet_pipeline import samplers_for
 from training.sde import SDEScheduler
 
 TASK = "unconditional-image-generation"
@@ -37,6 +37,7 @@ PREDICTS = {
     "v_prediction": "v",
     "score": "the score",
     "edm": "a mixture of noise and clean image (EDM's preconditioning)",
+    "flow_prediction": "the velocity (noise minus clean image)",
 }
 CLASSES_LISTED = 40
 SETTINGS = "mode floor n n_reference dataset split sampler steps eta".split()  # of a result
@@ -87,6 +88,11 @@ class ModelFiles:
     def is_sde(self) -> bool:
         """Whether it was trained in continuous time."""
         return self.scheduler["_class_name"] == SDEScheduler.__name__
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether that was as a rectified flow."""
+        return self.is_sde and self.scheduler.get("objective") == "flow"
 
     @property
     def sde_numbers(self) -> dict:
@@ -311,7 +317,8 @@ def _use(files: ModelFiles) -> str:
     parts.append(_use_without_code(files))
     parts.append(card_texts.USE_IN_A_CLONE.format(name=files.name))
     if files.is_sde:
-        parts.append(card_texts.CONTINUOUS_SAMPLERS)
+        row = card_texts.FLOW_EULER if files.is_flow else ""
+        parts.append(card_texts.CONTINUOUS_SAMPLERS.format(flow_euler=row))
     return "\n\n".join(parts)
 
 
@@ -320,7 +327,7 @@ def _use_with_shipped_code(files: ModelFiles) -> str:
     label = ", class_labels=0" if files.num_classes else ""
     own = "edm_heun" if files.is_sde else None
     other = "predictor_corrector" if files.is_sde else "unipc"
-    names = CONTINUOUS_SAMPLERS if files.is_sde else (*SAMPLERS, *CONTINUOUS_SAMPLERS)
+    names = samplers_for(files.sde_numbers["objective"] if files.is_sde else "ddpm")
     others = ", ".join(name for name in names if name not in (own, other))
     lines = [
         "from diffusers import DiffusionPipeline",
@@ -344,13 +351,14 @@ def _use_with_shipped_code(files: ModelFiles) -> str:
 
 
 def _use_without_code(files: ModelFiles) -> str:
-    """What diffusers alone can do: sample, or for an SDE or classes only load the weights."""
-    if files.is_sde or files.num_classes:
+    """What diffusers alone can do: sample, or for classes or an SDE other than a flow only load the weights."""
+    if files.num_classes or (files.is_sde and not files.is_flow):
         reason = card_texts.NO_STOCK_SDE if files.is_sde else card_texts.NO_STOCK_CLASSES
         return card_texts.USE_WEIGHTS_ALONE.format(name=files.name, reason=reason)
-    scheduler = files.scheduler["_class_name"]
-    pipeline = "DDPMPipeline" if scheduler == "DDPMScheduler" else "DDIMPipeline"
-    return card_texts.USE_WITHOUT_CODE.format(name=files.name, pipeline=pipeline, scheduler=scheduler)
+    scheduler = "FlowMatchEulerDiscreteScheduler" if files.is_flow else files.scheduler["_class_name"]
+    pipeline = "DDIMPipeline" if scheduler == "DDIMScheduler" else "DDPMPipeline"
+    text = card_texts.USE_WITHOUT_CODE.format(name=files.name, pipeline=pipeline, scheduler=scheduler)
+    return f"{text}\n\n{card_texts.STOCK_FLOW}" if files.is_flow else text
 
 
 def _training(files: ModelFiles) -> str:
@@ -497,6 +505,8 @@ def _sde_parameters(files: ModelFiles) -> dict[str, str]:
     rows = {"objective": numbers["objective"], "prediction": numbers["prediction_type"]}
     if numbers["objective"] in ("vp", "subvp"):
         rows["beta"] = f"{numbers['beta_min']:g} to {numbers['beta_max']:g}"
+    elif files.is_flow:
+        rows["density of the times"] = numbers["time_density"].replace("_", "-")
     else:
         rows["noise levels"] = f"{numbers['sigma_min']:g} to {numbers['sigma_max']:g}"
     weight = "g(t)^2 (likelihood weighting)" if config["likelihood_weighting"] else "n(t)^2, the variance of the noise"
@@ -504,6 +514,7 @@ def _sde_parameters(files: ModelFiles) -> dict[str, str]:
     if numbers["objective"] == "edm":
         rows["standard deviation of the data"] = f"{numbers['sigma_data']:g}"
         rows["ln(sigma)"] = f"normal, mean {numbers['noise_mean']:g}, standard deviation {numbers['noise_std']:g}"
+    if numbers["objective"] in ("edm", "flow"):
         rows["loss weight"] = "1, of the squared error of the network's output"
     return rows | {"times of a batch": config["timestep_sampling"]}
 
@@ -570,6 +581,8 @@ def _citations(files: ModelFiles) -> list[str]:
         "soft_min_snr": _snr_weighting(files.config) == "soft-min-SNR",
         "score_sde": files.is_sde,
         "edm": files.is_sde,
+        "flow": files.is_flow,
+        "logit_normal": files.is_flow and files.scheduler.get("time_density") == "logit_normal",
         "likelihood_weighting": files.is_sde and bool(files.config.get("likelihood_weighting")),
         "guidance": bool(files.num_classes),
         "post_hoc_ema": bool(files.facts.get("post_hoc_ema")),

@@ -11,8 +11,8 @@ from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
-from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, GREY_AND_COLOURS, Guidance, denoiser
-from training.sde import EDMSDE, SDEScheduler
+from pipelines.custom_unet_pipeline import GREY_AND_COLOURS, Guidance, denoiser, samplers_for
+from training.sde import EDMSDE, FlowSDE, SDEScheduler
 
 SCHEDULERS = {
     "vp": SDEScheduler(objective="vp"),  # clips, which does not matter here
@@ -21,6 +21,7 @@ SCHEDULERS = {
     "subvp x0": SDEScheduler(objective="subvp", prediction_type="sample"),
     "ve": SDEScheduler(objective="ve", prediction_type="score", sigma_max=20.0),
     "edm": SDEScheduler(objective="edm", prediction_type="edm"),
+    "flow": SDEScheduler(objective="flow", prediction_type="flow_prediction", clip_sample=False),
     "ddpm": DDPMScheduler(clip_sample=False),
     "ddpm cosine v": DDPMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
@@ -33,6 +34,7 @@ SAMPLERS = {  # steps
     "reverse_diffusion": 200,
     "ode": 10,
     "edm_heun": 40,
+    "flow_euler": 80,
 }
 
 
@@ -53,10 +55,12 @@ class ExactNetwork(ExactDenoiser):
             return (4 * c_noise).exp()
         if hasattr(self.sde, "log_ratio"):  # VE
             return self.sde.time_of(c_noise)
+        if isinstance(self.sde, FlowSDE):
+            return (c_noise / 1000).clamp(max=1 - 1e-9)
         return c_noise / (999 if hasattr(self.sde, "beta") else len(self.sde.sigmas) - 1)
 
     def forward(self, x, c_noise):
-        t = self.time_of(c_noise).clamp(self.sde.first_time, self.sde.last_time)[0]
+        t = self.time_of(c_noise).clamp(self.sde.first_time, max(self.sde.last_time, 1))[0]
         c_skip, c_out, c_in, _ = self.process.preconditioning(t)
         batch_size, _, height, width = x.shape
         x = x.double().permute(0, 2, 3, 1).reshape(-1, 3) / c_in
@@ -79,7 +83,8 @@ def exact_pipeline(name: str, size: int = 1) -> CustomUNetPipeline:
 
 def tiny_pipeline(objective: str = "vp", **network) -> CustomUNetPipeline:
     torch.manual_seed(0)
-    settings = {"ve": {"prediction_type": "score"}, "edm": {"prediction_type": "edm"}}.get(objective, {})
+    kind = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}.get(objective)
+    settings = {} if kind is None else {"prediction_type": kind}
     scheduler = DDPMScheduler() if objective == "ddpm" else SDEScheduler(objective=objective, **settings)
     embedding = {"time_embedding_type": "fourier"} if objective == "ve" else {}
     pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY | embedding | network), scheduler)
@@ -91,7 +96,8 @@ def tiny_pipeline(objective: str = "vp", **network) -> CustomUNetPipeline:
     ("name", "sampler"),
     [
         *itertools.product(SCHEDULERS, ["edm_heun", "ode"]),
-        *itertools.product(["vp", "ve", "edm", "ddpm cosine v"], ["euler_maruyama", "reverse_diffusion"]),
+        *itertools.product(["vp", "ve", "edm", "flow", "ddpm cosine v"], ["euler_maruyama", "reverse_diffusion"]),
+        ("flow", "flow_euler"),
     ],
 )
 def test_samplers_draw_the_mixture(name, sampler):
@@ -142,7 +148,11 @@ def test_the_preconditioning_is_that_of_diffusers_edm_schedulers():
 
 @pytest.mark.parametrize(
     ("objective", "sampler"),
-    [*itertools.product(["ddpm", "ve"], [name for name in CONTINUOUS_SAMPLERS if name != "ode"]), ("vp", "ode")],
+    [
+        *itertools.product(["ddpm", "ve"], [name for name in samplers_for("ve") if name != "ode"]),
+        ("vp", "ode"),
+        ("flow", "flow_euler"),
+    ],
 )
 def test_an_image_depends_on_its_own_seed_alone(objective, sampler):
     pipe = tiny_pipeline(objective)
@@ -166,10 +176,11 @@ def test_an_image_depends_on_its_own_seed_alone(objective, sampler):
         ("predictor_corrector", {"corrector_steps": 1}, 12),
         ("predictor_corrector", {"corrector_steps": 3}, 22),
         ("edm_heun", {"churn": 5.0}, 11),
+        ("flow_euler", {}, 6),
     ],
 )
 def test_evaluations_are_counted(sampler, settings, expected):
-    pipe, calls = tiny_pipeline("vp"), []
+    pipe, calls = tiny_pipeline("flow" if sampler == "flow_euler" else "vp"), []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     pipe.set_sampler(sampler, **settings)
     seen = []
@@ -188,7 +199,7 @@ def test_the_ode_takes_more_evaluations_for_less_tolerance():
     assert evaluations[1] > 2 * evaluations[0]
 
 
-@pytest.mark.parametrize("name", ["vp", "subvp", "ve", "edm", "ddpm"])
+@pytest.mark.parametrize("name", ["vp", "subvp", "ve", "edm", "flow", "ddpm"])
 def test_encode_and_decode(name):
     pipe = exact_pipeline(name)
     images = ((mixture().means + 1) / 2).float().view(3, 3, 1, 1)
@@ -205,7 +216,7 @@ def test_the_encoding_does_not_depend_on_the_sde():
     torch.testing.assert_close(vp, subvp, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["vp", "ve", "ddpm"])
+@pytest.mark.parametrize("name", ["vp", "ve", "flow", "ddpm"])
 def test_imputation_keeps_what_is_known_and_draws_the_rest_from_its_conditional(name):
     """Two channels are known: the third is drawn from its distribution given them, here that of a Gaussian."""
     data = Mixture(
@@ -281,7 +292,8 @@ def test_guidance_reaches_every_sampler(objective):
 @pytest.mark.parametrize(
     ("name", "sampler"),
     [
-        *itertools.product(["vp", "ve", "edm", "ddpm"], ["edm_heun", "euler_maruyama"]),
+        *itertools.product(["vp", "ve", "edm", "flow", "ddpm"], ["edm_heun", "euler_maruyama"]),
+        ("flow", "flow_euler"),
         *itertools.product(["ddpm", "ddpm cosine v"], ["ddim", "dpmsolver++2m"]),
     ],
 )
@@ -328,6 +340,7 @@ def test_what_a_model_does_not_take_is_one_line():
 
     for message, call in {
         "no sampler 'ddim'; the network was trained in continuous time": lambda: vp.set_sampler("ddim"),
+        "no sampler 'flow_euler'; there are euler_maruyama": lambda: vp.set_sampler("flow_euler"),
         "no sampler 'pc'": lambda: ddpm.set_sampler("pc"),
         "no setting 'snr'; it has tolerance": lambda: vp.set_sampler("ode", snr=0.1),
         "no setting 'churn'; it has none": lambda: ddpm.set_sampler("ddim", churn=0.1),
@@ -358,7 +371,7 @@ def test_what_a_model_does_not_take_is_one_line():
         assert "\n" not in str(raised.value), message
 
 
-@pytest.mark.parametrize("sampler", CONTINUOUS_SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers_for("vp"))
 def test_the_predicted_image_is_clipped_where_the_scheduler_says_so(sampler):
     """An untrained network predicts anything; every x_0 that a sampler meets, and the result, lie in [-1, 1]."""
     largest = {}
@@ -416,6 +429,8 @@ def test_a_scheduler_of_discrete_timesteps_is_refused_by_a_model_in_continuous_t
         ({"objective": "vp", "prediction_type": "v"}, "vp takes epsilon or sample or v_prediction"),
         ({"sigma_data": 0.0}, "sigma_data is 0.0"),
         ({"noise_std": float("nan")}, "noise_std is nan"),
+        ({"objective": "flow", "prediction_type": "v_prediction"}, "flow takes flow_prediction"),
+        ({"time_density": "logit"}, "time_density is 'logit'; it must be uniform or logit_normal"),
         ({"noise_mean": float("inf")}, "noise_mean is inf"),
         ({"beta_min": 30.0}, "beta_max 20.0"),
         ({"objective": "edm", "prediction_type": "edm", "sigma_min": 100.0}, "sigma_min 100.0"),
@@ -427,7 +442,7 @@ def test_an_sde_scheduler_that_cannot_be(settings, message):
 
 
 def test_training_times_are_quantiles():
-    """Uniform ones for vp, and for edm a log-normal whose mean and standard deviation come out."""
+    """Uniform ones for vp and flow, and log-normal ones of edm and flow whose mean and standard deviation come out."""
     positions = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     vp, edm = (
         SDEScheduler(objective="vp").times(positions),
@@ -436,6 +451,11 @@ def test_training_times_are_quantiles():
     torch.testing.assert_close(vp, 1e-5 + positions * (1 - 1e-5))
     assert edm.mean() == pytest.approx(-1.2, abs=0.01)
     assert edm.std() == pytest.approx(1.2, abs=0.01)
+    flow = {"objective": "flow", "prediction_type": "flow_prediction"}
+    torch.testing.assert_close(SDEScheduler(**flow).times(positions), positions)
+    log_sigma = SDEScheduler(**flow, time_density="logit_normal").times(positions).logit()
+    assert log_sigma.mean() == pytest.approx(0, abs=0.01)
+    assert log_sigma.std() == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("likelihood_weighting", [False, True])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import load_file
 from tiny_network import TINY
@@ -229,6 +229,7 @@ SDES = {
     "vp": ({}, {"prediction_type": "v_prediction", "beta_max": 15.0}),
     "ve": ({"time_embedding_type": "fourier"}, {"prediction_type": "score", "sigma_max": 30.0}),
     "edm": ({"num_class_embeds": 3}, {"prediction_type": "edm", "sigma_data": 0.6}),
+    "flow": ({}, {"prediction_type": "flow_prediction", "time_density": "logit_normal", "clip_sample": False}),
 }
 SDE_CALL = {"seeds": [3, 4], "num_inference_steps": 4, "output_type": "np"}
 SDE_ELSEWHERE = """
@@ -307,6 +308,28 @@ def test_a_model_of_an_sde_loads_in_this_repository_without_its_code(sde_models,
     assert type(pipe.scheduler) is SDEScheduler
     assert {**pipe.scheduler.config}.items() >= SDES[objective][1].items()
     np.testing.assert_array_equal(draw(pipe), expected)
+
+
+@torch.no_grad()
+def test_diffusers_flow_matching_draws_what_flow_euler_draws(sde_models):
+    """By the scheduler that is loaded from the same folder; the networks are asked the same at every step."""
+    folder, num_steps = sde_models / "flow", 20
+    pipe, asked = CustomUNetPipeline.from_pretrained(folder), []
+    stock = UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    for network in (pipe.unet, stock):
+        network.register_forward_pre_hook(lambda module, inputs: asked.append(inputs))
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipe.set_sampler("flow_euler")
+    images = pipe(latents=latents, num_inference_steps=num_steps, output_type="pt").images
+    scheduler.set_timesteps(num_steps)
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(stock(latents, timestep).sample, timestep, latents).prev_sample
+    assert len(asked) == 2 * num_steps
+    for ours, theirs in zip(asked[:num_steps], asked[num_steps:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(images, (latents / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
+    assert images.std() > 0.05
 
 
 def test_the_code_of_an_sde_needs_consent(sde_models, tmp_path, monkeypatch):

@@ -215,6 +215,7 @@ SDES = {
     "subvp": ({}, {"prediction_type": "v_prediction"}),
     "ve": ({"time_embedding_type": "fourier"}, {"prediction_type": "score", "sigma_max": 30.0}),
     "edm": ({}, {"prediction_type": "edm", "noise_mean": -1.0}),
+    "flow": ({}, {"prediction_type": "flow_prediction", "time_density": "logit_normal", "clip_sample": False}),
 }
 LABELS = {"label_column": "Smiling", "label_names": ["no", "yes"]}
 
@@ -236,6 +237,11 @@ def sde_model(folder: Path, objective: str = "vp", facts: dict | None = FACTS, c
         ("subvp", {"prediction_type": "v_prediction"}, ["the sub-VP SDE", "predicts v,", "beta(t) from 0.1 to 20 at"]),
         ("ve", {"sigma_max": 30.0, "time_embedding_type": "fourier"}, ["from 0.02 to 30", "predicts the score,"]),
         ("edm", {"noise_mean": -1.0}, ["from 0.002 to 80", "| ln(sigma) | normal, mean -1, standard deviation 1.2 |"]),
+        (
+            "flow",
+            {"time_density": "logit_normal"},
+            ["What it reverses is rectified flow", "predicts the velocity", "| density of the times | logit-normal |"],
+        ),
     ],
 )
 def test_the_sde_is_told_with_its_numbers(tmp_path, objective, options, claims):
@@ -244,10 +250,15 @@ def test_the_sde_is_told_with_its_numbers(tmp_path, objective, options, claims):
     text = " ".join(card.text.split())
     for claim in (*claims, "trained in continuous time", "`scheduler/sde.py`", "three Python files"):
         assert claim in text, claim
-    weight = "1, of the squared error" if objective == "edm" else "n(t)^2, the variance of the noise, of the score's"
+    weight = (
+        "1, of the squared error"
+        if objective in ("edm", "flow")
+        else "n(t)^2, the variance of the noise, of the score's"
+    )
     assert f"| loss weight | {weight}" in text
-    for other in ("timesteps", "DDIM", "DDPMPipeline", "min-SNR", "noise schedule"):
+    for other in ("timesteps", "DDIM", "min-SNR", "noise schedule"):
         assert other not in text, other
+    assert ("DDPMPipeline" in text) == ("liu2023flow" in text) == (objective == "flow")
     assert {"score-based", "sde"} <= {*card.data.tags}
     assert "ddpm" not in card.data.tags
     assert {"song2021scorebased", "karras2022elucidating"} <= {*re.findall(r"\{(\w+),$", card.text, re.MULTILINE)}
@@ -263,8 +274,9 @@ def test_likelihood_weighting_is_told_and_cited(tmp_path):
     assert "song2021maximum" in text
 
 
-def test_the_evaluations_in_the_card_are_those_that_the_samplers_take(tmp_path):
-    folder = sde_model(tmp_path / "faces", facts=None)
+@pytest.mark.parametrize("objective", ["vp", "flow"])
+def test_the_evaluations_in_the_card_are_those_that_the_samplers_take(tmp_path, objective):
+    folder = sde_model(tmp_path / "faces", objective, facts=None)
     rows = re.findall(r"^\| `(\w+)`.* \| (.*) \|$", (folder / "README.md").read_text(), re.MULTILINE)
     pipe = CustomUNetPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -280,7 +292,7 @@ def test_the_evaluations_in_the_card_are_those_that_the_samplers_take(tmp_path):
             assert taken == eval(formula.split(" with")[0].replace("2N", "2 * N"), {"N": 7}), name
 
 
-@pytest.mark.parametrize(("objective", "classes"), [("ve", None), ("edm", 3)])
+@pytest.mark.parametrize(("objective", "classes"), [("ve", None), ("edm", 3), ("flow", None)])
 def test_the_examples_of_the_card_of_an_sde_run(tmp_path, monkeypatch, objective, classes):
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.chdir(tmp_path)
@@ -290,8 +302,11 @@ def test_the_examples_of_the_card_of_an_sde_run(tmp_path, monkeypatch, objective
     names: dict = {}
     for block in blocks:
         exec(block.replace("num_inference_steps=50", "num_inference_steps=2"), names)
+        if objective == "flow":
+            assert len(names["pipe"](batch_size=1, num_inference_steps=2).images) == 1
     assert len(names["images"]) == 4
-    assert type(names["unet"]).__name__ == "UNet2DModel"
+    if objective != "flow":
+        assert type(names["unet"]).__name__ == "UNet2DModel"
     assert type(names["pipe"].unet).__name__ == "CustomUNet2DModel", "the last block loads by the clone"
     assert ("guidance_scale" in blocks[0]) == (classes is not None)
 

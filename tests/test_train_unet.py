@@ -331,6 +331,7 @@ OBJECTIVES = {
     "subvp": ["--likelihood_weighting", "--prediction_type", "v_prediction"],
     "ve": ["--time_embedding_type", "fourier"],
     "edm": ["--timestep_sampling", "antithetic"],
+    "flow": ["--timestep_sampling", "stratified", "--time_density", "logit_normal"],
 }
 
 

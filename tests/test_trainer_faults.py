@@ -190,8 +190,9 @@ def test_a_snapshot_that_was_cut_off_is_taken_again(start, straight, tmp_path):
     [
         ["--objective", "edm", "--label_column", "glasses", "--label_dropout", "0.3"],
         ["--objective", "ve", "--time_embedding_type", "fourier", "--likelihood_weighting"],
+        ["--objective", "flow", "--time_density", "logit_normal"],
     ],
-    ids=["edm with classes", "ve"],
+    ids=["edm with classes", "ve", "flow"],
 )
 def test_killed_in_continuous_time_and_resumed_equals_never_killed(start, tmp_path, flags):
     start(tmp_path / "straight", *flags).finish(0)

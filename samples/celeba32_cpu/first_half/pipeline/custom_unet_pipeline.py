@@ -51,6 +51,7 @@ CONTINUOUS_SAMPLERS: dict[str, tuple[str, ...]] = {  # and their settings, see `
     "predictor_corrector": ("snr", "corrector_steps"),
     "ode": ("tolerance",),
     "edm_heun": ("churn", "churn_min", "churn_max", "noise_factor"),
+    "flow_euler": (),  # for models of rectified flow alone
 }
 MOST_CONTINUOUS_STEPS = 10_000
 MULTISTEP = (
@@ -209,7 +210,7 @@ class CustomUNetPipeline(DiffusionPipeline):
     @property
     def samplers(self) -> tuple[str, ...]:
         """The names that `set_sampler` takes for this model."""
-        return CONTINUOUS_SAMPLERS if self.is_continuous else (*SAMPLERS, *CONTINUOUS_SAMPLERS)
+        return samplers_for(self.scheduler.config.objective if self.is_continuous else "ddpm")
 
     @property
     def continuous_sampler(self) -> ContinuousSampler | None:
@@ -276,7 +277,8 @@ class CustomUNetPipeline(DiffusionPipeline):
             generator: one for the whole batch, or a list with one for each image.
             num_inference_steps: sampling steps, at most the scheduler's `num_train_timesteps`. One network evaluation
                 each; Heun takes 2 but for the last one, PNDM 9 more in all. In continuous time N steps take N + 1
-                evaluations, with c corrector steps N + (N - 1) c + 1, with `edm_heun` 2 N - 1; `ode` chooses its own.
+                evaluations, with c corrector steps N + (N - 1) c + 1, with `edm_heun` 2 N - 1, with `flow_euler` N;
+                `ode` chooses its own.
             eta: 0 (deterministic) to 1 (DDPM's variance), eq. 16 of DDIM; other samplers do not take it.
             output_type: `pil`, `np` (float32, shape (B, H, W, C), range [0, 1]) or `pt` (shape (B, C, H, W), [0, 1]).
             return_dict: whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -942,6 +944,12 @@ class CustomUNetPipeline(DiffusionPipeline):
             raise ValueError(f"eta is {eta}, but {name} does not take it; use DDIMScheduler")
 
 
+def samplers_for(objective: str) -> tuple[str, ...]:
+    """The names of the samplers for a model of DDPM (`ddpm`) or of an objective of `SDEScheduler`."""
+    continuous = (name for name in CONTINUOUS_SAMPLERS if objective == "flow" or name != "flow_euler")
+    return (*(SAMPLERS if objective == "ddpm" else ()), *continuous)
+
+
 def _check_continuous(num_inference_steps: int, output_type: str) -> None:
     if not 2 <= num_inference_steps <= MOST_CONTINUOUS_STEPS:
         raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be 2 to {MOST_CONTINUOUS_STEPS}")
@@ -1129,7 +1137,8 @@ class _ContinuousDraw:
         """x_0, after guidance by a classifier."""
         images = self.predict(x, t)
         if self.guidance.classifier is not None:
-            signal, noise_scale = self.sde.signal_scale(t), self.sde.noise_scale(t)
+            known = t.clamp(max=self.sde.last_time)  # `flow_euler` starts beyond it, where there is no signal
+            signal, noise_scale = self.sde.signal_scale(known), self.sde.noise_scale(known)
             images = images + noise_scale**2 / signal * self.guidance.gradient(x, signal, noise_scale)
         images = images.clamp(-self.bound, self.bound)
         self.bar.update()
@@ -1156,7 +1165,7 @@ class _ContinuousDraw:
         if sampler.name == "ode":
             x = self.solve(x, sde.last_time, sde.first_time, sampler.tolerance)
         corrector_steps = sampler.corrector_steps if sampler.name == "predictor_corrector" else 0
-        of_name = {"ode": 1, "edm_heun": 2 * num_steps - 1}
+        of_name = {"ode": 1, "edm_heun": 2 * num_steps - 1, "flow_euler": num_steps}
         total = of_name.get(sampler.name, num_steps + 1 + (num_steps - 1) * corrector_steps)
 
         def noise() -> Tensor:
@@ -1170,6 +1179,8 @@ class _ContinuousDraw:
                 return self.clean(x, times[-1])
             if sampler.name == "euler_maruyama":
                 return euler_maruyama(sde, self.clean, x, times, noise)
+            if sampler.name == "flow_euler":
+                return flow_euler(sde, self.clean, latents, num_steps)
             if sampler.name == "edm_heun":
                 low, high = (float(sde.sigma(times[i])) for i in (-1, 0))
                 # schedules end at up to 20,000; where sigma is 4 sqrt(D), no image of [-1, 1] is left to see
@@ -1355,6 +1366,20 @@ def predictor_corrector(
 def flow(sde, clean: Predict, x: Tensor, t: Tensor) -> Tensor:
     """dx/dt of the probability-flow ODE (eq. 13)."""
     return sde.drift(t) * x - sde.diffusion(t) ** 2 * predicted_score(sde, clean, x, t) / 2
+
+
+def flow_euler(sde, clean: Predict, x: Tensor, num_steps: int) -> Tensor:
+    """Euler's method on the ODE of rectified flow, dx/dt = epsilon - x_0 = (x - x_0) / t (arXiv 2209.03003).
+
+    The times are those of diffusers' `FlowMatchEulerDiscreteScheduler`: even from 1 to the first time, and then 0.
+
+    Args:
+        x: pure noise, of unit variance.
+    """
+    times = torch.linspace(1, sde.first_time, num_steps, dtype=torch.float64)
+    for now, later in itertools.pairwise([*times, torch.zeros_like(times[0])]):
+        x = x + (later - now) * (x - clean(x, now)) / now
+    return x
 
 
 # Dormand & Prince (1980): nodes, stages, 5th-order weights and their difference from the 4th-order ones
