@@ -344,6 +344,11 @@ def sde_damages() -> Iterator[Damage]:
     wrong += [("edm", "_class_name", value) for value in ("SDE", "EDMSDE", "../evil", "DDIMScheduler ", None, 5, [])]
     for model, key, value in wrong:
         yield Damage(kind, f"{key} of {model} must not be {value!r:.40}", edit(SCHEDULER, **{key: value}), model=model)
+    flow = {"objective": "flow", "prediction_type": "flow_prediction"}
+    yield Damage(kind, "a flow", edit(SCHEDULER, **flow, time_density="logit_normal"), (IMAGE,), "vp")
+    for value in ("logit", "", None, 5, ["uniform"], {}):
+        spoil = edit(SCHEDULER, **flow, time_density=value)
+        yield Damage(kind, f"time_density must not be {value!r}", spoil, model="vp")
     for names in ("sigma_min sigma_max", "beta_min beta_max noise_mean noise_std", "_diffusers_version"):
         left_out = edit(SCHEDULER, **dict.fromkeys(names.split(), ...))
         yield Damage(kind, f"no {names}", left_out, (IMAGE,), "edm")  # they have defaults
