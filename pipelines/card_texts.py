@@ -100,11 +100,12 @@ CONTINUOUS_SAMPLERS = """\
 | `euler_maruyama` | the reverse SDE by Euler-Maruyama | N + 1 |
 | `reverse_diffusion` | the reverse SDE by the forward process's own steps | N + 1 |
 | `predictor_corrector` | the same with Langevin steps (`snr`, `corrector_steps`) | 2N with one corrector step |
-{flow_euler}
+{flow_samplers}
 They are those of Song et al. (arXiv 2011.13456), `edm_heun` that of Karras et al. (arXiv 2206.00364, algorithm 2)."""
 
-FLOW_EULER = """\
+FLOW_SAMPLERS = """\
 | `flow_euler` | Euler's method on the straight flow, as diffusers' `FlowMatchEulerDiscreteScheduler` | N |
+| `flow_heun` | Heun's method on the straight flow | 2N - 1 |
 """
 
 LIMITATIONS = """\

@@ -317,8 +317,8 @@ def _use(files: ModelFiles) -> str:
     parts.append(_use_without_code(files))
     parts.append(card_texts.USE_IN_A_CLONE.format(name=files.name))
     if files.is_sde:
-        row = card_texts.FLOW_EULER if files.is_flow else ""
-        parts.append(card_texts.CONTINUOUS_SAMPLERS.format(flow_euler=row))
+        rows = card_texts.FLOW_SAMPLERS if files.is_flow else ""
+        parts.append(card_texts.CONTINUOUS_SAMPLERS.format(flow_samplers=rows))
     return "\n\n".join(parts)
 
 

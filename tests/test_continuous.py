@@ -35,6 +35,7 @@ SAMPLERS = {  # steps
     "ode": 10,
     "edm_heun": 40,
     "flow_euler": 80,
+    "flow_heun": 20,
 }
 
 
@@ -97,7 +98,7 @@ def tiny_pipeline(objective: str = "vp", **network) -> CustomUNetPipeline:
     [
         *itertools.product(SCHEDULERS, ["edm_heun", "ode"]),
         *itertools.product(["vp", "ve", "edm", "flow", "ddpm cosine v"], ["euler_maruyama", "reverse_diffusion"]),
-        ("flow", "flow_euler"),
+        *itertools.product(["flow"], ["flow_euler", "flow_heun"]),
     ],
 )
 def test_samplers_draw_the_mixture(name, sampler):
@@ -151,7 +152,7 @@ def test_the_preconditioning_is_that_of_diffusers_edm_schedulers():
     [
         *itertools.product(["ddpm", "ve"], [name for name in samplers_for("ve") if name != "ode"]),
         ("vp", "ode"),
-        ("flow", "flow_euler"),
+        *itertools.product(["flow"], ["flow_euler", "flow_heun"]),
     ],
 )
 def test_an_image_depends_on_its_own_seed_alone(objective, sampler):
@@ -177,10 +178,11 @@ def test_an_image_depends_on_its_own_seed_alone(objective, sampler):
         ("predictor_corrector", {"corrector_steps": 3}, 22),
         ("edm_heun", {"churn": 5.0}, 11),
         ("flow_euler", {}, 6),
+        ("flow_heun", {}, 11),
     ],
 )
 def test_evaluations_are_counted(sampler, settings, expected):
-    pipe, calls = tiny_pipeline("flow" if sampler == "flow_euler" else "vp"), []
+    pipe, calls = tiny_pipeline("flow" if sampler.startswith("flow_") else "vp"), []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     pipe.set_sampler(sampler, **settings)
     seen = []
@@ -293,7 +295,7 @@ def test_guidance_reaches_every_sampler(objective):
     ("name", "sampler"),
     [
         *itertools.product(["vp", "ve", "edm", "flow", "ddpm"], ["edm_heun", "euler_maruyama"]),
-        ("flow", "flow_euler"),
+        *itertools.product(["flow"], ["flow_euler", "flow_heun"]),
         *itertools.product(["ddpm", "ddpm cosine v"], ["ddim", "dpmsolver++2m"]),
     ],
 )

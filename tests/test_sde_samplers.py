@@ -20,6 +20,7 @@ from pipelines.custom_unet_pipeline import (
     reverse_diffusion_step,
     sampling_times,
     solve_flow,
+    straight_flow,
 )
 from training.sde import EDMSDE, VESDE, VPSDE, FlowSDE, SubVPSDE
 
@@ -130,6 +131,20 @@ def test_heun_is_of_second_order():
         errors.append(float((end - exact).abs()))
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.2)
+
+
+@pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
+def test_orders_of_euler_and_heun_on_a_straight_flow(heun, order):
+    """One Gaussian, whose ODE keeps x / std; halving the steps divides the error by 2^order."""
+    sde, std = FlowSDE(), 0.5
+    x = torch.tensor([[1.5]], dtype=torch.float64)
+
+    def clean(x, t):
+        return x * (1 - t) * std**2 / ((1 - t) ** 2 * std**2 + t**2)
+
+    errors = [float((straight_flow(sde, clean, x, n, heun) - std * x).abs()) for n in (40, 80, 160)]
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.2)
+    assert errors[1] / errors[2] == pytest.approx(2**order, rel=0.2)
 
 
 def test_the_solver_is_scipys_method():

@@ -51,7 +51,8 @@ CONTINUOUS_SAMPLERS: dict[str, tuple[str, ...]] = {  # and their settings, see `
     "predictor_corrector": ("snr", "corrector_steps"),
     "ode": ("tolerance",),
     "edm_heun": ("churn", "churn_min", "churn_max", "noise_factor"),
-    "flow_euler": (),  # for models of rectified flow alone
+    "flow_euler": (),  # this and the next for models of rectified flow alone
+    "flow_heun": (),
 }
 MOST_CONTINUOUS_STEPS = 10_000
 MULTISTEP = (
@@ -277,8 +278,8 @@ class CustomUNetPipeline(DiffusionPipeline):
             generator: one for the whole batch, or a list with one for each image.
             num_inference_steps: sampling steps, at most the scheduler's `num_train_timesteps`. One network evaluation
                 each; Heun takes 2 but for the last one, PNDM 9 more in all. In continuous time N steps take N + 1
-                evaluations, with c corrector steps N + (N - 1) c + 1, with `edm_heun` 2 N - 1, with `flow_euler` N;
-                `ode` chooses its own.
+                evaluations, with c corrector steps N + (N - 1) c + 1, with the two of Heun 2 N - 1, with `flow_euler`
+                N; `ode` chooses its own.
             eta: 0 (deterministic) to 1 (DDPM's variance), eq. 16 of DDIM; other samplers do not take it.
             output_type: `pil`, `np` (float32, shape (B, H, W, C), range [0, 1]) or `pt` (shape (B, C, H, W), [0, 1]).
             return_dict: whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -946,7 +947,7 @@ class CustomUNetPipeline(DiffusionPipeline):
 
 def samplers_for(objective: str) -> tuple[str, ...]:
     """The names of the samplers for a model of DDPM (`ddpm`) or of an objective of `SDEScheduler`."""
-    continuous = (name for name in CONTINUOUS_SAMPLERS if objective == "flow" or name != "flow_euler")
+    continuous = (name for name in CONTINUOUS_SAMPLERS if objective == "flow" or not name.startswith("flow_"))
     return (*(SAMPLERS if objective == "ddpm" else ()), *continuous)
 
 
@@ -1137,7 +1138,7 @@ class _ContinuousDraw:
         """x_0, after guidance by a classifier."""
         images = self.predict(x, t)
         if self.guidance.classifier is not None:
-            known = t.clamp(max=self.sde.last_time)  # `flow_euler` starts beyond it, where there is no signal
+            known = t.clamp(max=self.sde.last_time)  # `straight_flow` starts beyond it, where there is no signal
             signal, noise_scale = self.sde.signal_scale(known), self.sde.noise_scale(known)
             images = images + noise_scale**2 / signal * self.guidance.gradient(x, signal, noise_scale)
         images = images.clamp(-self.bound, self.bound)
@@ -1165,7 +1166,7 @@ class _ContinuousDraw:
         if sampler.name == "ode":
             x = self.solve(x, sde.last_time, sde.first_time, sampler.tolerance)
         corrector_steps = sampler.corrector_steps if sampler.name == "predictor_corrector" else 0
-        of_name = {"ode": 1, "edm_heun": 2 * num_steps - 1, "flow_euler": num_steps}
+        of_name = {"ode": 1, "flow_euler": num_steps} | dict.fromkeys(("edm_heun", "flow_heun"), 2 * num_steps - 1)
         total = of_name.get(sampler.name, num_steps + 1 + (num_steps - 1) * corrector_steps)
 
         def noise() -> Tensor:
@@ -1179,8 +1180,8 @@ class _ContinuousDraw:
                 return self.clean(x, times[-1])
             if sampler.name == "euler_maruyama":
                 return euler_maruyama(sde, self.clean, x, times, noise)
-            if sampler.name == "flow_euler":
-                return flow_euler(sde, self.clean, latents, num_steps)
+            if sampler.name in ("flow_euler", "flow_heun"):
+                return straight_flow(sde, self.clean, latents, num_steps, heun=sampler.name == "flow_heun")
             if sampler.name == "edm_heun":
                 low, high = (float(sde.sigma(times[i])) for i in (-1, 0))
                 # schedules end at up to 20,000; where sigma is 4 sqrt(D), no image of [-1, 1] is left to see
@@ -1368,8 +1369,8 @@ def flow(sde, clean: Predict, x: Tensor, t: Tensor) -> Tensor:
     return sde.drift(t) * x - sde.diffusion(t) ** 2 * predicted_score(sde, clean, x, t) / 2
 
 
-def flow_euler(sde, clean: Predict, x: Tensor, num_steps: int) -> Tensor:
-    """Euler's method on the ODE of rectified flow, dx/dt = epsilon - x_0 = (x - x_0) / t (arXiv 2209.03003).
+def straight_flow(sde, clean: Predict, x: Tensor, num_steps: int, heun: bool = False) -> Tensor:
+    """Euler's or Heun's method on the ODE of rectified flow, dx/dt = epsilon - x_0 = (x - x_0) / t (arXiv 2209.03003).
 
     The times are those of diffusers' `FlowMatchEulerDiscreteScheduler`: even from 1 to the first time, and then 0.
 
@@ -1378,7 +1379,11 @@ def flow_euler(sde, clean: Predict, x: Tensor, num_steps: int) -> Tensor:
     """
     times = torch.linspace(1, sde.first_time, num_steps, dtype=torch.float64)
     for now, later in itertools.pairwise([*times, torch.zeros_like(times[0])]):
-        x = x + (later - now) * (x - clean(x, now)) / now
+        slope = (x - clean(x, now)) / now
+        new = x + (later - now) * slope
+        if heun and later > 0:
+            new = x + (later - now) * (slope + (new - clean(new, later)) / later) / 2
+        x = new
     return x
 
 
