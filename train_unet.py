@@ -440,6 +440,8 @@ class Trainer:
         if progress.step == 0:
             self.report_heldout_loss()
         self.stop.is_noted_only = True
+        if progress.step and progress.step % config.metric_steps == 0 and progress.step != self.total_steps:
+            self.measure()  # which a kill or a signal may have cut short
         bar = tqdm(
             desc="training",
             unit="step",
@@ -631,16 +633,20 @@ class Trainer:
             self.tell(f"step {step}: sampling failed, training goes on: {error}")
 
     def measure(self) -> None:
-        """FID or KID of the EMA network, unless a signal came or this step has it; the best is a folder of its own.
+        """FID or KID of the EMA network, unless the run is to stop or the log has it; the best has its own folder.
 
         A failure is told and does not end the training.
 
         Raises:
             TrainingFailed: if that folder cannot be written.
         """
-        step, metric, stopped = self.progress.step, self.metric, lambda: self.stop.number is not None
+        step, metric = self.progress.step, self.metric
         if metric is None:
             return
+
+        def stopped() -> bool:
+            return self.stop.number is not None or time.monotonic() >= self.deadline_seconds
+
         is_known = self.accelerator.is_main_process and self.log.has(step, metric.name)
         if on_any_process(self.accelerator, is_known or stopped()):
             return

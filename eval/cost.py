@@ -36,14 +36,15 @@ class SamplerSetting:
         """`NAME`, `NAME:STEPS` or `NAME:STEPS:ETA`; the ode takes no steps, the others 50 by default.
 
         Raises:
-            argparse.ArgumentTypeError: if it is none of these; steps and eta are judged by `set_on`.
+            argparse.ArgumentTypeError: if it is none of these; steps and eta are checked by `set_on`.
         """
         name, *numbers = text.split(":")
         try:
             steps, eta = int(numbers[0]) if numbers else 50, float(numbers[1]) if numbers[1:] else 0.0
         except ValueError:
             steps, eta = 0, 0.0
-        if name not in {*SAMPLERS, *CONTINUOUS_SAMPLERS} or numbers[2:] or steps < 1 or not 0 <= eta <= 1:
+        known = name in {*SAMPLERS, *CONTINUOUS_SAMPLERS} and not (name == "ode" and numbers)
+        if not known or numbers[2:] or steps < 1 or not 0 <= eta <= 1:
             raise argparse.ArgumentTypeError(f"{text!r} is not NAME, NAME:STEPS or NAME:STEPS:ETA of a sampler")
         return cls(name, None if name == "ode" else steps, eta)
 
@@ -76,7 +77,7 @@ def sample(
         more: arguments of the pipeline's call; `class_labels` has one for each seed.
 
     Returns:
-        uint8 images (N, C, H, W), network evaluations an image, seconds an image.
+        uint8 images (N, C, H, W), network evaluations per image, seconds per image.
 
     Raises:
         ValueError: for a setting that the pipeline refuses.

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from eval.cost import SamplerSetting
-from eval.features import ImageSet, images_of_files, images_of_store, subset
+from eval.features import FeatureExtractor, ImageSet, images_of_files, images_of_store, subset
 from eval.results import result
 from pipelines import generate
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, ContinuousSampler
@@ -24,6 +24,7 @@ from training.facts import training_in_all
 COST_SAMPLERS = "unipc:10 unipc:20 dpmsolver++2m:20 ddim:20 ddim:50 ddpm:100".split()
 COST_SAMPLERS_IN_CONTINUOUS_TIME = "edm_heun:9 edm_heun:18 predictor_corrector:100 euler_maruyama:100 ode".split()
 DRAWING_FLAGS = "pipeline revision seed class_label guidance_scale batch_size dtype num_cpu_threads".split()
+MOVED = {"device", "versions"}  # a result has these if they are not those of the record
 IMAGES = "images"  # the folder of an evaluation that holds its folders of images
 
 
@@ -89,6 +90,7 @@ class Evaluation:
         self.weights_sha256 = {path.name: generate.sha256_of(path) for path in weight_files(source)}
         self.earlier: list[dict] = []  # results of an earlier start
         self.starts: list[dict] = []  # of drawing the images
+        self.extractors: dict[tuple[str, str], FeatureExtractor] = {}  # by name and mode
         self.training = self.open_store(options.split)
         if options.num_images > len(self.training):
             raise InputError(
@@ -191,7 +193,8 @@ class Evaluation:
         if options.class_label is not None:
             about |= {"class_label": options.class_label, "guidance_scale": options.guidance_scale}
         if setting.sampler in CONTINUOUS_SAMPLERS:
-            settings = ContinuousSampler(setting.sampler, **setting.sampler_settings).settings
+            own = self.pipeline.default_settings(setting.sampler) | setting.sampler_settings
+            settings = ContinuousSampler(setting.sampler, **own).settings
             about["sampler_settings"] = {name: value for name, value in settings.items() if math.isfinite(value)}
         else:
             about["eta"] = setting.eta
@@ -268,5 +271,9 @@ class Evaluation:
         return store.__getitems__(subset(len(store), min(count, len(store))))
 
     def measured_before(self, family: str, about: dict) -> list[dict]:
-        """The results of an earlier start with these settings."""
-        return [entry for entry in self.earlier if entry["family"] == family and about.items() <= entry.items()]
+        """The results of an earlier start with these settings and the same device and versions."""
+        return [
+            entry
+            for entry in self.earlier
+            if entry["family"] == family and about.items() <= entry.items() and not MOVED & entry.keys()
+        ]

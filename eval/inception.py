@@ -73,15 +73,15 @@ class Inception:
         file, weights = find_weights(path)
         self.file, self.sha256 = weights.file, weights.sha256
         self.network = load_network(file).to(self.device)
-        with warnings.catch_warnings():  # clean-fid silences all warnings of the process
-            self.resize_one = build_resizer("clean")
+        self.resize_one = build_resizer("clean")
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 (B, 2048)."""
         check_images(images)
         parts = images.split(CPU_BATCH_SIZE if self.device.type == "cpu" else len(images))
-        return torch.cat([self.network((self.resize(part) - 128) / 128) for part in parts])
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 on every device
+            return torch.cat([self.network((self.resize(part) - 128) / 128) for part in parts])
 
     def resize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in 0..255, channels last, on the network's device."""
@@ -144,7 +144,7 @@ def load_network(file: Path) -> nn.Sequential:
     Both list the 94 convolutions in the same order, that of the forward pass, under different names.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch would have TorchScript files replaced
+        warnings.simplefilter("ignore")  # torch warns that TorchScript is deprecated
         tensors = torch.jit.load(str(file), map_location="cpu").state_dict()
     prefixes = [name.removesuffix("weight") for name in tensors if "layers." in name and name.endswith(".weight")]
     network = build_network()

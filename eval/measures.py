@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.colours import colour_distance, colour_statistics, share_of_extremes
+from eval.colours import COLOURS, colour_distance, colour_statistics, share_of_extremes
 from eval.cost import SamplerSetting, sample
 from eval.encoders import open_extractor
 from eval.evaluation import Evaluation
@@ -68,6 +68,10 @@ def measure_colours(evaluation: Evaluation) -> Iterable[dict]:
     plot_colours({name: colour_statistics(images) for name, images in sets.items()}, evaluation.out / "colours.png")
 
 
+def _colour_name(name: str) -> str:
+    return f"{name.capitalize()}, Wasserstein distance in grey levels"
+
+
 def _compare_colours(family: str, evaluation: Evaluation, images: np.ndarray, about: dict) -> Iterable[dict]:
     n = len(images)
     generated, real = colour_statistics(images), colour_statistics(evaluation.real(n))
@@ -75,7 +79,7 @@ def _compare_colours(family: str, evaluation: Evaluation, images: np.ndarray, ab
     for name, values in generated.items():
         yield result(
             family,
-            f"{name.capitalize()}, Wasserstein distance in grey levels",
+            _colour_name(name),
             name,
             colour_distance(values, real[name]),
             floor=colour_distance(others[name], real[name]) if others else None,
@@ -148,15 +152,19 @@ def measure_features(evaluation: Evaluation) -> Iterable[dict]:
 
 
 def _open(space: FeatureSpace, evaluation: Evaluation) -> FeatureExtractor:
-    open_it = partial(
-        open_extractor,
-        space.extractor,
-        mode=space.mode or "clean",
-        path=getattr(evaluation.options, f"{space.extractor}_path", None),
-        device=evaluation.state.device,
-    )
-    on_main_process(evaluation.state, lambda: bool(open_it()))  # it alone fetches weights
-    return open_it()
+    key = space.extractor, space.mode or "clean"
+    if key not in evaluation.extractors:
+        open_it = partial(
+            open_extractor,
+            space.extractor,
+            mode=key[1],
+            path=getattr(evaluation.options, f"{space.extractor}_path", None),
+            device=evaluation.state.device,
+        )
+        if evaluation.state.num_processes > 1:
+            on_main_process(evaluation.state, lambda: bool(open_it()))  # it alone fetches weights
+        evaluation.extractors[key] = open_it()
+    return evaluation.extractors[key]
 
 
 def _features(evaluation: Evaluation, extractor: FeatureExtractor, images: ImageSet) -> np.ndarray:
@@ -169,8 +177,9 @@ def _compare(evaluation: Evaluation, space: FeatureSpace, extractor: FeatureExtr
     real = _features(evaluation, extractor, evaluation.real_set(n))
     others = _features(evaluation, extractor, evaluation.real_set(n, 1)) if evaluation.has_floor(n) else None
     if evaluation.state.is_main_process:
-        yield from _compare_features("features", evaluation, space, extractor, (generated, real, others), about)
-    if "memorisation" in evaluation.options.metrics:
+        floors = {} if others is None else _feature_metrics(space, real, others, evaluation)
+        yield from _compare_features("features", evaluation, space, extractor, (generated, real), floors, about)
+    if "memorisation" in evaluation.options.metrics and space.mode != "legacy_tensorflow":
         yield from _memorisation_in_features(evaluation, extractor, generated)
 
 
@@ -179,18 +188,19 @@ def _compare_features(
     evaluation: Evaluation,
     space: FeatureSpace,
     extractor: FeatureExtractor,
-    features: tuple[np.ndarray, np.ndarray, np.ndarray | None],
+    features: tuple[np.ndarray, np.ndarray],
+    floors: dict[str, tuple[float, dict]],
     about: dict,
 ) -> Iterable[dict]:
     """The metrics of a space.
 
     Args:
-        features: of the generated images, of as many real ones, and of as many others (for the floor), if there are.
+        features: of the generated images, and of as many real ones.
+        floors: `_feature_metrics` of real against real images, if there are enough.
     """
-    generated, real, others = features
+    generated, real = features
     values = _feature_metrics(space, real, generated, evaluation)
-    floors = {} if others is None else _feature_metrics(space, real, others, evaluation)
-    about |= {"n": len(generated), "n_reference": len(real)}
+    about = about | {"n": len(generated), "n_reference": len(real)}
     about |= {"features": extractor.name, "features_file": getattr(extractor, "file", None)}
     about |= {"features_sha256": extractor.sha256, "mode": extractor.mode}
     for metric, name in space.metrics.items():
@@ -425,31 +435,40 @@ COST_METRICS = ("fid", "kid")  # beside SWD and colours
 
 def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
     """Quality of each sampler, on all processes, beside network evaluations and seconds of one batch."""
-    options, n = evaluation.options, evaluation.options.cost_images
+    options, state, n = evaluation.options, evaluation.state, evaluation.options.cost_images
     space, extractor = _cost_features(evaluation)
-    metrics = {"swd", "brightness", "contrast", "saturation", *space.metrics}
-    pipeline = load_pipeline(evaluation.source, options.dtype, None).to(evaluation.state.device)
-    entries = []
+    names = {"SWD, mean", *map(_colour_name, COLOURS), *space.metrics.values()}
+    entries, floors, swd_floor_of_n, pipeline, real_features = [], {}, None, None, None
     for setting in evaluation.cost_settings:
         about = evaluation.describe(setting, n) | evaluation.reference | {"n": n}
-        found = evaluation.measured_before("cost", about)
-        if not metrics <= {entry["metric"] for entry in found}:
+        found = on_main_process(state, partial(evaluation.measured_before, "cost", about))
+        if names <= {entry["name"] for entry in found}:
+            if state.is_main_process:
+                print(f"cost: {setting} was measured by an earlier start", flush=True)
+        else:
             images, _ = evaluation.draw(setting, n)
-            sets = (images, evaluation.real_set(n), evaluation.real_set(n, 1)) if extractor else ()
-            features = [_features(evaluation, extractor, image_set) for image_set in sets]
-            if not evaluation.state.is_main_process:
+            if extractor and real_features is None:
+                real_features, others = (_features(evaluation, extractor, evaluation.real_set(n, i)) for i in (0, 1))
+                floors = _feature_metrics(space, real_features, others, evaluation)
+            features = _features(evaluation, extractor, images) if extractor else None
+            if not state.is_main_process:
                 continue
+            if pipeline is None:
+                pipeline = load_pipeline(evaluation.source, options.dtype, None).to(state.device)
+                swd_floor_of_n = mean(swd_floor(evaluation.real(2 * n)))
+                _cost_of_one_batch(evaluation, pipeline, setting)  # the first one also sets the libraries up
             about |= _cost_of_one_batch(evaluation, pipeline, setting)
-            pixels, real = images.read(range(n)), evaluation.real(n)
-            distance, floor = sliced_wasserstein(pixels, real), swd_floor(evaluation.real(2 * n))
-            found = [result("cost", "SWD, mean", "swd", mean(distance), floor=mean(floor), n_reference=n, **about)]
+            pixels = images.read(range(n))
+            distance = mean(sliced_wasserstein(pixels, evaluation.real(n)))
+            found = [result("cost", "SWD, mean", "swd", distance, floor=swd_floor_of_n, n_reference=n, **about)]
             del about["n"]
             found += _compare_colours("cost", evaluation, pixels, about)
             if extractor:
-                found += _compare_features("cost", evaluation, space, extractor, tuple(features), about)
+                sets = features, real_features
+                found += _compare_features("cost", evaluation, space, extractor, sets, floors, about)
         entries += found
         yield from found
-    if evaluation.state.is_main_process:
+    if state.is_main_process:
         plot_cost_curve(entries, evaluation.out / "cost.png")
 
 

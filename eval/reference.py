@@ -48,7 +48,7 @@ class FeatureKey:
     sha256: str
 
 
-def check_counts(num_generated: int, num_reference: int, allow_few: bool = False) -> None:
+def check_counts(num_generated: int, num_reference: int, allow_few: bool = False, flag: str = "--num_images") -> None:
     """The rule for every figure that moves with n (FID, FD, CMMD, precision and the like): equal and not few.
 
     FID falls by about 1/n, in the generated set as in the reference, and CMMD likewise. So the reference is a subset
@@ -63,14 +63,14 @@ def check_counts(num_generated: int, num_reference: int, allow_few: bool = False
     if num_generated != num_reference:
         raise FeatureError(
             f"{num_generated} generated and {num_reference} reference images cannot be compared, as the figure depends"
-            f" on both counts; take {min(num_generated, num_reference)} of both (--num_images)"
+            f" on both counts; take {min(num_generated, num_reference)} of both ({flag})"
         )
     if num_generated < 2:
         raise FeatureError(f"there is {num_generated} image of each; a distance of distributions needs 2 or more")
     if num_generated < FEWEST_IMAGES and not allow_few:
         raise FeatureError(
             f"{num_generated} images are too few for a figure that others can compare with; take {FEWEST_IMAGES} or"
-            " more (--num_images), or say --allow_few"
+            f" more ({flag}), or say --allow_few"
         )
 
 

@@ -100,8 +100,9 @@ def quality_table(results: list[dict]) -> str:
             rows[-1] = rows[-1] | {"name": f"{rows[-1]['name']}; {entry['name']}"}
         else:
             rows.append(entry)
-    columns = {"name": "metric", "value": "value", "floor": "real against real", "n": "n", "n_reference": "of"}
-    return table(rows, columns | {"split": "split", "sampler": "sampler", "steps": "steps"})
+    rows = [entry | {"sampler": _sampler(entry)} for entry in rows]
+    columns = {"name": "metric", "value": "value", "floor": "real against real", "n": "n"}
+    return table(rows, columns | {"split": "split", "sampler": "sampler"})
 
 
 SUMMARY = "fid kid precision recall memorisation_ratio bits_per_dim_bound_fixed_large bits_per_dim_ode".split()
@@ -117,33 +118,48 @@ def summary_table(results: list[dict]) -> str:
         and entry["value"] is not None
         and not entry["name"].endswith(("training", "DINOv2", "legacy_tensorflow)"))
     ]
-    columns = {"name": "metric", "value": "value", "floor": "real against real", "n": "images"}
+    rows = [entry | {"sampler": _sampler(entry)} for entry in rows]
+    columns = {"name": "metric", "value": "value", "floor": "real against real", "n": "images", "sampler": "sampler"}
     return table(sorted(rows, key=lambda entry: SUMMARY.index(entry["metric"])), columns)
 
 
+def _sampler(entry: dict) -> str | None:
+    """With its steps and what else it was called with, as far as they are not its defaults."""
+    steps = f", {entry['steps']} steps" if "steps" in entry else ""
+    own = {name: value for name, value in entry.get("sampler_settings", {}).items() if value}
+    own |= {name: entry[name] for name in ("eta", "class_label", "guidance_scale") if entry.get(name)}
+    return entry.get("sampler") and "".join([entry["sampler"], steps, *(f", {name} {own[name]}" for name in own)])
+
+
+COST_COLUMNS = {"fid": "FID", "kid": "KID", "swd": "SWD"}
+
+
 def cost_table(results: list[dict]) -> str:
-    """A row for each sampler and number of steps: its quality, network evaluations and seconds."""
+    """A row for each sampler and number of steps: its quality, network evaluations and seconds.
+
+    The quality is FID and KID, or SWD where they were not measured.
+    """
     rows = [entry for entry in results if entry["family"] == "cost"]
     if not rows:
         raise ResultsError("there is no cost curve among the results")
-    metrics = [name for name in ("fid", "kid", "swd", "saturation") if any(entry["metric"] == name for entry in rows)]
-    settings: dict[str, dict] = {}
+    measured = {entry["metric"] for entry in rows}
+    columns = {
+        key: COST_COLUMNS[key] for key in (("fid", "kid") if "fid" in measured else ("swd",)) if key in measured
+    }
+    lines = [f"| sampler | {' | '.join(columns.values())} | network evaluations | seconds per image |"]
+    lines.append("|---" * (len(columns) + 3) + "|")
+    by_count: dict[int, dict[str, dict]] = {}
     for entry in rows:
-        eta = f", eta {entry['eta']:g}" if entry.get("eta") else ""
-        steps = f", {entry['steps']} steps" if "steps" in entry else ""
-        setting = settings.setdefault(f"{entry['sampler']}{steps}{eta}", entry | {"by_metric": {}})
-        setting["by_metric"][entry["metric"]] = entry
-    headings = [{"fid": "FID", "kid": "KID", "swd": "SWD", "saturation": "saturation"}[name] for name in metrics]
-    lines = [f"| sampler | {' | '.join(headings)} | network evaluations | seconds per image |"]
-    lines.append("|---" * (len(metrics) + 3) + "|")
-    for name, setting in settings.items():
-        cells = [
-            value_text(setting["by_metric"][metric]) if metric in setting["by_metric"] else "" for metric in metrics
-        ]
-        cells += [number(setting[key]) for key in ("network_evaluations", "seconds_per_image")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    floors = [number(next(entry.get("floor") for entry in rows if entry["metric"] == metric)) for metric in metrics]
-    lines.append(f"| real against real | {' | '.join(floors)} | | |")
+        by_count.setdefault(entry["n"], {}).setdefault(_sampler(entry), {})[entry["metric"]] = entry
+    for n, settings in by_count.items():
+        for name, by_metric in settings.items():
+            cost = next(iter(by_metric.values()))
+            cells = [value_text(by_metric[key]) if key in by_metric else "" for key in columns]
+            cells += [number(cost[key]) for key in ("network_evaluations", "seconds_per_image")]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        last = list(settings.values())[-1]
+        floors = [number(last[key].get("floor")) if key in last else "" for key in columns]
+        lines.append(f"| real against real, n = {number(n)} | {' | '.join(floors)} | | |")
     return "\n".join(lines)
 
 

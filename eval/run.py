@@ -120,6 +120,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     check_numbers(options, least, most)
     if "features" in options.metrics:
         check_counts(options.num_images, options.num_images, options.allow_few)
+    if "cost" in options.metrics:
+        check_counts(options.cost_images, options.cost_images, options.allow_few, "--cost_images")
     if options.write_card and not Path(options.pipeline).is_dir():
         raise InputError(f"--write_card is for a folder, but --pipeline is {options.pipeline}")
     return options

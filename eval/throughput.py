@@ -98,6 +98,8 @@ def read_config(flags: list[str]) -> TrainConfig:
     if not any(flag.startswith("--train_data_dir") for flag in flags):
         flags = [*flags, "--train_data_dir", "null", "--dataset_name", "synthetic-faces"]
     config = parse_config(flags)
+    if config.mixed_precision == "auto":
+        raise ConfigError("--mixed_precision auto has no fixed precision to measure; choose no, fp16 or bf16")
     try:
         with torch.device("meta"):
             CustomUNet2DModel(**config.unet_kwargs())

@@ -35,7 +35,7 @@ class TrainingMetric:
         identity: what two values must have in common to compare.
 
     Raises:
-        ConfigError: if Inception's weights cannot be had.
+        ConfigError: if Inception's weights are not found.
         DataError: if there are fewer training images than `config.metric_images`.
     """
 
@@ -49,8 +49,9 @@ class TrainingMetric:
         try:
             on_main_process(accelerator, lambda: find_weights(path))  # fetches them once, for all processes
             self.extractor = Inception(path=path, device=accelerator.device)
-            images = images_of_store(store, config.metric_images)
-            self.training_features = cached_features(images, self.extractor, PartialState())
+            if not config.dry_run:
+                images = images_of_store(store, config.metric_images)
+                self.training_features = cached_features(images, self.extractor, PartialState())
         except FeatureError as error:
             raise ConfigError(str(error)) from error
         sampler, steps = "edm_heun", EDM_HEUN_STEPS
@@ -64,7 +65,7 @@ class TrainingMetric:
             "name": self.name,
             "num_images": config.metric_images,
             "data": store.fingerprint,
-            "features": self.extractor.sha256,
+            "features": self.extractor.name,  # by construction the published weights, whichever file has them
             "sampler": sampler,
             "steps": steps,
         }

@@ -236,7 +236,7 @@ def _metadata(files: ModelFiles) -> ModelCardData:
 
 
 def _eval_result(files: ModelFiles, result: dict) -> EvalResult:
-    settings = {key: result[key] for key in SETTINGS if result.get(key) is not None}
+    settings = {key: result[key] for key in SETTINGS if key != "floor" and result.get(key) is not None}
     details = [f"n = {_cell(settings['n'])}"] if "n" in settings else []
     details += [settings["sampler"]] if "sampler" in settings else []
     details += [f"{settings['steps']} steps"] if "steps" in settings else []
@@ -549,6 +549,8 @@ def _value_text(result: dict) -> str:
 def _cell(value) -> str:
     if value is None:
         return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -35,7 +35,7 @@ def test_a_setting_is_read_from_its_text(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ddim:x", "ddim:0", "ddim:-1", "euler2:5", "ddim:5:nan", "ddim:5:2", "ddim:5:1:1"]
+    "text", ["", "ddim:x", "ddim:0", "ddim:-1", "euler2:5", "ddim:5:nan", "ddim:5:2", "ddim:5:1:1", "ode:20"]
 )
 def test_what_is_no_setting_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not NAME, NAME:STEPS or NAME:STEPS:ETA"):

@@ -1,8 +1,11 @@
 """The whole evaluation of a tiny model, through the command."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +184,28 @@ def test_a_second_start_uses_what_is_there(measured, evaluate, capsys):
     assert without_times(after) == without_times(before)  # the seconds of the cost curve too: it was not drawn again
 
 
+def test_two_processes_measure_what_one_does(measured, inputs, tmp_path):
+    """In feature spaces and of samplers; the other metrics are measured by the main process alone."""
+    pipeline, features, real = map(str, inputs)
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 -m eval.run --steps 3 --allow_few".split()
+    arguments = ["--pipeline", pipeline, "--reference", real, "--num_images", str(N), "--features", features, *SMALL]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *arguments, "--metrics", "features", "cost", "--out", str(tmp_path / "out")],
+        cwd=Path(__file__).resolve().parent.parent,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+
+    def values(out: Path) -> dict:
+        families = [entry for entry in results(out) if entry["family"] in ("features", "cost")]
+        return {(e["family"], e["name"], e["sampler"], e["steps"], e["eta"]): e["value"] for e in families}
+
+    assert values(tmp_path / "out") == pytest.approx(values(measured), rel=1e-3)
+
+
 def test_what_another_machine_measured_stays_its(measured, evaluate, tmp_path):
     out = shutil.copytree(measured, tmp_path / "out")
     record = json.loads((out / "results.json").read_text())
@@ -213,6 +238,7 @@ def test_what_another_machine_measured_stays_its(measured, evaluate, tmp_path):
         (["--sampler", "unipc", "--eta", "1"], "eta is 1.0"),
         (["--heldout_split", "", "--metrics", "memorisation"], "give --heldout_split"),
         (["--cost_images", "30", "--metrics", "cost"], "needs 60 real images; there are 50"),
+        (["--cost_images", "1", "--metrics", "cost"], "there is 1 image of each"),
         (["--pipeline", "no/where", "--write_card"], "--write_card is for a folder"),
     ],
 )
@@ -375,6 +401,15 @@ def test_settings_of_a_sampler_reach_the_images_and_the_results(evaluate, sde_mo
     assert [entry.get("steps") for entry in entries] == [3, None]
     record = json.loads((tmp_path / "images" / "ode-tolerance0.1-fp32" / "generate.json").read_text())
     assert record["settings"]["continuous_sampler"] == {"name": "ode", "tolerance": 0.1}
+
+
+def test_the_churn_that_ve_models_have_by_default_is_told(evaluate, sde_model, tmp_path):
+    model = ["--pipeline", str(sde_model("ve", "score", time_embedding_type="fourier"))]
+    assert evaluate(tmp_path, *model, "--metrics", "swd") == 0
+    assert evaluate(tmp_path, *model, "--metrics", "swd", "--churn", "0") == 0
+    found = [entry["sampler_settings"]["churn"] for entry in results(tmp_path) if entry["name"] == "SWD, mean"]
+    assert found == [10.0, 0.0]
+    assert len(list((tmp_path / "images").iterdir())) == 2
 
 
 def test_a_class_conditional_model(evaluate, sde_model, tmp_path, capfd):

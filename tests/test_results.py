@@ -43,11 +43,11 @@ def test_the_spread_of_a_single_value_is_none():
 
 def test_tables():
     assert quality_table(RESULTS).splitlines() == [
-        "| metric | value | real against real | n | of | split | sampler | steps |",
-        "|---|---|---|---|---|---|---|---|",
-        "| SWD, mean | 12.35 | 2 | 10,000 | 10,000 |  | ddim | 50 |",
-        "| FID (clean); CMMD | not measured |  |  |  |  |  |  |",
-        "| Variational bound, held-out | 4 ± 0.032 |  | 256 |  | validation |  |  |",
+        "| metric | value | real against real | n | split | sampler |",
+        "|---|---|---|---|---|---|",
+        "| SWD, mean | 12.35 | 2 | 10,000 |  | ddim, 50 steps |",
+        "| FID (clean); CMMD | not measured |  |  |  |  |",
+        "| Variational bound, held-out | 4 ± 0.032 |  | 256 | validation |  |",
     ]
     assert [number(value) for value in (None, 12345, 0.000123456, "x")] == ["", "12,345", "0.0001235", "x"]
 
@@ -110,8 +110,8 @@ def test_marked_tables_are_made_anew_and_the_rest_stays(folder):
         "|---|---|---|---|",
         "| ddim, 50 steps | 3 | 50 | 0.5 |",
         "| ddim, 10 steps | 5.25 | 10 | 0.1 |",
-        "| ddim, 10 steps, eta 1 | 7 | 10 | 0.1 |",
-        "| real against real | 1.5 | | |",
+        "| ddim, 10 steps, eta 1.0 | 7 | 10 | 0.1 |",
+        "| real against real, n = 1,000 | 1.5 | | |",
         "<!-- end -->",
         "after <!-- end -->",
     ]

@@ -167,7 +167,9 @@ class TrainConfig:
     sampler: Literal["ddim", "ddpm"] = option("ddim", "sampler of the grids and of the exported pipeline, for ddpm")
     metric: Literal["fid", "kid"] | None = option(None, "metric of the EMA network while training; its best is kept")
     metric_images: int = option(2048, "images of the metric, generated ones and as many of the training images")
-    metric_steps: int = option(5000, "updates between measurements of the metric; the last update is measured too")
+    metric_steps: int = option(
+        5000, "updates between measurements of the metric; the last update of the run is measured too"
+    )
     inception_path: str | None = option(None, "file of Inception's weights, for the metric; looked for by default")
     logging_steps: int = option(10, "updates between log records")
     logging_dir: str = option("logs", "folder of the trackers, inside output_dir")
@@ -253,6 +255,8 @@ class TrainConfig:
         for name in ("metric_images", "metric_steps", "inception_path"):
             if self.metric is None and getattr(self, name) != DEFAULTS[name]:
                 raise ConfigError(f"--{name} is {getattr(self, name)}, but nothing is measured without --metric")
+        if not self.post_hoc_ema and self.post_hoc_ema_steps != DEFAULTS["post_hoc_ema_steps"]:
+            raise ConfigError(f"--post_hoc_ema_steps is {self.post_hoc_ema_steps}, but --post_hoc_ema is not set")
         if self.overwrite_output_dir and self.resume_from_checkpoint != "latest":
             raise ConfigError(
                 f"--resume_from_checkpoint {self.resume_from_checkpoint} does not go with --overwrite_output_dir,"

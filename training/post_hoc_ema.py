@@ -65,6 +65,7 @@ def combine_profiles(steps: list[int], step: int, sigma_rel: float) -> tuple[np.
     target = ([step], [power_of(sigma_rel)])
     gram, products = inner_products(*known, *known), inner_products(*known, *target)[:, 0]
     factors = np.linalg.solve(gram, products)
+    factors /= factors.sum()  # a weighted mean, as EDM2's code has it
     squared_norm = inner_products(*target, *target).item()
     squared_error = factors @ gram @ factors - 2 * factors @ products + squared_norm
     return factors.reshape(len(steps), len(STORED)), float(np.sqrt(max(squared_error, 0) / squared_norm))

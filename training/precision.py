@@ -1,5 +1,6 @@
 """The precision of `--mixed_precision auto`: that in which this machine trains this network faster, by measurement."""
 
+import math
 import statistics
 import time
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch import nn
 from training.checkpoint import find_checkpoint, read_state
 from training.config import TrainConfig
 from training.diffusion import diffusion_loss
-from training.processes import on_main_process, take_cpu_threads
+from training.processes import is_out_of_memory, on_main_process, take_cpu_threads
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP_UPDATES, TIMED_UPDATES = 2, 5
@@ -71,7 +72,11 @@ def update_seconds(
 ) -> dict[str, float]:
     """Median seconds of the loss of a batch of noise, forward and backward, in each of the precisions by turns.
 
-    It has a network of its own, without classes, and leaves the random generators as they were.
+    It has a network of its own, without classes, and leaves the random generators as they were. Of a precision for
+    which the memory does not suffice it is infinite.
+
+    Raises:
+        RuntimeError: if the memory suffices for none.
     """
     seconds = {name: [] for name in precisions}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -84,10 +89,15 @@ def update_seconds(
         shape = (config.train_batch_size, 3, config.resolution, config.resolution)
         images, scheduler = torch.rand(shape, device=device).mul_(2).sub_(1), config.noise_scheduler()
         for number in range(WARM_UP_UPDATES + TIMED_UPDATES):
-            for name in precisions:
+            for name in [name for name in precisions if math.inf not in seconds[name]]:
                 started_at_seconds = time.perf_counter()
                 unet = partial(_under_autocast, network, DTYPES[name])
-                diffusion_loss(unet, scheduler, images, **config.loss_settings()).backward()
+                try:
+                    diffusion_loss(unet, scheduler, images, **config.loss_settings()).backward()
+                except (RuntimeError, MemoryError) as error:
+                    seconds[name] = [math.inf]
+                    if not is_out_of_memory(error) or all(math.inf in values for values in seconds.values()):
+                        raise
                 network.zero_grad()
                 if device.type != "cpu":
                     torch.accelerator.synchronize()

@@ -218,9 +218,9 @@ class CustomUNetPipeline(DiffusionPipeline):
         """The sampler in continuous time that is set; None if it is the scheduler itself."""
         if self._continuous is not None and self._continuous[1] is self.scheduler:  # not replaced since
             return self._continuous[0]
-        return ContinuousSampler("edm_heun", **self._own_settings("edm_heun")) if self.is_continuous else None
+        return ContinuousSampler("edm_heun", **self.default_settings("edm_heun")) if self.is_continuous else None
 
-    def _own_settings(self, name: str) -> dict[str, float]:
+    def default_settings(self, name: str) -> dict[str, float]:
         # A network that predicts the score of unscaled x errs at large sigma; without new noise these errors add up
         with_noise = name == "edm_heun" and self.scheduler.config.get("prediction_type") == "score"
         return {"churn": 10.0} if with_noise else {}
@@ -246,7 +246,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             cls, fixed = SAMPLERS[name]
             self.scheduler, self._continuous = _scheduler_like(self._trained_config, cls, **fixed), None
             return
-        sampler = ContinuousSampler(name, **self._own_settings(name) | settings)
+        sampler = ContinuousSampler(name, **self.default_settings(name) | settings)
         sampler.check()
         denoiser(self.unet, self.scheduler)  # whether the network takes such times
         self._continuous = sampler, self.scheduler

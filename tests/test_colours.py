@@ -1,0 +1,51 @@
+"""Brightness, contrast and saturation beside values known beforehand, and faults of colour that they must show."""
+
+import numpy as np
+import pytest
+
+from eval.colours import BLOCK, COLOURS, colour_distance, colour_statistics, share_of_extremes
+
+
+def test_statistics_of_images_known_by_hand():
+    images = np.zeros((2, 3, 2, 2), np.uint8)
+    images[0] = 100  # grey
+    images[1, 0, :, 0] = 200  # the left half is red, the right half black
+    found = colour_statistics(images)
+    assert list(found) == list(COLOURS)
+    np.testing.assert_allclose(found["brightness"], [100, 0.299 * 100])
+    np.testing.assert_allclose(found["contrast"], [0, 0.299 * 100], atol=1e-9)
+    np.testing.assert_allclose(found["saturation"], [0, 100])
+
+
+def test_a_large_set_is_taken_in_blocks():
+    images = np.random.default_rng(0).integers(0, 256, (BLOCK + 3, 3, 4, 4), dtype=np.uint8)
+    luma = (images * np.array([0.299, 0.587, 0.114])[:, None, None]).sum(axis=1)
+    np.testing.assert_allclose(colour_statistics(images)["contrast"], luma.std(axis=(1, 2)))
+
+
+def test_the_distance_of_shifted_values_is_the_shift():
+    values = np.random.default_rng(0).normal(size=1000)
+    assert colour_distance(values + 3, values) == pytest.approx(3)
+    assert colour_distance(values, values) == 0
+
+
+def test_the_share_of_extremes():
+    real = np.arange(1000.0)
+    assert share_of_extremes(real, real) == pytest.approx(0.01)
+    assert share_of_extremes(real[400:600], real) == 0
+    assert share_of_extremes(np.concatenate([real[400:500], np.full(100, 2000.0)]), real) == 0.5
+
+
+@pytest.mark.parametrize(("fault", "seen"), [("orange", "saturation"), ("dark", "brightness"), ("flat", "contrast")])
+def test_faults_that_swd_does_not_see(fault, seen):
+    """A change that all images share vanishes in SWD's normalisation of each channel."""
+    real = np.random.default_rng(0).integers(64, 192, (200, 3, 8, 8)).astype(np.uint8)
+    change = {
+        "orange": lambda images: images + np.array([40, 10, -30])[:, None, None],
+        "dark": lambda images: images - 30,
+        "flat": lambda images: 128 + (images - 128) / 2,
+    }[fault]
+    faulty = change(real.astype(float)).astype(np.uint8)
+    found, expected = colour_statistics(faulty), colour_statistics(real)
+    assert colour_distance(found[seen], expected[seen]) > 10
+    assert colour_distance(expected[seen][::2], expected[seen][1::2]) < 2
