@@ -163,7 +163,7 @@ def test_results_with_their_n_or_that_there_are_none(card):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == ["metric", "value", "mode", "n", "sampler", "steps", "eta"]
     assert rows[2:] == [
-        ["FID (clean)", "12.35", "clean", "10,000", "DDIM", "50", "0.0"],
+        ["FID (clean)", "12.35", "clean", "10,000", "DDIM", "50", "0"],
         ["KID (clean)", "0.0123 ± 0.001", "clean", "10,000", "", "", ""],
         ["Recall", "not measured", "", "10,000", "", "", ""],
     ]
