@@ -255,8 +255,6 @@ class TrainConfig:
         for name in ("metric_images", "metric_steps", "inception_path"):
             if self.metric is None and getattr(self, name) != DEFAULTS[name]:
                 raise ConfigError(f"--{name} is {getattr(self, name)}, but nothing is measured without --metric")
-        if not self.post_hoc_ema and self.post_hoc_ema_steps != DEFAULTS["post_hoc_ema_steps"]:
-            raise ConfigError(f"--post_hoc_ema_steps is {self.post_hoc_ema_steps}, but --post_hoc_ema is not set")
         if self.overwrite_output_dir and self.resume_from_checkpoint != "latest":
             raise ConfigError(
                 f"--resume_from_checkpoint {self.resume_from_checkpoint} does not go with --overwrite_output_dir,"
