@@ -23,12 +23,12 @@ class FeatureError(ValueError):
 
 
 class DamagedFileError(FeatureError):
-    """A file of features or statistics that cannot be read."""
+    """A file of features that cannot be read."""
 
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """What features or statistics are of.
+    """What features are of.
 
     Attributes:
         fingerprint: of the images, by `ImageSet`.
