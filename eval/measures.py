@@ -62,19 +62,22 @@ def measure_swd(evaluation: Evaluation) -> Iterable[dict]:
 
 
 def measure_colours(evaluation: Evaluation) -> Iterable[dict]:
-    n, about = evaluation.options.num_images, evaluation.setting | evaluation.reference
-    yield from _compare_colours("colours", evaluation, evaluation.generated, about)
-    sets = {"generated": evaluation.generated, "real": evaluation.real(n)}
-    plot_colours({name: colour_statistics(images) for name, images in sets.items()}, evaluation.out / "colours.png")
+    about = evaluation.setting | evaluation.reference
+    real = colour_statistics(evaluation.real(evaluation.options.num_images))
+    generated = colour_statistics(evaluation.generated)
+    yield from _compare_colours("colours", evaluation, generated, real, about)
+    plot_colours({"generated": generated, "real": real}, evaluation.out / "colours.png")
 
 
 def _colour_name(name: str) -> str:
     return f"{name.capitalize()}, Wasserstein distance in grey levels"
 
 
-def _compare_colours(family: str, evaluation: Evaluation, images: np.ndarray, about: dict) -> Iterable[dict]:
-    n = len(images)
-    generated, real = colour_statistics(images), colour_statistics(evaluation.real(n))
+def _compare_colours(
+    family: str, evaluation: Evaluation, generated: dict[str, np.ndarray], real: dict[str, np.ndarray], about: dict
+) -> Iterable[dict]:
+    """Results from the `colour_statistics` of generated and of as many real images."""
+    n = len(generated[COLOURS[0]])
     others = colour_statistics(evaluation.real(n, 1)) if evaluation.has_floor(n) else {}
     for name, values in generated.items():
         yield result(
@@ -458,11 +461,12 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
                 swd_floor_of_n = mean(swd_floor(evaluation.real(2 * n)))
                 _cost_of_one_batch(evaluation, pipeline, setting)  # the first one also sets the libraries up
             about |= _cost_of_one_batch(evaluation, pipeline, setting)
-            pixels = images.read(range(n))
-            distance = mean(sliced_wasserstein(pixels, evaluation.real(n)))
+            pixels, real = images.read(range(n)), evaluation.real(n)
+            distance = mean(sliced_wasserstein(pixels, real))
             found = [result("cost", "SWD, mean", "swd", distance, floor=swd_floor_of_n, n_reference=n, **about)]
             del about["n"]
-            found += _compare_colours("cost", evaluation, pixels, about)
+            colours = colour_statistics(pixels), colour_statistics(real)
+            found += _compare_colours("cost", evaluation, *colours, about)
             if extractor:
                 sets = features, real_features
                 found += _compare_features("cost", evaluation, space, extractor, sets, floors, about)

@@ -45,7 +45,7 @@ from training.data import DataError
 
 LIBRARIES = "torch diffusers accelerate clean-fid scipy".split()
 NEED_IMAGES = {"swd", "colours", "features", "memorisation"}
-ON_ALL_PROCESSES = {"features", "cost"}
+ON_ALL_PROCESSES = {"features", "cost"}  # the other metrics are measured by the main process alone
 ON_THE_CARD = {"swd", "features", "memorisation", "likelihood"}
 # What makes two results the same measurement
 IDENTITY = "family name split sampler steps eta sampler_settings class_label guidance_scale n".split()
@@ -128,7 +128,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures what is asked for and writes it down after each metric; only the main process measures and writes."""
+    """Measures what is asked for and writes it down after each metric; see `ON_ALL_PROCESSES`."""
     state = generate.set_up_process(options.num_cpu_threads)
     path = options.out / "results.json"
     evaluation = Evaluation(options, state)

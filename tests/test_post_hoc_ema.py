@@ -229,3 +229,10 @@ def test_a_damaged_snapshot_is_refused(trained, tmp_path, capsys):
     assert reconstruct(run, tmp_path / "out", "--sigma_rel", "0.1") == 2
     assert str(path) in error_line(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sigma_rel", [0.02, 0.1, 0.28])
+def test_the_factors_make_a_weighted_mean(sigma_rel):
+    """Weights that do not change come out as they are, also where the profile fits badly."""
+    factors, _ = combine_profiles([*range(100, 2100, 100)], 2000, sigma_rel)
+    assert factors.sum() == pytest.approx(1, abs=1e-9)

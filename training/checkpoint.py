@@ -319,7 +319,7 @@ def check_optimizer_tensors(path: Path, found: dict[str, Tensor], model: nn.Modu
 
 
 def set_aside_newer(output_dir: Path, step: int, report: Callable[[str], None] = print) -> None:
-    """Renames checkpoints and snapshots beyond `step`, so that a run that goes on from there never uses them."""
+    """Renames checkpoints and snapshots beyond `step`, so that a run that resumes from there never uses them."""
     for folder in (output_dir, output_dir / SNAPSHOTS):
         for path in (path for other, path in list_checkpoints(folder).items() if other > step):
             aside = path.with_name(f"abandoned-{path.name}")
