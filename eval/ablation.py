@@ -6,8 +6,9 @@ DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; eval/study.p
 
 OUT/ablation.md is the table, OUT/ablation.json its numbers; ablation_swd.png shows the SWD, ablation_errors.png the
 held-out errors by noise level, ablation_images.png images of the same seeds. The trainings lie in OUT/VARIANT/seed-S;
-started again, the command goes on where it stopped, and does anew what has other flags by now. Exit codes: 0 done, 1
-failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
+of a study of equal time OUT/speeds.json has the images/s, measured before the first training: leave the machine alone
+for that minute. Started again, the command goes on where it stopped, and does anew what has other flags by now. Exit
+codes: 0 done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
 """
 
 import json
@@ -27,23 +28,26 @@ import numpy as np
 import torch
 
 from eval.compare import Run, errors_by_noise_level, images_of, open_runs, rows_of
+from eval.equal_time import measure_speeds, updates_in
 from eval.figures import plot_curves, plot_dots, plot_image_rows
 from eval.results import ResultsError, number, write_results
 from eval.run import parse_options as parse_evaluation
 from eval.study import Study, Variant, flags_as_arguments, read_study
-from pipelines.command import Parser, check_numbers, run_command
+from pipelines.command import Parser, check_numbers, make_folder, run_command
 from pipelines.custom_unet_pipeline import samplers_for
 from pipelines.loading import InputError
 from training.config import DEFAULTS, TrainConfig, parse_config
 from training.yaml_file import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FAMILIES = ("swd", "memorisation", "heldout")  # the metrics of every variant
-NEVER = 10**9  # steps
+FAMILIES = ("swd", "memorisation", "heldout")  # the metrics of every variant, unless the study names others
+SPEEDS = "speeds.json"
+NEVER = PLACEHOLDER_STEPS = 10**9
 SHOWN_ERRORS = (0.5, 2.0)  # of the first variant's
 UNWATCHED = {"report_to": "none", "save_images_steps": NEVER, "eval_batch_size": 1}  # a grid is drawn at the end
 QUARTERS = ("q1", "q2", "q3", "q4")
 TIMESTEPS = "Error of the noise, mean over timesteps, held-out"
+ALWAYS_THERE = ("swd", "memorisation_ratio", "sample_mse")  # in a row of eval.compare
 SCHEDULE = "objective ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr".split()
 COLUMNS = {  # key in a row: heading
     "variant": "variant",
@@ -52,13 +56,15 @@ COLUMNS = {  # key in a row: heading
     "images_seen": "images seen",
     "train_minutes": "minutes of training",
     "drawn_by": "sampler",
+    "fid": "FID",
+    "kid": "KID",
     "swd": "SWD",
     "memorisation_ratio": "nearest training image, generated / held-out",
     "sample_mse": "error of x_0",
     "epsilon_mse": "error of the noise",
     **{quarter: quarter for quarter in QUARTERS},
 }
-MEASURED = ("train_minutes", "swd", "memorisation_ratio", "sample_mse", "epsilon_mse", *QUARTERS)
+MEASURED = ("train_minutes", "fid", "kid", "swd", "memorisation_ratio", "sample_mse", "epsilon_mse", *QUARTERS)
 
 
 class StudyError(RuntimeError):
@@ -178,8 +184,13 @@ class Job:
         write_results(self._record_path, self.record | {"is_done": True})
 
 
-def jobs_of(study: Study, data: str, crop: str | None, out: Path) -> list[Job]:
+def jobs_of(
+    study: Study, data: str, crop: str | None, out: Path, num_steps: dict[str, int] | None = None
+) -> list[Job]:
     """All of them, checked before the first begins.
+
+    Args:
+        num_steps: updates of each variant in a study of equal time; without it they have a placeholder.
 
     Raises:
         ConfigError, InputError: if the arguments of a training or of an evaluation are bad.
@@ -195,6 +206,8 @@ def jobs_of(study: Study, data: str, crop: str | None, out: Path) -> list[Job]:
         for variant in study.variants:
             folder = out / variant.name / f"seed-{seed}"
             flags = UNWATCHED | study.flags | where | variant.flags | {"seed": seed, "output_dir": str(folder / "run")}
+            if study.minutes is not None:
+                flags["max_train_steps"] = PLACEHOLDER_STEPS if num_steps is None else num_steps[variant.name]
             training = ["--config", str(REPOSITORY / study.config), *flags_as_arguments(flags)]
             paths = {"pipeline": str(folder / "run" / "pipeline"), "out": str(folder / "evaluation")}
             measured = {"reference": data, "metrics": list(FAMILIES)} | study.evaluation | variant.evaluation
@@ -227,6 +240,33 @@ def _check_fits(config: TrainConfig, options: Namespace, first: TrainConfig) -> 
         here, there = getattr(config, name), getattr(first, name)
         if here != there:
             raise ConfigError(f"--{name} is {here}, of the first variant {there}; all are measured by the same images")
+
+
+def settle_speeds(jobs: list[Job], path: Path) -> dict[str, float]:
+    """Images/s in training by variant, kept in a file; what the file lacks is measured beside the first variant.
+
+    Args:
+        jobs: one for each variant; the first is what the others are compared with.
+
+    Raises:
+        StudyError: if the file is damaged.
+        OSError: if it cannot be read or written.
+    """
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise StudyError(f"{path} is damaged; delete it to measure anew") from error
+    first = jobs[0].variant.name
+    missing = [job for job in jobs if job.variant.name not in known]
+    if missing:
+        beside = missing if jobs[0] in missing else [jobs[0], *missing]
+        print(f"measuring the speed of {len(beside)} trainings side by side", flush=True)
+        found = measure_speeds({job.variant.name: (job.config, job.variant.network) for job in beside})
+        scale = known.get(first, found[first]) / found[first]
+        known |= {job.variant.name: round(found[job.variant.name] * scale, 2) for job in missing}
+        make_folder(path.parent)
+        write_results(path, known)
+    return known
 
 
 def do_all(jobs: list[Job], at_once: int) -> None:
@@ -272,7 +312,8 @@ def changes_text(variant: Variant) -> str:
 def values_of(run: Run, comparable_timesteps: bool) -> dict:
     """The measured values of one training; None where there is none."""
     (row,) = rows_of(run)
-    values = {name: row[name] and row[name]["value"] for name in ("swd", "memorisation_ratio", "sample_mse")}
+    keys = {"fid": "FID (clean)", "kid": "KID (clean)", **{name: name for name in ALWAYS_THERE}}
+    values = {name: row[key]["value"] if row.get(key) else None for name, key in keys.items()}
     curve = next((entry for entry in run.results if entry["name"] == TIMESTEPS), None)
     if curve is None or not comparable_timesteps:
         values |= dict.fromkeys(("epsilon_mse", *QUARTERS))
@@ -303,6 +344,8 @@ def rows_of_study(study: Study, jobs: list[Job]) -> list[dict]:
         except (KeyError, TypeError, ValueError) as error:
             what = "lacks what is compared, or was measured in several ways"
             raise ResultsError(f"a result of {variant.name} {what}: {error}") from error
+        for values in found:
+            values["train_minutes"] = study.minutes or values["train_minutes"]
         row = {"variant": variant.name, "changed": changes_text(variant), "seeds": [job.seed for job in own]}
         row |= {key: value for key, value in found[0].items() if key not in MEASURED}
         for key in MEASURED:
@@ -319,7 +362,8 @@ def _summary(values: list[float]) -> dict:
 
 def table(rows: list[dict]) -> str:
     """Markdown. What is the same in all rows stands below instead of in a column."""
-    columns = {heading: [_cell(row[key]) for row in rows] for key, heading in COLUMNS.items()}
+    measured = {key: heading for key, heading in COLUMNS.items() if any(row[key] is not None for row in rows)}
+    columns = {heading: [_cell(row[key]) for row in rows] for key, heading in measured.items()}
     shared = {heading: cells[0] for heading, cells in columns.items() if len(rows) > 1 and len(set(cells)) == 1}
     columns = {heading: cells for heading, cells in columns.items() if heading not in shared}
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -401,6 +445,11 @@ def main(arguments: list[str]) -> int:
         options = parse_options(arguments)
         study = read_study(options.study)
         jobs = jobs_of(study, options.data, options.crop, options.out)
+        if study.minutes is not None:
+            configs = {job.variant.name: job.config for job in jobs}
+            speeds = settle_speeds(jobs[: len(configs)], options.out / SPEEDS)
+            num_steps = {name: updates_in(study.minutes, speeds[name], config) for name, config in configs.items()}
+            jobs = jobs_of(study, options.data, options.crop, options.out, num_steps)
         do_all(jobs, options.jobs)
         write_study(study, jobs, options.out, options.num_images)
 

@@ -2,14 +2,20 @@
 
 config: configs/celeba32_cpu.yaml    what all variants share, a file of configs/
 flags: {max_train_steps: 500}        and flags of train_unet.py beside it
-evaluation: {num_images: 1024}       flags of eval.run
+minutes: 30                          instead of max_train_steps: each trains for the images of so long, see below
+evaluation: {num_images: 1024}       flags of eval.run; its metrics are swd, memorisation and heldout unless named
 seeds: [0, 1]                        of the trainings
 variants:                            the first is what the others are compared with
   base: {}
   edm: {flags: {objective: edm}, evaluation: {sampler: edm_heun}}
   no_skips: {network: no_skips}      a network of eval.unet_variants
+
+With `minutes` all variants get equal time, not equal images: the speeds of their updates are measured side by side,
+and each trains for as many updates as it makes in so long on a machine that does nothing else. What else the machine
+does while they train is then of no consequence.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +23,11 @@ from pathlib import Path
 from eval.unet_variants import VARIANTS
 from training.yaml_file import ConfigError, read_yaml, shown
 
+KEYS = "config flags minutes evaluation seeds variants".split()
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 # What `eval.ablation` itself sets: in a study's flags, and in its evaluation
 OWN_FLAGS = set("config help dataset_name train_data_dir seed output_dir num_cpu_threads overwrite_output_dir".split())
-OWN_OPTIONS = set("help pipeline reference out images_dir metrics num_cpu_threads".split())
+OWN_OPTIONS = set("help pipeline reference out images_dir num_cpu_threads".split())
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Study:
     config: str
     flags: dict
     evaluation: dict
+    minutes: float | None  # of training at full speed, for each variant
     seeds: list[int]
     variants: list[Variant]  # the first is what the others are compared with
 
@@ -50,7 +58,7 @@ def read_study(path: Path) -> Study:
     Raises:
         ConfigError: if it cannot be read or is not as described above.
     """
-    content = _mapping(read_yaml(path), str(path), {"config", "flags", "evaluation", "seeds", "variants"})
+    content = _mapping(read_yaml(path), str(path), set(KEYS))
     if not isinstance(content.get("config"), str):
         raise ConfigError(f"config in {path} is {shown(content.get('config'))}; give a file of configs/")
     seeds = content.get("seeds", [0])
@@ -59,6 +67,9 @@ def read_study(path: Path) -> Study:
     for seed in seeds:
         if type(seed) is not int or seed < 0 or seeds.count(seed) > 1:
             raise ConfigError(f"one of the seeds in {path} is {shown(seed)}; give whole numbers from 0, each once")
+    minutes = content.get("minutes")
+    if minutes is not None and (type(minutes) not in (int, float) or not 0 < minutes < math.inf):
+        raise ConfigError(f"minutes in {path} is {shown(minutes)}; give a positive number")
     variants = []
     for name, changes in _mapping(content.get("variants"), f"variants in {path}").items():
         if not NAME.fullmatch(name):
@@ -70,7 +81,11 @@ def read_study(path: Path) -> Study:
         variants.append(Variant(name, **_flags_and_evaluation(changes, f"{name} in {path}"), network=network))
     if len(variants) < 2:
         raise ConfigError(f"the number of variants in {path} is {len(variants)}; give two or more")
-    return Study(content["config"], seeds=seeds, variants=variants, **_flags_and_evaluation(content, str(path)))
+    for where, flags in {str(path): content.get("flags"), **{v.name: v.flags for v in variants}}.items():
+        if minutes is not None and "max_train_steps" in (flags or {}):
+            raise ConfigError(f"flags of {where} has max_train_steps, which minutes decides here; remove one")
+    shared = _flags_and_evaluation(content, str(path))
+    return Study(content["config"], minutes=minutes, seeds=seeds, variants=variants, **shared)
 
 
 def _flags_and_evaluation(content: dict, where: str) -> dict[str, dict]:

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from eval import ablation, equal_time
 from eval.ablation import Job, jobs_of, main
 from eval.figures import plot_dots
 from eval.results import number, read_results, write_results
 from eval.study import read_study
+from training.config import parse_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE, NUM_IMAGES = 16, 16
@@ -387,6 +390,66 @@ def test_sigterm_ends_the_trainings_too(by_hand, real):
     assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS[:2]}
 
 
+# ---- Equal time
+
+EQUAL_TIME = REAL_STUDY | {
+    "flags": {name: value for name, value in FLAGS.items() if name != "max_train_steps"},
+    "minutes": 0.5,
+    "variants": {"base": {}, "fast": {"flags": {"train_batch_size": 8}}, "short": {"flags": {"lr_warmup_steps": 70}}},
+}
+
+
+def test_speeds_are_medians_of_updates_by_turns(monkeypatch):
+    """The clock of the test goes on by what each update costs; one of them is slow, as if something came between."""
+    base = parse_config(["--config", "configs/quickstart.yaml"])
+    trainings = {"small": (replace(base, train_batch_size=6), None), "large": (base, "no_skips")}
+    costs_seconds = {6: 2.0, 16: 4.0}
+    now_seconds, turns = 0.0, []
+
+    def loss(network, scheduler, images, **settings):
+        nonlocal now_seconds
+        assert settings == base.loss_settings()
+        turns.append(len(images))
+        now_seconds += costs_seconds[len(images)] + (100 if len(turns) == 9 else 0)
+        return next(network.args[0].parameters()).sum()
+
+    monkeypatch.setattr(equal_time, "diffusion_loss", loss)
+    monkeypatch.setattr(equal_time.time, "perf_counter", lambda: now_seconds)
+    assert equal_time.measure_speeds(trainings) == {"small": 3.0, "large": 4.0}
+    assert turns == [6, 16] * (len(turns) // 2)
+
+
+def test_each_variant_trains_as_long_as_the_study_says(real, tmp_path, monkeypatch):
+    """30 seconds; what was measured once stays, and what is new is measured beside the first variant."""
+    measured = []
+
+    def measure(trainings):
+        measured.append([*trainings])
+        speeds = {"base": 32.0, "fast": 40.0, "short": 32.0, "new": 64.0}
+        return {name: speeds[name] / len(measured) for name in trainings}  # the second time the machine is busy
+
+    done = []
+    monkeypatch.setattr(ablation, "measure_speeds", measure)
+    monkeypatch.setattr(
+        ablation, "do_all", lambda jobs, at_once: done.append({j.variant.name: j.config for j in jobs})
+    )
+    monkeypatch.setattr(ablation, "write_study", lambda *arguments: None)
+    for variants in ({}, {"new": {}}):
+        content = EQUAL_TIME | {"variants": EQUAL_TIME["variants"] | variants}
+        assert start(write_study(tmp_path, content), real) == 0
+    assert measured == [["base", "fast", "short"], ["base", "new"]]
+    steps = {"base": 60, "fast": 150, "short": 71}  # more than the warm-up
+    assert {name: config.max_train_steps for name, config in done[0].items()} == steps
+    assert {name: config.max_train_steps for name, config in done[1].items()} == steps | {"new": 120}
+
+
+def test_a_damaged_file_of_speeds_is_told(real, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "speeds.json").write_text("{")
+    assert start(write_study(tmp_path, EQUAL_TIME), real) == 1
+    assert "speeds.json is damaged; delete it" in error_line(capsys)
+
+
 # ---- What fails, and what is refused
 
 
@@ -450,7 +513,14 @@ BAD_STUDIES = {
     "help": (variant_with({"help": True}), "has help, which is for the command itself"),
     "an unknown evaluation flag": (variant_with(None, {"num_image": 4}), "variant other: unrecognized arguments"),
     "a bad evaluation flag": (variant_with(None, {"num_images": 0}), "variant other: --num_images is 0"),
-    "metrics": (variant_with(None, {"metrics": ["swd"]}), "has metrics, which is for the command itself"),
+    "an unknown metric": (variant_with(None, {"metrics": ["swb"]}), "variant other: "),
+    "no minutes": (study_with(minutes=0), "is 0; give a positive number"),
+    "minutes that are no number": (study_with(minutes="long"), "give a positive number"),
+    "minutes and steps": (study_with(minutes=1), "has max_train_steps, which minutes decides here"),
+    "minutes and steps of a variant": (
+        EQUAL_TIME | {"variants": {"base": {}, "b": {"flags": {"max_train_steps": 3}}}},
+        "flags of b has max_train_steps",
+    ),
     "a sampler that does not suit": (
         variant_with(EDM, {"sampler": "ddim"}),
         "--sampler ddim is not for --objective edm",

@@ -91,7 +91,7 @@ def update_seconds(
         for number in range(WARM_UP_UPDATES + TIMED_UPDATES):
             for name in [name for name in precisions if math.inf not in seconds[name]]:
                 started_at_seconds = time.perf_counter()
-                unet = partial(_under_autocast, network, DTYPES[name])
+                unet = partial(under_autocast, network, DTYPES[name])
                 try:
                     diffusion_loss(unet, scheduler, images, **config.loss_settings()).backward()
                 except (RuntimeError, MemoryError) as error:
@@ -106,7 +106,7 @@ def update_seconds(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _under_autocast(network: nn.Module, dtype: torch.dtype, images: torch.Tensor, *arguments):
+def under_autocast(network: nn.Module, dtype: torch.dtype, images: torch.Tensor, *arguments):
     """As Accelerate prepares it: the network alone is under autocast, not the loss."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         return network(images, *arguments)
