@@ -36,10 +36,10 @@ soak: setup
 	$(BIN)/python -W ignore -m tests.soak --kills 100
 
 report: setup
-	$(BIN)/python -m eval.report_figures --out assets/report
+	$(BIN)/python -m experiments.report_figures --out assets/report
 	for name in celeba32_cpu celeba64; do \
-		$(BIN)/python -m eval.architecture --config configs/$$name.yaml --out assets/report/$$name || exit 1; done
-	$(BIN)/python -m eval.sde_tutorial --out assets/sde
-	$(BIN)/python -m pipelines.gallery --pipeline samples/celeba32_cpu/pipeline --out assets
+		$(BIN)/python -m experiments.architecture --config configs/$$name.yaml --out assets/report/$$name || exit 1; done
+	$(BIN)/python -m experiments.sde_tutorial --out assets/sde
+	$(BIN)/python -m experiments.gallery --pipeline samples/celeba32_cpu/pipeline --out assets
 	$(BIN)/python -m eval.results README.md
 	$(BIN)/python -m eval.results REPORT.md

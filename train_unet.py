@@ -101,7 +101,7 @@ class Trainer:
         """Opens the data, then builds the networks.
 
         Args:
-            network_class: an experiment's variant of the network, see `eval/unet_variants.py`.
+            network_class: an experiment's variant of the network, see `experiments/unet_variants.py`.
             deadline_seconds: on the clock of `time.monotonic`, when the run stops in good order; may be infinite.
 
         Raises:

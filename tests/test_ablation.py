@@ -15,11 +15,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from eval import ablation, equal_time
-from eval.ablation import Job, jobs_of, main
 from eval.figures import plot_dots
 from eval.results import number, read_results, write_results
-from eval.study import read_study
+from experiments import ablation, equal_time
+from experiments.ablation import Job, jobs_of, main
+from experiments.study import read_study
 from training.config import parse_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -371,7 +371,7 @@ def test_sigterm_ends_the_trainings_too(by_hand, real):
         file.parent.mkdir(parents=True)
         file.touch()
     arguments = [str(by_hand), "--data", str(real), "--out", str(out), "--jobs", "2"]
-    command = [sys.executable, "-m", "eval.ablation", *arguments]
+    command = [sys.executable, "-m", "experiments.ablation", *arguments]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while len(trainings := trainings_of(process)) < 2:
         assert process.poll() is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from custom_unet import CustomUNet2DModel
-from eval.architecture import architecture, costs, main, receptive_fields
+from experiments.architecture import architecture, costs, main, receptive_fields
 from training.config import parse_config
 
 CONFIG = ["--config", "configs/quickstart.yaml"]

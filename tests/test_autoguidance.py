@@ -13,10 +13,10 @@ from PIL import Image
 from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
-from eval.autoguidance import autoguidance, main
 from eval.cost import SamplerSetting, sample
 from eval.features import subset
 from eval.swd import sliced_wasserstein, swd_floor
+from experiments.autoguidance import autoguidance, main
 from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
 from training.data import open_image_store

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from training import classifier as module
-from training.classifier import NoisyImageClassifier, main, measure
+from experiments import classifier as module
+from experiments.classifier import NoisyImageClassifier, main, measure
 from training.data import open_image_store
 
 SIDE = 8

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from custom_unet import CustomUNet2DModel
-from eval.curves import identity, main, take_folder
+from experiments.curves import identity, main, take_folder
 from training.run_log import RunLog, read_log
 
 REPOSITORY = Path(__file__).resolve().parent.parent

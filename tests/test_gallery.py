@@ -10,9 +10,9 @@ from PIL import Image
 from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
+from experiments.gallery import labelled_grid, main, masks
 from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
-from pipelines.gallery import labelled_grid, main, masks
 from training.sde import SDEScheduler
 
 
@@ -83,7 +83,7 @@ def test_contact_sheets_have_each_sampler_and_number_of_steps_for_the_same_seeds
     torch.manual_seed(0)
     pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
     folder = export_pipeline(pipe, tmp_path / "model")
-    monkeypatch.setattr("pipelines.gallery.SHEET_STEPS", (2, 3))
+    monkeypatch.setattr("experiments.gallery.SHEET_STEPS", (2, 3))
     assert main(["--pipeline", str(folder), "--out", str(tmp_path), "--only", "contact_sheets"]) == 0
     sheet = np.asarray(Image.open(tmp_path / "contact_sheets.png"))
     assert sheet.shape[0] == 20 + 4 * 2 * 64
@@ -95,7 +95,7 @@ def test_contact_sheets_have_each_sampler_and_number_of_steps_for_the_same_seeds
 def test_reconstructions_get_better_with_steps(tmp_path, monkeypatch):
     torch.manual_seed(0)
     pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
-    monkeypatch.setattr("pipelines.gallery.INVERSION_STEPS", (5, 20))
+    monkeypatch.setattr("experiments.gallery.INVERSION_STEPS", (5, 20))
     folder = export_pipeline(pipe, tmp_path / "model")
     assert main(["--pipeline", str(folder), "--out", str(tmp_path), "--only", "inversion"]) == 0
     record = json.loads((tmp_path / "inversion.json").read_text())["reconstructions"]

@@ -13,10 +13,10 @@ from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from eval.cost import sample
-from eval.guidance import OwnSampler, call_arguments, class_shares, classes_of, main, real_sets, swd
+from experiments.classifier import NoisyImageClassifier
+from experiments.guidance import OwnSampler, call_arguments, class_shares, classes_of, main, real_sets, swd
 from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
-from training.classifier import NoisyImageClassifier
 from training.data import open_image_store, to_uint8
 from training.sde import SDEScheduler
 
@@ -183,7 +183,7 @@ def test_a_class_conditional_model_is_measured(models, tmp_path, capsys):
     assert (record["classifier"], record["label_column"]) == (None, "glasses")
     assert record["reference"]["fingerprint"] == store.fingerprint
     assert record["versions"].keys() == {"torch", "diffusers"}
-    command = f"python -m eval.guidance {FLAGS} --pipeline conditional --judge judge --scales 0 1 2.5 --seed 4"
+    command = f"python -m experiments.guidance {FLAGS} --pipeline conditional --judge judge --scales 0 1 2.5 --seed 4"
     assert record["command"] == f"{command} --out {tmp_path.name}"  # of the folder its name alone
     assert str(tmp_path) not in json.dumps(record)
     assert capsys.readouterr().out.count("in the class asked for") == 3
@@ -273,7 +273,7 @@ CONDITIONAL, UNCONDITIONAL = "--pipeline conditional --judge judge", "--pipeline
         (f"{UNCONDITIONAL} --scales 1 --classifier of_hair", "label_column hair_style, --judge glasses"),
         (f"{UNCONDITIONAL} --scales 1 --classifier other_names", "label_names ['yes', 'no'], --judge ['no', 'yes']"),
         (f"{UNCONDITIONAL} --scales 1 --classifier small_guide", "--classifier has sample_size 8, --judge 16"),
-        (f"{UNCONDITIONAL} --scales 1 --classifier damaged", "damaged is no classifier as training.classifier"),
+        (f"{UNCONDITIONAL} --scales 1 --classifier damaged", "damaged is no classifier as experiments.classifier"),
         (f"{UNCONDITIONAL} --scales 1 --classifier guide --scheduler ddim", "there is no sampler 'ddim'"),
         ("--pipeline small --judge judge --classifier guide --scales 1", "the model has sample_size 8, --judge 16"),
         ("--pipeline small --judge small_judge --classifier small_guide --scales 1", "the images are 8 pixels wide"),
@@ -282,11 +282,14 @@ CONDITIONAL, UNCONDITIONAL = "--pipeline conditional --judge judge", "--pipeline
             "has 2 class embeddings; the judge's classes and a null",
         ),
         ("--pipeline hair --judge judge --scales 1", "the model has label_column hair_style, --judge glasses"),
-        ("--pipeline conditional --judge no_record --scales 1", "no_record is no classifier as training.classifier"),
-        ("--pipeline conditional --judge nowhere --scales 1", "nowhere is no classifier as training.classifier"),
+        (
+            "--pipeline conditional --judge no_record --scales 1",
+            "no_record is no classifier as",
+        ),
+        ("--pipeline conditional --judge nowhere --scales 1", "nowhere is no classifier as"),
         (
             "--pipeline conditional --judge conditional --scales 1",
-            "conditional is no classifier as training.classifier",
+            "conditional is no classifier as experiments.classifier",
         ),
         ("--pipeline judge --judge judge --scales 1", "judge is no model repository"),
     ],

@@ -8,20 +8,13 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-OURS = {"custom_unet", "training", "pipelines", "eval", "train_unet"}
+FLOORS = ["common", "custom_unet", "training", "pipelines", "eval", "train_unet", "experiments"]  # from the ground up
+OURS = set(FLOORS)
 FORBIDDEN = {
-    "custom_unet": {"training", "pipelines", "eval", "train_unet"},
-    "training": {"pipelines", "eval", "train_unet"},
-    "pipelines": {"training", "eval", "train_unet"},
-    "eval": {"train_unet"},
-    "train_unet.py": {"eval"},
-}
-ALLOWED = {  # folder or file: module
-    "pipelines": {"training.sde"},  # shipped with models, and needed by both sides
-    "train_unet.py": {"eval.training_metric"},  # which it reports while training
-    "pipelines/post_hoc_ema.py": {"training.checkpoint", "training.facts", "training.post_hoc_ema"},  # reads a run
-    "eval/unet_variants.py": {"train_unet"},  # an experiment is a training
-}
+    floor if floor not in ("common", "train_unet") else f"{floor}.py": set(FLOORS[height + 1 :])
+    for height, floor in enumerate(FLOORS)
+} | {"train_unet.py": {"eval", "experiments"}, "custom_unet": OURS - {"custom_unet"}}
+ALLOWED = {"train_unet.py": {"eval.training_metric"}}  # file: module; the metric that it reports while training
 SHIPPED = {
     "custom_unet/custom_unet_2d.py": {
         "diffusers.configuration_utils": {"ConfigMixin", "register_to_config"},
@@ -52,8 +45,7 @@ def test_imports_run_one_way(place):
         for module, _ in imports(path):
             top = module.split(".")[0]
             name = path.relative_to(REPOSITORY).as_posix()
-            allowed = ALLOWED.get(place, set()) | ALLOWED.get(name, set())
-            assert top not in FORBIDDEN[place] or module in allowed, f"{name} imports {module}"
+            assert top not in FORBIDDEN[place] or module in ALLOWED.get(name, set()), f"{name} imports {module}"
             assert module != "eval", f"{name} hides the builtin eval"
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from custom_unet import CustomUNet2DModel
-from eval import figures, report_figures
-from eval.report_figures import SCHEDULES, clean_error_weights, layers_of, main, signal_to_noise
+from eval import figures
+from experiments import report_figures
+from experiments.report_figures import SCHEDULES, clean_error_weights, layers_of, main, signal_to_noise
 
 
 @pytest.fixture(scope="module")

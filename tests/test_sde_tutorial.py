@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.sde_tutorial import SDES, STEPS, exact_score, log_likelihood, main
-from eval.toys import GaussianMixture, eight_modes
+from experiments.sde_tutorial import SDES, STEPS, exact_score, log_likelihood, main
+from experiments.toys import GaussianMixture, eight_modes
 
 COMMITTED = Path(__file__).resolve().parent.parent / "assets" / "sde" / "tutorial.json"
 

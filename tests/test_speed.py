@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eval.speed import VARIANTS, SpeedError, comparison, main, training_throughput
+from experiments.speed import VARIANTS, SpeedError, comparison, main, training_throughput
 
 TINY = """
 max_images: 64

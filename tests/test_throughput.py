@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from eval.throughput import Variant, Worker, attempt, flops_per_image, main, read_config, table, variants
+from experiments.throughput import Variant, Worker, attempt, flops_per_image, main, read_config, table, variants
 from training.config import ConfigError
 
 TINY = """

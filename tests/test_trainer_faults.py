@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from test_train_unet import REPOSITORY, TINY, assert_same_tensors, error_line, records, wait_for_step
 
 import train_unet
+from experiments import classifier
 from pipelines import generate
-from training import checkpoint, classifier
+from training import checkpoint
 from training.config import TrainConfig
 from training.processes import StopSignal, build_accelerator, is_accelerate_launch
 from training.run_log import read_log

@@ -10,7 +10,7 @@ from tiny_network import TINY
 from torch import nn
 
 from custom_unet import CustomUNet2DModel
-from eval.unet_variants import VARIANTS, main
+from experiments.unet_variants import VARIANTS, main
 from pipelines import CustomUNetPipeline
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -114,7 +114,7 @@ def test_the_command_trains_and_evaluates_the_variant(tmp_path, capsys, monkeypa
     flags += " --down_block_types DownBlock2D DownBlock2D --up_block_types UpBlock2D UpBlock2D --max_train_steps 2"
     flags += " --lr_warmup_steps 1 --validation_images 8 --train_batch_size 4 --save_images_steps 100"
     flags += " --eval_batch_size 1 --report_to none --num_cpu_threads 1"
-    command = [sys.executable, "-m", "eval.unet_variants", "no_skips", "train", *flags.split()]
+    command = [sys.executable, "-m", "experiments.unet_variants", "no_skips", "train", *flags.split()]
     subprocess.run([*command, "--output_dir", str(tmp_path / "run")], cwd=REPOSITORY, check=True, capture_output=True)
     evaluation = f"--pipeline {tmp_path / 'run' / 'pipeline'} --reference synthetic-faces --num_images 8 --steps 2"
     evaluation += f" --metrics swd --num_cpu_threads 1 --out {tmp_path / 'eval'}"

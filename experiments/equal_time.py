@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from custom_unet import CustomUNet2DModel
-from eval.unet_variants import VARIANTS
+from experiments.unet_variants import VARIANTS
 from training.config import TrainConfig
 from training.diffusion import diffusion_loss
 from training.optimization import build_optimizer, update_ema
@@ -22,7 +22,8 @@ def measure_speeds(trainings: dict[str, tuple[TrainConfig, str | None]]) -> dict
     """Images/s in training by name: the median over updates that they make by turns, on the CPU with all threads.
 
     Args:
-        trainings: the configuration of each, whose precision is not `auto`, and its network of `eval.unet_variants`.
+        trainings: the configuration of each, whose precision is not `auto`, and its network of
+            `experiments.unet_variants`.
     """
     updates = {name: _update(config, network) for name, (config, network) in trainings.items()}
     seconds = {name: [] for name in updates}

@@ -1,8 +1,8 @@
 """An ablation study: trains variants of a configuration with an equal budget, evaluates them, lays them side by side.
 
-    python -m eval.ablation configs/ablations/settings.yaml --data DATA --out runs/ablations/settings [--jobs 2]
+    python -m experiments.ablation configs/ablations/settings.yaml --data DATA --out runs/ablations/settings [--jobs 2]
 
-DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; eval/study.py says what a study is.
+DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; experiments/study.py says what a study is.
 
 OUT/ablation.md is the table, OUT/ablation.json its numbers; ablation_swd.png shows the SWD, ablation_errors.png the
 held-out errors by noise level, ablation_images.png images of the same seeds. The trainings lie in OUT/VARIANT/seed-S;
@@ -28,11 +28,11 @@ import numpy as np
 import torch
 
 from eval.compare import Run, errors_by_noise_level, images_of, open_runs, rows_of
-from eval.equal_time import measure_speeds, updates_in
 from eval.figures import plot_curves, plot_dots, plot_image_rows
 from eval.results import ResultsError, number, write_results
 from eval.run import parse_options as parse_evaluation
-from eval.study import Study, Variant, flags_as_arguments, read_study
+from experiments.equal_time import measure_speeds, updates_in
+from experiments.study import Study, Variant, flags_as_arguments, read_study
 from pipelines.command import Parser, check_numbers, make_folder, run_command
 from pipelines.custom_unet_pipeline import samplers_for
 from pipelines.loading import InputError
@@ -165,7 +165,7 @@ class Job:
         threads, network = f"--num_cpu_threads={num_threads}", self.variant.network
         train, evaluate = [str(REPOSITORY / "train_unet.py")], ["-m", "eval.run"]
         if network is not None:
-            train, evaluate = (["-m", "eval.unet_variants", network, task] for task in ("train", "evaluate"))
+            train, evaluate = (["-m", "experiments.unet_variants", network, task] for task in ("train", "evaluate"))
         commands = [
             [*train, *self.training, threads],
             [*evaluate, *self.evaluation, threads],
@@ -426,7 +426,7 @@ def write_study(study: Study, jobs: list[Job], out: Path, num_images: int) -> No
 
 def parse_options(arguments: list[str]) -> Namespace:
     """Raises InputError."""
-    parser = Parser(prog="python -m eval.ablation", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.ablation", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("study", type=Path, help="YAML file of the study")
     parser.add_argument("--data", required=True, help="images: a folder, a Hub id or synthetic-faces")
     parser.add_argument("--crop", help="crop by name (default: that of the study's configuration)")

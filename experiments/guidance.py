@@ -1,11 +1,12 @@
 """Measures class-conditional sampling: how often an image is of the class asked for, and what guidance costs.
 
-    python -m eval.guidance --pipeline DIR --judge DIR [--classifier DIR] --scales 0 1 2 4 --num_images 700 --out DIR
+    python -m experiments.guidance --pipeline DIR --judge DIR [--classifier DIR] --scales 0 1 2 4 --num_images 700
+        --out DIR
 
 A class-conditional model is guided without a classifier (arXiv 2207.12598): scale 0 is its null class, 1 plain
 conditional sampling. With --classifier an unconditional model is guided by the gradient of that classifier (arXiv
 2011.13456, section 5): scale 0 is sampling without it. The judge tells what class a generated image shows; it must be
-another classifier of the same classes. Both are folders that `python -m training.classifier` wrote.
+another classifier of the same classes. Both are folders that `python -m experiments.classifier` wrote.
 
     OUT/guidance.json   for each scale: the share of the images in the class asked for, SWD, evaluations, seconds
     OUT/guidance.md     the same as a table
@@ -31,6 +32,7 @@ import torch
 from eval.cost import sample
 from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
+from experiments.classifier import RECORD, NoisyImageClassifier
 from pipelines import CustomUNetPipeline, generate
 from pipelines.command import (
     MOST_THREADS,
@@ -43,7 +45,6 @@ from pipelines.command import (
 )
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 from pipelines.loading import WEIGHTS, InputError, find_pipeline, load_pipeline
-from training.classifier import RECORD, NoisyImageClassifier
 from training.data import DataError, ImageStore, open_image_store, to_model_range
 from training.facts import device_name
 
@@ -76,7 +77,7 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[NoisyImageClass
         about = {"name": folder.resolve().name, "weights_sha256": sha256, "accuracy": float(accuracy)}
         return network, about | {key: validation[key] for key in ("split", "num_images")}
     except Exception as error:  # damaged files make the libraries raise nearly anything
-        raise InputError(f"{folder} is no classifier as training.classifier writes it: {error!r:.200}") from error
+        raise InputError(f"{folder} is no classifier as experiments.classifier writes it: {error!r:.200}") from error
 
 
 def check_fit(unet, judge: NoisyImageClassifier, classifier: NoisyImageClassifier | None, data: dict) -> None:
@@ -197,7 +198,7 @@ def plot_images(blocks: dict[str, np.ndarray], names: Sequence[str], path: Path)
 
 def parse_options(arguments: list[str]) -> Namespace:
     """Raises InputError."""
-    parser = Parser(prog="python -m eval.guidance", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.guidance", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     add("--judge", required=True, type=Path, help="folder of the classifier that tells the class of an image")
@@ -263,7 +264,7 @@ def run(options: Namespace, arguments: list[str]) -> None:
         raise InputError(f"SWD cannot be taken: {error}") from error
     make_folder(options.out)
     record |= {
-        "command": command_line("eval.guidance", arguments),
+        "command": command_line("experiments.guidance", arguments),
         "reference": {key: store.description[key] for key in REFERENCE},
         "versions": {name: version(name) for name in LIBRARIES},
         "date": datetime.now(UTC).date().isoformat(),

@@ -1,6 +1,6 @@
 """A tutorial: score-based models through stochastic differential equations, on data whose score is known.
 
-    python -m eval.sde_tutorial --out assets/sde
+    python -m experiments.sde_tutorial --out assets/sde
 
 It draws the figures of each step and writes the numbers down, in a few minutes on one core. Read it from top to bottom
 with Song et al. 2021 (arXiv 2011.13456) at hand: equation and algorithm numbers are theirs. The SDEs and the samplers
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.toy_figures import (
+from experiments.toy_figures import (
     plot_codes,
     plot_corrector,
     plot_forward,
@@ -31,7 +31,7 @@ from eval.toy_figures import (
     plot_samples,
     plot_scores,
 )
-from eval.toys import (
+from experiments.toys import (
     TWO_MODES,
     GaussianMixture,
     ScoreNetwork,
@@ -515,7 +515,7 @@ def read_record(path: Path, size: str) -> dict:
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.sde_tutorial",
+        prog="python -m experiments.sde_tutorial",
         description="Teaches score-based models through SDEs on data whose score is known: figures and tutorial.json.",
         allow_abbrev=False,
     )

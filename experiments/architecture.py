@@ -1,6 +1,6 @@
 """What each level of a U-Net costs and sees: parameters, multiplications and additions, attention, receptive field.
 
-    python -m eval.architecture --config configs/celeba64.yaml [--out FOLDER]
+    python -m experiments.architecture --config configs/celeba64.yaml [--out FOLDER]
 
 A row is a level of the contracting path, the bottleneck or a level of the expanding path. Operations are those of one
 forward pass of one image, counted by PyTorch on tensors without memory; a multiplication and an addition are two. The
@@ -153,7 +153,7 @@ def architecture(config: TrainConfig) -> list[dict]:
 
 def parse_options(arguments: list[str]) -> Namespace:
     """Raises InputError."""
-    parser = Parser(prog="python -m eval.architecture", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.architecture", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of a training")
     parser.add_argument("--out", type=Path, help="folder for the table and its numbers")
     return parser.parse_args(arguments)

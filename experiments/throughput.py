@@ -1,6 +1,6 @@
 """How fast one training step is on this machine: our network and diffusers', eager and compiled, in both layouts.
 
-    python -m eval.throughput --config configs/celeba64.yaml [--batch_sizes 64 128 256] [--seconds 5]
+    python -m experiments.throughput --config configs/celeba64.yaml [--batch_sizes 64 128 256] [--seconds 5]
         [--only ours:compiled:channels_last ...] [--out throughput.json] [--flag ...]
 
 A step is forward, loss, backward, clipping, AdamW and EMA, made of the trainer's own parts in the precision of the
@@ -35,7 +35,7 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from custom_unet import CustomUNet2DModel
-from eval.speed import Parser
+from experiments.speed import Parser
 from training.config import ConfigError, TrainConfig, parse_config
 from training.diffusion import diffusion_loss, make_noise_scheduler
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
@@ -338,7 +338,7 @@ def table(rows: list[dict]) -> str:
 def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of this command, and the remaining flags, which are those of `train_unet.py`."""
     parser = Parser(
-        prog="python -m eval.throughput",
+        prog="python -m experiments.throughput",
         description="Measures a training step on this machine. Further flags are those of train_unet.py.",
         allow_abbrev=False,
     )

@@ -1,6 +1,6 @@
-"""The other side of `eval.speed`: diffusers' UNet2DModel in a loop as `train_unconditional.py` of diffusers writes it.
+"""The other side of `experiments.speed`: UNet2DModel in a loop as `train_unconditional.py` of diffusers writes it.
 
-    python -m eval.plain_loop --config FILE.yaml
+    python -m experiments.plain_loop --config FILE.yaml
 
 The flags are those of train_unet.py; of the objective only the cost matters here, so it is plain epsilon prediction.
 """

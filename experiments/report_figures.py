@@ -1,6 +1,6 @@
 """The figures of REPORT.md that no training is needed for: the network, noise schedules, loss weights, noised faces.
 
-    python -m eval.report_figures --out assets/report
+    python -m experiments.report_figures --out assets/report
 
 OUT/unet.png is drawn from the modules of the network of configs/celeba32_cpu.yaml; OUT/forward.png shows synthetic
 faces on the way to noise, OUT/schedules.png signal-to-noise ratios, OUT/weights.png what each target makes of the
@@ -227,7 +227,9 @@ def write_figures(out: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = Parser(prog="python -m eval.report_figures", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(
+        prog="python -m experiments.report_figures", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
     return run_command(lambda: write_figures(parser.parse_args(arguments).out), (InputError, OSError))
 

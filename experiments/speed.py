@@ -1,14 +1,15 @@
 """How fast training and sampling are beside plain diffusers: images per second of both, and their ratio.
 
-    python -m eval.speed --config configs/celeba32_cpu.yaml [--steps 40] [--rounds 3] [--out speed.json] [--flag ...]
+    python -m experiments.speed --config configs/celeba32_cpu.yaml [--steps 40] [--rounds 3] [--out speed.json]
+        [--flag ...]
 
 Three variants take turns in every round, so that a machine that slows down slows all of them:
 
     ours       training: `train_unet.py` as configured; sampling: CustomUNetPipeline on what it exported, under the
                autocast of the trainer's own grids
     ours_fp32  the same with --mixed_precision no, to compare like with like
-    plain      training: eval/plain_loop.py, around UNet2DModel in fp32; sampling: DDIMPipeline with UNet2DModel in
-               fp32, from the same folder
+    plain      training: experiments/plain_loop.py, around UNet2DModel in fp32; sampling: DDIMPipeline with
+               UNet2DModel in fp32, from the same folder
 
 Every training is a process of its own, and only its updates count, without the first eighth of them.
 """
@@ -85,7 +86,7 @@ def measure_training(config: TrainConfig, variant: str, folder: Path) -> float:
     config = dataclasses.replace(config, output_dir=str(folder), mixed_precision=precision)
     path = folder / "speed.yaml"
     path.write_text(config.to_yaml())
-    command = ["-m", "eval.plain_loop"] if variant == "plain" else [str(REPOSITORY / "train_unet.py")]
+    command = ["-m", "experiments.plain_loop"] if variant == "plain" else [str(REPOSITORY / "train_unet.py")]
     python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, *command, "--config", str(path)],
@@ -196,7 +197,7 @@ class Parser(argparse.ArgumentParser):
 def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of this command, and the remaining flags, which are those of `train_unet.py`."""
     parser = Parser(
-        prog="python -m eval.speed",
+        prog="python -m experiments.speed",
         description="Compares the speed with plain diffusers. Further flags are those of train_unet.py.",
         allow_abbrev=False,
     )

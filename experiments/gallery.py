@@ -1,6 +1,6 @@
 """Pictures of what a model can do, all from generated images: one of each application, and a comparison of samplers.
 
-python -m pipelines.gallery --pipeline samples/celeba32_cpu/pipeline --out assets
+python -m experiments.gallery --pipeline samples/celeba32_cpu/pipeline --out assets
 
 samplers.png           the same seeds by every sampler at several numbers of steps; ode chooses its own
 contact_sheets.png     more seeds by DDPM, DDIM, DPM-Solver++ and UniPC at more numbers of steps
@@ -235,7 +235,7 @@ def check_pictures(pipe: CustomUNetPipeline, names: list[str]) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    parser = Parser(prog="python -m pipelines.gallery", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.gallery", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     parser.add_argument("--out", type=Path, default=Path("assets"))
     parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES))

@@ -7,7 +7,7 @@ grad log p(y | x_t) (Song et al. 2021, arXiv 2011.13456, section 5 and appendix 
 The network sees x_t = alpha x_0 + n epsilon as x_0 + sigma epsilon with sigma = n / alpha, so one classifier serves
 every noise process: those of DDPM, VP, sub-VP, VE and EDM alike.
 
-    python -m training.classifier --dataset_name synthetic-faces --label_column hair_style --resolution 32 --out DIR
+    python -m experiments.classifier --dataset_name synthetic-faces --label_column hair_style --resolution 32 --out DIR
 
     DIR/config.json, DIR/diffusion_pytorch_model.safetensors  for NoisyImageClassifier.from_pretrained(DIR)
     DIR/classifier.json   how often it is right on the validation split, by noise level; and how it was trained
@@ -254,7 +254,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     """Raises InputError."""
-    parser = Parser(prog="python -m training.classifier", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.classifier", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--dataset_name", help="Hub id, or synthetic-faces")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--dataset_revision")

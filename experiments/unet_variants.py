@@ -1,7 +1,7 @@
-"""The U-Net with one part taken out or exchanged, to see what the part does. `eval.ablation` compares them.
+"""The U-Net with one part taken out or exchanged, to see what the part does. `experiments.ablation` compares them.
 
-    python -m eval.unet_variants VARIANT train --config configs/quickstart.yaml ...      flags of train_unet.py
-    python -m eval.unet_variants VARIANT evaluate --pipeline DIR --reference DATA ...    flags of eval.run
+    python -m experiments.unet_variants VARIANT train --config configs/quickstart.yaml ...      flags of train_unet.py
+    python -m experiments.unet_variants VARIANT evaluate --pipeline DIR --reference DATA ...    flags of eval.run
 
     no_skips        no skip connections: the expanding path sees the bottleneck alone
     added_skips     skip connections are added to the features (after a 1x1 convolution where the widths differ),
@@ -121,7 +121,8 @@ VARIANTS = {
 def main(arguments: list[str]) -> int:
     if len(arguments) < 2 or arguments[0] not in VARIANTS or arguments[1] not in ("train", "evaluate"):
         print(
-            f"usage: python -m eval.unet_variants {{{','.join(VARIANTS)}}} {{train,evaluate}} [flags]", file=sys.stderr
+            f"usage: python -m experiments.unet_variants {{{','.join(VARIANTS)}}} {{train,evaluate}} [flags]",
+            file=sys.stderr,
         )
         return 2
     network_class = VARIANTS[arguments[0]]

@@ -1,6 +1,6 @@
 """What came of a training as it went on: losses from its log, SWD and memorisation of its checkpoints' EMA networks.
 
-    python -m eval.curves --run RUN_DIR --reference DATA --out runs/curves/NAME [--num_images 1024] [--every 2]
+    python -m experiments.curves --run RUN_DIR --reference DATA --out runs/curves/NAME [--num_images 1024] [--every 2]
 
 RUN_DIR is the output folder of a training that kept its checkpoints (`--checkpoints_total_limit null`). Each is laid
 in OUT/step-N as a pipeline folder and measured by `eval.run`; OUT/curves.json has all figures against the images seen,
@@ -231,7 +231,7 @@ def write_curves(record: dict, out: Path) -> None:
 
 def parse_options(arguments: list[str]) -> Namespace:
     """Raises InputError."""
-    parser = Parser(prog="python -m eval.curves", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.curves", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="output folder of a training")
     parser.add_argument("--reference", required=True, help="real images: a folder, a Hub id or synthetic-faces")
     parser.add_argument("--out", type=Path, required=True, help="folder for results and figures")

@@ -8,7 +8,7 @@ seeds: [0, 1]                        of the trainings
 variants:                            the first is what the others are compared with
   base: {}
   edm: {flags: {objective: edm}, evaluation: {sampler: edm_heun}}
-  no_skips: {network: no_skips}      a network of eval.unet_variants
+  no_skips: {network: no_skips}      a network of experiments.unet_variants
 
 With `minutes` all variants get equal time, not equal images: the speeds of their updates are measured side by side,
 and each trains for as many updates as it makes in so long on a machine that does nothing else. What else the machine
@@ -20,12 +20,12 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.unet_variants import VARIANTS
+from experiments.unet_variants import VARIANTS
 from training.yaml_file import ConfigError, read_yaml, shown
 
 KEYS = "config flags minutes evaluation seeds variants".split()
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
-# What `eval.ablation` itself sets: in a study's flags, and in its evaluation
+# What `experiments.ablation` itself sets: in a study's flags, and in its evaluation
 OWN_FLAGS = set("config help dataset_name train_data_dir seed output_dir num_cpu_threads overwrite_output_dir".split())
 OWN_OPTIONS = set("help pipeline reference out images_dir num_cpu_threads".split())
 
@@ -37,7 +37,7 @@ class Variant:
     name: str
     flags: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
-    network: str | None = None  # one of `eval.unet_variants`
+    network: str | None = None  # one of `experiments.unet_variants`
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Measures guidance by a worse model of the same kind, such as an earlier checkpoint of the same training.
 
-    python -m eval.autoguidance --pipeline DIR --worse DIR --reference DATA --scales 1 1.5 2 --out DIR
+    python -m experiments.autoguidance --pipeline DIR --worse DIR --reference DATA --scales 1 1.5 2 --out DIR
 
 At every evaluation the network's output F becomes G + w (F - G), G being the worse network's for the same noisy image
 (Karras et al. 2024, arXiv 2406.02507): where the two disagree, the image is pushed on in the direction of the better
@@ -33,9 +33,9 @@ from torchvision.utils import make_grid
 from eval.cost import SamplerSetting, sample
 from eval.features import subset
 from eval.figures import plot_image_rows
-from eval.guidance import LIBRARIES, REFERENCE
 from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein, swd_floor
+from experiments.guidance import LIBRARIES, REFERENCE
 from pipelines import CustomUNetPipeline, generate
 from pipelines.command import (
     MOST_THREADS,
@@ -129,7 +129,7 @@ def summary(record: dict) -> str:
 
 def parse_options(arguments: list[str]) -> Namespace:
     """Raises InputError."""
-    parser = Parser(prog="python -m eval.autoguidance", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.autoguidance", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     add("--worse", required=True, help="the same of a model that is worse")
@@ -181,7 +181,7 @@ def run(options: Namespace, arguments: Sequence[str]) -> None:
         for key, (folder, revision) in names.items()
     }
     record = about | {
-        "command": command_line("eval.autoguidance", arguments),
+        "command": command_line("experiments.autoguidance", arguments),
         "reference": {key: store.description[key] for key in REFERENCE},
         "versions": {name: version(name) for name in LIBRARIES},
         "device": device_name(state.device),

@@ -1,0 +1,1 @@
+"""The studies behind the REPORT: what is compared there, and what draws its figures."""
