@@ -27,38 +27,23 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
+from common import Failed, InputError, is_out_of_memory, on_main_process, replace_file
 from custom_unet import CustomUNet2DModel
 from eval.training_metric import TrainingMetric
 from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
-from pipelines.hub import AccessError, PushError, open_repository, push_to_hub
-from pipelines.loading import InputError, find_pipeline, load_pipeline
+from pipelines.hub import open_repository, push_to_hub
+from pipelines.loading import find_pipeline, load_pipeline
 from training import checkpoint
-from training.checkpoint import CheckpointError
-from training.config import DEFAULTS, ConfigError, TrainConfig, parse_config
-from training.data import (
-    DataError,
-    ImageStore,
-    ShuffledBatches,
-    make_loader,
-    open_image_store,
-    random_flip,
-    to_model_range,
-)
+from training.config import DEFAULTS, TrainConfig, parse_config
+from training.data import ImageStore, ShuffledBatches, make_loader, open_image_store, random_flip, to_model_range
 from training.diffusion import diffusion_loss, drop_labels, heldout_loss, make_sampling_scheduler
 from training.facts import recorded, run_facts, training_in_all
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.post_hoc_ema import start_averages, update_averages
 from training.precision import settle_precision
-from training.processes import (
-    StoppedEarly,
-    StopSignal,
-    build_accelerator,
-    is_out_of_memory,
-    on_any_process,
-    on_main_process,
-)
-from training.run_log import Interval, RunLog, replace_file
+from training.processes import StoppedEarly, StopSignal, build_accelerator, on_any_process
+from training.run_log import Interval, RunLog
 from training.samples import SamplingStopped, delete_newer_samples, draw_grid, newest_samples, save_grid
 from training.score_matching import check_noise_levels
 from training.summary import duration, preflight_summary, speed_report
@@ -72,10 +57,6 @@ OBJECTIVE = (  # what the loss and the noise process depend on; older checkpoint
     " label_dropout snr_gamma snr_weighting"
 ).split()
 MEMORY_SAVERS = "set --gradient_checkpointing true or --mixed_precision bf16"
-
-
-class TrainingFailed(RuntimeError):
-    """The run cannot go on. The message is one line."""
 
 
 @dataclass
@@ -105,7 +86,7 @@ class Trainer:
             deadline_seconds: on the clock of `time.monotonic`, when the run stops in good order; may be infinite.
 
         Raises:
-            ConfigError, DataError: if the data or the pretrained weights cannot be had, these are of another network,
+            InputError: if the data or the pretrained weights cannot be had, these are of another network,
                 the noise levels do not suit the data, the network cannot be built, or the metric cannot be measured.
         """
         self.config, self.accelerator, self.deadline_seconds, self.stop = config, accelerator, deadline_seconds, stop
@@ -133,15 +114,12 @@ class Trainer:
         """The model whose weights the run starts from."""
         name = self.config.pretrained_model_name_or_path
         find = partial(find_pipeline, name, None, "--pretrained_model_name_or_path")
-        try:
-            on_main_process(self.accelerator, find)  # fetches it once, for all processes
-            source, _ = find()
-            pretrained = load_pipeline(source, "fp32", None)
-        except InputError as error:
-            raise ConfigError(str(error)) from error
+        on_main_process(self.accelerator, find)  # fetches it once, for all processes
+        source, _ = find()
+        pretrained = load_pipeline(source, "fp32", None)
         ours, theirs = self.noise_scheduler.config, pretrained.scheduler.config
         if ours["prediction_type"] != theirs["prediction_type"]:
-            raise ConfigError(
+            raise InputError(
                 f"--pretrained_model_name_or_path {name} predicts {theirs['prediction_type']}, this run"
                 f" {ours['prediction_type']}; set --prediction_type or --objective as they were there"
             )
@@ -157,7 +135,7 @@ class Trainer:
         difference = checkpoint.difference(found, wanted)
         if difference:
             name = self.config.pretrained_model_name_or_path
-            raise ConfigError(
+            raise InputError(
                 f"--pretrained_model_name_or_path {name} is another network ({difference}); take over its settings"
             )
         weights = pretrained.unet.state_dict()
@@ -172,7 +150,7 @@ class Trainer:
         try:
             self.network = network_class(**self.unet_kwargs())
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise InputError(str(error)) from error
         if pretrained is not None:
             self.take_weights(pretrained)
         if config.channels_last:
@@ -194,7 +172,7 @@ class Trainer:
         config = self.config
         self.store = self.open_store(config.split, config.max_images)
         if self.images_per_update > len(self.store):
-            raise DataError(
+            raise InputError(
                 f"{len(self.store)} images are fewer than the {self.images_per_update} of one update"
                 f" ({config.train_batch_size} x {config.gradient_accumulation_steps} accumulated x"
                 f" {self.accelerator.num_processes} processes); lower --train_batch_size"
@@ -205,12 +183,12 @@ class Trainer:
             try:
                 check_noise_levels(self.noise_scheduler, map(to_model_range, first_images))
             except ValueError as error:
-                raise ConfigError(str(error)) from error
+                raise InputError(str(error)) from error
         self.heldout_images = self.heldout_labels = None
         if config.validation_split is not None:
             store = self.open_store(config.validation_split, config.validation_images)
             if len(store) < 4:
-                raise DataError(
+                raise InputError(
                     f"split {config.validation_split} has {len(store)} held-out images; their loss needs at least 4,"
                     " one for each quarter of the times: raise --validation_images or take another --validation_split"
                 )
@@ -241,7 +219,7 @@ class Trainer:
         """Takes the output folder and restores the checkpoint to go on from, if any.
 
         Raises:
-            CheckpointError: before anything is changed, if the folder is in use, if a checkpoint that should be there
+            Failed: before anything is changed, if the folder is in use, if a checkpoint that should be there
                 is not or is damaged, or if it belongs to another run.
             OSError: if the folder cannot be written.
         """
@@ -262,12 +240,12 @@ class Trainer:
         if folder is None:
             return None
         if config.overwrite_output_dir and folder.resolve().parent == self.output_dir.resolve():
-            raise CheckpointError(f"--overwrite_output_dir would delete {folder}, which the run is to go on from")
+            raise Failed(f"--overwrite_output_dir would delete {folder}, which the run is to go on from")
         untold = {name: DEFAULTS[name] for name in [*OBJECTIVE, "post_hoc_ema"]} | {"snr_gamma": config.snr_gamma}
         saved = untold | checkpoint.read_identity(folder)
         difference = checkpoint.difference(saved, self.identity())
         if difference:
-            raise CheckpointError(
+            raise Failed(
                 f"{folder} belongs to another run ({difference}); restore these settings, take another --output_dir or"
                 " start anew with --overwrite_output_dir"
             )
@@ -333,7 +311,7 @@ class Trainer:
         """Writes the pipeline folder of the EMA network, with what is known of the run.
 
         Raises:
-            TrainingFailed: if it cannot be written; an older one is untouched.
+            Failed: if it cannot be written; an older one is untouched.
         """
         on_main_process(self.accelerator, partial(self.write_pipeline, self.pipeline_dir))
 
@@ -365,7 +343,7 @@ class Trainer:
                 sample_grid=sample_grid,
             )
         except (OSError, SafetensorError) as error:
-            raise TrainingFailed(
+            raise Failed(
                 f"could not write {folder}: {error}; see to the disk and start the same command again, which goes on"
                 " from the newest checkpoint"
             ) from error
@@ -433,7 +411,7 @@ class Trainer:
         """Trains until the last step, the deadline or a signal, and leaves a checkpoint and the pipeline folder.
 
         Raises:
-            TrainingFailed: after too many non-finite gradients in a row.
+            Failed: after too many non-finite gradients in a row.
         """
         config, progress = self.config, self.progress
         self.open_batches()
@@ -463,7 +441,7 @@ class Trainer:
                 self.tell(f"step {progress.step + 1}: the gradient's norm is {grad_norm.item()}; update skipped")
                 self.record(skipped_steps=self.skipped_steps)
                 if skipped_in_a_row == config.max_nonfinite_steps:
-                    raise TrainingFailed(
+                    raise Failed(
                         f"{skipped_in_a_row} gradients in a row were not finite at step {progress.step + 1}; lower"
                         " --learning_rate or look at the data, and go on from a checkpoint whose losses were sound"
                     )
@@ -638,7 +616,7 @@ class Trainer:
         A failure is told and does not end the training.
 
         Raises:
-            TrainingFailed: if that folder cannot be written.
+            Failed: if that folder cannot be written.
         """
         step, metric = self.progress.step, self.metric
         if metric is None:
@@ -708,8 +686,8 @@ def main(arguments: list[str], network_class: type[CustomUNet2DModel] = CustomUN
         stop.listen()
         config = parse_config(arguments, report=print if os.environ.get("RANK", "0") == "0" else lambda line: None)
         run(config, started_at_seconds, stop, network_class)
-    except (ConfigError, DataError, CheckpointError, TrainingFailed, PushError, OSError) as error:
-        return stop.fail(error, 2 if isinstance(error, (ConfigError, DataError, AccessError)) else 1)
+    except (InputError, Failed, OSError) as error:
+        return stop.fail(error, 2 if isinstance(error, InputError) else 1)
     except StoppedEarly as error:
         return stop.fail(error, stop.exit_code)
     except (RuntimeError, MemoryError) as error:

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common import InputError, Parser, check_numbers, make_folder, run_command
 from eval.evaluation import IMAGES, images_folder, unusual_settings
 from eval.figures import plot_curves, plot_image_rows
-from eval.results import ResultsError, number, read_results, value_text, write_results
-from pipelines.command import Parser, check_numbers, make_folder, run_command
+from eval.results import number, read_results, value_text, write_results
 from pipelines.generate import RECORD, image_path, missing_seeds
-from pipelines.loading import InputError
 
 DRAWN = ("swd", "features", "memorisation")  # families of results that are of generated images
 SETTING = "sampler steps eta sampler_settings class_label guidance_scale seeds dtype".split()
@@ -72,7 +71,7 @@ def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
     """The evaluations, in this order.
 
     Raises:
-        InputError, ResultsError: if a folder has no results, they are not of the same real images, or titles repeat.
+        InputError: if a folder has no results, they are not of the same real images, or titles repeat.
     """
     if titles is not None and len(titles) != len(folders):
         raise InputError(f"there are {len(titles)} --titles for {len(folders)} folders; give one for each")
@@ -205,7 +204,7 @@ def compare(options: Namespace) -> None:
     """Writes the comparison.
 
     Raises:
-        InputError, ResultsError: as `open_runs`.
+        InputError: as `open_runs`.
         OSError: if it cannot be written.
     """
     runs, out = open_runs(options.run_dirs, options.titles), options.out
@@ -214,7 +213,7 @@ def compare(options: Namespace) -> None:
         sigmas, curves = errors_by_noise_level(runs)
         text = table(rows)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ResultsError(f"a result lacks what is compared, or it is of another type: {error}") from error
+        raise InputError(f"a result lacks what is compared, or it is of another type: {error}") from error
     seeds, images = images_of(runs, options.num_images)
     make_folder(out)
     (out / "comparison.md").write_text(f"{text}\n")
@@ -245,7 +244,7 @@ def parse_options(arguments: list[str]) -> Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    return run_command(lambda: compare(parse_options(arguments)), (InputError, ResultsError))
+    return run_command(lambda: compare(parse_options(arguments)))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
+from common import InputError, sha256_of
 from eval.features import FeatureExtractor, check_images, resize_each
 from eval.inception import Inception
-from eval.reference import FeatureError
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def open_extractor(
         resolution: what images are resized to for a TorchScript file.
 
     Raises:
-        FeatureError: if it cannot be had.
+        InputError: if it cannot be had.
     """
     if name == "inception":
         return Inception(mode, path=path, device=device)
@@ -105,7 +105,7 @@ class TransformersEncoder:
         commit: on the Hub; None for a folder.
 
     Raises:
-        FeatureError: if it cannot be had, is another one, or the weights do not fill the network.
+        InputError: if it cannot be had, is another one, or the weights do not fill the network.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class TransformersEncoder:
         folder, self.commit = _find_folder(source, published.commit if published else revision)
         self.sha256, self.device = _sha256_of(folder), torch.device(device)
         if published and self.sha256 != published.sha256:
-            raise FeatureError(
+            raise InputError(
                 f"{folder} is not {published.hub_id} or is damaged: the sha256 of its weights is {self.sha256}, it"
                 f" must be {published.sha256}; fetch it again, or name the folder itself as the extractor"
             )
@@ -130,9 +130,9 @@ class TransformersEncoder:
             architecture = CLIPVisionModelWithProjection if self.is_clip else AutoModel
             network, loading = architecture.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise FeatureError(f"{source} could not be loaded: {' '.join(str(error).split())}") from error
+            raise InputError(f"{source} could not be loaded: {' '.join(str(error).split())}") from error
         if loading["missing_keys"]:
-            raise FeatureError(
+            raise InputError(
                 f"the weights of {source} lack {len(loading['missing_keys'])} of the network's parameters, as"
                 f" {sorted(loading['missing_keys'])[0]}; take another file"
             )
@@ -169,19 +169,19 @@ class TorchScriptEncoder:
         name: the file's name.
 
     Raises:
-        FeatureError: if it is no such file.
+        InputError: if it is no such file.
     """
 
     def __init__(self, path: Path, *, resolution: int | None = None, device: torch.device | str = "cpu"):
         if not path.is_file():
-            raise FeatureError(f"there is no file {path}; give that of a TorchScript module")
+            raise InputError(f"there is no file {path}; give that of a TorchScript module")
         self.name, self.resolution, self.device = path.name, resolution, torch.device(device)
         self.mode = f"bicubic {resolution}" if resolution else "as they are"
-        self.sha256 = _sha256(path)
+        self.sha256 = sha256_of(path)
         try:
             self.network = torch.jit.load(str(path), map_location=self.device).eval()
         except (RuntimeError, ValueError) as error:
-            raise FeatureError(f"{path} is no TorchScript module: {str(error).strip().splitlines()[0]}") from error
+            raise InputError(f"{path} is no TorchScript module: {str(error).strip().splitlines()[0]}") from error
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class TorchScriptEncoder:
         features = self.network(resized.float().to(self.device))
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise FeatureError(f"{self.name} returns {shape} for {len(images)} images; it must be a tensor (B, D)")
+            raise InputError(f"{self.name} returns {shape} for {len(images)} images; it must be a tensor (B, D)")
         return features.float()
 
 
@@ -212,7 +212,7 @@ def _pixels(folder: Path, config) -> tuple[int, tuple, tuple]:
         facts = json.loads((folder / "preprocessor_config.json").read_text())
         return int(config.image_size), tuple(facts["image_mean"]), tuple(facts["image_std"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FeatureError(
+        raise InputError(
             f"{folder} does not tell how images are prepared: {' '.join(str(error).split())}; it needs a"
             " preprocessor_config.json with image_mean and image_std, and a configuration with image_size"
         ) from error
@@ -228,9 +228,9 @@ def _find_folder(source: str, revision: str | None) -> tuple[Path, str | None]:
         if not any(folder.glob(SAFETENSORS)):
             folder = Path(snapshot_download(source, revision=folder.name, allow_patterns=[*wanted, PICKLE]))
     except HFValidationError as error:
-        raise FeatureError(f"{source} is neither a folder nor the id of a Hub repository") from error
+        raise InputError(f"{source} is neither a folder nor the id of a Hub repository") from error
     except (OSError, HTTPError) as error:
-        raise FeatureError(
+        raise InputError(
             f"{source} is no folder, and it could not be had from the Hub: {' '.join(str(error).split())};"
             " fetch it elsewhere and give the path of its folder"
         ) from error
@@ -240,11 +240,6 @@ def _find_folder(source: str, revision: str | None) -> tuple[Path, str | None]:
 def _sha256_of(folder: Path) -> str:
     files = sorted(folder.glob(SAFETENSORS)) or sorted(folder.glob(PICKLE))
     if not files:
-        raise FeatureError(f"{folder} has no weights ({SAFETENSORS}); give the folder of a network")
-    digests = [_sha256(file) for file in files]
+        raise InputError(f"{folder} has no weights ({SAFETENSORS}); give the folder of a network")
+    digests = [sha256_of(file) for file in files]
     return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,12 +12,13 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from common import InputError
 from eval.cost import SamplerSetting
 from eval.features import FeatureExtractor, ImageSet, images_of_files, images_of_store, subset
 from eval.results import result
 from pipelines import generate
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, ContinuousSampler
-from pipelines.loading import InputError, find_pipeline, load_pipeline, weight_files
+from pipelines.loading import find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
 from training.facts import training_in_all
 

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eval.reference import DamagedFileError, FeatureError, FeatureKey, read_arrays, write_arrays
-from pipelines.generate import on_main_process
+from common import InputError, on_main_process
+from eval.reference import DamagedFileError, FeatureKey, read_arrays, write_arrays
 from training.data import ImageStore
 
 
@@ -64,7 +64,7 @@ def images_of_store(store: ImageStore, count: int | None = None, part: int = 0) 
     """All images of a store, or the `count` of `subset`.
 
     Raises:
-        FeatureError: if it has fewer.
+        InputError: if it has fewer.
     """
     positions = subset(len(store), len(store) if count is None else count, part)
     height, width = store.images.shape[2:]
@@ -85,10 +85,10 @@ def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
         part: 0, 1, ...: subsets of the same count and different parts have no image in common.
 
     Raises:
-        FeatureError: if there are fewer.
+        InputError: if there are fewer.
     """
     if not 1 <= count * (part + 1) <= num_images:
-        raise FeatureError(f"{count * (part + 1)} images are asked of {num_images}; ask for fewer (--num_images)")
+        raise InputError(f"{count * (part + 1)} images are asked of {num_images}; ask for fewer (--num_images)")
     return np.sort(np.random.default_rng(0).permutation(num_images)[count * part : count * (part + 1)])
 
 
@@ -96,10 +96,10 @@ def images_of_files(paths: Sequence[Path]) -> ImageSet:
     """Image files in the order given, as RGB; with generated ones, `pipelines.generate.image_paths`.
 
     Raises:
-        FeatureError: if there is none, one cannot be read, or (when read) is of another size than the first.
+        InputError: if there is none, one cannot be read, or (when read) is of another size than the first.
     """
     if not paths:
-        raise FeatureError("there are no images to take features of; generate some, or give another folder")
+        raise InputError("there are no images to take features of; generate some, or give another folder")
     paths, digest = list(paths), hashlib.sha256()
     height, width = _read_file(paths[0]).shape[:2]
     for path in paths:
@@ -110,7 +110,7 @@ def images_of_files(paths: Sequence[Path]) -> ImageSet:
         images = list(_in_threads(_read_file, wanted))
         for path, image in zip(wanted, images, strict=True):
             if image.shape[:2] != (height, width):
-                raise FeatureError(
+                raise InputError(
                     f"{path} is {image.shape[1]}x{image.shape[0]}, but {paths[0].name} is {width}x{height};"
                     " take features of images of one size"
                 )
@@ -125,7 +125,7 @@ def _read_file(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise FeatureError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
 
 
 def _in_threads(function: Callable, items: Sequence) -> list:
@@ -141,12 +141,12 @@ def resize_each(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> T
 
 
 def check_images(images: Tensor) -> None:
-    """Raises FeatureError unless they are uint8 of shape (B, 3, H, W): pixels in [-1, 1] would pass for black ones."""
+    """Raises InputError unless they are uint8 of shape (B, 3, H, W): pixels in [-1, 1] would pass for black ones."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         kind = str(getattr(images, "dtype", type(images).__name__)).removeprefix("torch.")
-        raise FeatureError(f"features are of uint8 images in 0..255, not of {kind}; convert by training.data.to_uint8")
+        raise InputError(f"features are of uint8 images in 0..255, not of {kind}; convert by training.data.to_uint8")
     if images.ndim != 4 or images.shape[1] != 3:
-        raise FeatureError(f"images have the shape {tuple(images.shape)}; it must be (B, 3, H, W)")
+        raise InputError(f"images have the shape {tuple(images.shape)}; it must be (B, 3, H, W)")
 
 
 def extract_features(
@@ -155,7 +155,7 @@ def extract_features(
     """Features of all images in their order, float32 (N, D), on every process; each takes a part of the images.
 
     Raises:
-        FeatureError: if the images will not do, or a feature is not finite.
+        InputError: if the images will not do, or a feature is not finite.
     """
     part = np.array_split(np.arange(images.count), state.num_processes)[state.process_index]
     features = []
@@ -166,7 +166,7 @@ def extract_features(
             indices = part[start : start + batch_size]
             batch = extractor(torch.from_numpy(np.ascontiguousarray(images.read(indices))))
             if not torch.isfinite(batch).all():
-                raise FeatureError(f"features of {extractor.name} are not finite; its weights are damaged")
+                raise InputError(f"features of {extractor.name} are not finite; its weights are damaged")
             features.append(batch.float().cpu().numpy())
             bar.update(len(indices))
     if state.num_processes > 1:
@@ -188,7 +188,7 @@ def cached_features(
         cache_dir: by default a folder in the user's cache. A damaged file there is told and made anew.
 
     Raises:
-        FeatureError: as `extract_features`, or if a file there is of something else than its name says.
+        InputError: as `extract_features`, or if a file there is of something else than its name says.
         OSError: if the features cannot be written.
     """
     key = images.key(extractor)

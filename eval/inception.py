@@ -20,8 +20,8 @@ from cleanfid.resize import build_resizer
 from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, InceptionB, InceptionD
 
+from common import InputError, sha256_of
 from eval.features import check_images, default_cache_dir, resize_each
-from eval.reference import FeatureError
 
 SIZE = 299  # pixels a side of the network's input
 BATCH_NORM_EPS = 1e-3
@@ -61,14 +61,14 @@ class Inception:
         file, sha256: which of the published files the weights are from, and its hash.
 
     Raises:
-        FeatureError: if the mode is unknown, or as `find_weights`.
+        InputError: if the mode is unknown, or as `find_weights`.
     """
 
     name = "inception-2015-12-05"
 
     def __init__(self, mode: str = "clean", *, path: Path | None = None, device: torch.device | str = "cpu"):
         if mode not in ("clean", "legacy_tensorflow"):
-            raise FeatureError(f"unknown mode {mode!r} of Inception; choose clean or legacy_tensorflow")
+            raise InputError(f"unknown mode {mode!r} of Inception; choose clean or legacy_tensorflow")
         self.mode, self.device = mode, torch.device(device)
         file, weights = find_weights(path)
         self.file, self.sha256 = weights.file, weights.sha256
@@ -168,16 +168,16 @@ def find_weights(path: Path | None = None) -> tuple[Path, Weights]:
     first.
 
     Raises:
-        FeatureError: if the file at `path` is missing or another one, or none can be fetched whole.
+        InputError: if the file at `path` is missing or another one, or none can be fetched whole.
     """
     if path is not None:
         if not path.is_file():
-            raise FeatureError(f"--inception_path {path} is not a file; {HOW_TO_GET}")
-        found = _sha256(path)
+            raise InputError(f"--inception_path {path} is not a file; {HOW_TO_GET}")
+        found = sha256_of(path)
         for weights in (NVIDIA, PACKAGED):
             if found == weights.sha256:
                 return path, weights
-        raise FeatureError(
+        raise InputError(
             f"--inception_path {path} is damaged or not Inception: its sha256 is {found}, that of {NVIDIA.file} is"
             f" {NVIDIA.sha256}, that of {PACKAGED.file} {PACKAGED.sha256}"
         )
@@ -185,7 +185,7 @@ def find_weights(path: Path | None = None) -> tuple[Path, Weights]:
     for file, weights in ((target, NVIDIA), (_packaged_file(), PACKAGED)):
         if file is None or not file.is_file():
             continue
-        found = _sha256(file)
+        found = sha256_of(file)
         if found == weights.sha256:
             return file, weights
         print(f"{file} is damaged and not used: its sha256 is {found}, not {weights.sha256}", flush=True)
@@ -215,17 +215,12 @@ def _fetch(target: Path) -> None:
                     digest.update(chunk)
                     file.write(chunk)
         except (OSError, HTTPException) as error:
-            raise FeatureError(
+            raise InputError(
                 f"Inception's weights could not be fetched ({getattr(error, 'reason', None) or error}); {HOW_TO_GET}"
             ) from error
         if digest.hexdigest() != NVIDIA.sha256:
-            raise FeatureError(
+            raise InputError(
                 f"what came from {NVIDIA_URL} is incomplete or another file: its sha256 is {digest.hexdigest()}, it"
                 f" must be {NVIDIA.sha256}; try again, or {HOW_TO_GET}"
             )
         temporary.replace(target)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import InputError, on_main_process
 from eval.colours import COLOURS, colour_distance, colour_statistics, share_of_extremes
 from eval.cost import SamplerSetting, sample
 from eval.encoders import open_extractor
@@ -19,12 +20,10 @@ from eval.kernel import cmmd, kernel_distance
 from eval.likelihood import VARIANCES, noise_levels, ode_likelihood, variational_bound
 from eval.memorisation import MemorisationReport, memorisation
 from eval.prdc import prdc
-from eval.reference import FeatureError
 from eval.results import result
 from eval.swd import sliced_wasserstein, swd_floor
 from pipelines.custom_unet_pipeline import CustomUNetPipeline, denoiser
-from pipelines.generate import on_main_process
-from pipelines.loading import InputError, load_pipeline
+from pipelines.loading import load_pipeline
 from training.data import to_model_range
 
 
@@ -32,7 +31,7 @@ def check_metrics(evaluation: Evaluation) -> None:
     """Whether what the metrics need is there, before anything is drawn.
 
     Raises:
-        InputError, FeatureError: if not.
+        InputError: if not.
     """
     options, metrics, num_real = evaluation.options, evaluation.options.metrics, len(evaluation.training)
     for name in {"memorisation", "heldout"}.intersection(metrics):
@@ -143,7 +142,7 @@ def measure_features(evaluation: Evaluation) -> Iterable[dict]:
     for space in map(feature_space, options.features or PUBLISHED):
         try:
             extractor = _open(space, evaluation)
-        except FeatureError as error:
+        except InputError as error:
             if options.features is not None:
                 raise
             mode = {"mode": space.mode} if space.mode else {}
@@ -483,7 +482,7 @@ def _cost_features(evaluation: Evaluation) -> tuple[FeatureSpace, FeatureExtract
     space = dataclasses.replace(space, metrics={k: v for k, v in space.metrics.items() if k in COST_METRICS})
     try:
         return space, _open(space, evaluation)
-    except FeatureError as error:
+    except InputError as error:
         if options.features is not None:
             raise
         print(f"cost: FID and KID are not measured: {error}", flush=True)

@@ -15,14 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from common import InputError
+
 FEWEST_IMAGES = 2048  # below the 2,048 dimensions of Inception's features their covariance is singular
 
 
-class FeatureError(ValueError):
-    """Images, an extractor or a file that will not do. The message is one line."""
-
-
-class DamagedFileError(FeatureError):
+class DamagedFileError(InputError):
     """A file of features that cannot be read."""
 
 
@@ -58,17 +56,17 @@ def check_counts(num_generated: int, num_reference: int, allow_few: bool = False
         allow_few: take less than 2,048 images, for a figure that is compared with nothing outside.
 
     Raises:
-        FeatureError: if the counts differ, or are below 2 or below 2,048.
+        InputError: if the counts differ, or are below 2 or below 2,048.
     """
     if num_generated != num_reference:
-        raise FeatureError(
+        raise InputError(
             f"{num_generated} generated and {num_reference} reference images cannot be compared, as the figure depends"
             f" on both counts; take {min(num_generated, num_reference)} of both ({flag})"
         )
     if num_generated < 2:
-        raise FeatureError(f"there is {num_generated} image of each; a distance of distributions needs 2 or more")
+        raise InputError(f"there is {num_generated} image of each; a distance of distributions needs 2 or more")
     if num_generated < FEWEST_IMAGES and not allow_few:
-        raise FeatureError(
+        raise InputError(
             f"{num_generated} images are too few for a figure that others can compare with; take {FEWEST_IMAGES} or"
             f" more ({flag}), or say --allow_few"
         )
@@ -94,14 +92,14 @@ def read_arrays(
 
     Raises:
         DamagedFileError: if it cannot be read; zip checks the sum of every array.
-        FeatureError: if there is no such file, or its key differs from `asked`.
+        InputError: if there is no such file, or its key differs from `asked`.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             key = FeatureKey(**json.loads(str(file["key"])))
             arrays = {name: file[name] for name in names}
     except FileNotFoundError as error:
-        raise FeatureError(f"there is no {path}; make it first, or give another path") from error
+        raise InputError(f"there is no {path}; make it first, or give another path") from error
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedFileError(
             f"{path} is damaged or not of this kind ({' '.join(str(error).split())}); it must be made anew"
@@ -111,5 +109,5 @@ def read_arrays(
         f"{name} is {there[name]} there and {asked[name]} here" for name in asked if there[name] != asked[name]
     ]
     if differing:
-        raise FeatureError(f"{path} is of something else: {'; '.join(differing)}; make it anew or give another path")
+        raise InputError(f"{path} is of something else: {'; '.join(differing)}; make it anew or give another path")
     return arrays, key

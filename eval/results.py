@@ -17,13 +17,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from common import InputError
 from training.run_log import heldout_table, read_log
 
 MARKED = re.compile(r"(<!-- results: (?P<file>\S+) (?P<family>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-class ResultsError(ValueError):
-    """Results that cannot be written or read. The message is one line."""
 
 
 def result(family: str, name: str, metric: str, value: float | None, **settings) -> dict:
@@ -33,12 +30,12 @@ def result(family: str, name: str, metric: str, value: float | None, **settings)
         family: of metrics, the table it belongs to.
 
     Raises:
-        ResultsError: for a value that is not finite, or none without a `reason`.
+        InputError: for a value that is not finite, or none without a `reason`.
     """
     if value is None and not settings.get("reason"):
-        raise ResultsError(f"{name} has no value and no reason why")
+        raise InputError(f"{name} has no value and no reason why")
     if value is not None and not math.isfinite(value):
-        raise ResultsError(f"{name} is {value}; it must be finite")
+        raise InputError(f"{name} is {value}; it must be finite")
     kept = {key: setting for key, setting in settings.items() if setting is not None}
     if math.isnan(kept.get("std", 0)):
         del kept["std"]
@@ -53,12 +50,12 @@ def write_results(path: Path, record: dict) -> None:
 
 
 def read_results(path: Path) -> dict:
-    """Raises ResultsError if there are none."""
+    """Raises InputError if there are none."""
     try:
         record = json.loads(path.read_text())
         return record | {"results": list(record["results"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResultsError(f"cannot read the results {path}: {' '.join(str(error).split())}") from error
+        raise InputError(f"cannot read the results {path}: {' '.join(str(error).split())}") from error
 
 
 def number(value: float | int | str | None) -> str:
@@ -141,7 +138,7 @@ def cost_table(results: list[dict]) -> str:
     """
     rows = [entry for entry in results if entry["family"] == "cost"]
     if not rows:
-        raise ResultsError("there is no cost curve among the results")
+        raise InputError("there is no cost curve among the results")
     measured = {entry["metric"] for entry in rows}
     columns = {
         key: COST_COLUMNS[key] for key in (("fid", "kid") if "fid" in measured else ("swd",)) if key in measured
@@ -178,7 +175,7 @@ def with_tables(text: str, folder: Path) -> str:
     The table of a Markdown file (`FILE.md table`) is taken as it is.
 
     Raises:
-        ResultsError: for an unknown family or an unreadable file.
+        InputError: for an unknown family or an unreadable file.
     """
 
     def made_anew(match: re.Match) -> str:
@@ -186,14 +183,14 @@ def with_tables(text: str, folder: Path) -> str:
             try:
                 return f"{match[1]}{(folder / match['file']).read_text()}{match[4]}"
             except (OSError, ValueError) as error:
-                raise ResultsError(f"cannot read the table {match['file']}: {error}") from error
+                raise InputError(f"cannot read the table {match['file']}: {error}") from error
         if match["family"] == "heldout":
             try:
                 return f"{match[1]}{heldout_table(read_log(folder / match['file']))}\n{match[4]}"
             except (OSError, ValueError) as error:
-                raise ResultsError(f"cannot read the log {match['file']}: {error}") from error
+                raise InputError(f"cannot read the log {match['file']}: {error}") from error
         if match["family"] not in TABLES:
-            raise ResultsError(f"there is no table {match['family']!r}; there are {', '.join(TABLES)}")
+            raise InputError(f"there is no table {match['family']!r}; there are {', '.join(TABLES)}")
         results = read_results(folder / match["file"])["results"]
         return f"{match[1]}{TABLES[match['family']](results)}\n{match[4]}"
 
@@ -207,7 +204,7 @@ def main(arguments: list[str]) -> int:
     path = Path(arguments[0])
     try:
         path.write_text(with_tables(path.read_text(), path.parent))
-    except (ResultsError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

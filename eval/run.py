@@ -31,17 +31,16 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from common import MOST_THREADS, InputError, Parser, check_numbers, make_folder, run_command
 from eval.cost import SamplerSetting
 from eval.evaluation import COST_SAMPLERS, COST_SAMPLERS_IN_CONTINUOUS_TIME, Evaluation
 from eval.measures import METRICS, check_metrics
-from eval.reference import FEWEST_IMAGES, FeatureError, check_counts
-from eval.results import ResultsError, quality_table, read_results, result, write_results
+from eval.reference import FEWEST_IMAGES, check_counts
+from eval.results import quality_table, read_results, result, write_results
 from pipelines import generate
-from pipelines.command import MOST_THREADS, Parser, check_numbers, make_folder, run_command
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
-from pipelines.loading import DTYPES, InputError
-from pipelines.model_card import CardError, write_card
-from training.data import DataError
+from pipelines.loading import DTYPES
+from pipelines.model_card import write_card
 
 LIBRARIES = "torch diffusers accelerate clean-fid scipy".split()
 NEED_IMAGES = {"swd", "colours", "features", "memorisation"}
@@ -52,7 +51,7 @@ IDENTITY = "family name split sampler steps eta sampler_settings class_label gui
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """Raises InputError or FeatureError."""
+    """Raises InputError."""
     parser = Parser(prog="python -m eval.run", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
@@ -215,9 +214,8 @@ def main(arguments: list[str]) -> int:
         run(parse_options(arguments))
         PartialState().destroy_process_group()
 
-    bad_input = (InputError, DataError, FeatureError, ResultsError, CardError)
     stopped = "stopped; what was measured is kept, and the same command uses its images again"
-    return run_command(evaluate, bad_input, stopped=stopped)
+    return run_command(evaluate, stopped)
 
 
 if __name__ == "__main__":

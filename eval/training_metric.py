@@ -9,18 +9,17 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from common import InputError, on_main_process, one_line
 from eval.features import cached_features, images_of_store
 from eval.frechet import frechet_distance_of
 from eval.inception import Inception, find_weights
 from eval.kernel import kernel_distance
-from eval.reference import FeatureError
 from pipelines import CustomUNetPipeline
-from pipelines.command import one_line
 from training.checkpoint import difference
-from training.config import ConfigError, TrainConfig
-from training.data import DataError, ImageStore
+from training.config import TrainConfig
+from training.data import ImageStore
 from training.facts import recorded
-from training.processes import on_any_process, on_main_process
+from training.processes import on_any_process
 from training.samples import SamplingStopped, stop_callback
 
 UNIPC_STEPS, EDM_HEUN_STEPS = 20, 18
@@ -35,25 +34,22 @@ class TrainingMetric:
         identity: what two values must have in common to compare.
 
     Raises:
-        ConfigError: if Inception's weights are not found.
-        DataError: if there are fewer training images than `config.metric_images`.
+        InputError: if Inception's weights are not found.
+        InputError: if there are fewer training images than `config.metric_images`.
     """
 
     def __init__(self, config: TrainConfig, store: ImageStore, pipeline: CustomUNetPipeline, accelerator: Accelerator):
         if len(store) < config.metric_images:
-            raise DataError(
+            raise InputError(
                 f"{len(store)} training images are fewer than --metric_images {config.metric_images}; lower it"
             )
         self.name, self.title, self.accelerator = config.metric, config.metric.upper(), accelerator
         path = None if config.inception_path is None else Path(config.inception_path)
-        try:
-            on_main_process(accelerator, lambda: find_weights(path))  # fetches them once, for all processes
-            self.extractor = Inception(path=path, device=accelerator.device)
-            if not config.dry_run:
-                images = images_of_store(store, config.metric_images)
-                self.training_features = cached_features(images, self.extractor, PartialState())
-        except FeatureError as error:
-            raise ConfigError(str(error)) from error
+        on_main_process(accelerator, lambda: find_weights(path))  # fetches them once, for all processes
+        self.extractor = Inception(path=path, device=accelerator.device)
+        if not config.dry_run:
+            images = images_of_store(store, config.metric_images)
+            self.training_features = cached_features(images, self.extractor, PartialState())
         sampler, steps = "edm_heun", EDM_HEUN_STEPS
         if not pipeline.is_continuous:
             sampler, steps = "unipc", min(UNIPC_STEPS, config.ddpm_num_steps)

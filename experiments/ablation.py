@@ -27,17 +27,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import Failed, InputError, Parser, check_numbers, make_folder, run_command
 from eval.compare import Run, errors_by_noise_level, images_of, open_runs, rows_of
 from eval.figures import plot_curves, plot_dots, plot_image_rows
-from eval.results import ResultsError, number, write_results
+from eval.results import number, write_results
 from eval.run import parse_options as parse_evaluation
 from experiments.equal_time import measure_speeds, updates_in
 from experiments.study import Study, Variant, flags_as_arguments, read_study
-from pipelines.command import Parser, check_numbers, make_folder, run_command
 from pipelines.custom_unet_pipeline import samplers_for
-from pipelines.loading import InputError
 from training.config import DEFAULTS, TrainConfig, parse_config
-from training.yaml_file import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FAMILIES = ("swd", "memorisation", "heldout")  # the metrics of every variant, unless the study names others
@@ -65,10 +63,6 @@ COLUMNS = {  # key in a row: heading
     **{quarter: quarter for quarter in QUARTERS},
 }
 MEASURED = ("train_minutes", "fid", "kid", "swd", "memorisation_ratio", "sample_mse", "epsilon_mse", *QUARTERS)
-
-
-class StudyError(RuntimeError):
-    """A training or an evaluation that failed. The message is one line."""
 
 
 class Processes:
@@ -136,7 +130,7 @@ class Job:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise StudyError(f"{self._record_path} is damaged; delete {self.folder} to do it anew") from error
+            raise Failed(f"{self._record_path} is damaged; delete {self.folder} to do it anew") from error
 
     @property
     def is_done(self) -> bool:
@@ -159,7 +153,7 @@ class Job:
         """Trains and evaluates in processes of their own, whose output goes to `log.txt`.
 
         Raises:
-            StudyError: with the last line of the one that failed.
+            Failed: with the last line of the one that failed.
         """
         self._begin()
         threads, network = f"--num_cpu_threads={num_threads}", self.variant.network
@@ -178,7 +172,7 @@ class Job:
                 exit_code = processes.run([sys.executable, *command], env=environment, stdout=file, stderr=file)
             if exit_code != 0:
                 last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-                raise StudyError(
+                raise Failed(
                     f"{self.variant.name}, {self.folder.name} failed with exit code {exit_code}: {last} (see {log})"
                 )
         write_results(self._record_path, self.record | {"is_done": True})
@@ -193,7 +187,7 @@ def jobs_of(
         num_steps: updates of each variant in a study of equal time; without it they have a placeholder.
 
     Raises:
-        ConfigError, InputError: if the arguments of a training or of an evaluation are bad.
+        InputError: if the arguments of a training or of an evaluation are bad.
     """
     if os.path.isdir(data):
         data = os.path.abspath(data)
@@ -228,18 +222,18 @@ def jobs_of(
 
 
 def _check_fits(config: TrainConfig, options: Namespace, first: TrainConfig) -> None:
-    """Raises ConfigError if a training does not suit its evaluation, or not what the first variant is measured by."""
+    """Raises InputError if a training does not suit its evaluation, or not what the first variant is measured by."""
     if config.validation_split is None:
-        raise ConfigError("there is no --validation_split, but held-out images are compared; give one")
+        raise InputError("there is no --validation_split, but held-out images are compared; give one")
     samplers = samplers_for(config.objective)
     if options.sampler not in (None, *samplers):
-        raise ConfigError(
+        raise InputError(
             f"--sampler {options.sampler} is not for --objective {config.objective}; take {', '.join(samplers)}"
         )
     for name in ("resolution", "crop"):
         here, there = getattr(config, name), getattr(first, name)
         if here != there:
-            raise ConfigError(f"--{name} is {here}, of the first variant {there}; all are measured by the same images")
+            raise InputError(f"--{name} is {here}, of the first variant {there}; all are measured by the same images")
 
 
 def settle_speeds(jobs: list[Job], path: Path) -> dict[str, float]:
@@ -249,13 +243,13 @@ def settle_speeds(jobs: list[Job], path: Path) -> dict[str, float]:
         jobs: one for each variant; the first is what the others are compared with.
 
     Raises:
-        StudyError: if the file is damaged.
+        Failed: if the file is damaged.
         OSError: if it cannot be read or written.
     """
     try:
         known = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise StudyError(f"{path} is damaged; delete it to measure anew") from error
+        raise Failed(f"{path} is damaged; delete it to measure anew") from error
     first = jobs[0].variant.name
     missing = [job for job in jobs if job.variant.name not in known]
     if missing:
@@ -273,7 +267,7 @@ def do_all(jobs: list[Job], at_once: int) -> None:
     """Does what is not done yet, so many at once; what was begun when one fails is finished.
 
     Raises:
-        StudyError: for the first that failed.
+        Failed: for the first that failed.
     """
     left = [job for job in jobs if not job.is_done]
     print(f"{len(jobs)} trainings and evaluations, {len(jobs) - len(left)} of them done before", flush=True)
@@ -331,7 +325,7 @@ def rows_of_study(study: Study, jobs: list[Job]) -> list[dict]:
     """One row a variant: the mean over the seeds of each value, its standard deviation, and the values.
 
     Raises:
-        InputError, ResultsError: if there are no results, or not those that are compared.
+        InputError: if there are no results, or not those that are compared.
     """
     schedules = {job.variant.name: [getattr(job.config, name) for name in SCHEDULE] for job in jobs}
     rows = []
@@ -343,7 +337,7 @@ def rows_of_study(study: Study, jobs: list[Job]) -> list[dict]:
             found = [values_of(run, comparable) for run in runs]
         except (KeyError, TypeError, ValueError) as error:
             what = "lacks what is compared, or was measured in several ways"
-            raise ResultsError(f"a result of {variant.name} {what}: {error}") from error
+            raise InputError(f"a result of {variant.name} {what}: {error}") from error
         for values in found:
             values["train_minutes"] = study.minutes or values["train_minutes"]
         row = {"variant": variant.name, "changed": changes_text(variant), "seeds": [job.seed for job in own]}
@@ -393,7 +387,7 @@ def write_study(study: Study, jobs: list[Job], out: Path, num_images: int) -> No
     """The table and the figures.
 
     Raises:
-        ResultsError: if results of a variant are not what they must be.
+        InputError: if results of a variant are not what they must be.
         OSError: if something cannot be written.
     """
     rows = rows_of_study(study, jobs)
@@ -454,7 +448,7 @@ def main(arguments: list[str]) -> int:
         write_study(study, jobs, options.out, options.num_images)
 
     stopped = "stopped; the same command goes on from here"
-    return run_command(compare, (ConfigError, InputError, ResultsError), (ValueError, OSError, StudyError), stopped)
+    return run_command(compare, stopped)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import Parser, make_folder, run_command
 from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import SelfAttention
 from eval.results import number, write_results
-from pipelines.command import Parser, make_folder, run_command
-from pipelines.loading import InputError
 from training.config import TrainConfig, parse_config
-from training.yaml_file import ConfigError
 
 NARROW, NARROW_NCSNPP = 4, 32  # channels; the groups of NCSN++ need more
 ATTENTION_OPERATORS = ("bmm", "baddbmm", "scaled_dot_product")
@@ -173,7 +171,7 @@ def run(options: Namespace) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    return run_command(lambda: run(parse_options(arguments)), (ConfigError, InputError, OSError))
+    return run_command(lambda: run(parse_options(arguments)))
 
 
 if __name__ == "__main__":

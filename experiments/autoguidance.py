@@ -30,15 +30,9 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from eval.cost import SamplerSetting, sample
-from eval.features import subset
-from eval.figures import plot_image_rows
-from eval.results import number, result, table, write_results
-from eval.swd import sliced_wasserstein, swd_floor
-from experiments.guidance import LIBRARIES, REFERENCE
-from pipelines import CustomUNetPipeline, generate
-from pipelines.command import (
+from common import (
     MOST_THREADS,
+    InputError,
     Parser,
     check_numbers,
     check_seeds,
@@ -47,9 +41,16 @@ from pipelines.command import (
     run_command,
     without_folder,
 )
+from eval.cost import SamplerSetting, sample
+from eval.features import subset
+from eval.figures import plot_image_rows
+from eval.results import number, result, table, write_results
+from eval.swd import sliced_wasserstein, swd_floor
+from experiments.guidance import LIBRARIES, REFERENCE
+from pipelines import CustomUNetPipeline, generate
 from pipelines.custom_unet_pipeline import SAMPLERS
-from pipelines.loading import DTYPES, InputError, find_pipeline, load_pipeline
-from training.data import DataError, ImageStore, open_image_store
+from pipelines.loading import DTYPES, find_pipeline, load_pipeline
+from training.data import ImageStore, open_image_store
 from training.facts import device_name, training_in_all
 
 NUM_SHOWN = 16  # images of each scale in the figure
@@ -96,7 +97,7 @@ def open_reference(options: Namespace, source: Path, size: int) -> ImageStore:
     """Real images as the model was trained on them.
 
     Raises:
-        InputError, DataError: if they cannot be had, or are too few for two sets.
+        InputError: if they cannot be had, or are too few for two sets.
     """
     facts = json.loads((source / "training.json").read_text()) if (source / "training.json").exists() else {}
     crop = facts.get("data", {}).get("crop")
@@ -212,7 +213,7 @@ def run(options: Namespace, arguments: Sequence[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     stopped = "stopped; the scales that were measured are in autoguidance.json"
-    return run_command(lambda: run(parse_options(arguments), arguments), (InputError, DataError), stopped=stopped)
+    return run_command(lambda: run(parse_options(arguments), arguments), stopped)
 
 
 if __name__ == "__main__":

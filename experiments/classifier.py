@@ -34,17 +34,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from common import Failed, InputError, is_out_of_memory
 from custom_unet.custom_unet_2d import DownBlock, PositionalProjection, TimestepEmbedding, group_norm
-from training.data import (
-    CROPS,
-    DataError,
-    ImageStore,
-    ShuffledBatches,
-    make_loader,
-    open_image_store,
-    to_model_range,
-)
-from training.processes import StoppedEarly, StopSignal, is_out_of_memory
+from training.data import CROPS, ImageStore, ShuffledBatches, make_loader, open_image_store, to_model_range
+from training.processes import StoppedEarly, StopSignal
 from training.sde import spread
 from training.yaml_file import TOKEN, TOKEN_HINT
 
@@ -52,14 +45,6 @@ RECORD = "classifier.json"
 LEAST_SIGMA, MOST_SIGMA = 0.01, 100.0  # of training; at the one no pixel changes visibly, at the other nothing is seen
 REPORTED_SIGMAS = (0.0, 0.1, 0.5, 1.0, 3.0, 10.0)
 WARMUP_STEPS = 50
-
-
-class InputError(ValueError):
-    """An argument that will not do. The message is one line."""
-
-
-class TrainingFailed(RuntimeError):
-    """The training cannot go on. The message is one line."""
 
 
 class NoisyImageClassifier(ModelMixin, ConfigMixin):
@@ -168,8 +153,8 @@ def train_classifier(
     functions of the seed alone.
 
     Raises:
-        DataError: if there are fewer images than a batch.
-        TrainingFailed: if the loss is no number.
+        InputError: if there are fewer images than a batch.
+        Failed: if the loss is no number.
     """
     device, generator = classifier.device, torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate)
@@ -186,7 +171,7 @@ def train_classifier(
             noisy_images = add_noise(to_model_range(images), sigma, generator)
             loss = F.cross_entropy(classifier(noisy_images.to(device), 1.0, sigma.to(device)), labels.to(device))
             if not math.isfinite(loss.item()):
-                raise TrainingFailed(f"the loss is {loss.item()} at step {step}; lower --learning_rate")
+                raise Failed(f"the loss is {loss.item()} at step {step}; lower --learning_rate")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -349,9 +334,9 @@ def main(arguments: list[str]) -> int:
         run(parse_options(arguments))
     except StoppedEarly:
         return stop.fail("stopped before the end; nothing is written", stop.exit_code)
-    except (InputError, DataError) as error:
+    except InputError as error:
         return stop.fail(error, 2)
-    except (TrainingFailed, OSError) as error:
+    except (Failed, OSError) as error:
         return stop.fail(error, 1)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

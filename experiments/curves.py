@@ -15,23 +15,14 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from common import MOST_THREADS, InputError, Parser, check_numbers, run_command
 from eval.figures import plot_panels
-from eval.reference import FeatureError
-from eval.results import ResultsError, number, read_results, write_results
+from eval.results import number, read_results, write_results
 from eval.run import parse_options as parse_evaluation
 from eval.run import run as evaluate
-from pipelines.command import MOST_THREADS, Parser, check_numbers, run_command
 from pipelines.export import export_variant
-from pipelines.loading import DTYPES, InputError, load_pipeline
-from training.checkpoint import (
-    CheckpointError,
-    check_tensors,
-    checksum,
-    list_checkpoints,
-    load_checkpoint,
-    verify_checkpoint,
-)
-from training.data import DataError
+from pipelines.loading import DTYPES, load_pipeline
+from training.checkpoint import check_tensors, checksum, list_checkpoints, load_checkpoint, verify_checkpoint
 from training.facts import progress_facts
 from training.run_log import read_log
 
@@ -53,7 +44,7 @@ def lay_out(checkpoint: Path, pipeline_dir: Path, out: Path) -> None:
     """The pipeline folder of a run with the EMA network of one of its checkpoints.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged or of another network.
+        Failed: if the checkpoint is damaged or of another network.
         InputError: if the pipeline folder is damaged.
     """
     verify_checkpoint(checkpoint)
@@ -91,8 +82,8 @@ def measure(options: Namespace, chosen: dict[int, Path]) -> list[dict]:
     """Measures the checkpoints that are not measured yet; a row for each, in order.
 
     Raises:
-        InputError, DataError, ResultsError: as `eval.run`.
-        CheckpointError: as `lay_out`.
+        InputError, InputError: as `eval.run`.
+        Failed: as `lay_out`.
     """
     rows = []
     for step, checkpoint in chosen.items():
@@ -177,7 +168,7 @@ def read_before(path: Path, pipeline_dir: Path) -> dict:
         pipeline_dir: the other run's.
 
     Raises:
-        InputError, ResultsError: if there are none, or the other run began otherwise.
+        InputError: if there are none, or the other run began otherwise.
     """
     before = read_results(path)
     if not {"reference", "drawn_by", "n", "losses"} <= before.keys() or not before.get("rows"):
@@ -256,9 +247,8 @@ def run(options: Namespace) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    bad_input = (InputError, DataError, FeatureError, ResultsError, CheckpointError)
     stopped = "stopped; the same command goes on from here"
-    return run_command(lambda: run(parse_options(arguments)), bad_input, stopped=stopped)
+    return run_command(lambda: run(parse_options(arguments)), stopped)
 
 
 if __name__ == "__main__":

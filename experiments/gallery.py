@@ -27,10 +27,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from common import InputError, Parser, make_folder, run_command
 from pipelines import CustomUNetPipeline
-from pipelines.command import Parser, make_folder, run_command
 from pipelines.custom_unet_pipeline import SAMPLERS
-from pipelines.loading import InputError, find_pipeline, load_pipeline
+from pipelines.loading import find_pipeline, load_pipeline
 
 SEEDS = list(range(8))
 STEPS = (5, 50)
@@ -254,7 +254,7 @@ def run(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    return run_command(lambda: run(arguments), (InputError, OSError))
+    return run_command(lambda: run(arguments))
 
 
 if __name__ == "__main__":

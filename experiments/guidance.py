@@ -29,23 +29,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from common import MOST_THREADS, InputError, Parser, check_numbers, check_seeds, command_line, make_folder, run_command
 from eval.cost import sample
 from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
 from experiments.classifier import RECORD, NoisyImageClassifier
 from pipelines import CustomUNetPipeline, generate
-from pipelines.command import (
-    MOST_THREADS,
-    Parser,
-    check_numbers,
-    check_seeds,
-    command_line,
-    make_folder,
-    run_command,
-)
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
-from pipelines.loading import WEIGHTS, InputError, find_pipeline, load_pipeline
-from training.data import DataError, ImageStore, open_image_store, to_model_range
+from pipelines.loading import WEIGHTS, find_pipeline, load_pipeline
+from training.data import ImageStore, open_image_store, to_model_range
 from training.facts import device_name
 
 SHOWN_OF_A_CLASS = 3  # in each block of the figure
@@ -296,7 +288,7 @@ def run(options: Namespace, arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     stopped = "stopped; the scales that were measured are in guidance.json"
-    return run_command(lambda: run(parse_options(arguments), arguments), (InputError, DataError), stopped=stopped)
+    return run_command(lambda: run(parse_options(arguments), arguments), stopped)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ import torch
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from common import Parser, make_folder, run_command
 from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import SelfAttention
 from eval.figures import plot_curves, plot_image_rows, plot_panels, save_figure
 from eval.results import write_results
-from pipelines.command import Parser, make_folder, run_command
-from pipelines.loading import InputError
 from training.config import parse_config
 from training.data import to_model_range, to_uint8
 from training.diffusion import make_noise_scheduler, timestep_regression
@@ -231,7 +230,7 @@ def main(arguments: list[str]) -> int:
         prog="python -m experiments.report_figures", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
-    return run_command(lambda: write_figures(parser.parse_args(arguments).out), (InputError, OSError))
+    return run_command(lambda: write_figures(parser.parse_args(arguments).out))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import InputError, run_command
 from experiments.toy_figures import (
     plot_codes,
     plot_corrector,
@@ -42,7 +43,6 @@ from experiments.toys import (
     sliced_wasserstein,
     slope,
 )
-from pipelines.command import run_command
 from pipelines.custom_unet_pipeline import (
     edm_heun,
     euler_maruyama,
@@ -58,10 +58,6 @@ Score = Callable[[Tensor, Tensor], Tensor]  # s(x, t) of points (N, D) at a time
 
 SDES: dict[str, SDE] = {"VE": VESDE(0.01, 10.0), "VP": VPSDE(), "sub-VP": SubVPSDE()}
 RECORD = "tutorial.json"
-
-
-class TutorialError(ValueError):
-    """An argument or a file that the tutorial cannot use."""
 
 
 @dataclass(frozen=True)
@@ -499,7 +495,7 @@ def read_record(path: Path, size: str) -> dict:
     """The steps of an earlier start in the same folder.
 
     Raises:
-        TutorialError: if it is no record of this command, or of the other size.
+        InputError: if it is no record of this command, or of the other size.
     """
     if not path.exists():
         return {}
@@ -507,9 +503,9 @@ def read_record(path: Path, size: str) -> dict:
         record = json.loads(path.read_text())
         earlier, steps = record["size"], dict(record["steps"])
     except (ValueError, KeyError, TypeError) as error:
-        raise TutorialError(f"{path} is no record of the tutorial; move it away or name another --out") from error
+        raise InputError(f"{path} is no record of the tutorial; move it away or name another --out") from error
     if earlier != size:
-        raise TutorialError(f"{path} is of the {earlier} size, this is the {size} one; name another --out")
+        raise InputError(f"{path} is of the {earlier} size, this is the {size} one; name another --out")
     return steps
 
 
@@ -530,7 +526,7 @@ def run(options: argparse.Namespace) -> None:
     size = "small" if options.quick else "full"
     path = options.out / RECORD
     if options.out.exists() and not options.out.is_dir():
-        raise TutorialError(f"--out {options.out} is not a folder")
+        raise InputError(f"--out {options.out} is not a folder")
     steps = read_record(path, size)
     options.out.mkdir(parents=True, exist_ok=True)
     lesson = Lesson(SMALL if options.quick else Size(), options.out)
@@ -550,7 +546,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> int:
     options = parse_options(arguments)
     torch.set_num_threads(1)  # the tensors are small, and the sums are those of every machine
-    return run_command(lambda: run(options), (TutorialError,), stopped="stopped; the steps that were done are kept")
+    return run_command(lambda: run(options), stopped="stopped; the steps that were done are kept")
 
 
 if __name__ == "__main__":

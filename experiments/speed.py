@@ -30,19 +30,16 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
+from common import Failed, InputError
 from pipelines import CustomUNetPipeline
-from training.config import ConfigError, TrainConfig, parse_config
-from training.data import DataError, open_image_store
+from training.config import TrainConfig, parse_config
+from training.data import open_image_store
 from training.run_log import read_log
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VARIANTS = ("ours", "ours_fp32", "plain")
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 NEVER = 10**9  # steps
-
-
-class SpeedError(RuntimeError):
-    """A measurement that cannot be had. The message is one line."""
 
 
 def training_throughput(records: list[dict]) -> float:
@@ -52,11 +49,11 @@ def training_throughput(records: list[dict]) -> float:
         records: of `log.jsonl`; those with `train_seconds` (time spent in updates so far) and `images_seen` count.
 
     Raises:
-        SpeedError: if less than two of them count.
+        Failed: if less than two of them count.
     """
     records = [record for record in records if "train_seconds" in record]
     if len(records) < 2:
-        raise SpeedError(f"the run has {len(records)} log records with times; two are needed")
+        raise Failed(f"the run has {len(records)} log records with times; two are needed")
     first, last = records[0], records[-1]
     return (last["images_seen"] - first["images_seen"]) / (last["train_seconds"] - first["train_seconds"])
 
@@ -79,7 +76,7 @@ def measure_training(config: TrainConfig, variant: str, folder: Path) -> float:
     """Images per second of one training of a variant, in a process of its own that writes to the folder.
 
     Raises:
-        SpeedError: if the process fails, with the last line that it wrote.
+        Failed: if the process fails, with the last line that it wrote.
     """
     folder.mkdir()
     precision = config.mixed_precision if variant == "ours" else "no"
@@ -97,7 +94,7 @@ def measure_training(config: TrainConfig, variant: str, folder: Path) -> float:
     )
     if done.returncode != 0:
         last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SpeedError(f"the training of {variant!r} failed with exit code {done.returncode}: {last_line}")
+        raise Failed(f"the training of {variant!r} failed with exit code {done.returncode}: {last_line}")
     return training_throughput(read_log(folder / "log.jsonl"))
 
 
@@ -132,21 +129,21 @@ def measured_config(arguments: list[str], steps: int) -> tuple[TrainConfig, bool
     """The configuration cut down to updates alone, and whether the synthetic faces stand in for a missing source.
 
     Raises:
-        ConfigError: as `parse_config`, and for what plain diffusers does not train.
+        InputError: as `parse_config`, and for what plain diffusers does not train.
     """
     stands_in = False
     try:
         config = parse_config(arguments)
-    except ConfigError as error:
+    except InputError as error:
         try:
             config = parse_config([*arguments, "--dataset_name", "synthetic-faces", "--crop", "none"])
-        except ConfigError:
+        except InputError:
             raise error from None  # something else is wrong
         stands_in = True
     if config.mixed_precision == "auto":
-        raise ConfigError("--mixed_precision auto has no fixed precision to compare; take no, fp16 or bf16")
+        raise InputError("--mixed_precision auto has no fixed precision to compare; take no, fp16 or bf16")
     if config.objective != "ddpm" or config.label_column is not None:
-        raise ConfigError("plain diffusers trains ddpm without classes: take --objective ddpm, no --label_column")
+        raise InputError("plain diffusers trains ddpm without classes: take --objective ddpm, no --label_column")
     length = {"max_train_steps": steps, "num_epochs": None, "max_train_minutes": None}
     intervals = dict.fromkeys(("checkpointing_steps", "validation_steps", "save_images_steps"), NEVER)
     last_grid = {"eval_batch_size": 1, "ddpm_num_inference_steps": 1}
@@ -227,9 +224,9 @@ def main(arguments: list[str]) -> int:
         store = open_image_store(**config.data_source(), split=config.split, max_images=config.max_images)
         torch.set_num_threads(config.num_cpu_threads)
         result = measure(config, options)
-    except (ConfigError, DataError, SpeedError) as error:
+    except (InputError, Failed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (ConfigError, DataError)) else 1
+        return 2 if isinstance(error, InputError) else 1
     facts = {
         "config": next((f for f in flags if f.endswith((".yaml", ".yml"))), "configs/quickstart.yaml"),
         "source": store.description["source"],

@@ -20,8 +20,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common import InputError
 from experiments.unet_variants import VARIANTS
-from training.yaml_file import ConfigError, read_yaml, shown
+from training.yaml_file import read_yaml, shown
 
 KEYS = "config flags minutes evaluation seeds variants".split()
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
@@ -56,34 +57,34 @@ def read_study(path: Path) -> Study:
     """Reads a study.
 
     Raises:
-        ConfigError: if it cannot be read or is not as described above.
+        InputError: if it cannot be read or is not as described above.
     """
     content = _mapping(read_yaml(path), str(path), set(KEYS))
     if not isinstance(content.get("config"), str):
-        raise ConfigError(f"config in {path} is {shown(content.get('config'))}; give a file of configs/")
+        raise InputError(f"config in {path} is {shown(content.get('config'))}; give a file of configs/")
     seeds = content.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds:
-        raise ConfigError(f"seeds in {path} is {shown(seeds)}; give a list of whole numbers")
+        raise InputError(f"seeds in {path} is {shown(seeds)}; give a list of whole numbers")
     for seed in seeds:
         if type(seed) is not int or seed < 0 or seeds.count(seed) > 1:
-            raise ConfigError(f"one of the seeds in {path} is {shown(seed)}; give whole numbers from 0, each once")
+            raise InputError(f"one of the seeds in {path} is {shown(seed)}; give whole numbers from 0, each once")
     minutes = content.get("minutes")
     if minutes is not None and (type(minutes) not in (int, float) or not 0 < minutes < math.inf):
-        raise ConfigError(f"minutes in {path} is {shown(minutes)}; give a positive number")
+        raise InputError(f"minutes in {path} is {shown(minutes)}; give a positive number")
     variants = []
     for name, changes in _mapping(content.get("variants"), f"variants in {path}").items():
         if not NAME.fullmatch(name):
-            raise ConfigError(f"a variant in {path} is called {shown(name)}; take letters, digits and . _ + -")
+            raise InputError(f"a variant in {path} is called {shown(name)}; take letters, digits and . _ + -")
         changes = _mapping(changes, f"{name} in {path}", {"flags", "evaluation", "network"})
         network = changes.get("network")
         if network is not None and network not in VARIANTS:
-            raise ConfigError(f"network of {name} in {path} is {shown(network)}; take one of {', '.join(VARIANTS)}")
+            raise InputError(f"network of {name} in {path} is {shown(network)}; take one of {', '.join(VARIANTS)}")
         variants.append(Variant(name, **_flags_and_evaluation(changes, f"{name} in {path}"), network=network))
     if len(variants) < 2:
-        raise ConfigError(f"the number of variants in {path} is {len(variants)}; give two or more")
+        raise InputError(f"the number of variants in {path} is {len(variants)}; give two or more")
     for where, flags in {str(path): content.get("flags"), **{v.name: v.flags for v in variants}}.items():
         if minutes is not None and "max_train_steps" in (flags or {}):
-            raise ConfigError(f"flags of {where} has max_train_steps, which minutes decides here; remove one")
+            raise InputError(f"flags of {where} has max_train_steps, which minutes decides here; remove one")
     shared = _flags_and_evaluation(content, str(path))
     return Study(content["config"], minutes=minutes, seeds=seeds, variants=variants, **shared)
 
@@ -94,7 +95,7 @@ def _flags_and_evaluation(content: dict, where: str) -> dict[str, dict]:
         found[kind] = _mapping(content.get(kind), f"{kind} of {where}")
         for name in found[kind]:
             if name in own:
-                raise ConfigError(f"{kind} of {where} has {name}, which is for the command itself to set; remove it")
+                raise InputError(f"{kind} of {where} has {name}, which is for the command itself to set; remove it")
     return found
 
 
@@ -102,12 +103,12 @@ def _mapping(value, what: str, keys: set[str] | None = None) -> dict:
     """The value, or an empty mapping for none."""
     value = {} if value is None else value
     if not isinstance(value, dict):
-        raise ConfigError(f"{what} is {shown(value)}; it must be a mapping of names to values")
+        raise InputError(f"{what} is {shown(value)}; it must be a mapping of names to values")
     for key in value:
         if not isinstance(key, str):
-            raise ConfigError(f"{what} has the key {shown(key)}, which is no text; put it in quotes")
+            raise InputError(f"{what} has the key {shown(key)}, which is no text; put it in quotes")
         if keys is not None and key not in keys:
-            raise ConfigError(f"unknown key {shown(key)} of {what}; there are {', '.join(sorted(keys))}")
+            raise InputError(f"unknown key {shown(key)} of {what}; there are {', '.join(sorted(keys))}")
     return value
 
 

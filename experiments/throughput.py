@@ -34,9 +34,9 @@ import torch
 from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import InputError, Parser
 from custom_unet import CustomUNet2DModel
-from experiments.speed import Parser
-from training.config import ConfigError, TrainConfig, parse_config
+from training.config import TrainConfig, parse_config
 from training.diffusion import diffusion_loss, make_noise_scheduler
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.processes import build_accelerator
@@ -72,12 +72,12 @@ def variants(batch_sizes: list[int], only: list[str]) -> list[Variant]:
             of them. All rows without any.
 
     Raises:
-        ConfigError: for a word that is none of the names.
+        InputError: for a word that is none of the names.
     """
     words = {*NETWORKS, *MODES, *LAYOUTS}
     for word in (word for selection in only for word in selection.split(":")):
         if word not in words:
-            raise ConfigError(f"--only has {word!r}; it takes words of {', '.join(sorted(words))}, joined by colons")
+            raise InputError(f"--only has {word!r}; it takes words of {', '.join(sorted(words))}, joined by colons")
     rows = [
         Variant(network, mode, layout, batch_size)
         for mode in MODES
@@ -93,18 +93,18 @@ def read_config(flags: list[str]) -> TrainConfig:
     """The configuration of one step. No data is opened, so none has to be given.
 
     Raises:
-        ConfigError: as `parse_config`, or if the network cannot be built.
+        InputError: as `parse_config`, or if the network cannot be built.
     """
     if not any(flag.startswith("--train_data_dir") for flag in flags):
         flags = [*flags, "--train_data_dir", "null", "--dataset_name", "synthetic-faces"]
     config = parse_config(flags)
     if config.mixed_precision == "auto":
-        raise ConfigError("--mixed_precision auto has no fixed precision to measure; choose no, fp16 or bf16")
+        raise InputError("--mixed_precision auto has no fixed precision to measure; choose no, fp16 or bf16")
     try:
         with torch.device("meta"):
             CustomUNet2DModel(**config.unet_kwargs())
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise InputError(str(error)) from error
     alone = {"gradient_accumulation_steps": 1, "report_to": "none"}
     alone |= {"num_cpu_threads": config.num_cpu_threads or torch.get_num_threads()}
     return dataclasses.replace(config, max_train_steps=config.max_train_steps or config.lr_warmup_steps + 1, **alone)
@@ -365,7 +365,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = read_config(flags)
         rows = variants(options.batch_sizes or [config.train_batch_size], options.only)
-    except ConfigError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     setting = {

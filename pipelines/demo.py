@@ -16,10 +16,10 @@ import gradio as gr
 import torch
 from PIL import Image, ImageChops, ImageOps
 
+from common import InputError, Parser, check_numbers, run_command
 from pipelines import CustomUNetPipeline
-from pipelines.command import Parser, check_numbers, run_command
 from pipelines.custom_unet_pipeline import SAMPLERS
-from pipelines.loading import InputError, find_pipeline, load_pipeline
+from pipelines.loading import find_pipeline, load_pipeline
 
 MAX_IMAGES = 16
 MAX_SEED = 2**31 - 1

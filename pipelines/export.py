@@ -30,10 +30,11 @@ from pathlib import Path
 
 import torch
 
+from common import Failed, InputError
 from pipelines.custom_unet_pipeline import CustomUNetPipeline
-from pipelines.hub import ModelRepositoryError, PushError, model_files, push_to_hub
-from pipelines.loading import LoadError, load_folder
-from pipelines.model_card import CardError, read_weights, render_card, write_card
+from pipelines.hub import model_files, push_to_hub
+from pipelines.loading import load_folder
+from pipelines.model_card import read_weights, render_card, write_card
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
@@ -137,20 +138,17 @@ def copy_pipeline(
         dtype: one of `DTYPES`; by default that of the source.
 
     Raises:
-        ModelRepositoryError, CardError: if the source is no sound model repository.
+        InputError: if the source is no sound model repository.
         OSError: see `export_pipeline`.
     """
     names = model_files(source)
     render_card(source)  # reads what is copied, and so finds damage before anything is written
     stored = STORED_DTYPES.get(read_weights(source / "unet")["dtype"])
     if stored is None:
-        raise ModelRepositoryError(f"the weights of {source} are of none of the types {', '.join(STORED_DTYPES)}")
+        raise InputError(f"the weights of {source} are of none of the types {', '.join(STORED_DTYPES)}")
     wanted = DTYPES[dtype] if dtype else stored
     weights = [source / name for name in names if name.endswith(".safetensors") and ".fp16" not in name]
-    try:
-        pipeline = load_folder(source, weights, wanted)
-    except LoadError as error:
-        raise ModelRepositoryError(str(error)) from error
+    pipeline = load_folder(source, weights, wanted)
     same_numbers = wanted in (stored, torch.float32)
     optional = {path.name: path for path in source.iterdir()}
     return export_pipeline(
@@ -185,7 +183,7 @@ class _Parser(argparse.ArgumentParser):
     """Tells what is wrong in one line."""
 
     def error(self, message):
-        raise ModelRepositoryError(f"{message}; see {self.prog} --help")
+        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def _size(text: str) -> str:
@@ -229,9 +227,9 @@ def main(arguments: list[str]) -> int:
             )
         else:
             print(f"pushed: {push_to_hub(args.pipeline, args.repo_id, args.private, args.revision)}")
-    except (PushError, ModelRepositoryError, CardError, OSError) as error:
+    except (Failed, InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, PushError) else 2
+        return 1 if isinstance(error, Failed) else 2
     return 0
 
 

@@ -29,26 +29,29 @@ from typing import NamedTuple
 import diffusers
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from filelock import FileLock, Timeout
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from pipelines import CustomUNetPipeline
-from pipelines.command import (
+from common import (
     MOST_THREADS,
+    Failed,
+    InputError,
     Parser,
     check_numbers,
     check_seeds,
     command_line,
     make_folder,
+    on_main_process,
     run_command,
     without_folder,
 )
+from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
-from pipelines.loading import DTYPES, InputError, check_schedule, find_pipeline, load_pipeline, weight_files
+from pipelines.loading import DTYPES, check_schedule, find_pipeline, load_pipeline, weight_files
 
 RECORD = "generate.json"
 CONTACT_SHEET = "contact_sheet.png"
@@ -121,20 +124,23 @@ def generate_images(
         class_label: for a network with class embeddings; of K labels seed s has the label s mod K of them.
 
     Raises:
-        ValueError: for arguments that the pipeline refuses, or images that are not finite.
+        Failed: for arguments that the pipeline refuses, or images that are not finite.
         OSError: if an image cannot be written.
     """
     missing, evaluations = missing_seeds(folder, seeds), 0
     with tqdm(total=len(missing), desc="generating", unit="image", disable=not show_progress) as bar:
         for first in range(0, len(missing), batch_size):
             batch = missing[first : first + batch_size]
-            result = pipeline(
-                seeds=batch,
-                num_inference_steps=num_inference_steps,
-                eta=eta,
-                class_labels=class_label and [class_label[seed % len(class_label)] for seed in batch],
-                guidance_scale=guidance_scale,
-            )
+            try:
+                result = pipeline(
+                    seeds=batch,
+                    num_inference_steps=num_inference_steps,
+                    eta=eta,
+                    class_labels=class_label and [class_label[seed % len(class_label)] for seed in batch],
+                    guidance_scale=guidance_scale,
+                )
+            except ValueError as error:
+                raise Failed(str(error)) from error
             for seed, image in zip(batch, result.images, strict=True):
                 _write_atomically(image_path(folder, seed), image.save)
             evaluations += result.network_evaluations * len(batch)
@@ -335,22 +341,6 @@ def set_up_process(num_cpu_threads: int | None) -> PartialState:
     return state
 
 
-def on_main_process(state: PartialState, action: Callable):
-    """Runs an action on the main process alone; its (picklable) result, or its error, reaches every process."""
-    outcome = [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = action()
-        except Exception as error:  # raised again below, on every process
-            outcome[1] = error
-    if state.num_processes > 1:
-        broadcast_object_list(outcome)
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result
-
-
 def take_folder(folder: Path, lock: FileLock) -> None:
     """Makes the folder and keeps other starts out of it, until this process ends however it ends."""
     make_folder(folder)
@@ -415,9 +405,8 @@ def main(arguments: list[str]) -> int:
         run(parse_options(arguments), arguments)
         PartialState().destroy_process_group()
 
-    failures = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError)
     stopped = "stopped; the images so far are kept, and the same command goes on"
-    return run_command(generate, failures=failures, stopped=stopped)
+    return run_command(generate, stopped)
 
 
 if __name__ == "__main__":

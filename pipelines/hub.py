@@ -13,6 +13,7 @@ from huggingface_hub.errors import HTTPError  # of the HTTP library in use, whic
 from huggingface_hub.utils import get_session
 from safetensors import SafetensorError, safe_open
 
+from common import Failed, InputError
 from pipelines.model_card import render_card
 
 TIMEOUT_SECONDS = 60  # of one connection, read or write; the library itself waits for ever
@@ -21,23 +22,11 @@ OPTIONAL = ("training.json", "training_config.yaml", "samples.png", "results.jso
 WEIGHTS = re.compile(r"unet/diffusion_pytorch_model[\w.-]*\.safetensors(\.index(\.\w+)?\.json)?")
 
 
-class ModelRepositoryError(ValueError):
-    """A folder that is no sound model repository. The message is one line."""
-
-
-class PushError(RuntimeError):
-    """The Hub did not take what was pushed; the local folder is as it was. The message is one line, without token."""
-
-
-class AccessError(PushError):
-    """The repository on the Hub cannot be created or written to."""
-
-
 def model_files(folder: Path) -> list[str]:
     """The files of a model repository, relative to its folder; others that lie there are left out.
 
     Raises:
-        ModelRepositoryError: if one is missing or broken, if a name or a link leads out of the folder, or if weights
+        InputError: if one is missing or broken, if a name or a link leads out of the folder, or if weights
             are pickled: reading a pickle can run any code.
     """
     index = _read_json(folder / "model_index.json")
@@ -46,7 +35,7 @@ def model_files(folder: Path) -> list[str]:
     for component in ("_class_name", "unet", "scheduler"):
         pair = index.get(component)
         if not (isinstance(pair, list) and len(pair) == 2 and all(str(part).isidentifier() for part in pair)):
-            raise ModelRepositoryError(
+            raise InputError(
                 f"{folder}/model_index.json: {component} is {pair!r:.80}; it should be a module's name and a class's"
             )
         if pair[0] != "diffusers":
@@ -54,9 +43,9 @@ def model_files(folder: Path) -> list[str]:
     names += _weight_files(folder)
     for name in names:
         if name != "README.md" and not (folder / name).is_file():
-            raise ModelRepositoryError(f"{folder} is no model repository: it has no {name}")
+            raise InputError(f"{folder} is no model repository: it has no {name}")
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise ModelRepositoryError(f"{folder}/{name} is a link out of the folder; put the file itself there")
+            raise InputError(f"{folder}/{name} is a link out of the folder; put the file itself there")
     return sorted(names)
 
 
@@ -64,23 +53,23 @@ def _weight_files(folder: Path) -> list[str]:
     paths = [path for path in sorted((folder / "unet").glob("*")) if path.is_file()]
     pickles = [path.name for path in paths if path.suffix in PICKLES]
     if pickles:
-        raise ModelRepositoryError(f"{folder}/unet holds pickled weights, {pickles[0]}; keep safetensors only")
+        raise InputError(f"{folder}/unet holds pickled weights, {pickles[0]}; keep safetensors only")
     names = [f"unet/{path.name}" for path in paths if WEIGHTS.fullmatch(f"unet/{path.name}")]
     if not any(name.endswith(".safetensors") for name in names):
-        raise ModelRepositoryError(f"{folder}/unet has no weights: no diffusion_pytorch_model*.safetensors")
+        raise InputError(f"{folder}/unet has no weights: no diffusion_pytorch_model*.safetensors")
     for name in names:
         if name.endswith(".json"):
             missing = {f"unet/{shard}" for shard in _read_json(folder / name).get("weight_map", {}).values()} - {
                 *names
             }
             if missing:
-                raise ModelRepositoryError(f"{folder}/{name} names {min(missing)}, which is none of the weight files")
+                raise InputError(f"{folder}/{name} names {min(missing)}, which is none of the weight files")
             continue
         try:
             with safe_open(folder / name, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ModelRepositoryError(f"{folder}/{name} is damaged: {error}") from error
+            raise InputError(f"{folder}/{name} is damaged: {error}") from error
     return names
 
 
@@ -88,11 +77,11 @@ def _read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelRepositoryError(f"{path.parent} is no model repository: {path.name}: {error.strerror}") from error
+        raise InputError(f"{path.parent} is no model repository: {path.name}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ModelRepositoryError(f"{path} is no JSON: {error}") from error
+        raise InputError(f"{path} is no JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ModelRepositoryError(f"{path} holds a {type(values).__name__}; it should be an object")
+        raise InputError(f"{path} holds a {type(values).__name__}; it should be an object")
     return values
 
 
@@ -106,10 +95,10 @@ def open_repository(repo_id: str, private: bool = False, branch: str | None = No
         the whole id, with the user's name.
 
     Raises:
-        AccessError: for no token or a wrong one, a name that is not allowed, no permission, no answer.
+        InputError: for no token or a wrong one, a name that is not allowed, no permission, no answer.
     """
     if get_token() is None:
-        raise AccessError("there is no token for the Hub: set HF_TOKEN or log in with `hf auth login`")
+        raise InputError("there is no token for the Hub: set HF_TOKEN or log in with `hf auth login`")
     api = HfApi()
     try:
         get_session().timeout = TIMEOUT_SECONDS
@@ -119,7 +108,7 @@ def open_repository(repo_id: str, private: bool = False, branch: str | None = No
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
     except (OSError, HTTPError, ValueError) as error:
-        raise AccessError(f"cannot open the repository {repo_id} on the Hub: {_reason(error)}") from error
+        raise InputError(f"cannot open the repository {repo_id} on the Hub: {_reason(error)}") from error
     return repo_id
 
 
@@ -133,8 +122,8 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str |
         the address of the commit.
 
     Raises:
-        ModelRepositoryError, CardError: if the folder is not fit to be pushed; nothing is asked of the Hub then.
-        PushError: if the push fails, with the command to try it again.
+        InputError: if the folder is not fit to be pushed; nothing is asked of the Hub then.
+        Failed: if the push fails, with the command to try it again.
     """
     names = model_files(folder)
     render_card(folder)
@@ -149,8 +138,8 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str |
         commit = HfApi().create_commit(whole_id, operations, commit_message="Push the model", revision=branch)
     except (OSError, HTTPError, ValueError, RuntimeError) as error:
         retry = push_command(folder, repo_id, private, branch)
-        reason = str(error) if isinstance(error, PushError) else f"the push to {repo_id} failed: {_reason(error)}"
-        raise PushError(f"{reason}; {folder} is as it was, push it again with: {retry}") from error
+        reason = str(error) if isinstance(error, InputError) else f"the push to {repo_id} failed: {_reason(error)}"
+        raise Failed(f"{reason}; {folder} is as it was, push it again with: {retry}") from error
     return commit.commit_url
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import safe_open
 
+from common import InputError
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import _levels, denoiser
 from training.sde import PREDICTION_TYPES, SDEScheduler
@@ -28,14 +29,6 @@ MOST_TIMESTEPS = 1_000_000
 SDE_NUMBERS = "beta_min beta_max sigma_min sigma_max sigma_data noise_mean noise_std".split()
 LARGEST_SDE_NUMBER = 1_000_000
 NUM_TIMES_CHECKED = 1001
-
-
-class InputError(ValueError):
-    """An argument, pipeline or folder that will not do. The message is one line."""
-
-
-class LoadError(ValueError):
-    """A model repository that cannot be loaded, or not as it is. The message is one line."""
 
 
 def find_pipeline(name: str, revision: str | None, flag: str = "--pipeline") -> tuple[Path, str | None]:
@@ -85,10 +78,7 @@ def load_pipeline(source: Path, dtype: str, sampler: str | None, **settings: flo
     Raises:
         InputError: if it is damaged, or the sampler or a setting does not suit.
     """
-    try:
-        pipeline = load_folder(source, weight_files(source), DTYPES[dtype])
-    except LoadError as error:
-        raise InputError(str(error)) from error
+    pipeline = load_folder(source, weight_files(source), DTYPES[dtype])
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
     if sampler is None and settings:
@@ -113,7 +103,7 @@ def load_folder(folder: Path, weight_files: list[Path], dtype: torch.dtype) -> C
         weight_files: what the network's weights are read from.
 
     Raises:
-        LoadError: if a file is missing or damaged, the weights are not those of the network, or a number in the
+        InputError: if a file is missing or damaged, the weights are not those of the network, or a number in the
             configurations makes no sense.
     """
     logger = logging.getLogger("diffusers.models.modeling_utils")
@@ -125,11 +115,11 @@ def load_folder(folder: Path, weight_files: list[Path], dtype: torch.dtype) -> C
         pipeline = CustomUNetPipeline.from_pretrained(folder, torch_dtype=dtype)
         _check_weights(pipeline, weight_files)
         _check_numbers(pipeline)
-    except LoadError as error:
-        raise LoadError(f"{folder} could not be loaded: {error}") from error
+    except InputError as error:
+        raise InputError(f"{folder} could not be loaded: {error}") from error
     except Exception as error:  # damaged files make the libraries raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise LoadError(f"{folder} could not be loaded: {reason}") from error
+        raise InputError(f"{folder} could not be loaded: {reason}") from error
     finally:
         logger.setLevel(level)
     return pipeline
@@ -139,9 +129,9 @@ def _read_object(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path.name} cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path.name} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise LoadError(f"{path.name} holds a {type(values).__name__}; it should be an object")
+        raise InputError(f"{path.name} holds a {type(values).__name__}; it should be an object")
     return values
 
 
@@ -150,18 +140,18 @@ def _check_scheduler_config(config: dict) -> None:
     if config.get("_class_name") != SDEScheduler.__name__:
         number = config.get("num_train_timesteps", 1000)
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MOST_TIMESTEPS:
-            raise LoadError(f"num_train_timesteps of its scheduler is {number!r}; it must be 1 to {MOST_TIMESTEPS}")
+            raise InputError(f"num_train_timesteps of its scheduler is {number!r}; it must be 1 to {MOST_TIMESTEPS}")
         return
     objective = config.get("objective", "vp")
     if not isinstance(objective, str) or objective not in PREDICTION_TYPES:
-        raise LoadError(f"objective of its SDE is {objective!r:.80}; it must be one of {', '.join(PREDICTION_TYPES)}")
+        raise InputError(f"objective of its SDE is {objective!r:.80}; it must be one of {', '.join(PREDICTION_TYPES)}")
     for name in [name for name in SDE_NUMBERS if name in config]:
         number = config[name]
         if number is None and name in ("sigma_min", "sigma_max"):
             continue
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
         if not is_number or not -LARGEST_SDE_NUMBER <= number <= LARGEST_SDE_NUMBER:
-            raise LoadError(
+            raise InputError(
                 f"{name} of its SDE is {number!r:.80}; it must be a number of at most {LARGEST_SDE_NUMBER:,} in size"
             )
 
@@ -178,27 +168,27 @@ def _check_weights(pipeline: CustomUNetPipeline, weight_files: list[Path]) -> No
     for count, name, verb in ((len(missing), missing[:1], "lack"), (len(unknown), unknown[:1], "have")):
         if count:
             what = "of the network's tensors" if verb == "lack" else "tensors that the network does not have"
-            raise LoadError(f"its weights {verb} {count} {what}, {name[0]} for one; they are not of unet/config.json")
+            raise InputError(f"its weights {verb} {count} {what}, {name[0]} for one; they are not of unet/config.json")
     wrong = [f"{name} is {dtype}" for name, dtype in stored.items() if dtype not in FLOATS]
     if wrong:
-        raise LoadError(f"{len(wrong)} of its tensors are not of floating-point numbers ({wrong[0]})")
+        raise InputError(f"{len(wrong)} of its tensors are not of floating-point numbers ({wrong[0]})")
 
 
 def _check_numbers(pipeline: CustomUNetPipeline) -> None:
     size, scheduler = pipeline.unet.config.sample_size, pipeline.scheduler
     sides = size if isinstance(size, list | tuple) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides):
-        raise LoadError(f"sample_size of its network is {size!r}; it must be 1 to {LARGEST_SIDE} pixels")
+        raise InputError(f"sample_size of its network is {size!r}; it must be 1 to {LARGEST_SIDE} pixels")
     if isinstance(scheduler, SDEScheduler):
         denoiser(pipeline.unet, scheduler)  # whether the network takes such times
         return _check_noise_levels(scheduler)
     levels = scheduler.alphas_cumprod  # the variance of the signal in x_t: of DDPM, above 0 but at zero terminal SNR
     steps = scheduler.config.num_train_timesteps
     if tuple(levels.shape) != (steps,) or not (torch.isfinite(levels) & (levels >= 0) & (levels < 1)).all():
-        raise LoadError(f"the noise schedule of its scheduler is none: {steps} numbers from below 1 to 0 or more")
+        raise InputError(f"the noise schedule of its scheduler is none: {steps} numbers from below 1 to 0 or more")
     bound = scheduler.config.get("clip_sample_range", 1.0)
     if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < 1e6:
-        raise LoadError(f"clip_sample_range of its scheduler is {bound!r}; it must be a positive number")
+        raise InputError(f"clip_sample_range of its scheduler is {bound!r}; it must be a positive number")
 
 
 def _check_noise_levels(scheduler: SDEScheduler) -> None:
@@ -207,17 +197,17 @@ def _check_noise_levels(scheduler: SDEScheduler) -> None:
     times = torch.linspace(sde.first_time, sde.last_time, NUM_TIMES_CHECKED, dtype=torch.float64)
     sigmas = sde.sigma(times)
     if not (torch.isfinite(sigmas) & (sigmas > 0)).all() or not (sigmas.diff() > 0).all():
-        raise LoadError("the noise levels of its SDE do not rise between positive numbers")
+        raise InputError("the noise levels of its SDE do not rise between positive numbers")
     values = (*scheduler.preconditioning(times), sde.drift(times), sde.diffusion(times))
     if not all(torch.isfinite(value.float()).all() for value in values):
-        raise LoadError("the numbers of its SDE are too large or too small for this network")
+        raise InputError("the numbers of its SDE are too large or too small for this network")
 
 
 def check_schedule(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Raises LoadError if the scheduler cannot make a schedule of so many steps."""
+    """Raises InputError if the scheduler cannot make a schedule of so many steps."""
     try:
         scheduler.set_timesteps(num_inference_steps)
         _levels(scheduler, scheduler.timesteps.tolist())
     except Exception as error:  # of settings of the wrong type, numpy and torch raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise LoadError(f"the scheduler makes no schedule of {num_inference_steps} steps: {reason}") from error
+        raise InputError(f"the scheduler makes no schedule of {num_inference_steps} steps: {reason}") from error

@@ -25,6 +25,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 
+from common import InputError
 from pipelines import card_texts
 from pipelines.custom_unet_pipeline import samplers_for
 from training.sde import SDEScheduler
@@ -41,10 +42,6 @@ PREDICTS = {
 }
 CLASSES_LISTED = 40
 SETTINGS = "mode floor n n_reference dataset split sampler steps eta".split()  # of a result
-
-
-class CardError(ValueError):
-    """A file of the model repository that the card cannot be written from. The message is one line."""
 
 
 @dataclass
@@ -129,16 +126,18 @@ def render_card(folder: Path, name: str | None = None) -> str:
         name: what the code examples load, an id on the Hub or a folder; by default the folder's name.
 
     Raises:
-        CardError: if a file is missing that must be there, or one cannot be read.
+        InputError: if a file is missing that must be there, or one cannot be read.
     """
     files = read_files(folder, name or folder.resolve().name)
     try:
         metadata, text = _metadata(files).to_yaml(), _text(files)
     except KeyError as error:
-        raise CardError(f"{error} is missing in one of the files of {folder} that the card is written from") from error
+        raise InputError(
+            f"{error} is missing in one of the files of {folder} that the card is written from"
+        ) from error
     except (TypeError, ValueError, AttributeError, IndexError) as error:  # a value of another type than it should be
         reason = " ".join(str(error).split())
-        raise CardError(f"a value in one of the files of {folder} that the card is written from: {reason}") from error
+        raise InputError(f"a value in one of the files of {folder} that the card is written from: {reason}") from error
     return str(ModelCard(f"---\n{metadata}\n---\n\n{text}\n"))
 
 
@@ -157,7 +156,7 @@ def _text(files: ModelFiles) -> str:
 
 
 def read_files(folder: Path, name: str) -> ModelFiles:
-    """Raises CardError for a file that is missing or cannot be read."""
+    """Raises InputError for a file that is missing or cannot be read."""
     results = _read(folder / "results.json", optional=True).get("results", [])
     for result in results if isinstance(results, list) else [results]:
         _check_result(result, folder / "results.json")
@@ -179,9 +178,9 @@ def _read(path: Path, optional: bool = False) -> dict:
     try:
         values = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise CardError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise CardError(f"{path} holds {type(values).__name__}; it should be a mapping of names to values")
+        raise InputError(f"{path} holds {type(values).__name__}; it should be a mapping of names to values")
     return values
 
 
@@ -199,18 +198,20 @@ def read_weights(folder: Path) -> dict:
                 weights["num_parameters"] += sum(math.prod(tensor.get_shape()) for tensor in tensors)
                 weights["dtype"] = tensors[0].get_dtype()
         except (SafetensorError, OSError, IndexError) as error:  # the last one where there is no tensor
-            raise CardError(f"cannot read {path}: {error}") from error
+            raise InputError(f"cannot read {path}: {error}") from error
     return weights
 
 
 def _check_result(result, path: Path) -> None:
     if not isinstance(result, dict) or not all(isinstance(result.get(key), str) for key in ("name", "metric")):
-        raise CardError(f"{path}: each of its results needs a name and a metric; one is {result!r:.80}")
+        raise InputError(f"{path}: each of its results needs a name and a metric; one is {result!r:.80}")
     for key in ("value", "std"):
         number = result.get(key)
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
         if number is not None and not (is_number and math.isfinite(number)):
-            raise CardError(f"{path}: the {key} of {result['name']} is {number!r}; it must be a finite number or null")
+            raise InputError(
+                f"{path}: the {key} of {result['name']} is {number!r}; it must be a finite number or null"
+            )
 
 
 # ---- Metadata

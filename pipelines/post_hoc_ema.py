@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 
-from pipelines.command import Parser, check_numbers, run_command
+from common import InputError, Parser, check_numbers, run_command
 from pipelines.export import export_variant
-from pipelines.loading import InputError, load_pipeline
+from pipelines.loading import load_pipeline
 from training.checkpoint import (
     SNAPSHOTS,
-    CheckpointError,
     check_tensors,
     list_checkpoints,
     load_checkpoint,
@@ -35,7 +34,7 @@ def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
 
     Raises:
         InputError: if there is none of that step, or the run has kept no averages.
-        CheckpointError: if the newest one is damaged.
+        Failed: if the newest one is damaged.
     """
     found = dict(sorted((list_checkpoints(run / SNAPSHOTS) | list_checkpoints(run)).items()))
     if not found or not read_identity(found[max(found)]).get("post_hoc_ema"):
@@ -55,7 +54,7 @@ def reconstruct(
         expected: parameters by name, whose names and shapes those of the snapshots must have.
 
     Raises:
-        CheckpointError: naming a snapshot that is damaged or of another network.
+        Failed: naming a snapshot that is damaged or of another network.
     """
     factors, error = combine_profiles([*snapshots], max(snapshots), sigma_rel)
     sums = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in expected.items()}
@@ -101,7 +100,7 @@ def run(options: Namespace) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    return run_command(lambda: run(parse_options(arguments)), (InputError, CheckpointError))
+    return run_command(lambda: run(parse_options(arguments)))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import Failed
 from training import checkpoint
-from training.checkpoint import CheckpointError
 
 TENSORS = {"unet": {"a": torch.arange(5.0), "b": torch.ones(2, 3)}, "ema_unet": {"a": torch.zeros(5)}}
 
@@ -82,13 +82,13 @@ def test_damage_is_found_latest_falls_back_and_an_explicit_path_fails(tmp_path, 
     assert "checkpoint-2" in report
     if not (name == "manifest.json" and how == "flipped"):  # a flipped digest accuses the file it belongs to
         assert name in report
-    with pytest.raises(CheckpointError, match="checkpoint-2"):
+    with pytest.raises(Failed, match="checkpoint-2"):
         checkpoint.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2"))
 
 
 def test_nothing_intact_is_an_error_not_a_fresh_start(tmp_path):
     damage(save(tmp_path, 1) / "unet.safetensors", "flipped")
-    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+    with pytest.raises(Failed, match="none of the 1 checkpoints"):
         checkpoint.find_checkpoint(tmp_path, "latest")
 
 
@@ -100,12 +100,12 @@ def test_a_checkpoint_of_the_output_folder_by_its_name(tmp_path):
 
 def test_an_explicit_path_that_does_not_exist_lists_what_is_there(tmp_path):
     save(tmp_path, 3)
-    with pytest.raises(CheckpointError, match=r"does not exist.*checkpoint-3"):
+    with pytest.raises(Failed, match=r"does not exist.*checkpoint-3"):
         checkpoint.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-4"))
 
 
 def test_a_checkpoint_without_a_file_that_is_needed(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no optimizer\.safetensors"):
+    with pytest.raises(Failed, match=r"no optimizer\.safetensors"):
         checkpoint.load_checkpoint(save(tmp_path, 1), ["unet", "optimizer"])
 
 
@@ -134,7 +134,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
     checkpoint.save_checkpoint(folder, 2, {"unet": {"a": torch.zeros(10_000)}}, {}, 1)
-except checkpoint.CheckpointError as error:
+except checkpoint.Failed as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
@@ -254,7 +254,7 @@ time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
     process.stdout.readline()
-    with pytest.raises(CheckpointError, match="in use by another process"):
+    with pytest.raises(Failed, match="in use by another process"):
         checkpoint.lock_output_dir(tmp_path)
     process.kill()
     process.wait()

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_train_unet import TINY
 
 import train_unet
+from common import Failed
 from training import checkpoint
-from training.checkpoint import CheckpointError
 from training.config import TrainConfig
 from training.processes import StopSignal, build_accelerator
 
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_refused_passed_over_or_whole(trainer_and_run, t
         signal.alarm(60)
         try:
             trainer.start_or_resume()
-        except CheckpointError as error:
+        except Failed as error:
             text = str(error)
             outcomes.append("refused")
             assert "\n" not in text, seed

@@ -199,7 +199,7 @@ def change(folder: Path, **keys) -> None:
         (["ddpm", "other_data", "--out", "out"], "have fingerprint other, those of ddpm"),
         (["ddpm", "damaged", "--out", "out"], "a result lacks what is compared"),
         (["of_another_command", "--out", "out"], "it names no pipeline or no reference"),
-        (["ddpm", "--out", "ddpm/results.json"], "--out ddpm/results.json is no folder; take another one"),
+        (["ddpm", "--out", "ddpm/results.json"], "--out ddpm/results.json is not a folder; choose another one"),
     ],
 )
 def test_bad_input_is_one_line(copies, flags, message, monkeypatch, capsys):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from common import InputError
 from custom_unet import CustomUNet2DModel
-from training.config import UNET_OPTIONS, ConfigError, parse_config
+from training.config import UNET_OPTIONS, parse_config
 from training.summary import levels_without_time
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -52,7 +53,7 @@ def test_null_on_the_command_line_wins_over_the_file(parse):
     assert parse(BASE, "--attention_head_dim", "null").attention_head_dim is None
     assert parse(BASE + "metric: fid\n").metric == "fid"
     assert parse(BASE + "metric: fid\n", "--metric", "null").metric is None
-    with pytest.raises(ConfigError, match="seed"):
+    with pytest.raises(InputError, match="seed"):
         parse(BASE, "--seed", "null")
 
 
@@ -104,7 +105,7 @@ def test_the_repository_on_the_hub_is_named_after_the_run(parse, tmp_path, monke
     ],
 )
 def test_a_secret_in_the_wrong_place_is_not_printed(parse, yaml_text, flags, message):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         parse(yaml_text, *flags)
     assert message in str(error.value)
     assert "hf_secret" not in str(error.value)
@@ -201,7 +202,7 @@ def test_network_options_are_those_of_diffusers(parse):
     ],
 )
 def test_bad_input_is_one_line(parse, yaml_text, flags, message):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         parse(yaml_text, *flags)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -250,7 +251,7 @@ VE = ["--objective", "ve", "--time_embedding_type", "fourier"]
 )
 def test_an_option_that_does_not_go_with_the_objective_is_one_line(parse, flags, message):
     for yaml_text, arguments in ((BASE, flags), (BASE + yaml_of(flags), [])):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(InputError) as error:
             parse(yaml_text, *arguments)
         assert message in str(error.value)
         assert "\n" not in str(error.value)
@@ -313,10 +314,10 @@ def test_classes_make_the_network_conditional_and_leave_a_row_for_none(parse):
 
 
 def test_a_stray_argument_does_not_join_the_last_list_of_the_file(parse):
-    with pytest.raises(ConfigError, match="argument 3 belongs to no flag"):
+    with pytest.raises(InputError, match="argument 3 belongs to no flag"):
         parse(BASE + "block_out_channels: [32, 64, 64]\n", "64")
 
 
 def test_missing_file():
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
         parse_config(["--config", "nowhere.yaml"])

@@ -18,16 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+from common import InputError
 from training import data, sources
-from training.data import (
-    DataError,
-    ShuffledBatches,
-    make_loader,
-    open_image_store,
-    random_flip,
-    to_model_range,
-    to_uint8,
-)
+from training.data import ShuffledBatches, make_loader, open_image_store, random_flip, to_model_range, to_uint8
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_IMAGES, SIDE = 150, 8  # three chunks of decoding
@@ -63,7 +56,7 @@ def open_faces(folder: Path, **options) -> data.ImageStore:
 
 
 def error_of(call, *arguments, **options) -> str:
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         call(*arguments, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -235,7 +228,7 @@ def test_an_error_or_ctrl_c_while_decoding_ends_the_worker_processes(faces, monk
             raise error
 
     monkeypatch.setattr(data, "tqdm", Failing)
-    with pytest.raises((DataError, KeyboardInterrupt)):
+    with pytest.raises((InputError, KeyboardInterrupt)):
         open_faces(faces)
     assert seen == [2]
     assert not multiprocessing.active_children()

@@ -18,12 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision import transforms
 
+from common import InputError
 from eval import encoders, features
 from eval.encoders import TorchScriptEncoder, TransformersEncoder, open_extractor
 from eval.features import cached_features, extract_features, images_of_files, images_of_store, subset
 from eval.frechet import frechet_distance_of, mean_and_covariance
 from eval.measures import feature_space
-from eval.reference import FeatureError, check_counts
+from eval.reference import check_counts
 from tests.loopback_hub import LoopbackHub
 from tests.stand_in_networks import StandInExtractor, draw_images, write_clip, write_dinov2, write_images
 from training.data import open_image_store
@@ -76,29 +77,29 @@ def test_only_uint8_is_taken(kind, tmp_path):
         torch.jit.script(Brightness()).save(str(tmp_path / "brightness.pt"))
         extractor = TorchScriptEncoder(tmp_path / "brightness.pt")
     in_model_range = torch.rand(2, 3, 16, 16) * 2 - 1
-    with pytest.raises(FeatureError, match=r"not of float32; convert by training\.data\.to_uint8"):
+    with pytest.raises(InputError, match=r"not of float32; convert by training\.data\.to_uint8"):
         extractor(in_model_range)
-    with pytest.raises(FeatureError, match=r"shape \(2, 16, 16, 3\); it must be \(B, 3, H, W\)"):
+    with pytest.raises(InputError, match=r"shape \(2, 16, 16, 3\); it must be \(B, 3, H, W\)"):
         extractor(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))
-    with pytest.raises(FeatureError, match="not of uint16"):
+    with pytest.raises(InputError, match="not of uint16"):
         extractor(torch.zeros(2, 3, 16, 16, dtype=torch.uint16))
 
 
 def test_files_that_will_not_do(extractor, state, tmp_path):
-    with pytest.raises(FeatureError, match="no images"):
+    with pytest.raises(InputError, match="no images"):
         images_of_files([])
     paths = write_images(tmp_path / "images", draw_images(4, seed=0))
     paths[2].write_bytes(paths[2].read_bytes()[:50])
-    with pytest.raises(FeatureError, match=r"seed-0000002.png cannot be read as an image"):
+    with pytest.raises(InputError, match=r"seed-0000002.png cannot be read as an image"):
         extract_features(images_of_files(paths), extractor, state)
     Image.new("RGB", (30, 20)).save(paths[2])
-    with pytest.raises(FeatureError, match=r"seed-0000002.png is 30x20, but seed-0000000.png is 20x20"):
+    with pytest.raises(InputError, match=r"seed-0000002.png is 30x20, but seed-0000000.png is 20x20"):
         extract_features(images_of_files(paths), extractor, state)
 
 
 def test_features_that_are_not_finite(folders, state, extractor):
     extractor.convolution.weight.data.fill_(float("nan"))
-    with pytest.raises(FeatureError, match="features of stand-in are not finite"):
+    with pytest.raises(InputError, match="features of stand-in are not finite"):
         features_of(folders[0], extractor, state)
 
 
@@ -121,7 +122,7 @@ def test_subset(store, extractor, state):
     assert (np.sort(np.concatenate(parts)) == np.arange(30)).all()
     assert images_of_store(store, 10).fingerprint != images_of_store(store, 10, part=1).fingerprint
     for count, part in ((31, 0), (16, 1)):
-        with pytest.raises(FeatureError, match=f"{count * (part + 1)} images are asked of 30"):
+        with pytest.raises(InputError, match=f"{count * (part + 1)} images are asked of 30"):
             images_of_store(store, count, part)
 
 
@@ -154,7 +155,7 @@ def test_dinov2_as_stein_et_al(tmp_path, monkeypatch):
     extractor = open_extractor(str(folder))
     torch.testing.assert_close(extractor(torch.from_numpy(images)), expected, rtol=1e-4, atol=1e-5)
     assert (extractor.name, extractor.mode) == ("network", "bicubic 224")
-    with pytest.raises(FeatureError) as error:
+    with pytest.raises(InputError) as error:
         open_extractor("dinov2", path=folder)
     assert f"is not facebook/dinov2-large or is damaged: the sha256 of its weights is {extractor.sha256}, " in str(
         error.value
@@ -189,13 +190,13 @@ def test_weights_that_do_not_fill_the_network(tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["layernorm.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FeatureError, match=r"lack 1 of the network's parameters, as layernorm\.weight"):
+    with pytest.raises(InputError, match=r"lack 1 of the network's parameters, as layernorm\.weight"):
         TransformersEncoder(str(folder))
     (folder / "model.safetensors").write_bytes(b"cut")
-    with pytest.raises(FeatureError, match="could not be loaded"):
+    with pytest.raises(InputError, match="could not be loaded"):
         TransformersEncoder(str(folder))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FeatureError, match="has no weights"):
+    with pytest.raises(InputError, match="has no weights"):
         TransformersEncoder(str(folder))
 
 
@@ -225,19 +226,19 @@ def test_from_the_hub(kind, hub, tmp_path, monkeypatch):
         assert extractor.name == repo_id
         torch.testing.assert_close(extractor(images), expected)
     assert open_extractor(kind).commit == hub.commit_id(repo_id, "first")
-    with pytest.raises(FeatureError, match=r"no config\.json|has no weights"):
+    with pytest.raises(InputError, match=r"no config\.json|has no weights"):
         open_extractor(repo_id)  # the newest commit
 
 
 def test_hub_out_of_reach(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FeatureError) as error:
+    with pytest.raises(InputError) as error:
         open_extractor("dinov2")
     assert str(error.value).startswith("facebook/dinov2-large is no folder, and it could not be had from the Hub:")
     assert str(error.value).endswith("fetch it elsewhere and give the path of its folder")
     assert "\n" not in str(error.value)
-    with pytest.raises(FeatureError, match="neither a folder nor the id"):
+    with pytest.raises(InputError, match="neither a folder nor the id"):
         open_extractor("some/where/else")
 
 
@@ -261,10 +262,10 @@ def test_torchscript_by_path(tmp_path):
     resized = open_extractor(str(tmp_path / "Brightness.pt"), resolution=7)
     assert resized.mode == "bicubic 7"
     assert (resized(images) - extractor(images)).abs().max() < 10
-    with pytest.raises(FeatureError, match=r"returns \(3, 3, 20, 20\) for 3 images; it must be a tensor \(B, D\)"):
+    with pytest.raises(InputError, match=r"returns \(3, 3, 20, 20\) for 3 images; it must be a tensor \(B, D\)"):
         open_extractor(str(tmp_path / "NoFeatures.pt"))(images)
     (tmp_path / "text.pt").write_text("no module")
-    with pytest.raises(FeatureError, match=r"text\.pt is no TorchScript module"):
+    with pytest.raises(InputError, match=r"text\.pt is no TorchScript module"):
         open_extractor(str(tmp_path / "text.pt"))
 
 
@@ -299,7 +300,7 @@ def test_every_part_of_the_key_counts(store, extractor, state, tmp_path):
     extractor.sha256 = "0" * 64
     cached_features(other, extractor, state, cache_dir=tmp_path / "other")
     file.replace(next((tmp_path / "other").iterdir()))
-    with pytest.raises(FeatureError) as error:
+    with pytest.raises(InputError) as error:
         cached_features(other, extractor, state, cache_dir=tmp_path / "other")
     for name in ("split", "crop", "sha256"):
         assert f"{name} is {getattr(images.key(extractor), name) if name != 'sha256' else ''}" in str(error.value)
@@ -326,13 +327,13 @@ def test_a_full_disk_leaves_no_file(store, extractor, state, tmp_path, monkeypat
 def test_counts():
     check_counts(2048, 2048)
     check_counts(2, 2, allow_few=True)
-    with pytest.raises(FeatureError, match=r"10000 generated and 21803 reference .*; take 10000 of both"):
+    with pytest.raises(InputError, match=r"10000 generated and 21803 reference .*; take 10000 of both"):
         check_counts(10_000, 21_803)
-    with pytest.raises(FeatureError, match="cannot be compared"):
+    with pytest.raises(InputError, match="cannot be compared"):
         check_counts(100, 101, allow_few=True)
-    with pytest.raises(FeatureError, match=r"2047 images are too few .* or say --allow_few"):
+    with pytest.raises(InputError, match=r"2047 images are too few .* or say --allow_few"):
         check_counts(2047, 2047)
-    with pytest.raises(FeatureError, match="there is 1 image of each"):
+    with pytest.raises(InputError, match="there is 1 image of each"):
         check_counts(1, 1, allow_few=True)
 
 

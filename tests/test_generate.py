@@ -18,6 +18,7 @@ from filelock import FileLock
 from PIL import Image
 from tiny_network import TINY
 
+from common import InputError
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
@@ -25,7 +26,6 @@ from pipelines.export import export_pipeline
 from pipelines.generate import (
     DTYPES,
     SAMPLER_SETTINGS,
-    InputError,
     generate_images,
     image_path,
     image_paths,
@@ -350,7 +350,7 @@ def test_bad_input_for_a_model_of_an_sde_is_one_line_and_exit_code_2(
         (["--pipeline", "nobody/nothing"], "--pipeline nobody/nothing is no folder, and it could not be had"),
         (["--pipeline", str(REPOSITORY / "tests")], "tests is no model repository"),
         (["--revision", "main"], "--revision main is for the Hub"),
-        (["--out", str(REPOSITORY / "README.md")], "README.md is no folder"),
+        (["--out", str(REPOSITORY / "README.md")], "README.md is not a folder"),
         (["--step", "3"], "unrecognized arguments: --step 3"),
     ],
 )

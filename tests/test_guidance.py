@@ -306,5 +306,5 @@ def test_bad_input_is_one_line_before_anything_is_drawn(flags, message, tmp_path
 def test_an_out_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     assert main([*FLAGS.split(), *CONDITIONAL.split(), "--scales", "1", "--out", str(tmp_path / "out")]) == 2
-    assert f"--out {tmp_path / 'out'} is no folder; take another one" in capsys.readouterr().err
+    assert f"--out {tmp_path / 'out'} is not a folder; choose another one" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"

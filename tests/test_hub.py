@@ -19,10 +19,11 @@ from PIL import Image
 from tiny_network import TINY
 
 import train_unet
+from common import InputError
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, export
 from pipelines.export import export_pipeline
-from pipelines.hub import ModelRepositoryError, model_files
+from pipelines.hub import model_files
 from pipelines.loading import find_pipeline, load_pipeline
 from training.sde import SDEScheduler
 
@@ -312,7 +313,7 @@ SPOILERS = {
 def test_a_folder_that_is_not_fit(hub, folder, spoiler, capfd):
     spoil, reason = SPOILERS[spoiler]
     spoil(folder)
-    with pytest.raises(ModelRepositoryError, match=re.escape(reason)):
+    with pytest.raises(InputError, match=re.escape(reason)):
         model_files(folder)
     assert export.main(["push", "--pipeline", str(folder), "--repo_id", "faces"]) == 2
     assert reason in error_line(capfd.readouterr().err)

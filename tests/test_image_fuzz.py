@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from training.data import DataError, open_image_store
+from common import InputError
+from training.data import open_image_store
 from training.images import BadImage, decode_image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -478,7 +479,7 @@ def test_a_folder_of_them_is_refused_or_the_bad_ones_are_left_out_and_counted(fo
     faces, pictures = folder
     options = {"train_data_dir": str(faces), "crop": "none", "resolution": SIDE, "cache_dir": str(tmp_path / "cache")}
     bad = [number for number, picture in enumerate(pictures) if picture is None]
-    with pytest.raises(DataError, match=rf"faces, row {bad[0]} \({bad[0]:03}\.png\): .* by --skip_bad_images$"):
+    with pytest.raises(InputError, match=rf"faces, row {bad[0]} \({bad[0]:03}\.png\): .* by --skip_bad_images$"):
         open_image_store(**options)
     capfd.readouterr()
     store = open_image_store(**options, skip_bad_images=True)

@@ -14,13 +14,13 @@ from accelerate import PartialState
 from cleanfid import fid
 from torch import nn
 
+from common import InputError
 from eval import inception
 from eval.encoders import open_extractor
 from eval.features import extract_features, images_of_files
 from eval.frechet import frechet_distance_of
 from eval.inception import NVIDIA, PACKAGED, Inception, find_weights, load_network, resize_as_tensorflow
 from eval.kernel import kernel_distance
-from eval.reference import FeatureError
 from tests.stand_in_networks import draw_images, write_images
 
 PACKAGED_FILE = inception._packaged_file()
@@ -127,9 +127,9 @@ def test_the_published_example(extractor):
 
 @real_network
 def test_only_uint8_is_taken(extractor):
-    with pytest.raises(FeatureError, match=r"not of float32; convert by training\.data\.to_uint8"):
+    with pytest.raises(InputError, match=r"not of float32; convert by training\.data\.to_uint8"):
         extractor(torch.rand(2, 3, 16, 16) * 2 - 1)
-    with pytest.raises(FeatureError, match=r"shape \(2, 16, 16, 3\); it must be \(B, 3, H, W\)"):
+    with pytest.raises(InputError, match=r"shape \(2, 16, 16, 3\); it must be \(B, 3, H, W\)"):
         extractor(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))
 
 
@@ -151,7 +151,7 @@ def test_resize_as_tensorflow(size):
 
 
 def test_an_unknown_mode():
-    with pytest.raises(FeatureError, match="unknown mode 'legacy' of Inception; choose clean or legacy_tensorflow"):
+    with pytest.raises(InputError, match="unknown mode 'legacy' of Inception; choose clean or legacy_tensorflow"):
         Inception("legacy")
 
 
@@ -269,7 +269,7 @@ def test_a_bad_download_is_never_used(fault, server, files):
     server.serve({"cut": WHOLE[:5000], "another": b"<html>moved</html>", "empty": b""}[fault])
     if fault == "cut":
         server.length = len(WHOLE)
-    with pytest.raises(FeatureError) as error:
+    with pytest.raises(InputError) as error:
         find_weights()
     assert "\n" not in str(error.value)
     assert "make inception" in str(error.value)
@@ -293,18 +293,18 @@ def test_a_damaged_file_is_not_used(content, server, files, capsys):
 
 def test_a_wrong_file_given_by_path(tmp_path):
     (tmp_path / "other.pt").write_bytes(WHOLE)
-    with pytest.raises(FeatureError) as error:
+    with pytest.raises(InputError) as error:
         open_extractor("inception", path=tmp_path / "other.pt")
     assert "other.pt is damaged or not Inception: its sha256 is " in str(error.value)
     assert NVIDIA.sha256 in str(error.value)
     assert PACKAGED.sha256 in str(error.value)
-    with pytest.raises(FeatureError, match=r"missing\.pt is not a file; run `make inception`"):
+    with pytest.raises(InputError, match=r"missing\.pt is not a file; run `make inception`"):
         open_extractor("inception", path=tmp_path / "missing.pt")
 
 
 def test_offline_without_weights(files, monkeypatch):
     monkeypatch.setattr(inception, "NVIDIA_URL", "http://127.0.0.1:9/inception.pt")  # nothing listens there
-    with pytest.raises(FeatureError) as error:
+    with pytest.raises(InputError) as error:
         find_weights()
     assert "could not be fetched ([Errno 111] Connection refused); run `make inception`" in str(error.value)
     assert list(files[0].parent.iterdir()) == []

@@ -13,10 +13,11 @@ from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import ModelCard
 from tiny_network import TINY
 
+from common import InputError
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, export
 from pipelines.export import export_pipeline
-from pipelines.model_card import CardError, render_card
+from pipelines.model_card import render_card
 from training.config import TrainConfig
 from training.images import CROPS, crop_box
 from training.sde import SDEScheduler
@@ -367,15 +368,15 @@ def test_a_model_of_classes_is_not_said_to_suit_a_stock_pipeline(tmp_path):
     ],
 )
 def test_bad_results_are_one_line(card, results, message):
-    with pytest.raises(CardError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         card(results=results)
     assert "\n" not in str(error.value)
 
 
 def test_files_that_lack_what_the_card_needs_are_one_line(card):
-    with pytest.raises(CardError, match="'images_seen' is missing"):
+    with pytest.raises(InputError, match="'images_seen' is missing"):
         card({key: value for key, value in FACTS.items() if key != "images_seen"})
-    with pytest.raises(CardError, match="'learning_rate' is missing"):
+    with pytest.raises(InputError, match="'learning_rate' is missing"):
         card(
             config=yaml.safe_dump(
                 {key: value for key, value in yaml.safe_load(config()).items() if key != "learning_rate"}

@@ -6,17 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.results import (
-    ResultsError,
-    main,
-    number,
-    quality_table,
-    read_results,
-    result,
-    summary_table,
-    with_tables,
-    write_results,
-)
+from common import InputError
+from eval.results import main, number, quality_table, read_results, result, summary_table, with_tables, write_results
 
 
 def cost(sampler: str, steps: int, value: float, eta: float = 0.0) -> dict:
@@ -70,7 +61,7 @@ def test_the_table_of_a_markdown_file_is_taken_as_it_is(tmp_path):
     (tmp_path / "guidance.md").write_text("| a |\n|---|\n| 1 |\n")
     text = "<!-- results: guidance.md table -->\nold\n<!-- end -->\n"
     assert with_tables(text, tmp_path).splitlines()[1:4] == ["| a |", "|---|", "| 1 |"]
-    with pytest.raises(ResultsError, match=r"cannot read the table nothing\.md"):
+    with pytest.raises(InputError, match=r"cannot read the table nothing\.md"):
         with_tables(text.replace("guidance", "nothing"), tmp_path)
 
 
@@ -88,7 +79,7 @@ def test_the_held_out_losses_of_a_log_are_its_own_table(tmp_path):
         "| 320 | 0.5000 | 0.1250 | 0.2500 | 0.3750 | 0.5000 |",
     ]
     (tmp_path / "log.jsonl").write_text("")
-    with pytest.raises(ResultsError, match=r"cannot read the log log\.jsonl"):
+    with pytest.raises(InputError, match=r"cannot read the log log\.jsonl"):
         with_tables(text, tmp_path)
 
 
@@ -124,13 +115,13 @@ def test_marked_tables_are_made_anew_and_the_rest_stays(folder):
 
 def test_what_cannot_be_written_or_read_is_refused(folder, capsys):
     for value in (float("nan"), float("inf")):
-        with pytest.raises(ResultsError, match=r"FID is (nan|inf)"):
+        with pytest.raises(InputError, match=r"FID is (nan|inf)"):
             result("features", "FID", "fid", value)
-    with pytest.raises(ResultsError, match="no value and no reason"):
+    with pytest.raises(InputError, match="no value and no reason"):
         result("features", "FID", "fid", None)
     for text in ("{", "[]", '{"results": 3}'):
         (folder / "bad.json").write_text(text)
-        with pytest.raises(ResultsError, match=r"cannot read the results .*bad\.json"):
+        with pytest.raises(InputError, match=r"cannot read the results .*bad\.json"):
             read_results(folder / "bad.json")
     (folder / "README.md").write_text("<!-- results: results.json beauty -->\n<!-- end -->")
     assert main([str(folder / "README.md")]) == 2

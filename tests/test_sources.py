@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common import InputError
 from training import sources
-from training.data import DataError, ImageStore, open_image_store
+from training.data import ImageStore, open_image_store
 from training.sources import HuggingFaceImages
 from training.synthetic_faces import LABEL_NAMES, face_factors, render_faces, split_indices
 
@@ -46,7 +47,7 @@ def open_store(tmp_path):
 @pytest.fixture
 def error_of(open_store):
     def error_of(*arguments, **options) -> str:
-        with pytest.raises(DataError) as error:
+        with pytest.raises(InputError) as error:
             open_store(*arguments, **options)
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -443,7 +444,7 @@ def test_an_archive_with_ways_out_writes_nothing_outside(tmp_path, open_store):
     before = {path for path in tmp_path.rglob("*") if "hf" not in path.parts}
     try:
         images = open_store(tmp_path / "faces").images
-    except DataError as error:
+    except InputError as error:
         assert "\n" not in str(error)  # noqa: PT017
     else:
         assert_pictures(images[:1], [0])
@@ -483,7 +484,7 @@ def test_a_stream_that_breaks_off_is_told(tmp_path, monkeypatch):
 
     source = HuggingFaceImages("someone/faces", None, None, "train", "image", None, streaming=True)
     monkeypatch.setattr(source, "_open", broken)
-    with pytest.raises(DataError, match=r"^the stream of someone/faces broke off after 1 rows: the server is gone$"):
+    with pytest.raises(InputError, match=r"^the stream of someone/faces broke off after 1 rows: the server is gone$"):
         list(source.decode("none", SIDE))
 
 
@@ -646,13 +647,13 @@ def hub():
 
 CASES = """
 import json, sys, time
-from training.data import DataError, open_image_store
+from training.data import InputError, open_image_store
 for case in json.loads(sys.argv[1]):
     started_at_seconds = time.perf_counter()
     try:
         store = open_image_store(crop="none", **case)
         answer = [store.fingerprint, store.description["revision"], len(store)]
-    except DataError as error:
+    except InputError as error:
         answer = str(error)
     print("ANSWER", json.dumps([answer, time.perf_counter() - started_at_seconds]), flush=True)
 """

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments.speed import VARIANTS, SpeedError, comparison, main, training_throughput
+from common import Failed
+from experiments.speed import VARIANTS, comparison, main, training_throughput
 
 TINY = """
 max_images: 64
@@ -29,7 +30,7 @@ def test_throughput_leaves_out_the_warm_up():
         {"step": 15, "images_seen": 150, "heldout_loss": 1.0},
     ]
     assert training_throughput(records) == 25.0
-    with pytest.raises(SpeedError, match="1 log records"):
+    with pytest.raises(Failed, match="1 log records"):
         training_throughput(records[:2])
 
 

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
+from common import InputError
 from experiments.throughput import Variant, Worker, attempt, flops_per_image, main, read_config, table, variants
-from training.config import ConfigError
 
 TINY = """
 resolution: 8
@@ -78,7 +78,7 @@ def test_rows_are_selected_by_words():
         "ours:compiled:channels_last, batch 64",
         "ours:compiled:contiguous, batch 64",
     ]
-    with pytest.raises(ConfigError, match="'fast'"):
+    with pytest.raises(InputError, match="'fast'"):
         variants([64], only=["ours:fast"])
 
 

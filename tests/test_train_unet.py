@@ -20,9 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_unet
+from common import InputError
 from pipelines import CustomUNetPipeline
 from training.checkpoint import SNAPSHOTS, list_checkpoints
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
 from training.post_hoc_ema import STORED
 from training.processes import StopSignal, build_accelerator
 from training.run_log import read_log
@@ -306,7 +307,7 @@ def test_a_dry_run_of_a_checkpoint_that_is_not_there_is_refused(tmp_path, cache_
 def test_fp16_needs_a_gpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+    with pytest.raises(InputError, match="fp16 needs a GPU"):
         build_accelerator(TrainConfig(**TINY | {"mixed_precision": "fp16"}))
 
 
@@ -448,7 +449,7 @@ def test_a_model_that_does_not_fit_is_refused(flags, message, taught, tmp_path, 
 def test_a_class_conditional_model_is_no_start_of_an_unconditional_one(make_trainer):
     conditional = make_trainer(label_column="glasses")
     conditional.export()
-    with pytest.raises(ConfigError, match="num_class_embeds: 3 -> None"):
+    with pytest.raises(InputError, match="num_class_embeds: 3 -> None"):
         make_trainer(pretrained_model_name_or_path=str(conditional.pipeline_dir))
 
 
@@ -553,7 +554,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_whole(trainer, monkeypatch):
 def test_too_many_bad_gradients_in_a_row_end_the_run(trainer, monkeypatch):
     monkeypatch.setattr(train_unet, "to_model_range", lambda images: images.float() * float("nan"))
     trainer.config.max_nonfinite_steps = 3
-    with pytest.raises(train_unet.TrainingFailed, match="3 gradients in a row"):
+    with pytest.raises(train_unet.Failed, match="3 gradients in a row"):
         trainer.train()
     assert trainer.progress.attempts == 3
 

@@ -26,15 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common import Failed
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 SNAPSHOTS = "ema_snapshots"
 TEMPORARY_PREFIX = ".tmp-"
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read or used. The message is one line."""
 
 
 def lock_output_dir(output_dir: Path, report: Callable[[str], None] = print) -> FileLock:
@@ -44,18 +42,16 @@ def lock_output_dir(output_dir: Path, report: Callable[[str], None] = print) -> 
         report: called with one line for each checkpoint whose save was cut off.
 
     Raises:
-        CheckpointError: if the folder cannot be made or another process is writing to it.
+        Failed: if the folder cannot be made or another process is writing to it.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output_dir / ".lock")
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise CheckpointError(
-            f"{output_dir} is in use by another process; wait for it or take another folder"
-        ) from error
+        raise Failed(f"{output_dir} is in use by another process; wait for it or take another folder") from error
     except OSError as error:
-        raise CheckpointError(f"cannot write to {output_dir}: {error.strerror}") from error
+        raise Failed(f"cannot write to {output_dir}: {error.strerror}") from error
     for old in output_dir.glob(f"{TEMPORARY_PREFIX}old-*"):  # a kill between the two renames of `export_pipeline`
         name = old.name.removeprefix(f"{TEMPORARY_PREFIX}old-")
         new = output_dir / f"{TEMPORARY_PREFIX}{name}"
@@ -95,7 +91,7 @@ def save_checkpoint(
         total_limit: newest checkpoints to keep; None keeps all.
 
     Raises:
-        CheckpointError: naming the path, if the disk is full or cannot be written. Older checkpoints are untouched.
+        Failed: naming the path, if the disk is full or cannot be written. Older checkpoints are untouched.
     """
     folder = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f"{TEMPORARY_PREFIX}{folder.name}"
@@ -115,7 +111,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = os.strerror(errno.ENOSPC) if "No space left" in str(error) else error
-        raise CheckpointError(f"could not write {folder}: {reason}") from error
+        raise Failed(f"could not write {folder}: {reason}") from error
     if total_limit is not None:
         for path in list(list_checkpoints(output_dir).values())[:-total_limit]:
             _delete(path)
@@ -134,27 +130,25 @@ def find_checkpoint(output_dir: Path, resume_from: str, report: Callable[[str], 
         its folder, or None if `latest` finds no checkpoint at all.
 
     Raises:
-        CheckpointError: if the path is no complete checkpoint, or there are checkpoints but none verifies.
+        Failed: if the path is no complete checkpoint, or there are checkpoints but none verifies.
     """
     if resume_from != "latest":
         folder = next((path for path in (Path(resume_from), output_dir / resume_from) if path.is_dir()), None)
         if folder is None:
             there = ", ".join(p.name for p in list_checkpoints(output_dir).values()) or "no checkpoint"
-            raise CheckpointError(f"--resume_from_checkpoint {resume_from} does not exist; {output_dir} holds {there}")
+            raise Failed(f"--resume_from_checkpoint {resume_from} does not exist; {output_dir} holds {there}")
         verify_checkpoint(folder)
         return folder
     candidates = list(reversed(list_checkpoints(output_dir).values()))
     for folder in candidates:
         try:
             verify_checkpoint(folder)
-        except CheckpointError as error:
+        except Failed as error:
             report(f"passing over a damaged checkpoint: {error}")
         else:
             return folder
     if candidates:
-        raise CheckpointError(
-            f"none of the {len(candidates)} checkpoints in {output_dir} is intact; nothing was changed"
-        )
+        raise Failed(f"none of the {len(candidates)} checkpoints in {output_dir} is intact; nothing was changed")
     return None
 
 
@@ -162,31 +156,31 @@ def verify_checkpoint(folder: Path) -> None:
     """Compares every file with the manifest.
 
     Raises:
-        CheckpointError: naming the first file that is missing, truncated or altered.
+        Failed: naming the first file that is missing, truncated or altered.
     """
     for name, (num_bytes, sha256) in _read_manifest(folder).items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
+            raise Failed(f"{path} is missing")
         if path.stat().st_size != num_bytes:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {num_bytes}")
+            raise Failed(f"{path} has {path.stat().st_size} bytes instead of {num_bytes}")
         try:
             entry = _file_entry(path)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            raise Failed(f"{path} cannot be read: {error.strerror}") from error
         if entry["sha256"] != sha256:
-            raise CheckpointError(f"{path} has another checksum than when it was written")
+            raise Failed(f"{path} has another checksum than when it was written")
 
 
 def checksum(folder: Path, name: str) -> str:
     """The sha256 of a checkpoint's file, as its manifest has it.
 
     Raises:
-        CheckpointError: if the manifest is damaged, or has no such file.
+        Failed: if the manifest is damaged, or has no such file.
     """
     entries = _read_manifest(folder)
     if name not in entries:
-        raise CheckpointError(f"{folder} has no {name}")
+        raise Failed(f"{folder} has no {name}")
     return entries[name][1]
 
 
@@ -194,18 +188,18 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """File name -> (bytes, SHA-256).
 
     Raises:
-        CheckpointError: if it is no such table, or leaves out the state or names a file outside the folder.
+        Failed: if it is no such table, or leaves out the state or names a file outside the folder.
     """
     try:
         manifest = _read_json(folder / MANIFEST)
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is missing or damaged") from error
+        raise Failed(f"{folder / MANIFEST} is missing or damaged") from error
     if STATE not in entries:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: it has no entry for {STATE}")
+        raise Failed(f"{folder / MANIFEST} is damaged: it has no entry for {STATE}")
     for name in entries:
         if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
-            raise CheckpointError(f"{folder / MANIFEST} is damaged: {name!r} is not the name of a file in its folder")
+            raise Failed(f"{folder / MANIFEST} is damaged: {name!r} is not the name of a file in its folder")
     return entries
 
 
@@ -215,27 +209,27 @@ def _read_json(path: Path):
             raise FileNotFoundError(path)
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is missing or damaged") from error
+        raise Failed(f"{path} is missing or damaged") from error
 
 
 def load_checkpoint(folder: Path, names: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """The tensors of the named files, on the CPU, and the state of a verified checkpoint.
 
     Raises:
-        CheckpointError: if a name is not in it or not in its manifest, before anything is loaded; if a file cannot be
+        Failed: if a name is not in it or not in its manifest, before anything is loaded; if a file cannot be
             read.
     """
     entries = _read_manifest(folder)
     for name in names:
         if f"{name}.safetensors" not in entries:
-            raise CheckpointError(f"{folder} has no {name}.safetensors")
+            raise Failed(f"{folder} has no {name}.safetensors")
     tensors = {}
     for name in names:
         path = folder / f"{name}.safetensors"
         try:
             tensors[name] = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+            raise Failed(f"{path} cannot be read: {error}") from error
     return tensors, read_state(folder)
 
 
@@ -243,11 +237,11 @@ def read_state(folder: Path) -> dict:
     """The numbers of a checkpoint.
 
     Raises:
-        CheckpointError: if the file is no JSON object.
+        Failed: if the file is no JSON object.
     """
     state = _read_json(folder / STATE)
     if not isinstance(state, dict):
-        raise CheckpointError(f"{folder / STATE} is damaged: it is no JSON object")
+        raise Failed(f"{folder / STATE} is damaged: it is no JSON object")
     return state
 
 
@@ -255,11 +249,11 @@ def read_identity(folder: Path) -> dict:
     """What the run that wrote a checkpoint says of itself in the state.
 
     Raises:
-        CheckpointError: if it says nothing.
+        Failed: if it says nothing.
     """
     identity = read_state(folder).get("identity")
     if not isinstance(identity, dict):
-        raise CheckpointError(f"{folder / STATE} is damaged: it does not tell of which run it is")
+        raise Failed(f"{folder / STATE} is damaged: it does not tell of which run it is")
     return identity
 
 
@@ -267,44 +261,44 @@ def check_progress(folder: Path, progress) -> None:
     """Whether the progress in a checkpoint's state is one: `step`, `attempts` and `train_seconds`, no others.
 
     Raises:
-        CheckpointError: naming what is wrong; also if the folder is called after another step.
+        Failed: naming what is wrong; also if the folder is called after another step.
     """
     path, names = folder / STATE, ["attempts", "step", "train_seconds"]
     if not isinstance(progress, dict) or sorted(progress) != names:
-        raise CheckpointError(f"{path} is damaged: its progress is not made of {', '.join(names)}")
+        raise Failed(f"{path} is damaged: its progress is not made of {', '.join(names)}")
     step, attempts, seconds = progress["step"], progress["attempts"], progress["train_seconds"]
     if type(step) is not int or type(attempts) is not int or not 0 <= step <= attempts < 2**63:
-        raise CheckpointError(f"{path} is damaged: its step is {step!r:.40} of {attempts!r:.40} attempts")
+        raise Failed(f"{path} is damaged: its step is {step!r:.40} of {attempts!r:.40} attempts")
     if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
-        raise CheckpointError(f"{path} is damaged: its train_seconds is {seconds!r:.40}")
+        raise Failed(f"{path} is damaged: its train_seconds is {seconds!r:.40}")
     named = _NAME.fullmatch(folder.name)
     if named and int(named[1]) != step:
-        raise CheckpointError(f"{folder} holds step {step}: it was renamed; give it back its name")
+        raise Failed(f"{folder} holds step {step}: it was renamed; give it back its name")
 
 
 def check_numbers(folder: Path, key: str, found, expected: dict[str, float]) -> None:
     """Whether an entry of a checkpoint's state holds the same names as expected, each with a finite number.
 
     Raises:
-        CheckpointError: if not.
+        Failed: if not.
     """
     is_sound = isinstance(found, dict) and found.keys() == expected.keys()
     if not is_sound or not all(type(v) in (int, float) and math.isfinite(v) for v in found.values()):
-        raise CheckpointError(f"{folder / STATE} is damaged: {key} is not made of numbers for {', '.join(expected)}")
+        raise Failed(f"{folder / STATE} is damaged: {key} is not made of numbers for {', '.join(expected)}")
 
 
 def check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Whether tensors that were read have the names, shapes and types of those that they are to replace.
 
     Raises:
-        CheckpointError: naming the first one that has not.
+        Failed: naming the first one that has not.
     """
     for name in sorted({*found, *expected}):
         ours, theirs = (
             f"{tuple(t[name].shape)} {t[name].dtype}" if name in t else "nothing" for t in (expected, found)
         )
         if ours != theirs:
-            raise CheckpointError(f"{path} does not fit the network: {name!r:.100} is {theirs} instead of {ours}")
+            raise Failed(f"{path} does not fit the network: {name!r:.100} is {theirs} instead of {ours}")
 
 
 def check_optimizer_tensors(path: Path, found: dict[str, Tensor], model: nn.Module) -> None:

@@ -22,10 +22,11 @@ import yaml
 from diffusers import DDPMScheduler
 from transformers import HfArgumentParser
 
+from common import InputError
 from custom_unet import CustomUNet2DModel
 from training.diffusion import make_noise_scheduler
 from training.sde import SDEScheduler
-from training.yaml_file import TOKEN, TOKEN_HINT, ConfigError, read_yaml, shortened, shown
+from training.yaml_file import TOKEN, TOKEN_HINT, read_yaml, shortened, shown
 
 DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
@@ -42,7 +43,7 @@ class TrainConfig:
     """Every setting of a run. Times and counts carry their unit in the name; steps are optimizer updates.
 
     Raises:
-        ConfigError: if a value is out of range or two values do not go together.
+        InputError: if a value is out of range or two values do not go together.
     """
 
     # Data
@@ -187,76 +188,76 @@ class TrainConfig:
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ConfigError(f"--{name} is {shown(value)}; it must be positive")
+                raise InputError(f"--{name} is {shown(value)}; it must be positive")
         for name in NON_NEGATIVE:
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ConfigError(f"--{name} is {shown(getattr(self, name))}; it must not be negative")
+                raise InputError(f"--{name} is {shown(getattr(self, name))}; it must not be negative")
         for name in BELOW_ONE:
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(self, name)}; it must lie in [0, 1)")
+                raise InputError(f"--{name} is {getattr(self, name)}; it must lie in [0, 1)")
         for name, most in LARGEST.items():
             if getattr(self, name) is not None and getattr(self, name) > most:
-                raise ConfigError(f"--{name} is {shown(getattr(self, name))}; it must be at most {most}")
+                raise InputError(f"--{name} is {shown(getattr(self, name))}; it must be at most {most}")
         for name, least in SMALLEST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ConfigError(f"--{name} is {shown(getattr(self, name))}; it must be at least {least}")
+                raise InputError(f"--{name} is {shown(getattr(self, name))}; it must be at least {least}")
         if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise ConfigError("give either --dataset_name or --train_data_dir, exactly one of them")
+            raise InputError("give either --dataset_name or --train_data_dir, exactly one of them")
         if self.dataset_name == "synthetic-faces" and self.resolution < 8:
-            raise ConfigError(f"--resolution is {self.resolution}; synthetic-faces are drawn at 8 or more")
+            raise InputError(f"--resolution is {self.resolution}; synthetic-faces are drawn at 8 or more")
         for name in ("streaming", "dataset_revision"):
             if getattr(self, name) and (self.train_data_dir is not None or self.dataset_name == "synthetic-faces"):
                 given = "--train_data_dir" if self.train_data_dir is not None else "--dataset_name synthetic-faces"
-                raise ConfigError(f"--{name} is for the Hub, but {given} is given; leave one of them out")
+                raise InputError(f"--{name} is for the Hub, but {given} is given; leave one of them out")
         train, heldout = ("validation" if split == "valid" else split for split in (self.split, self.validation_split))
         if train == heldout:
-            raise ConfigError(f"--validation_split {self.split} is what is trained on, not held out; take another one")
+            raise InputError(f"--validation_split {self.split} is what is trained on, not held out; take another one")
         images_per_update = self.train_batch_size * self.gradient_accumulation_steps
         if self.max_images is not None and images_per_update > self.max_images:
-            raise ConfigError(
+            raise InputError(
                 f"--max_images {self.max_images} images are fewer than the {images_per_update} of one update"
                 f" ({self.train_batch_size} x {self.gradient_accumulation_steps} accumulated); lower"
                 " --train_batch_size"
             )
         if self.label_column is None and self.label_dropout != DEFAULTS["label_dropout"]:
-            raise ConfigError(f"--label_dropout is {self.label_dropout}, but labels come with --label_column alone")
+            raise InputError(f"--label_dropout is {self.label_dropout}, but labels come with --label_column alone")
         self._check_objective()
         if not self.beta_start <= self.beta_end < 1:
-            raise ConfigError(
+            raise InputError(
                 f"--beta_start {self.beta_start} and --beta_end {self.beta_end} must rise and stay below 1"
             )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ConfigError(
+            raise InputError(
                 "--rescale_betas_zero_snr does not go with --prediction_type epsilon: at zero SNR the noise tells"
                 " nothing of the image; use v_prediction or sample"
             )
         if self.snr_gamma is None and self.snr_weighting != DEFAULTS["snr_weighting"]:
-            raise ConfigError(f"--snr_weighting is {self.snr_weighting}, but there is no --snr_gamma; give both")
+            raise InputError(f"--snr_weighting is {self.snr_weighting}, but there is no --snr_gamma; give both")
         if self.rescale_betas_zero_snr and self.snr_gamma is not None:
-            raise ConfigError(
+            raise InputError(
                 f"--snr_gamma {self.snr_gamma} gives the last timestep of --rescale_betas_zero_snr, where sampling"
                 " starts, the weight 0; leave one of them out"
             )
         if self.max_train_steps is None and self.num_epochs is None and self.max_train_minutes is None:
-            raise ConfigError("the run has no length: give --max_train_steps, --num_epochs or --max_train_minutes")
+            raise InputError("the run has no length: give --max_train_steps, --num_epochs or --max_train_minutes")
         if self.lr_scheduler in ("linear", "cosine") and self.max_train_steps is None and self.num_epochs is None:
-            raise ConfigError(
+            raise InputError(
                 f"--lr_scheduler {self.lr_scheduler} ends at the last step: give --max_train_steps or --num_epochs, or"
                 " take constant_with_warmup"
             )
         if self.objective == "ddpm" and self.ddpm_num_inference_steps > self.ddpm_num_steps:
-            raise ConfigError(
+            raise InputError(
                 f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps} is more than the {self.ddpm_num_steps}"
                 " timesteps of --ddpm_num_steps"
             )
         for name in ("hub_model_id", "hub_private_repo"):
             if getattr(self, name) and not self.push_to_hub:
-                raise ConfigError(f"--{name} is {getattr(self, name)}, but nothing is pushed without --push_to_hub")
+                raise InputError(f"--{name} is {getattr(self, name)}, but nothing is pushed without --push_to_hub")
         for name in ("metric_images", "metric_steps", "inception_path"):
             if self.metric is None and getattr(self, name) != DEFAULTS[name]:
-                raise ConfigError(f"--{name} is {getattr(self, name)}, but nothing is measured without --metric")
+                raise InputError(f"--{name} is {getattr(self, name)}, but nothing is measured without --metric")
         if self.overwrite_output_dir and self.resume_from_checkpoint != "latest":
-            raise ConfigError(
+            raise InputError(
                 f"--resume_from_checkpoint {self.resume_from_checkpoint} does not go with --overwrite_output_dir,"
                 " which deletes checkpoints; leave one of them out"
             )
@@ -265,31 +266,31 @@ class TrainConfig:
         """Whether the options go with the objective, and its noise levels reach from image to noise."""
         for name, objectives in ONLY_FOR.items():
             if self.objective not in objectives and getattr(self, name) != DEFAULTS[name]:
-                raise ConfigError(
+                raise InputError(
                     f"--{name} is {getattr(self, name)}, which means nothing to --objective {self.objective}, only to"
                     f" {', '.join(objectives)}; leave it out"
                 )
         if (self.time_embedding_type == "fourier") != (self.objective == "ve"):
-            raise ConfigError(
+            raise InputError(
                 f"--time_embedding_type is {self.time_embedding_type} and --objective {self.objective}; ve needs"
                 " fourier, which embeds noise levels and goes with no other"
             )
         if self.time_embedding_type == "learned" and self.objective != "ddpm":
-            raise ConfigError(
+            raise InputError(
                 f"--time_embedding_type learned knows whole timesteps alone, --objective {self.objective} has"
                 " continuous times; take positional"
             )
         if self.objective in ("vp", "subvp"):
             signal = math.exp(-(self.sde_beta_min + self.sde_beta_max) / 4)
             if not self.sde_beta_min <= self.sde_beta_max or signal > LARGEST_LAST_SIGNAL:
-                raise ConfigError(
+                raise InputError(
                     f"--sde_beta_min {self.sde_beta_min} and --sde_beta_max {self.sde_beta_max} leave {signal:.3g} of"
                     f" the image at time 1; they must not fall, and leave at most {LARGEST_LAST_SIGNAL}"
                 )
         if self.objective != "ddpm":
             sde = self.noise_scheduler().sde
             if self.objective == "edm" and not math.log(sde.sigma_min) < self.noise_mean < math.log(sde.sigma_max):
-                raise ConfigError(
+                raise InputError(
                     f"--noise_mean is {self.noise_mean}; it must lie between ln(sigma_min) ="
                     f" {math.log(sde.sigma_min):.3g} and ln(sigma_max) = {math.log(sde.sigma_max):.3g}"
                 )
@@ -298,7 +299,7 @@ class TrainConfig:
         """The noise process of this run.
 
         Raises:
-            ConfigError: if these settings make none.
+            InputError: if these settings make none.
         """
         try:
             if self.objective == "ddpm":
@@ -324,7 +325,7 @@ class TrainConfig:
                 clip_sample=self.objective != "flow",  # its x_0 errs by no more than its velocity
             )
         except ValueError as error:
-            raise ConfigError(f"--objective {self.objective}: {error}") from error
+            raise InputError(f"--objective {self.objective}: {error}") from error
 
     def objective_settings(self) -> dict:
         """The objective and the options that mean something to it; no sigma is None."""
@@ -460,38 +461,38 @@ LONGEST_TEXT = 4096  # the longest path of Linux
 
 
 def _check_value(name: str, value) -> None:
-    """Raises ConfigError for a number or a text that is of no use as a value of any option."""
+    """Raises InputError for a number or a text that is of no use as a value of any option."""
     if isinstance(value, str):
         if not value or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value):
-            raise ConfigError(f"--{name} is {shown(value)}; it must be a text without control characters")
+            raise InputError(f"--{name} is {shown(value)}; it must be a text without control characters")
         if len(value) > LONGEST_TEXT:
-            raise ConfigError(f"--{name} has {len(value)} characters; it must have at most {LONGEST_TEXT}")
+            raise InputError(f"--{name} has {len(value)} characters; it must have at most {LONGEST_TEXT}")
     elif isinstance(value, int) and name != "seed":
         if abs(value) > LARGEST_INTEGER:
-            raise ConfigError(f"--{name} is {shown(value)}; it must be at most {LARGEST_INTEGER}")
+            raise InputError(f"--{name} is {shown(value)}; it must be at most {LARGEST_INTEGER}")
     elif isinstance(value, float) and value != 0 and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
         if name in POSITIVE + NON_NEGATIVE and not value > 0:
             return  # it is told below
-        raise ConfigError(f"--{name} is {value}; it must lie between {SMALLEST_FLOAT} and {LARGEST_FLOAT:.0e}")
+        raise InputError(f"--{name} is {value}; it must lie between {SMALLEST_FLOAT} and {LARGEST_FLOAT:.0e}")
 
 
 def check_model(config: TrainConfig) -> None:
     """Builds the network without its memory, and the noise process.
 
     Raises:
-        ConfigError: if one of them cannot be built or would be of no use.
+        InputError: if one of them cannot be built or would be of no use.
     """
     too_wide = [width for width in config.block_out_channels if width > LARGEST_LEVEL_WIDTH]
     if too_wide:
-        raise ConfigError(f"--block_out_channels has {too_wide[0]}; it must be at most {LARGEST_LEVEL_WIDTH}")
+        raise InputError(f"--block_out_channels has {too_wide[0]}; it must be at most {LARGEST_LEVEL_WIDTH}")
     try:
         with torch.device("meta"):
             network = CustomUNet2DModel(**config.unet_kwargs())
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise InputError(str(error)) from error
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     if num_parameters > MOST_PARAMETERS:
-        raise ConfigError(
+        raise InputError(
             f"the network would have {num_parameters:,} parameters, more than {MOST_PARAMETERS:,}; lower"
             " --block_out_channels or --layers_per_block"
         )
@@ -499,27 +500,27 @@ def check_model(config: TrainConfig) -> None:
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Raises ConfigError unless the folder is there or can be made; nothing is made."""
+    """Raises InputError unless the folder is there or can be made; nothing is made."""
     path = Path(output_dir)
     try:
         while not os.path.lexists(path):
             if len(os.fsencode(path.name)) > 255:
-                raise ConfigError(f"--output_dir has a part of {len(path.name)} characters; take a shorter name")
+                raise InputError(f"--output_dir has a part of {len(path.name)} characters; take a shorter name")
             path = path.parent
         is_writable = path.stat() and os.access(path, os.W_OK | os.X_OK)
     except OSError as error:
-        raise ConfigError(f"--output_dir {shown(output_dir)}: {error.strerror}; take another folder") from error
+        raise InputError(f"--output_dir {shown(output_dir)}: {error.strerror}; take another folder") from error
     if not path.is_dir():
-        raise ConfigError(f"--output_dir {shown(output_dir)}: {path} is no folder; take another one")
+        raise InputError(f"--output_dir {shown(output_dir)}: {path} is no folder; take another one")
     if not is_writable:
-        raise ConfigError(f"--output_dir {shown(output_dir)}: {path} cannot be written to; take another folder")
+        raise InputError(f"--output_dir {shown(output_dir)}: {path} cannot be written to; take another folder")
 
 
 class _Parser(HfArgumentParser):
-    """Raises ConfigError where argparse would print its usage and exit."""
+    """Raises InputError where argparse would print its usage and exit."""
 
     def error(self, message):
-        raise ConfigError(shortened(message))
+        raise InputError(shortened(message))
 
 
 def parse_config(arguments: list[str], report=print) -> TrainConfig:
@@ -531,12 +532,12 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
     by the same rules; flags of the command line come later and win.
 
     Raises:
-        ConfigError: for an unreadable file, an unknown key or flag (naming the nearest known one), a bad value, an
+        InputError: for an unreadable file, an unknown key or flag (naming the nearest known one), a bad value, an
             output folder that cannot be made, or a network or noise schedule that cannot be built.
     """
     for number, argument in enumerate(arguments, 1):
         if TOKEN.search(argument):
-            raise ConfigError(f"argument {number} holds a token{_nearest('token')}, where no log or model can show it")
+            raise InputError(f"argument {number} holds a token{_nearest('token')}, where no log or model can show it")
     parser = _Parser(TrainConfig, allow_abbrev=False, description="Trains an unconditional diffusion model of images.")
     parser.add_argument("--config", type=Path, help="YAML file whose keys are the flags below")
     for action in parser._actions:
@@ -548,9 +549,9 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
     known, unknown = parser.parse_known_args(arguments)
     for token in unknown:  # a value may be a secret, so none is printed
         if not token.startswith("--"):
-            raise ConfigError(f"argument {arguments.index(token) + 1} belongs to no flag; write --name value")
+            raise InputError(f"argument {arguments.index(token) + 1} belongs to no flag; write --name value")
         name = shortened(token.removeprefix("--").split("=")[0])
-        raise ConfigError(f"unknown flag --{name}{_nearest(name, '--')}")
+        raise InputError(f"unknown flag --{name}{_nearest(name, '--')}")
     path = known.config
     if path is None:
         path = DEFAULT_CONFIG_PATH
@@ -575,18 +576,18 @@ def _yaml_tokens(path: Path) -> list[str]:
     """The YAML file as command-line tokens."""
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ConfigError(f"the configuration {path} is not a mapping of keys to values")
+        raise InputError(f"the configuration {path} is not a mapping of keys to values")
     tokens = []
     for key, value in values.items():
         if key not in TYPES:
-            raise ConfigError(f"unknown key {shown(key)} in {path}{_nearest(shown(key))}")
+            raise InputError(f"unknown key {shown(key)} in {path}{_nearest(shown(key))}")
         if value is None:
             if not _is_optional(TYPES[key]):
-                raise ConfigError(f"{key} is null in {path}; it needs a value")
+                raise InputError(f"{key} is null in {path}; it needs a value")
             tokens.append(f"--{key}=null")
         elif not _suits(value, TYPES[key]):
             quotes = "; put it in quotes" if _is_text(TYPES[key]) and isinstance(value, (bool, int, float)) else ""
-            raise ConfigError(f"{key} in {path} is {shown(value)}; it should be {_type_name(TYPES[key])}{quotes}")
+            raise InputError(f"{key} in {path} is {shown(value)}; it should be {_type_name(TYPES[key])}{quotes}")
         else:
             # "=" keeps a value that begins with a dash from being read as a flag
             tokens += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]

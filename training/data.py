@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+from common import InputError
 from training.images import CROPS
 from training.processes import loader_workers
-from training.sources import DataError, HuggingFaceImages, SyntheticFaces, find_source
+from training.sources import HuggingFaceImages, SyntheticFaces, find_source
 
 STORE_VERSION = 2  # raised whenever decoding changes the pixels
 STALE_SECONDS = 2 * 24 * 3600  # longer than any download goes on before the first image is written
@@ -68,7 +69,7 @@ class ImageStore(Dataset):
         """The labels as positions in `names`, the classes of another split, which may have more or other ones.
 
         Raises:
-            DataError: if an image has a class that is not among them.
+            InputError: if an image has a class that is not among them.
         """
         positions = {name: position for position, name in enumerate(names)}
         mine = self.description["label_names"]
@@ -76,7 +77,7 @@ class ImageStore(Dataset):
         if unknown is not None:
             split, column = self.description["split"], self.description["label_column"]
             known = ", ".join(names)
-            raise DataError(f"split {split} has the class {unknown!r:.80} of {column!r}, not one of {known:.200}")
+            raise InputError(f"split {split} has the class {unknown!r:.80} of {column!r}, not one of {known:.200}")
         return np.array([positions.get(name, -1) for name in mine], np.int64)[self.labels]
 
 
@@ -111,14 +112,14 @@ def open_image_store(
             strings (the classes are its values, sorted); of `synthetic-faces` a categorical factor or `glasses`.
 
     Raises:
-        DataError: one line, for whatever is wrong with the arguments, the source, an image or the disk.
+        InputError: one line, for whatever is wrong with the arguments, the source, an image or the disk.
     """
     if crop not in CROPS:
-        raise DataError(f"unknown crop {crop!r}; take one of {', '.join(CROPS)}")
+        raise InputError(f"unknown crop {crop!r}; take one of {', '.join(CROPS)}")
     if resolution < 1:
-        raise DataError(f"the resolution is {resolution}; it must be at least 1")
+        raise InputError(f"the resolution is {resolution}; it must be at least 1")
     if max_images is not None and max_images < 1:
-        raise DataError(f"max_images is {max_images}; it must be at least 1")
+        raise InputError(f"max_images is {max_images}; it must be at least 1")
     root = Path(cache_dir) if cache_dir else _default_cache_dir()
     source = find_source(
         dataset_name,
@@ -175,7 +176,7 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
         _remove_leftovers(folder.parent)
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
     except OSError as error:
-        raise DataError(f"cannot write to the cache {folder.parent}: {error.strerror}; set --cache_dir") from error
+        raise InputError(f"cannot write to the cache {folder.parent}: {error.strerror}; set --cache_dir") from error
     try:
         num_images, skipped, digest = 0, [], hashlib.sha256()
         classes = Classes(source)
@@ -191,9 +192,13 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
                 elif facts["skip_bad_images"]:
                     skipped.append(decoded)
                 else:
-                    raise DataError(f"{source.name}, {decoded}; mend it or leave such images out by --skip_bad_images")
+                    raise InputError(
+                        f"{source.name}, {decoded}; mend it or leave such images out by --skip_bad_images"
+                    )
         if num_images == 0:
-            raise DataError(f"{source.name}, split {source.split}, has no usable image; {len(skipped)} are unreadable")
+            raise InputError(
+                f"{source.name}, split {source.split}, has no usable image; {len(skipped)} are unreadable"
+            )
         if skipped:
             print(f"left out {len(skipped)} unreadable images, the first one: {skipped[0]}", flush=True)
         counts = {"num_images": num_images, "num_skipped": len(skipped)}
@@ -212,7 +217,7 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
             if not _is_complete(folder):  # else another process was faster
                 raise
     except OSError as error:
-        raise DataError(f"could not write the image store {folder}: {error.strerror or error}") from error
+        raise InputError(f"could not write the image store {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -221,7 +226,7 @@ class Classes:
     """The labels of a source's images, gathered while they are decoded.
 
     Raises:
-        DataError: for an image without a label, too many classes, or one class for all images, where these are to be
+        InputError: for an image without a label, too many classes, or one class for all images, where these are to be
             learned from.
     """
 
@@ -236,13 +241,13 @@ class Classes:
             return
         names = self.source.label_names  # None for strings: then they are the values
         if label is None or (names is not None and label == -1):  # the number that `datasets` has for unknown ones
-            raise DataError(f"{self.column} has no label in row {row}; fill it in or leave out --label_column")
+            raise InputError(f"{self.column} has no label in row {row}; fill it in or leave out --label_column")
         if names is not None and not 0 <= label < len(names):
-            raise DataError(f"{self.column} has the class {label} in row {row}, but there are {len(names)} classes")
+            raise InputError(f"{self.column} has the class {label} in row {row}, but there are {len(names)} classes")
         self.labels.append(label)
         self.values.add(label)
         if names is None and len(self.values) > MAX_CLASSES:
-            raise DataError(f"{self.column} has more than {MAX_CLASSES:,} different values; name a column of classes")
+            raise InputError(f"{self.column} has more than {MAX_CLASSES:,} different values; name a column of classes")
 
     def numbered(self) -> tuple[list[str], np.ndarray]:
         """The names of the classes, and the number of each image's class."""
@@ -251,7 +256,7 @@ class Classes:
             names = sorted(self.values)
             numbers = [bisect.bisect_left(names, label) for label in self.labels]
         if len(self.values) == 1 and self.source.split not in HELD_OUT_SPLITS:
-            raise DataError(
+            raise InputError(
                 f"{self.column} has the single class {names[numbers[0]]!r:.80} in split {self.source.split}"
                 f" ({len(numbers)} images); name another one or leave out --label_column"
             )
@@ -295,7 +300,7 @@ class ShuffledBatches(Sampler[list[int]]):
         start_batch: k of the first batch.
 
     Raises:
-        DataError: if one batch of all processes is more than the data.
+        InputError: if one batch of all processes is more than the data.
     """
 
     def __init__(
@@ -309,7 +314,7 @@ class ShuffledBatches(Sampler[list[int]]):
         num_batches: int | None = None,
     ):
         if batch_size * world_size > num_images:
-            raise DataError(
+            raise InputError(
                 f"{num_images} images are fewer than a batch of {batch_size} on {world_size} processes;"
                 " lower --train_batch_size"
             )
@@ -383,7 +388,7 @@ def main() -> None:
     try:
         store = open_image_store(**arguments)
         batches = ShuffledBatches(len(store), batch_size, seed=0, num_batches=num_batches)
-    except DataError as error:
+    except InputError as error:
         raise SystemExit(f"error: {error}") from None
     for name, convert in (("uint8", lambda images: images), ("float32 in [-1, 1]", to_model_range)):
         started_at_seconds = time.perf_counter()

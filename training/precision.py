@@ -13,10 +13,11 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
+from common import is_out_of_memory, on_main_process
 from training.checkpoint import find_checkpoint, read_state
 from training.config import TrainConfig
 from training.diffusion import diffusion_loss
-from training.processes import is_out_of_memory, on_main_process, take_cpu_threads
+from training.processes import take_cpu_threads
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP_UPDATES, TIMED_UPDATES = 2, 5
@@ -29,7 +30,7 @@ def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> Tra
     the `Accelerator` is made, which takes its precision for good.
 
     Raises:
-        CheckpointError: if there are checkpoints but none is intact.
+        Failed: if there are checkpoints but none is intact.
     """
     if config.mixed_precision != "auto":
         return config

@@ -8,23 +8,22 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     TorchDynamoPlugin,
-    broadcast_object_list,
 )
 from tqdm.auto import tqdm
 
-from training.config import ConfigError, TrainConfig
+from common import InputError
+from training.config import TrainConfig
 
 # Others keep a part of the network in each process; a checkpoint is written from one that has it whole.
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -141,20 +140,14 @@ def _command_line(process_id: int) -> list[str]:
         return []
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU, where torch has no error of its own for it."""
-    texts = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
-
-
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate for this run.
 
     Raises:
-        ConfigError: if the machine lacks what the configuration asks for, or Accelerate was told to shard the network.
+        InputError: if the machine lacks what the configuration asks for, or Accelerate was told to shard the network.
     """
     if config.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("--report_to wandb, but wandb is not installed: pip install wandb")
+        raise InputError("--report_to wandb, but wandb is not installed: pip install wandb")
     output_dir = Path(config.output_dir)
     try:
         accelerator = Accelerator(
@@ -168,13 +161,13 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except ValueError as error:
-        raise ConfigError(f"Accelerate cannot set up this run: {error}") from error
+        raise InputError(f"Accelerate cannot set up this run: {error}") from error
     if accelerator.distributed_type not in SUPPORTED:
         supported = ", ".join(kind.value for kind in SUPPORTED)
-        raise ConfigError(f"the distributed type {accelerator.distributed_type.value} is not one of {supported}")
+        raise InputError(f"the distributed type {accelerator.distributed_type.value} is not one of {supported}")
     if accelerator.device.type == "cpu":
         if config.mixed_precision == "fp16":  # Accelerate would go on in float32
-            raise ConfigError("--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no")
+            raise InputError("--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no")
         take_cpu_threads(config)
     return accelerator
 
@@ -190,22 +183,6 @@ def available_cores() -> int:
     return (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     )  # macOS has no affinity
-
-
-def on_main_process(accelerator: Accelerator | PartialState, action: Callable):
-    """Runs an action on the main process alone; its (picklable) result, or its error, reaches every process."""
-    outcome = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = action()
-        except Exception as error:  # raised again below, on every process
-            outcome[1] = error
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result
 
 
 def on_any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -5,13 +5,14 @@ speed, and what starts and kills cost.
 """
 
 import json
-import os
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+
+from common import replace_file, unwritable
 
 
 class RunLog:
@@ -42,27 +43,6 @@ class RunLog:
     def has(self, step: int, key: str) -> bool:
         """Whether a record of this step has such a value."""
         return any(record["step"] == step and key in record for record in read_log(self.path))
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file beside and renames it, so that there is the old content or the new, never a part of it.
-
-    Raises:
-        OSError: naming the path; the old content is still there.
-    """
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
-
-
-def unwritable(path: Path, error: OSError) -> OSError:
-    """The same error with the file's name: that of a full disk has none."""
-    reason = os.strerror(error.errno) if error.errno else error
-    return type(error)(f"could not write {path}: {reason}; see to the disk and start the same command again")
 
 
 def read_log(path: Path) -> list[dict]:

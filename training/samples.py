@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from training.run_log import replace_file
+from common import replace_file
 
 
 class SamplingStopped(RuntimeError):

@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 )
 from torch.utils.data import DataLoader
 
+from common import InputError
 from training.images import BadImage, decode_image
 from training.processes import available_cores, loader_workers
 from training.synthetic_faces import (
@@ -52,10 +53,6 @@ Label = int | bool | str | None
 CHUNK = 64  # images that a decoding process hands over at a time
 
 
-class DataError(ValueError):
-    """Data that cannot be had or used. The message is one line: what is wrong, what is there, what to do."""
-
-
 class SyntheticFaces:
     """The embedded data set, rendered at the resolution that is asked for."""
 
@@ -64,14 +61,14 @@ class SyntheticFaces:
     def __init__(self, split: str, max_images: int | None, label_column: str | None = None):
         self.split, self.label_column = split, label_column
         if label_column in FACTORS and label_column not in LABEL_NAMES:
-            raise DataError(f"{label_column} of {self.name} is a number; take one of {', '.join(LABEL_NAMES)}")
+            raise InputError(f"{label_column} of {self.name} is a number; take one of {', '.join(LABEL_NAMES)}")
         if label_column is not None and label_column not in LABEL_NAMES:
             raise _no_column(self.name, label_column, LABEL_NAMES)
         self.label_names = LABEL_NAMES.get(label_column)
         try:
             self.indices = split_indices(split, max_images)
         except ValueError as error:
-            raise DataError(str(error)) from error
+            raise InputError(str(error)) from error
         self.identity = {"source": self.name, "revision": VERSION, "split": split, "max_images": max_images}
         if label_column is not None:
             self.identity["label_column"] = label_column
@@ -79,9 +76,9 @@ class SyntheticFaces:
 
     def decode(self, crop: str, resolution: int) -> Iterator[tuple[np.ndarray, Label]]:
         if crop not in ("none", "center"):
-            raise DataError(f"crop {crop} is for CelebA's photographs; take none for {self.name}")
+            raise InputError(f"crop {crop} is for CelebA's photographs; take none for {self.name}")
         if resolution < LEAST_RESOLUTION:
-            raise DataError(f"{self.name} are drawn at a resolution of {LEAST_RESOLUTION} or more, not {resolution}")
+            raise InputError(f"{self.name} are drawn at a resolution of {LEAST_RESOLUTION} or more, not {resolution}")
         yield from _in_worker_processes(_FaceChunks(self.indices, resolution, self.label_column))
 
 
@@ -128,7 +125,7 @@ class HuggingFaceImages:
                     num_decoded += 1
                     yield decoded, row[self.label_column] if self.label_column else None
             except (OSError, HTTPError, ValueError) as error:
-                raise DataError(
+                raise InputError(
                     f"the stream of {self.name} broke off after {num_decoded} rows: {_reason(error)}"
                 ) from error
         else:
@@ -155,29 +152,29 @@ class HuggingFaceImages:
         """The rows of the split, with the encoded bytes of the images."""
         try:
             rows = self._load()
-        except DataError:
+        except InputError:
             raise
         except (OSError, HTTPError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             if os.path.isdir(self.name):
-                raise DataError(f"no readable data set in {_listing(Path(self.name))}: {_reason(error)}") from error
+                raise InputError(f"no readable data set in {_listing(Path(self.name))}: {_reason(error)}") from error
             if isinstance(error, datasets.exceptions.DatasetNotFoundError) and " gated " in str(error):
                 raise _gated(self.name) from error
             if isinstance(error, (OSError, HTTPError)):
-                raise DataError(
+                raise InputError(
                     f"cannot get {self.name} from the Hub and it is not cached: {_reason(error)}; check the network,"
                     f" or give --train_data_dir, or --dataset_name {SYNTHETIC_FACES}, which needs none"
                 ) from error
-            raise DataError(f"cannot read {self.name}: {_reason(error)}") from error
+            raise InputError(f"cannot read {self.name}: {_reason(error)}") from error
         features = rows.features or dict.fromkeys(next(iter(rows), {}))
         if self.image_column not in features:
-            raise DataError(f"{self.name} has no column {self.image_column!r}; it has {', '.join(features)}")
+            raise InputError(f"{self.name} has no column {self.image_column!r}; it has {', '.join(features)}")
         if self.label_column is not None:
             if self.label_column not in features:
                 raise _no_column(self.name, self.label_column, features)
             self.label_names = self._class_names(features[self.label_column])
         feature = features[self.image_column]
         if not (feature is None or isinstance(feature, datasets.Image) or "bytes" in _keys(feature)):
-            raise DataError(f"the column {self.image_column!r} of {self.name} holds {feature}, not images")
+            raise InputError(f"the column {self.image_column!r} of {self.name} holds {feature}, not images")
         if self.streaming and rows.features:
             # `datasets` decodes the image files of the Hub in threads of its own, which a cast does not stop
             rows = rows.decode(False)
@@ -195,7 +192,7 @@ class HuggingFaceImages:
         if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
             return None
         held = f"{feature}"[:100] if feature is not None else "what a stream does not tell (leave out --streaming)"
-        raise DataError(
+        raise InputError(
             f"the column {self.label_column!r} of {self.name} holds {held}; labels are a ClassLabel, bool or strings"
         )
 
@@ -219,13 +216,13 @@ class HuggingFaceImages:
     def _check_what_is_cached(self, builder: datasets.DatasetBuilder) -> None:
         """Without a network `datasets` takes what was cached last, of whatever commit and configuration."""
         if builder.hash != self.revision:
-            raise DataError(
+            raise InputError(
                 f"what is cached of {self.name} is commit {builder.hash}, not {self.revision or 'main'};"
                 f" connect to the Hub or give --dataset_revision {builder.hash}"
             )
         name = builder.config.name
         if builder.name == "cache" and self.config_name is None and name != "default":
-            raise DataError(
+            raise InputError(
                 f"what is cached of {self.name} is its configuration {name!r}, perhaps not the one it has by default;"
                 f" connect to the Hub or give --dataset_config_name {name}"
             )
@@ -234,7 +231,7 @@ class HuggingFaceImages:
         for name in (self.split, "valid" if self.split == "validation" else self.split):
             if name in splits:
                 return name
-        raise DataError(f"{self.name} has no split {self.split!r}; it has {', '.join(splits)}")
+        raise InputError(f"{self.name} has no split {self.split!r}; it has {', '.join(splits)}")
 
 
 def find_source(
@@ -252,25 +249,25 @@ def find_source(
     """The source that the arguments name, without reading its images.
 
     Raises:
-        DataError: if there is no such source.
+        InputError: if there is no such source.
     """
     if (dataset_name is None) == (train_data_dir is None):
-        raise DataError("give either dataset_name or train_data_dir, exactly one of them")
+        raise InputError("give either dataset_name or train_data_dir, exactly one of them")
     split = "validation" if split == "valid" else split
     if dataset_name == SYNTHETIC_FACES:
         return SyntheticFaces(split, max_images, label_column)
     if dataset_name is not None:
         if os.path.isdir(dataset_name):  # `datasets` would prefer it to the Hub's
-            raise DataError(f"{dataset_name} is a local folder; give it as --train_data_dir")
+            raise InputError(f"{dataset_name} is a local folder; give it as --train_data_dir")
         commit = _resolve_commit(dataset_name, dataset_revision, cache_dir / "commits.json")
         names = dataset_name, commit, dataset_config_name, split, image_column
         return HuggingFaceImages(*names, max_images, streaming, label_column)
     folder = Path(os.path.abspath(train_data_dir))  # `datasets` has names of its own, such as `parquet`
     if not os.path.isdir(folder):  # unlike Path's, it takes a name that is too long for one that is not there
         nearest = next(parent for parent in folder.parents if os.path.isdir(parent))
-        raise DataError(f"there is no folder {folder}; there is {_listing(nearest)}")
+        raise InputError(f"there is no folder {folder}; there is {_listing(nearest)}")
     if not any(path.is_file() for path in folder.rglob("*")):
-        raise DataError(f"the folder {folder} has no files")
+        raise InputError(f"the folder {folder} has no files")
     names = str(folder), _file_fingerprint(folder), dataset_config_name, split, image_column
     return HuggingFaceImages(*names, max_images, streaming=False, label_column=label_column)
 
@@ -285,13 +282,13 @@ def _resolve_commit(name: str, revision: str | None, record: Path) -> str | None
     try:
         commit = HfApi().dataset_info(name, revision=revision, timeout=20).sha
     except HFValidationError as error:
-        raise DataError(f"{name!r} is neither {SYNTHETIC_FACES} nor a data set's id on the Hub") from error
+        raise InputError(f"{name!r} is neither {SYNTHETIC_FACES} nor a data set's id on the Hub") from error
     except GatedRepoError as error:
         raise _gated(name) from error
     except RevisionNotFoundError as error:
-        raise DataError(f"{name} has no revision {revision!r} on the Hub") from error
+        raise InputError(f"{name} has no revision {revision!r} on the Hub") from error
     except RepositoryNotFoundError as error:
-        raise DataError(f"there is no data set {name} on the Hub, or it is private: `hf auth login`") from error
+        raise InputError(f"there is no data set {name} on the Hub, or it is private: `hf auth login`") from error
     except (OSError, HTTPError) as error:
         print(f"no answer from the Hub, taking what is cached of {name}: {_reason(error)}", flush=True)
         datasets.config.HF_HUB_OFFLINE = True  # or it asks again for half a minute before it looks into its cache
@@ -318,7 +315,7 @@ def _image_files(folder: Path) -> DataFilesDict | None:
         return None
     chained = next((folder / path for path in images if "::" in str(folder / path)), None)
     if chained:  # `datasets` takes what follows for an archive, and would drop the image
-        raise DataError(f"the name {chained} has a ::, which `datasets` cannot read; rename it")
+        raise InputError(f"the name {chained} has a ::, which `datasets` cannot read; rename it")
     archives = [path for path in found if path.suffix == ".zip"]
     split_of = {path: SPLIT_OF_WORD.get(path.parts[0].lower()) for path in images + archives + metadata}
     outside = [path for path in images if split_of[path] is None]
@@ -343,15 +340,15 @@ def _is_hidden(path: Path) -> bool:
     return any(name.startswith(".") for name in path.parts) or any(name.startswith("__") for name in path.parts[:-1])
 
 
-def _gated(name: str) -> DataError:
-    return DataError(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`")
+def _gated(name: str) -> InputError:
+    return InputError(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`")
 
 
-def _no_column(source: str, name: str, columns: Iterable[str]) -> DataError:
+def _no_column(source: str, name: str, columns: Iterable[str]) -> InputError:
     """For a column of labels that is not there; names the nearest one first."""
     near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
-    return DataError(f"{source} has no column {name!r:.80} of labels; {hint}it has {', '.join(columns)}")
+    return InputError(f"{source} has no column {name!r:.80} of labels; {hint}it has {', '.join(columns)}")
 
 
 def _reason(error: Exception) -> str:

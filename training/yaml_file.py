@@ -5,13 +5,11 @@ from pathlib import Path
 
 import yaml
 
+from common import InputError
+
 CONFIG_FILE_BYTES = 2**16
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 TOKEN_HINT = "; the Hub's token is read from HF_TOKEN or from `hf auth login`"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work. The message is one line: what is wrong, the value seen, what to do."""
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -30,35 +28,35 @@ def read_yaml(path: Path):
     """The content of a YAML file. Messages do not quote it, as a line may hold a secret.
 
     Raises:
-        ConfigError: if it cannot be read, or a key stands there twice.
+        InputError: if it cannot be read, or a key stands there twice.
     """
     try:
         if not path.is_file():
-            raise ConfigError(f"cannot read the configuration {shown(str(path))}: there is no such file")
+            raise InputError(f"cannot read the configuration {shown(str(path))}: there is no such file")
         if path.stat().st_size > CONFIG_FILE_BYTES:
-            raise ConfigError(f"cannot read the configuration {path}: it has more than {CONFIG_FILE_BYTES} bytes")
+            raise InputError(f"cannot read the configuration {path}: it has more than {CONFIG_FILE_BYTES} bytes")
         text = path.read_text(encoding="utf-8")
         token = TOKEN.search(text)
         if token:
             line = text[: token.start()].count("\n") + 1
-            raise ConfigError(f"line {line} of {path} holds a token{TOKEN_HINT}; remove it")
+            raise InputError(f"line {line} of {path} holds a token{TOKEN_HINT}; remove it")
         return yaml.load(text, _YamlLoader)
-    except ConfigError:
+    except InputError:
         raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        raise ConfigError(f"cannot read the configuration {path}: line {line}: {shortened(error.problem)}") from None
+        raise InputError(f"cannot read the configuration {path}: line {line}: {shortened(error.problem)}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read the configuration {path}: it is no UTF-8 text: {error.reason}") from error
+        raise InputError(f"cannot read the configuration {path}: it is no UTF-8 text: {error.reason}") from error
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {shown(str(path))}: {error.strerror}") from error
+        raise InputError(f"cannot read the configuration {shown(str(path))}: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {shortened(str(error))}") from error
+        raise InputError(f"cannot read the configuration {path}: {shortened(str(error))}") from error
     except RecursionError:
-        raise ConfigError(f"cannot read the configuration {path}: it is nested too deep") from None
+        raise InputError(f"cannot read the configuration {path}: it is nested too deep") from None
     except (ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML's own, as for 2026-99-99
-        raise ConfigError(f"cannot read the configuration {path}: a value does not fit its type") from error
+        raise InputError(f"cannot read the configuration {path}: a value does not fit its type") from error
 
 
 def shown(value) -> str:

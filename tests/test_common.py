@@ -1,0 +1,46 @@
+"""Which errors a command reports in one line with which exit code, and which are raised."""
+
+import pytest
+import torch
+
+from common import Failed, InputError, Parser, run_command, sha256_of
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("--steps is\n0"), 2),
+        (Failed("the disk"), 1),
+        (OSError("the disk"), 1),
+        (torch.OutOfMemoryError("CUDA"), 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1),
+    ],
+)
+def test_what_the_user_can_change_is_one_line(error, code, capsys):
+    def action():
+        raise error
+
+    assert run_command(action) == code
+    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), KeyError("ours"), TypeError("ours")])
+def test_a_mistake_of_the_code_is_raised(error, capsys):
+    def action():
+        raise error
+
+    with pytest.raises(type(error), match="ours"):
+        run_command(action)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_token_among_the_arguments_is_not_shown():
+    with pytest.raises(InputError) as error:
+        Parser(prog="x").parse_args(["hf_" + "a" * 34])
+    assert "hf_a" not in str(error.value)
+
+
+def test_sha256_of_a_file(tmp_path):
+    """The digest that FIPS 180-2 gives for "abc"."""
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
