@@ -63,6 +63,22 @@ def test_of_two_values_the_later_one_counts_and_null_is_one(parse):
     assert parse(BASE + "cache_dir: there\n", "--cache_dir=null").cache_dir is None
 
 
+def test_images_of_the_command_line_take_the_place_of_those_of_the_file(parse, tmp_path):
+    """A newcomer has a folder of images and gives no configuration, so the quickstart's is read."""
+    lines = []
+    config = parse_config(["--train_data_dir", "faces", "--output_dir", str(tmp_path / "run")], lines.append)
+    assert (config.train_data_dir, config.dataset_name, config.validation_split) == ("faces", None, None)
+    assert lines[1] == "--train_data_dir replaces dataset_name, validation_split of quickstart.yaml"
+    of_hub = BASE.replace("synthetic-faces", "a/b") + "dataset_revision: abc\nvalidation_split: test\n"
+    config = parse(of_hub, "--train_data_dir", "faces", "--validation_split", "validation")
+    assert (config.dataset_revision, config.validation_split) == (None, "validation")
+    config = parse(of_hub, "--dataset_name", "c/d")
+    assert (config.dataset_name, config.dataset_revision, config.validation_split) == ("c/d", None, "test")
+    assert parse(of_hub, "--dataset_name", "a/b").dataset_revision == "abc"
+    of_folder = "train_data_dir: faces\nmax_train_steps: 10\n"
+    assert parse(of_folder, "--dataset_name", "synthetic-faces").train_data_dir is None
+
+
 def test_saved_configuration_reads_back_unchanged(parse):
     config = parse(BASE + "attention_head_dim: null\nblock_out_channels: [32, 64, 64, 64]\nsnr_gamma: 5\n")
     assert parse(config.to_yaml()) == config
@@ -166,14 +182,14 @@ def test_network_options_are_those_of_diffusers(parse):
         (BASE, ["--resol", "32"], "did you mean --resolution?"),
         (BASE, ["--prediction_type", "v"], "v_prediction"),
         (BASE, ["--resolution", "big"], "resolution"),
-        (BASE, ["--resolution", "-32"], "positive"),
-        (BASE, ["--learning_rate", "nan"], "positive"),
-        (BASE, ["--dropout", "1.5"], "[0, 1)"),
-        (BASE, ["--seed", "-1"], "negative"),
+        (BASE, ["--resolution", "-32"], "at least 1"),
+        (BASE, ["--learning_rate", "nan"], "at least"),
+        (BASE, ["--dropout", "1.5"], "below 1"),
+        (BASE, ["--seed", "-1"], "at least 0"),
         (BASE, ["--rescale_betas_zero_snr", "--prediction_type", "epsilon"], "zero SNR"),
         (BASE + "snr_gamma: 5\nprediction_type: sample\n", ["--rescale_betas_zero_snr"], "the weight 0"),
-        (BASE, ["--snr_weighting", "soft_min"], "no --snr_gamma"),
-        (BASE, ["--train_data_dir", "x"], "exactly one"),
+        (BASE, ["--snr_weighting", "soft_min"], "without --snr_gamma"),
+        (BASE, ["--train_data_dir", "x", "--dataset_name", "synthetic-faces"], "exactly one"),
         (BASE, ["--ddpm_num_inference_steps", "2000"], "1000"),
         ("max_train_steps: 1\n", [], "exactly one"),
         ("dataset_name: synthetic-faces\n", [], "no length"),
@@ -186,14 +202,14 @@ def test_network_options_are_those_of_diffusers(parse):
         (BASE, ["--block_out_channels", "8", "9" * 13, "8", "8"], "--block_out_channels"),
         (BASE, ["--block_out_channels", "65536", "65536", "65536", "65536"], "parameters, more than 10,000,000,000"),
         (BASE, ["--beta_end", "0.9"], "alphas_cumprod"),
-        (BASE, ["--time_embedding_type", "fourier"], "ve needs fourier"),
+        (BASE, ["--time_embedding_type", "fourier"], "only --objective ve has"),
         (BASE, ["--label_dropout", "0.2"], "--label_column"),
-        (BASE + "label_column: glasses\n", ["--label_dropout", "1"], "[0, 1)"),
+        (BASE + "label_column: glasses\n", ["--label_dropout", "1"], "below 1"),
         (BASE, ["--overwrite_output_dir", "--resume_from_checkpoint", "runs/checkpoint-3"], "deletes checkpoints"),
         (BASE, ["--max_images", "10"], "10 images are fewer than the 16"),
         (BASE, ["--output_dir", f"{__file__}/run"], "--output_dir"),
         (BASE, ["--num_cpu_threads", "1000000000"], "at most 1024"),
-        (BASE + "max_train_steps: 20\n", [], "line 3: a key stands there twice"),
+        (BASE + "max_train_steps: 20\n", [], "line 3: duplicate key"),
         (BASE + "dataset_revision: 0123\n", [], "put it in quotes"),
         (BASE + "down_block_types: [--seed, 5]\n", [], "down_block_types"),
         (BASE + "split: " + "[" * 5000 + "]" * 5000, [], "nested too deep"),
@@ -216,10 +232,10 @@ VE = ["--objective", "ve", "--time_embedding_type", "fourier"]
     ("flags", "message"),
     [
         (["--objective", "ve"], "ve needs fourier"),
-        ([*EDM, "--time_embedding_type", "fourier"], "ve needs fourier"),
-        ([*VP, "--time_embedding_type", "learned"], "learned knows whole timesteps alone"),
+        ([*EDM, "--time_embedding_type", "fourier"], "edm needs positional"),
+        ([*VP, "--time_embedding_type", "learned"], "vp needs positional"),
         ([*VE, "--prediction_type", "v_prediction"], "--prediction_type is v_prediction, which means nothing to"),
-        ([*FLOW, "--time_embedding_type", "fourier"], "ve needs fourier"),
+        ([*FLOW, "--time_embedding_type", "fourier"], "flow needs positional"),
         ([*FLOW, "--prediction_type", "v_prediction"], "--prediction_type is v_prediction, which means nothing to"),
         ([*FLOW, "--likelihood_weighting"], "--likelihood_weighting"),
         ([*EDM, "--time_density", "logit_normal"], "--time_density is logit_normal, which means nothing to"),

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 import train_unet
 from eval import run as evaluation
 from pipelines import export, generate
-from training.config import POSITIVE, TYPES
+from training.config import LIMITS, TYPES
 
 TINY = {
     "dataset_name": "synthetic-faces",
@@ -149,7 +149,7 @@ def odd_numbers(rng):
 
 
 def absurd_values(rng):
-    for name in POSITIVE:
+    for name in [name for name, limits in LIMITS.items() if limits.get("min") == 1 or "above" in limits]:
         yield by_file_or_flag(rng, name, rng.choice([0, -1]))
         yield by_file_or_flag(rng, name, HUGE)
     for name in options_of(float):
@@ -316,6 +316,7 @@ def contradictions(rng):
         yield Case(changes=changes, named=(named,), may_leave=may_leave)
         flags = [part for name, value in changes.items() for part in (f"--{name}", str(value))]
         flags = [flag if flag != "None" else "null" for flag in flags]
+        named = "folder" if changes == {"train_data_dir": "x"} else named  # it replaces the file's images
         yield Case(flags=flags, named=(named,), may_leave=may_leave)
 
 

@@ -296,6 +296,20 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, cache_d
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_of_images_is_all_that_a_newcomer_gives(tmp_path, cache_dir, monkeypatch, capfd):
+    """The configuration is then the quickstart's, which names other images and a split that the folder lacks."""
+    for number in range(16):
+        (tmp_path / "faces").mkdir(exist_ok=True)
+        Image.new("RGB", (20, 30), (number, 0, 0)).save(tmp_path / "faces" / f"{number}.png")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    own = ["--cache_dir", str(cache_dir), "--output_dir", str(tmp_path / "run"), "--max_train_steps", "1"]
+    own += ["--save_images_steps", "1000", "--ddpm_num_inference_steps", "2", "--eval_batch_size", "1"]
+    assert train_unet.main(["--train_data_dir", str(tmp_path / "faces"), *own]) == 0
+    output = capfd.readouterr().out
+    assert "--train_data_dir replaces dataset_name, validation_split of quickstart.yaml" in output
+    assert len(list_checkpoints(tmp_path / "run")) == 1
+
+
 def test_a_dry_run_of_a_checkpoint_that_is_not_there_is_refused(tmp_path, cache_dir, capfd):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     flags = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / "run", "--cache_dir", cache_dir]

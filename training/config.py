@@ -8,11 +8,11 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import math
 import os
 import typing
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,20 +22,35 @@ import yaml
 from diffusers import DDPMScheduler
 from transformers import HfArgumentParser
 
-from common import InputError
+from common import MOST_THREADS, InputError
 from custom_unet import CustomUNet2DModel
 from training.diffusion import make_noise_scheduler
 from training.sde import SDEScheduler
 from training.yaml_file import TOKEN, TOKEN_HINT, read_yaml, shortened, shown
 
 DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the others take --prediction_type
+LARGEST_LAST_SIGNAL = 0.05
+LARGEST_INTEGER = 2**31 - 1
+SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e9  # beyond these, squares and quotients leave the range of float32
+LARGEST_LEVEL_WIDTH = 2**16
+MOST_PARAMETERS = 10**10  # with gradients, moments and EMA 200 GB, which must fit into each device
+LONGEST_TEXT = 4096  # the longest path of Linux
+FOR_HUB = ("dataset_config_name", "dataset_revision", "streaming")  # which describe a data set on the Hub
 
 
-def option(default, help, **kwargs):
-    """A dataclass field with the help text that `--help` shows."""
+def option(default, help: str, **limits):
+    """A field of `TrainConfig`.
+
+    Args:
+        help: what `--help` says.
+        limits: `min` and `max` (inclusive), `above` and `below` (exclusive); `only`: the objectives to which the
+            option means something; `needs`: another option without which it means nothing.
+    """
+    metadata = {"help": help, "limits": limits}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
-    return field(default=default, metadata={"help": help, **kwargs})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -53,33 +68,35 @@ class TrainConfig:
     train_data_dir: str | None = option(None, "folder of images, of parquet, or written by `save_to_disk`")
     split: str = option("train", "split to train on")
     validation_split: str | None = option(None, "split for the held-out loss; none is computed without it")
-    validation_images: int = option(512, "images of the validation split in the held-out loss")
+    validation_images: int = option(512, "images of the validation split in the held-out loss", min=1, max=100_000)
     image_column: str = option("image", "column that holds the images")
     label_column: str | None = option(None, "column of class labels, which makes the network class-conditional")
-    label_dropout: float = option(0.1, "probability that a label is replaced by the null class, for guidance")
+    label_dropout: float = option(
+        0.1, "probability of dropping a label, for guidance", min=0, below=1, needs="label_column"
+    )
     crop: Literal["celeba_140", "celeba_128", "center", "none"] = option("center", "crop by name, before resizing")
-    resolution: int = option(64, "side length of the training images, in pixels")
+    resolution: int = option(64, "side length of the training images, in pixels", min=1, max=8192)
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
-    max_images: int | None = option(None, "use the first images of the split only")
-    skip_bad_images: bool = option(False, "leave out unreadable images and count them, instead of an error")
+    max_images: int | None = option(None, "use only the first images of the split", min=1)
+    skip_bad_images: bool = option(False, "skip and count unreadable images instead of an error")
     streaming: bool = option(False, "read a Hub data set as a stream; only the decoded images are kept")
     cache_dir: str | None = option(None, "where the decoded images are kept")
-    dataloader_num_workers: int = option(0, "processes that read batches; 0 reads them in the training process")
+    dataloader_num_workers: int = option(0, "worker processes of the data loader", min=0, max=256)
 
     # Network: the constructor arguments of UNet2DModel; sample_size is the resolution, in and out channels are RGB
     pretrained_model_name_or_path: str | None = option(
-        None, "model folder or Hub id with the same network, whose weights a fresh run starts from; give it later too"
+        None, "model folder or Hub id with the same network, whose weights a fresh run starts from"
     )
     down_block_types: list[str] = option(["DownBlock2D", *["AttnDownBlock2D"] * 3], "contracting path, top to bottom")
     mid_block_type: str | None = option("UNetMidBlock2D", "the bottleneck")
     up_block_types: list[str] = option([*["AttnUpBlock2D"] * 3, "UpBlock2D"], "expanding path, bottom to top")
     block_out_channels: list[int] = option([224, 448, 672, 896], "channels of each level")
-    layers_per_block: int = option(2, "residual blocks of each level")
+    layers_per_block: int = option(2, "residual blocks of each level", max=100)
     mid_block_scale_factor: float = option(1.0, "divisor of the bottleneck's residual sums")
     downsample_padding: int = option(1, "padding of the downsampling convolution")
     downsample_type: str = option("conv", "conv or resnet")
     upsample_type: str = option("conv", "conv or resnet")
-    dropout: float = option(0.0, "dropout in the residual blocks")
+    dropout: float = option(0.0, "dropout in the residual blocks", min=0, below=1)
     act_fn: str = option("silu", "activation")
     attention_head_dim: int | None = option(8, "width of an attention head; null in YAML: one head")
     norm_num_groups: int = option(32, "groups of the group norms")
@@ -89,118 +106,130 @@ class TrainConfig:
     add_attention: bool = option(True, "attention in the bottleneck")
     center_input_sample: bool = option(False, "map the input x to 2x - 1")
     time_embedding_type: str = option("positional", "positional, fourier or learned")
-    time_embedding_dim: int | None = option(None, "width of the time embedding; 4 times the first level's by default")
+    time_embedding_dim: int | None = option(
+        None, "width of the time embedding; by default 4 times the first level's", max=2**16
+    )
     freq_shift: int = option(0, "frequency shift of the positional time embedding")
     flip_sin_to_cos: bool = option(True, "cosines before sines in the positional time embedding")
 
     # Diffusion: in timesteps (ddpm), or in continuous time by an SDE
     objective: Literal["ddpm", "vp", "subvp", "ve", "edm", "flow"] = option(
-        "ddpm", "noise process and loss: DDPM's, those of the VP, sub-VP and VE SDEs, EDM's, or rectified flow's"
+        "ddpm", "noise process and loss: DDPM, VP, sub-VP or VE SDE, EDM, or rectified flow"
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option(
-        "epsilon", "what the network predicts; with ve it is the score, with edm a mixture, with flow the velocity"
+        "epsilon", "what the network predicts; ve: the score, edm: a mixture, flow: the velocity", only="ddpm vp subvp"
     )
-    ddpm_num_steps: int = option(1000, "timesteps T of the forward process")
-    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option("linear", "noise schedule")
-    beta_start: float = option(1e-4, "first beta of the linear schedules")
-    beta_end: float = option(0.02, "last beta of the linear schedules")
-    rescale_betas_zero_snr: bool = option(False, "rescale the betas so that the last timestep is pure noise")
-    snr_gamma: float | None = option(None, "gamma of the min-SNR loss weighting; the plain loss without it")
+    ddpm_num_steps: int = option(1000, "timesteps T of the forward process", min=1, max=100_000, only="ddpm")
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option(
+        "linear", "noise schedule", only="ddpm"
+    )
+    beta_start: float = option(1e-4, "first beta of the linear schedules", above=0, only="ddpm")
+    beta_end: float = option(0.02, "last beta of the linear schedules", above=0, only="ddpm")
+    rescale_betas_zero_snr: bool = option(False, "rescale betas: the last timestep is pure noise", only="ddpm")
+    snr_gamma: float | None = option(None, "gamma of the min-SNR loss weighting", above=0, only="ddpm")
     snr_weighting: Literal["min", "soft_min"] = option(
-        "min", "with snr_gamma, min(SNR, gamma) or SNR gamma / (SNR + gamma) for the error of x_0"
+        "min", "weight of the x_0 error: min(SNR, gamma) or SNR gamma / (SNR + gamma)", only="ddpm", needs="snr_gamma"
     )
-    likelihood_weighting: bool = option(False, "weight the loss by g^2 instead of n^2 (vp, subvp, ve)")
-    sde_beta_min: float = option(0.1, "beta at time 0 (vp, subvp)")
-    sde_beta_max: float = option(20.0, "beta at time 1 (vp, subvp)")
-    sigma_min: float | None = option(None, "smallest noise level; by default 0.02 (ve) or 0.002 (edm)")
-    sigma_max: float | None = option(None, "largest noise level; by default 100 (ve) or 80 (edm)")
-    sigma_data: float = option(0.5, "standard deviation of the pixel values in [-1, 1] (edm)")
-    noise_mean: float = option(-1.2, "mean of ln(sigma) in training (edm)")
-    noise_std: float = option(1.2, "standard deviation of ln(sigma) in training (edm)")
-    time_density: Literal["uniform", "logit_normal"] = option("uniform", "density of the times in training (flow)")
+    likelihood_weighting: bool = option(False, "weight the loss by g^2, not n^2", only="vp subvp ve")
+    sde_beta_min: float = option(0.1, "beta at time 0", above=0, only="vp subvp")
+    sde_beta_max: float = option(20.0, "beta at time 1", above=0, max=100, only="vp subvp")
+    sigma_min: float | None = option(
+        None, "smallest noise level; by default 0.02 for ve and 0.002 for edm", min=1e-5, only="ve edm"
+    )
+    sigma_max: float | None = option(
+        None, "largest noise level; by default 100 for ve and 80 for edm", above=0, max=1e6, only="ve edm"
+    )
+    sigma_data: float = option(0.5, "standard deviation of pixels in [-1, 1]", min=1e-3, max=1e3, only="edm")
+    noise_mean: float = option(-1.2, "mean of ln(sigma) in training", only="edm")
+    noise_std: float = option(1.2, "standard deviation of ln(sigma) in training", above=0, max=100, only="edm")
+    time_density: Literal["uniform", "logit_normal"] = option("uniform", "density of training times", only="flow")
     timestep_sampling: Literal["uniform", "stratified", "antithetic"] = option(
         "uniform", "times of a batch: independent, one from each of B equal strata, or in pairs t and T - 1 - t"
     )
 
     # Optimisation
-    train_batch_size: int = option(16, "images per process and micro-batch")
-    gradient_accumulation_steps: int = option(1, "micro-batches per optimizer update")
-    learning_rate: float = option(1e-4, "peak learning rate")
+    train_batch_size: int = option(16, "images per process and micro-batch", min=1, max=2**20)
+    gradient_accumulation_steps: int = option(1, "micro-batches per optimizer update", min=1)
+    learning_rate: float = option(1e-4, "peak learning rate", above=0, max=100)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option("cosine", "schedule")
-    lr_warmup_steps: int = option(500, "updates of linear warm-up")
-    adam_beta1: float = option(0.95, "beta1 of AdamW")
-    adam_beta2: float = option(0.999, "beta2 of AdamW")
-    adam_weight_decay: float = option(1e-6, "decoupled weight decay of AdamW")
-    adam_epsilon: float = option(1e-8, "epsilon of AdamW")
-    max_grad_norm: float = option(1.0, "largest norm of the gradient, over all parameters")
-    ema_inv_gamma: float = option(1.0, "warm-up length of the EMA: decay = 1 - (1 + step / inv_gamma) ** -power")
-    ema_power: float = option(0.75, "warm-up exponent of the EMA")
-    ema_max_decay: float = option(0.9999, "largest decay of the EMA")
+    lr_warmup_steps: int = option(500, "updates of linear warm-up", min=0)
+    adam_beta1: float = option(0.95, "beta1 of AdamW", min=0, below=1)
+    adam_beta2: float = option(0.999, "beta2 of AdamW", min=0, below=1)
+    adam_weight_decay: float = option(1e-6, "decoupled weight decay of AdamW", min=0)
+    adam_epsilon: float = option(1e-8, "epsilon of AdamW", above=0, max=1)
+    max_grad_norm: float = option(1.0, "largest norm of the gradient, over all parameters", above=0)
+    ema_inv_gamma: float = option(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power", above=0)
+    ema_power: float = option(0.75, "warm-up exponent of the EMA", above=0)
+    ema_max_decay: float = option(0.9999, "largest decay of the EMA", min=0, below=1)
     post_hoc_ema: bool = option(
-        False, "keep two power-function averages too, for an EMA whose length is chosen later: pipelines.post_hoc_ema"
+        False, "keep two more averages for an EMA whose length is chosen later, see pipelines.post_hoc_ema"
     )
-    post_hoc_ema_steps: int = option(1000, "updates between snapshots of the two; all are kept, in float16")
+    post_hoc_ema_steps: int = option(1000, "updates between snapshots of the two; all are kept, in float16", min=1)
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = option(
-        "no", "autocast type of the network; auto times float32 and bf16 (or fp16) at the start and takes the faster"
+        "no", "autocast type; auto times float32 and bf16 (or fp16) at the start and takes the faster one"
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the network")
     channels_last: bool = option(False, "channels-last memory format")
-    num_cpu_threads: int | None = option(None, "threads per process on a CPU; its share of the cores by default")
-    max_nonfinite_steps: int = option(20, "stop after so many NaN or infinite gradients in a row")
-    seed: int = option(0, "everything random derives from (seed, step, rank)")
+    num_cpu_threads: int | None = option(None, "threads per process on a CPU", min=1, max=MOST_THREADS)
+    max_nonfinite_steps: int = option(20, "stop after so many NaN or infinite gradients in a row", min=1)
+    seed: int = option(0, "everything random derives from (seed, step, rank)", min=0, max=2**63 - 1)
 
     # Length
-    max_train_steps: int | None = option(None, "optimizer updates in all; overrides num_epochs")
-    num_epochs: float | None = option(None, "passes over the data in all")
-    max_train_minutes: float | None = option(None, "time budget of this start: then checkpoint, export and exit 0")
+    max_train_steps: int | None = option(None, "optimizer updates in all; overrides num_epochs", min=1)
+    num_epochs: float | None = option(None, "passes over the data in all", above=0)
+    max_train_minutes: float | None = option(None, "time budget of this start, then checkpoint and export", above=0)
 
     # Output
     output_dir: str = option("runs/unet", "checkpoints, samples, logs and the pipeline folder")
     overwrite_output_dir: bool = option(False, "delete what an earlier run left in output_dir")
     resume_from_checkpoint: str = option("latest", "latest (a fresh run where there is none) or a checkpoint's path")
-    checkpointing_steps: int = option(500, "updates between checkpoints; each also exports the pipeline folder")
-    checkpoints_total_limit: int | None = option(2, "newest checkpoints kept; null in YAML keeps all")
-    validation_steps: int = option(500, "updates between held-out losses")
-    save_images_steps: int = option(500, "updates between sample grids")
-    eval_batch_size: int = option(16, "images in a sample grid")
-    ddpm_num_inference_steps: int = option(50, "sampling steps for a sample grid")
-    sampler: Literal["ddim", "ddpm"] = option("ddim", "sampler of the grids and of the exported pipeline, for ddpm")
+    checkpointing_steps: int = option(500, "updates between checkpoints; each also exports the pipeline folder", min=1)
+    checkpoints_total_limit: int | None = option(2, "newest checkpoints kept; null in YAML keeps all", min=1)
+    validation_steps: int = option(500, "updates between held-out losses", min=1)
+    save_images_steps: int = option(500, "updates between sample grids", min=1)
+    eval_batch_size: int = option(16, "images in a sample grid", min=1, max=4096)
+    ddpm_num_inference_steps: int = option(50, "sampling steps for a sample grid", min=1, max=100_000)
+    sampler: Literal["ddim", "ddpm"] = option("ddim", "sampler of grids and exported pipeline", only="ddpm")
     metric: Literal["fid", "kid"] | None = option(None, "metric of the EMA network while training; its best is kept")
-    metric_images: int = option(2048, "images of the metric, generated ones and as many of the training images")
-    metric_steps: int = option(
-        5000, "updates between measurements of the metric; the last update of the run is measured too"
+    metric_images: int = option(
+        2048, "generated images in the metric, and as many training images", min=2, max=100_000, needs="metric"
     )
-    inception_path: str | None = option(None, "file of Inception's weights, for the metric; looked for by default")
-    logging_steps: int = option(10, "updates between log records")
+    metric_steps: int = option(
+        5000, "updates between measurements of the metric, besides the last", min=1, needs="metric"
+    )
+    inception_path: str | None = option(None, "file of Inception's weights, for the metric", needs="metric")
+    logging_steps: int = option(10, "updates between log records", min=1)
     logging_dir: str = option("logs", "folder of the trackers, inside output_dir")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option("tensorboard", "trackers besides log.jsonl")
     dry_run: bool = option(False, "pre-flight and one update, then stop without writing a checkpoint")
     push_to_hub: bool = option(False, "push the pipeline folder to the Hub when the run ends in good order")
-    hub_model_id: str | None = option(None, "repository on the Hub; by default the last part of output_dir")
-    hub_private_repo: bool = option(False, "create the repository on the Hub as a private one")
+    hub_model_id: str | None = option(
+        None, "repository on the Hub; by default the last part of output_dir", needs="push_to_hub"
+    )
+    hub_private_repo: bool = option(False, "create the repository as a private one", needs="push_to_hub")
 
     def __post_init__(self):
         for name in TYPES:
             value = getattr(self, name)
             for entry in value if isinstance(value, list) else [value]:
                 _check_value(name, entry)
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"--{name} is {shown(value)}; it must be positive")
-        for name in NON_NEGATIVE:
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise InputError(f"--{name} is {shown(getattr(self, name))}; it must not be negative")
-        for name in BELOW_ONE:
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        for name, most in LARGEST.items():
-            if getattr(self, name) is not None and getattr(self, name) > most:
-                raise InputError(f"--{name} is {shown(getattr(self, name))}; it must be at most {most}")
-        for name, least in SMALLEST.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise InputError(f"--{name} is {shown(getattr(self, name))}; it must be at least {least}")
+        for name, limits in LIMITS.items():
+            value, objectives, needed = getattr(self, name), limits.get("only", self.objective), limits.get("needs")
+            if value == DEFAULTS[name]:
+                continue
+            if self.objective not in objectives.split():
+                raise InputError(
+                    f"--{name} is {value}, which means nothing to --objective {self.objective}, only to"
+                    f" {objectives.replace(' ', ', ')}; leave it out"
+                )
+            if needed and getattr(self, needed) in (None, False):
+                raise InputError(f"--{name} is {value}, which means nothing without --{needed}; give both or neither")
+        self._check_data()
+        self._check_ddpm() if self.objective == "ddpm" else self._check_sde()
+        self._check_run()
+
+    def _check_data(self) -> None:
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise InputError("give either --dataset_name or --train_data_dir, exactly one of them")
         if self.dataset_name == "synthetic-faces" and self.resolution < 8:
@@ -211,7 +240,9 @@ class TrainConfig:
                 raise InputError(f"--{name} is for the Hub, but {given} is given; leave one of them out")
         train, heldout = ("validation" if split == "valid" else split for split in (self.split, self.validation_split))
         if train == heldout:
-            raise InputError(f"--validation_split {self.split} is what is trained on, not held out; take another one")
+            raise InputError(
+                f"--validation_split {self.split} is what is trained on, not held out; choose another one"
+            )
         images_per_update = self.train_batch_size * self.gradient_accumulation_steps
         if self.max_images is not None and images_per_update > self.max_images:
             raise InputError(
@@ -219,9 +250,10 @@ class TrainConfig:
                 f" ({self.train_batch_size} x {self.gradient_accumulation_steps} accumulated); lower"
                 " --train_batch_size"
             )
-        if self.label_column is None and self.label_dropout != DEFAULTS["label_dropout"]:
-            raise InputError(f"--label_dropout is {self.label_dropout}, but labels come with --label_column alone")
-        self._check_objective()
+
+    def _check_ddpm(self) -> None:
+        if self.time_embedding_type == "fourier":
+            raise InputError("--time_embedding_type fourier embeds noise levels, which only --objective ve has")
         if not self.beta_start <= self.beta_end < 1:
             raise InputError(
                 f"--beta_start {self.beta_start} and --beta_end {self.beta_end} must rise and stay below 1"
@@ -231,54 +263,23 @@ class TrainConfig:
                 "--rescale_betas_zero_snr does not go with --prediction_type epsilon: at zero SNR the noise tells"
                 " nothing of the image; use v_prediction or sample"
             )
-        if self.snr_gamma is None and self.snr_weighting != DEFAULTS["snr_weighting"]:
-            raise InputError(f"--snr_weighting is {self.snr_weighting}, but there is no --snr_gamma; give both")
         if self.rescale_betas_zero_snr and self.snr_gamma is not None:
             raise InputError(
                 f"--snr_gamma {self.snr_gamma} gives the last timestep of --rescale_betas_zero_snr, where sampling"
                 " starts, the weight 0; leave one of them out"
             )
-        if self.max_train_steps is None and self.num_epochs is None and self.max_train_minutes is None:
-            raise InputError("the run has no length: give --max_train_steps, --num_epochs or --max_train_minutes")
-        if self.lr_scheduler in ("linear", "cosine") and self.max_train_steps is None and self.num_epochs is None:
-            raise InputError(
-                f"--lr_scheduler {self.lr_scheduler} ends at the last step: give --max_train_steps or --num_epochs, or"
-                " take constant_with_warmup"
-            )
-        if self.objective == "ddpm" and self.ddpm_num_inference_steps > self.ddpm_num_steps:
+        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
             raise InputError(
                 f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps} is more than the {self.ddpm_num_steps}"
                 " timesteps of --ddpm_num_steps"
             )
-        for name in ("hub_model_id", "hub_private_repo"):
-            if getattr(self, name) and not self.push_to_hub:
-                raise InputError(f"--{name} is {getattr(self, name)}, but nothing is pushed without --push_to_hub")
-        for name in ("metric_images", "metric_steps", "inception_path"):
-            if self.metric is None and getattr(self, name) != DEFAULTS[name]:
-                raise InputError(f"--{name} is {getattr(self, name)}, but nothing is measured without --metric")
-        if self.overwrite_output_dir and self.resume_from_checkpoint != "latest":
-            raise InputError(
-                f"--resume_from_checkpoint {self.resume_from_checkpoint} does not go with --overwrite_output_dir,"
-                " which deletes checkpoints; leave one of them out"
-            )
 
-    def _check_objective(self) -> None:
-        """Whether the options go with the objective, and its noise levels reach from image to noise."""
-        for name, objectives in ONLY_FOR.items():
-            if self.objective not in objectives and getattr(self, name) != DEFAULTS[name]:
-                raise InputError(
-                    f"--{name} is {getattr(self, name)}, which means nothing to --objective {self.objective}, only to"
-                    f" {', '.join(objectives)}; leave it out"
-                )
-        if (self.time_embedding_type == "fourier") != (self.objective == "ve"):
+    def _check_sde(self) -> None:
+        """Whether the network can embed the continuous times, and the noise levels reach from image to noise."""
+        needed = "fourier" if self.objective == "ve" else "positional"
+        if self.time_embedding_type != needed:
             raise InputError(
-                f"--time_embedding_type is {self.time_embedding_type} and --objective {self.objective}; ve needs"
-                " fourier, which embeds noise levels and goes with no other"
-            )
-        if self.time_embedding_type == "learned" and self.objective != "ddpm":
-            raise InputError(
-                f"--time_embedding_type learned knows whole timesteps alone, --objective {self.objective} has"
-                " continuous times; take positional"
+                f"--time_embedding_type is {self.time_embedding_type}; --objective {self.objective} needs {needed}"
             )
         if self.objective in ("vp", "subvp"):
             signal = math.exp(-(self.sde_beta_min + self.sde_beta_max) / 4)
@@ -287,13 +288,27 @@ class TrainConfig:
                     f"--sde_beta_min {self.sde_beta_min} and --sde_beta_max {self.sde_beta_max} leave {signal:.3g} of"
                     f" the image at time 1; they must not fall, and leave at most {LARGEST_LAST_SIGNAL}"
                 )
-        if self.objective != "ddpm":
-            sde = self.noise_scheduler().sde
-            if self.objective == "edm" and not math.log(sde.sigma_min) < self.noise_mean < math.log(sde.sigma_max):
-                raise InputError(
-                    f"--noise_mean is {self.noise_mean}; it must lie between ln(sigma_min) ="
-                    f" {math.log(sde.sigma_min):.3g} and ln(sigma_max) = {math.log(sde.sigma_max):.3g}"
-                )
+        sde = self.noise_scheduler().sde
+        if self.objective == "edm" and not math.log(sde.sigma_min) < self.noise_mean < math.log(sde.sigma_max):
+            raise InputError(
+                f"--noise_mean is {self.noise_mean}; it must lie between ln(sigma_min) ="
+                f" {math.log(sde.sigma_min):.3g} and ln(sigma_max) = {math.log(sde.sigma_max):.3g}"
+            )
+
+    def _check_run(self) -> None:
+        has_last_step = self.max_train_steps is not None or self.num_epochs is not None
+        if not has_last_step and self.max_train_minutes is None:
+            raise InputError("the run has no length: give --max_train_steps, --num_epochs or --max_train_minutes")
+        if self.lr_scheduler in ("linear", "cosine") and not has_last_step:
+            raise InputError(
+                f"--lr_scheduler {self.lr_scheduler} ends at the last step: give --max_train_steps or --num_epochs, or"
+                " use constant_with_warmup"
+            )
+        if self.overwrite_output_dir and self.resume_from_checkpoint != "latest":
+            raise InputError(
+                f"--resume_from_checkpoint {self.resume_from_checkpoint} does not go with --overwrite_output_dir,"
+                " which deletes checkpoints; leave one of them out"
+            )
 
     def noise_scheduler(self) -> DDPMScheduler | SDEScheduler:
         """The noise process of this run.
@@ -329,7 +344,7 @@ class TrainConfig:
 
     def objective_settings(self) -> dict:
         """The objective and the options that mean something to it; no sigma is None."""
-        names = [name for name, objectives in ONLY_FOR.items() if self.objective in objectives]
+        names = [name for name, limits in LIMITS.items() if self.objective in limits.get("only", "").split()]
         settings = {"objective": self.objective} | {name: getattr(self, name) for name in names}
         if self.objective in ("ve", "edm"):
             sde = self.noise_scheduler().sde
@@ -395,85 +410,31 @@ class TrainConfig:
 
 TYPES = typing.get_type_hints(TrainConfig)
 DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(TrainConfig)}
-# Options that mean something to some objectives alone; with another one they must have their defaults
-ONLY_FOR = {
-    "prediction_type": ("ddpm", "vp", "subvp"),
-    "ddpm_num_steps": ("ddpm",),
-    "ddpm_beta_schedule": ("ddpm",),
-    "beta_start": ("ddpm",),
-    "beta_end": ("ddpm",),
-    "rescale_betas_zero_snr": ("ddpm",),
-    "snr_gamma": ("ddpm",),
-    "snr_weighting": ("ddpm",),
-    "sampler": ("ddpm",),
-    "likelihood_weighting": ("vp", "subvp", "ve"),
-    "sde_beta_min": ("vp", "subvp"),
-    "sde_beta_max": ("vp", "subvp"),
-    "sigma_min": ("ve", "edm"),
-    "sigma_max": ("ve", "edm"),
-    "sigma_data": ("edm",),
-    "noise_mean": ("edm",),
-    "noise_std": ("edm",),
-    "time_density": ("flow",),
-}
-OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the others take --prediction_type
-LARGEST_LAST_SIGNAL = 0.05
+LIMITS = {entry.name: entry.metadata["limits"] for entry in dataclasses.fields(TrainConfig)}
 UNET_OPTIONS = [name for name in inspect.signature(CustomUNet2DModel.__init__).parameters if name in TYPES]
-POSITIVE = (
-    "resolution ddpm_num_steps beta_start beta_end snr_gamma train_batch_size gradient_accumulation_steps"
-    " learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_nonfinite_steps max_train_steps num_epochs"
-    " max_train_minutes checkpointing_steps checkpoints_total_limit validation_steps validation_images"
-    " save_images_steps metric_steps eval_batch_size ddpm_num_inference_steps logging_steps max_images num_cpu_threads"
-    " sde_beta_min sde_beta_max sigma_min sigma_max sigma_data noise_std post_hoc_ema_steps"
-).split()
-NON_NEGATIVE = "dataloader_num_workers lr_warmup_steps adam_weight_decay seed".split()
-BELOW_ONE = "dropout label_dropout adam_beta1 adam_beta2 ema_max_decay".split()
-LARGEST = {
-    "resolution": 8192,
-    "layers_per_block": 100,
-    "time_embedding_dim": 2**16,
-    "ddpm_num_steps": 100_000,
-    "ddpm_num_inference_steps": 100_000,
-    "sde_beta_max": 100,
-    "sigma_max": 1e6,
-    "sigma_data": 1e3,
-    "noise_std": 100,
-    "train_batch_size": 2**20,
-    "eval_batch_size": 4096,
-    "validation_images": 100_000,
-    "metric_images": 100_000,
-    "dataloader_num_workers": 256,  # each is a process
-    "num_cpu_threads": 1024,  # where threads cannot be made, OpenMP ends the process
-    "adam_epsilon": 1,
-    "learning_rate": 100,
-    "seed": 2**63 - 1,
-}
-SMALLEST = {
-    "sigma_min": 1e-5,  # float32 images keep no smaller noise
-    "sigma_data": 1e-3,
-    "metric_images": 2,  # one has no covariance
-}
-LARGEST_INTEGER = 2**31 - 1
-SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e9  # beyond these, squares and quotients leave the range of float32
-LARGEST_LEVEL_WIDTH = 2**16
-MOST_PARAMETERS = 10**10  # with gradients, moments and EMA 200 GB, which must fit into each device
-LONGEST_TEXT = 4096  # the longest path of Linux
 
 
 def _check_value(name: str, value) -> None:
-    """Raises InputError for a number or a text that is of no use as a value of any option."""
+    """Raises InputError for a number that is out of its range, or a text of no use as a value of any option."""
     if isinstance(value, str):
         if not value or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value):
             raise InputError(f"--{name} is {shown(value)}; it must be a text without control characters")
         if len(value) > LONGEST_TEXT:
             raise InputError(f"--{name} has {len(value)} characters; it must have at most {LONGEST_TEXT}")
-    elif isinstance(value, int) and name != "seed":
-        if abs(value) > LARGEST_INTEGER:
-            raise InputError(f"--{name} is {shown(value)}; it must be at most {LARGEST_INTEGER}")
-    elif isinstance(value, float) and value != 0 and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
-        if name in POSITIVE + NON_NEGATIVE and not value > 0:
-            return  # it is told below
-        raise InputError(f"--{name} is {value}; it must lie between {SMALLEST_FLOAT} and {LARGEST_FLOAT:.0e}")
+    if isinstance(value, (str, bool, type(None))):
+        return
+    largest = LARGEST_INTEGER if isinstance(value, int) else LARGEST_FLOAT
+    limits = {"min": -largest, "max": largest} | LIMITS[name]
+    checks = {
+        f"at least {limits['min']}": value >= limits["min"],
+        f"above {limits.get('above')}": "above" not in limits or value > limits["above"],
+        f"at most {limits['max']}": value <= limits["max"],
+        f"below {limits.get('below')}": "below" not in limits or value < limits["below"],
+        f"at least {SMALLEST_FLOAT} in size": value == 0 or abs(value) >= SMALLEST_FLOAT,
+    }
+    for wanted, is_met in checks.items():  # none is met by nan
+        if not is_met:
+            raise InputError(f"--{name} is {shown(value)}; it must be {wanted}")
 
 
 def check_model(config: TrainConfig) -> None:
@@ -517,9 +478,19 @@ def check_output_dir(output_dir: str) -> None:
 
 
 class _Parser(HfArgumentParser):
-    """Raises InputError where argparse would print its usage and exit."""
+    def add_argument(self, *flags, limits: dict | None = None, **settings):
+        if _is_optional(TYPES.get(flags[0].removeprefix("--"))):
+            read = settings["type"]
+            settings["type"] = functools.wraps(read)(lambda text: None if text == "null" else read(text))
+            if "choices" in settings:
+                settings["metavar"] = f"{{{','.join(settings['choices'])},null}}"
+                settings["choices"] = [*settings["choices"], None]
+        if limits and "only" in limits:
+            settings["help"] += f" ({limits['only'].replace(' ', ', ')})"
+        return super().add_argument(*flags, **settings)
 
     def error(self, message):
+        """Where argparse would print its usage and exit."""
         raise InputError(shortened(message))
 
 
@@ -529,7 +500,8 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
     `null` stands for no value, in the file and after a flag.
 
     Each entry of the file is turned into the flag of the same name, so that file and command line are read and checked
-    by the same rules; flags of the command line come later and win.
+    by the same rules; flags of the command line come later and win. Images that are named on the command line take the
+    place of those of the file.
 
     Raises:
         InputError: for an unreadable file, an unknown key or flag (naming the nearest known one), a bad value, an
@@ -540,12 +512,6 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
             raise InputError(f"argument {number} holds a token{_nearest('token')}, where no log or model can show it")
     parser = _Parser(TrainConfig, allow_abbrev=False, description="Trains an unconditional diffusion model of images.")
     parser.add_argument("--config", type=Path, help="YAML file whose keys are the flags below")
-    for action in parser._actions:
-        if action.dest in TYPES and _is_optional(TYPES[action.dest]):
-            action.type = _or_null(action.type)
-            if action.choices is not None:
-                action.metavar = f"{{{','.join(action.choices)},null}}"
-                action.choices = [*action.choices, None]
     known, unknown = parser.parse_known_args(arguments)
     for token in unknown:  # a value may be a secret, so none is printed
         if not token.startswith("--"):
@@ -555,43 +521,50 @@ def parse_config(arguments: list[str], report=print) -> TrainConfig:
     path = known.config
     if path is None:
         path = DEFAULT_CONFIG_PATH
-        report(f"no --config given: taking configs/{path.name}")
-    config, _ = parser.parse_args_into_dataclasses([*_yaml_tokens(path), *arguments], look_for_args_file=False)
+        report(f"no --config given: using configs/{path.name}")
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise InputError(f"the configuration {path} is not a mapping of keys to values")
+    flags_of_file = _flags(path, values)
+    for flag in ("dataset_name", "train_data_dir"):
+        displaced = _displaced(values, flag, getattr(known, flag))
+        if displaced:
+            report(f"--{flag} replaces {', '.join(displaced)} of {path.name}")
+            flags_of_file = {key: flags for key, flags in flags_of_file.items() if key not in displaced}
+    arguments = [*itertools.chain(*flags_of_file.values()), *arguments]
+    config, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     check_output_dir(config.output_dir)
     check_model(config)
     return config
 
 
-def _or_null(read: Callable) -> Callable:
-    """Reads the value of an option that may have none."""
+def _displaced(values: dict, flag: str, given: str | None) -> list[str]:
+    """The keys of a file that describe other images than those that a flag of the command line names."""
+    there = [key for key in ("dataset_name", "train_data_dir") if values.get(key) is not None]
+    if not there or given is None or values.get(flag) == given:
+        return []
+    of_other_images = [*FOR_HUB, "validation_split"] if flag not in there else FOR_HUB
+    return [*there, *(key for key in of_other_images if values.get(key))]
 
-    @functools.wraps(read)  # argparse tells the type by its name
-    def read_or_null(text: str):
-        return None if text == "null" else read(text)
 
-    return read_or_null
-
-
-def _yaml_tokens(path: Path) -> list[str]:
-    """The YAML file as command-line tokens."""
-    values = read_yaml(path)
-    if not isinstance(values, dict):
-        raise InputError(f"the configuration {path} is not a mapping of keys to values")
-    tokens = []
+def _flags(path: Path, values: dict) -> dict[str, list[str]]:
+    """The entries of a YAML file as arguments of the command line, by their keys."""
+    arguments = {}
     for key, value in values.items():
         if key not in TYPES:
             raise InputError(f"unknown key {shown(key)} in {path}{_nearest(shown(key))}")
         if value is None:
             if not _is_optional(TYPES[key]):
                 raise InputError(f"{key} is null in {path}; it needs a value")
-            tokens.append(f"--{key}=null")
+            arguments[key] = [f"--{key}=null"]
         elif not _suits(value, TYPES[key]):
             quotes = "; put it in quotes" if _is_text(TYPES[key]) and isinstance(value, (bool, int, float)) else ""
-            raise InputError(f"{key} in {path} is {shown(value)}; it should be {_type_name(TYPES[key])}{quotes}")
+            kind = TYPES[key].__name__ if isinstance(TYPES[key], type) else TYPES[key]
+            raise InputError(f"{key} in {path} is {shown(value)}; it should be {kind}{quotes}")
         else:
             # "=" keeps a value that begins with a dash from being read as a flag
-            tokens += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-    return tokens
+            arguments[key] = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return arguments
 
 
 def _suits(value, annotation) -> bool:
@@ -613,10 +586,6 @@ def _is_text(annotation) -> bool:
 
 def _is_optional(annotation) -> bool:
     return type(None) in typing.get_args(annotation)
-
-
-def _type_name(annotation) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _nearest(name: str, prefix: str = "") -> str:
