@@ -15,9 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from eval.figures import plot_dots
 from eval.results import number, read_results, write_results
-from experiments import ablation, equal_time
+from experiments import ablation, bench
 from experiments.ablation import Job, jobs_of, main
 from experiments.study import read_study
 from training.config import parse_config
@@ -109,77 +108,31 @@ def logs(out: Path) -> str:
     return "\n".join(path.read_text()[-2000:] for path in out.rglob("log.txt"))
 
 
-def entry(results: Path, name: str) -> dict:
-    (one,) = [e for e in read_results(results / "results.json")["results"] if e["name"] == name]
-    return one
-
-
-def test_the_flags_of_a_study_reach_the_trainer(done):
-    base, edm = (
-        yaml.safe_load((done / "out" / name / "seed-7" / "run" / "config.yaml").read_text())
-        for name in ("base", "edm")
-    )
-    assert FLAGS.items() <= base.items()
-    assert FLAGS.items() <= edm.items()
-    assert (base["learning_rate"], base["random_flip"], base["snr_gamma"]) == (2.5e-4, False, 5.0)
-    assert (edm["learning_rate"], edm["random_flip"], edm["snr_gamma"]) == (1e-3, True, None)
-    assert (base["objective"], edm["objective"]) == ("ddpm", "edm")
-    assert (base["seed"], base["dataset_name"]) == (7, None)
-    assert Path(base["train_data_dir"]).name == "real"
-
-
-def test_the_evaluation_of_a_study_reaches_eval_run(done):
-    expected = {"base": ("ddim", None), "edm": ("edm_heun", 2.0)}
-    for name, (sampler, churn) in expected.items():
-        results = done / "out" / name / "seed-7" / "evaluation"
-        swd = entry(results, "SWD, mean")
-        assert (swd["n"], swd["sampler"], swd["steps"]) == (NUM_IMAGES, sampler, 3)
-        assert swd.get("sampler_settings", {}).get("churn") == churn
-        assert entry(results, "Error of x_0, mean over log sigma, held-out")["n"] == 8
-
-
-def test_the_table_has_the_values_of_the_evaluations(done):
+def test_a_study_is_trained_and_evaluated_with_its_flags_and_laid_side_by_side(done, real, capsys):
     table = rows(done / "out")
     assert [row["variant"] for row in table] == ["base", "edm"]
     assert table[0]["what is changed"] == "learning_rate 0.00025, random_flip False"
-    assert table[1]["what is changed"].endswith("snr_gamma null")
     assert [row["sampler"] for row in table] == ["ddim, 3 steps", "edm_heun, 3 steps, churn 2"]
-    for row in table:
-        results = done / "out" / row["variant"] / "seed-7" / "evaluation"
-        assert row["SWD"] == number(entry(results, "SWD, mean")["value"])
-        error = entry(results, "Error of x_0, mean over log sigma, held-out")
-        assert row["error of x_0"] == number(error["value"])
-        ratio = entry(results, "Nearest training image, generated / held-out (median)")
-        assert row["nearest training image, generated / held-out"] == number(ratio["value"])
-    epsilon = entry(
-        done / "out" / "base" / "seed-7" / "evaluation", "Error of the noise, mean over timesteps, held-out"
-    )
-    assert table[0]["error of the noise"] == number(epsilon["value"])
-    assert table[1]["error of the noise"] == table[1]["q1"] == "–"
+    assert table[1]["error of the noise"] == table[1]["q1"] == "–"  # at other noise levels
+    for row, changes in zip(table, ({"learning_rate": 2.5e-4, "random_flip": False}, EDM), strict=True):
+        folder = done / "out" / row["variant"] / "seed-7"
+        config = yaml.safe_load((folder / "run" / "config.yaml").read_text())
+        assert (FLAGS | changes | {"seed": 7, "dataset_name": None}).items() <= config.items()
+        record = read_results(folder / "evaluation" / "results.json")
+        (swd,) = [entry for entry in record["results"] if entry["name"] == "SWD, mean"]
+        assert (swd["n"], swd["steps"], row["SWD"]) == (NUM_IMAGES, 3, number(swd["value"]))
     text = (done / "out" / "ablation.md").read_text()
-    assert not {"parameters", "images seen"} & table[0].keys()
-    parameters = number(read_results(results / "results.json")["model"]["parameters"])
-    assert f"In all rows: parameters {parameters}, images seen {3 * 16}." in text
-    assert f"SWD of {NUM_IMAGES} images" in text
-    assert "standard deviations" not in text
+    assert f"In all rows: parameters {number(record['model']['parameters'])}, images seen {3 * 16}." in text
+    assert str(done) not in (done / "out" / "ablation.json").read_text() + text  # nothing of this machine
 
-
-def test_the_figures_lie_beside_it(done):
-    names = {path.name for path in (done / "out").iterdir() if path.is_file()}
     figures = {"ablation_swd.png", "ablation_errors.png", "ablation_images.png"}
-    assert names == {"ablation.md", "ablation.json"} | figures
+    assert {p.name for p in (done / "out").iterdir() if p.is_file()} == {"ablation.md", "ablation.json"} | figures
     with Image.open(done / "out" / "ablation_images.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
-    third = done / "out" / "edm" / "seed-7" / "evaluation" / "images" / "edm_heun-3-churn2-fp32" / "seed-0000002.png"
+    third = folder / "evaluation" / "images" / "edm_heun-3-churn2-fp32" / "seed-0000002.png"
     expected = np.asarray(Image.open(third)).repeat(6, 0).repeat(6, 1)
     np.testing.assert_array_equal(pixels[-96:, 200:296], expected)  # the bottom row, with gaps of 4
 
-
-def test_the_numbers_tell_nothing_of_this_machine(done):
-    assert str(done) not in (done / "out" / "ablation.json").read_text() + (done / "out" / "ablation.md").read_text()
-
-
-def test_a_second_start_does_nothing_again(done, real, capsys):
     def files() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in (done / "out").rglob("*") if path.parent != done / "out"}
 
@@ -229,8 +182,8 @@ def done_by_hand(folder: Path, real: Path) -> Path:
     """A study whose jobs count as done."""
     study = write_study(folder, STUDY)
     for job in jobs(study, real):
-        job.results.mkdir(parents=True)
-        write_results(job.results / "results.json", results_of(job.variant.name, job.seed))
+        (job.folder / "evaluation").mkdir(parents=True)
+        write_results(job.folder / "evaluation" / "results.json", results_of(job.variant.name, job.seed))
         write_results(job.folder / "job.json", job.record | {"is_done": True})
     return study
 
@@ -273,33 +226,22 @@ def test_the_table_has_means_and_standard_deviations_over_the_seeds(written):
     assert "standard deviations over 3 trainings" in text
 
 
-def test_quarters_are_means_of_the_curve_by_timestep(written):
-    fast = rows(written)[2]
+def test_quarters_are_means_of_the_curve_by_timestep_and_only_compared_at_the_same_noise_schedule(written):
+    _, linear, fast = rows(written)
     curves = [results_of("fast", seed)["results"][2]["curve"] for seed in SEEDS]
     for quarter in range(4):
         means = [sum(curve[5 * quarter : 5 * quarter + 5]) / 5 for curve in curves]
         assert fast[f"q{quarter + 1}"] == with_spread(means)
+        assert linear[f"q{quarter + 1}"] == linear["error of the noise"] == "–"
     assert fast["error of the noise"] == with_spread(values("fast", "epsilon_mse"))
-
-
-def test_errors_by_timestep_are_not_compared_at_another_noise_schedule(written):
-    base, linear, _ = rows(written)
-    assert linear["variant"] == "linear"
-    for heading in ("error of the noise", "q1", "q2", "q3", "q4"):
-        assert linear[heading] == "–"
-        assert "±" in base[heading]
     assert "±" in linear["error of x_0"]
-
-
-def test_images_that_are_gone_are_not_shown(written):
-    assert {path.name for path in written.glob("*.png")} == {"ablation_swd.png", "ablation_errors.png"}
+    assert {path.name for path in written.glob("*.png")} == {"ablation_swd.png", "ablation_errors.png"}  # no images
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"results": []}, "a result of linear lacks what is compared"),
-        ({"model": {}}, "a result of linear lacks what is compared"),
         ({"reference": REFERENCE | {"fingerprint": "b"}}, "have fingerprint b"),
     ],
 )
@@ -324,32 +266,34 @@ def not_done(study: Path, data: Path) -> set[tuple[str, int]]:
     return {(job.variant.name, job.seed) for job in jobs(study, data) if not job.is_done}
 
 
-def test_what_has_other_flags_is_not_done(by_hand, real):
+def test_what_has_other_flags_is_not_done(by_hand, real, tmp_path_factory, monkeypatch):
     assert not_done(by_hand, real) == set()
     changed(by_hand, "fast", learning_rate=0.02)
     assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS}
-
-
-def test_what_has_another_evaluation_is_not_done(by_hand, real):
-    content = yaml.safe_load(by_hand.read_text())
-    content["variants"]["linear"]["evaluation"] = {"steps": 4}
+    content = STUDY | {
+        "variants": STUDY["variants"] | {"linear": STUDY["variants"]["linear"] | {"evaluation": {"steps": 4}}}
+    }
     write_study(by_hand.parent, content)
     assert not_done(by_hand, real) == {("linear", seed) for seed in SEEDS}
-
-
-def test_a_changed_configuration_is_noticed(by_hand, real):
     config = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
     own = write_study(by_hand.parent, config, "own.yaml")
     write_study(by_hand.parent, STUDY | {"config": str(own)})
     assert not_done(by_hand, real) == set()  # the same, elsewhere
     write_study(by_hand.parent, config | {"dropout": 0.25}, "own.yaml")
     assert len(not_done(by_hand, real)) == 9
-
-
-def test_a_study_that_was_moved_is_done(by_hand, real, tmp_path_factory, monkeypatch):
+    write_study(by_hand.parent, STUDY)
     moved = by_hand.parent.rename(tmp_path_factory.mktemp("moved") / "study") / "study.yaml"
     monkeypatch.chdir(real.parent)
     assert not_done(moved, Path("real")) == set()
+
+
+def test_only_the_evaluation_is_removed_when_only_its_flags_changed(by_hand, real):
+    write_study(by_hand.parent, STUDY | {"evaluation": EVALUATION | {"steps": 4}})
+    job = jobs(by_hand, real)[0]
+    (job.folder / "run").mkdir()
+    job.begin()
+    assert {path.name for path in job.folder.iterdir()} == {"run", "job.json"}
+    assert json.loads((job.folder / "job.json").read_text()) == job.record
 
 
 def trainings_of(process: subprocess.Popen) -> list[psutil.Process]:
@@ -380,12 +324,12 @@ def test_sigterm_ends_the_trainings_too(by_hand, real):
     _, error = process.communicate(timeout=300)  # a training that is just starting may take long to stop
     assert process.returncode == 130, error
     assert not any(training.is_running() for training in trainings)
-    assert error.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert error.splitlines()[-1] == "stopped; the same command resumes from here"
     assert old["linear"].exists()
     assert not old["fast"].exists()  # its training may have come as far as a checkpoint of its own
     assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS}
     begun = json.loads((out / "fast" / "seed-0" / "job.json").read_text())
-    assert begun["training"]["learning_rate"] == 0.02  # it goes on from here
+    assert begun["training"]["learning_rate"] == 0.02  # it resumes from here
     write_study(by_hand.parent, STUDY)  # with the first flags again: two have begun with others
     assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS[:2]}
 
@@ -413,9 +357,9 @@ def test_speeds_are_medians_of_updates_by_turns(monkeypatch):
         now_seconds += costs_seconds[len(images)] + (100 if len(turns) == 9 else 0)
         return next(network.args[0].parameters()).sum()
 
-    monkeypatch.setattr(equal_time, "diffusion_loss", loss)
-    monkeypatch.setattr(equal_time.time, "perf_counter", lambda: now_seconds)
-    assert equal_time.measure_speeds(trainings) == {"small": 3.0, "large": 4.0}
+    monkeypatch.setattr(bench, "diffusion_loss", loss)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now_seconds)
+    assert bench.measure_speeds(trainings) == {"small": 3.0, "large": 4.0}
     assert turns == [6, 16] * (len(turns) // 2)
 
 
@@ -483,40 +427,24 @@ def variant_with(flags: dict | None = None, evaluation: dict | None = None) -> d
 
 
 BAD_STUDIES = {
-    "a list": ("[1, 2]", "is a list; it must be a mapping"),
     "empty": ("", "config in"),
-    "no YAML": ("a: [", "cannot read the configuration"),
-    "an unknown key": (study_with(variant={}), "unknown key 'variant'"),
-    "a key twice": ("config: a\nseeds: [1]\nseeds: [2]\n", "line 3: a key stands there twice"),
-    "a variant twice": ("config: a\nvariants:\n  one: {}\n  one: {}\n", "line 4: a key stands there twice"),
+    "an unknown key": (study_with(variant={}), "the unknown key 'variant'"),
     "one variant": (study_with(variants={"base": {}}), "the number of variants in"),
-    "no variants": (study_with(variants=None), "the number of variants in"),
-    "a list of variants": (study_with(variants=["base", "edm"]), "is a list; it must be a mapping"),
     "a name with a slash": (study_with(variants={"base": {}, "../other": {}}), "is called '../other'"),
-    "a name that is no text": (study_with(variants={"base": {}, False: {}}), "has the key False, which is no text"),
-    "an unknown key of a variant": (study_with(variants={"base": {}, "b": {"flag": {}}}), "unknown key 'flag' of b"),
-    "flags that are a list": (study_with(variants={"base": {}, "b": {"flags": ["x"]}}), "it must be a mapping"),
-    "no seeds": (study_with(seeds=[]), "give a list of whole numbers"),
-    "a seed that is a number": (study_with(seeds=3), "seeds in"),
-    "a negative seed": (study_with(seeds=[0, -1]), "is -1; give whole numbers"),
-    "a seed that is no number": (study_with(seeds=[True]), "is True; give whole numbers"),
-    "a seed twice": (study_with(seeds=[4, 4]), "is 4; give whole numbers from 0, each once"),
+    "a name that is no text": (study_with(variants={"base": {}, False: {}}), "has the key False, which is not text"),
+    "an unknown key of a variant": (study_with(variants={"base": {}, "b": {"flag": {}}}), "b in"),
+    "no seeds": (study_with(seeds=[]), "give a list of whole numbers from 0"),
+    "a seed twice": (study_with(seeds=[4, 4]), "is [4, 4]; give a list"),
     "a seed too large": (study_with(seeds=[2**70]), "variant base: --seed"),
-    "a config that is not there": (study_with(config="configs/nowhere.yaml"), "there is no such file"),
-    "a config that is no text": (study_with(config=3), "is 3; give a file of configs/"),
+    "a config that is not there": (study_with(config="configs/nowhere.yaml"), "nowhere.yaml"),
     "an unknown flag": (
         variant_with({"learnig_rate": 1.0}),
         "variant other: unknown flag --learnig_rate; did you mean",
     ),
-    "a bad flag": (variant_with({"learning_rate": -1.0}), "variant other: --learning_rate is -1.0"),
-    "a flag of the command": (variant_with({"output_dir": "elsewhere"}), "flags of other in"),
-    "help": (variant_with({"help": True}), "has help, which is for the command itself"),
-    "an unknown evaluation flag": (variant_with(None, {"num_image": 4}), "variant other: unrecognized arguments"),
+    "a flag of the command": (variant_with({"output_dir": "elsewhere"}), "flags of other has output_dir"),
     "a bad evaluation flag": (variant_with(None, {"num_images": 0}), "variant other: --num_images is 0"),
-    "an unknown metric": (variant_with(None, {"metrics": ["swb"]}), "variant other: "),
     "no minutes": (study_with(minutes=0), "is 0; give a positive number"),
-    "minutes that are no number": (study_with(minutes="long"), "give a positive number"),
-    "minutes and steps": (study_with(minutes=1), "has max_train_steps, which minutes decides here"),
+    "minutes and steps": (study_with(minutes=1), "has max_train_steps, which minutes decides"),
     "minutes and steps of a variant": (
         EQUAL_TIME | {"variants": {"base": {}, "b": {"flags": {"max_train_steps": 3}}}},
         "flags of b has max_train_steps",
@@ -556,11 +484,6 @@ def test_bad_flags_are_one_line(flags, message, real, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_study_that_is_not_there_is_refused(tmp_path, capsys):
-    assert start(tmp_path / "nowhere.yaml", "synthetic-faces") == 2
-    assert "there is no such file" in error_line(capsys)
-
-
 @pytest.mark.parametrize(
     "path", sorted((REPOSITORY / "configs" / "ablations").glob("*.yaml")), ids=lambda path: path.stem
 )
@@ -570,19 +493,3 @@ def test_the_studies_of_the_repository_can_begin(path, tmp_path):
     assert len(found) == len(study.variants) * len(study.seeds)
     assert len({json.dumps(job.record) for job in found[: len(study.variants)]}) == len(study.variants)
     assert not (tmp_path / "out").exists()
-
-
-# ---- The figure of a metric by variant
-
-
-def test_dots_stand_at_their_values(tmp_path):
-    plot_dots({"first": [1.0, 2.0], "second": [9.0]}, 5.0, "SWD", tmp_path / "dots.png")
-    with Image.open(tmp_path / "dots.png") as image:
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    y, x = np.nonzero((pixels == (31, 119, 180)).all(-1))  # matplotlib's C0
-    middle = (y.min() + y.max()) / 2
-    first, second = x[y < middle], x[y > middle]
-    floor = np.nonzero((pixels == (128, 128, 128)).all(-1))[1]
-    assert first.max() < np.median(floor) < second.min()
-    dot = np.ptp(second)
-    assert np.ptp(first) - dot == pytest.approx((second.mean() - first.mean()) / 7.5, rel=0.05)
