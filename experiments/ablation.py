@@ -35,6 +35,7 @@ from experiments.bench import REPOSITORY, environment_of_a_child, measure_speeds
 from experiments.study import Study, Variant, flags_as_arguments, read_study
 from pipelines.custom_unet_pipeline import samplers_for
 from training.config import DEFAULTS, TrainConfig, parse_config
+from training.yaml_file import read_yaml
 
 FAMILIES = ["swd", "memorisation", "heldout"]  # the metrics of every variant, unless the study names others
 NEVER = PLACEHOLDER_STEPS = 10**9
@@ -152,14 +153,19 @@ def jobs_of(
     data = os.path.abspath(data) if is_folder else data
     where = {"train_data_dir": data if is_folder else None, "dataset_name": None if is_folder else data}
     where |= {} if crop is None else {"crop": crop}
+    path = REPOSITORY / study.config
+    content = read_yaml(path)
+    # as flags: other images than those of the configuration displace its split of held-out images
+    heldout = {"validation_split": content["validation_split"]} if "validation_split" in (content or {}) else {}
+    shared = UNWATCHED | heldout | study.flags | where
     jobs = []
     for seed in study.seeds:
         for variant in study.variants:
             folder = out / variant.name / f"seed-{seed}"
-            flags = UNWATCHED | study.flags | where | variant.flags | {"seed": seed, "output_dir": str(folder / "run")}
+            flags = shared | variant.flags | {"seed": seed, "output_dir": str(folder / "run")}
             if study.minutes is not None:
                 flags["max_train_steps"] = PLACEHOLDER_STEPS if num_steps is None else num_steps[variant.name]
-            training = ["--config", str(REPOSITORY / study.config), *flags_as_arguments(flags)]
+            training = ["--config", str(path), *flags_as_arguments(flags)]
             paths = {"pipeline": str(folder / "run" / "pipeline"), "out": str(folder / "evaluation")}
             measured = {"reference": data, "metrics": FAMILIES} | study.evaluation | variant.evaluation
             evaluation = flags_as_arguments(paths | measured)
