@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import logging
 import math
 import os
 import shlex
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 MOST_THREADS = 1024  # where threads cannot be made, OpenMP ends the process
 NUM_SEEDS = 2**32  # torch's generator on the CPU takes a seed modulo this
@@ -35,6 +37,7 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> int:
         the exit code: 0 done, 1 failed (`Failed`, a full disk, out of memory), 2 bad input, 130 stopped by Ctrl-C.
     """
     rank = int(os.environ.get("RANK", 0))
+    log_to_terminal()
     try:
         action()
     except KeyboardInterrupt:
@@ -47,6 +50,21 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> int:
         sys.stderr.write(f"{f'[rank {rank}] ' if rank else ''}error: {one_line(error)}\n")
         return 2 if isinstance(error, InputError) else 1
     return 0
+
+
+class _Terminal(logging.Handler):
+    def emit(self, record):
+        tqdm.write(self.format(record))  # on stdout, above a progress bar
+        sys.stdout.flush()
+
+
+def log_to_terminal() -> None:
+    """Shows what the modules log; of several processes, only what the main one does."""
+    for name in ("training", "pipelines", "eval", "experiments", "train_unet"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+        if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
+            logger.addHandler(_Terminal())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from common import Failed, InputError, is_out_of_memory, on_main_process, replace_file
+from common import Failed, InputError, is_out_of_memory, log_to_terminal, on_main_process, replace_file
 from custom_unet import CustomUNet2DModel
 from eval.training_metric import TrainingMetric
 from pipelines import CustomUNetPipeline
@@ -197,9 +197,14 @@ class Trainer:
                 self.heldout_labels = torch.from_numpy(store.labels_among(self.label_names))
 
     def open_store(self, split: str, max_images: int | None) -> ImageStore:
+        """The main process decodes the images, or finds them decoded; the others read the same store."""
         open_it = partial(open_image_store, **self.config.data_source(), split=split, max_images=max_images)
-        on_main_process(self.accelerator, lambda: len(open_it()))  # decodes the images once, for all processes
-        return open_it()
+
+        def find() -> tuple[Path, int | None]:
+            store = open_it()
+            return store.folder, store.max_images
+
+        return ImageStore(*on_main_process(self.accelerator, find))
 
     def unet_kwargs(self) -> dict:
         return self.config.unet_kwargs(None if self.label_names is None else len(self.label_names))
@@ -482,7 +487,7 @@ class Trainer:
             start_batch=self.progress.attempts * self.config.gradient_accumulation_steps,
         )
         pin_memory = self.accelerator.device.type == "cuda"
-        self.batches = iter(make_loader(self.store, order, self.config.dataloader_num_workers, pin_memory))
+        self.batches = make_loader(self.store, order, self.config.dataloader_num_workers, pin_memory)
         self.unet.train()
 
     def dry_run(self) -> None:
@@ -682,6 +687,7 @@ def run(
 def main(arguments: list[str], network_class: type[CustomUNet2DModel] = CustomUNet2DModel) -> int:
     started_at_seconds = time.monotonic()
     stop = StopSignal()
+    log_to_terminal()
     try:
         stop.listen()
         config = parse_config(arguments, report=print if os.environ.get("RANK", "0") == "0" else lambda line: None)

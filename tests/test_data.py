@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import resource
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from common import InputError
-from training import data, sources
+from training import data, sources, workers
 from training.data import ShuffledBatches, make_loader, open_image_store, random_flip, to_model_range, to_uint8
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,8 +44,9 @@ def faces(tmp_path, pictures) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_caches(tmp_path, monkeypatch):
+def own_caches(tmp_path, monkeypatch, caplog):
     """Nothing is read from or left in the user's caches, in this process or its children."""
+    caplog.set_level(logging.INFO)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
@@ -90,7 +92,10 @@ def test_a_second_opening_decodes_nothing(faces, monkeypatch):
     second = open_faces(faces)
     assert second.fingerprint == first.fingerprint
     np.testing.assert_array_equal(second.images, first.images)
-    for other in ({"crop": "center"}, {"resolution": 4}, {"max_images": 3}, {"skip_bad_images": True}):
+    few = open_faces(faces, max_images=3)
+    assert few.fingerprint == hashlib.sha256(first.images[:3]).hexdigest()[:16] == few.description["fingerprint"]
+    assert (len(few), few.description["num_images"]) == (3, 3)
+    for other in ({"crop": "center"}, {"resolution": 4}, {"skip_bad_images": True}):
         with pytest.raises(AssertionError, match="decoded again"):  # these are other stores
             open_faces(faces, **other)
 
@@ -123,7 +128,7 @@ def test_max_images_takes_the_first_ones(faces, pictures):
 
 
 def test_bad_arguments_are_refused(faces):
-    assert error_of(open_faces, faces, crop="middle").startswith("unknown crop 'middle'; take one of celeba_140")
+    assert error_of(open_faces, faces, crop="middle").startswith("unknown crop 'middle'; choose one of celeba_140")
     assert error_of(open_faces, faces, resolution=0) == "the resolution is 0; it must be at least 1"
 
 
@@ -140,14 +145,14 @@ def test_a_bad_image_is_named_by_row_and_file(faces, fault):
     assert not list((faces.parent / "cache").glob("*"))  # neither a store nor a temporary folder
 
 
-def test_bad_images_are_skipped_and_counted_when_asked(faces, pictures, capfd):
+def test_bad_images_are_skipped_and_counted_when_asked(faces, pictures, caplog):
     (faces / "0100.png").write_bytes(b"")
     (faces / "0003.png").write_text("text")
     store = open_faces(faces, skip_bad_images=True)
     assert store.description["num_skipped"] == 2
     assert len(store) == NUM_IMAGES - 2
     np.testing.assert_array_equal(store.images, np.delete(pictures, [3, 100], 0).transpose(0, 3, 1, 2))
-    assert "left out 2 unreadable images, the first one: row 3 (0003.png)" in capfd.readouterr().out
+    assert "left out 2 unreadable images, the first one: row 3 (0003.png)" in caplog.text
 
 
 def test_only_bad_images_are_an_error(faces):
@@ -156,24 +161,29 @@ def test_only_bad_images_are_an_error(faces):
     assert "has no usable image; 150 are unreadable" in error_of(open_faces, faces, skip_bad_images=True)
 
 
-@pytest.mark.parametrize("fault", ["truncated pixels", "no pixels", "half a meta", "no meta", "meta of another kind"])
-def test_a_damaged_store_is_built_again(faces, pictures, capfd, fault):
+@pytest.mark.parametrize(
+    "fault", ["truncated pixels", "a flipped bit", "no pixels", "half a meta", "no meta", "other meta"]
+)
+def test_a_damaged_store_is_built_again(faces, pictures, caplog, fault):
     open_faces(faces)
     (folder,) = (faces.parent / "cache").iterdir()
     pixels, meta = folder / data.PIXELS, folder / data.META
     match fault:
         case "truncated pixels":
             os.truncate(pixels, 1000)
+        case "a flipped bit":  # which a check of the file's length alone would pass
+            with pixels.open("r+b") as file:
+                file.write(bytes([pictures[0, 0, 0, 0] ^ 1]))
         case "no pixels":
             pixels.unlink()
         case "half a meta":
             meta.write_text(meta.read_text()[:40])
         case "no meta":
             meta.unlink()
-        case "meta of another kind":
+        case "other meta":
             meta.write_text("[1, 2]")
     store = open_faces(faces)
-    assert f"{folder} is damaged: building it again" in capfd.readouterr().out
+    assert f"{folder} is damaged: building it again" in caplog.text
     np.testing.assert_array_equal(store.images, pictures.transpose(0, 3, 1, 2))
 
 
@@ -339,7 +349,7 @@ def test_a_second_opening_takes_the_labels_from_the_store(labelled, monkeypatch)
 
 
 @pytest.mark.parametrize("fault", ["truncated", "a flipped bit", "longer", "missing"])
-def test_damaged_labels_are_built_again(labelled, capfd, fault):
+def test_damaged_labels_are_built_again(labelled, caplog, fault):
     before = open_faces(labelled, label_column="kind").labels.tolist()
     (folder,) = (labelled.parent / "cache").iterdir()
     path = folder / data.LABELS
@@ -354,7 +364,7 @@ def test_damaged_labels_are_built_again(labelled, capfd, fault):
         case "missing":
             path.unlink()
     assert open_faces(labelled, label_column="kind").labels.tolist() == before
-    assert f"{folder} is damaged: building it again" in capfd.readouterr().out
+    assert f"{folder} is damaged: building it again" in caplog.text
 
 
 def test_a_disk_that_is_full_at_the_labels_leaves_nothing(labelled):
@@ -485,26 +495,21 @@ def test_the_loader_gives_each_image_its_label(labelled, pictures, num_workers):
         assert labels.dtype == torch.int64
 
 
-def test_the_benchmark_command_prints_images_per_second(faces, tmp_path, monkeypatch):
-    options = [
-        "--train_data_dir",
-        faces,
-        "--cache_dir",
-        tmp_path / "cache",
-        "--resolution",
-        "8",
-        "--num_batches",
-        "20",
-    ]
-    command = ["training.data", *map(str, options), "--crop", "none", "--batch_size"]
-    result = subprocess.run(
-        [sys.executable, "-m", *command, "64"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    rates = result.stdout.strip().splitlines()[-2:]
-    assert [line.split(" as ")[1] for line in rates] == ["uint8, 0 workers", "float32 in [-1, 1], 0 workers"]
-    assert all(float(line.split()[0].replace(",", "")) > 0 for line in rates)
-
-    monkeypatch.setattr(sys, "argv", [*command, "151"])
-    with pytest.raises(SystemExit, match=r"^error: 150 images are fewer than a batch of 151 on 1 processes"):
-        data.main()
+def test_at_the_end_of_the_process_only_the_loaders_workers_are_killed(faces, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(workers.atexit, "register", lambda *call: at_exit.append(call))
+    other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+    other.start()
+    batches = make_loader(open_faces(faces), ShuffledBatches(NUM_IMAGES, 4, 0), 2, pin_memory=False)
+    next(batches)
+    children = {*multiprocessing.active_children()} - {other}
+    before = signal.getsignal(signal.SIGCHLD)
+    for call, *arguments in at_exit:
+        call(*arguments)
+    for child in children:
+        child.join()
+    signal.signal(signal.SIGCHLD, before)
+    assert len(children) == 2
+    assert {child.exitcode for child in children} == {-signal.SIGKILL}
+    assert other.is_alive()
+    other.kill()

@@ -49,6 +49,30 @@ def test_imports_run_one_way(place):
             assert module != "eval", f"{name} hides the builtin eval"
 
 
+# Which modules of its own floor a module of training/ imports: from the images up to the run
+TRAINING = {
+    "images": "",
+    "synthetic_faces": "",
+    "workers": "",
+    "sources": "images synthetic_faces workers",
+    "data": "images sources workers",
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_reading_images_imports_nothing_of_a_training(name):
+    found = {module for module, _ in imports(REPOSITORY / "training" / f"{name}.py") if module.startswith("training")}
+    assert found == {f"training.{other}" for other in TRAINING[name].split()}
+
+
+def test_opening_an_image_loads_no_trainer():
+    code = "import sys, training.images; print(*sys.modules)\nimport training.data; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    loaded = [{module.split(".")[0] for module in line.split()} for line in done.stdout.splitlines()]
+    assert not {"torch", "transformers", "accelerate", "diffusers"} & loaded[0]
+    assert not {"transformers", "accelerate", "diffusers"} & loaded[1]
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_files_stand_alone(name):
     for module, names in imports(REPOSITORY / name):

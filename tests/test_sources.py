@@ -3,22 +3,25 @@
 import hashlib
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
+import train_unet
 from common import InputError
 from training import sources
+from training.config import TrainConfig
 from training.data import ImageStore, open_image_store
 from training.sources import HuggingFaceImages
 from training.synthetic_faces import LABEL_NAMES, face_factors, render_faces, split_indices
@@ -28,11 +31,12 @@ SIDE = 8
 
 
 @pytest.fixture(autouse=True)
-def own_caches(tmp_path, monkeypatch):
+def own_caches(tmp_path, monkeypatch, caplog):
     """Nothing is read from or left in the user's caches, in this process or its children."""
+    caplog.set_level(logging.INFO)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # and put it back
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture
@@ -122,20 +126,20 @@ def write_files(folder: Path, names: list[str]) -> Path:
         ["1.png", "2.png", ".hidden.png", "__MACOSX/2.png", "c/.cache/3.png"],  # the last three are passed over
     ],
 )
-def test_names_of_files_make_no_splits_and_no_patterns(tmp_path, open_store, error_of, capfd, names):
+def test_names_of_files_make_no_splits_and_no_patterns(tmp_path, open_store, error_of, caplog, names):
     folder = write_files(tmp_path / "faces", names)
     (folder / "labels.csv").write_text("name,age\n1,2\n")
     store = open_store(folder)
     assert_pictures(store.images, range(2 if ".hidden.png" in names else len(names)))
     told = f"all images of {folder} are in split train, also such as "
-    assert (told in capfd.readouterr().out) == any(word in name for name in names for word in ("test", "train2017"))
+    assert (told in caplog.text) == any(word in name for name in names for word in ("test", "train2017"))
     assert error_of(folder, split="test").endswith("has no split 'test'; it has train")
 
 
-def test_images_beside_the_splits_are_left_out_aloud(tmp_path, open_store, error_of, capfd):
+def test_images_beside_the_splits_are_left_out_aloud(tmp_path, open_store, error_of, caplog):
     folder = write_files(tmp_path / "faces", ["Train/a_test.png", "test/b.jpg/1.png", "masks/1.png", "2.png"])
     assert_pictures(open_store(folder).images, [0])
-    assert f"left out 2 images of {folder} such as 2.png: splits are the folders at the top" in capfd.readouterr().out
+    assert f"left out 2 images of {folder} such as 2.png: splits are the top-level folders" in caplog.text
     assert_pictures(open_store(folder, split="test").images, [1])
     assert error_of(folder, split="valid").endswith("has no split 'validation'; it has train, test")
 
@@ -377,7 +381,7 @@ def test_synthetic_faces_have_their_classes_as_labels(open_store, column):
 def test_synthetic_faces_refuse_other_columns(error_of):
     faces = {"dataset_name": "synthetic-faces"}
     assert error_of(**faces, label_column="smile") == (
-        "smile of synthetic-faces is a number; take one of hair_style, hair_colour, eye_colour, facial_hair, glasses"
+        "smile of synthetic-faces is a number; choose one of hair_style, hair_colour, eye_colour, facial_hair, glasses"
     )
     assert error_of(**faces, label_column="hair_color") == (
         "synthetic-faces has no column 'hair_color' of labels; did you mean hair_colour?"
@@ -546,7 +550,7 @@ def test_synthetic_faces(open_store, error_of):
     assert (validation.images != store.images[:3]).any()
     refused = error_of(dataset_name="synthetic-faces", split="test")
     assert refused == "synthetic-faces has no split 'test'; it has train, validation"
-    assert "take none" in error_of(dataset_name="synthetic-faces", crop="celeba_140")
+    assert "choose none" in error_of(dataset_name="synthetic-faces", crop="celeba_140")
 
 
 # The Hub
@@ -647,7 +651,8 @@ def hub():
 
 CASES = """
 import json, sys, time
-from training.data import InputError, open_image_store
+from common import InputError
+from training.data import open_image_store
 for case in json.loads(sys.argv[1]):
     started_at_seconds = time.perf_counter()
     try:
@@ -738,7 +743,7 @@ def test_without_a_network_a_store_holds_what_its_key_says(tmp_path, hub, open_s
     answers, _ = ask([faces, later, two_b], hub)  # `datasets` tells by the time that the later one is the newest
     assert answers[:2] == [[fingerprints[0], COMMIT, 3], [fingerprints[1], LATER_COMMIT, 2]]
 
-    anew = {"max_images": 1}  # what is in no store yet
+    anew = {"resolution": 4}  # what is in no store yet
     unknown = faces | {"cache_dir": str(tmp_path / "unknown")}  # without a record of what main is
     cases = [faces, later, two_b]
     cases += [later | anew, two_b | anew]
@@ -746,8 +751,7 @@ def test_without_a_network_a_store_holds_what_its_key_says(tmp_path, hub, open_s
     cases += [unknown, unknown | {"streaming": True}, two | anew]
     without, _ = ask(cases, NOWHERE)
     assert without[:3] == answers
-    assert [answer[1:] for answer in without[3:5]] == [[LATER_COMMIT, 1], [COMMIT, 1]]
-    assert without[4] == answers[2]
+    assert [answer[1:] for answer in without[3:5]] == [[LATER_COMMIT, 2], [COMMIT, 1]]
     there = f"what is cached of someone/faces is commit {LATER_COMMIT}"
     remedy = f"connect to the Hub or give --dataset_revision {LATER_COMMIT}"
     asked_for = (COMMIT, COMMIT, "v9", "main", "main")
@@ -772,25 +776,36 @@ def test_a_data_set_of_image_files_on_the_hub_streamed_and_not(tmp_path, hub, op
     assert answers[2].startswith("the stream of someone/broken broke off after 1 rows: ")
 
 
-def test_the_commit_record_survives_damage_and_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
-    record = tmp_path / "cache" / "commits.json"
-    answer = type("Info", (), {"sha": "c1"})
-    monkeypatch.setattr(sources.HfApi, "dataset_info", lambda *_, **__: answer)
-    assert sources._resolve_commit("a/b", None, record) == "c1"
-    answer.sha = "c2"
-    assert sources._resolve_commit("a/b", "v2", record) == "c2"
-    assert json.loads(record.read_text()) == {"a/b@main": "c1", "a/b@v2": "c2"}
-    (tmp_path / "file").write_text("")
-    assert sources._resolve_commit("a/b", None, tmp_path / "file" / "commits.json") == "c2"
+def test_the_hub_is_asked_again_after_it_did_not_answer(tmp_path, monkeypatch, open_store):
+    """A time-out is of one request; it does not take the network from the rest of the process."""
+    answers = iter([ConnectionError("down"), ConnectionError("down")])
+    offline_while_loading = []
 
-    def unreachable(*_, **__):
-        raise ConnectionError
+    def no_answer(*_, **__):
+        raise next(answers)
 
-    monkeypatch.setattr(sources.HfApi, "dataset_info", unreachable)
-    started_at_seconds = time.perf_counter()
-    assert sources._resolve_commit("a/b", None, record) == "c1"
-    assert sources._resolve_commit("a/b", "v2", record) == "c2"
-    assert sources._resolve_commit("a/b", "v3", record) == "v3"
-    record.write_text('{"a/b')
-    assert sources._resolve_commit("a/b", None, record) is None
-    assert time.perf_counter() - started_at_seconds < 5
+    def load(self):
+        offline_while_loading.append(datasets.config.HF_HUB_OFFLINE)
+        raise ConnectionError("nothing cached")
+
+    monkeypatch.setattr(sources.HfApi, "dataset_info", no_answer)
+    monkeypatch.setattr(HuggingFaceImages, "_load", load)
+    for _ in range(2):
+        with pytest.raises(InputError, match="it is not cached"):
+            open_store(dataset_name="someone/faces")
+        assert not datasets.config.HF_HUB_OFFLINE
+    assert offline_while_loading == [True, True]
+
+
+def test_the_main_process_alone_asks_for_the_commit(monkeypatch, tmp_path):
+    """A branch that moves would give the others other images."""
+    config = TrainConfig(dataset_name="someone/faces", max_train_steps=1, cache_dir=str(tmp_path))
+    calls = []
+    monkeypatch.setattr(train_unet, "open_image_store", lambda **_: calls.append(1))
+    folder = open_image_store(
+        dataset_name="synthetic-faces", max_images=3, resolution=8, cache_dir=str(tmp_path)
+    ).folder
+    monkeypatch.setattr(train_unet, "on_main_process", lambda state, action: (folder, 2))
+    trainer = SimpleNamespace(config=config, accelerator=None)
+    assert len(train_unet.Trainer.open_store(trainer, "train", None)) == 2
+    assert not calls

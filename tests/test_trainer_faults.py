@@ -462,19 +462,15 @@ def test_a_signal_to_the_loaders_workers_too_ends_the_run_in_good_order(tmp_path
 DECODING = """
 import signal
 import time
-from training.sources import _in_worker_processes
+from training.sources import _on_all_cores
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
 
-class Chunks:
-    def __len__(self):
-        return 100
+def decode(part):
+    time.sleep(0.2)
+    return [(None, None)]
 
-    def __getitem__(self, index):
-        time.sleep(0.2)
-        return [(None, None)]
-
-for _ in _in_worker_processes(Chunks()):
+for _ in _on_all_cores(decode, 6400):
     print("decoding", flush=True)
 """
 

@@ -1,31 +1,34 @@
-"""Training images: where they come from, the store of decoded pixels, and the stream of batches.
+"""Training images: the store of decoded pixels and the stream of batches.
 
 Whatever the source, the images are decoded, cropped and resized once and kept as uint8 in a cache folder, with their
-class labels if a column of labels is named; training reads them from there. This module alone owns the pixel range.
+class labels if a column of labels is named; training reads them from there.
 """
 
-import argparse
 import bisect
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
 from common import InputError
 from training.images import CROPS
-from training.processes import loader_workers
 from training.sources import HuggingFaceImages, SyntheticFaces, find_source
+from training.workers import load_batches
+
+logger = logging.getLogger(__name__)
 
 STORE_VERSION = 2  # raised whenever decoding changes the pixels
 STALE_SECONDS = 2 * 24 * 3600  # longer than any download goes on before the first image is written
@@ -35,7 +38,10 @@ MAX_CLASSES = 1000  # of a column of strings: one with more values than this hol
 
 
 class ImageStore(Dataset):
-    """Decoded images of one split.
+    """Decoded images of one split, as `open_image_store` has left them in a folder.
+
+    Args:
+        max_images: use the first ones only.
 
     Attributes:
         images: uint8, shape (N, 3, R, R), mapped from the disk, read-only.
@@ -45,15 +51,28 @@ class ImageStore(Dataset):
             labels also label_column and label_names, the names of the classes in the order of their numbers.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, max_images: int | None = None):
+        self.folder, self.max_images = folder, max_images
         self.description = json.loads((folder / META).read_text())
-        self.fingerprint: str = self.description["fingerprint"]
         num_images, resolution = self.description["num_images"], self.description["resolution"]
         self.images = np.memmap(folder / PIXELS, np.uint8, "r", shape=(num_images, 3, resolution, resolution))
         self.labels: np.ndarray | None = None
         if "label_column" in self.description:
             self.labels = np.fromfile(folder / LABELS, "<i8").astype(np.int64, copy=False)
             self.labels.setflags(write=False)
+        if max_images is not None and max_images < num_images:
+            self.images = self.images[:max_images]
+            self.description |= {"max_images": max_images, "num_images": max_images}
+            self.description["fingerprint"] = self.digest()
+        self.fingerprint: str = self.description["fingerprint"]
+
+    def digest(self) -> str:
+        """The fingerprint, computed anew from what is on the disk."""
+        digest = hashlib.sha256(self.images)
+        if self.labels is not None:
+            names = json.dumps(self.description["label_names"])
+            digest.update(names.encode() + self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -83,94 +102,81 @@ class ImageStore(Dataset):
 
 def open_image_store(
     *,
-    dataset_name: str | None = None,
-    train_data_dir: str | None = None,
-    dataset_config_name: str | None = None,
-    dataset_revision: str | None = None,
-    split: str = "train",
-    image_column: str = "image",
     crop: str = "center",
     resolution: int = 64,
     cache_dir: str | None = None,
-    streaming: bool = False,
     skip_bad_images: bool = False,
     max_images: int | None = None,
     label_column: str | None = None,
+    **which,
 ) -> ImageStore:
-    """Opens the store of a split; the first time it decodes the images, on all cores.
+    """Opens the store of a split; the first time it decodes the images, on all cores. Later it verifies the pixels.
 
     Args:
-        dataset_name: Hub id, or `synthetic-faces`.
-        train_data_dir: folder of images, of parquet, or written by `save_to_disk`.
-        split: `valid` and `validation` mean the same.
         cache_dir: where stores are kept; by default a folder in the user's cache.
-        streaming: read the Hub data set as a stream, so that its original files are never all on the disk; only the
-            store is, and training is the same as ever.
         skip_bad_images: leave out unreadable images and count them in the description.
-        max_images: take the first ones only.
+        max_images: use the first ones only, from the store of the whole split where there is one already.
         label_column: keep each image's class too: a ClassLabel, a column of bool (the classes no and yes) or one of
             strings (the classes are its values, sorted); of `synthetic-faces` a categorical factor or `glasses`.
+        which: the data set, see `find_source`.
 
     Raises:
         InputError: one line, for whatever is wrong with the arguments, the source, an image or the disk.
     """
     if crop not in CROPS:
-        raise InputError(f"unknown crop {crop!r}; take one of {', '.join(CROPS)}")
+        raise InputError(f"unknown crop {crop!r}; choose one of {', '.join(CROPS)}")
     if resolution < 1:
         raise InputError(f"the resolution is {resolution}; it must be at least 1")
     if max_images is not None and max_images < 1:
         raise InputError(f"max_images is {max_images}; it must be at least 1")
-    root = Path(cache_dir) if cache_dir else _default_cache_dir()
-    source = find_source(
-        dataset_name,
-        train_data_dir,
-        dataset_config_name,
-        dataset_revision,
-        split,
-        image_column,
-        max_images,
-        streaming,
-        root,
-        label_column,
-    )
+    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train_unet")
+    name, revision = which.get("dataset_name"), which.get("dataset_revision")
+    last_commit = partial(_last_commit, root, name, revision)
+    source = find_source(**which, max_images=max_images, label_column=label_column, last_commit=last_commit)
     facts = source.identity | {"crop": crop, "resolution": resolution, "skip_bad_images": skip_bad_images}
-    key = hashlib.sha256(json.dumps([STORE_VERSION, facts], sort_keys=True).encode()).hexdigest()[:16]
-    folder = root / key
-    if not _is_complete(folder):
-        _build(folder, source, facts)
-    return ImageStore(folder)
+    if max_images is not None and label_column is None and not skip_bad_images:
+        whole = _open_if_intact(root / _key(facts | {"max_images": None}), max_images)
+        if whole is not None:
+            return whole
+    folder = root / _key(facts)
+    store = _open_if_intact(folder)
+    if store is None:
+        _build(folder, source, facts, {} if name is None else {"requested_revision": revision})
+        store = ImageStore(folder)
+    return store
 
 
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train_unet"
+def _key(facts: dict) -> str:
+    """The name of the folder of a store."""
+    return hashlib.sha256(json.dumps([STORE_VERSION, facts], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether the store is there in full length; one that was tampered with is told and built again."""
+def _last_commit(root: Path, name: str, revision: str | None) -> str | None:
+    """The commit of a data set on the Hub for which the newest store of that revision was built."""
+    for meta in sorted(root.glob(f"*/{META}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            facts = json.loads(meta.read_text())
+            if facts.get("source") == name and facts.get("requested_revision", ()) == revision:
+                return facts["revision"]
+    return None
+
+
+def _open_if_intact(folder: Path, max_images: int | None = None) -> ImageStore | None:
+    """The store in a folder; None if there is none, or it is damaged, which is told and cleared away."""
     if not folder.exists():
-        return False
-    try:
-        meta = json.loads((folder / META).read_text())
-        num_bytes = meta["num_images"] * 3 * meta["resolution"] ** 2
-        has_labels = "label_column" in meta
-        if (folder / PIXELS).stat().st_size == num_bytes and (
-            not has_labels or _digest((folder / LABELS).read_bytes()) == meta["labels_digest"]
-        ):
-            return True
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    print(f"the image store {folder} is damaged: building it again", flush=True)
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        store = ImageStore(folder)
+        if store.digest() == store.fingerprint:
+            return store if max_images is None else ImageStore(folder, max_images)
+    logger.info("the image store %s is damaged: building it again", folder)
     shutil.rmtree(folder, ignore_errors=True)
-    return False
+    return None
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict) -> None:
-    """Decodes into a folder beside and renames it: a crash leaves no store, and two builders do no harm."""
-    print(f"decoding {source.name}, split {source.split}, into {folder}", flush=True)
+def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict, about: dict) -> None:
+    """Decodes into a temporary folder and renames it: a crash leaves no store, and two builders do no harm."""
+    logger.info("decoding %s, split %s, into %s", source.name, source.split, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder.parent)
@@ -178,48 +184,47 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
     except OSError as error:
         raise InputError(f"cannot write to the cache {folder.parent}: {error.strerror}; set --cache_dir") from error
     try:
-        num_images, skipped, digest = 0, [], hashlib.sha256()
-        classes = Classes(source)
-        with (temporary / PIXELS).open("wb") as file, tqdm(unit=" images") as bar:
-            for row, (decoded, label) in enumerate(source.decode(facts["crop"], facts["resolution"])):
-                bar.total = source.num_images
-                bar.update()
-                if isinstance(decoded, np.ndarray):
-                    classes.add(row, label)
-                    file.write(decoded.tobytes())
-                    digest.update(decoded.tobytes())
-                    num_images += 1
-                elif facts["skip_bad_images"]:
-                    skipped.append(decoded)
-                else:
-                    raise InputError(
-                        f"{source.name}, {decoded}; mend it or leave such images out by --skip_bad_images"
-                    )
-        if num_images == 0:
-            raise InputError(
-                f"{source.name}, split {source.split}, has no usable image; {len(skipped)} are unreadable"
-            )
-        if skipped:
-            print(f"left out {len(skipped)} unreadable images, the first one: {skipped[0]}", flush=True)
-        counts = {"num_images": num_images, "num_skipped": len(skipped)}
-        meta = facts | counts
-        if source.label_column is not None:
-            names, labels = classes.numbered()
-            encoded = labels.astype("<i8").tobytes()
-            (temporary / LABELS).write_bytes(encoded)
-            digest.update(json.dumps(names).encode() + encoded)
-            meta |= {"label_names": names, "labels_digest": _digest(encoded)}
-        meta |= {"fingerprint": digest.hexdigest()[:16]}
+        meta = facts | about | _write(temporary, source, facts)
+        (temporary / META).write_text(json.dumps(meta, indent=1))
+        meta["fingerprint"] = ImageStore(temporary).digest()
         (temporary / META).write_text(json.dumps(meta, indent=1))
         try:
             temporary.rename(folder)
         except OSError:
-            if not _is_complete(folder):  # else another process was faster
+            if not folder.exists():  # else another process was faster
                 raise
     except OSError as error:
         raise InputError(f"could not write the image store {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict) -> dict:
+    """Decodes the images of a source into a folder; returns how many there are, and the names of their classes."""
+    num_images, skipped, classes = 0, [], Classes(source)
+    decoding = contextlib.closing(source.decode(facts["crop"], facts["resolution"]))
+    with decoding as rows, (folder / PIXELS).open("wb") as file, tqdm(unit=" images") as bar:
+        for row, (decoded, label) in enumerate(rows):
+            bar.total = source.num_images
+            bar.update()
+            if isinstance(decoded, np.ndarray):
+                classes.add(row, label)
+                file.write(decoded.tobytes())
+                num_images += 1
+            elif facts["skip_bad_images"]:
+                skipped.append(decoded)
+            else:
+                raise InputError(f"{source.name}, {decoded}; fix it or pass --skip_bad_images")
+    if num_images == 0:
+        raise InputError(f"{source.name}, split {source.split}, has no usable image; {len(skipped)} are unreadable")
+    if skipped:
+        logger.info("left out %d unreadable images, the first one: %s", len(skipped), skipped[0])
+    counts = {"num_images": num_images, "num_skipped": len(skipped), "fingerprint": ""}
+    if source.label_column is None:
+        return counts
+    names, labels = classes.numbered()
+    (folder / LABELS).write_bytes(labels.astype("<i8").tobytes())
+    return counts | {"label_names": names}
 
 
 class Classes:
@@ -354,49 +359,8 @@ class _Batches(Dataset):
         return self.store.__getitems__(indices), None if labels is None else torch.from_numpy(labels[indices])
 
 
-def make_loader(store: ImageStore, batches: ShuffledBatches, num_workers: int, pin_memory: bool) -> DataLoader:
+def make_loader(
+    store: ImageStore, batches: ShuffledBatches, num_workers: int, pin_memory: bool
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yields images, uint8 (B, 3, R, R), and their labels, int64 (B,), or None for a store without labels."""
-    dataset = _Batches(store)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        pin_memory=pin_memory,
-        collate_fn=_as_it_is,
-        **loader_workers(num_workers),
-    )
-
-
-def _as_it_is(batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    return batch  # `__getitems__` has made one tensor of the images already
-
-
-def main() -> None:
-    """Measures the loader: images per second, as uint8 and in the model's range."""
-    parser = argparse.ArgumentParser(prog="python -m training.data", description=main.__doc__)
-    parser.add_argument("--dataset_name")
-    parser.add_argument("--train_data_dir")
-    parser.add_argument("--crop", default="center", choices=CROPS)
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--cache_dir")
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--num_batches", type=int, default=1000)
-    parser.add_argument("--num_workers", type=int, default=0)
-    arguments = vars(parser.parse_args())
-    batch_size, num_batches, num_workers = (arguments.pop(k) for k in ("batch_size", "num_batches", "num_workers"))
-    if arguments["train_data_dir"] is None and arguments["dataset_name"] is None:
-        arguments["dataset_name"] = "synthetic-faces"
-    try:
-        store = open_image_store(**arguments)
-        batches = ShuffledBatches(len(store), batch_size, seed=0, num_batches=num_batches)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
-    for name, convert in (("uint8", lambda images: images), ("float32 in [-1, 1]", to_model_range)):
-        started_at_seconds = time.perf_counter()
-        for images, _ in make_loader(store, batches, num_workers, pin_memory=False):
-            convert(images)
-        seconds = time.perf_counter() - started_at_seconds
-        print(f"{batch_size * num_batches / seconds:,.0f} images/s as {name}, {num_workers} workers")
-
-
-if __name__ == "__main__":
-    main()
+    return load_batches(_Batches(store), num_workers, batch_sampler=batches, pin_memory=pin_memory)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from training.config import TrainConfig
-from training.processes import available_cores
 from training.run_log import read_log
+from training.workers import available_cores
 
 LIBRARIES = "torch diffusers accelerate datasets".split()
 

@@ -1,10 +1,8 @@
 """The processes of a run: how Accelerate is set up, how its processes agree, and how they are stopped."""
 
-import atexit
 import ctypes
 import importlib.util
 import itertools
-import multiprocessing
 import os
 import signal
 import sys
@@ -24,6 +22,7 @@ from tqdm.auto import tqdm
 
 from common import InputError
 from training.config import TrainConfig
+from training.workers import available_cores
 
 # Others keep a part of the network in each process; a checkpoint is written from one that has it whole.
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -82,30 +81,6 @@ class StopSignal:
     def exit_code(self) -> int:
         """0, or 128 + the signal's number as in a shell."""
         return 0 if self.number is None else 128 + self.number
-
-
-def loader_workers(count: int) -> dict:
-    """Arguments of a DataLoader for as many worker processes, which leave SIGINT and SIGTERM to their parent.
-
-    Signals to a whole group, such as Ctrl-C, reach them too; one that is ended by them would take its parent along,
-    before that has saved anything.
-    """
-    if count:
-        atexit.register(_kill_workers)  # where the parent ends with a traceback, multiprocessing would wait for them
-    return {"num_workers": count, "worker_init_fn": _ignore_signals}
-
-
-def _ignore_signals(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _kill_workers() -> None:
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
 
 
 def end_with_launcher() -> None:
@@ -176,13 +151,6 @@ def take_cpu_threads(config: TrainConfig) -> None:
     """`accelerate launch` without --cpu leaves a process one thread, however many cores there are."""
     share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(config.num_cpu_threads or max(share, 1))
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )  # macOS has no affinity
 
 
 def on_any_process(accelerator: Accelerator, flag: bool) -> bool:

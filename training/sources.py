@@ -9,10 +9,11 @@ or a string where these are None. The names may be known only once `decode` has 
 import contextlib
 import difflib
 import hashlib
-import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -28,11 +29,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from torch.utils.data import DataLoader
 
-from common import InputError
+from common import InputError, one_line
 from training.images import BadImage, decode_image
-from training.processes import available_cores, loader_workers
 from training.synthetic_faces import (
     FACTORS,
     LABEL_NAMES,
@@ -44,10 +43,13 @@ from training.synthetic_faces import (
     face_factors,
     split_indices,
 )
+from training.workers import available_cores, load_batches
+
+logger = logging.getLogger(__name__)
 
 SPLIT_OF_WORD = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}  # val -> validation
 SPLIT_WORD = re.compile(rf"(^|[-._ 0-9/])({'|'.join(SPLIT_OF_WORD)})([-._ 0-9/])")
-SPLIT_RULE = "splits are the folders at the top that are called train, validation or test"
+SPLIT_RULE = "splits are the top-level folders named train, validation or test"
 Decoded = np.ndarray | str
 Label = int | bool | str | None
 CHUNK = 64  # images that a decoding process hands over at a time
@@ -61,14 +63,11 @@ class SyntheticFaces:
     def __init__(self, split: str, max_images: int | None, label_column: str | None = None):
         self.split, self.label_column = split, label_column
         if label_column in FACTORS and label_column not in LABEL_NAMES:
-            raise InputError(f"{label_column} of {self.name} is a number; take one of {', '.join(LABEL_NAMES)}")
+            raise InputError(f"{label_column} of {self.name} is a number; choose one of {', '.join(LABEL_NAMES)}")
         if label_column is not None and label_column not in LABEL_NAMES:
             raise _no_column(self.name, label_column, LABEL_NAMES)
         self.label_names = LABEL_NAMES.get(label_column)
-        try:
-            self.indices = split_indices(split, max_images)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        self.indices = split_indices(split, max_images)
         self.identity = {"source": self.name, "revision": VERSION, "split": split, "max_images": max_images}
         if label_column is not None:
             self.identity["label_column"] = label_column
@@ -76,14 +75,25 @@ class SyntheticFaces:
 
     def decode(self, crop: str, resolution: int) -> Iterator[tuple[np.ndarray, Label]]:
         if crop not in ("none", "center"):
-            raise InputError(f"crop {crop} is for CelebA's photographs; take none for {self.name}")
+            raise InputError(f"crop {crop} is for CelebA's photographs; choose none for {self.name}")
         if resolution < LEAST_RESOLUTION:
             raise InputError(f"{self.name} are drawn at a resolution of {LEAST_RESOLUTION} or more, not {resolution}")
-        yield from _in_worker_processes(_FaceChunks(self.indices, resolution, self.label_column))
+        yield from _on_all_cores(partial(self._draw, resolution), self.num_images)
+
+    def _draw(self, resolution: int, part: slice) -> list[tuple[np.ndarray, Label]]:
+        factors = face_factors(self.indices[part])
+        faces = draw_faces(factors, resolution).transpose(0, 3, 1, 2)  # (n, R, R, 3) -> (n, 3, R, R)
+        labels = factors[self.label_column].tolist() if self.label_column else [None] * len(faces)
+        return list(zip(faces, labels, strict=True))
 
 
 class HuggingFaceImages:
-    """A split of a data set that the `datasets` library reads: of the Hub or of a local folder."""
+    """A split of a data set that the `datasets` library reads: of the Hub or of a local folder.
+
+    Args:
+        revision: commit on the Hub, or digest of the files of a folder.
+        is_offline: whether the Hub does not answer, so that `datasets` need not wait for it.
+    """
 
     def __init__(
         self,
@@ -95,10 +105,11 @@ class HuggingFaceImages:
         max_images: int | None,
         streaming: bool,
         label_column: str | None = None,
+        is_offline: bool = False,
     ):
         self.name, self.revision, self.config_name, self.split = name, revision, config_name, split
         self.image_column, self.max_images, self.streaming = image_column, max_images, streaming
-        self.label_column, self.label_names = label_column, None
+        self.label_column, self.label_names, self.is_offline = label_column, None, is_offline
         self.num_images = None
         self.identity = {
             "source": Path(name).name if os.path.isdir(name) else name,
@@ -114,24 +125,44 @@ class HuggingFaceImages:
     def decode(self, crop: str, resolution: int) -> Iterator[tuple[Decoded, Label]]:
         rows = self._open()
         if self.streaming:
-            num_decoded = 0
-            try:
-                for row in rows:
-                    cell = row[self.image_column]
-                    path = cell["path"] if cell and cell["bytes"] is None else None
-                    if "://" in (path or "") and self._may_read(path):
-                        cell = cell | {"bytes": _read(path)}  # here, as a failure is no fault of the image
-                    decoded = _decode_row(num_decoded, cell, crop, resolution, self._may_read)
-                    num_decoded += 1
-                    yield decoded, row[self.label_column] if self.label_column else None
-            except (OSError, HTTPError, ValueError) as error:
-                raise InputError(
-                    f"the stream of {self.name} broke off after {num_decoded} rows: {_reason(error)}"
-                ) from error
+            yield from self._stream(rows, crop, resolution)
         else:
             self.num_images = len(rows)
-            columns = self.image_column, self.label_column
-            yield from _in_worker_processes(_RowChunks(rows, *columns, crop, resolution, self._may_read))
+            yield from _on_all_cores(partial(self._decode_rows, rows, crop, resolution), self.num_images)
+
+    def _stream(self, rows, crop: str, resolution: int) -> Iterator[tuple[Decoded, Label]]:
+        num_decoded = 0
+        try:
+            for row in rows:
+                cell = row[self.image_column]
+                path = cell["path"] if cell and cell["bytes"] is None else None
+                if "://" in (path or "") and self._may_read(path):
+                    cell = cell | {"bytes": _read(path)}  # here, as a failure is no fault of the image
+                decoded = self._decode_row(num_decoded, cell, crop, resolution)
+                num_decoded += 1
+                yield decoded, row[self.label_column] if self.label_column else None
+        except (OSError, HTTPError, ValueError) as error:
+            raise InputError(
+                f"the stream of {self.name} broke off after {num_decoded} rows: {_reason(error)}"
+            ) from error
+
+    def _decode_rows(self, rows, crop: str, resolution: int, part: slice) -> list[tuple[Decoded, Label]]:
+        columns = rows[part]
+        cells = columns[self.image_column]
+        decoded = [self._decode_row(part.start + i, cell, crop, resolution) for i, cell in enumerate(cells)]
+        labels = columns[self.label_column] if self.label_column else [None] * len(cells)
+        return list(zip(decoded, labels, strict=True))
+
+    def _decode_row(self, number: int, cell: dict | None, crop: str, resolution: int) -> Decoded:
+        if cell is None or (cell["bytes"] is None and cell.get("path") is None):
+            return f"row {number}: no image"
+        path = cell.get("path")
+        if cell["bytes"] is None and not self._may_read(path):
+            return f"row {number}: its path {path!r:.80} leads out of the data set and is not read"
+        try:
+            return decode_image(cell["bytes"] if cell["bytes"] is not None else _read(path), crop, resolution)
+        except (BadImage, OSError) as error:
+            return f"row {number}{f' ({Path(path).name})' if path else ''}: {error}"
 
     def _may_read(self, path: str) -> bool:
         """Whether an image's path is in the data set itself, or in the caches into which it is fetched and unpacked.
@@ -151,7 +182,8 @@ class HuggingFaceImages:
     def _open(self) -> datasets.Dataset | datasets.IterableDataset:
         """The rows of the split, with the encoded bytes of the images."""
         try:
-            rows = self._load()
+            with _no_waiting_for_the_hub() if self.is_offline else contextlib.nullcontext():
+                rows = self._load()
         except InputError:
             raise
         except (OSError, HTTPError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -173,7 +205,11 @@ class HuggingFaceImages:
                 raise _no_column(self.name, self.label_column, features)
             self.label_names = self._class_names(features[self.label_column])
         feature = features[self.image_column]
-        if not (feature is None or isinstance(feature, datasets.Image) or "bytes" in _keys(feature)):
+        if not (
+            feature is None
+            or isinstance(feature, datasets.Image)
+            or (isinstance(feature, dict) and "bytes" in feature)
+        ):
             raise InputError(f"the column {self.image_column!r} of {self.name} holds {feature}, not images")
         if self.streaming and rows.features:
             # `datasets` decodes the image files of the Hub in threads of its own, which a cast does not stop
@@ -235,18 +271,27 @@ class HuggingFaceImages:
 
 
 def find_source(
-    dataset_name: str | None,
-    train_data_dir: str | None,
-    dataset_config_name: str | None,
-    dataset_revision: str | None,
-    split: str,
-    image_column: str,
+    *,
+    dataset_name: str | None = None,
+    train_data_dir: str | None = None,
+    dataset_config_name: str | None = None,
+    dataset_revision: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    streaming: bool = False,
     max_images: int | None,
-    streaming: bool,
-    cache_dir: Path,
-    label_column: str | None = None,
+    label_column: str | None,
+    last_commit: Callable[[], str | None],
 ) -> SyntheticFaces | HuggingFaceImages:
     """The source that the arguments name, without reading its images.
+
+    Args:
+        dataset_name: Hub id, or `synthetic-faces`.
+        train_data_dir: folder of images, of parquet, or written by `save_to_disk`.
+        split: `valid` and `validation` mean the same.
+        streaming: read the Hub data set as a stream, so that its original files are never all on the disk; only the
+            store is, and training is the same as ever.
+        last_commit: tells which commit the revision was when the Hub last answered.
 
     Raises:
         InputError: if there is no such source.
@@ -256,31 +301,27 @@ def find_source(
     split = "validation" if split == "valid" else split
     if dataset_name == SYNTHETIC_FACES:
         return SyntheticFaces(split, max_images, label_column)
+    names = dataset_config_name, split, image_column, max_images, streaming, label_column
     if dataset_name is not None:
         if os.path.isdir(dataset_name):  # `datasets` would prefer it to the Hub's
             raise InputError(f"{dataset_name} is a local folder; give it as --train_data_dir")
-        commit = _resolve_commit(dataset_name, dataset_revision, cache_dir / "commits.json")
-        names = dataset_name, commit, dataset_config_name, split, image_column
-        return HuggingFaceImages(*names, max_images, streaming, label_column)
+        commit, is_offline = _resolve_commit(dataset_name, dataset_revision), False
+        if commit is None:
+            commit, is_offline = last_commit() or dataset_revision, True
+        return HuggingFaceImages(dataset_name, commit, *names, is_offline)
     folder = Path(os.path.abspath(train_data_dir))  # `datasets` has names of its own, such as `parquet`
     if not os.path.isdir(folder):  # unlike Path's, it takes a name that is too long for one that is not there
         nearest = next(parent for parent in folder.parents if os.path.isdir(parent))
         raise InputError(f"there is no folder {folder}; there is {_listing(nearest)}")
     if not any(path.is_file() for path in folder.rglob("*")):
         raise InputError(f"the folder {folder} has no files")
-    names = str(folder), _file_fingerprint(folder), dataset_config_name, split, image_column
-    return HuggingFaceImages(*names, max_images, streaming=False, label_column=label_column)
+    return HuggingFaceImages(str(folder), _file_fingerprint(folder), *names)
 
 
-def _resolve_commit(name: str, revision: str | None, record: Path) -> str | None:
-    """The commit that a revision of a Hub data set stands for; without a network, the one it stood for last."""
-    key = f"{name}@{revision or 'main'}"
+def _resolve_commit(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a data set stands for now; None if the Hub does not answer."""
     try:
-        known = json.loads(record.read_text())
-    except (OSError, ValueError):
-        known = {}
-    try:
-        commit = HfApi().dataset_info(name, revision=revision, timeout=20).sha
+        return HfApi().dataset_info(name, revision=revision, timeout=20).sha
     except HFValidationError as error:
         raise InputError(f"{name!r} is neither {SYNTHETIC_FACES} nor a data set's id on the Hub") from error
     except GatedRepoError as error:
@@ -290,13 +331,19 @@ def _resolve_commit(name: str, revision: str | None, record: Path) -> str | None
     except RepositoryNotFoundError as error:
         raise InputError(f"there is no data set {name} on the Hub, or it is private: `hf auth login`") from error
     except (OSError, HTTPError) as error:
-        print(f"no answer from the Hub, taking what is cached of {name}: {_reason(error)}", flush=True)
-        datasets.config.HF_HUB_OFFLINE = True  # or it asks again for half a minute before it looks into its cache
-        return known.get(key, revision)
-    with contextlib.suppress(OSError):  # the store tells of a cache that cannot be written
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(known | {key: commit}))
-    return commit
+        logger.info("no answer from the Hub, using what is cached of %s: %s", name, _reason(error))
+        return None
+
+
+@contextlib.contextmanager
+def _no_waiting_for_the_hub() -> Iterator[None]:
+    """`datasets` looks into its cache at once instead of asking the Hub again for half a minute."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _image_files(folder: Path) -> DataFilesDict | None:
@@ -323,9 +370,9 @@ def _image_files(folder: Path) -> DataFilesDict | None:
         split_of = dict.fromkeys(split_of, "train")
         alike = next((path for path in images if SPLIT_WORD.search(path.as_posix().lower())), None)
         if alike:
-            print(f"all images of {folder} are in split train, also such as {alike}: {SPLIT_RULE}", flush=True)
+            logger.info("all images of %s are in split train, also such as %s: %s", folder, alike, SPLIT_RULE)
     elif outside:
-        print(f"left out {len(outside)} images of {folder} such as {outside[0]}: {SPLIT_RULE}", flush=True)
+        logger.info("left out %d images of %s such as %s: %s", len(outside), folder, outside[0], SPLIT_RULE)
     splits = {}
     for split in dict.fromkeys(SPLIT_OF_WORD.values()):
         if any(split_of[path] == split for path in images):
@@ -352,7 +399,7 @@ def _no_column(source: str, name: str, columns: Iterable[str]) -> InputError:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error)[:300] or type(error).__name__
 
 
 def _file_fingerprint(folder: Path) -> str:
@@ -371,69 +418,6 @@ def _listing(folder: Path) -> str:
     return f"{folder}, which holds {', '.join(names[:5]) or 'nothing'}{more}"
 
 
-def _keys(feature) -> tuple:
-    return tuple(feature) if isinstance(feature, dict) else ()
-
-
-# Decoding in worker processes: item i of these is a list of decoded images with their labels
-
-
-class _FaceChunks:
-    def __init__(self, indices: range, resolution: int, label_column: str | None):
-        self.indices, self.resolution, self.label_column = indices, resolution, label_column
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // CHUNK)
-
-    def __getitem__(self, chunk: int) -> list[tuple[np.ndarray, Label]]:
-        factors = face_factors(self.indices[chunk * CHUNK : (chunk + 1) * CHUNK])
-        faces = draw_faces(factors, self.resolution).transpose(0, 3, 1, 2)  # (n, R, R, 3) -> (n, 3, R, R)
-        labels = factors[self.label_column].tolist() if self.label_column else [None] * len(faces)
-        return list(zip(faces, labels, strict=True))
-
-
-class _RowChunks:
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        image_column: str,
-        label_column: str | None,
-        crop: str,
-        resolution: int,
-        may_read: Callable[[str], bool],
-    ):
-        self.rows, self.image_column, self.crop, self.resolution = rows, image_column, crop, resolution
-        self.label_column, self.may_read = label_column, may_read
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // CHUNK)
-
-    def __getitem__(self, chunk: int) -> list[tuple[Decoded, Label]]:
-        first = chunk * CHUNK
-        columns = self.rows[first : first + CHUNK]
-        cells = columns[self.image_column]
-        decoded = [
-            _decode_row(first + i, cell, self.crop, self.resolution, self.may_read) for i, cell in enumerate(cells)
-        ]
-        labels = columns[self.label_column] if self.label_column else [None] * len(cells)
-        return list(zip(decoded, labels, strict=True))
-
-
-def _decode_row(
-    number: int, cell: dict | None, crop: str, resolution: int, may_read: Callable[[str], bool]
-) -> Decoded:
-    if cell is None or (cell["bytes"] is None and cell.get("path") is None):
-        return f"row {number}: no image"
-    path = cell.get("path")
-    if cell["bytes"] is None and not may_read(path):
-        return f"row {number}: its path {path!r:.80} leads out of the data set and is not read"
-    try:
-        encoded = cell["bytes"] if cell["bytes"] is not None else _read(path)
-        return decode_image(encoded, crop, resolution)
-    except (BadImage, OSError) as error:
-        return f"row {number}{f' ({Path(path).name})' if path else ''}: {error}"
-
-
 def _read(path: str) -> bytes:
     """A file's content: of this machine, of the Hub (hf://) or in an archive (zip://inner.png::outer.zip)."""
     if "://" not in path:
@@ -442,12 +426,22 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _in_worker_processes(chunks) -> Iterator[tuple[Decoded, Label]]:
-    """The images of all chunks with their labels, in order, made on all cores."""
+class _Chunks:
+    """Item i is the i-th part of the images with their labels, for a worker process."""
+
+    def __init__(self, decode: Callable[[slice], list], num_images: int):
+        self.decode, self.num_images = decode, num_images
+
+    def __len__(self) -> int:
+        return -(-self.num_images // CHUNK)
+
+    def __getitem__(self, chunk: int) -> list[tuple[Decoded, Label]]:
+        return self.decode(slice(chunk * CHUNK, min((chunk + 1) * CHUNK, self.num_images)))
+
+
+def _on_all_cores(decode: Callable[[slice], list], num_images: int) -> Iterator[tuple[Decoded, Label]]:
+    """The images of all chunks with their labels, in order."""
+    chunks = _Chunks(decode, num_images)
     num_workers = min(available_cores(), len(chunks) - 1)  # not worth a process for a single chunk
-    for chunk in DataLoader(chunks, batch_size=None, collate_fn=_as_it_is, **loader_workers(num_workers)):
+    for chunk in load_batches(chunks, num_workers, batch_size=None):
         yield from chunk
-
-
-def _as_it_is(batch):
-    return batch

@@ -7,18 +7,14 @@ min, max), each elementwise, so a face has the same pixels in any batch and on a
 
 Shapes are signed distance fields (Inigo Quilez, https://iquilezles.org/articles/distfunctions2d), negative inside, in
 head units: origin between the eyes and the nose, x to the right, y down, crown near -1 and chin near +1.
-
-    python -m training.synthetic_faces --num_images 64 --resolution 64 --out sheet.png
 """
 
-import argparse
-import io
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
-from PIL import Image
+
+from common import InputError
 
 SYNTHETIC_FACES = "synthetic-faces"
 VERSION = 1  # part of the cache key of stored pixels: raise it whenever a pixel of any face changes
@@ -115,13 +111,13 @@ PIXELS_PER_CHUNK = 2**16  # a float32 plane of 256 KiB stays in the cache
 def split_indices(split: str, num_images: int | None = None) -> range:
     """The face indices of a split: its first `num_images`, by default as many as SPLIT_SIZES says.
 
-    Raises ValueError for a split that does not exist and for a count outside [1, 2**40].
+    Raises InputError for a split that does not exist and for a count outside [1, 2**40].
     """
     if split not in SPLIT_SIZES:
-        raise ValueError(f"{SYNTHETIC_FACES} has no split {split!r}; it has {', '.join(SPLIT_SIZES)}")
+        raise InputError(f"{SYNTHETIC_FACES} has no split {split!r}; it has {', '.join(SPLIT_SIZES)}")
     num_images = SPLIT_SIZES[split] if num_images is None else num_images
     if not 1 <= num_images <= SPLIT_STARTS["validation"]:
-        raise ValueError(f"{SYNTHETIC_FACES} has 1 to 2**40 images a split (default {SPLIT_SIZES}), not {num_images}")
+        raise InputError(f"{SYNTHETIC_FACES} has 1 to 2**40 images per split, not {num_images}")
     return range(SPLIT_STARTS[split], SPLIT_STARTS[split] + num_images)
 
 
@@ -162,25 +158,6 @@ def draw_faces(factors: dict[str, np.ndarray], resolution: int) -> np.ndarray:
         part = slice(start, start + chunk)
         images[part] = _draw_chunk({name: factors[name][part] for name in FACTORS}, resolution)
     return images
-
-
-def load_synthetic_faces(num_images: int | None, split: str, resolution: int, seed: int = 0) -> datasets.Dataset:
-    """A data set with the column `image` (PNG) and one column per factor; see `split_indices` for the first two."""
-    indices = split_indices(split, num_images)
-    features = {"image": datasets.Image()}
-    features |= {name: datasets.Value("float32") for name in CONTINUOUS}
-    features |= {name: datasets.ClassLabel(names=list(odds)) for name, odds in CATEGORICAL.items()}
-    features |= {name: datasets.Value("bool") for name in BINARY}
-    parts = (indices[start : start + 256] for start in range(0, len(indices), 256))
-    images = [{"bytes": _png(image)} for part in parts for image in render_faces(part, resolution, seed)]
-    columns = {"image": images, **face_factors(indices, seed)}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-
-
-def _png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 # Distances. A point is a pair (x, y) of (n, R, R) arrays; parameters are numbers or (n, 1, 1) arrays.
@@ -404,29 +381,3 @@ def hair_front(canvas, f):
     canvas.paint(np.maximum(hair - 0.06, f.head_outline + 0.04), f.shade, 0.5, softness=0.08)  # its shadow
     gloss = 1.04 - 0.24 * np.abs(y + 0.75)
     canvas.paint(hair, lit(f.hair * gloss, f, f.head))
-
-
-def contact_sheet(images: np.ndarray) -> Image.Image:
-    """Pictures (n, R, R, 3) uint8 row by row in a grid that is as square as n allows."""
-    num_images, resolution = images.shape[:2]
-    columns = int(np.ceil(np.sqrt(num_images)))
-    rows = -(-num_images // columns)
-    sheet = np.full((rows * columns, resolution, resolution, 3), 255, np.uint8)
-    sheet[:num_images] = images
-    sheet = sheet.reshape(rows, columns, resolution, resolution, 3).swapaxes(1, 2)
-    return Image.fromarray(sheet.reshape(rows * resolution, columns * resolution, 3))
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Write a contact sheet of synthetic faces.")
-    parser.add_argument("--num_images", type=int, default=64)
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="sheet.png")
-    args = parser.parse_args()
-    indices = split_indices("train", args.num_images)
-    contact_sheet(render_faces(indices, args.resolution, args.seed)).save(args.out)
-
-
-if __name__ == "__main__":
-    main()
