@@ -50,25 +50,17 @@ SAFETENSORS, PICKLE = "model*.safetensors", "pytorch_model.bin"
 
 
 def open_extractor(
-    name: str,
-    *,
-    mode: str = "clean",
-    path: Path | None = None,
-    revision: str | None = None,
-    resolution: int | None = None,
-    device: torch.device | str = "cpu",
+    name: str, *, mode: str = "clean", path: Path | None = None, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
     """The extractor of a name: `inception`, `dinov2`, `clip`, a TorchScript file, a transformers folder or Hub id.
 
     Args:
         mode: of Inception.
-        path: the weights of `inception` (a file), `dinov2` or `clip` (a folder), where they are not to be fetched;
-            others than the published ones are refused under these names.
-        revision: of a Hub id.
-        resolution: what images are resized to for a TorchScript file.
+        path: local weights of `inception` (a file), `dinov2` or `clip` (a folder); under these names only the
+            published weights are accepted.
 
     Raises:
-        InputError: if it cannot be had.
+        InputError: if it is not available.
     """
     if name == "inception":
         return Inception(mode, path=path, device=device)
@@ -76,16 +68,16 @@ def open_extractor(
         published = {"dinov2": DINOV2, "clip": CLIP}[name]
         return TransformersEncoder(str(path) if path else published.hub_id, published=published, device=device)
     if Path(name).is_file():
-        return TorchScriptEncoder(Path(name), resolution=resolution, device=device)
-    return TransformersEncoder(name, revision=revision, device=device)
+        return TorchScriptEncoder(Path(name), device=device)
+    return TransformersEncoder(name, device=device)
 
 
 class TransformersEncoder:
     """A vision network of transformers; a `FeatureExtractor` for square images.
 
     DINOv2: the class token after the last norm, of images resized to 224 (antialiased bicubic, rounded to uint8) and
-    normalised as ImageNet, as in the code of Stein et al. (dgm-eval). One difference is left: transformers resizes the
-    position embeddings from 518 to 224 pixels to a size, Meta's code by a factor with an offset of 0.1.
+    normalised as ImageNet, as in the code of Stein et al. (dgm-eval). One difference remains: transformers resizes the
+    position embeddings from 518 to 224 pixels by size, Meta's code by a factor with an offset of 0.1.
 
     CLIP: the projected image embedding divided by its length, of images resized to the network's size in the same way
     and normalised as CLIP's, as in the code of Jayasumana et al. (google-research/cmmd).
@@ -96,7 +88,6 @@ class TransformersEncoder:
     Args:
         source: a folder with config.json and safetensors, or a Hub id. No code from it is run; where there are no
             safetensors (as in CLIP's repository), pytorch_model.bin is read, as weights only.
-        revision: of a Hub id.
         published: what it must be, and on the Hub the commit to take; by default anything.
 
     Attributes:
@@ -105,18 +96,11 @@ class TransformersEncoder:
         commit: on the Hub; None for a folder.
 
     Raises:
-        InputError: if it cannot be had, is another one, or the weights do not fill the network.
+        InputError: if it is not available, is another network, or the weights do not fill the network.
     """
 
-    def __init__(
-        self,
-        source: str,
-        *,
-        revision: str | None = None,
-        published: Published | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        folder, self.commit = _find_folder(source, published.commit if published else revision)
+    def __init__(self, source: str, *, published: Published | None = None, device: torch.device | str = "cpu"):
+        folder, self.commit = _find_folder(source, published.commit if published else None)
         self.sha256, self.device = _sha256_of(folder), torch.device(device)
         if published and self.sha256 != published.sha256:
             raise InputError(
@@ -130,11 +114,12 @@ class TransformersEncoder:
             architecture = CLIPVisionModelWithProjection if self.is_clip else AutoModel
             network, loading = architecture.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{source} could not be loaded: {' '.join(str(error).split())}") from error
-        if loading["missing_keys"]:
+            raise InputError(f"{source} could not be loaded: {error}") from error
+        missing = sorted(loading["missing_keys"])
+        if missing:
             raise InputError(
-                f"the weights of {source} lack {len(loading['missing_keys'])} of the network's parameters, as"
-                f" {sorted(loading['missing_keys'])[0]}; take another file"
+                f"the weights of {source} lack {len(missing)} of the network's parameters, such as {missing[0]};"
+                " take another file"
             )
         self.network = network.eval().to(self.device)
         self.size, mean, std = _pixels(folder, network.config)
@@ -149,59 +134,47 @@ class TransformersEncoder:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, R, R) -> float32 (B, D)."""
         check_images(images)
-        resized = _resize(images, self.size).to(self.device)  # (B, 3, size, size)
+        resized = resize_each(images, self._resize).to(self.device)  # (B, 3, size, size)
         output = self.network(pixel_values=(resized.float() / 255 - self.mean) / self.std)
         if self.is_clip:
             return normalize(output.image_embeds, dim=1)
         pooled = getattr(output, "pooler_output", None)
         return output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
 
+    def _resize(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, 3) -> uint8 (size, size, 3)."""
+        return np.array(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BICUBIC))
+
 
 class TorchScriptEncoder:
-    """Any TorchScript file; a `FeatureExtractor`.
+    """Any TorchScript file; a `FeatureExtractor`, named after the file.
 
     Args:
         path: a module that takes float32 (B, 3, H, W) in 0..255 and returns (B, D). Loading it runs its code, which is
             not Python's.
-        resolution: what images are resized to before (antialiased bicubic, rounded to uint8); by default they are not.
-
-    Attributes:
-        name: the file's name.
 
     Raises:
-        InputError: if it is no such file.
+        InputError: if it is not such a file.
     """
 
-    def __init__(self, path: Path, *, resolution: int | None = None, device: torch.device | str = "cpu"):
-        if not path.is_file():
-            raise InputError(f"there is no file {path}; give that of a TorchScript module")
-        self.name, self.resolution, self.device = path.name, resolution, torch.device(device)
-        self.mode = f"bicubic {resolution}" if resolution else "as they are"
-        self.sha256 = sha256_of(path)
+    mode = "as they are"
+
+    def __init__(self, path: Path, *, device: torch.device | str = "cpu"):
+        self.name, self.sha256, self.device = path.name, sha256_of(path), torch.device(device)
         try:
             self.network = torch.jit.load(str(path), map_location=self.device).eval()
         except (RuntimeError, ValueError) as error:
-            raise InputError(f"{path} is no TorchScript module: {str(error).strip().splitlines()[0]}") from error
+            raise InputError(f"{path} is not a TorchScript module: {str(error).strip().splitlines()[0]}") from error
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 (B, D)."""
         check_images(images)
-        resized = _resize(images, self.resolution) if self.resolution else images
-        features = self.network(resized.float().to(self.device))
+        features = self.network(images.float().to(self.device))
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise InputError(f"{self.name} returns {shape} for {len(images)} images; it must be a tensor (B, D)")
         return features.float()
-
-
-def _resize(images: Tensor, size: int) -> Tensor:
-    """uint8 (B, 3, H, W) -> uint8 (B, 3, size, size)."""
-
-    def resize(image: np.ndarray) -> np.ndarray:
-        return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-
-    return resize_each(images, resize)
 
 
 def _pixels(folder: Path, config) -> tuple[int, tuple, tuple]:
@@ -213,13 +186,13 @@ def _pixels(folder: Path, config) -> tuple[int, tuple, tuple]:
         return int(config.image_size), tuple(facts["image_mean"]), tuple(facts["image_std"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(
-            f"{folder} does not tell how images are prepared: {' '.join(str(error).split())}; it needs a"
+            f"{folder} does not say how images are prepared: {error}; it needs a"
             " preprocessor_config.json with image_mean and image_std, and a configuration with image_size"
         ) from error
 
 
 def _find_folder(source: str, revision: str | None) -> tuple[Path, str | None]:
-    """The folder of a network, fetched from the Hub if need be, and its commit there."""
+    """The folder of a network, downloaded from the Hub if need be, and its commit there."""
     if Path(source).is_dir():
         return Path(source), None
     wanted = ["config.json", "preprocessor_config.json", SAFETENSORS, f"{SAFETENSORS}.index.json"]
@@ -228,11 +201,11 @@ def _find_folder(source: str, revision: str | None) -> tuple[Path, str | None]:
         if not any(folder.glob(SAFETENSORS)):
             folder = Path(snapshot_download(source, revision=folder.name, allow_patterns=[*wanted, PICKLE]))
     except HFValidationError as error:
-        raise InputError(f"{source} is neither a folder nor the id of a Hub repository") from error
+        raise InputError(f"{source} is neither a local folder nor the id of a Hub repository") from error
     except (OSError, HTTPError) as error:
         raise InputError(
-            f"{source} is no folder, and it could not be had from the Hub: {' '.join(str(error).split())};"
-            " fetch it elsewhere and give the path of its folder"
+            f"{source} is not a local folder and could not be downloaded from the Hub: {error}; download it elsewhere"
+            " and give the path of its folder"
         ) from error
     return folder, folder.name
 

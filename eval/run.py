@@ -10,7 +10,7 @@ belongs to discrete timesteps alone.
 
     swd            sliced Wasserstein distance, with the floor of real against real       eval/swd.py
     colours        brightness, contrast and saturation                                   eval/colours.py
-    features       FID, KID, precision and recall, FD-DINOv2, CMMD                        eval/frechet.py and others
+    features       FID, KID, precision and recall, FD-DINOv2, CMMD                        eval/distances.py
     memorisation   nearest training images of generated and of held-out images            eval/memorisation.py
     likelihood     bits/dim by the variational bound and by the probability-flow ODE      eval/likelihood.py
     heldout        loss against timestep and noise level, held-out and training images    eval/heldout.py
@@ -35,7 +35,6 @@ from common import MOST_THREADS, InputError, Parser, check_numbers, make_folder,
 from eval.cost import SamplerSetting
 from eval.evaluation import COST_SAMPLERS, COST_SAMPLERS_IN_CONTINUOUS_TIME, Evaluation
 from eval.measures import METRICS, check_metrics
-from eval.reference import FEWEST_IMAGES, check_counts
 from eval.results import quality_table, read_results, result, write_results
 from pipelines import generate
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
@@ -43,6 +42,7 @@ from pipelines.loading import DTYPES
 from pipelines.model_card import write_card
 
 LIBRARIES = "torch diffusers accelerate clean-fid scipy".split()
+FEWEST_IMAGES = 2048  # below the 2,048 dimensions of Inception's features their covariance is singular
 NEED_IMAGES = {"swd", "colours", "features", "memorisation"}
 ON_ALL_PROCESSES = {"features", "cost"}  # the other metrics are measured by the main process alone
 ON_THE_CARD = {"swd", "features", "memorisation", "likelihood"}
@@ -118,12 +118,25 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     most = {"num_cpu_threads": MOST_THREADS, "eta": 1}
     check_numbers(options, least, most)
     if "features" in options.metrics:
-        check_counts(options.num_images, options.num_images, options.allow_few)
+        check_count(options.num_images, options.allow_few, "--num_images")
+        if options.k >= options.num_images:
+            raise InputError(f"--k is {options.k}; it must be below --num_images {options.num_images}")
     if "cost" in options.metrics:
-        check_counts(options.cost_images, options.cost_images, options.allow_few, "--cost_images")
+        check_count(options.cost_images, options.allow_few, "--cost_images")
     if options.write_card and not Path(options.pipeline).is_dir():
         raise InputError(f"--write_card is for a folder, but --pipeline is {options.pipeline}")
     return options
+
+
+def check_count(num_images: int, allow_few: bool, flag: str) -> None:
+    """Raises InputError if there are too few images for FID and the like, which fall by about 1/n."""
+    if num_images < 2:
+        raise InputError(f"{flag} is {num_images}; a distance between distributions needs 2 or more")
+    if num_images < FEWEST_IMAGES and not allow_few:
+        raise InputError(
+            f"{num_images} images are too few for a figure that others can compare with; take {FEWEST_IMAGES} or"
+            f" more ({flag}), or pass --allow_few"
+        )
 
 
 def run(options: argparse.Namespace) -> None:

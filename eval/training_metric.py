@@ -10,10 +10,9 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from common import InputError, on_main_process, one_line
+from eval.distances import frechet_distance, kernel_distance
 from eval.features import cached_features, images_of_store
-from eval.frechet import frechet_distance_of
 from eval.inception import Inception, find_weights
-from eval.kernel import kernel_distance
 from pipelines import CustomUNetPipeline
 from training.checkpoint import difference
 from training.config import TrainConfig
@@ -117,7 +116,7 @@ class TrainingMetric:
     def distance(self, generated: np.ndarray) -> float:
         """From features (n, D). Raises ValueError if they are not finite."""
         if self.name == "fid":
-            return frechet_distance_of(self.training_features, generated)
+            return frechet_distance(self.training_features, generated)
         return kernel_distance(self.training_features, generated, seed=0).mean
 
     def keep_best(self, value: float, step: int, folder: Path, write: Callable[[Path, dict], object]) -> str:

@@ -18,10 +18,10 @@ from tiny_network import TINY
 from torch import nn
 
 from custom_unet import CustomUNet2DModel
+from eval.distances import frechet_distance
 from eval.encoders import open_extractor
 from eval.evaluation import WithoutClass
 from eval.features import images_of_files, images_of_store
-from eval.frechet import frechet_distance_of
 from eval.memorisation import memorisation
 from eval.results import result
 from eval.run import keep, main
@@ -154,7 +154,7 @@ def test_figures_are_those_of_the_functions(measured, inputs):
     assert value(measured, "SWD, mean") == pytest.approx(np.mean(list(distances.values())))
     extractor = open_extractor(str(inputs[1]))
     features = [extractor(torch.from_numpy(images)).numpy() for images in (generated, reference)]
-    assert value(measured, "FD-features.pt") == pytest.approx(frechet_distance_of(*features), rel=1e-5)
+    assert value(measured, "FD-features.pt") == pytest.approx(frechet_distance(*features), rel=1e-5)
     heldout = open_image_store(train_data_dir=str(inputs[2]), split="validation", crop="none", resolution=16)
     others = [extractor(torch.from_numpy(np.asarray(s.images))).numpy() for s in (heldout, store)]
     ratio = value(measured, "Nearest training image, generated / held-out (median), features.pt")
@@ -224,6 +224,7 @@ def test_what_another_machine_measured_stays_its(measured, evaluate, tmp_path):
         (["--heldout_images", "1"], "--heldout_images is 1"),
         (["--metrics", "beauty"], "invalid choice: 'beauty'"),
         (["--num_images", "0"], "--num_images is 0"),
+        (["--k", "24"], "--k is 24; it must be below --num_images 24"),
         (["--crop", "celeba_999"], "unknown crop 'celeba_999'"),
         (["--split", "test"], "no split 'test'; it has train, validation"),
         (["--features", "nothing"], "nothing"),
@@ -238,7 +239,10 @@ def test_what_another_machine_measured_stays_its(measured, evaluate, tmp_path):
         (["--sampler", "unipc", "--eta", "1"], "eta is 1.0"),
         (["--heldout_split", "", "--metrics", "memorisation"], "give --heldout_split"),
         (["--cost_images", "30", "--metrics", "cost"], "needs 60 real images; there are 50"),
-        (["--cost_images", "1", "--metrics", "cost"], "there is 1 image of each"),
+        (
+            ["--cost_images", "1", "--metrics", "cost"],
+            "--cost_images is 1; a distance between",
+        ),
         (["--pipeline", "no/where", "--write_card"], "--write_card is for a folder"),
     ],
 )
@@ -277,7 +281,7 @@ def test_published_networks_that_cannot_be_had_are_not_measured(inputs, tmp_path
     assert str(tmp_path) not in (out / "results.json").read_text()
     assert re.search(r"\| FID \(clean\); .*; CMMD \| not measured \|", (out / "results.md").read_text())
     assert main([*fixed, "--allow_few", "--out", str(out), "--metrics", "features", "--features", "inception"]) == 2
-    assert "could not be fetched" in capfd.readouterr().err.splitlines()[-1]
+    assert "could not be downloaded" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_a_measurement_replaces_the_word_that_there_is_none_and_stays():

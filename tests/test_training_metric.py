@@ -19,9 +19,8 @@ from torch import Tensor
 
 import train_unet
 from eval import training_metric
+from eval.distances import frechet_distance, kernel_distance
 from eval.features import images_of_store
-from eval.frechet import frechet_distance_of
-from eval.kernel import kernel_distance
 from pipelines import CustomUNetPipeline
 from training.checkpoint import verify_checkpoint
 from training.config import TrainConfig
@@ -113,7 +112,7 @@ def test_the_value_is_that_of_the_images_of_the_seeds(changes, make_trainer, sta
     generated = torch.from_numpy(np.stack([np.asarray(image).transpose(2, 0, 1) for image in images]))
     chosen = images_of_store(trainer.store, 20)
     real, generated = (StandIn()(images).numpy() for images in (torch.from_numpy(chosen.read(range(20))), generated))
-    value = frechet_distance_of(real, generated)
+    value = frechet_distance(real, generated)
     if changes["metric"] == "kid":
         value = kernel_distance(real, generated, seed=0).mean
     assert records(trainer.output_dir, changes["metric"]) == {3: pytest.approx(value, rel=1e-4)}

@@ -1,0 +1,151 @@
+"""Distances between two sets of images, from their features: FID, KID, CMMD, precision and recall.
+
+Features are arrays of shape (N, D) and finite, see `eval.features`. Except KID, each of these figures depends on the
+number of images: compare it at equal n only.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import linalg
+from torch import Tensor
+
+CMMD_SIGMA = 10.0
+CMMD_SCALE = 1000.0
+BLOCK = 1024  # rows of a distance matrix in memory at once
+
+
+def frechet_distance(features1: np.ndarray, features2: np.ndarray) -> float:
+    """FID in Inception's features, FD-DINOv2 in DINOv2's: the squared Frechet distance of two Gaussians, in float64.
+
+        d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))        Heusel et al. 2017 (arXiv 1706.08500), equation 6
+
+    with the means m and the covariances S (over N - 1) of the features, (N, D) and (M, D). For factors S = R^T R the
+    eigenvalues of S1 S2 are the squared singular values of R1 R2^T, so the trace of the root is the sum of these. R is
+    that of the QR decomposition of the centred features: no covariance is formed, it may be singular, and no rounding
+    error is magnified by the root of a number near 0.
+    """
+    means, factors = [], []
+    for features in (features1, features2):
+        features = np.asarray(features, np.float64)
+        means.append(features.mean(axis=0))
+        factors.append(linalg.qr((features - means[-1]) / np.sqrt(len(features) - 1), mode="r")[0][: len(means[-1])])
+    trace_of_root = linalg.svdvals(factors[0] @ factors[1].T).sum()
+    squared = ((means[0] - means[1]) ** 2).sum() + sum((factor**2).sum() for factor in factors) - 2 * trace_of_root
+    return max(float(squared), 0.0)  # rounding may take it below
+
+
+class KernelDistance(NamedTuple):
+    """Attributes:
+    mean: KID; unbiased, so it is sometimes below 0 where the distributions are equal.
+    std: standard deviation over the subsets, the spread that the literature gives; of subsets, not of the mean. None
+        if every subset is the whole of both sets and nothing varies.
+    num_subsets, subset_size: how it was measured.
+    """
+
+    mean: float
+    std: float | None
+    num_subsets: int
+    subset_size: int
+
+
+def kernel_distance(
+    features1: np.ndarray, features2: np.ndarray, *, seed: int, num_subsets: int = 100, max_subset_size: int = 1000
+) -> KernelDistance:
+    """KID (Binkowski et al. 2018, arXiv 1801.01401, section 4), in float64.
+
+    The unbiased estimate of MMD^2 with the kernel k(x, y) = (x^T y / D + 1)^3, over random subsets of equal size m
+    without replacement. They are drawn as clean-fid 0.1.35 does, so this is its figure after `np.random.seed(seed)`.
+
+    Args:
+        features1: shape (N, D), in clean-fid the reference.
+        features2: shape (M, D).
+        max_subset_size: m is this, or N or M if that is less.
+    """
+    size = min(len(features1), len(features2), max_subset_size)
+    draws, values = np.random.RandomState(seed), []
+    for _ in range(num_subsets):
+        x = features2[draws.choice(len(features2), size, replace=False)]
+        y = features1[draws.choice(len(features1), size, replace=False)]
+        values.append(_unbiased_polynomial_mmd(x.astype(np.float64), y.astype(np.float64)))
+    varies = num_subsets > 1 and (size < len(features1) or size < len(features2))
+    return KernelDistance(float(np.mean(values)), float(np.std(values)) if varies else None, num_subsets, size)
+
+
+def _unbiased_polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
+    """MMD_u^2 of Gretton et al. 2012 (JMLR 13), equation 3: an image is not compared with itself; both (m, D)."""
+    size, dimensions = x.shape
+    within = (x @ x.T / dimensions + 1) ** 3 + (y @ y.T / dimensions + 1) ** 3
+    between = (x @ y.T / dimensions + 1) ** 3
+    return (within.sum() - np.trace(within)) / (size * (size - 1)) - 2 * between.mean()
+
+
+def cmmd(embeddings1: np.ndarray, embeddings2: np.ndarray) -> float:
+    """CMMD (Jayasumana et al. 2024, arXiv 2401.09603), in float64.
+
+    MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y) with the kernel exp(-|x - y|^2 / (2 sigma^2)), sigma 10, times 1000.
+    The paper's code takes the biased estimate (Gretton et al. 2012, equation 5: every pair counts, an image with
+    itself too), and so does this: it is never negative, 0 on identical sets, and above 0 by about 1/n on equal
+    distributions.
+
+    Args:
+        embeddings1: shape (N, D): image embeddings of CLIP, each of length 1.
+        embeddings2: shape (M, D).
+    """
+    x, y = (torch.from_numpy(np.asarray(embeddings, np.float64)) for embeddings in (embeddings1, embeddings2))
+
+    def mean_kernel(a: Tensor, b: Tensor) -> float:
+        sums = [(torch.cdist(rows, b).square() / (-2 * CMMD_SIGMA**2)).exp().sum() for rows in a.split(BLOCK)]
+        return float(sum(sums)) / (len(a) * len(b))
+
+    return CMMD_SCALE * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
+
+
+def prdc(real: np.ndarray, generated: np.ndarray, *, k: int = 5, chunk: int = BLOCK) -> dict[str, float]:
+    """Precision and recall, density and coverage: fidelity and diversity apart.
+
+    Each set stands for its support by balls, one around every sample, that reach to its k-th nearest other sample:
+
+        precision  share of generated samples in a ball of a real one       Kynkaanniemi et al. 2019
+        recall     share of real samples in a ball of a generated one       (arXiv 1904.06991), eq. 1 and 2; k = 3
+        density    number of real balls around a generated sample, over k   Naeem et al. 2020
+        coverage   share of real balls with a generated sample in them      (arXiv 2002.09797), section 3; k = 5
+
+    All but density are in [0, 1]. For equal distributions the expected density is 1 and the expected coverage
+    1 - (N-1)...(N-k) / ((M+N-1)...(M+N-k)); precision and recall depend on the distribution. Balls are closed, as in
+    equation 1 of the first paper. (The package `prdc` takes open ones, which differs only where distances tie: of two
+    identical sets the density is (k + 1)/k here and 1 there.)
+
+    Args:
+        real: shape (N, D), any real type; N above k.
+        generated: shape (M, D); M above k.
+        chunk: rows of the distance matrices in memory at once, as float64.
+    """
+    centre = real.mean(axis=0, dtype=np.float64)  # far from the origin, differences would drown in rounding
+    real, generated = (torch.from_numpy(features - centre) for features in (real, generated))
+    longest = max(features.square().sum(1).max() for features in (real, generated))
+    slack = 4 * (real.shape[1] + 8) * 2.0**-53 * longest  # rounding of two squared distances: a tie is a tie
+    real_radii = squared_radii(real, k, chunk) + slack
+    generated_radii = squared_radii(generated, k, chunk) + slack
+    num_precise, num_balls = 0, 0
+    recalled, covered = torch.zeros(2, len(real), dtype=torch.bool)
+    for points, radii in zip(generated.split(chunk), generated_radii.split(chunk), strict=True):
+        distances = torch.cdist(points, real).square_()  # (chunk, N)
+        in_real_ball = distances <= real_radii
+        num_precise += int(in_real_ball.any(1).sum())
+        num_balls += int(in_real_ball.sum())
+        covered |= in_real_ball.any(0)
+        recalled |= (distances <= radii[:, None]).any(0)
+    return {
+        "precision": num_precise / len(generated),
+        "recall": float(recalled.double().mean()),
+        "density": num_balls / (k * len(generated)),
+        "coverage": float(covered.double().mean()),
+    }
+
+
+def squared_radii(points: Tensor, k: int, chunk: int) -> Tensor:
+    """Squared distance of each point to its k-th nearest other point, of which it is the 0-th; (N, D) -> (N,)."""
+    distances = (torch.cdist(rows, points) for rows in points.split(chunk))
+    return torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in distances]).square()

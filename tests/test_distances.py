@@ -1,0 +1,240 @@
+"""FID and KID beside closed forms and clean-fid, CMMD beside a loop over pairs, PRDC by brute force."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from cleanfid import fid
+
+from eval import distances
+from eval.distances import cmmd, frechet_distance, kernel_distance, prdc, squared_radii
+
+
+def gaussian(count: int, dimensions: int, seed: int, mean: float = 0.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(mean, size=(count, dimensions))
+
+
+def unit(points: np.ndarray) -> np.ndarray:
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
+
+
+# ---- The Frechet distance
+
+
+def rotation(dimensions: int, seed: int) -> np.ndarray:
+    return np.linalg.qr(gaussian(dimensions, dimensions, seed))[0]
+
+
+def features_with(mean: np.ndarray, root: np.ndarray, seed: int) -> np.ndarray:
+    """Features of exactly this mean and the covariance root^T root."""
+    white = gaussian(2 * len(mean) + 5, len(root), seed)
+    white = np.linalg.qr(white - white.mean(axis=0))[0] * np.sqrt(len(white) - 1)
+    return mean + white @ root
+
+
+@pytest.mark.parametrize(
+    "case", ["one dimension", "common axes", "rank one", "half of the axes shared", "no variance"]
+)
+def test_closed_forms(case):
+    """Beside |m1 - m2|^2: (s1 - s2)^2 along common axes, |u|^2 + |v|^2 - 2 |u.v| for uu^T and vv^T."""
+    dimensions = {"one dimension": 1, "no variance": 3}.get(case, 60)
+    shift, axes = gaussian(1, dimensions, 0)[0], rotation(dimensions, 1)
+    stds = 3 * np.abs(gaussian(2, dimensions, 2))
+    if case == "half of the axes shared":
+        stds[0, 30:], stds[1, :15], stds[1, 45:] = 0, 0, 0
+    if case == "no variance":
+        stds *= 0
+    roots = [std[:, None] * axes for std in stds]
+    expected = ((stds[0] - stds[1]) ** 2).sum()
+    if case == "rank one":
+        u, v = gaussian(2, dimensions, 3)
+        roots, expected = [u[None], v[None]], u @ u + v @ v - 2 * abs(u @ v)
+    features = features_with(np.zeros(dimensions), roots[0], 4), features_with(shift, roots[1], 5)
+    assert frechet_distance(*features) == pytest.approx(expected + shift @ shift, rel=1e-9)
+
+
+@pytest.mark.parametrize("dimensions", [2, 8, 128])
+def test_frechet_distance_agrees_with_clean_fid(dimensions):
+    generator = np.random.default_rng(0)
+    features1 = generator.normal(size=(300, dimensions)).astype(np.float32)
+    features2 = generator.gamma(2, size=(200, dimensions)).astype(np.float32)
+    expected = fid.fid_from_feats(features1.astype(np.float64), features2.astype(np.float64))
+    assert frechet_distance(features1, features2) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [20, 500])
+def test_identical_features_are_at_no_distance(count):
+    """With fewer images than dimensions too; the size of the features sets the scale."""
+    features = (np.random.default_rng(0).normal(size=(count, 200)) + 1e3).astype(np.float32)
+    for other in (features, features[::-1]):
+        assert 0 <= frechet_distance(features, other) < 1e-9 * features.var(axis=0).sum()
+
+
+# ---- KID
+
+
+@pytest.mark.parametrize(("count1", "count2", "largest"), [(150, 150, 60), (90, 150, 1000), (70, 70, 1000)])
+def test_kid_agrees_with_clean_fid(count1, count2, largest):
+    features1, features2 = gaussian(count1, 16, seed=0), gaussian(count2, 16, seed=1, mean=0.2)
+    np.random.seed(5)
+    expected = fid.kernel_distance(features1, features2, num_subsets=20, max_subset_size=largest)
+    state = np.random.get_state()[1]
+    measured = kernel_distance(features1, features2, seed=5, num_subsets=20, max_subset_size=largest)
+    assert (np.random.get_state()[1] == state).all()
+    assert measured.mean == pytest.approx(expected, rel=1e-9)
+    assert measured[2:] == (20, min(count1, count2, largest))
+    assert (measured.std is None) == (count1 == count2 < largest)  # each subset is all of them
+    other = kernel_distance(features1, features2, seed=6, num_subsets=20, max_subset_size=largest)
+    assert other.mean != measured.mean or measured.std is None
+
+
+def test_kid_is_unbiased():
+    """Equal distributions: the mean over many seeds is 0 within 3 standard errors, and values of both signs come."""
+    values = [
+        kernel_distance(gaussian(40, 8, seed=2 * seed), gaussian(40, 8, seed=2 * seed + 1), seed=0, num_subsets=1).mean
+        for seed in range(400)
+    ]
+    standard_error = np.std(values, ddof=1) / math.sqrt(len(values))
+    assert abs(np.mean(values)) < 3 * standard_error
+    assert min(values) < 0 < max(values)
+    biased = 2 * (2**3) / 40  # about what k(x, x), twice counted, would add
+    assert standard_error < biased / 50
+
+
+def test_kid_of_two_points():
+    """All x = 0 and all y = 1 in one dimension: 1 + 8 - 2."""
+    measured = kernel_distance(np.zeros((5, 1)), np.ones((7, 1)), seed=0, num_subsets=3)
+    assert measured[:2] == (pytest.approx(7), pytest.approx(0))
+
+
+# ---- CMMD
+
+
+def test_cmmd_is_the_mean_over_pairs(monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK", 7)
+    x, y = unit(gaussian(23, 6, seed=0)), unit(gaussian(31, 6, seed=1, mean=0.5))
+
+    def mean_kernel(first, second):
+        return np.mean([[math.exp(-sum((a - b) ** 2) / 200) for b in second] for a in first])
+
+    expected = 1000 * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
+    assert cmmd(x, y) == pytest.approx(expected, rel=1e-9)
+    assert cmmd(x, y) == pytest.approx(cmmd(y, x), rel=1e-9)
+    assert cmmd(x.astype(np.float32), y.astype(np.float32)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_cmmd_closed_form():
+    """All x = e1, all y = -e1: 1000 (2 - 2 exp(-4/200))."""
+    x = np.tile([1.0, 0.0], (3, 1))
+    assert cmmd(x, -x[:2]) == pytest.approx(2000 * (1 - math.exp(-0.02)))
+    assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
+
+
+# ---- Precision and recall, density and coverage
+
+
+def brute_force(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, float]:
+    """As the papers write it, by differences, with sets and loops."""
+
+    def radii(points):
+        return [sorted(np.linalg.norm(np.delete(points, i, axis=0) - p, axis=1))[k - 1] for i, p in enumerate(points)]
+
+    distances = np.linalg.norm(real[:, None] - generated[None], axis=2)  # (N, M)
+    real_radii, generated_radii = radii(real), radii(generated)
+    n, m = distances.shape
+    in_real = [[distances[i, j] <= real_radii[i] for i in range(n)] for j in range(m)]
+    in_generated = [[distances[i, j] <= generated_radii[j] for j in range(m)] for i in range(n)]
+    return {
+        "precision": sum(any(row) for row in in_real) / m,
+        "recall": sum(any(row) for row in in_generated) / n,
+        "density": sum(sum(row) for row in in_real) / (k * m),
+        "coverage": sum(any(in_real[j][i] for j in range(m)) for i in range(n)) / n,
+    }
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_prdc_agrees_with_brute_force(k, chunk):
+    real, generated = gaussian(61, 4, 0), gaussian(43, 4, 1, mean=1.0)
+    expected = brute_force(real, generated, k)
+    assert all(0 < value < 1 for value in expected.values()), "the case must tell something"
+    assert prdc(real, generated, k=k, chunk=chunk) == pytest.approx(expected, abs=1e-12)
+
+
+def test_half_of_the_modes_missing_halves_recall_and_coverage():
+    modes = np.repeat(np.arange(10) * 100.0, 50)[:, None] * np.ones(6)
+    real = modes + gaussian(500, 6, 0) * 0.01
+    near = modes[:250] + gaussian(250, 6, 1) * 0.001  # at the centres of the first five modes
+    result = prdc(real, near, k=10)
+    assert result["precision"] == 1
+    assert result["coverage"] <= 0.5
+    wide = modes[:250] + gaussian(250, 6, 2) * 0.1  # balls that hold the whole mode
+    assert prdc(real, wide, k=10)["recall"] == 0.5
+    same = prdc(real, real[:250], k=10)
+    assert (same["precision"], same["recall"], same["coverage"]) == (1, 0.5, 0.5)
+
+
+def test_half_of_the_generated_samples_off_the_support_halve_precision_and_density():
+    real = gaussian(400, 3, 0)
+    good, bad = gaussian(200, 3, 1), gaussian(200, 3, 2, mean=100)
+    alone, mixed = prdc(real, good), prdc(real, np.concatenate([good, bad]))
+    assert mixed["precision"] == alone["precision"] / 2
+    assert mixed["density"] == alone["density"] / 2
+    assert mixed["coverage"] == alone["coverage"]
+    assert set(prdc(real, bad).values()) == {0}
+
+
+def test_collapse_onto_one_real_sample():
+    real = gaussian(300, 2, 0)
+    result = prdc(real, np.repeat(real[:1], 50, axis=0), k=5)
+    assert result["precision"] == 1
+    assert result["recall"] == 1 / 300  # balls of radius 0 hold the copied sample and nothing else
+    assert 1 / 300 <= result["coverage"] < 0.1
+
+
+@pytest.mark.parametrize(("n", "m", "k", "d"), [(60, 40, 5, 2), (30, 90, 3, 16)])
+def test_equal_distributions_have_the_expected_density_and_coverage(n, m, k, d):
+    """Whatever the distribution; density and coverage are unbiased for 1 and for the closed form."""
+    results = [prdc(gaussian(n, d, 2 * i), gaussian(m, d, 2 * i + 1), k=k) for i in range(400)]
+    i = np.arange(1, k + 1)
+    for name, expected in (("density", 1.0), ("coverage", 1 - np.prod((n - i) / (m + n - i)))):
+        values = np.array([result[name] for result in results])
+        standard_error = values.std() / len(values) ** 0.5
+        assert abs(values.mean() - expected) < 4 * standard_error
+        assert standard_error < 0.02 * expected
+
+
+def test_ties_count_as_inside():
+    real, generated = np.arange(4.0)[:, None], np.array([[4.0], [9.0], [14.0]])
+    # k = 1: radii 1 and 5. Real 3 reaches to 4; generated 4 reaches down to -1, 9 down to 4.
+    assert prdc(real, generated, k=1) == {"precision": 1 / 3, "recall": 1, "density": 1 / 3, "coverage": 1 / 4}
+
+
+def test_ties_count_as_inside_despite_rounding():
+    features = gaussian(200, 64, 0).astype(np.float32) + 1000
+    # in the ball of a sample of identical sets are it and its k neighbours
+    expected = {"precision": 1, "recall": 1, "density": 6 / 5, "coverage": 1}
+    assert prdc(features, features.copy(), k=5, chunk=64) == expected
+    start, step = 100 * gaussian(50, 30, 0), gaussian(50, 30, 1)  # 50 lines
+    line = [start + i * step for i in range(4)]
+    result = prdc(np.concatenate(line[2:]), np.concatenate(line[:2]), k=1)
+    # All radii are one step, so of each line the second generated and the first real point reach each other.
+    assert result == {"precision": 0.5, "recall": 0.5, "density": 0.5, "coverage": 0.5}
+
+
+@pytest.mark.parametrize(("offset", "dtype"), [(3000, np.float32), (2**24, np.float64)])
+def test_features_far_from_the_origin_keep_their_distances(offset, dtype):
+    """By |a|^2 + |b|^2 - 2ab in float32, as features come, the distances would be lost."""
+    real, generated = (
+        (offset + gaussian(80, 16, 1)).astype(dtype),
+        (offset + gaussian(70, 16, 2, 0.5)).astype(dtype),
+    )
+    expected = brute_force(real.astype(np.float64), generated.astype(np.float64), 5)
+    assert prdc(real, generated) == pytest.approx(expected, abs=1e-12)
+
+
+def test_duplicates_are_neighbours_of_each_other():
+    points = torch.tensor([[0.0], [0.0], [0.0], [7.0]])
+    assert squared_radii(points, 1, 2).tolist() == [0, 0, 0, 49]
+    assert squared_radii(points, 3, 2).tolist() == [49, 49, 49, 49]
