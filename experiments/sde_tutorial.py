@@ -7,7 +7,6 @@ with Song et al. 2021 (arXiv 2011.13456) at hand: equation and algorithm numbers
 are those of the image models; only data and network are small, so that each claim can be checked against the truth.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -20,28 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import ks_1samp
 from torch import Tensor
 
-from common import InputError, run_command
-from experiments.toy_figures import (
-    plot_codes,
-    plot_corrector,
-    plot_forward,
-    plot_likelihoods,
-    plot_orders,
-    plot_samples,
-    plot_scores,
-)
+from common import InputError, Parser, make_folder, run_command
+from eval.results import write_results
+from experiments import toy_figures as figures
 from experiments.toys import (
     TWO_MODES,
     GaussianMixture,
     ScoreNetwork,
     clean_of,
     eight_modes,
-    kolmogorov_smirnov,
     mode_weight_error,
     sliced_wasserstein,
-    slope,
 )
 from pipelines.custom_unet_pipeline import (
     edm_heun,
@@ -57,7 +48,6 @@ from training.sde import SDE, VESDE, VPSDE, SubVPSDE
 Score = Callable[[Tensor, Tensor], Tensor]  # s(x, t) of points (N, D) at a time () or (N,)
 
 SDES: dict[str, SDE] = {"VE": VESDE(0.01, 10.0), "VP": VPSDE(), "sub-VP": SubVPSDE()}
-RECORD = "tutorial.json"
 
 
 @dataclass(frozen=True)
@@ -132,7 +122,7 @@ def forward(lesson: Lesson) -> dict:
         numbers[name], marginals = {}, []
         for t in shown_times:
             marginal, x = TWO_MODES.at(sde, at(t)), paths[round(t * 1000)]
-            numbers[name][f"distance_at_{t}"] = kolmogorov_smirnov(marginal, x)
+            numbers[name][f"distance_at_{t}"] = float(ks_1samp(x.double().numpy(), marginal.cdf).statistic)
             std = math.sqrt(marginal.variance())
             grid = torch.linspace(-3, 3, 400, dtype=torch.float64)
             marginals.append((t, x / std, grid, std * marginal.log_density(std * grid[:, None]).exp()))
@@ -141,7 +131,7 @@ def forward(lesson: Lesson) -> dict:
         density = torch.stack([TWO_MODES.at(sde, t).log_density(grid).exp() for t in times[::5]], 1)
         density /= density.amax(0)  # else the colours of late times would vanish beside the data's
         panels[name] = {"height": height, "density": density, "times": times, "paths": paths, "marginals": marginals}
-    plot_forward(panels, lesson.out / "forward.png")
+    figures.plot_forward(panels, lesson.out / "forward.png")
     return numbers | {"figure": "forward.png"}
 
 
@@ -203,7 +193,7 @@ def learning(lesson: Lesson) -> dict:
         density = marginal.log_density(pixels).exp().view(120, 120)
         fields.append((t, density, arrows, n * marginal.score(arrows), n * lesson.network(arrows, at(t))))
     errors.pop("exact")
-    plot_scores(fields, times, errors, losses, lesson.out / "score.png")
+    figures.plot_scores(fields, times, errors, losses, lesson.out / "score.png")
     numbers = {"times": times.tolist(), "relative_rms_error": errors, "denoising_loss": losses}
     return numbers | {"figure": "score.png"}
 
@@ -300,7 +290,7 @@ def samplers(lesson: Lesson) -> dict:
         error = chance if name == "data" else table[len(METHODS) + METHODS.index(name)]
         text = f"distance {error['sliced_wasserstein']:.3f}, weights off {error['mode_weight_error']:.1%}"
         panels[name] = (x[:3000], heavy[torch.cdist(x[:3000].double(), data.means).argmin(1)], text)
-    plot_samples(panels, lesson.out / "samplers.png")
+    figures.plot_samples(panels, lesson.out / "samplers.png")
     return {"samples": size.samples, "chance": chance, "table": table, "figure": "samplers.png"}
 
 
@@ -323,7 +313,8 @@ def orders(lesson: Lesson) -> dict:
     of_sde, of_ode = panels.values()
 
     def line(work: list[int], errors: list[float]) -> dict:
-        return {"evaluations": work, "error": errors, "order": -slope(work[-3:], errors[-3:])}
+        slope, _ = np.polyfit(np.log(work[-3:]), np.log(errors[-3:]), 1)
+        return {"evaluations": work, "error": errors, "order": -float(slope)}
 
     # x_0 ~ N(0, 1): p_t has variance alpha^2 + n^2 = 1, and the samplers end with the expectation of x_0, alpha x
     exact_variance = float(sde.signal_scale(at(sde.first_time))) ** 2
@@ -345,7 +336,7 @@ def orders(lesson: Lesson) -> dict:
     errors = [error(clean(y, first)) for y, _ in solved]
     of_ode["Dormand-Prince, adaptive"] = line([n + 1 for _, n in solved], errors)
     ylabels = ("relative error of the variance", "median error of a sample")
-    plot_orders(panels, ylabels, lesson.out / "orders.png")
+    figures.plot_orders(panels, ylabels, lesson.out / "orders.png")
     return of_sde | of_ode | {"figure": "orders.png"}
 
 
@@ -373,7 +364,7 @@ def corrector(lesson: Lesson) -> dict:
         values = [[distance(method, snr, score, n, seed) for seed in range(size.seeds)] for n in size.budgets]
         panels[kind][label] = {"mean": np.mean(values, 1).tolist(), "std_of_seeds": np.std(values, 1, ddof=1).tolist()}
     mean_chance = float(np.mean(chance))
-    plot_corrector(size.budgets, mean_chance, panels, lesson.out / "corrector.png")
+    figures.plot_corrector(size.budgets, mean_chance, panels, lesson.out / "corrector.png")
     numbers = {"samples": shape[0], "seeds": size.seeds, "chance": mean_chance, "budgets": size.budgets}
     return numbers | panels | {"figure": "corrector.png"}
 
@@ -387,26 +378,20 @@ def encoding(lesson: Lesson) -> dict:
     n, vp, ve, data = lesson.size.points, lesson.sde, SDES["VE"], lesson.data
     x = data.sample(n, generator(12))
     tolerances = [1e-2, 1e-3, 1e-4, 1e-5]
-    errors = {}
-    for kind, score in lesson.scores.items():
-        errors[kind] = []
-        for tolerance in tolerances:
-            code, _ = solve(vp, score, x, vp.first_time, vp.last_time, tolerance)
-            back, _ = solve(vp, score, code, vp.last_time, vp.first_time, tolerance)
-            errors[kind].append(float((back - x).square().mean().sqrt()))
+    errors = {kind: [] for kind in lesson.scores}
+    for (kind, score), tolerance in itertools.product(lesson.scores.items(), tolerances):
+        code, _ = solve(vp, score, x, vp.first_time, vp.last_time, tolerance)
+        back, _ = solve(vp, score, code, vp.last_time, vp.first_time, tolerance)
+        errors[kind].append(float((back - x).square().mean().sqrt()))
 
     def codes(sde: SDE, score: Score) -> Tensor:
         start = float(sde.signal_scale(at(sde.first_time))) * x
         return solve(sde, score, start, sde.first_time, sde.last_time, 1e-6)[0] / sde.prior_std
 
-    of_vp, of_ve, learned = (
-        codes(vp, lesson.scores["exact"]),
-        codes(ve, exact_score(data, ve)),
-        codes(vp, lesson.network),
-    )
-
+    of_vp, of_ve = codes(vp, lesson.scores["exact"]), codes(ve, exact_score(data, ve))
+    learned = codes(vp, lesson.network)
     panels = {"data": x, "codes, VP": of_vp, "codes, VE": of_ve, "codes, VP, learned score": learned}
-    plot_codes(panels, torch.cdist(x, data.means).argmin(1), lesson.out / "encoding.png")
+    figures.plot_codes(panels, torch.cdist(x, data.means).argmin(1), lesson.out / "encoding.png")
     return {
         "points": n,
         "tolerances": tolerances,
@@ -460,7 +445,7 @@ def likelihood(lesson: Lesson) -> dict:
     marginal = data.at(lesson.sde, at(lesson.sde.first_time))
     x = marginal.sample(n, generator(13))
     exact, learned = marginal.log_density(x), log_likelihood(lesson.sde, lesson.network, x, 1e-4)
-    plot_likelihoods(tolerances, errors, exact, learned, lesson.out / "likelihood.png")
+    figures.plot_likelihoods(tolerances, errors, exact, learned, lesson.out / "likelihood.png")
     return {
         "points": n,
         "tolerances": tolerances,
@@ -471,15 +456,7 @@ def likelihood(lesson: Lesson) -> dict:
     }
 
 
-STEPS: dict[str, Callable[[Lesson], dict]] = {
-    "forward": forward,
-    "learning": learning,
-    "samplers": samplers,
-    "orders": orders,
-    "corrector": corrector,
-    "encoding": encoding,
-    "likelihood": likelihood,
-}
+STEPS = {step.__name__: step for step in (forward, learning, samplers, orders, corrector, encoding, likelihood)}
 
 
 def rounded(value):
@@ -491,62 +468,38 @@ def rounded(value):
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def read_record(path: Path, size: str) -> dict:
-    """The steps of an earlier start in the same folder.
+def run(arguments: list[str]) -> None:
+    """Takes the steps, and writes the record after each.
 
     Raises:
-        InputError: if it is no record of this command, or of the other size.
+        InputError: for bad arguments, or a folder with a record of another size.
     """
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text())
-        earlier, steps = record["size"], dict(record["steps"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no record of the tutorial; move it away or name another --out") from error
-    if earlier != size:
-        raise InputError(f"{path} is of the {earlier} size, this is the {size} one; name another --out")
-    return steps
-
-
-def parse_options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.sde_tutorial",
-        description="Teaches score-based models through SDEs on data whose score is known: figures and tutorial.json.",
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m experiments.sde_tutorial", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures and tutorial.json")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP", help=", ".join(STEPS))
     parser.add_argument("--quick", action="store_true", help="a small size, for tests: coarse numbers in seconds")
-    return parser.parse_args(arguments)
-
-
-def run(options: argparse.Namespace) -> None:
-    """Takes the steps, and writes the record after each."""
-    size = "small" if options.quick else "full"
-    path = options.out / RECORD
-    if options.out.exists() and not options.out.is_dir():
-        raise InputError(f"--out {options.out} is not a folder")
-    steps = read_record(path, size)
-    options.out.mkdir(parents=True, exist_ok=True)
+    options = parser.parse_args(arguments)
+    size, path = "small" if options.quick else "full", options.out / "tutorial.json"
+    try:
+        record = json.loads(path.read_text()) if path.exists() else {"size": size, "steps": {}}
+        earlier, steps = record["size"], dict(record["steps"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a record of the tutorial; move it away or choose another --out") from error
+    if earlier != size:
+        raise InputError(f"{path} is of the {earlier} size, this is the {size} one; choose another --out")
+    make_folder(options.out)
+    torch.set_num_threads(1)  # the tensors are small, and the sums are those of every machine
     lesson = Lesson(SMALL if options.quick else Size(), options.out)
     for name in [step for step in STEPS if step in options.only]:
         started_at_seconds = time.perf_counter()
         steps[name] = rounded(STEPS[name](lesson))
-        ordered = {step: steps[step] for step in STEPS if step in steps}
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text(json.dumps({"size": size, "steps": ordered}, indent=1) + "\n")
-        temporary.replace(path)
-        print(
-            f"{name}: {options.out / steps[name]['figure']}, {time.perf_counter() - started_at_seconds:.0f} s",
-            flush=True,
-        )
+        write_results(path, {"size": size, "steps": {step: steps[step] for step in STEPS if step in steps}})
+        seconds = time.perf_counter() - started_at_seconds
+        print(f"{name}: {options.out / steps[name]['figure']}, {seconds:.0f} s", flush=True)
 
 
 def main(arguments: list[str]) -> int:
-    options = parse_options(arguments)
-    torch.set_num_threads(1)  # the tensors are small, and the sums are those of every machine
-    return run_command(lambda: run(options), stopped="stopped; the steps that were done are kept")
+    return run_command(lambda: run(arguments), stopped="stopped; the steps that were done are kept")
 
 
 if __name__ == "__main__":

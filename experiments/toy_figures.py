@@ -14,6 +14,7 @@ from torch import Tensor
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2166ac", "#e08214", "#1b7837", "#b2182b", "#762a83", "#777777"
 COLORS = (BLUE, GREEN, ORANGE, RED, PURPLE)
+ARROWS = {"angles": "xy", "scale_units": "xy", "scale": 1, "headwidth": 2.5, "headlength": 3, "headaxislength": 3}
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
@@ -58,19 +59,8 @@ def plot_scores(fields: list[tuple], times: Tensor, errors: dict, losses: dict, 
         axes = figure.add_subplot(layout[0, column])
         axes.imshow(density.T, extent=(-1.8, 1.8, -1.8, 1.8), origin="lower", cmap="Blues", alpha=0.7)
         for arrows, color, width in ((exact, "black", 0.014), (learned, ORANGE, 0.006)):
-            length = arrows.norm(dim=1, keepdim=True)
-            axes.quiver(
-                *points.T,
-                *(0.3 * arrows / (1 + length)).T,
-                color=color,
-                angles="xy",
-                scale_units="xy",
-                scale=1,
-                width=width,
-                headwidth=2.5,
-                headlength=3,
-                headaxislength=3,
-            )
+            shortened = 0.3 * arrows / (1 + arrows.norm(dim=1, keepdim=True))
+            axes.quiver(*points.T, *shortened.T, color=color, width=width, **ARROWS)
         axes.set(title=f"t = {t}", xticks=[], yticks=[])
     left, right = figure.add_subplot(layout[1, :2]), figure.add_subplot(layout[1, 2:])
     for name, color in zip(losses, ("black", ORANGE, PURPLE), strict=True):
@@ -119,16 +109,8 @@ def plot_corrector(budgets: tuple, chance: float, panels: dict[str, dict], path:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True)
     for panel, (kind, lines) in zip(axes, panels.items(), strict=True):
         for (label, line), color in zip(lines.items(), COLORS, strict=True):
-            panel.errorbar(
-                budgets,
-                line["mean"],
-                line["std_of_seeds"],
-                color=color,
-                label=label,
-                marker="o",
-                markersize=4,
-                capsize=2,
-            )
+            style = {"color": color, "label": label, "marker": "o", "markersize": 4, "capsize": 2}
+            panel.errorbar(budgets, line["mean"], line["std_of_seeds"], **style)
         panel.axhline(chance, color=GREY, linestyle="--", label="chance: data against data")
         panel.set(xscale="log", yscale="log", xlabel="evaluations of the score", title=f"{kind} score")
         panel.minorticks_off()

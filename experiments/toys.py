@@ -50,9 +50,9 @@ class GaussianMixture:
         """Gradient of the log-density, (N, D): towards the mean of the components, each with its posterior weight."""
         return (self._log_components(x).softmax(1) @ self.means.to(x) - x) / self.std**2
 
-    def cdf(self, x: Tensor) -> Tensor:
-        """P(X <= x) in one dimension, (N, 1) -> (N,)."""
-        return torch.special.ndtr((x - self.means.T) / self.std) @ self.weights
+    def cdf(self, x: np.ndarray) -> np.ndarray:
+        """P(X <= x) in one dimension, (N,) -> (N,)."""
+        return (torch.special.ndtr((torch.from_numpy(x)[:, None] - self.means.T) / self.std) @ self.weights).numpy()
 
     def variance(self) -> float:
         """Mean over the dimensions."""
@@ -109,16 +109,3 @@ def mode_weight_error(data: GaussianMixture, x: Tensor) -> float:
     nearest = torch.cdist(x.double(), data.means).argmin(1)
     shares = torch.bincount(nearest, minlength=len(data.means)) / len(x)
     return float((shares - data.weights).abs().sum() / 2)
-
-
-def kolmogorov_smirnov(marginal: GaussianMixture, x: Tensor) -> float:
-    """Largest difference between the distribution function and that of samples (N,)."""
-    n = len(x)
-    exact = marginal.cdf(x.double().sort().values[:, None])
-    steps = torch.arange(n + 1) / n
-    return float(torch.maximum(exact - steps[:-1], steps[1:] - exact).max())
-
-
-def slope(x, y) -> float:
-    """Of a line through the logarithms."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])

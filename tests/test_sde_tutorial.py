@@ -41,7 +41,7 @@ def test_the_log_density_is_that_of_torch():
     mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(data.weights), components)
     torch.testing.assert_close(data.log_density(x[:, None]), mixture.log_prob(x))
     cdf = (components.cdf(x[:, None]) * data.weights).sum(1)
-    torch.testing.assert_close(data.cdf(x[:, None]), cdf)
+    torch.testing.assert_close(torch.from_numpy(data.cdf(x.numpy())), cdf)
 
 
 def test_the_likelihood_of_a_gaussian_is_its_density():
@@ -85,71 +85,38 @@ def test_orders_are_those_of_the_methods(steps):
     assert orders["Dormand-Prince, adaptive"] > 4
 
 
-def test_more_evaluations_are_better(steps):
-    for kind in ("exact", "learned"):
-        for method, line in steps["corrector"][kind].items():
-            assert line["mean"][-1] < line["mean"][0], (kind, method)
-
-
-def test_encoding_returns_and_hardly_depends_on_the_sde(steps):
-    encoding = steps["encoding"]
-    assert all(errors[-1] < 1e-3 for errors in encoding["round_trip_rms_error"].values())
-    assert encoding["rms_difference_of_codes"]["VE from VP, exact score"] < 0.01
-
-
-def test_likelihoods_are_exact_up_to_the_tolerance_and_the_prior(steps):
+def test_codes_return_and_hardly_depend_on_the_sde_and_likelihoods_are_exact_up_to_the_tolerance(steps):
+    assert all(errors[-1] < 1e-3 for errors in steps["encoding"]["round_trip_rms_error"].values())
+    assert steps["encoding"]["rms_difference_of_codes"]["VE from VP, exact score"] < 0.01
     errors = steps["likelihood"]["rms_error_nats"]
-    assert errors["VP"][-1] < 1e-3
-    assert errors["sub-VP"][-1] < 1e-3
-    assert errors["VE"][-1] < 0.02
+    assert max(errors["VP"][-1], errors["sub-VP"][-1]) < 1e-3
+    assert errors["VE"][-1] < 0.02  # its prior lacks the variance of the data
     mean = steps["likelihood"]["mean_log_likelihood_nats"]
     assert mean["exact"] - 3 < mean["learned"] < mean["exact"]
 
 
-def test_the_same_command_gives_the_same_bytes(out, tmp_path):
-    only = ["forward", "learning", "orders"]
-    assert main(["--out", str(tmp_path), "--quick", "--only", *only]) == 0
-    first, again = (json.loads((folder / "tutorial.json").read_text())["steps"] for folder in (out, tmp_path))
-    assert again == {name: first[name] for name in only}
-    for name in only:
-        figure = first[name]["figure"]
-        assert (out / figure).read_bytes() == (tmp_path / figure).read_bytes(), figure
-
-
-def test_a_step_alone_keeps_the_others(out, steps):
-    assert main(["--out", str(out), "--quick", "--only", "orders"]) == 0
+def test_a_step_alone_gives_the_same_bytes_and_keeps_the_others(out, steps):
+    figures = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    assert main(["--out", str(out), "--quick", "--only", "learning", "orders"]) == 0
     assert json.loads((out / "tutorial.json").read_text())["steps"] == steps
+    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == figures
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "arguments", "message"),
     [
-        ("{", "is no record of the tutorial"),
-        ('{"size": "small", "steps": 3}', "is no record"),
-        ('{"size": "full", "steps": {}}', "is of the full size"),
+        ("{", [], "is not a record of the tutorial"),
+        ('{"size": "small", "steps": 3}', [], "is not a record"),
+        ('{"size": "full", "steps": {}}', [], "is of the full size"),
+        ("{}", ["--only", "dreaming"], "dreaming"),
     ],
 )
-def test_a_record_that_cannot_be_continued(tmp_path, capsys, content, message):
+def test_bad_input_is_one_line(tmp_path, capsys, content, arguments, message):
     (tmp_path / "tutorial.json").write_text(content)
-    assert main(["--out", str(tmp_path), "--quick", "--only", "orders"]) == 2
-    error = capsys.readouterr().err
+    assert main(["--out", str(tmp_path), "--quick", *arguments]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
     assert message in error
-    assert error.count("\n") == 1
     assert (tmp_path / "tutorial.json").read_text() == content
-
-
-def test_an_unknown_step(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--out", str(tmp_path), "--only", "dreaming"])
-    assert stop.value.code == 2
-    assert "dreaming" in capsys.readouterr().err
-
-
-def test_an_output_folder_that_is_a_file(tmp_path, capsys):
-    path = tmp_path / "file"
-    path.write_text("")
-    assert main(["--out", str(path), "--quick"]) == 2
-    assert "file" in capsys.readouterr().err
 
 
 def test_the_committed_figures_are_those_of_the_record():
