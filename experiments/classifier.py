@@ -12,16 +12,16 @@ every noise process: those of DDPM, VP, sub-VP, VE and EDM alike.
     DIR/config.json, DIR/diffusion_pytorch_model.safetensors  for NoisyImageClassifier.from_pretrained(DIR)
     DIR/classifier.json   how often it is right on the validation split, by noise level; and how it was trained
 
-Exit codes: 0 done, 1 failed, 2 bad input, 130 and 143 stopped by SIGINT and SIGTERM. DIR is written at the end, whole.
+DIR is written at the end, as a whole. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
-import argparse
 import json
 import math
 import shutil
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,17 +34,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from common import Failed, InputError, is_out_of_memory
+from common import NUM_SEEDS, Failed, InputError, Parser, check_numbers, run_command
 from custom_unet.custom_unet_2d import DownBlock, PositionalProjection, TimestepEmbedding, group_norm
+from eval.results import table
 from training.data import CROPS, ImageStore, ShuffledBatches, make_loader, open_image_store, to_model_range
-from training.processes import StoppedEarly, StopSignal
 from training.sde import spread
-from training.yaml_file import TOKEN, TOKEN_HINT
 
 RECORD = "classifier.json"
-LEAST_SIGMA, MOST_SIGMA = 0.01, 100.0  # of training; at the one no pixel changes visibly, at the other nothing is seen
+LEAST_SIGMA, MOST_SIGMA = 0.01, 100.0  # of training: no pixel changes visibly; nothing of the image is seen
 REPORTED_SIGMAS = (0.0, 0.1, 0.5, 1.0, 3.0, 10.0)
 WARMUP_STEPS = 50
+DATA_OPTIONS = "dataset_name train_data_dir image_column label_column crop resolution cache_dir".split()
 
 
 class NoisyImageClassifier(ModelMixin, ConfigMixin):
@@ -217,134 +217,94 @@ def measure(classifier: NoisyImageClassifier, store: ImageStore, seed: int = 0) 
     }
 
 
-def table(measured: dict) -> str:
-    """What `measure` found, for people."""
-    lines = [f"{'sigma':>8}{'accuracy':>10}{'cross-entropy':>15}"]
-    for row in measured["by_noise"]:
-        lines.append(f"{row['sigma']:8g}{row['accuracy']:10.1%}{row['cross_entropy']:15.3f}")
-    share, name = measured["largest_class_share"], measured["largest_class"]
-    lines.append(f"without looking: {share:.1%} are {name!r}, entropy {measured['entropy']:.3f}")
-    return "\n".join(lines)
-
-
 # ---- The command
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line."""
-
-    def error(self, message):
-        raise InputError(" ".join(message.split())[:300])
-
-
-def parse_options(arguments: list[str]) -> argparse.Namespace:
+def parse_options(arguments: list[str]) -> Namespace:
     """Raises InputError."""
     parser = Parser(prog="python -m experiments.classifier", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--dataset_name", help="Hub id, or synthetic-faces")
-    parser.add_argument("--dataset_config_name")
-    parser.add_argument("--dataset_revision")
-    parser.add_argument("--train_data_dir", help="folder of images, of parquet, or written by save_to_disk")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--label_column", required=True, help="what the classes are classes of")
-    parser.add_argument("--crop", default="center", choices=CROPS)
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--cache_dir", help="where decoded images are kept (default: the user's cache)")
-    parser.add_argument("--streaming", action="store_true")
-    parser.add_argument("--skip_bad_images", action="store_true")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--max_images", type=int, help="train on the first ones only")
-    parser.add_argument("--validation_split", default="validation", help="which tells how often it is right")
-    parser.add_argument("--validation_images", type=int, help="the first ones only")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write, not there yet")
-    parser.add_argument("--max_train_steps", type=int, default=1000)
-    parser.add_argument("--train_batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    for number, argument in enumerate(arguments, 1):
-        if TOKEN.search(argument):
-            parser.error(f"argument {number} holds a token{TOKEN_HINT}")
+    add = parser.add_argument
+    add("--dataset_name", help="Hub id, or synthetic-faces")
+    add("--train_data_dir", help="folder of images, of parquet, or written by save_to_disk")
+    add("--image_column", default="image")
+    add("--label_column", required=True, help="what the classes are classes of")
+    add("--crop", default="center", choices=CROPS)
+    add("--resolution", type=int, default=64)
+    add("--cache_dir", help="where decoded images are kept (default: the user's cache)")
+    add("--split", default="train")
+    add("--max_images", type=int, help="train on the first ones only")
+    add("--validation_split", default="validation", help="on which the accuracy is measured")
+    add("--validation_images", type=int, help="the first ones only")
+    add("--out", required=True, type=Path, help="folder to write, which must not exist yet")
+    add("--max_train_steps", type=int, default=1000)
+    add("--train_batch_size", type=int, default=64)
+    add("--learning_rate", type=float, default=2e-3)
+    add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    least = {"max_train_steps": 1, "train_batch_size": 1, "seed": 0, "learning_rate": 1e-12}
+    check_numbers(options, least, {"seed": NUM_SEEDS - 1})
     if options.validation_split == options.split:
-        parser.error(f"--validation_split {options.split} is what is trained on; take another one")
-    for name in ("max_train_steps", "train_batch_size"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}; it must be at least 1")
-    if not 0 <= options.seed < 2**32:
-        parser.error(f"--seed is {options.seed}; it must be at least 0 and below 2**32")
-    if not 0 < options.learning_rate < math.inf:
-        parser.error(f"--learning_rate is {options.learning_rate}; it must be positive")
-    if options.out.exists():
-        parser.error(f"--out {options.out} is there already; take another one")
+        parser.error(f"--validation_split {options.split} is what is trained on; choose another one")
     nearest = next(parent for parent in options.out.absolute().parents if parent.exists())
-    if not nearest.is_dir():
-        parser.error(f"--out {options.out} cannot be there, as {nearest.name} is a file; take another one")
+    if options.out.exists() or not nearest.is_dir():
+        parser.error(f"--out {options.out} exists already or lies in a file; choose another one")
     return options
 
 
-DATA_OPTIONS = (
-    "dataset_name dataset_config_name dataset_revision train_data_dir image_column label_column crop resolution"
-    " cache_dir streaming skip_bad_images"
-).split()
+def run(options: Namespace) -> None:
+    """Trains a classifier and writes its folder.
 
-
-def run(options: argparse.Namespace) -> None:
-    """Trains a classifier and writes its folder."""
+    Raises:
+        InputError: for bad data.
+        Failed: if the loss is not finite.
+        OSError: if the folder cannot be written; nothing is left of it.
+    """
     data = {name: getattr(options, name) for name in DATA_OPTIONS}
     store = open_image_store(**data, split=options.split, max_images=options.max_images)
     validation = open_image_store(**data, split=options.validation_split, max_images=options.validation_images)
     names = store.description["label_names"]
     if len(names) < 2:
-        raise InputError(f"column {options.label_column} has one class alone, {names[0]!r}; nothing is to be learned")
-    validation.labels_among(names)  # so that classes of which there is none in the training are told before it
+        raise InputError(f"column {options.label_column} has only the class {names[0]!r}; there is nothing to learn")
+    validation.labels_among(names)  # a class of which the training has none is told before it
     torch.manual_seed(options.seed)
     classifier = NoisyImageClassifier(names, options.label_column, options.resolution)
     classifier.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    started_at_seconds = time.perf_counter()
+    settings = {name: getattr(options, name) for name in ("max_train_steps", "learning_rate", "seed")}
+    train_classifier(classifier, store, batch_size=options.train_batch_size, **settings)
+    seconds = round(time.perf_counter() - started_at_seconds, 1)
+    measured = measure(classifier, validation)
+    about = {"data": {name: store.description[name] for name in ("source", "split", "num_images", "fingerprint")}}
+    about |= {"label_column": options.label_column, "label_names": names, **settings}
+    about |= {"train_batch_size": options.train_batch_size, "seconds": seconds}
+    write_classifier(classifier, {"training": about, "validation": measured}, options.out)
+    columns = {"sigma": "sigma", "accuracy": "accuracy", "cross_entropy": "cross-entropy"}
+    share, name = measured["largest_class_share"], measured["largest_class"]
+    print(table(measured["by_noise"], columns))
+    print(f"without looking: {share:.1%} are {name!r}, entropy {measured['entropy']:.3f}")
+    print(f"{options.out}: trained in {seconds:.0f} s")
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".tmp-{options.out.name}-", dir=options.out.parent))
+
+def write_classifier(classifier: NoisyImageClassifier, record: dict, out: Path) -> None:
+    """Writes the folder as a whole.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left of it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".tmp-{out.name}-", dir=out.parent))
     try:
-        started_at_seconds = time.perf_counter()
-        settings = {name: getattr(options, name) for name in ("max_train_steps", "learning_rate", "seed")}
-        train_classifier(classifier, store, batch_size=options.train_batch_size, **settings)
-        seconds = time.perf_counter() - started_at_seconds
-        measured = measure(classifier, validation)
-        training = {
-            "data": {name: store.description[name] for name in ("source", "split", "num_images", "fingerprint")},
-            "label_column": options.label_column,
-            "label_names": names,
-            **settings,
-            "train_batch_size": options.train_batch_size,
-            "seconds": round(seconds, 1),
-        }
-        folder = beside / options.out.name
-        classifier.save_pretrained(folder)
-        (folder / RECORD).write_text(json.dumps({"training": training, "validation": measured}, indent=2) + "\n")
-        folder.rename(options.out)
+        classifier.save_pretrained(beside / out.name)
+        (beside / out.name / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        (beside / out.name).rename(out)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {options.out}: {error}") from error
+        raise OSError(f"could not write {out}: {error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    print(f"{table(measured)}\n{options.out}: trained in {seconds:.0f} s")
 
 
 def main(arguments: list[str]) -> int:
-    stop = StopSignal()
-    try:
-        stop.listen()
-        run(parse_options(arguments))
-    except StoppedEarly:
-        return stop.fail("stopped before the end; nothing is written", stop.exit_code)
-    except InputError as error:
-        return stop.fail(error, 2)
-    except (Failed, OSError) as error:
-        return stop.fail(error, 1)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return stop.fail(f"out of memory; lower --train_batch_size: {error}", 1)
-    finally:
-        stop.leave()
-    return 0
+    return run_command(lambda: run(parse_options(arguments)), stopped="stopped before the end; nothing is written")
 
 
 if __name__ == "__main__":

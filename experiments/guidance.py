@@ -18,95 +18,137 @@ The class of image i is i mod K, its seed --seed + i. Exit codes: 0 done, 1 fail
 import json
 import math
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
+import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from common import MOST_THREADS, InputError, Parser, check_numbers, check_seeds, command_line, make_folder, run_command
-from eval.cost import sample
+from common import (
+    Failed,
+    InputError,
+    Parser,
+    check_numbers,
+    check_seeds,
+    command_line,
+    make_folder,
+    run_command,
+    sha256_of,
+    without_folder,
+)
 from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
 from experiments.classifier import RECORD, NoisyImageClassifier
-from pipelines import CustomUNetPipeline, generate
+from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
-from pipelines.loading import WEIGHTS, find_pipeline, load_pipeline
+from pipelines.loading import WEIGHTS, find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store, to_model_range
 from training.facts import device_name
 
 SHOWN_OF_A_CLASS = 3  # in each block of the figure
-LIBRARIES = ("torch", "diffusers")
-REFERENCE = ("source", "split", "resolution", "fingerprint")
 
 
-@dataclass(frozen=True)
-class OwnSampler:
-    """For `eval.cost.sample`: the sampler that the pipeline was loaded with."""
-
-    steps: int
-
-    def set_on(self, pipeline: CustomUNetPipeline) -> dict:
-        return {"num_inference_steps": self.steps}
+# ---- Models
 
 
 def load_classifier(folder: Path, device: torch.device) -> tuple[NoisyImageClassifier, dict]:
-    """A classifier; and which one it is, and how often it is right on real images without noise.
+    """A classifier, and a record of which one it is and how often it is right on real images without noise.
 
     Raises:
         InputError: if it cannot be read.
     """
     try:
-        sha256 = generate.sha256_of(folder / WEIGHTS)  # what is no folder diffusers seeks on the Hub
+        sha256 = sha256_of(folder / WEIGHTS)  # diffusers seeks on the Hub what is not a folder
         network = NoisyImageClassifier.from_pretrained(folder, use_safetensors=True).to(device).requires_grad_(False)
         validation = json.loads((folder / RECORD).read_text())["validation"]
         accuracy = {row["sigma"]: row["accuracy"] for row in validation["by_noise"]}[0.0]
         about = {"name": folder.resolve().name, "weights_sha256": sha256, "accuracy": float(accuracy)}
         return network, about | {key: validation[key] for key in ("split", "num_images")}
-    except Exception as error:  # damaged files make the libraries raise nearly anything
-        raise InputError(f"{folder} is no classifier as experiments.classifier writes it: {error!r:.200}") from error
+    except Exception as error:  # damaged files make the libraries raise almost anything
+        raise InputError(f"{folder} is not a classifier of experiments.classifier: {error!r:.200}") from error
 
 
 def check_fit(unet, judge: NoisyImageClassifier, classifier: NoisyImageClassifier | None, data: dict) -> None:
     """Whether model, judge and classifier are of the same images and classes.
 
     Args:
-        data: what the model repository says of the images of its training; empty if nothing.
+        data: what the model repository says of its training images; empty if nothing.
 
     Raises:
         InputError: if not.
     """
     model, num_embeds = dict(unet.config), unet.config.get("num_class_embeds")
-    is_conditional = num_embeds is not None or unet.config.get("class_embed_type") is not None
-    if is_conditional == (classifier is not None):
-        hint = "has classes; leave out" if is_conditional else "has no classes; guide it by"
+    if (num_embeds is None) == (classifier is None):
+        hint = "has no classes; guide it by" if num_embeds is None else "has classes; leave out"
         raise InputError(f"the model {hint} --classifier")
-    if is_conditional:
+    if num_embeds is not None:
         model |= {key: data[key] for key in ("label_column", "label_names") if key in data}
+        needed = len(judge.config.label_names) + 1
+        if num_embeds != needed:
+            raise InputError(f"the model has {num_embeds} class embeddings; with the null class --judge has {needed}")
     for who, config in {"the model": model, "--classifier": dict(classifier.config) if classifier else {}}.items():
         for key in ("in_channels", "sample_size", "label_column", "label_names"):
             expected = judge.config[key]
             if config.get(key, expected) != expected:
                 raise InputError(f"{who} has {key} {config[key]!s:.100}, --judge {expected!s:.100}; they must agree")
-    needed = len(judge.config.label_names) + 1
-    if is_conditional and num_embeds != needed:
-        raise InputError(
-            f"the model has {num_embeds} class embeddings; the judge's classes and a null one are {needed}"
-        )
 
 
-def call_arguments(
-    scale: float, labels: Sequence[int], num_classes: int, classifier: NoisyImageClassifier | None
-) -> dict:
-    """What the pipeline is called with; at scale 0 the classes asked for play no part."""
-    if scale == 0:
-        return {} if classifier is not None else {"class_labels": [num_classes] * len(labels)}
-    return {"class_labels": labels, "guidance_scale": scale, "classifier": classifier}
+def open_models(options: Namespace) -> tuple:
+    """Pipeline, judge, classifier or None, and a record of what they are.
+
+    Raises:
+        InputError: unless they suit each other and the options.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if options.num_cpu_threads is not None:
+        torch.set_num_threads(options.num_cpu_threads)
+    source, commit = find_pipeline(options.pipeline, None)
+    pipeline = load_pipeline(source, "fp32", options.scheduler).to(device)
+    judge, about_judge = load_classifier(options.judge, device)
+    classifier, about = load_classifier(options.classifier, device) if options.classifier else (None, None)
+    if about is not None and about["weights_sha256"] == about_judge["weights_sha256"]:
+        raise InputError(f"--judge {options.judge} is also the --classifier and would judge itself; train another one")
+    training = source / "training.json"
+    data = json.loads(training.read_text()).get("data", {}) if training.exists() else {}
+    check_fit(pipeline.unet, judge, classifier, data)
+    try:
+        pipeline.check_inputs(options.steps, 0.0)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    record = {"pipeline": without_folder(options.pipeline), "revision": commit, "sampler": options.scheduler}
+    record |= {"weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)}}
+    record |= {"num_inference_steps": options.steps, "judge": about_judge, "classifier": about}
+    record |= {"label_column": judge.config.label_column, "device": device_name(device)}
+    return pipeline, judge, classifier, record | {"num_cpu_threads": torch.get_num_threads()}
+
+
+# ---- Measurements
+
+
+def draw(
+    pipeline: CustomUNetPipeline, options: Namespace, scale: float, num_classes: int, classifier=None
+) -> tuple[np.ndarray, float, float]:
+    """uint8 images (N, 3, R, R), network evaluations per image, and seconds per image.
+
+    At scale 0 the classes asked for play no part.
+    """
+    images, evaluations, started_at_seconds = [], 0, time.perf_counter()
+    for first in range(0, options.num_images, options.batch_size):
+        places = range(first, min(first + options.batch_size, options.num_images))
+        guided = {"class_labels": [i % num_classes for i in places], "guidance_scale": scale, "classifier": classifier}
+        if scale == 0:
+            guided = {} if classifier is not None else {"class_labels": num_classes}
+        seeds = [options.seed + i for i in places]
+        drawn = pipeline(seeds=seeds, num_inference_steps=options.steps, output_type="pt", **guided)
+        images.append((drawn.images * 255).round().to(torch.uint8).cpu().numpy())
+        evaluations += drawn.network_evaluations * len(seeds)
+    seconds = time.perf_counter() - started_at_seconds
+    return np.concatenate(images), evaluations / options.num_images, seconds / options.num_images
 
 
 def real_sets(store: ImageStore, names: Sequence[str], labels: Sequence[int]) -> list[np.ndarray]:
@@ -121,9 +163,7 @@ def real_sets(store: ImageStore, names: Sequence[str], labels: Sequence[int]) ->
         count, found = labels.count(k), order[known[order] == k]
         if len(found) < 2 * count:
             there = f"split {store.description['split']} has {len(found)} images of {name!r}"
-            raise InputError(
-                f"{there}, and two sets of {count} are needed; take fewer --num_images or another --split"
-            )
+            raise InputError(f"{there}, and two sets of {count} are needed; use fewer --num_images or another --split")
         for part, positions in enumerate(chosen):
             positions.extend(found[part * count : (part + 1) * count])
     return [np.asarray(store.images[np.sort(positions)]) for positions in chosen]
@@ -153,6 +193,9 @@ def class_shares(found: np.ndarray, asked: np.ndarray, names: Sequence[str]) -> 
     return share(found == asked) | {"classes": classes}
 
 
+# ---- What is written
+
+
 def summary(record: dict) -> str:
     """Markdown: a row for each scale, and what one must know to read it."""
     rows, results, judge = [], record["results"], record["judge"]
@@ -161,7 +204,7 @@ def summary(record: dict) -> str:
         rows.append(entry | shares | {"swd": f"{number(entry['swd'])} ({number(entry['swd_floor'])})"})
     columns = {"guidance_scale": "guidance scale", "value": "in the class asked for"}
     columns |= {f"class {k}": entry["name"] for k, entry in enumerate(results[0]["classes"])}
-    columns |= {"swd": "SWD (real against real)", "network_evaluations": "network evaluations an image"}
+    columns |= {"swd": "SWD (real against real)", "network_evaluations": "network evaluations per image"}
     text = (
         f"{results[0]['n']} images of each scale, seeds {results[0]['seeds']}; ± is one standard error. The judge puts"
         f" {judge['accuracy']:.1%} of {judge['num_images']:,} real images into their class. SWD is against as many"
@@ -169,7 +212,7 @@ def summary(record: dict) -> str:
     )
     if record["classifier"] is not None:
         text += " Above it, each network evaluation comes with a gradient of the classifier."
-    return f"{table(rows, columns | {'seconds_per_image': 'seconds an image'})}\n\n{text}\n"
+    return f"{table(rows, columns | {'seconds_per_image': 'seconds per image'})}\n\n{text}\n"
 
 
 def plot_images(blocks: dict[str, np.ndarray], names: Sequence[str], path: Path) -> None:
@@ -198,54 +241,30 @@ def parse_options(arguments: list[str]) -> Namespace:
     add("--scales", required=True, nargs="+", type=float, help="of guidance; 0 is without")
     add("--split", default="train", help="of synthetic-faces, for SWD (default train)")
     add("--out", required=True, type=Path, help="folder for numbers, table and figure")
-    add("--num_images", type=int, default=256, help="of each scale; the classes take turns")
+    add("--num_images", type=int, default=256, help="of each scale; the classes take turns (default 256)")
     add("--seed", type=int, default=0, help="of the first image")
     add("--scheduler", choices=[*SAMPLERS, *CONTINUOUS_SAMPLERS], help="sampler (default: the repository's own)")
-    add("--num_inference_steps", type=int, default=50, dest="steps", help="default 50; ode takes its own")
-    for name, (kind, text) in generate.SAMPLER_SETTINGS.items():
-        add(f"--{name}", type=kind, help=text)
+    add("--num_inference_steps", type=int, default=50, dest="steps", help="default 50; ode chooses its own")
     add("--batch_size", type=int, default=64)
     add("--num_cpu_threads", type=int)
-    parser.set_defaults(eta=0.0, dtype="fp32", class_label=None)
     options = parser.parse_args(arguments)
-    least = dict.fromkeys(("num_images", "batch_size", "num_cpu_threads"), 1) | {"seed": 0, "scales": 0}
-    check_numbers(options, least, {"num_cpu_threads": MOST_THREADS})
-    if len(set(options.scales)) < len(options.scales):
-        parser.error(f"--scales are {' '.join(f'{scale:g}' for scale in options.scales)}; give each once")
+    check_numbers(options, {"num_images": 1, "batch_size": 1, "num_cpu_threads": 1, "seed": 0, "scales": 0}, {})
     check_seeds(options)
     return options
 
 
-def open_models(options: Namespace) -> tuple:
-    """Pipeline, judge, classifier or None, and a record of what they are.
+def run(arguments: list[str]) -> None:
+    """Checks everything, then draws and measures; the results are written after each scale.
 
     Raises:
-        InputError: unless they suit each other and the options.
+        InputError: for bad input.
+        Failed: if sampling breaks down at a scale.
     """
-    state = generate.set_up_process(options.num_cpu_threads)
-    source, commit = find_pipeline(options.pipeline, None)
-    settings = {name: value for name in generate.SAMPLER_SETTINGS if (value := getattr(options, name)) is not None}
-    pipeline = load_pipeline(source, options.dtype, options.scheduler, **settings).to(state.device)
-    judge, judge_facts = load_classifier(options.judge, state.device)
-    classifier, facts = load_classifier(options.classifier, state.device) if options.classifier else (None, None)
-    if facts is not None and facts["weights_sha256"] == judge_facts["weights_sha256"]:
-        raise InputError(f"--judge {options.judge} is the --classifier too, and would judge itself; train another one")
-    training = source / "training.json"
-    data = json.loads(training.read_text()).get("data", {}) if training.exists() else {}
-    check_fit(pipeline.unet, judge, classifier, data)
-    call = Namespace(steps=options.steps, eta=options.eta, class_label=None if classifier is not None else [0])
-    generate.check_arguments(pipeline, call)
-    about = {"judge": judge_facts, "classifier": facts, "label_column": judge.config.label_column}
-    about |= {"device": device_name(state.device), "num_cpu_threads": torch.get_num_threads()}
-    return pipeline, judge, classifier, generate.describe(pipeline, source, options, commit) | about
-
-
-def run(options: Namespace, arguments: list[str]) -> None:
-    """Checks everything, then draws and measures; what was measured is written down after each scale."""
+    options = parse_options(arguments)
     pipeline, judge, classifier, record = open_models(options)
-    names, n, first_seed = list(judge.config.label_names), options.num_images, options.seed
+    names, n = list(judge.config.label_names), options.num_images
     if n < len(names):
-        raise InputError(f"--num_images is {n}, but there are {len(names)} classes; take that many or more")
+        raise InputError(f"--num_images is {n}, but there are {len(names)} classes; ask for at least that many")
     labels = [i % len(names) for i in range(n)]
     which = {"label_column": judge.config.label_column, "resolution": judge.config.sample_size, "crop": "none"}
     store = open_image_store(dataset_name="synthetic-faces", split=options.split, **which)
@@ -253,33 +272,28 @@ def run(options: Namespace, arguments: list[str]) -> None:
     try:
         floor = swd(others, real)
     except ValueError as error:
-        raise InputError(f"SWD cannot be taken: {error}") from error
+        raise InputError(f"SWD cannot be measured: {error}") from error
     make_folder(options.out)
     record |= {
         "command": command_line("experiments.guidance", arguments),
-        "reference": {key: store.description[key] for key in REFERENCE},
-        "versions": {name: version(name) for name in LIBRARIES},
+        "reference": {key: store.description[key] for key in ("source", "split", "resolution", "fingerprint")},
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "date": datetime.now(UTC).date().isoformat(),
         "results": [],
     }
-    blocks, about = {}, {"seeds": f"{first_seed} to {first_seed + n - 1}", "batch_size": options.batch_size}
+    blocks, about = {}, {"swd_floor": floor, "seeds": f"{options.seed} to {options.seed + n - 1}"}
     for scale in options.scales:
-        images, evaluations, seconds = sample(
-            pipeline,
-            OwnSampler(options.steps),
-            range(first_seed, first_seed + n),
-            options.batch_size,
-            **call_arguments(scale, labels, len(names), classifier),
-        )
+        try:
+            images, evaluations, seconds = draw(pipeline, options, scale, len(names), classifier)
+        except ValueError as error:  # images that are not finite
+            raise Failed(f"at scale {scale:g} {error}") from error
         blocks[f"scale {scale:g}"] = images
         shares, distance = class_shares(classes_of(judge, images), np.array(labels), names), swd(images, real)
-        quality = {"swd": distance, "swd_floor": floor, "n_reference": len(real)}
-        cost = {"network_evaluations": evaluations, "seconds_per_image": seconds}
-        name = "Share in the class asked for"
-        entry = result("guidance", name, "class_share", guidance_scale=scale, **shares, **quality, **cost, **about)
-        record["results"].append(entry)
+        cost = {"network_evaluations": evaluations, "seconds_per_image": seconds, "batch_size": options.batch_size}
+        measured = {"guidance_scale": scale, **shares, "swd": distance, **about, **cost}
+        record["results"].append(result("guidance", "Share in the class asked for", "class_share", **measured))
         write_results(options.out / "guidance.json", record)
-        share = f"{entry['value']:.1%} ± {entry['std']:.1%} in the class asked for"
+        share = f"{shares['value']:.1%} ± {shares['std']:.1%} in the class asked for"
         print(f"scale {scale:g}: {share}, SWD {distance:.4g}, {seconds * n:.0f} s", flush=True)
     (options.out / "guidance.md").write_text(summary(record))
     plot_images(blocks, names, options.out / "guidance.png")
@@ -287,8 +301,7 @@ def run(options: Namespace, arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    stopped = "stopped; the scales that were measured are in guidance.json"
-    return run_command(lambda: run(parse_options(arguments), arguments), stopped)
+    return run_command(lambda: run(arguments), "stopped; the scales that were measured are in guidance.json")
 
 
 if __name__ == "__main__":

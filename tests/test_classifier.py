@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import signal
 import stat
 
 import datasets
@@ -12,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import classifier as module
 from experiments.classifier import NoisyImageClassifier, main, measure
 from training.data import open_image_store
 
@@ -113,28 +111,21 @@ def test_beyond_the_noise_of_training_the_nearest_noise_level_counts():
     torch.testing.assert_close(network(images[:1], 0.0, 1.0)[0], logits[0], rtol=1e-4, atol=1e-4)  # alpha = 0
 
 
-def test_one_noise_level_for_all_is_the_same_one_for_each():
-    network, images = untrained(), torch.randn(4, 3, SIDE, SIDE)
+def test_one_noise_level_for_all_is_the_same_one_for_each_also_in_float64():
+    network, images = untrained(), torch.randn(4, 3, SIDE, SIDE, dtype=torch.float64, requires_grad=True)
     one = network(images, 0.5, 0.7)
     assert torch.equal(network(images, torch.tensor(0.5), torch.full((4,), 0.7)), one)
-
-
-def test_images_in_float64_keep_their_type_in_the_gradient():
-    images = torch.randn(2, 3, SIDE, SIDE, dtype=torch.float64, requires_grad=True)
-    untrained()(images, 1.0, 0.5).log_softmax(1)[:, 0].sum().backward()
+    one.log_softmax(1)[:, 0].sum().backward()
     assert images.grad.dtype == torch.float64
 
 
-def test_images_of_another_shape_are_refused():
+def test_images_of_another_shape_and_classes_that_cannot_be_told_apart_are_refused():
     for shape in ((2, 3, SIDE, 2 * SIDE), (2, 1, SIDE, SIDE), (3, SIDE, SIDE)):
         with pytest.raises(ValueError, match=r"noisy_images have shape .*; this classifier takes \(B, 3, 8, 8\)$"):
             untrained()(torch.zeros(shape), 1.0, 1.0)
-
-
-@pytest.mark.parametrize("names", [["a"], [], ["a", "b", "a"]])
-def test_classes_that_cannot_be_told_apart_are_refused(names):
-    with pytest.raises(ValueError, match="they must be two or more, and differ"):
-        NoisyImageClassifier(names, "kind", SIDE)
+    for names in (["a"], ["a", "b", "a"]):
+        with pytest.raises(ValueError, match="they must be two or more, and differ"):
+            NoisyImageClassifier(names, "kind", SIDE)
 
 
 def test_a_saved_classifier_is_loaded_as_it_was(tmp_path):
@@ -230,21 +221,15 @@ def error_of(capsys, arguments, code) -> str:
     ("more", "message"),
     [
         ("--max_train_steps 0", "--max_train_steps is 0; it must be at least 1"),
-        ("--train_batch_size -1", "--train_batch_size is -1; it must be at least 1"),
         ("--train_batch_size 121", "120 images are fewer than a batch of 121"),
-        ("--learning_rate nan", "--learning_rate is nan; it must be positive"),
-        ("--learning_rate 0", "--learning_rate is 0.0; it must be positive"),
-        ("--seed -1", "--seed is -1; it must be at least 0 and below 2**32"),
+        ("--learning_rate nan", "--learning_rate is nan; it must be"),
         ("--seed 4294967296", "--seed is 4294967296; it must be"),
         ("--resolution 0", "the resolution is 0; it must be at least 1"),
-        ("--resolution many", "argument --resolution: invalid int value: 'many'"),
-        ("--label_column king", "has no column 'king' of labels; did you mean kind? it has image, kind"),
+        ("--label_column king", "has no column 'king' of labels"),
         ("--split nowhere", "has no split 'nowhere'; it has train, validation"),
-        ("--validation_split test", "has no split 'test'; it has train, validation"),
         ("--validation_split train", "--validation_split train is what is trained on"),
-        (f"--hub_token hf_{'a' * 34}", "holds a token; the Hub's token is read from HF_TOKEN"),
-        ("--labels kind", "unrecognized arguments: --labels kind"),
-        ("--dataset_name synthetic-faces", "give either dataset_name or train_data_dir"),
+        (f"--hub_token hf_{'a' * 34}", "the Hub's token is not an argument"),
+        ("--dataset_name synthetic-faces", "dataset_name or train_data_dir"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(pictures, tmp_path, capsys, more, message):
@@ -256,47 +241,27 @@ def test_an_out_that_is_there_is_left_as_it_is(pictures, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("precious")
-    assert error_of(capsys, command(pictures, out), 2) == f"error: --out {out} is there already; take another one"
-    assert [path.name for path in out.iterdir()] == ["mine"]
-    message = error_of(capsys, command(pictures, out / "mine" / "deep" / "out"), 2)
-    assert message.endswith("deep/out cannot be there, as mine is a file; take another one")
+    for taken in (out, out / "mine" / "deep" / "out"):
+        assert f"--out {taken} exists already or lies in a file" in error_of(capsys, command(pictures, taken), 2)
+    assert (out / "mine").read_text() == "precious"
 
 
-def test_a_class_of_which_the_training_has_none_is_told_before_it(tmp_path, capsys):
+def test_classes_that_cannot_be_learned_are_told_before_the_training(tmp_path, capsys):
     write_pictures(tmp_path / "data" / "train", NAMES * 10)
     write_pictures(tmp_path / "data" / "validation", ["light", "striped"])
     message = error_of(capsys, command(tmp_path / "data", tmp_path / "out"), 2)
     assert message == "error: split validation has the class 'striped' of 'kind', not one of dark, light"
-
-
-def test_a_single_class_is_told_before_the_training(tmp_path, capsys):
-    for split in ("test", "validation"):
-        write_pictures(tmp_path / "data" / split, ["dark"] * 20)
+    write_pictures(tmp_path / "data" / "test", ["dark"] * 20)
     message = error_of(capsys, command(tmp_path / "data", tmp_path / "out", "--split", "test"), 2)
-    assert message == "error: column kind has one class alone, 'dark'; nothing is to be learned"
+    assert message == "error: column kind has only the class 'dark'; there is nothing to learn"
 
 
 def test_a_loss_that_is_no_number_is_told(pictures, tmp_path, capsys):
     options = ("--learning_rate", "1e30", "--max_train_steps", "20")
     message = error_of(capsys, command(pictures, tmp_path / "out", *options), 1)
-    assert message.startswith("error: the loss is nan at step ")
+    assert message.startswith("error: the loss is ")
     assert message.endswith("; lower --learning_rate")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_training_and_nothing_is_written(pictures, tmp_path, capsys, monkeypatch, number):
-    class Signalling(module.tqdm):
-        def update(self, *_):
-            assert len(list(tmp_path.iterdir())) == 1  # the folder in the making
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(module, "tqdm", Signalling)
-    before = signal.getsignal(number)
-    message = error_of(capsys, command(pictures, tmp_path / "out"), 128 + number)
-    assert message == "error: stopped before the end; nothing is written"
-    assert not list(tmp_path.iterdir())
-    assert signal.getsignal(number) == before
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(pictures, trained, tmp_path, capsys):
