@@ -17,6 +17,7 @@ A model that was trained in continuous time (an SDE) has no contact sheets, inve
 Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from common import InputError, Parser, make_folder, run_command
+from eval.results import write_results
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import find_pipeline, load_pipeline
@@ -66,51 +68,59 @@ def labelled_grid(rows: dict[str, list], columns: list[str] | None = None, side:
     return sheet
 
 
-def draw_samplers(pipe: CustomUNetPipeline, out: Path) -> dict:
+# Each of the following draws one picture: its rows by label, its columns if they have labels, and what to record.
+Picture = tuple[dict[str, list], list[str] | None, dict]
+
+
+def rows_by_sampler(pipe: CustomUNetPipeline, settings: list[tuple[str, int]], seeds, unit: str = "steps") -> dict:
+    """A row for each sampler and number of steps; `ode`, which chooses its own, is labelled by its evaluations."""
     rows = {}
-    for name in tqdm(pipe.samplers if pipe.is_continuous else SAMPLERS, desc="samplers"):
+    for name, steps in tqdm(settings):
         pipe.set_sampler(name)
-        for steps in STEPS if name not in ("pndm", "ode") else STEPS[-1:]:
-            result = pipe(seeds=SEEDS, num_inference_steps=steps)
-            done = f"{steps} steps" if name != "ode" else f"{result.network_evaluations} evaluations"
-            rows[f"{name}, {done}"] = result.images
-    labelled_grid(rows).save(out / "samplers.png")
-    return {"seeds": SEEDS, "rows": list(rows)}
+        result = pipe(seeds=seeds, num_inference_steps=steps)
+        by_evaluations = name == "ode" or unit == "evaluations"
+        done = f"{result.network_evaluations} evaluations" if by_evaluations else f"{steps} steps"
+        rows[f"{name}, {done}"] = result.images
+    return rows
 
 
-def draw_contact_sheets(pipe: CustomUNetPipeline, out: Path) -> dict:
-    rows = {}
-    for name in tqdm(SHEET_SAMPLERS, desc="contact sheets"):
-        pipe.set_sampler(name)
-        for steps in SHEET_STEPS:
-            rows[f"{name}, {steps} steps"] = pipe(seeds=SHEET_SEEDS, num_inference_steps=steps).images
-    labelled_grid(rows, [f"seed {seed}" for seed in SHEET_SEEDS]).save(out / "contact_sheets.png")
-    return {"seeds": [*SHEET_SEEDS], "rows": list(rows), "eta": 0.0}
+def samplers(pipe: CustomUNetPipeline, out: Path) -> Picture:
+    names = pipe.samplers if pipe.is_continuous else SAMPLERS
+    settings = [(name, n) for name in names for n in (STEPS if name not in ("pndm", "ode") else STEPS[-1:])]
+    rows = rows_by_sampler(pipe, settings, SEEDS)
+    return rows, None, {"seeds": SEEDS, "rows": list(rows)}
 
 
-def draw_interpolation(pipe: CustomUNetPipeline, out: Path) -> dict:
+def contact_sheets(pipe: CustomUNetPipeline, out: Path) -> Picture:
+    rows = rows_by_sampler(pipe, [(name, n) for name in SHEET_SAMPLERS for n in SHEET_STEPS], SHEET_SEEDS)
+    columns = [f"seed {seed}" for seed in SHEET_SEEDS]
+    return rows, columns, {"seeds": [*SHEET_SEEDS], "rows": list(rows), "eta": 0.0}
+
+
+def continuous(pipe: CustomUNetPipeline, out: Path) -> Picture:
+    rows = rows_by_sampler(pipe, list(CONTINUOUS_STEPS.items()), SEEDS, unit="evaluations")
+    return rows, None, {"seeds": SEEDS, "rows": list(rows)}
+
+
+def interpolation(pipe: CustomUNetPipeline, out: Path) -> Picture:
     pairs = [(0, 1), (2, 3), (4, 5), (6, 7)]
-    rows = {f"{a} to {b}": pipe.interpolate(a, b, num_images=10).images for a, b in tqdm(pairs, desc="interpolation")}
-    labelled_grid(rows).save(out / "interpolation.png")
-    return {"seed_pairs": pairs, "num_images": 10, "sampler": default_sampler(pipe), "steps": 50}
+    rows = {f"{a} to {b}": pipe.interpolate(a, b, num_images=10).images for a, b in tqdm(pairs)}
+    return rows, None, {"seed_pairs": pairs, "num_images": 10, "sampler": default_sampler(pipe), "steps": 50}
 
 
-def draw_denoising(pipe: CustomUNetPipeline, out: Path) -> dict:
+def denoising(pipe: CustomUNetPipeline, out: Path) -> Picture:
     strip = pipe.denoising_strip(num_frames=10, num_inference_steps=50, seeds=SEEDS[:2])
-    times = [f"{time:.3g}" if isinstance(time, float) else str(time) for time in strip.timesteps]
-    columns = [f"t = {time}" for time in times] + ["result"]
+    columns = [f"t = {time:.3g}" if isinstance(time, float) else f"t = {time}" for time in strip.timesteps]
     rows = {}
     for index, seed in enumerate(SEEDS[:2]):
         rows[f"seed {seed}, x_t"] = [frame[index] for frame in strip.noisy_images]
         rows[f"seed {seed}, predicted x_0"] = [frame[index] for frame in strip.pred_original_samples]
-    labelled_grid(rows, columns).save(out / "denoising.png")
-    pipe.denoising_strip(num_frames=51, num_inference_steps=50, seeds=SEEDS[:4]).save_gif(
-        out / "denoising.gif", scale=3
-    )
-    return {"seeds": SEEDS[:4], "sampler": default_sampler(pipe), "steps": 50}
+    animated = pipe.denoising_strip(num_frames=51, num_inference_steps=50, seeds=SEEDS[:4])
+    animated.save_gif(out / "denoising.gif", scale=3)
+    return rows, [*columns, "result"], {"seeds": SEEDS[:4], "sampler": default_sampler(pipe), "steps": 50}
 
 
-def draw_inversion(pipe: CustomUNetPipeline, out: Path) -> dict:
+def inversion(pipe: CustomUNetPipeline, out: Path) -> Picture:
     """Images of another sampler, inverted and drawn again; clipping is off, as it cannot be inverted.
 
     The picture shows those of three iterations.
@@ -120,28 +130,19 @@ def draw_inversion(pipe: CustomUNetPipeline, out: Path) -> dict:
     pipe.set_sampler("ddim")
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     rows, errors = {"image": pipe.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())}, []
-    for steps in tqdm(INVERSION_STEPS, desc="inversion"):
-        for iterations in FIXED_POINT_ITERATIONS:
-            latents = pipe.invert(images, steps, iterations)
-            again = pipe(latents=latents, num_inference_steps=steps, output_type="pt").images
-            rms = (again - images).square().mean().sqrt().item() * 255
-            errors.append(
-                {
-                    "steps": steps,
-                    "fixed_point_iterations": iterations,
-                    "network_evaluations_of_the_inversion": steps * iterations,
-                    "rms_error_grey_levels": round(rms, 3),
-                    "latents_mean": round(latents.mean().item(), 4),
-                    "latents_std": round(latents.std().item(), 4),
-                }
-            )
-            if iterations == 3:
-                rows[f"{steps} steps"] = pipe.numpy_to_pil(again.permute(0, 2, 3, 1).numpy())
-    labelled_grid(rows).save(out / "inversion.png")
+    for steps, iterations in tqdm([*itertools.product(INVERSION_STEPS, FIXED_POINT_ITERATIONS)]):
+        latents = pipe.invert(images, steps, iterations)
+        again = pipe(latents=latents, num_inference_steps=steps, output_type="pt").images
+        error = {"steps": steps, "fixed_point_iterations": iterations}
+        error |= {"network_evaluations_of_the_inversion": steps * iterations}
+        error |= {"rms_error_grey_levels": round((again - images).square().mean().sqrt().item() * 255, 3)}
+        latents_mean, latents_std = latents.mean().item(), latents.std().item()
+        errors.append(error | {"latents_mean": round(latents_mean, 4), "latents_std": round(latents_std, 4)})
+        if iterations == 3:
+            rows[f"{steps} steps"] = pipe.numpy_to_pil(again.permute(0, 2, 3, 1).numpy())
     facts = {"seeds": SEEDS, "images_by": "dpmsolver++2m, 100 steps"}
     (out / "inversion.json").write_text(json.dumps(facts | {"reconstructions": errors}, indent=1) + "\n")
-    pipe.set_sampler("ddim")
-    return facts | {"steps": INVERSION_STEPS}
+    return rows, None, facts | {"steps": INVERSION_STEPS}
 
 
 def masks(size: int) -> dict[str, np.ndarray]:
@@ -154,66 +155,57 @@ def masks(size: int) -> dict[str, np.ndarray]:
     return result
 
 
-def draw_inpainting(pipe: CustomUNetPipeline, out: Path) -> dict:
+def with_given(pipe: CustomUNetPipeline, image: np.ndarray, given: np.ndarray, drawn: list) -> list:
+    """A row: the image, what is given of it, and what was drawn."""
+    return [*pipe.numpy_to_pil(np.stack([image, given])), *drawn]
+
+
+def inpainting(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:3], num_inference_steps=50, output_type="np").images
     rows = {}
     for image, seed, (name, mask) in zip(images, SEEDS, masks(images.shape[1]).items(), strict=False):
-        shown = np.where(mask[..., None] > 0, 0.5, image)
         painted = pipe.inpaint(image[None], mask, seeds=range(6)).images
-        rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(np.stack([image, shown])), *painted]
-    labelled_grid(rows, ["image", "masked", *(f"seed {seed}" for seed in range(6))]).save(out / "inpainting.png")
-    return {"image_seeds": SEEDS[:3], "seeds": list(range(6)), "steps": 50, "jump_length": 1, "num_resamples": 5}
+        rows[f"{name} of seed {seed}"] = with_given(pipe, image, np.where(mask[..., None] > 0, 0.5, image), painted)
+    facts = {"image_seeds": SEEDS[:3], "seeds": [*range(6)], "steps": 50, "jump_length": 1, "num_resamples": 5}
+    return rows, ["image", "masked", *(f"seed {seed}" for seed in range(6))], facts
 
 
-def draw_variations(pipe: CustomUNetPipeline, out: Path) -> dict:
+def variations(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:2], num_inference_steps=50, output_type="np").images
     rows = {}
-    for image, seed in zip(images, SEEDS, strict=False):
-        for level in LEVELS:
-            varied = pipe.variations(image[None], level, seeds=range(7)).images
-            rows[f"seed {seed}, t = {level}"] = [*pipe.numpy_to_pil(image), *varied]
-    labelled_grid(rows, ["image", *(f"seed {seed}" for seed in range(7))]).save(out / "variations.png")
-    return {"image_seeds": SEEDS[:2], "seeds": list(range(7)), "timesteps": LEVELS, "eta": 1.0, "steps": 50}
+    for (seed, image), level in itertools.product(enumerate(images), LEVELS):
+        varied = pipe.variations(image[None], level, seeds=range(7)).images
+        rows[f"seed {seed}, t = {level}"] = [*pipe.numpy_to_pil(image), *varied]
+    facts = {"image_seeds": SEEDS[:2], "seeds": [*range(7)], "timesteps": LEVELS, "eta": 1.0, "steps": 50}
+    return rows, ["image", *(f"seed {seed}" for seed in range(7))], facts
 
 
-def draw_continuous(pipe: CustomUNetPipeline, out: Path) -> dict:
-    rows = {}
-    for name, steps in tqdm(CONTINUOUS_STEPS.items(), desc="continuous"):
-        pipe.set_sampler(name)
-        result = pipe(seeds=SEEDS, num_inference_steps=steps)
-        rows[f"{name}, {result.network_evaluations} evaluations"] = result.images
-    labelled_grid(rows).save(out / "continuous.png")
-    return {"seeds": SEEDS, "rows": list(rows)}
-
-
-def draw_conditional(pipe: CustomUNetPipeline, out: Path) -> dict:
+def conditional(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:4], num_inference_steps=50, output_type="np").images
     rows = {}
     for image, seed, (name, mask) in zip(images, SEEDS, list(masks(images.shape[1]).items())[1:], strict=False):
-        shown = np.where(mask[..., None] > 0, 0.5, image)
         painted = pipe.impute(image[None], mask, seeds=range(6)).images
-        rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(np.stack([image, shown])), *painted]
+        rows[f"{name} of seed {seed}"] = with_given(pipe, image, np.where(mask[..., None] > 0, 0.5, image), painted)
     for image, seed in zip(images[2:], SEEDS[2:], strict=False):
         grey = image.mean(-1, keepdims=True).repeat(3, -1)
         coloured = pipe.colorize(grey[None], seeds=range(6)).images
-        rows[f"colours of seed {seed}"] = [*pipe.numpy_to_pil(np.stack([image, grey])), *coloured]
-    labelled_grid(rows, ["image", "given", *(f"seed {seed}" for seed in range(6))]).save(out / "conditional.png")
-    return {"image_seeds": SEEDS[:4], "seeds": list(range(6)), "steps": 100, "snr": 0.16, "corrector_steps": 1}
+        rows[f"colours of seed {seed}"] = with_given(pipe, image, grey, coloured)
+    facts = {"image_seeds": SEEDS[:4], "seeds": [*range(6)], "steps": 100, "snr": 0.16, "corrector_steps": 1}
+    return rows, ["image", "given", *(f"seed {seed}" for seed in range(6))], facts
 
 
-PICTURES = {
-    "samplers": draw_samplers,
-    "contact_sheets": draw_contact_sheets,
-    "interpolation": draw_interpolation,
-    "denoising": draw_denoising,
-    "inversion": draw_inversion,
-    "inpainting": draw_inpainting,
-    "variations": draw_variations,
-    "continuous": draw_continuous,
-    "conditional": draw_conditional,
-}
-
-
+DRAWN = (
+    samplers,
+    contact_sheets,
+    interpolation,
+    denoising,
+    inversion,
+    inpainting,
+    variations,
+    continuous,
+    conditional,
+)
+PICTURES = {picture.__name__: picture for picture in DRAWN}
 NEED_TIMESTEPS = ("contact_sheets", "inversion", "inpainting", "variations")
 
 
@@ -221,36 +213,32 @@ def default_sampler(pipe: CustomUNetPipeline) -> str:
     return "edm_heun" if pipe.is_continuous else "ddim"
 
 
-def check_pictures(pipe: CustomUNetPipeline, names: list[str]) -> None:
-    """Raises InputError for pictures that the model cannot give."""
-    if pipe.unet.config.get("num_class_embeds") is not None or pipe.unet.config.get("class_embed_type") is not None:
-        raise InputError("the network has class embeddings; the pictures are of unconditional networks")
-    refused = [name for name in names if name in NEED_TIMESTEPS]
-    if pipe.is_continuous and refused:
-        rest = " ".join(name for name in PICTURES if name not in NEED_TIMESTEPS)
-        raise InputError(
-            f"{refused[0]} needs discrete timesteps, but the network was trained in continuous time; take --only"
-            f" {rest}"
-        )
-
-
 def run(arguments: list[str]) -> None:
+    """Raises InputError for bad arguments, and for pictures that the model cannot give."""
     parser = Parser(prog="python -m experiments.gallery", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     parser.add_argument("--out", type=Path, default=Path("assets"))
     parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES))
-    args = parser.parse_args(arguments)
-    pipe = load_pipeline(find_pipeline(args.pipeline, None)[0], "fp32", None)
-    check_pictures(pipe, args.only)
-    make_folder(args.out)
+    options = parser.parse_args(arguments)
+    pipe = load_pipeline(find_pipeline(options.pipeline, None)[0], "fp32", None)
+    if pipe.unet.config.get("num_class_embeds") is not None or pipe.unet.config.get("class_embed_type") is not None:
+        raise InputError("the network has class embeddings; the pictures are of unconditional networks")
+    refused = [name for name in options.only if name in NEED_TIMESTEPS and pipe.is_continuous]
+    if refused:
+        rest = " ".join(name for name in PICTURES if name not in NEED_TIMESTEPS)
+        raise InputError(
+            f"{refused[0]} needs discrete timesteps, but the model has continuous time; use --only {rest}"
+        )
+    make_folder(options.out)
     torch.manual_seed(0)
-    record = args.out / "gallery.json"
+    record = options.out / "gallery.json"
     settings = json.loads(record.read_text()) if record.exists() else {}
-    for name in args.only:
+    for name in options.only:
         pipe.set_sampler(default_sampler(pipe))
-        settings[name] = PICTURES[name](pipe, args.out)
-        record.write_text(json.dumps(settings, indent=1) + "\n")
-        print(f"wrote {args.out / name}.png", flush=True)
+        rows, columns, settings[name] = PICTURES[name](pipe, options.out)
+        labelled_grid(rows, columns).save(options.out / f"{name}.png")
+        write_results(record, settings)
+        print(f"wrote {options.out / name}.png", flush=True)
 
 
 def main(arguments: list[str]) -> int:
