@@ -1,18 +1,17 @@
-"""What the metrics of an evaluation have in common: the model, its images, the real ones, how a result names them."""
+"""What the metrics of an evaluation share: the model, its images, the real ones, and how a result describes them."""
 
 import argparse
 import json
 import math
 import os
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from common import InputError
+from common import InputError, on_main_process, sha256_of
 from eval.cost import SamplerSetting
 from eval.features import FeatureExtractor, ImageSet, images_of_files, images_of_store, subset
 from eval.results import result
@@ -24,7 +23,6 @@ from training.facts import training_in_all
 
 COST_SAMPLERS = "unipc:10 unipc:20 dpmsolver++2m:20 ddim:20 ddim:50 ddpm:100".split()
 COST_SAMPLERS_IN_CONTINUOUS_TIME = "edm_heun:9 edm_heun:18 predictor_corrector:100 euler_maruyama:100 ode".split()
-DRAWING_FLAGS = "pipeline revision seed class_label guidance_scale batch_size dtype num_cpu_threads".split()
 MOVED = {"device", "versions"}  # a result has these if they are not those of the record
 IMAGES = "images"  # the folder of an evaluation that holds its folders of images
 
@@ -54,11 +52,7 @@ class WithoutClass(torch.nn.Module):
 
     def __init__(self, unet: torch.nn.Module):
         super().__init__()
-        self.unet, self.config = unet, unet.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        self.unet, self.config, self.dtype = unet, unet.config, unet.dtype
 
     def forward(self, noisy_images: Tensor, timesteps: Tensor):
         null_class = self.config.num_class_embeds - 1
@@ -67,124 +61,100 @@ class WithoutClass(torch.nn.Module):
 
 
 class Evaluation:
-    """What the metrics have in common: options, model, images, and the record that they add to.
+    """What the metrics share.
 
-    `options.sampler` that is not given becomes DDIM, or the model's own if it was trained in continuous time.
+    Args:
+        options: of `eval.run`.
+        command: that is recorded beside the images.
+
+    Attributes:
+        source, commit: the folder of the model repository, and its commit on the Hub.
+        pipeline: with the weights as they are; images may be drawn in half precision, but likelihoods and losses are
+            of these.
+        network: of which likelihoods and losses are measured; a class-conditional one
+            predicts without a class.
+        sampler_setting, cost_settings: of the images, and of those of the cost curve.
+        training, heldout: the real images, cropped and resized as the model was trained; `heldout` may be None.
+        earlier: results of an earlier start.
+        extractors: that are open, by name and mode.
     """
 
-    def __init__(self, options: argparse.Namespace, state: PartialState):
-        self.options, self.state = options, state
-        self.out: Path = options.out
-        source, self.commit = find_pipeline(options.pipeline, options.revision)
-        self.source = source
-        # images may be drawn in half precision, but likelihoods and losses are of the weights as they are
-        self.pipeline = load_pipeline(source, "fp32", None).to(state.device)
-        self.pipeline.unet.eval()
-        if options.sampler is None:
-            options.sampler = self.pipeline.continuous_sampler.name if self.pipeline.is_continuous else "ddim"
-        if options.cost_samplers is None:
-            usual = COST_SAMPLERS_IN_CONTINUOUS_TIME if self.pipeline.is_continuous else COST_SAMPLERS
-            options.cost_samplers = [SamplerSetting.parse(text) for text in usual]
-        self.set_sampler(self.sampler_setting)
+    def __init__(self, options: argparse.Namespace, state: PartialState, command: str):
+        self.options, self.state, self.command, self.out = options, state, command, options.out
+        self.earlier: list[dict] = []
+        self.extractors: dict[tuple[str, str], FeatureExtractor] = {}
+        self.source, self.commit = find_pipeline(options.pipeline, options.revision)
+        training_json = self.source / "training.json"
+        self.training_facts = json.loads(training_json.read_text()) if training_json.exists() else {}
+        self.pipeline = load_pipeline(self.source, "fp32", None).to(state.device)
+        unet = self.pipeline.unet.eval()
+        self.network = unet if options.class_label is None else WithoutClass(unet).eval()
+        self._set_samplers()
         generate.check_arguments(self.pipeline, options)
         generate.check_guidance(self.pipeline, options)
-        self.weights_sha256 = {path.name: generate.sha256_of(path) for path in weight_files(source)}
-        self.earlier: list[dict] = []  # results of an earlier start
-        self.starts: list[dict] = []  # of drawing the images
-        self.extractors: dict[tuple[str, str], FeatureExtractor] = {}  # by name and mode
-        self.training = self.open_store(options.split)
+        self.weights_sha256 = {path.name: sha256_of(path) for path in weight_files(self.source)}
+        self.training = self._open_store(options.split)
         if options.num_images > len(self.training):
             raise InputError(
                 f"--num_images is {options.num_images}, but split {options.split} has {len(self.training)} images, and"
                 " equal numbers are compared"
             )
-        self.heldout = self.open_store(options.heldout_split) if options.heldout_split else None
+        self.heldout = self._open_store(options.heldout_split) if options.heldout_split else None
 
-    @property
-    def training_facts(self) -> dict:
-        """What the model repository says of its training; empty if nothing."""
-        path = self.source / "training.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def model_facts(self) -> dict:
-        """What the model is, for the record."""
-        config, training = self.pipeline.scheduler.config, self.training_facts
-        facts = {
-            "objective": config.get("objective", "ddpm"),
-            "prediction_type": config.prediction_type,
-            "likelihood_weighting": training.get("objective", {}).get("likelihood_weighting"),
-            "parameters": sum(parameter.numel() for parameter in self.pipeline.unet.parameters()),
-        }
-        facts |= training_in_all(self.source)
-        return {name: value for name, value in facts.items() if value is not None}
-
-    @property
-    def network(self) -> torch.nn.Module:
-        """What likelihoods and losses are of: of a class-conditional network its prediction without a class."""
-        unet = self.pipeline.unet
-        return unet if self.options.class_label is None else WithoutClass(unet).eval()
-
-    @property
-    def sampler_settings(self) -> dict[str, float]:
-        """Of samplers in continuous time, those that were given.
+    def _set_samplers(self) -> None:
+        """The default sampler is DDIM, or the model's own if it was trained in continuous time.
 
         Raises:
-            InputError: if there is one that no sampler takes.
+            InputError: for a sampler that does not suit the model, or a setting that no sampler takes.
         """
-        values = {name: getattr(self.options, name) for name in generate.SAMPLER_SETTINGS}
-        given = {name: value for name, value in values.items() if value is not None}
-        cost = self.options.cost_samplers if "cost" in self.options.metrics else []
-        samplers = dict.fromkeys([self.options.sampler, *(setting.sampler for setting in cost)])
+        options, is_continuous = self.options, self.pipeline.is_continuous
+        sampler = options.sampler or (self.pipeline.continuous_sampler.name if is_continuous else "ddim")
+        usual = COST_SAMPLERS_IN_CONTINUOUS_TIME if is_continuous else COST_SAMPLERS
+        cost_samplers = options.cost_samplers or [SamplerSetting.parse(text) for text in usual]
+        cost_samplers = cost_samplers if "cost" in options.metrics else []
+        samplers = dict.fromkeys([sampler, *(setting.sampler for setting in cost_samplers)])
+        given = {name: getattr(options, name) for name in generate.SAMPLER_SETTINGS}
+        given = {name: value for name, value in given.items() if value is not None}
         for name, value in given.items():
             if not any(name in CONTINUOUS_SAMPLERS.get(sampler, ()) for sampler in samplers):
                 raise InputError(f"--{name} is {value:g}, but {' and '.join(samplers)} take no {name}; leave it out")
-        return given
+        steps = None if sampler == "ode" else options.steps
+        self.sampler_setting = SamplerSetting(sampler, steps, options.eta).with_settings(given)
+        self.cost_settings = [setting.with_settings(given) for setting in cost_samplers]
+        for setting in (*self.cost_settings, self.sampler_setting):
+            try:
+                setting.set_on(self.pipeline)
+            except ValueError as error:
+                raise InputError(str(error)) from error
 
-    @property
-    def sampler_setting(self) -> SamplerSetting:
-        """That of the images."""
-        options = self.options
-        steps = None if options.sampler == "ode" else options.steps
-        return SamplerSetting(options.sampler, steps, options.eta).with_settings(self.sampler_settings)
-
-    @property
-    def cost_settings(self) -> list[SamplerSetting]:
-        return [setting.with_settings(self.sampler_settings) for setting in self.options.cost_samplers]
-
-    def set_sampler(self, setting: SamplerSetting) -> None:
-        """Gives the pipeline this sampler.
-
-        Raises:
-            InputError: if it does not suit the model.
-        """
-        try:
-            setting.set_on(self.pipeline)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-
-    def open_store(self, split: str) -> ImageStore:
-        """The reference data of a split, cropped and resized as the model was trained."""
+    def _open_store(self, split: str) -> ImageStore:
         options, size = self.options, self.pipeline.unet.config.sample_size
         trained_on = self.training_facts.get("data", {})
         crop = options.crop or trained_on.get("crop")
         if crop is None:
-            raise InputError(f"{self.source} does not tell what crop it was trained on; give --crop")
+            raise InputError(f"{self.source} does not say what crop it was trained on; give --crop")
         if not isinstance(size, int):
             raise InputError(f"the model draws {size} pixels; the reference data are squares")
-        is_folder = os.path.isdir(options.reference)
-        where = {"train_data_dir" if is_folder else "dataset_name": options.reference}
-        open_it = {**where, "split": split, "crop": crop, "resolution": size, "image_column": options.image_column}
-        generate.on_main_process(self.state, lambda: len(open_image_store(**open_it)))
-        store = open_image_store(**open_it)
-        is_train = split == options.split
-        if is_train and trained_on.get("fingerprint") not in (None, store.fingerprint):
+        where = "train_data_dir" if os.path.isdir(options.reference) else "dataset_name"
+        data = {where: options.reference, "split": split, "crop": crop, "resolution": size}
+        data["image_column"] = options.image_column
+        on_main_process(self.state, lambda: len(open_image_store(**data)))  # it alone decodes the images
+        store = open_image_store(**data)
+        if split == options.split and trained_on.get("fingerprint") not in (None, store.fingerprint):
             print(f"note: split {split} is not what the model was trained on (other pixels)", flush=True)
         return store
 
-    @property
-    def setting(self) -> dict:
-        """How the images were drawn, for a result."""
-        return self.describe(self.sampler_setting, self.options.num_images)
+    def describe_model(self) -> dict:
+        """For the record."""
+        config = self.pipeline.scheduler.config
+        facts = {
+            "objective": config.get("objective", "ddpm"),
+            "prediction_type": config.prediction_type,
+            "likelihood_weighting": self.training_facts.get("objective", {}).get("likelihood_weighting"),
+            "parameters": sum(parameter.numel() for parameter in self.pipeline.unet.parameters()),
+        }
+        facts |= training_in_all(self.source)
+        return {name: value for name, value in facts.items() if value is not None}
 
     def describe(self, setting: SamplerSetting, num_images: int) -> dict:
         """How images of a setting are drawn, for a result."""
@@ -202,6 +172,11 @@ class Evaluation:
         return {name: value for name, value in about.items() if value is not None}
 
     @property
+    def setting(self) -> dict:
+        """How the images were drawn, for a result."""
+        return self.describe(self.sampler_setting, self.options.num_images)
+
+    @property
     def threads(self) -> dict:
         """What a time on a CPU depends on, for a result."""
         return {"num_cpu_threads": torch.get_num_threads()} if self.state.device.type == "cpu" else {}
@@ -213,42 +188,40 @@ class Evaluation:
         keys = ("split", "crop", "resolution", "fingerprint")
         return {"dataset": facts["source"]} | {key: facts[key] for key in keys}
 
-    def draw_images(self) -> None:
-        """Draws what is missing of the images, on all processes."""
-        self.generated_set, self.starts = self.draw(self.sampler_setting, self.options.num_images)
-
-    def draw(self, setting: SamplerSetting, num_images: int) -> tuple[ImageSet, list[dict]]:
-        """Draws what is missing of the images of a setting, on all processes.
+    def draw_images(self) -> dict | None:
+        """Draws the missing images, on all processes; see `generated` and `generated_set`.
 
         Returns:
-            the images in order of their seeds, and the starts that drew them, as `pipelines.generate` records them.
+            the result of how long it took, over all starts that finished; None if none did.
         """
-        options, about = self.options, self.describe(setting, num_images)
-        folder = (options.images_dir or self.out / IMAGES) / images_folder(about)
-        values = {name: getattr(options, name) for name in DRAWING_FLAGS} | setting.sampler_settings
-        values |= {"out": str(folder), "num_images": num_images, "scheduler": setting.sampler, "eta": setting.eta}
-        if setting.steps is not None:
-            values["steps"] = setting.steps
-        arguments = []
-        for flag, value in values.items():
-            if value is not None:
-                arguments += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-        generate.run(generate.parse_options(arguments), arguments)
-        seeds = range(options.seed, options.seed + num_images)
-        images = images_of_files(generate.image_paths(folder, seeds))
-        return images, json.loads((folder / generate.RECORD).read_text())["starts"]
-
-    def drawing_time(self) -> list[dict]:
-        """How long the drawing took, over all starts that finished."""
-        done = [start for start in self.starts if "seconds" in start]
+        self.generated_set, starts = self.draw(self.sampler_setting, self.options.num_images)
+        done = [start for start in starts if "seconds" in start]
         drawn, seconds = sum(start["generated"] for start in done), sum(start["seconds"] for start in done)
         if not drawn:
-            return []
+            return None
         more = {"num_processes": done[-1]["num_processes"], "starts": len(done)}
         if all("network_evaluations_per_image" in start for start in done):
             evaluations = sum(start["generated"] * start["network_evaluations_per_image"] for start in done)
             more["network_evaluations"] = evaluations / drawn
-        return [result("time", "drawing images", "seconds_drawing", seconds, n=drawn, **more, **self.setting)]
+        return result("time", "drawing images", "seconds_drawing", seconds, n=drawn, **more, **self.setting)
+
+    def draw(self, setting: SamplerSetting, num_images: int) -> tuple[ImageSet, list[dict]]:
+        """Draws the missing images of a setting, on all processes.
+
+        Returns:
+            the images in order of their seeds, and the starts that drew them, as `pipelines.generate` records them.
+        """
+        options = self.options
+        folder = (options.images_dir or self.out / IMAGES) / images_folder(self.describe(setting, num_images))
+        pipeline = load_pipeline(self.source, options.dtype, setting.sampler, **setting.sampler_settings)
+        own = {"out": folder, "num_images": num_images, "scheduler": setting.sampler, "eta": setting.eta}
+        own |= {} if setting.steps is None else {"steps": setting.steps}
+        drawing = argparse.Namespace(**vars(options) | own)
+        pipeline = pipeline.to(self.state.device)
+        generate.fill_folder(pipeline, self.source, self.commit, drawing, self.state, self.command)
+        seeds = range(options.seed, options.seed + num_images)
+        starts = json.loads((folder / generate.RECORD).read_text())["starts"]
+        return images_of_files(generate.image_paths(folder, seeds)), starts
 
     @cached_property
     def generated(self) -> np.ndarray:
@@ -260,7 +233,7 @@ class Evaluation:
         return images_of_store(self.training, count, part)
 
     def has_floor(self, count: int) -> bool:
-        """Whether there are two disjoint subsets of so many images, to compare real with real ones."""
+        """Whether there are two disjoint subsets of so many images, to compare real images with real ones."""
         return 2 * count <= len(self.training)
 
     def real(self, count: int, part: int = 0) -> np.ndarray:
@@ -268,7 +241,7 @@ class Evaluation:
         return np.asarray(self.training.images[subset(len(self.training), count, part)])
 
     def tensors(self, store: ImageStore, count: int) -> Tensor:
-        """The same of a store, as a uint8 tensor; all of it if it has fewer."""
+        """A fixed random subset of a store as a uint8 tensor; all of it if it has fewer."""
         return store.__getitems__(subset(len(store), min(count, len(store))))
 
     def measured_before(self, family: str, about: dict) -> list[dict]:

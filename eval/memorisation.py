@@ -18,6 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common import InputError
+
+NUM_PAIRS = 16  # suspects that are listed
+NUM_BINS = 50  # of the histograms
 PAIRS_AT_ONCE = 2048  # of which the exact distance is taken, in float64
 
 
@@ -28,6 +32,13 @@ class Pair(NamedTuple):
     training: int
     mirrored: bool  # the training image is nearest when mirrored left to right
     distance: float
+
+
+class Share(NamedTuple):
+    """Of the generated images."""
+
+    value: float
+    expected: float  # for a model that generalises perfectly
 
 
 @dataclass(frozen=True)
@@ -41,19 +52,19 @@ class MemorisationReport:
     mirror: bool  # whether mirrored training images count as training images
     generated_median: float
     heldout_median: float
-    ratio: float  # generated_median / heldout_median; about 1 if the model generalises
-    heldout_minimum: float
-    heldout_percentile_1: float
-    share_below_heldout_minimum: float  # of the generated images
-    expected_share_below_heldout_minimum: float  # for a perfect model: 1 / (num_heldout + 1)
-    share_below_heldout_percentile_1: float  # about 0.01 for a perfect model
-    share_nearest_heldout: float  # of the generated images, those with a held-out image nearer than any training image
-    expected_share_nearest_heldout: float  # for a model to which both are alike: held-out images / all
+    share_below_heldout_minimum: Share
+    share_below_heldout_percentile: Share
+    share_nearest_heldout: Share  # those with a held-out image nearer than any training image
     std_share_nearest_heldout: float | None  # over as many training images in the place of the held-out ones
     pairs: list[Pair]  # the nearest ones, nearest first
-    bin_edges: np.ndarray  # (num_bins + 1,), from 0
-    generated_counts: np.ndarray  # (num_bins,)
-    heldout_counts: np.ndarray  # (num_bins,)
+    bin_edges: np.ndarray  # (NUM_BINS + 1,), from 0
+    generated_counts: np.ndarray  # (NUM_BINS,)
+    heldout_counts: np.ndarray  # (NUM_BINS,)
+
+    @property
+    def ratio(self) -> float:
+        """About 1 if the model generalises."""
+        return self.generated_median / self.heldout_median
 
 
 def memorisation(
@@ -61,66 +72,52 @@ def memorisation(
     heldout: np.ndarray,
     training: np.ndarray,
     *,
-    mirror: bool | None = None,
     duplicate_distance: float = 0.0,
-    num_pairs: int = 16,
-    num_bins: int = 50,
     chunk: int = 2048,
 ) -> MemorisationReport:
     """Compares how near generated and held-out images come to the training images.
+
+    Mirrored training images count as training images, as training flips them; features cannot be mirrored.
 
     Args:
         generated: uint8 images, shape (N, C, H, W), or features of them, shape (N, D).
         heldout: images from the distribution of the training images that are not among them, the same kind.
         training: the images that the model was trained on, the same kind.
-        mirror: count mirrored training images as training images; by default yes for images, as training flips them.
-            Features cannot be mirrored: append those of the mirrored images to `training`.
         duplicate_distance: held-out images nearer to a training image than this are left out, as near-copies in the
             data; in the unit of the report.
-        num_pairs: length of the list of suspects.
-        num_bins: of the histograms.
         chunk: see `nearest_distances`.
 
     Raises:
-        ValueError: if the arrays are not as above, or if most held-out images are training images.
+        InputError: if all held-out images are near-copies, or most of them are training images.
     """
-    _check(generated, heldout, training)
     is_images = training.ndim == 4
-    mirror = is_images if mirror is None else mirror
-    if mirror and not is_images:
-        raise ValueError("features cannot be mirrored; append features of mirrored images to the training ones")
-    distances, indices, mirrored = nearest_training(generated, training, mirror, chunk)
-    is_heldout_nearest = nearest_training(generated, heldout, mirror, chunk)[0] < distances
+    distances, indices, mirrored = nearest_training(generated, training, is_images, chunk)
+    is_heldout_nearest = nearest_training(generated, heldout, is_images, chunk)[0] < distances
     shares = shares_of_groups(indices[~is_heldout_nearest], len(training), len(heldout)) * (~is_heldout_nearest).mean()
-    heldout_distances, _, _ = nearest_training(heldout, training, mirror, chunk)
+    heldout_distances, _, _ = nearest_training(heldout, training, is_images, chunk)
     if is_images:  # L2 -> root mean square over the pixels
         distances, heldout_distances = (d / training[0].size ** 0.5 for d in (distances, heldout_distances))
     is_duplicate = heldout_distances < duplicate_distance
     if is_duplicate.all():
-        raise ValueError(f"all held-out images are nearer to a training image than {duplicate_distance}; lower that")
+        raise InputError(f"all held-out images are nearer to a training image than {duplicate_distance}; lower that")
     heldout_distances = heldout_distances[~is_duplicate]
     heldout_median = float(np.median(heldout_distances))
     if heldout_median == 0:
-        raise ValueError("at least half of the held-out images are training images; hold out others")
-    suspects = np.argsort(distances, kind="stable")[:num_pairs].tolist()
-    minimum, percentile_1 = float(heldout_distances.min()), float(np.percentile(heldout_distances, 1))
-    bin_edges = np.linspace(0, max(distances.max(), heldout_distances.max()), num_bins + 1)
+        raise InputError("at least half of the held-out images are training images; hold out others")
+    suspects = np.argsort(distances, kind="stable")[:NUM_PAIRS].tolist()
+    minimum, percentile_1 = heldout_distances.min(), np.percentile(heldout_distances, 1)
+    bin_edges = np.linspace(0, max(distances.max(), heldout_distances.max()), NUM_BINS + 1)
     return MemorisationReport(
         num_generated=len(generated),
         num_heldout=len(heldout_distances),
         num_training=len(training),
         num_heldout_duplicates=int(is_duplicate.sum()),
-        mirror=mirror,
+        mirror=is_images,
         generated_median=float(np.median(distances)),
         heldout_median=heldout_median,
-        ratio=float(np.median(distances)) / heldout_median,
-        heldout_minimum=minimum,
-        heldout_percentile_1=percentile_1,
-        share_below_heldout_minimum=float((distances < minimum).mean()),
-        expected_share_below_heldout_minimum=1 / (len(heldout_distances) + 1),
-        share_below_heldout_percentile_1=float((distances < percentile_1).mean()),
-        share_nearest_heldout=float(is_heldout_nearest.mean()),
-        expected_share_nearest_heldout=len(heldout) / (len(heldout) + len(training)),
+        share_below_heldout_minimum=Share(float((distances < minimum).mean()), 1 / (len(heldout_distances) + 1)),
+        share_below_heldout_percentile=Share(float((distances < percentile_1).mean()), 0.01),
+        share_nearest_heldout=Share(float(is_heldout_nearest.mean()), len(heldout) / (len(heldout) + len(training))),
         std_share_nearest_heldout=float(shares.std(ddof=1)) if len(shares) > 1 else None,
         pairs=[Pair(i, int(indices[i]), bool(mirrored[i]), float(distances[i])) for i in suspects],
         bin_edges=bin_edges,
@@ -217,19 +214,3 @@ def _improve(
         exact, column = exact[order][nearest], column[order][nearest]
         better = exact < best[row]
         best[row[better]], indices[row[better]] = exact[better], first + column[better]
-
-
-def _check(generated: np.ndarray, heldout: np.ndarray, training: np.ndarray) -> None:
-    named = {"generated": generated, "held-out": heldout, "training": training}
-    for name, array in named.items():
-        if array.ndim not in (2, 4) or array.shape[1:] != training.shape[1:]:
-            raise ValueError(
-                f"the {name} array has shape {array.shape}, the training one {training.shape};"
-                " give images (N, C, H, W) or features (N, D), all of one kind"
-            )
-        if len(array) == 0:
-            raise ValueError(f"the {name} array is empty; give at least one image")
-        if array.ndim == 4 and array.dtype != np.uint8:
-            raise ValueError(f"the {name} images are {array.dtype}; give uint8, 0..255")
-        if not np.isfinite(array).all():
-            raise ValueError(f"some {name} features are not finite; look at the images they come from")

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from common import MOST_THREADS, InputError, Parser, check_numbers, make_folder, run_command
+from common import MOST_THREADS, InputError, Parser, check_numbers, command_line, make_folder, run_command
 from eval.cost import SamplerSetting
 from eval.evaluation import COST_SAMPLERS, COST_SAMPLERS_IN_CONTINUOUS_TIME, Evaluation
 from eval.measures import METRICS, check_metrics
@@ -139,31 +139,32 @@ def check_count(num_images: int, allow_few: bool, flag: str) -> None:
         )
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measures what is asked for and writes it down after each metric; see `ON_ALL_PROCESSES`."""
+def run(options: argparse.Namespace, command: str) -> None:
+    """Measures what was asked for and writes results.json after each result; see `ON_ALL_PROCESSES`."""
     state = generate.set_up_process(options.num_cpu_threads)
     path = options.out / "results.json"
-    evaluation = Evaluation(options, state)
+    evaluation = Evaluation(options, state, command)
     check_metrics(evaluation)
     record = open_record(evaluation, path)
     if state.is_main_process:
         make_folder(options.out)
     if not NEED_IMAGES.isdisjoint(options.metrics):
-        evaluation.draw_images()
-        keep(record, evaluation.drawing_time())
+        drawing_time = evaluation.draw_images()
+        if drawing_time is not None:
+            keep(record, drawing_time)
     for name in options.metrics:
         if not (state.is_main_process or name in ON_ALL_PROCESSES):
             continue
         started_at_seconds, measured = time.perf_counter(), False
         for entry in METRICS[name](evaluation):
             measured |= entry["value"] is not None
-            keep(record, [entry])
+            keep(record, entry)
             if state.is_main_process:
                 write_results(path, record)
         seconds = time.perf_counter() - started_at_seconds
         if measured:
             n = getattr(options, f"{name}_images", options.num_images)
-            keep(record, [result("time", name, f"seconds_{name}", seconds, n=n, **evaluation.threads)])
+            keep(record, result("time", name, f"seconds_{name}", seconds, n=n, **evaluation.threads))
         if state.is_main_process:
             write_results(path, record)
             print(f"{name}: {seconds:.0f} s", flush=True)
@@ -203,32 +204,28 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
             evaluation.earlier = results
         else:
             print(f"{path} is of other weights or real images: it is written anew", flush=True)
-    return header | {"model": evaluation.model_facts()} | now | {"results": results}
+    return header | {"model": evaluation.describe_model()} | now | {"results": results}
 
 
-def keep(record: dict, entries: list[dict]) -> None:
-    """Adds results in place of those of an earlier start that measured the same.
+def keep(record: dict, entry: dict) -> None:
+    """Adds a result in place of that of an earlier start that measured the same.
 
-    What was measured once replaces the word that it was not, and is not replaced by it.
+    A measured value replaces the note that there is none, and is never replaced by it.
     """
-    for entry in entries:
-        same_name = [
-            old for old in record["results"] if (old["family"], old["name"]) == (entry["family"], entry["name"])
-        ]
-        if entry["value"] is None and any(old["value"] is not None for old in same_name):
-            continue
-        identity = [entry.get(key) for key in IDENTITY]
-        replaced = [old for old in same_name if old["value"] is None or [old.get(key) for key in IDENTITY] == identity]
-        record["results"] = [old for old in record["results"] if old not in replaced] + [entry]
+    same_name = [old for old in record["results"] if (old["family"], old["name"]) == (entry["family"], entry["name"])]
+    if entry["value"] is None and any(old["value"] is not None for old in same_name):
+        return
+    identity = [entry.get(key) for key in IDENTITY]
+    replaced = [old for old in same_name if old["value"] is None or [old.get(key) for key in IDENTITY] == identity]
+    record["results"] = [old for old in record["results"] if old not in replaced] + [entry]
 
 
 def main(arguments: list[str]) -> int:
     def evaluate() -> None:
-        run(parse_options(arguments))
+        run(parse_options(arguments), command_line("eval.run", arguments))
         PartialState().destroy_process_group()
 
-    stopped = "stopped; what was measured is kept, and the same command uses its images again"
-    return run_command(evaluate, stopped)
+    return run_command(evaluate, "stopped; measured values and images are kept; run the same command to continue")
 
 
 if __name__ == "__main__":

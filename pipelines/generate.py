@@ -241,10 +241,10 @@ def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Names
     }
 
 
-def describe_start(options: argparse.Namespace, arguments: list[str], state: PartialState) -> dict:
+def describe_start(options: argparse.Namespace, command: str, state: PartialState) -> dict:
     """What was asked for, and what draws it."""
     return {
-        "command": command_line("pipelines.generate", arguments),
+        "command": command,
         "first_seed": options.seed,
         "num_images": options.num_images,
         "batch_size": options.batch_size,
@@ -359,9 +359,31 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
     pipeline = load_pipeline(source, options.dtype, options.scheduler, **settings).to(state.device)
     check_arguments(pipeline, options)
     check_guidance(pipeline, options)
+    fill_folder(pipeline, source, commit, options, state, command_line("pipelines.generate", arguments))
 
+
+def fill_folder(
+    pipeline: CustomUNetPipeline,
+    source: Path,
+    commit: str | None,
+    options: argparse.Namespace,
+    state: PartialState,
+    command: str,
+) -> None:
+    """Generates the images that the folder `options.out` lacks, on all processes, and writes its record.
+
+    Args:
+        pipeline: with its sampler set.
+        source, commit: by `find_pipeline`.
+        options: as `parse_options` returns them, and checked.
+        command: that is recorded.
+
+    Raises:
+        InputError: as `open_record`.
+        Failed, OSError: as `generate_images`.
+    """
     lock = FileLock(options.out / ".lock")
-    start = describe_start(options, arguments, state)
+    start = describe_start(options, command, state)
 
     def begin() -> tuple[dict, list[int]]:
         take_folder(options.out, lock)

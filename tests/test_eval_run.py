@@ -291,13 +291,14 @@ def test_a_measurement_replaces_the_word_that_there_is_none_and_stays():
         for value, n in ((9.0, 10000), (8.0, 10000), (11.0, 2048))
     )
     record = {"results": []}
-    for entries, expected in [
-        ([missing], [missing]),
-        ([measured], [measured]),
-        ([missing], [measured]),
-        ([again, fewer], [again, fewer]),
+    for entry, expected in [
+        (missing, [missing]),
+        (measured, [measured]),
+        (missing, [measured]),
+        (again, [again]),
+        (fewer, [again, fewer]),
     ]:
-        keep(record, entries)
+        keep(record, entry)
         assert record["results"] == expected
 
 

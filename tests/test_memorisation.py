@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from common import InputError
 from eval.memorisation import memorisation, nearest_distances, nearest_training, shares_of_groups
 from training.synthetic_faces import render_faces
 
@@ -75,9 +76,9 @@ def test_planted_copies_are_found_and_counted(faces):
     generated[73] = (training[640] + noise).round().clip(0, 255)
     before = memorisation(faces[1000:], heldout, training)
     report = memorisation(generated, heldout, training)
-    assert before.share_below_heldout_minimum == 0
-    assert report.share_below_heldout_minimum == 0.03
-    assert report.share_below_heldout_percentile_1 >= 0.03
+    assert before.share_below_heldout_minimum.value == 0
+    assert report.share_below_heldout_minimum.value == 0.03
+    assert report.share_below_heldout_percentile.value >= 0.03
     exact, mirrored, near = report.pairs[:3]
     assert exact == (11, 301, False, 0.0)
     assert mirrored == (42, 77, True, 0.0)
@@ -85,15 +86,6 @@ def test_planted_copies_are_found_and_counted(faces):
     assert near.distance == pytest.approx(2, abs=0.3)  # grey levels
     assert all(a.distance <= b.distance for a, b in zip(report.pairs, report.pairs[1:], strict=False))
     assert len(report.pairs) == 16
-
-
-def test_a_mirrored_copy_passes_where_mirrored_images_do_not_count(faces):
-    training, heldout, generated = faces[:800], faces[800:1000], faces[1000:].copy()
-    generated[42] = training[77, :, :, ::-1]
-    report = memorisation(generated, heldout, training, mirror=False)
-    assert not report.mirror
-    assert report.share_below_heldout_minimum == 0
-    assert not any(pair.mirrored for pair in report.pairs)
 
 
 def test_nearest_training_agrees_with_mirrored_references_appended(faces):
@@ -114,15 +106,15 @@ def test_a_symmetric_image_is_not_called_mirrored(faces):
 def test_a_model_that_generalises_has_ratio_one(faces):
     report = memorisation(faces[950:1100], faces[800:950], faces[:800])
     assert report.ratio == pytest.approx(1, abs=0.05)
-    assert report.share_below_heldout_minimum <= 0.02
-    assert report.share_below_heldout_percentile_1 <= 0.05
+    assert report.share_below_heldout_minimum.value <= 0.02
+    assert report.share_below_heldout_percentile.value <= 0.05
 
 
 def test_a_model_that_repeats_its_training_images_with_noise_does_not(faces):
     noise = np.random.default_rng(0).normal(0, 4, (100, *faces.shape[1:]))
     copies = (faces[:100] + noise).round().clip(0, 255).astype(np.uint8)
     report = memorisation(copies, faces[800:], faces[:800])
-    assert report.share_below_heldout_minimum == 1
+    assert report.share_below_heldout_minimum.value == 1
     assert report.ratio < 0.5
     assert report.generated_median == pytest.approx(4, abs=0.4)
 
@@ -135,29 +127,31 @@ def test_near_copies_in_the_data_are_left_out_of_the_held_out_images_and_counted
     generated[7] = (training[50].astype(int) + 2 * noise[0]).clip(0, 255)
     blinded = memorisation(generated, heldout, training)
     assert blinded.num_heldout_duplicates == 0
-    assert blinded.share_below_heldout_minimum == 0
+    assert blinded.share_below_heldout_minimum.value == 0
     report = memorisation(generated, heldout, training, duplicate_distance=2.0)
     assert (report.num_heldout_duplicates, report.num_heldout) == (3, 97)
-    assert report.share_below_heldout_minimum >= 1 / 100
+    assert report.share_below_heldout_minimum.value >= 1 / 100
     assert report.pairs[0][:2] == (7, 50)
-    with pytest.raises(ValueError, match="all held-out images are nearer to a training image than 999"):
+    with pytest.raises(InputError, match="at least half of the held-out images are training images"):
+        memorisation(generated, training[:50], training)
+    with pytest.raises(InputError, match="all held-out images are nearer to a training image than 999"):
         memorisation(generated, heldout, training, duplicate_distance=999)
 
 
 def test_expected_share_below_the_minimum_is_met_over_many_draws():
     """Generated and held-out samples of one distribution are exchangeable: each is the nearest equally often."""
     generator = np.random.default_rng(0)
-    reports = [memorisation(*(generator.random((n, 2)) for n in (25, 9, 40)), num_pairs=1) for _ in range(600)]
-    shares = np.array([report.share_below_heldout_minimum for report in reports])
-    assert reports[0].expected_share_below_heldout_minimum == 1 / 10
+    reports = [memorisation(*(generator.random((n, 2)) for n in (25, 9, 40))) for _ in range(600)]
+    shares = np.array([report.share_below_heldout_minimum.value for report in reports])
+    assert reports[0].share_below_heldout_minimum.expected == 1 / 10
     assert abs(shares.mean() - 1 / 10) < 4 * shares.std() / 600**0.5
 
 
 def test_the_expected_share_nearest_to_a_held_out_image_is_met_over_many_draws():
     generator = np.random.default_rng(0)
-    reports = [memorisation(*(generator.random((n, 2)) for n in (25, 10, 40)), num_pairs=1) for _ in range(600)]
-    shares = np.array([report.share_nearest_heldout for report in reports])
-    assert reports[0].expected_share_nearest_heldout == 1 / 5
+    reports = [memorisation(*(generator.random((n, 2)) for n in (25, 10, 40))) for _ in range(600)]
+    shares = np.array([report.share_nearest_heldout.value for report in reports])
+    assert reports[0].share_nearest_heldout.expected == 1 / 5
     assert abs(shares.mean() - 1 / 5) < 4 * shares.std() / 600**0.5
     stds = np.array([report.std_share_nearest_heldout for report in reports])  # each of four groups
     assert np.mean(stds**2) == pytest.approx(shares.var(), rel=0.25)
@@ -175,10 +169,10 @@ def test_dull_images_and_copies_are_told_apart(faces):
     copies = memorisation(dulled(training[:350]), heldout, training)
     assert dull.ratio < 0.93
     assert copies.ratio < 0.93
-    assert dull.expected_share_nearest_heldout == copies.expected_share_nearest_heldout == 0.2
+    assert dull.share_nearest_heldout.expected == copies.share_nearest_heldout.expected == 0.2
     assert dull.std_share_nearest_heldout < 0.05
-    assert abs(dull.share_nearest_heldout - 0.2) < 3 * dull.std_share_nearest_heldout
-    assert copies.share_nearest_heldout < 0.05
+    assert abs(dull.share_nearest_heldout.value - 0.2) < 3 * dull.std_share_nearest_heldout
+    assert copies.share_nearest_heldout.value < 0.05
 
 
 def test_groups_as_large_as_the_held_out_set_share_the_images():
@@ -194,42 +188,16 @@ def test_features_are_measured_by_their_l2_distance():
     report = memorisation(generated, heldout, training)
     assert report.pairs == [(1, 1, False, 1.0), (2, 0, False, 2.0), (0, 0, False, 5.0)]
     assert (report.generated_median, report.heldout_median, report.ratio) == (2, 3, 2 / 3)
-    assert (report.heldout_minimum, report.share_below_heldout_minimum) == (2, 1 / 3)  # below, not at
+    assert report.share_below_heldout_minimum.value == 1 / 3  # below the minimum of 2, not at it
     assert not report.mirror
 
 
 def test_histograms_share_their_bins_and_hold_every_image(faces):
     for generated, heldout in ((faces[1000:], faces[800:1000]), (faces[800:1000], faces[1000:])):
-        report = memorisation(generated, heldout, faces[:800], num_bins=20)
+        report = memorisation(generated, heldout, faces[:800])
         assert report.bin_edges[0] == 0
-        assert len(report.bin_edges) == 21
+        assert len(report.bin_edges) == 51
         assert report.generated_counts.sum() == len(generated)
         assert report.heldout_counts.sum() == len(heldout)
     first = np.nonzero(report.generated_counts)[0][0]
     assert report.bin_edges[first] <= report.pairs[0].distance <= report.bin_edges[first + 1]
-
-
-IMAGES = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8)).astype(np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("generated", "heldout", "options", "message"),
-    [
-        (IMAGES / 127.5 - 1, IMAGES, {}, "the generated images are float64; give uint8, 0..255"),
-        (IMAGES, IMAGES[:, :, :4], {}, r"the held-out array has shape \(4, 3, 4, 8\), the training one"),
-        (IMAGES[:0], IMAGES, {}, "the generated array is empty"),
-        (IMAGES, IMAGES, {}, "at least half of the held-out images are training images"),
-    ],
-)
-def test_bad_input_is_refused_in_one_line(generated, heldout, options, message):
-    with pytest.raises(ValueError, match=message) as error:
-        memorisation(generated, heldout, IMAGES, **options)
-    assert "\n" not in str(error.value)
-
-
-def test_bad_features_are_refused():
-    features = np.arange(6.0).reshape(3, 2)
-    with pytest.raises(ValueError, match="some generated features are not finite"):
-        memorisation(features * np.nan, features, features)
-    with pytest.raises(ValueError, match="features cannot be mirrored; append"):
-        memorisation(features, features, features, mirror=True)
