@@ -14,20 +14,19 @@ model has its own alpha(t) and n(t), see training/sde.py.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from common import InputError
 from pipelines.custom_unet_pipeline import clean_images_and_noise, denoiser
 from training.data import to_model_range
 
 VARIANCES = ("fixed_small", "fixed_large")  # as diffusers' DDPMScheduler calls them
-PROBES = ("rademacher", "gaussian", "exact")
-
 
 # The model's range, which training/data.py owns: [-1, 1], and the distance of neighbouring pixel values in it, 2/255
 BLACK, WHITE = to_model_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist()
@@ -46,35 +45,6 @@ def standard_error(values: np.ndarray) -> float:
 
 def to_bits_per_dim(nats: np.ndarray, num_dims: int) -> np.ndarray:
     return nats / (num_dims * math.log(2))
-
-
-def _check(unet, images: Tensor, batch_size: int) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
-        raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 of shape (N, C, H, W)")
-    if unet.training:
-        raise ValueError("the network is in training mode, where dropout acts; call unet.eval() first")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-
-
-def _predict(unet, scheduler, noisy_images: Tensor, timesteps: Tensor, signal, noise_scale) -> tuple[Tensor, Tensor]:
-    """x_0 and epsilon that the network predicts, float64 on the CPU, shape of `noisy_images` (B, C, H, W) float64.
-
-    Args:
-        timesteps: one for each image or one for all.
-        signal, noise_scale: alpha and n of them, scalars or of shape (B, 1, 1, 1).
-
-    Raises:
-        ValueError: if the network's output is not finite.
-    """
-    parameter = next(unet.parameters())
-    model_output = unet(noisy_images.to(parameter), timesteps.to(parameter.device)).sample.cpu().double()
-    if not model_output.isfinite().all():
-        raise ValueError(
-            f"the network's output is not finite (timesteps {timesteps.min():.4g} to {timesteps.max():.4g});"
-            " look at its weights"
-        )
-    return clean_images_and_noise(scheduler.config.prediction_type, model_output, noisy_images, signal, noise_scale)
 
 
 # ---------------------------------------------------------------------------------------------- variational bound
@@ -109,41 +79,30 @@ class VariationalBound:
         return standard_error(self.bits_per_dim)
 
 
-@dataclass(frozen=True)
-class Posterior:
-    """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7, of every timestep; float64, shape (T,).
+class Posterior(NamedTuple):
+    """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7, and the reverse process, at every timestep; float64, shape (T,).
 
     Attributes:
         clean_weight: of x_0 in its mean, sqrt(abar_{t-1}) beta_t / (1 - abar_t). The weight of x_t is not needed: the
             mean of the model is that of the posterior with the predicted x_0 in place of x_0.
         variance: beta-tilde_t, 0 at timestep 0.
-        beta: beta_t.
+        model_variance: sigma_t^2 of the reverse process: beta-tilde_t or beta_t (DDPM section 3.2). At timestep 0,
+            where beta-tilde is 0, both take beta-tilde of the next one, as the authors' code does.
     """
 
     clean_weight: Tensor
     variance: Tensor
-    beta: Tensor
+    model_variance: Tensor
 
 
-def posterior_of(alphas_cumprod: Tensor) -> Posterior:
-    """Args: alphas_cumprod: float64, shape (T,)."""
+def posterior_of(alphas_cumprod: Tensor, variance: str) -> Posterior:
+    """From float64, shape (T,), and one of `VARIANCES`."""
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     beta = 1 - alphas_cumprod / previous
-    return Posterior(
-        clean_weight=previous.sqrt() * beta / (1 - alphas_cumprod),
-        variance=(1 - previous) / (1 - alphas_cumprod) * beta,
-        beta=beta,
-    )
-
-
-def model_variance(posterior: Posterior, variance: str) -> Tensor:
-    """sigma_t^2 of the reverse process, shape (T,): beta-tilde_t or beta_t (DDPM section 3.2).
-
-    At timestep 0, where beta-tilde is 0, both take beta-tilde of the next one, as the authors' code does.
-    """
-    values = {"fixed_small": posterior.variance, "fixed_large": posterior.beta}[variance].clone()
-    values[0] = posterior.variance[1]
-    return values
+    posterior_variance = (1 - previous) / (1 - alphas_cumprod) * beta
+    model_variance = {"fixed_small": posterior_variance, "fixed_large": beta}[variance].clone()
+    model_variance[0] = posterior_variance[1]
+    return Posterior(previous.sqrt() * beta / (1 - alphas_cumprod), posterior_variance, model_variance)
 
 
 def discrete_decoder(images: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:
@@ -178,7 +137,6 @@ def variational_bound(
     *,
     num_evaluations: int | None = None,
     variance: str = "fixed_small",
-    clip_sample: bool = False,
     seed: int = 0,
     batch_size: int = 64,
 ) -> VariationalBound:
@@ -193,35 +151,27 @@ def variational_bound(
         images: uint8, shape (N, C, H, W).
         num_evaluations: network evaluations for each image, one of them for L_0; None for all T timesteps.
         variance: of the reverse process, `fixed_small` (beta-tilde) or `fixed_large` (beta).
-        clip_sample: whether the predicted x_0 is clipped to [-1, 1], as some samplers do.
         seed: of the noise and the timesteps; neither depends on the batch size.
 
     Raises:
-        ValueError: for images of another type or shape, an argument out of range, a network in training mode or with
-            an output that is not finite, epsilon prediction where the schedule ends at zero signal, or a model of
-            continuous time.
+        InputError: for a network whose output is not finite, or epsilon prediction where the schedule ends at zero
+            signal.
     """
-    _check(unet, images, batch_size)
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError("the bound is of discrete timesteps, but the model was trained in continuous time")
     alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
     num_images, num_timesteps, num_dims = len(images), len(alphas_cumprod), images[0].numel()
-    if variance not in VARIANCES:
-        raise ValueError(f"variance is {variance!r}; take one of {', '.join(VARIANCES)}")
-    if num_evaluations is not None and num_evaluations < 2:
-        raise ValueError(f"num_evaluations is {num_evaluations}; it must be at least 2, one of them for L_0")
     if scheduler.config.prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
-        raise ValueError("the schedule ends at zero signal, where epsilon does not tell x_0; the bound is infinite")
+        raise InputError(
+            "the schedule ends at zero signal, where epsilon does not determine x_0; the bound is infinite"
+        )
     rng = np.random.default_rng(seed)  # not torch's, by which images that a model drew may have the same noise
     timesteps, weights = draw_timesteps(alphas_cumprod, num_images, num_evaluations, rng)  # (N, K) each
-    posterior = posterior_of(alphas_cumprod)
-    variances = model_variance(posterior, variance)
+    posterior = posterior_of(alphas_cumprod, variance)
     owners = torch.arange(num_images).repeat_interleave(timesteps.shape[1])
     nats = []
     for pairs in torch.arange(timesteps.numel()).split(batch_size):
         noise = torch.from_numpy(rng.standard_normal((len(pairs), *images.shape[1:])))
         t = timesteps.flatten()[pairs]
-        nats.append(_terms(unet, scheduler, posterior, variances, images[owners[pairs]].cpu(), noise, t, clip_sample))
+        nats.append(_terms(unet, scheduler, posterior, images[owners[pairs]].cpu(), noise, t))
     nats = torch.cat(nats).view_as(weights)
 
     visits = np.bincount(timesteps.flatten(), minlength=num_timesteps)
@@ -265,26 +215,32 @@ def draw_timesteps(
     return timesteps, weights
 
 
-def _terms(unet, scheduler, posterior, variances, images, noise, timesteps, clip_sample) -> Tensor:
+def _terms(unet, scheduler, posterior, images, noise, timesteps) -> Tensor:
     """The term of each image (B, C, H, W) at its timestep, nats, shape (B,): L_0 at timestep 0, else L_t.
 
     L_t is the KL divergence of two Gaussians, the posterior N(mu-tilde, beta-tilde I) from the model's N(mu, s^2 I):
     (D (log(s^2 / beta-tilde) - 1 + beta-tilde / s^2) + ||mu-tilde - mu||^2 / s^2) / 2, eq. 8 with its constant.
+
+    Raises:
+        InputError: if the network's output is not finite.
     """
     clean_images = to_float64_range(images)
     abar = scheduler.alphas_cumprod.cpu().double()[timesteps].view(-1, 1, 1, 1)
     signal, noise_scale = abar.sqrt(), (1 - abar).sqrt()
     noisy_images = signal * clean_images + noise_scale * noise
-    predicted, _ = _predict(unet, scheduler, noisy_images, timesteps, signal, noise_scale)
-    if clip_sample:
-        predicted = predicted.clamp(-1, 1)
-
-    s2, ratio = variances[timesteps], posterior.variance[timesteps] / variances[timesteps]
+    parameter = next(unet.parameters())
+    model_output = unet(noisy_images.to(parameter), timesteps.to(parameter.device)).sample.cpu().double()
+    if not model_output.isfinite().all():
+        raise InputError("the network's output is not finite; look at its weights")
+    kind = scheduler.config.prediction_type
+    predicted, _ = clean_images_and_noise(kind, model_output, noisy_images, signal, noise_scale)
+    s2 = posterior.model_variance[timesteps]
+    ratio = posterior.variance[timesteps] / s2
     squared_error = (clean_images - predicted).square().sum(dim=(1, 2, 3))
     mean_term = posterior.clean_weight[timesteps].square() * squared_error / s2
     terms = (clean_images[0].numel() * (ratio - 1 - ratio.log()) + mean_term) / 2  # infinite at timestep 0
-    first = timesteps == 0
-    terms[first] = -discrete_decoder(images[first], predicted[first], variances[0].sqrt()).sum(dim=(1, 2, 3))
+    first, std = timesteps == 0, posterior.model_variance[0].sqrt()
+    terms[first] = -discrete_decoder(images[first], predicted[first], std).sum(dim=(1, 2, 3))
     return terms
 
 
@@ -321,10 +277,9 @@ class ODELikelihood:
     @property
     def draw_standard_error(self) -> float:
         """Of the mean as an estimate for these very images: by the draws alone; NaN for a single draw."""
-        num_draws, num_images = self.draws.shape
-        if num_draws == 1:
+        if len(self.draws) == 1:
             return math.nan
-        return float(math.sqrt(self.draws.var(0, ddof=1).mean() / (num_draws * num_images)))
+        return float(math.sqrt(self.draws.var(0, ddof=1).mean() / self.draws.size))
 
 
 def bits_of_a_bin() -> float:
@@ -347,7 +302,6 @@ def ode_likelihood(
     images: Tensor,
     *,
     num_draws: int = 1,
-    probe: str = "rademacher",
     tolerance: float = 1e-3,
     seed: int = 0,
     batch_size: int = 16,
@@ -358,50 +312,26 @@ def ode_likelihood(
         unet: called as `unet(noisy_images, timestep).sample`, also with fractions of a timestep; in evaluation mode.
         scheduler: what it was trained with, a noise schedule of DDPM or an `SDEScheduler`.
         images: uint8, shape (N, C, H, W).
-        num_draws: of u and probe for each image.
-        probe: of the trace, see `draw_probes`.
+        num_draws: of u and of a probe for each image: a vector of random signs (Skilling-Hutchinson, arXiv 2011.13456
+            eq. 40), whose variance is smaller than that of normal numbers.
         tolerance: of the solver, see `log_density`.
         seed: of u and probes. They do not depend on the batch size; the result does, by as much as the tolerance
             allows, as the images of a batch share the solver's steps.
 
     Raises:
-        ValueError: for images of another type or shape, an argument out of range, or as `log_density`.
+        InputError: as `log_density`.
     """
-    _check(unet, images, batch_size)
-    if num_draws < 1:
-        raise ValueError(f"num_draws is {num_draws}; it must be at least 1")
     rng = np.random.default_rng(seed)
     nats, evaluations = [], []
     for batch in images.cpu().repeat(num_draws, 1, 1, 1).split(batch_size):
-        draws = [(torch.from_numpy(rng.random(image.shape)), draw_probes(probe, image.shape, rng)) for image in batch]
-        uniform = torch.stack([u for u, _ in draws])
+        draws = [(rng.random(image.shape), rng.choice([-1.0, 1.0], image.shape)) for image in batch]
+        uniform, probes = (torch.from_numpy(np.stack(values)) for values in zip(*draws, strict=True))
         points = to_float64_range(batch) + BIN_WIDTH * (uniform - 0.5)
-        probes = torch.stack([e for _, e in draws], dim=1)
-        log_densities, num_evaluations = log_density(unet, scheduler, points, probes, tolerance)
+        log_densities, num_evaluations = log_density(unet, scheduler, points, probes[None], tolerance)
         nats.append(-log_densities)
         evaluations += [num_evaluations] * len(batch)
     bits_per_dim = to_bits_per_dim(torch.cat(nats).numpy(), images[0].numel()) + bits_of_a_bin()
     return ODELikelihood(bits_per_dim.reshape(num_draws, len(images)), float(np.mean(evaluations)))
-
-
-def draw_probes(kind: str, shape: Sequence[int], rng: np.random.Generator) -> Tensor:
-    """Vectors e for one image, whose e^T J e add up to the trace of a matrix J, in expectation or exactly.
-
-    Args:
-        kind: `rademacher` (signs) or `gaussian`: one random vector (Skilling-Hutchinson, arXiv 2011.13456 eq. 40),
-            signs with the smaller variance; `exact`: the D unit vectors, for very small images.
-        shape: (C, H, W).
-
-    Returns:
-        float64, shape (K, C, H, W).
-    """
-    if kind == "rademacher":
-        return torch.from_numpy(rng.choice([-1.0, 1.0], (1, *shape)))
-    if kind == "gaussian":
-        return torch.from_numpy(rng.standard_normal((1, *shape)))
-    if kind == "exact":
-        return torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
-    raise ValueError(f"probe is {kind!r}; take one of {', '.join(PROBES)}")
 
 
 def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: float) -> tuple[Tensor, int]:
@@ -426,7 +356,8 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
 
     Args:
         points: float64, shape (B, C, H, W); x_0 + sigma_0 epsilon, not scaled by alpha.
-        probes: for the trace, shape (K, B, C, H, W), see `draw_probes`.
+        probes: vectors e whose e^T J e add up to the trace of a matrix J, in expectation or (the D unit vectors)
+            exactly; float64, shape (K, B, C, H, W).
         tolerance: largest local error of a step of the solver (Runge-Kutta 5(4)): the root mean square error of all
             pixel values of the batch and, with equal weight, of log p / D. On a Gaussian with the spectrum of 32x32
             images 1e-3 takes 50 network evaluations and errs by up to 0.002 bits/dim, 1e-5 by 0.0001 with 120. With
@@ -436,11 +367,9 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
         float64 log-densities (B,), and the number of network evaluations.
 
     Raises:
-        ValueError: for a tolerance that is not positive, a network that knows whole timesteps alone or gives values
-            that are not finite, or an ODE that cannot be solved.
+        InputError: for a network whose values are not finite, or an ODE that cannot be solved.
+        ValueError: for a network that knows whole timesteps alone.
     """
-    if not tolerance > 0:
-        raise ValueError(f"tolerance is {tolerance}; it must be positive")
     sde, clean = denoiser(unet, scheduler)
     first_sigma, last_sigma = noise_levels(sde)
     shape, num_dims = points.shape, points[0].numel()
@@ -465,7 +394,7 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
     # absolute errors alone: x has unit size all the way
     solution = solve_ivp(flow, span, start.numpy(), t_eval=span[1:], atol=tolerance, rtol=1e-13)
     if not solution.success:
-        raise ValueError(f"the ODE could not be solved with tolerance {tolerance}: {solution.message}")
+        raise InputError(f"the ODE could not be solved with --ode_tolerance {tolerance}: {solution.message}")
     end = torch.from_numpy(solution.y[:, -1].copy())
     last, change = end[: points.numel()].view(shape), end[points.numel() :] * math.sqrt(num_dims)
     std = sde.prior_std * last_scale / float(sde.signal_scale(_double(sde.last_time)))  # of x; 1 for VP
@@ -495,7 +424,7 @@ def _noise_and_divergence(predict, x: Tensor, sigma: float, probes: Tensor) -> t
         predict: the x_0 that the network predicts of y with noise of the scale sigma.
 
     Raises:
-        ValueError: if epsilon is not finite.
+        InputError: if epsilon is not finite.
     """
     divergence = torch.zeros(len(x), dtype=torch.float64)
     with torch.enable_grad():
@@ -503,7 +432,7 @@ def _noise_and_divergence(predict, x: Tensor, sigma: float, probes: Tensor) -> t
         y = math.sqrt(1 + sigma**2) * x
         noise = (y - predict(y, sigma)) / sigma
         if not noise.isfinite().all():
-            raise ValueError(f"the network's output is not finite (sigma {sigma:.4g}); look at its weights")
+            raise InputError(f"the network's output is not finite (sigma {sigma:.4g}); look at its weights")
         for probe in probes:
             (product,) = torch.autograd.grad(noise, x, probe, retain_graph=len(probes) > 1)
             divergence += (product * probe).sum(dim=(1, 2, 3))

@@ -324,12 +324,12 @@ def measure_heldout(evaluation: Evaluation) -> Iterable[dict]:
 def _errors_by_timestep(evaluation: Evaluation, images: dict[str, Tensor], about: dict) -> Iterable[dict]:
     found = {kind: heldout_curve(evaluation.network, evaluation.pipeline.scheduler, images[kind]) for kind in images}
     for kind, curve in found.items():
-        name, values = f"Error of the noise, mean over timesteps, {kind}", curve.epsilon_mse
-        more = about[kind] | {"timesteps": curve.timesteps.tolist(), "curve": values.tolist()}
-        yield result("heldout", name, "epsilon_mse", float(values.mean()), **more)
+        more = about[kind] | {"timesteps": curve.x.tolist(), "curve": curve.mse.tolist()}
+        name = f"Error of the noise, mean over timesteps, {kind}"
+        yield result("heldout", name, "epsilon_mse", float(curve.mse.mean()), **more)
     labels = {"xlabel": "timestep", "ylabel": "mean squared error of the noise", "yscale": "log"}
-    curves = {kind: (curve.epsilon_mse, curve.epsilon_standard_error) for kind, curve in found.items()}
-    plot_curves(found["training"].timesteps, curves, labels, evaluation.out / "heldout_loss.png")
+    curves = {kind: (curve.mse, curve.mse_standard_error) for kind, curve in found.items()}
+    plot_curves(found["training"].x, curves, labels, evaluation.out / "heldout_loss.png")
 
 
 def _errors_by_noise_level(evaluation: Evaluation, images: dict[str, Tensor], about: dict) -> Iterable[dict]:
@@ -348,9 +348,9 @@ def _errors_by_noise_level(evaluation: Evaluation, images: dict[str, Tensor], ab
             yield result("heldout", name, "sample_mse", None, reason=reason)
             continue
         curve = denoising_curve(unet, scheduler, images[kind])
-        curves[kind] = (curve.epsilon_mse, curve.sample_standard_error / curve.sigmas**2)
-        more = about[kind] | {"std": curve.standard_error, "sigmas": curve.sigmas.tolist()}
-        yield result("heldout", name, "sample_mse", curve.mean, curve=curve.sample_mse.tolist(), **more)
+        curves[kind] = (curve.mse / curve.x**2, curve.mse_standard_error / curve.x**2)
+        more = about[kind] | {"std": curve.standard_error, "sigmas": curve.x.tolist(), "curve": curve.mse.tolist()}
+        yield result("heldout", name, "sample_mse", curve.mean, **more)
     if curves:
         labels = {"xlabel": "noise level sigma", "ylabel": "mean squared error of the noise"}
         plot_curves(np.array(SIGMAS), curves, labels | LOG_LOG, evaluation.out / "denoising_error.png")
