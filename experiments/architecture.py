@@ -10,7 +10,6 @@ which see the whole image. With --out, FOLDER/architecture.md and .json. Exit co
 """
 
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import Parser, make_folder, run_command
 from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import SelfAttention
-from eval.results import number, write_results
+from eval.results import table, write_results
 from training.config import TrainConfig, parse_config
 
 NARROW, NARROW_NCSNPP = 4, 32  # channels; the groups of NCSN++ need more
@@ -50,9 +49,16 @@ def parts_of(network: CustomUNet2DModel) -> Iterator[tuple[str, str, nn.Module]]
     yield "last convolution", "conv_out", network.conv_out
 
 
-def output_of(module_output) -> torch.Tensor:
-    """The features among what a part returns."""
-    return module_output[0] if isinstance(module_output, tuple) else module_output
+def outputs_of(network: CustomUNet2DModel) -> dict[str, torch.Tensor]:
+    """Is filled with the output of each part when the network is called."""
+    outputs = {}
+    for name, _, module in parts_of(network):
+
+        def keep(_module, _inputs, output, name=name):
+            outputs[name] = output[0] if isinstance(output, tuple) else output  # of several, the features
+
+        module.register_forward_hook(keep)
+    return outputs
 
 
 def costs(config: TrainConfig) -> list[dict]:
@@ -60,11 +66,7 @@ def costs(config: TrainConfig) -> list[dict]:
     with torch.device("meta"):
         network = CustomUNet2DModel(**config.unet_kwargs()).eval()
         image = torch.empty(1, 3, config.resolution, config.resolution)
-        shapes = {}
-        for name, _, module in parts_of(network):
-            module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: shapes.update({name: output_of(output).shape})
-            )
+        outputs = outputs_of(network)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             network(image, torch.ones(1))
     counts, total = counter.get_flop_counts(), counter.get_total_flops()
@@ -76,8 +78,8 @@ def costs(config: TrainConfig) -> list[dict]:
         rows.append(
             {
                 "part": name,
-                "side": shapes[name][-1],
-                "channels": shapes[name][1],
+                "side": outputs[name].shape[-1],
+                "channels": outputs[name].shape[1],
                 "parameters": sum(parameter.numel() for parameter in module.parameters()),
                 "gflop": flops / 1e9,
                 "share": flops / total,
@@ -111,11 +113,7 @@ def receptive_fields(config: TrainConfig) -> dict[str, int]:
                 setattr(module, name, nn.Identity())
     for parameter in network.parameters():
         nn.init.constant_(parameter, 1 / max(1, parameter[0].numel()))
-    outputs = {}
-    for name, _, module in parts_of(network):
-        module.register_forward_hook(
-            lambda _module, _inputs, output, name=name: outputs.update({name: output_of(output)})
-        )
+    outputs = outputs_of(network)
     side = 16 * 2 ** (levels - 1)
     while True:
         image = torch.ones(1, 3, side, side, dtype=torch.float64, requires_grad=True)
@@ -132,36 +130,22 @@ def receptive_fields(config: TrainConfig) -> dict[str, int]:
         side *= 2
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown."""
-    lines = [f"| {' | '.join(COLUMNS.values())} |", "|---" * len(COLUMNS) + "|"]
-    for row in rows:
-        cells = [
-            f"{row[key]:.1%}" if key.endswith("share") and key in row else number(row.get(key)) for key in COLUMNS
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def architecture(config: TrainConfig) -> list[dict]:
     """A row for each part: what it costs and what it sees."""
     fields = receptive_fields(config)
     return [row | ({"receptive_field": fields[row["part"]]} if row["part"] in fields else {}) for row in costs(config)]
 
 
-def parse_options(arguments: list[str]) -> Namespace:
-    """Raises InputError."""
+def run(arguments: list[str]) -> None:
+    """Raises InputError for bad arguments."""
     parser = Parser(prog="python -m experiments.architecture", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of a training")
     parser.add_argument("--out", type=Path, help="folder for the table and its numbers")
-    return parser.parse_args(arguments)
-
-
-def run(options: Namespace) -> None:
-    # the images do not matter
-    config = parse_config(["--config", str(options.config), "--train_data_dir", "null", "--dataset_name", "any"])
-    rows = architecture(config)
-    text = table(rows)
+    options = parser.parse_args(arguments)
+    data = ["--train_data_dir", "null", "--dataset_name", "synthetic-faces"]  # the images do not matter
+    rows = architecture(parse_config(["--config", str(options.config), *data]))
+    shares = [{key: f"{value:.1%}" for key, value in row.items() if key.endswith("share")} for row in rows]
+    text = table([row | share for row, share in zip(rows, shares, strict=True)], COLUMNS)
     print(text)
     if options.out is not None:
         make_folder(options.out)
@@ -171,7 +155,7 @@ def run(options: Namespace) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    return run_command(lambda: run(parse_options(arguments)))
+    return run_command(lambda: run(arguments))
 
 
 if __name__ == "__main__":

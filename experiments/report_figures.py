@@ -72,48 +72,35 @@ class Layer:
 
 
 def layers_of(network: CustomUNet2DModel, side: int) -> list[Layer]:
-    """The layers of a network without Skip blocks, with the shapes that it gives an image of so many pixels a side."""
-    shapes: dict[str, torch.Size] = {}
-    names = {module: name for name, module in network.named_modules()}
-    hooks = [
-        module.register_forward_hook(lambda module, _, output: shapes.update({names[module]: output.shape}))
-        for module in network.modules()
-        if not list(module.children()) or hasattr(module, "conv")  # of an Upsample or Downsample the whole
-    ]
-    device = next(network.parameters()).device
-    network(torch.zeros(1, network.config.in_channels, side, side, device=device), torch.ones(1, device=device))
-    for hook in hooks:
-        hook.remove()
-
+    """The layers of a network without Skip blocks, for images of so many pixels a side."""
+    config, names = network.config, {module: name for name, module in network.named_modules()}
     layers: list[Layer] = []
     skips: list[int] = []
 
-    def add(module: torch.nn.Module, kind: str, shape_of: torch.nn.Module, skip_from: int | None = None) -> None:
-        _, channels, height, _ = shapes[names[shape_of]]
-        level = (side // height).bit_length() - 1
-        layers.append(Layer(names[module], kind, level, channels, height, skip_from))
+    def add(module: torch.nn.Module, kind: str, level: int, channels: int, skip_from: int | None = None) -> None:
+        layers.append(Layer(names[module], kind, level, channels, side >> level, skip_from))
 
-    def add_resnets(block, takes_skips: bool) -> None:
+    def add_resnets(block, level: int, takes_skips: bool) -> None:
         attentions = list(block.attentions) + [None] * (len(block.resnets) - len(block.attentions))
         for resnet, attention in zip(block.resnets, attentions, strict=True):
             kind = "attention" if isinstance(attention, SelfAttention) else "resnet"
-            add(resnet, kind, resnet.conv2, skips.pop() if takes_skips else None)
+            add(resnet, kind, level, resnet.conv2.out_channels, skips.pop() if takes_skips else None)
             if block in network.down_blocks:
                 skips.append(len(layers) - 1)
 
-    add(network.conv_in, "conv", network.conv_in)
+    add(network.conv_in, "conv", 0, network.conv_in.out_channels)
     skips.append(0)
-    for block in network.down_blocks:
-        add_resnets(block, takes_skips=False)
+    for level, block in enumerate(network.down_blocks):
+        add_resnets(block, level, takes_skips=False)
         for downsampler in block.downsamplers:
-            add(downsampler, "down", downsampler)
+            add(downsampler, "down", level + 1, config.block_out_channels[level])
             skips.append(len(layers) - 1)
-    add_resnets(network.mid_block, takes_skips=False)
-    for block in network.up_blocks:
-        add_resnets(block, takes_skips=True)
+    add_resnets(network.mid_block, level, takes_skips=False)
+    for depth, block in enumerate(network.up_blocks):
+        add_resnets(block, level - depth, takes_skips=True)
         for upsampler in block.upsamplers:
-            add(upsampler, "up", upsampler)
-    add(network.conv_out, "conv", network.conv_out)
+            add(upsampler, "up", level - depth - 1, config.block_out_channels[level - depth])
+    add(network.conv_out, "conv", 0, network.conv_out.out_channels)
     return layers
 
 
@@ -204,16 +191,16 @@ def write_figures(out: Path) -> None:
         return list(enumerate(values.tolist()))
 
     ratios = {name: signal_to_noise(name) for name in SCHEDULES}
-    left = {name: np.sqrt(snr / (1 + snr)) for name, snr in ratios.items()}
-    panels = {"sqrt(abar), the share of the image": left, "snr = abar / (1 - abar)": ratios}
-    panels = {title: {name: points(values) for name, values in lines.items()} for title, lines in panels.items()}
+    panels = {
+        "sqrt(abar), the share of the image": {name: points(np.sqrt(r / (1 + r))) for name, r in ratios.items()},
+        "snr = abar / (1 - abar)": {name: points(ratio) for name, ratio in ratios.items()},
+    }
     plot_panels(panels, "timestep", out / "schedules.png")
     weights = {label: clean_error_weights("cosine", *target) for label, target in TARGETS.items()}
     labels = {"xlabel": "timestep, cosine schedule", "ylabel": "weight of the squared error of x_0"}
     labels |= {"yscale": "log", "ylim": (1e-3, 1e3)}
-    plot_curves(
-        np.arange(NUM_TIMESTEPS), {name: (line, None) for name, line in weights.items()}, labels, out / "weights.png"
-    )
+    lines = {name: (line, None) for name, line in weights.items()}
+    plot_curves(np.arange(NUM_TIMESTEPS), lines, labels, out / "weights.png")
     record = {
         "config": DRAWN_CONFIG.name,
         "layers": [asdict(layer) for layer in layers],
@@ -226,9 +213,7 @@ def write_figures(out: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = Parser(
-        prog="python -m experiments.report_figures", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m experiments.report_figures", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
     return run_command(lambda: write_figures(parser.parse_args(arguments).out))
 

@@ -98,18 +98,9 @@ def test_the_command_writes_figures_and_numbers(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.parametrize(("largest", "scale"), [(2.9, "linear"), (3.1, "log")])
-def test_a_panel_is_logarithmic_if_its_values_span_a_factor_of_3(monkeypatch, tmp_path, largest, scale):
+def test_panels_are_logarithmic_from_a_factor_of_3_on_and_left_out_without_points(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
-    figures.plot_panels(
-        {"SWD": {"generated": [(0, largest), (1, 2.0)], "floor": [(0, 1.0)]}}, "step", tmp_path / "a.png"
-    )
-    assert drawn[0].axes[0].get_yscale() == scale
-
-
-def test_a_panel_without_points_is_left_out(monkeypatch, tmp_path):
-    drawn = []
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
-    figures.plot_panels({"held-out": {"loss": []}, "SWD": {"generated": [(0, 1.0)]}}, "step", tmp_path / "a.png")
-    assert [axes.get_title() for axes in drawn[0].axes] == ["SWD"]
+    panels = {"a": {"line": [(0, 2.9), (1, 1.0)]}, "b": {"line": []}, "c": {"line": [(0, 3.1), (1, 1.0)]}}
+    figures.plot_panels(panels, "step", tmp_path / "a.png")
+    assert [(axes.get_title(), axes.get_yscale()) for axes in drawn[0].axes] == [("a", "linear"), ("c", "log")]
