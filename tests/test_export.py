@@ -13,16 +13,14 @@ import pytest
 import torch
 from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import dynamic_modules_utils
-from safetensors.torch import load_file
 from tiny_network import TINY
 
+from common import InputError
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, export
 from pipelines.export import export_pipeline
 from pipelines.hub import model_files
 from training.sde import SDEScheduler
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -182,7 +180,7 @@ def test_exporting_again_replaces_the_folder_and_leaves_nothing_beside_it(pipe, 
 def test_a_folder_that_is_something_else_is_not_replaced(pipe, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.png").touch()
-    with pytest.raises(FileExistsError, match="no model repository"):
+    with pytest.raises(InputError, match="not a model repository"):
         export_pipeline(pipe, tmp_path / "photos")
     assert (tmp_path / "photos" / "me.png").exists()
 
@@ -353,67 +351,18 @@ def test_a_model_of_an_sde_has_the_code_of_the_sde(sde_models):
     assert "scheduler/sde.py" in model_files(folder)
 
 
-def test_a_copy_of_a_model_of_an_sde_is_whole(sde_models, tmp_path):
-    flags = ["--max_shard_size", "30KB", "--fp16_variant"]
-    assert export.main(["copy", "--pipeline", str(sde_models / "edm"), "--out", str(tmp_path / "copy"), *flags]) == 0
-    for name in ("scheduler/sde.py", "scheduler/scheduler_config.json", "model_index.json"):
-        assert (tmp_path / "copy" / name).read_bytes() == (sde_models / "edm" / name).read_bytes()
-    assert len(list((tmp_path / "copy" / "unet").glob("diffusion_pytorch_model-0000*"))) > 1
-    expected = draw(CustomUNetPipeline.from_pretrained(sde_models / "edm"))
-    np.testing.assert_array_equal(draw(CustomUNetPipeline.from_pretrained(tmp_path / "copy")), expected)
-    half = CustomUNetPipeline.from_pretrained(tmp_path / "copy", variant="fp16", torch_dtype=torch.float16)
-    np.testing.assert_allclose(draw(half), expected, atol=0.05)
-
-
-# Copies
-
-
-@pytest.fixture
-def measured(pipe, tmp_path) -> Path:
-    (tmp_path / "grid.png").write_bytes(b"a picture")
-    (tmp_path / "results.json").write_text('{"results": [{"name": "FID", "metric": "fid", "value": 5.0}]}')
-    return export_pipeline(
-        pipe,
-        tmp_path / "measured",
-        facts={"step": 3, "num_processes": 1, "images_seen": 9, "train_seconds": 1.0, "device": "a", "precision": "b"}
-        | {"versions": {}, "date": "2026-01-01"},
-        sample_grid=tmp_path / "grid.png",
-        results=tmp_path / "results.json",
-    )
-
-
-def test_a_copy_in_shards_keeps_every_number(measured, tmp_path):
-    flags = ["--max_shard_size", "30KB", "--fp16_variant"]
-    assert export.main(["copy", "--pipeline", str(measured), "--out", str(tmp_path / "copy"), *flags]) == 0
-    names = {path.name for path in (tmp_path / "copy" / "unet").iterdir()}
-    assert len([name for name in names if name.startswith("diffusion_pytorch_model-0000")]) > 1
-    assert len([name for name in names if name.startswith("diffusion_pytorch_model.fp16")]) >= 1
-    original = CustomUNetPipeline.from_pretrained(measured).unet.state_dict()
-    copied = CustomUNetPipeline.from_pretrained(tmp_path / "copy").unet.state_dict()
-    half = CustomUNetPipeline.from_pretrained(tmp_path / "copy", variant="fp16", torch_dtype=torch.float16)
-    for name, value in original.items():
-        assert torch.equal(copied[name], value)
-        assert torch.equal(half.unet.state_dict()[name], value.half())
-    for name in ("training.json", "samples.png", "results.json"):
-        assert (tmp_path / "copy" / name).read_bytes() == (measured / name).read_bytes()
-
-
-def test_a_copy_in_another_precision_has_no_results(measured, tmp_path):
-    half, again, single = (tmp_path / name for name in ("half", "again", "single"))
-    assert export.main(["copy", "--pipeline", str(measured), "--out", str(half), "--dtype", "bf16"]) == 0
-    shutil.copyfile(measured / "results.json", half / "results.json")  # measured on these
-    assert export.main(["copy", "--pipeline", str(half), "--out", str(again)]) == 0
-    assert export.main(["copy", "--pipeline", str(half), "--out", str(single), "--dtype", "fp32"]) == 0
-    weights = {folder: load_file(folder / "unet" / WEIGHTS) for folder in (measured, half, again, single)}
-    for name, value in weights[measured].items():
-        assert torch.equal(weights[half][name], value.bfloat16())
-        assert torch.equal(weights[again][name], value.bfloat16())
-        assert torch.equal(weights[single][name], value.bfloat16().float())
-        assert weights[single][name].dtype == torch.float32
-    assert "bfloat16 safetensors" in (half / "README.md").read_text()
-    assert "Not measured" in (half / "README.md").read_text()
-    assert (again / "results.json").exists()
-    assert (single / "results.json").exists(), "the numbers are the same"
+def test_half_precision_weights_beside_the_others(sde_models, tmp_path):
+    """As the README says; the folder stays one that can be pushed, and its card tells of them."""
+    folder = shutil.copytree(sde_models / "edm", tmp_path / "faces")
+    expected = draw(CustomUNetPipeline.from_pretrained(folder))
+    half = CustomUNetPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    half.unet.save_pretrained(folder / "unet", variant="fp16")
+    np.testing.assert_array_equal(draw(CustomUNetPipeline.from_pretrained(folder)), expected)
+    loaded = CustomUNetPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float16)
+    np.testing.assert_allclose(draw(loaded), expected, atol=0.05)
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in model_files(folder)
+    assert export.main(["card", "--pipeline", str(folder)]) == 0
+    assert 'in float16 with `variant="fp16"`' in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -421,12 +370,11 @@ def test_a_copy_in_another_precision_has_no_results(measured, tmp_path):
     [
         (["card"], "--pipeline"),
         (["card", "--pipeline", "nowhere"], "nowhere is no model repository"),
-        (["copy", "--pipeline", "nowhere", "--out", "x"], "nowhere is no model repository"),
-        (["copy", "--pipeline", "x", "--out", "y", "--dtype", "int8"], "fp16"),
+        (["copy", "--pipeline", "x"], "invalid choice: 'copy'"),
         (["push", "--pipeline", "x"], "--repo_id"),
-        (["push", "--pipeline", "x", "--repo_id", "y", "--token", "hf_secret"], "unknown flag --token;"),
-        (["push", "--pipeline", "x", "--repo_id", "y", "--token=hf_secret"], "unknown flag --token;"),
-        (["push", "--pipeline", "x", "--repo_id", "y", "hf_secret"], "belongs to no flag"),
+        (["push", "--pipeline", "x", "--repo_id", "y", "--token", "hf_secret"], "the Hub's token is not an argument"),
+        (["push", "--pipeline", "x", "--repo_id", "y", "--token=hf_secret"], "the Hub's token is not an argument"),
+        (["push", "--pipeline", "x", "--repo_id", "y", "hf_secret"], "the Hub's token is not an argument"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
