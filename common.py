@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -122,6 +122,12 @@ def without_folder(argument: str) -> str:
 def command_line(module: str, arguments: Iterable[str]) -> str:
     """The command as it is recorded."""
     return shlex.join(["python", "-m", module, *map(without_folder, arguments)])
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table without a line break at its end."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (headings, *rows)]
+    return "\n".join([lines[0], "|---" * len(headings) + "|", *lines[1:]])
 
 
 # ---- Files

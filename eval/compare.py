@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import InputError, Parser, check_numbers, make_folder, run_command
+from common import InputError, Parser, check_numbers, make_folder, markdown_table, run_command
 from eval.evaluation import IMAGES, images_folder, unusual_settings
 from eval.figures import plot_curves, plot_image_rows
 from eval.results import number, read_results, value_text, write_results
@@ -103,19 +103,11 @@ def rows_of(run: Run) -> Iterator[dict]:
     row |= {metric: _find(run.results, metric, end) for metric, end in OF_THE_MODEL.items()}
     for setting in run.settings or [None]:
         entries = [entry for entry in run.results if setting is not None and setting.items() <= entry.items()]
-        drawing = _find(entries, "seconds_drawing", "") or {}
+        row |= {"setting": setting, "drawn_by": setting and _drawn_by(setting)}
+        row["network_evaluations"] = (_find(entries, "seconds_drawing", "") or {}).get("network_evaluations")
+        row["n"] = max((entry["n"] for entry in entries if entry["family"] in DRAWN), default=None)
         images = {metric: _find(entries, metric, end) for metric, end in OF_THE_IMAGES.items()}
-        images |= {entry["name"]: entry for entry in entries if entry["metric"] in FEATURES}
-        yield (
-            row
-            | images
-            | {
-                "drawn_by": setting and _drawn_by(setting),
-                "setting": setting,
-                "network_evaluations": drawing.get("network_evaluations"),
-                "n": max((entry["n"] for entry in entries if entry["family"] in DRAWN), default=None),
-            }
-        )
+        yield row | images | {entry["name"]: entry for entry in entries if entry["metric"] in FEATURES}
 
 
 def _find(results: list[dict], metric: str, end_of_name: str) -> dict | None:
@@ -144,15 +136,14 @@ def table(rows: list[dict]) -> str:
     """Markdown; what was not measured says so."""
     features = [key for row in rows for key, value in row.items() if isinstance(value, dict) and key not in COLUMNS]
     columns = COLUMNS | {name: name for name in features if name != "setting"}
-    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(_cell(row.get(key)) for key in columns)} |" for row in rows]
+    text = markdown_table(list(columns.values()), [[_cell(row.get(key)) for key in columns] for row in rows])
     ends = {row["title"]: row["bits_per_dim_ode"] for row in rows if row["bits_per_dim_ode"] is not None}
     left = [f"{title} {number(entry['first_sigma'])}" for title, entry in ends.items() if "first_sigma" in entry]
     if left:
-        lines.append(
-            f"\nThe bits/dim are of images with noise of the least level that the model knows: {', '.join(left)}."
+        text += (
+            f"\n\nThe bits/dim are of images with noise of the least level that the model knows: {', '.join(left)}."
         )
-    return "\n".join(lines)
+    return text
 
 
 def _cell(value: dict | float | str | None) -> str:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from common import InputError
+from common import InputError, Parser, markdown_table, replace_file, run_command
 from training.run_log import heldout_table, read_log
 
 MARKED = re.compile(r"(<!-- results: (?P<file>\S+) (?P<family>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -44,9 +44,7 @@ def result(family: str, name: str, metric: str, value: float | None, **settings)
 
 def write_results(path: Path, record: dict) -> None:
     """Replaces the file at once, so that a crash leaves the old one."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    replace_file(path, f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def read_results(path: Path) -> dict:
@@ -55,7 +53,7 @@ def read_results(path: Path) -> dict:
         record = json.loads(path.read_text())
         return record | {"results": list(record["results"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"cannot read the results {path}: {' '.join(str(error).split())}") from error
+        raise InputError(f"cannot read the results {path}: {error}") from error
 
 
 def number(value: float | int | str | None) -> str:
@@ -80,11 +78,8 @@ def table(results: Iterable[dict], columns: dict[str, str]) -> str:
     Args:
         columns: heading of each key; `value` is shown with its spread.
     """
-    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
-    for entry in results:
-        cells = [value_text(entry) if key == "value" else number(entry.get(key)) for key in columns]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [[value_text(entry) if key == "value" else number(entry.get(key)) for key in columns] for entry in results]
+    return markdown_table(list(columns.values()), rows)
 
 
 def quality_table(results: list[dict]) -> str:
@@ -128,9 +123,6 @@ def _sampler(entry: dict) -> str | None:
     return entry.get("sampler") and "".join([entry["sampler"], steps, *(f", {name} {own[name]}" for name in own)])
 
 
-COST_COLUMNS = {"fid": "FID", "kid": "KID", "swd": "SWD"}
-
-
 def cost_table(results: list[dict]) -> str:
     """A row for each sampler and number of steps: its quality, network evaluations and seconds.
 
@@ -140,24 +132,20 @@ def cost_table(results: list[dict]) -> str:
     if not rows:
         raise InputError("there is no cost curve among the results")
     measured = {entry["metric"] for entry in rows}
-    columns = {
-        key: COST_COLUMNS[key] for key in (("fid", "kid") if "fid" in measured else ("swd",)) if key in measured
-    }
-    lines = [f"| sampler | {' | '.join(columns.values())} | network evaluations | seconds per image |"]
-    lines.append("|---" * (len(columns) + 3) + "|")
+    metrics = [key for key in (("fid", "kid") if "fid" in measured else ("swd",)) if key in measured]
     by_count: dict[int, dict[str, dict]] = {}
     for entry in rows:
         by_count.setdefault(entry["n"], {}).setdefault(_sampler(entry), {})[entry["metric"]] = entry
+    lines = []
     for n, settings in by_count.items():
         for name, by_metric in settings.items():
             cost = next(iter(by_metric.values()))
-            cells = [value_text(by_metric[key]) if key in by_metric else "" for key in columns]
-            cells += [number(cost[key]) for key in ("network_evaluations", "seconds_per_image")]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        last = list(settings.values())[-1]
-        floors = [number(last[key].get("floor")) if key in last else "" for key in columns]
-        lines.append(f"| real against real, n = {number(n)} | {' | '.join(floors)} | | |")
-    return "\n".join(lines)
+            cells = [value_text(by_metric[key]) if key in by_metric else "" for key in metrics]
+            lines.append([name, *cells, number(cost["network_evaluations"]), number(cost["seconds_per_image"])])
+        floors = [number(by_metric[key].get("floor")) if key in by_metric else "" for key in metrics]
+        lines.append([f"real against real, n = {number(n)}", *floors, "", ""])
+    headings = ["sampler", *map(str.upper, metrics), "network evaluations", "seconds per image"]
+    return markdown_table(headings, lines)
 
 
 def time_table(results: list[dict]) -> str:
@@ -179,35 +167,34 @@ def with_tables(text: str, folder: Path) -> str:
     """
 
     def made_anew(match: re.Match) -> str:
-        if match["file"].endswith(".md") and match["family"] == "table":
-            try:
-                return f"{match[1]}{(folder / match['file']).read_text()}{match[4]}"
-            except (OSError, ValueError) as error:
-                raise InputError(f"cannot read the table {match['file']}: {error}") from error
-        if match["family"] == "heldout":
-            try:
-                return f"{match[1]}{heldout_table(read_log(folder / match['file']))}\n{match[4]}"
-            except (OSError, ValueError) as error:
-                raise InputError(f"cannot read the log {match['file']}: {error}") from error
-        if match["family"] not in TABLES:
-            raise InputError(f"there is no table {match['family']!r}; there are {', '.join(TABLES)}")
-        results = read_results(folder / match["file"])["results"]
-        return f"{match[1]}{TABLES[match['family']](results)}\n{match[4]}"
+        path, family = folder / match["file"], match["family"]
+        try:
+            if family == "table" and path.suffix == ".md":
+                table = path.read_text()
+            elif family == "heldout":
+                table = f"{heldout_table(read_log(path))}\n"
+            elif family in TABLES:
+                table = f"{TABLES[family](read_results(path)['results'])}\n"
+            else:
+                raise InputError(f"there is no table {family!r}; there are {', '.join(TABLES)}")
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read the {family} of {match['file']}: {error}") from error
+        return f"{match[1]}{table}{match[4]}"
 
     return MARKED.sub(made_anew, text)
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m eval.results FILE.md", file=sys.stderr)
-        return 2
-    path = Path(arguments[0])
-    try:
+    parser = Parser(prog="python -m eval.results", description="Renews the marked tables of a Markdown file.")
+    parser.add_argument("file", type=Path, metavar="FILE.md")
+
+    def renew() -> None:
+        path = parser.parse_args(arguments).file
         path.write_text(with_tables(path.read_text(), path.parent))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(renew)
 
 
 if __name__ == "__main__":

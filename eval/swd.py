@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import InputError
+
 PATCH_SIZE = 7
 SMALLEST_RESOLUTION = 16  # of a pyramid level
 PAPER_SCALE = 1000  # the paper's tables print 1000 times the distance
@@ -48,15 +50,12 @@ def sliced_wasserstein(
         is the low-pass image, the others are differences.
 
     Raises:
-        ValueError: if the images are not as above, a count is below 1, or all patches of a set are one colour.
+        InputError: if the images are smaller than 16 pixels, or all patches of a set are one colour.
     """
-    for images in (images1, images2):
-        _check_images(images)
-    if images1.shape != images2.shape:
-        raise ValueError(f"the sets have shapes {images1.shape} and {images2.shape}; take equally many of one size")
-    for name, value in (("num_patches_per_image", num_patches_per_image), ("num_projections", num_projections)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if images1.shape[-1] < SMALLEST_RESOLUTION:
+        raise InputError(
+            f"the images are {images1.shape[-1]} pixels wide, and SWD needs {SMALLEST_RESOLUTION}; leave swd out"
+        )
     distances = {}
     for level, resolution in enumerate(pyramid_resolutions(images1.shape[-1])):
         generator = np.random.default_rng((seed, resolution))
@@ -84,10 +83,8 @@ def swd_floor(
         seed: of the halves too; the other arguments are those of `sliced_wasserstein`.
 
     Raises:
-        ValueError: as `sliced_wasserstein`.
+        InputError: as `sliced_wasserstein`.
     """
-    if len(images) < 2:
-        raise ValueError(f"{len(images)} images cannot be halved; give at least 2")
     half = len(images) // 2
     order = np.random.default_rng(seed).permutation(len(images))
     return sliced_wasserstein(
@@ -158,7 +155,7 @@ def normalised_patches(images: np.ndarray, level: int, corners: Tensor, batch_si
         patches[start : start + batch_size] = windows[torch.arange(len(batch))[:, None], :, y, x]  # (B, P, 3, 7, 7)
     variance, mean = torch.var_mean(patches, dim=(0, 1, 3, 4), correction=0, keepdim=True)
     if not (variance > 0).all():
-        raise ValueError(f"all patches of level {level} have one value in a channel; look at the images")
+        raise InputError(f"all patches of level {level} have one value in a channel; look at the images")
     return patches.sub_(mean).div_(variance.sqrt()).reshape(num_images * num_patches, -1).numpy()
 
 
@@ -188,13 +185,3 @@ def projected_distances(points1: np.ndarray, points2: np.ndarray, directions: np
         difference = np.subtract(projections1, projections2, out=projections1)
         distances.append(np.abs(difference, out=difference).mean(axis=1, dtype=np.float64))
     return np.concatenate(distances)
-
-
-def _check_images(images: np.ndarray) -> None:
-    shape = images.shape
-    if images.dtype != np.uint8:
-        raise ValueError(f"the images are {images.dtype}; give uint8, 0..255")
-    if len(shape) != 4 or shape[0] == 0 or shape[1] != 3 or shape[2] != shape[3]:
-        raise ValueError(f"the images have shape {shape}; it must be (N, 3, R, R) with N at least 1")
-    if shape[-1] < SMALLEST_RESOLUTION:
-        raise ValueError(f"the images are {shape[-1]} pixels wide; the smallest level has {SMALLEST_RESOLUTION}")

@@ -61,7 +61,7 @@ def test_the_table_of_a_markdown_file_is_taken_as_it_is(tmp_path):
     (tmp_path / "guidance.md").write_text("| a |\n|---|\n| 1 |\n")
     text = "<!-- results: guidance.md table -->\nold\n<!-- end -->\n"
     assert with_tables(text, tmp_path).splitlines()[1:4] == ["| a |", "|---|", "| 1 |"]
-    with pytest.raises(InputError, match=r"cannot read the table nothing\.md"):
+    with pytest.raises(InputError, match=r"cannot read the table of nothing\.md"):
         with_tables(text.replace("guidance", "nothing"), tmp_path)
 
 
@@ -79,7 +79,7 @@ def test_the_held_out_losses_of_a_log_are_its_own_table(tmp_path):
         "| 320 | 0.5000 | 0.1250 | 0.2500 | 0.3750 | 0.5000 |",
     ]
     (tmp_path / "log.jsonl").write_text("")
-    with pytest.raises(InputError, match=r"cannot read the log log\.jsonl"):
+    with pytest.raises(InputError, match=r"cannot read the heldout of log\.jsonl"):
         with_tables(text, tmp_path)
 
 
@@ -102,7 +102,7 @@ def test_marked_tables_are_made_anew_and_the_rest_stays(folder):
         "| ddim, 50 steps | 3 | 50 | 0.5 |",
         "| ddim, 10 steps | 5.25 | 10 | 0.1 |",
         "| ddim, 10 steps, eta 1.0 | 7 | 10 | 0.1 |",
-        "| real against real, n = 1,000 | 1.5 | | |",
+        "| real against real, n = 1,000 | 1.5 |  |  |",
         "<!-- end -->",
         "after <!-- end -->",
     ]
