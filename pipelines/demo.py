@@ -397,7 +397,8 @@ def run(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise InputError(str(error)) from error
     try:
-        demo.launch(server_port=options.port, share=options.share)
+        # without `_frontend`, which ends the page where a request to itself takes over three seconds
+        demo.launch(server_port=options.port, share=options.share, _frontend=False)
     except OSError as error:
         raise InputError(f"port {options.port} cannot be had, it may be in use; take another --port") from error
 

@@ -2,12 +2,12 @@
 
 import io
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,10 @@ CHROMIUM_FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     " --disable-component-update --disable-sync"
 ).split()
-TIMEOUT_MILLISECONDS = 60_000
+TIMEOUT_MILLISECONDS = 120_000  # only a page that hangs takes as long
+WAIT_FOR_FRAMES = """async (number) => {
+    for (let i = 0; i < number; i++) await new Promise((resolve) => requestAnimationFrame(resolve));
+}"""
 expect.set_options(timeout=TIMEOUT_MILLISECONDS)
 
 
@@ -61,34 +64,21 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def address(browser, folder, tmp_path_factory):
-    """Of the page of the tiny model, served by `python -m pipelines.demo`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [sys.executable, "-m", "pipelines.demo", "--pipeline", str(folder), "--port", str(port)]
-    with log.open("w") as out:
-        server = subprocess.Popen(command, cwd=REPOSITORY, stdout=out, stderr=out)
-    address = f"http://127.0.0.1:{port}/"
-    try:
-        wait_until_served(address, server, log)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def wait_until_served(address: str, server: subprocess.Popen, log: Path) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not serve this machine
-    deadline_seconds = time.monotonic() + 120
-    while time.monotonic() < deadline_seconds and server.poll() is None:
-        try:
-            opener.open(address, timeout=10).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail(f"the server did not come up: {log.read_text()}")
+def address(browser, folder):
+    """Of the page of the tiny model, served by `python -m pipelines.demo` on the first free port."""
+    command = [sys.executable, "-u", "-m", "pipelines.demo", "--pipeline", str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=REPOSITORY, **pipes) as server:
+        printed = []
+        for line in server.stdout:  # ends when the server does
+            printed.append(line)
+            if "Running on local URL" in line:
+                break
+        else:
+            pytest.fail(f"the server did not come up: {''.join(printed)}")
+        threading.Thread(target=server.stdout.read, daemon=True).start()  # or a full pipe would stop the server
+        yield re.search(r"http://\S+", line).group().rstrip("/") + "/"
+        server.kill()
 
 
 @pytest.fixture
@@ -122,8 +112,14 @@ def is_foreign(url: str, address: str) -> bool:
 
 
 def type_into(page: Page, label: str, value: float) -> None:
-    """Into a number field, or the number field of a slider."""
+    """Into a number field, or the number field of a slider.
+
+    Up to three animation frames after Gradio shows the fields of a tab, it sets them to their first values once more
+    (`render_previously_invisible_children` in its front end), which would undo what is typed before.
+    """
     field = page.locator(f'[aria-label="number input for {label}"]:visible, [aria-label="{label}"]:visible')
+    field.wait_for()
+    page.evaluate(WAIT_FOR_FRAMES, 6)
     field.fill(str(value))
     field.press("Tab")
 
@@ -178,7 +174,7 @@ def draw_a_stroke(page: Page) -> None:
     expect(undo).to_be_disabled()
     box = page.locator("canvas").last.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    for _ in range(20):
+    for _ in range(TIMEOUT_MILLISECONDS // 500):
         page.mouse.move(x - 40, y)
         page.mouse.down()
         page.mouse.move(x + 40, y)
