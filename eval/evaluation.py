@@ -91,7 +91,6 @@ class Evaluation:
         self.network = unet if options.class_label is None else WithoutClass(unet).eval()
         self._set_samplers()
         generate.check_arguments(self.pipeline, options)
-        generate.check_guidance(self.pipeline, options)
         self.weights_sha256 = {path.name: sha256_of(path) for path in weight_files(self.source)}
         self.training = self._open_store(options.split)
         if options.num_images > len(self.training):

@@ -13,7 +13,7 @@ failed, 2 bad input, 130 stopped by Ctrl-C; what is there is kept.
 """
 
 import argparse
-import hashlib
+import io
 import itertools
 import json
 import math
@@ -21,7 +21,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +46,9 @@ from common import (
     command_line,
     make_folder,
     on_main_process,
+    replace_file,
     run_command,
+    sha256_of,
     without_folder,
 )
 from pipelines import CustomUNetPipeline
@@ -142,7 +144,7 @@ def generate_images(
             except ValueError as error:
                 raise Failed(str(error)) from error
             for seed, image in zip(batch, result.images, strict=True):
-                _write_atomically(image_path(folder, seed), image.save)
+                _write_png(image_path(folder, seed), image)
             evaluations += result.network_evaluations * len(batch)
             bar.update(len(batch))
     return Generated(len(missing), evaluations)
@@ -153,7 +155,7 @@ def draw_contact_sheet(folder: Path) -> None:
     paths = list(itertools.islice(filter(_is_intact, paths), CONTACT_SHEET_IMAGES))
     images = [pil_to_tensor(Image.open(path)) for path in paths]
     grid = make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2, pad_value=255)
-    _write_atomically(folder / CONTACT_SHEET, to_pil_image(grid).save)
+    _write_png(folder / CONTACT_SHEET, to_pil_image(grid))
 
 
 def _is_intact(path: Path) -> bool:
@@ -166,10 +168,10 @@ def _is_intact(path: Path) -> bool:
     return True
 
 
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    write(temporary)
-    temporary.replace(path)
+def _write_png(path: Path, image: Image.Image) -> None:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    replace_file(path, content.getvalue())
 
 
 # ---- The record of a folder
@@ -210,7 +212,7 @@ def open_record(folder: Path, description: dict) -> dict:
 
 
 def write_record(folder: Path, record: dict) -> None:
-    _write_atomically(folder / RECORD, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+    replace_file(folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Namespace, commit: str | None) -> dict:
@@ -265,11 +267,6 @@ def _flat(settings: dict) -> dict:
     return flat
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ---- The command
 
 
@@ -318,13 +315,6 @@ def check_arguments(pipeline: CustomUNetPipeline, options: argparse.Namespace) -
         if pipeline.continuous_sampler is None:
             check_schedule(pipeline.scheduler, options.steps)
         pipeline._class_labels(options.class_label, batch_size=len(options.class_label or [0]))
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def check_guidance(pipeline: CustomUNetPipeline, options: argparse.Namespace) -> None:
-    """Raises InputError for a scale that the pipeline would refuse."""
-    try:
         pipeline._guidance(options.class_label, len(options.class_label or [0]), options.guidance_scale, None)
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -358,7 +348,6 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
     settings = {name: value for name in SAMPLER_SETTINGS if (value := getattr(options, name)) is not None}
     pipeline = load_pipeline(source, options.dtype, options.scheduler, **settings).to(state.device)
     check_arguments(pipeline, options)
-    check_guidance(pipeline, options)
     fill_folder(pipeline, source, commit, options, state, command_line("pipelines.generate", arguments))
 
 

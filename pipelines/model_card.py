@@ -222,6 +222,7 @@ def _metadata(files: ModelFiles) -> ModelCardData:
     if files.is_celeba:
         licence = {"license": "other", "license_name": "celeba-agreement", "license_link": card_texts.CELEBA_PAGE}
     kind = ["score-based", "sde"] if files.is_sde else ["ddpm", "ddim"]
+    kind = ["flow-matching", "rectified-flow"] if files.is_flow else kind
     tags = ["diffusers", "pytorch", "diffusion", *kind, "unet", TASK, "custom_code"]
     tags += ["class-conditional"] if files.num_classes else []
     results = [_eval_result(files, result) for result in files.results if result.get("value") is not None]

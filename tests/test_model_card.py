@@ -260,8 +260,8 @@ def test_the_sde_is_told_with_its_numbers(tmp_path, objective, options, claims):
     for other in ("timesteps", "DDIM", "min-SNR", "noise schedule"):
         assert other not in text, other
     assert ("DDPMPipeline" in text) == ("liu2023flow" in text) == (objective == "flow")
-    assert {"score-based", "sde"} <= {*card.data.tags}
-    assert "ddpm" not in card.data.tags
+    kind = {"flow-matching", "rectified-flow"} if objective == "flow" else {"score-based", "sde"}
+    assert {*card.data.tags} & {"ddpm", "score-based", "sde", "flow-matching", "rectified-flow"} == kind
     assert {"song2021scorebased", "karras2022elucidating"} <= {*re.findall(r"\{(\w+),$", card.text, re.MULTILINE)}
     assert "arXiv:2011.13456" in card.text
     assert "arXiv:2206.00364" in card.text
