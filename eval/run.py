@@ -31,14 +31,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from common import MOST_THREADS, InputError, Parser, check_numbers, command_line, make_folder, run_command
+from common import MOST_THREADS, InputError, Parser, check_numbers, check_seeds, command_line, make_folder, run_command
 from eval.cost import SamplerSetting
 from eval.evaluation import COST_SAMPLERS, COST_SAMPLERS_IN_CONTINUOUS_TIME, Evaluation
-from eval.measures import METRICS, check_metrics
+from eval.measures import METRICS, PUBLISHED, check_metrics
 from eval.results import quality_table, read_results, result, write_results
 from pipelines import generate
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
-from pipelines.loading import DTYPES
 from pipelines.model_card import write_card
 
 LIBRARIES = "torch diffusers accelerate clean-fid scipy".split()
@@ -53,9 +52,10 @@ IDENTITY = "family name split sampler steps eta sampler_settings class_label gui
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     """Raises InputError."""
     parser = Parser(prog="python -m eval.run", description=__doc__.splitlines()[0], allow_abbrev=False)
+    generate.add_drawing_flags(parser, num_images=10000, batch_size=64)
     add = parser.add_argument
-    add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
-    add("--revision", help="branch, tag or commit on the Hub")
+    samplers = [*SAMPLERS, *CONTINUOUS_SAMPLERS]
+    add("--sampler", choices=samplers, help="default: ddim; of a model of continuous time its own")
     add("--reference", required=True, help="real images: a folder, a Hub id or synthetic-faces")
     add("--split", default="train", help="split that the model was trained on (default train)")
     add("--heldout_split", default="validation", help="split that it was not trained on; '' for none")
@@ -64,59 +64,39 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
     add("--out", type=Path, required=True, help="folder for results.json and figures")
     add("--images_dir", type=Path, help="folder for generated images (default OUT/images)")
-    add("--num_images", type=int, default=10000, help="generated images n, and real ones in equal number")
-    add("--allow_few", action="store_true", help=f"allow less than {FEWEST_IMAGES} images for FID and the like")
-    samplers = [*SAMPLERS, *CONTINUOUS_SAMPLERS]
-    add("--sampler", choices=samplers, help="default: ddim; of a model of continuous time its own")
-    add("--steps", type=int, default=50)
-    add("--eta", type=float, default=0.0)
-    for name, (kind, text) in generate.SAMPLER_SETTINGS.items():
-        add(f"--{name}", type=kind, help=text)
-    add("--class_label", type=int, nargs="+", help="of a class-conditional model: classes that the seeds take in turn")
-    add("--guidance_scale", type=float, default=1.0, help="of classifier-free guidance; 1, the default, is without")
-    add("--seed", type=int, default=0, help="of the first image, and of every random choice of a metric")
-    add("--batch_size", type=int, default=64)
-    add("--dtype", choices=DTYPES, default="fp32", help="of the network while sampling")
-    add("--num_cpu_threads", type=int)
-    add(
-        "--features",
-        nargs="+",
-        help="inception[:legacy_tensorflow], dinov2, clip or a path (default: inception, dinov2 and clip as far as"
-        " their weights are found)",
-    )
-    for name in ("inception", "dinov2", "clip"):
-        add(f"--{name}_path", type=Path, help="weights where they cannot be fetched")
+    add("--allow_few", action="store_true", help=f"allow fewer than {FEWEST_IMAGES} images for FID and the like")
+    features = "inception[:legacy_tensorflow], dinov2, clip or a path (default: of these three, those with weights)"
+    add("--features", nargs="+", help=features)
+    for name in PUBLISHED:
+        add(f"--{name}_path", type=Path, help="weights where they cannot be downloaded")
     add("--k", type=int, default=5, help="nearest neighbours of precision, recall, density, coverage")
     add("--likelihood_images", type=int, default=256, help="of each split, for the variational bound")
-    add("--bound_evaluations", type=int, default=20, help="network evaluations an image of the bound")
+    add("--bound_evaluations", type=int, default=20, help="network evaluations per image of the bound")
     add("--ode_images", type=int, default=32, help="of each split, for the ODE")
-    add("--ode_draws", type=int, default=1, help="dequantisations and probes an image")
+    add("--ode_draws", type=int, default=1, help="dequantisations and probes per image")
     add("--ode_tolerance", type=float, default=1e-3)
-    add(
-        "--duplicate_distance",
-        type=float,
-        default=15.0,
-        help="RMS in grey levels: held-out images nearer to a training image are near-copies in the data, left out",
+    duplicates = (
+        "RMS in grey levels: held-out images nearer to a training image are left out as near-copies in the data"
     )
+    add("--duplicate_distance", type=float, default=15.0, help=duplicates)
     add("--heldout_images", type=int, default=512, help="of each split, for the loss against the noise")
     add("--cost_images", type=int, default=FEWEST_IMAGES, help="of each sampler")
-    add(
-        "--cost_samplers",
-        nargs="+",
-        type=SamplerSetting.parse,
-        metavar="NAME[:STEPS[:ETA]]",
-        help=f"default: {' '.join(COST_SAMPLERS)}; in continuous time {' '.join(COST_SAMPLERS_IN_CONTINUOUS_TIME)}",
-    )
+    usual = f"default: {' '.join(COST_SAMPLERS)}; in continuous time {' '.join(COST_SAMPLERS_IN_CONTINUOUS_TIME)}"
+    how = {"nargs": "+", "type": SamplerSetting.parse, "metavar": "NAME[:STEPS[:ETA]]", "help": usual}
+    add("--cost_samplers", **how)
     add("--write_card", action="store_true", help="put results.json into the pipeline's folder and renew its card")
     options = parser.parse_args(arguments)
-    counts = (
-        "num_images batch_size num_cpu_threads k likelihood_images bound_evaluations ode_images ode_draws"
-        " heldout_images cost_images steps"
-    ).split()
+    check_options(options)
+    return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises InputError."""
+    counts = "num_images batch_size num_cpu_threads k likelihood_images ode_images ode_draws cost_images steps".split()
     least = dict.fromkeys(counts, 1) | {"ode_tolerance": 1e-12, "bound_evaluations": 2, "heldout_images": 2}
     least |= dict.fromkeys(("seed", "eta", "duplicate_distance", *generate.SAMPLER_SETTINGS), 0)
-    most = {"num_cpu_threads": MOST_THREADS, "eta": 1}
-    check_numbers(options, least, most)
+    check_numbers(options, least, {"num_cpu_threads": MOST_THREADS, "eta": 1})
+    check_seeds(options)
     if "features" in options.metrics:
         check_count(options.num_images, options.allow_few, "--num_images")
         if options.k >= options.num_images:
@@ -125,7 +105,6 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         check_count(options.cost_images, options.allow_few, "--cost_images")
     if options.write_card and not Path(options.pipeline).is_dir():
         raise InputError(f"--write_card is for a folder, but --pipeline is {options.pipeline}")
-    return options
 
 
 def check_count(num_images: int, allow_few: bool, flag: str) -> None:

@@ -270,35 +270,34 @@ def _flat(settings: dict) -> dict:
 # ---- The command
 
 
+def add_drawing_flags(parser: Parser, **defaults: int) -> None:
+    """Adds the flags of all commands that draw images from a model, but for the sampler's name."""
+    add = parser.add_argument
+    add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub (owner/name)")
+    add("--revision", help="branch, tag or commit on the Hub")
+    add("--num_images", type=int, help="image i has the seed --seed + i (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the first image (default 0)")
+    add("--steps", type=int, default=50, help="sampling steps (default 50); ode takes its own")
+    add("--eta", type=float, default=0.0, help="of DDIM: 0 is deterministic, 1 as random as DDPM")
+    for name, (kind, text) in SAMPLER_SETTINGS.items():
+        add(f"--{name}", type=kind, help=text)
+    labels = "class of all images, or several that the seeds take in turn; for a network with class embeddings"
+    add("--class_label", type=int, nargs="+", help=labels)
+    add("--guidance_scale", type=float, default=1.0, help="of classifier-free guidance; 1, the default, is without")
+    add("--batch_size", type=int, help="images at once, in each process (default %(default)s)")
+    dtype = "of the network while sampling (default fp32); bf16 is not faster on every CPU"
+    add("--dtype", choices=DTYPES, default="fp32", help=dtype)
+    add("--num_cpu_threads", type=int, help="of a process on the CPU (default: its share of the cores)")
+    parser.set_defaults(**defaults)
+
+
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     """Raises InputError."""
     parser = Parser(prog="python -m pipelines.generate", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--pipeline", required=True, help="folder, or id of a Hub repository (owner/name)")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_drawing_flags(parser, num_images=64, batch_size=16)
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
-    parser.add_argument("--num_images", type=int, default=64, help="image i has the seed --seed + i (default 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image (default 0)")
     samplers = [*SAMPLERS, *CONTINUOUS_SAMPLERS]
     parser.add_argument("--scheduler", choices=samplers, help="sampler (default: the repository's own)")
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default 50); ode takes its own")
-    parser.add_argument("--eta", type=float, default=0.0, help="of DDIM: 0 is deterministic, 1 as random as DDPM")
-    for name, (kind, text) in SAMPLER_SETTINGS.items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
-    labels = "class of all images, or several that the seeds take in turn; for a network with class embeddings"
-    parser.add_argument("--class_label", type=int, nargs="+", help=labels)
-    parser.add_argument(
-        "--guidance_scale", type=float, default=1.0, help="of classifier-free guidance; 1, the default, is without"
-    )
-    parser.add_argument("--batch_size", type=int, default=16, help="images at once, in each process (default 16)")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="fp32",
-        help="of the network (default fp32); bf16 is not faster on every CPU",
-    )
-    parser.add_argument(
-        "--num_cpu_threads", type=int, help="of a process on the CPU (default: its share of the cores)"
-    )
     options = parser.parse_args(arguments)
     least = {"num_images": 1, "batch_size": 1, "seed": 0, "eta": 0, "num_cpu_threads": 1}
     check_numbers(options, least, {"num_cpu_threads": MOST_THREADS, "eta": 1})
