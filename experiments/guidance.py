@@ -10,7 +10,7 @@ another classifier of the same classes. Both are folders that `python -m experim
 
     OUT/guidance.json   for each scale: the share of the images in the class asked for, SWD, evaluations, seconds
     OUT/guidance.md     the same as a table
-    OUT/guidance.png    images of the same seeds: a row for each class, a block of columns for each scale
+    OUT/guidance.png    images of the same seeds: a row for each class, some images of each scale in turn
 
 The class of image i is i mod K, its seed --seed + i. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
@@ -25,9 +25,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import diffusers
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 
 from common import (
     Failed,
@@ -41,6 +41,7 @@ from common import (
     sha256_of,
     without_folder,
 )
+from eval.figures import plot_image_rows
 from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
 from experiments.classifier import RECORD, NoisyImageClassifier
@@ -50,7 +51,7 @@ from pipelines.loading import WEIGHTS, find_pipeline, load_pipeline, weight_file
 from training.data import ImageStore, open_image_store, to_model_range
 from training.facts import device_name
 
-SHOWN_OF_A_CLASS = 3  # in each block of the figure
+SHOWN_OF_A_CLASS = 3  # at each scale
 
 
 # ---- Models
@@ -215,22 +216,6 @@ def summary(record: dict) -> str:
     return f"{table(rows, columns | {'seconds_per_image': 'seconds per image'})}\n\n{text}\n"
 
 
-def plot_images(blocks: dict[str, np.ndarray], names: Sequence[str], path: Path) -> None:
-    """A row of images for each class, a block of columns for each label; uint8 (N, 3, R, R), classes in turn."""
-    first = next(iter(blocks.values()))
-    num_classes, size, num_shown = len(names), first.shape[-1], min(SHOWN_OF_A_CLASS, len(first) // len(names))
-    inches = (1.2 + 0.8 * num_shown * len(blocks), 0.5 + 0.8 * num_classes)
-    figure, axes = plt.subplots(1, len(blocks), figsize=inches, squeeze=False, layout="constrained")
-    for panel, (label, images) in zip(axes[0], blocks.items(), strict=True):
-        cells = images[: num_shown * num_classes].reshape(num_shown, num_classes, 3, size, size)
-        cells = cells.transpose(1, 3, 0, 4, 2)  # (class, y, column, x, 3)
-        panel.imshow(cells.reshape(num_classes * size, num_shown * size, 3), interpolation="nearest")
-        panel.set(title=label, xticks=[], yticks=[])
-    axes[0, 0].set_yticks([(k + 0.5) * size - 0.5 for k in range(num_classes)], names)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
-
-
 def parse_options(arguments: list[str]) -> Namespace:
     """Raises InputError."""
     parser = Parser(prog="python -m experiments.guidance", description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -281,13 +266,13 @@ def run(arguments: list[str]) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "results": [],
     }
-    blocks, about = {}, {"swd_floor": floor, "seeds": f"{options.seed} to {options.seed + n - 1}"}
+    blocks, about = [], {"swd_floor": floor, "seeds": f"{options.seed} to {options.seed + n - 1}"}
     for scale in options.scales:
         try:
             images, evaluations, seconds = draw(pipeline, options, scale, len(names), classifier)
         except ValueError as error:  # images that are not finite
             raise Failed(f"at scale {scale:g} {error}") from error
-        blocks[f"scale {scale:g}"] = images
+        blocks.append(images)
         shares, distance = class_shares(classes_of(judge, images), np.array(labels), names), swd(images, real)
         cost = {"network_evaluations": evaluations, "seconds_per_image": seconds, "batch_size": options.batch_size}
         measured = {"guidance_scale": scale, **shares, "swd": distance, **about, **cost}
@@ -296,7 +281,11 @@ def run(arguments: list[str]) -> None:
         share = f"{shares['value']:.1%} ± {shares['std']:.1%} in the class asked for"
         print(f"scale {scale:g}: {share}, SWD {distance:.4g}, {seconds * n:.0f} s", flush=True)
     (options.out / "guidance.md").write_text(summary(record))
-    plot_images(blocks, names, options.out / "guidance.png")
+    rows, scales = {}, ", ".join(f"{scale:g}" for scale in options.scales)
+    for k, name in enumerate(names):  # a row for each class, beside each other some images of each scale
+        shown = [image for images in blocks for image in images[k :: len(names)][:SHOWN_OF_A_CLASS]]
+        rows[f"{name}, at scales {scales}"] = [Image.fromarray(image.transpose(1, 2, 0)) for image in shown]
+    plot_image_rows(rows, options.out / "guidance.png")
     print(f"wrote {options.out / 'guidance.md'}", flush=True)
 
 

@@ -40,15 +40,14 @@ TARGETS = {  # prediction type and gamma of each line
     f"v with min-SNR, gamma {SNR_GAMMA:g}": ("v_prediction", SNR_GAMMA),
 }
 FACE_PIXELS = 64
-COLOURS = {"conv": "#888888", "resnet": "#4c78a8", "attention": "#e45756", "down": "#72b7b2", "up": "#f2cf5b"}
-SKIP_COLOUR = "#444444"
-LEGEND = {
-    "conv": "3x3 convolution",
-    "resnet": "residual block",
-    "attention": "residual block, then attention",
-    "down": "downsampling",
-    "up": "upsampling",
+KINDS = {  # of layers: colour and name
+    "conv": ("#888888", "3x3 convolution"),
+    "resnet": ("#4c78a8", "residual block"),
+    "attention": ("#e45756", "residual block, then attention"),
+    "down": ("#72b7b2", "downsampling"),
+    "up": ("#f2cf5b", "upsampling"),
 }
+SKIP_COLOUR = "#444444"
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Layer:
 
     Attributes:
         name: of the module, as in the weights' file.
-        kind: a key of COLOURS.
+        kind: a key of KINDS.
         level: 0 is the resolution of the image, each further one half of it.
         channels, side: of its output (B, channels, side, side).
         skip_from: place of the layer whose output is concatenated to its input; None without one.
@@ -111,7 +110,7 @@ def draw_network(layers: list[Layer], path: Path) -> None:
     heights = [layer.side / layers[0].side * 0.45 + 0.25 for layer in layers]
     sources = [layer.skip_from for layer in layers]
     for place, (layer, height) in enumerate(zip(layers, heights, strict=True)):
-        colour, top = COLOURS[layer.kind], height / 2 - layer.level
+        colour, top = KINDS[layer.kind][0], height / 2 - layer.level
         axes.add_patch(Rectangle((place - 0.32, top - height), 0.64, height, color=colour))
         axes.text(place, -layer.level, layer.channels, ha="center", va="center", rotation=90, fontsize=8)
         if place in sources:  # over the boxes, each higher than those inside it
@@ -123,8 +122,8 @@ def draw_network(layers: list[Layer], path: Path) -> None:
     for level in range(levels):
         side = next(layer.side for layer in layers if layer.level == level)
         axes.text(-1.1, -level, f"{side} x {side}", ha="right", va="center", fontsize=9)
-    for kind, label in LEGEND.items():
-        axes.plot([], [], "s", color=COLOURS[kind], label=label)
+    for colour, label in KINDS.values():
+        axes.plot([], [], "s", color=colour, label=label)
     axes.plot([], [], color=SKIP_COLOUR, linewidth=0.7, label="skip connection, concatenated")
     axes.set(xlim=(-3.5, len(layers)), ylim=(-levels + 0.6, 0.65))
     axes.axis("off")

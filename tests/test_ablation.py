@@ -91,53 +91,41 @@ def rows(out: Path) -> list[dict[str, str]]:
 # ---- One for real
 
 
-@pytest.fixture(scope="module")
-def done(real, tmp_path_factory) -> Path:
-    """The folder of a study, whose trainings and evaluations lie in `out`."""
-    folder = tmp_path_factory.mktemp("done")
-    environment = pytest.MonkeyPatch()
-    environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    environment.setenv("ACCELERATE_USE_CPU", "true")
-    study = write_study(folder, REAL_STUDY)
-    assert start(study, real, "--jobs", "2", "--num_images", "3") == 0, logs(folder / "out")
-    environment.undo()
-    return folder
-
-
-def logs(out: Path) -> str:
-    return "\n".join(path.read_text()[-2000:] for path in out.rglob("log.txt"))
-
-
-def test_a_study_is_trained_and_evaluated_with_its_flags_and_laid_side_by_side(done, real, capsys):
-    table = rows(done / "out")
+def test_a_study_is_trained_and_evaluated_with_its_flags_and_laid_side_by_side(real, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    study, out = write_study(tmp_path, REAL_STUDY), tmp_path / "out"
+    code = start(study, real, "--jobs", "2", "--num_images", "3")
+    assert code == 0, "\n".join(path.read_text()[-2000:] for path in out.rglob("log.txt"))
+    table = rows(out)
     assert [row["variant"] for row in table] == ["base", "edm"]
     assert table[0]["what is changed"] == "learning_rate 0.00025, random_flip False"
     assert [row["sampler"] for row in table] == ["ddim, 3 steps", "edm_heun, 3 steps, churn 2"]
     assert table[1]["error of the noise"] == table[1]["q1"] == "–"  # at other noise levels
     for row, changes in zip(table, ({"learning_rate": 2.5e-4, "random_flip": False}, EDM), strict=True):
-        folder = done / "out" / row["variant"] / "seed-7"
+        folder = out / row["variant"] / "seed-7"
         config = yaml.safe_load((folder / "run" / "config.yaml").read_text())
         assert (FLAGS | changes | {"seed": 7, "dataset_name": None}).items() <= config.items()
         record = read_results(folder / "evaluation" / "results.json")
         (swd,) = [entry for entry in record["results"] if entry["name"] == "SWD, mean"]
         assert (swd["n"], swd["steps"], row["SWD"]) == (NUM_IMAGES, 3, number(swd["value"]))
-    text = (done / "out" / "ablation.md").read_text()
+    text = (out / "ablation.md").read_text()
     assert f"In all rows: parameters {number(record['model']['parameters'])}, images seen {3 * 16}." in text
-    assert str(done) not in (done / "out" / "ablation.json").read_text() + text  # nothing of this machine
+    assert str(tmp_path) not in (out / "ablation.json").read_text() + text  # nothing of this machine
 
     figures = {"ablation_swd.png", "ablation_errors.png", "ablation_images.png"}
-    assert {p.name for p in (done / "out").iterdir() if p.is_file()} == {"ablation.md", "ablation.json"} | figures
-    with Image.open(done / "out" / "ablation_images.png") as sheet:
+    assert {p.name for p in out.iterdir() if p.is_file()} == {"ablation.md", "ablation.json"} | figures
+    with Image.open(out / "ablation_images.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     third = folder / "evaluation" / "images" / "edm_heun-3-churn2-fp32" / "seed-0000002.png"
     expected = np.asarray(Image.open(third)).repeat(6, 0).repeat(6, 1)
     np.testing.assert_array_equal(pixels[-96:, 200:296], expected)  # the bottom row, with gaps of 4
 
     def files() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (done / "out").rglob("*") if path.parent != done / "out"}
+        return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.parent != out}
 
     before = files()
-    assert start(done / "study.yaml", real, "--num_images", "3") == 0
+    assert start(study, real, "--num_images", "3") == 0
     assert files() == before
     assert "2 trainings and evaluations, 2 of them done before" in capsys.readouterr().out
 
@@ -224,6 +212,7 @@ def test_the_table_has_means_and_standard_deviations_over_the_seeds(written):
     text = (written / "ablation.md").read_text()
     assert "of as many real ones it is 0.625" in text
     assert "standard deviations over 3 trainings" in text
+    assert {path.name for path in written.glob("*.png")} == {"ablation_swd.png", "ablation_errors.png"}  # no images
 
 
 def test_quarters_are_means_of_the_curve_by_timestep_and_only_compared_at_the_same_noise_schedule(written):
@@ -233,9 +222,6 @@ def test_quarters_are_means_of_the_curve_by_timestep_and_only_compared_at_the_sa
         means = [sum(curve[5 * quarter : 5 * quarter + 5]) / 5 for curve in curves]
         assert fast[f"q{quarter + 1}"] == with_spread(means)
         assert linear[f"q{quarter + 1}"] == linear["error of the noise"] == "–"
-    assert fast["error of the noise"] == with_spread(values("fast", "epsilon_mse"))
-    assert "±" in linear["error of x_0"]
-    assert {path.name for path in written.glob("*.png")} == {"ablation_swd.png", "ablation_errors.png"}  # no images
 
 
 @pytest.mark.parametrize(
@@ -432,31 +418,15 @@ BAD_STUDIES = {
     "one variant": (study_with(variants={"base": {}}), "the number of variants in"),
     "a name with a slash": (study_with(variants={"base": {}, "../other": {}}), "is called '../other'"),
     "a name that is no text": (study_with(variants={"base": {}, False: {}}), "has the key False, which is not text"),
-    "an unknown key of a variant": (study_with(variants={"base": {}, "b": {"flag": {}}}), "b in"),
-    "no seeds": (study_with(seeds=[]), "give a list of whole numbers from 0"),
     "a seed twice": (study_with(seeds=[4, 4]), "is [4, 4]; give a list"),
     "a seed too large": (study_with(seeds=[2**70]), "variant base: --seed"),
     "a config that is not there": (study_with(config="configs/nowhere.yaml"), "nowhere.yaml"),
-    "an unknown flag": (
-        variant_with({"learnig_rate": 1.0}),
-        "variant other: unknown flag --learnig_rate; did you mean",
-    ),
+    "an unknown flag": (variant_with({"learnig_rate": 1.0}), "variant other: unknown flag --learnig_rate"),
     "a flag of the command": (variant_with({"output_dir": "elsewhere"}), "flags of other has output_dir"),
     "a bad evaluation flag": (variant_with(None, {"num_images": 0}), "variant other: --num_images is 0"),
-    "no minutes": (study_with(minutes=0), "is 0; give a positive number"),
     "minutes and steps": (study_with(minutes=1), "has max_train_steps, which minutes decides"),
-    "minutes and steps of a variant": (
-        EQUAL_TIME | {"variants": {"base": {}, "b": {"flags": {"max_train_steps": 3}}}},
-        "flags of b has max_train_steps",
-    ),
-    "a sampler that does not suit": (
-        variant_with(EDM, {"sampler": "ddim"}),
-        "--sampler ddim is not for --objective edm",
-    ),
-    "other real images": (
-        variant_with({"resolution": 32}),
-        "variant other: --resolution is 32, of the first variant 16",
-    ),
+    "a sampler that does not suit": (variant_with(EDM, {"sampler": "ddim"}), "ddim is not for --objective edm"),
+    "other real images": (variant_with({"resolution": 32}), "variant other: --resolution is 32, of the first"),
     "no held-out images": (variant_with({"validation_split": None}), "variant other: there is no --validation_split"),
 }
 
