@@ -60,7 +60,7 @@ class _Terminal(logging.Handler):
 
 def log_to_terminal() -> None:
     """Shows what the modules log; of several processes, only what the main one does."""
-    for name in ("training", "pipelines", "eval", "experiments", "train_unet"):
+    for name in ("training", "pipelines", "eval", "experiments"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
         if not any(isinstance(handler, _Terminal) for handler in logger.handlers):

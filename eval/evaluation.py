@@ -19,7 +19,7 @@ from pipelines import generate
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, ContinuousSampler
 from pipelines.loading import find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
-from training.facts import training_in_all
+from training.log import training_in_all
 
 COST_SAMPLERS = "unipc:10 unipc:20 dpmsolver++2m:20 ddim:20 ddim:50 ddpm:100".split()
 COST_SAMPLERS_IN_CONTINUOUS_TIME = "edm_heun:9 edm_heun:18 predictor_corrector:100 euler_maruyama:100 ode".split()

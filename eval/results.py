@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common import InputError, Parser, markdown_table, replace_file, run_command
-from training.run_log import heldout_table, read_log
+from training.log import heldout_table, read_log
 
 MARKED = re.compile(r"(<!-- results: (?P<file>\S+) (?P<family>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

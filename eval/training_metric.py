@@ -17,7 +17,7 @@ from pipelines import CustomUNetPipeline
 from training.checkpoint import difference
 from training.config import TrainConfig
 from training.data import ImageStore
-from training.facts import recorded
+from training.log import recorded
 from training.processes import on_any_process
 from training.samples import SamplingStopped, stop_callback
 

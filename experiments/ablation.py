@@ -34,8 +34,8 @@ from eval.run import parse_options as parse_evaluation
 from experiments.bench import REPOSITORY, environment_of_a_child, measure_speeds
 from experiments.study import Study, Variant, flags_as_arguments, read_study
 from pipelines.custom_unet_pipeline import samplers_for
-from training.config import DEFAULTS, TrainConfig, parse_config
-from training.yaml_file import read_yaml
+from training.arguments import parse_config, read_yaml
+from training.config import DEFAULTS, TrainConfig
 
 FAMILIES = ["swd", "memorisation", "heldout"]  # the metrics of every variant, unless the study names others
 NEVER = PLACEHOLDER_STEPS = 10**9
@@ -170,7 +170,7 @@ def jobs_of(
             measured = {"reference": data, "metrics": FAMILIES} | study.evaluation | variant.evaluation
             evaluation = flags_as_arguments(paths | measured)
             try:
-                config = parse_config(training, report=lambda text: None)
+                config = parse_config(training)
                 check_fits(config, parse_evaluation(evaluation), jobs[0].config if jobs else config)
             except ValueError as error:
                 raise type(error)(f"variant {variant.name}: {error}") from error

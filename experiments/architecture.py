@@ -21,7 +21,8 @@ from common import Parser, make_folder, run_command
 from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import SelfAttention
 from eval.results import table, write_results
-from training.config import TrainConfig, parse_config
+from training.arguments import parse_config
+from training.config import TrainConfig
 
 NARROW, NARROW_NCSNPP = 4, 32  # channels; the groups of NCSN++ need more
 ATTENTION_OPERATORS = ("bmm", "baddbmm", "scaled_dot_product")

@@ -36,7 +36,8 @@ from custom_unet import CustomUNet2DModel
 from eval.results import table, write_results
 from experiments.unet_variants import VARIANTS
 from pipelines import CustomUNetPipeline
-from training.config import TrainConfig, parse_config
+from training.arguments import parse_config
+from training.config import TrainConfig
 from training.diffusion import diffusion_loss
 from training.optimization import build_optimizer, update_ema
 from training.precision import DTYPES, under_autocast

@@ -49,7 +49,7 @@ from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 from pipelines.loading import WEIGHTS, find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store, to_model_range
-from training.facts import device_name
+from training.log import device_name
 
 SHOWN_OF_A_CLASS = 3  # at each scale
 

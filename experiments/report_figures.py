@@ -22,7 +22,7 @@ from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import SelfAttention
 from eval.figures import plot_curves, plot_image_rows, plot_panels, save_figure
 from eval.results import write_results
-from training.config import parse_config
+from training.arguments import parse_config
 from training.data import to_model_range, to_uint8
 from training.diffusion import make_noise_scheduler, timestep_regression
 from training.synthetic_faces import render_faces

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from common import InputError
 from experiments.unet_variants import VARIANTS
-from training.yaml_file import read_yaml, shown
+from training.arguments import read_yaml
+from training.config import shown
 
 KEYS = "config flags minutes evaluation seeds variants".split()
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")

@@ -44,7 +44,7 @@ def export_pipeline(
     """Writes the model repository; an existing one is replaced only once the new one is complete.
 
     Args:
-        facts: of the run, for `training.json`; see `training/facts.py`.
+        facts: of the run, for `training.json`; see `Trainer.facts`.
         training_config: of the run, as YAML.
         sample_grid: picture that becomes `samples.png`.
         max_shard_size: of a weights file, in bytes or as "15MB".

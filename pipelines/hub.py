@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HTTPError  # of the HTTP library in use, which differs between releases
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from common import Failed, InputError
@@ -85,6 +85,30 @@ def _read_json(path: Path) -> dict:
     return values
 
 
+def check_account(repo_id: str) -> None:
+    """Whether there is a token, and of whom the repository would be; nothing is created.
+
+    Raises:
+        InputError: for no token or a wrong one, a name that is not allowed or is another's, no answer.
+    """
+    _require_token()
+    try:
+        validate_repo_id(repo_id)
+        get_session().timeout = TIMEOUT_SECONDS
+        user = HfApi().whoami()
+    except (OSError, HTTPError, ValueError) as error:
+        raise InputError(f"cannot push to {repo_id}: {_reason(error)}") from error
+    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+    owner, slash, _ = repo_id.rpartition("/")
+    if slash and owner not in owners:
+        raise InputError(f"cannot push to {repo_id}: the token is that of {', '.join(owners)}, not of {owner}")
+
+
+def _require_token() -> None:
+    if get_token() is None:
+        raise InputError("there is no token for the Hub: set HF_TOKEN or log in with `hf auth login`")
+
+
 def open_repository(repo_id: str, private: bool = False, branch: str | None = None) -> str:
     """Creates the repository on the Hub if there is none, and checks that this user may write to it.
 
@@ -97,8 +121,7 @@ def open_repository(repo_id: str, private: bool = False, branch: str | None = No
     Raises:
         InputError: for no token or a wrong one, a name that is not allowed, no permission, no answer.
     """
-    if get_token() is None:
-        raise InputError("there is no token for the Hub: set HF_TOKEN or log in with `hf auth login`")
+    _require_token()
     api = HfApi()
     try:
         get_session().timeout = TIMEOUT_SECONDS

@@ -7,6 +7,7 @@ one, is put together from those in RUN_DIR/ema_snapshots and in the checkpoints 
 written as a model repository. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
+import math
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -25,7 +26,6 @@ from training.checkpoint import (
     read_state,
     verify_checkpoint,
 )
-from training.facts import progress_facts
 from training.post_hoc_ema import LARGEST_SIGMA_REL, STORED, combine_profiles
 
 
@@ -67,6 +67,14 @@ def reconstruct(
             for name, total in sums.items():
                 total.add_(average[name], alpha=factor)
     return {name: total.float() for name, total in sums.items()}, error
+
+
+def progress_facts(state: dict) -> dict:
+    """`step`, `train_seconds` and `images_seen` of a checkpoint, by its state."""
+    progress, identity = state["progress"], state["identity"]
+    sizes = [identity[name] for name in ("train_batch_size", "gradient_accumulation_steps", "num_processes")]
+    facts = {name: progress[name] for name in ("step", "train_seconds")}
+    return facts | {"images_seen": progress["attempts"] * math.prod(sizes)}
 
 
 def parse_options(arguments: list[str]) -> Namespace:

@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.bodies.append(body)
         if fault is not None:
             return self.answer(fault, {"error": self.hub.error_text})
-        is_write = path.startswith("/api/") and (self.command == "POST" or path.endswith("/write"))
+        is_write = path.startswith("/api/") and (self.command == "POST" or path.endswith(("/write", "/whoami-v2")))
         if is_write and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(401, {"error": "Invalid username or password."})
         for pattern, respond in ROUTES.items():
@@ -111,6 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     # ---- What the Hub does
+
+    def who_am_i(self, body: bytes) -> None:
+        self.answer(200, {"type": "user", "name": USER, "orgs": []})
 
     def create(self, body: bytes) -> None:
         wish = json.loads(body)
@@ -207,6 +210,7 @@ def _entry(path: str, content: bytes) -> dict:
 
 REPO = r"([\w.-]+/[\w.-]+)"
 ROUTES = {
+    r"GET /api/whoami-v2": _Handler.who_am_i,
     r"POST /api/repos/create": _Handler.create,
     rf"GET /api/models/{REPO}/auth-check/write": _Handler.may_write,
     rf"POST /api/models/{REPO}/branch/(.+)": _Handler.branch,

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 import train_unet
 from tests.test_train_unet import TINY
 from training.checkpoint import list_checkpoints, verify_checkpoint
-from training.run_log import read_log
+from training.log import read_log
 
 # Steps, kills and the learning rate's schedule must not depend on each other: the last step is chosen at the end
 SETTINGS = TINY | {"lr_scheduler": "constant_with_warmup", "checkpointing_steps": 2, "max_train_steps": 10**6}

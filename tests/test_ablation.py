@@ -19,7 +19,7 @@ from eval.results import number, read_results, write_results
 from experiments import ablation, bench
 from experiments.ablation import Job, jobs_of, main
 from experiments.study import read_study
-from training.config import parse_config
+from training.arguments import parse_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE, NUM_IMAGES = 16, 16

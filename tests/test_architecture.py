@@ -7,7 +7,7 @@ import pytest
 
 from custom_unet import CustomUNet2DModel
 from experiments.architecture import costs, main, receptive_fields
-from training.config import parse_config
+from training.arguments import parse_config
 
 CONFIG = ["--config", "configs/quickstart.yaml"]
 PLAIN = {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}

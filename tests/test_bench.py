@@ -6,7 +6,7 @@ import pytest
 
 from experiments import bench
 from experiments.bench import Row, flops_per_image, main, measured_apart, training_update
-from training.config import parse_config
+from training.arguments import parse_config
 
 TINY = """
 resolution: 8

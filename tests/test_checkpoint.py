@@ -1,11 +1,7 @@
 """Checkpoints: complete or not there; a damaged one is never loaded."""
 
-import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +71,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_found_latest_falls_back_and_an_explicit_path_fails(tmp_path, name, how):
     save(tmp_path, 1)
+    assert {path.name for path in (tmp_path / "checkpoint-1").iterdir()} == {*FILES}
     damage(save(tmp_path, 2) / name, how)
     reports = []
     assert checkpoint.find_checkpoint(tmp_path, "latest", reports.append).name == "checkpoint-1"
@@ -120,53 +117,6 @@ def test_newer_checkpoints_are_set_aside_not_deleted(tmp_path):
 def test_difference_names_what_differs():
     text = checkpoint.difference({"a": 1, "b": [2]}, {"a": 1, "b": [3], "c": None, "d": 4})
     assert text == "b: [2] -> [3]; d: None -> 4"
-
-
-def test_a_full_disk_is_an_error_and_leaves_the_older_checkpoint(tmp_path):
-    """A real limit on the size of a file stands in for the disk; the write fails in the middle."""
-    code = """
-import resource, signal, sys, torch
-from pathlib import Path
-from training import checkpoint
-folder = Path(sys.argv[1])
-checkpoint.save_checkpoint(folder, 1, {"unet": {"a": torch.zeros(10)}}, {}, 1)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-try:
-    checkpoint.save_checkpoint(folder, 2, {"unet": {"a": torch.zeros(10_000)}}, {}, 1)
-except checkpoint.Failed as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
-    assert str(tmp_path / "checkpoint-2") in done.stdout
-    assert done.stdout.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1"}
-    assert checkpoint.find_checkpoint(tmp_path, "latest").name == "checkpoint-1"
-
-
-@pytest.mark.parametrize("delay_seconds", [0.0, 0.01, 0.03, 0.1, 0.2])
-def test_sigkill_while_saving_leaves_a_good_checkpoint(tmp_path, delay_seconds):
-    code = """
-import sys, torch
-from pathlib import Path
-from training import checkpoint
-tensors = {"unet": {"a": torch.zeros(500_000)}, "optimizer": {"b": torch.zeros(500_000)}}
-step = 1
-while True:
-    checkpoint.save_checkpoint(Path(sys.argv[1]), step, tensors, {"progress": {"step": step}}, 1)
-    print(step, flush=True)
-    step += 1
-"""
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    time.sleep(delay_seconds)
-    os.kill(process.pid, signal.SIGKILL)
-    written = [1, *(int(line) for line in process.stdout.read().split())]
-    lock = checkpoint.lock_output_dir(tmp_path)
-    folder = checkpoint.find_checkpoint(tmp_path, "latest", pytest.fail)
-    assert int(folder.name.split("-")[1]) >= written[-1]
-    assert not list(tmp_path.glob(".tmp-*"))
-    lock.release()
 
 
 KILLED_AT_EACH_OPERATION = """
@@ -243,24 +193,6 @@ def test_sigkill_at_any_file_operation_of_a_save_leaves_the_one_before_or_the_ne
     assert newest == sorted(newest), "once the new one is there it stays"
 
 
-def test_the_output_folder_is_locked_until_its_process_dies(tmp_path):
-    code = """
-import sys, time
-from pathlib import Path
-from training import checkpoint
-lock = checkpoint.lock_output_dir(Path(sys.argv[1]))
-print("locked", flush=True)
-time.sleep(60)
-"""
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    with pytest.raises(Failed, match="in use by another process"):
-        checkpoint.lock_output_dir(tmp_path)
-    process.kill()
-    process.wait()
-    checkpoint.lock_output_dir(tmp_path).release()
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_optimizer_state_round_trip_is_exact(tmp_path, memory_format):
     def build():
@@ -292,8 +224,3 @@ def test_optimizer_state_round_trip_is_exact(tmp_path, memory_format):
     ours, theirs = (checkpoint.optimizer_tensors(o, n) for n, o in ((network, optimizer), straight))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def test_manifest_lists_every_file(tmp_path):
-    folder = save(tmp_path, 1)
-    assert set(json.loads((folder / "manifest.json").read_text())) == {*FILES} - {"manifest.json"}

@@ -9,8 +9,9 @@ from diffusers import UNet2DModel
 
 from common import InputError
 from custom_unet import CustomUNet2DModel
-from training.config import UNET_OPTIONS, parse_config
-from training.summary import levels_without_time
+from training.arguments import parse_config
+from training.config import UNET_OPTIONS
+from training.log import levels_without_time
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 TOKEN = "hf_" + "aB3" * 11
@@ -63,12 +64,12 @@ def test_of_two_values_the_later_one_counts_and_null_is_one(parse):
     assert parse(BASE + "cache_dir: there\n", "--cache_dir=null").cache_dir is None
 
 
-def test_images_of_the_command_line_take_the_place_of_those_of_the_file(parse, tmp_path):
+def test_images_of_the_command_line_take_the_place_of_those_of_the_file(parse, tmp_path, caplog):
     """A newcomer has a folder of images and gives no configuration, so the quickstart's is read."""
-    lines = []
-    config = parse_config(["--train_data_dir", "faces", "--output_dir", str(tmp_path / "run")], lines.append)
+    caplog.set_level("INFO")
+    config = parse_config(["--train_data_dir", "faces", "--output_dir", str(tmp_path / "run")])
     assert (config.train_data_dir, config.dataset_name, config.validation_split) == ("faces", None, None)
-    assert lines[1] == "--train_data_dir replaces dataset_name, validation_split of quickstart.yaml"
+    assert caplog.messages[1] == "--train_data_dir replaces dataset_name, validation_split of quickstart.yaml"
     of_hub = BASE.replace("synthetic-faces", "a/b") + "dataset_revision: abc\nvalidation_split: test\n"
     config = parse(of_hub, "--train_data_dir", "faces", "--validation_split", "validation")
     assert (config.dataset_revision, config.validation_split) == (None, "validation")
@@ -129,9 +130,10 @@ def test_a_secret_in_the_wrong_place_is_not_printed(parse, yaml_text, flags, mes
     assert "\n" not in str(error.value)
 
 
-def test_quickstart_is_the_default(capsys):
+def test_quickstart_is_the_default(caplog):
+    caplog.set_level("INFO")
     assert parse_config([]) == parse_config(["--config", str(CONFIGS[0].parent / "quickstart.yaml")])
-    assert "quickstart.yaml" in capsys.readouterr().out
+    assert "quickstart.yaml" in caplog.text
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -392,9 +392,11 @@ def test_the_trainer_asks_the_hub_before_it_begins(hub, train_flags, tmp_path, m
     assert "set HF_TOKEN" in error_line(capfd.readouterr().err)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert train_unet.main([*train_flags, "--hub_model_id", "another/faces"]) == 2
-    assert "403" in error_line(capfd.readouterr().err)
+    assert "the token is that of someone, not of another" in error_line(capfd.readouterr().err)
     assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "runs").exists()
+    assert train_unet.main([*train_flags, "--split", "nowhere"]) == 2
+    assert not hub.commits, "a repository was created for a training without data"
 
 
 def test_a_failed_push_of_the_trainer_leaves_the_run_and_the_command(hub, train_flags, tmp_path, capfd):

@@ -1,16 +1,13 @@
 """Decoding: crops against their pixel boxes, resizing against torch's, and what becomes of odd and damaged images."""
 
 import io
-import struct
-import time
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from training.images import MAX_PIXELS, BadImage, crop_box, decode_image
+from training.images import BadImage, crop_box, decode_image
 
 BOXES = {
     "celeba_140": (39, 179, 19, 159),
@@ -195,51 +192,3 @@ def test_a_very_long_image_gives_its_central_pixel_or_is_squeezed():
     assert center.shape == (3, 8, 8)  # rows 2499.5 to 2500.5, from black to grey
     assert center[:, 0].max() < 20
     assert center[:, -1].min() > 180
-
-
-def gigantic_png(side: int) -> bytes:
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))  # one bit a pixel
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + header
-        + chunk(b"IDAT", zlib.compress(bytes((side // 8 + 1) * side)))
-        + chunk(b"IEND", b"")
-    )
-
-
-def test_too_many_pixels_are_refused_at_once():
-    encoded = gigantic_png(11_000)
-    assert len(encoded) < 100_000
-    started_at_seconds = time.perf_counter()
-    with pytest.raises(BadImage, match=f"^11000 x 11000 pixels are more than the limit of {MAX_PIXELS:,}$"):
-        decode_image(encoded, "center", 8)
-    assert time.perf_counter() - started_at_seconds < 0.5
-    with pytest.raises(BadImage):
-        decode_image(gigantic_png(20_000), "center", 8)  # beyond twice the limit Pillow itself refuses
-
-
-# Damage
-
-
-@pytest.mark.parametrize(
-    "encoded",
-    [
-        b"",
-        b"this is no image\nbut text\n",
-        encode(noise(50, 50))[:1000],
-        encode(noise(50, 50), "JPEG")[:700],
-        encode(noise(50, 50))[:30],
-        encode(noise(50, 50))[:100] + b"garbage" * 20 + encode(noise(50, 50))[240:],
-        encode(noise(50, 50), "WEBP")[:500],
-        encode(noise(50, 50), "GIF")[:500],
-    ],
-    ids="zero text png jpeg header flipped webp gif".split(),
-)
-def test_damaged_images_are_refused_in_one_line(encoded):
-    with pytest.raises(BadImage) as error:
-        decode_image(encoded, "center", 8)
-    assert str(error.value)
-    assert "\n" not in str(error.value)

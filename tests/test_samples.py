@@ -1,4 +1,4 @@
-"""Sample grids: fixed seeds in order, and the newest one that is not of a step that was lost."""
+"""Sample grids: fixed seeds in order."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
-from training.samples import delete_newer_samples, draw_grid, grid_name, newest_samples
+from training.samples import draw_grid, list_grids
 
 
 def test_the_grid_shows_the_seeds_in_order():
@@ -21,14 +21,8 @@ def test_the_grid_shows_the_seeds_in_order():
     assert np.abs(fifth.astype(int) - alone).max() <= 1
 
 
-def test_the_newest_grid_up_to_a_step(tmp_path):
-    assert newest_samples(tmp_path / "samples", 9) == (None, None)
-    for step in (5, 10, 20):
-        (tmp_path / grid_name(step)).touch()
-    assert newest_samples(tmp_path, 19) == (tmp_path / "step-0000010.png", 10)
-    assert newest_samples(tmp_path, 4) == (None, None)
-    (tmp_path / "step-0000019 (copy).png").touch()
-    (tmp_path / "step-best.png").touch()
-    assert newest_samples(tmp_path, 19) == (tmp_path / "step-0000010.png", 10)
-    delete_newer_samples(tmp_path, 5)
-    assert {path.name for path in tmp_path.iterdir()} == {grid_name(5), "step-0000019 (copy).png", "step-best.png"}
+def test_files_of_other_names_are_no_grids(tmp_path):
+    for name in ("step-0000010.png", "step-0000005.png", "step-0000019 (copy).png", "step-best.png"):
+        (tmp_path / name).touch()
+    assert list_grids(tmp_path) == {step: tmp_path / f"step-{step:07}.png" for step in (5, 10)}
+    assert list_grids(tmp_path / "nowhere") == {}

@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train_unet
 from common import InputError
-from training import sources
+from training import sources, training_data
 from training.config import TrainConfig
 from training.data import ImageStore, open_image_store
 from training.sources import HuggingFaceImages
@@ -799,13 +798,13 @@ def test_the_hub_is_asked_again_after_it_did_not_answer(tmp_path, monkeypatch, o
 
 def test_the_main_process_alone_asks_for_the_commit(monkeypatch, tmp_path):
     """A branch that moves would give the others other images."""
-    config = TrainConfig(dataset_name="someone/faces", max_train_steps=1, cache_dir=str(tmp_path))
-    calls = []
-    monkeypatch.setattr(train_unet, "open_image_store", lambda **_: calls.append(1))
     folder = open_image_store(
-        dataset_name="synthetic-faces", max_images=3, resolution=8, cache_dir=str(tmp_path)
+        dataset_name="synthetic-faces", max_images=20, resolution=8, cache_dir=str(tmp_path)
     ).folder
-    monkeypatch.setattr(train_unet, "on_main_process", lambda state, action: (folder, 2))
-    trainer = SimpleNamespace(config=config, accelerator=None)
-    assert len(train_unet.Trainer.open_store(trainer, "train", None)) == 2
+    calls = []
+    monkeypatch.setattr(training_data, "open_image_store", lambda **_: calls.append(1))
+    monkeypatch.setattr(training_data, "on_main_process", lambda state, action: (folder, 18))
+    config = TrainConfig(dataset_name="someone/faces", max_train_steps=1)
+    data = training_data.TrainingData(config, SimpleNamespace(num_processes=1))
+    assert len(data.store) == 18
     assert not calls

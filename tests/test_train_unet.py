@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 import train_unet
 from common import InputError
 from pipelines import CustomUNetPipeline
+from training import training_data
 from training.checkpoint import SNAPSHOTS, list_checkpoints
 from training.config import TrainConfig
+from training.log import read_log
 from training.post_hoc_ema import STORED
 from training.processes import StopSignal, build_accelerator
-from training.run_log import read_log
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = {
@@ -489,9 +490,9 @@ def labels_seen_by(network, call) -> torch.Tensor:
 
 def test_labels_reach_the_network_and_are_dropped_with_their_probability(make_trainer):
     trainer = make_trainer(label_column="eye_colour", label_dropout=0.25)
-    num_classes = len(trainer.label_names)
+    num_classes = len(trainer.data.label_names)
     assert trainer.network.config.num_class_embeds == num_classes + 1
-    wanted = torch.cat([labels for _, (_, labels) in zip(range(60), trainer.batches, strict=False)])
+    wanted = torch.cat([labels for _, (_, labels) in zip(range(60), trainer.data.batches, strict=False)])
     trainer.open_batches()
     seen = labels_seen_by(trainer.network, lambda: [trainer.training_step() for _ in range(30)])
     kept = seen != num_classes
@@ -503,7 +504,7 @@ def test_heldout_losses_have_the_true_labels_and_grids_each_class_in_turn(make_t
     trainer = make_trainer(
         label_column="glasses", validation_split="validation", validation_images=20, objective="edm", eval_batch_size=5
     )
-    store = trainer.open_store("validation", 20)
+    store = trainer.data.open_store("validation", 20)
     seen = labels_seen_by(trainer.ema_network, trainer.report_heldout_loss)
     assert torch.equal(seen, torch.from_numpy(store.labels.copy()))
     assert seen.max() == 1
@@ -514,8 +515,8 @@ def test_heldout_losses_have_the_true_labels_and_grids_each_class_in_turn(make_t
 
 def test_images_are_flipped_alike_with_and_without_labels(make_trainer, monkeypatch):
     flipped = []
-    flip = train_unet.random_flip
-    monkeypatch.setattr(train_unet, "random_flip", lambda images: flipped.append(flip(images)) or flipped[-1])
+    flip = training_data.random_flip
+    monkeypatch.setattr(training_data, "random_flip", lambda images: flipped.append(flip(images)) or flipped[-1])
     for trainer in (make_trainer(), make_trainer(label_column="glasses")):
         trainer.training_step()
     one, _, other, _ = flipped  # of two micro-batches each, the second after noise and dropped labels
@@ -553,7 +554,7 @@ def test_a_step_moves_network_and_ema_by_the_documented_amount(trainer):
 def test_a_gradient_that_is_not_finite_is_skipped_whole(trainer, monkeypatch):
     trainer.training_step()
     before, rate = weights(trainer), trainer.optimizer.param_groups[0]["lr"]
-    monkeypatch.setattr(train_unet, "to_model_range", lambda images: images.float() * float("nan"))
+    monkeypatch.setattr(training_data, "to_model_range", lambda images: images.float() * float("nan"))
     _, grad_norm, applied = trainer.training_step()
     assert not applied
     assert not torch.isfinite(grad_norm)
@@ -566,7 +567,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_whole(trainer, monkeypatch):
 
 
 def test_too_many_bad_gradients_in_a_row_end_the_run(trainer, monkeypatch):
-    monkeypatch.setattr(train_unet, "to_model_range", lambda images: images.float() * float("nan"))
+    monkeypatch.setattr(training_data, "to_model_range", lambda images: images.float() * float("nan"))
     trainer.config.max_nonfinite_steps = 3
     with pytest.raises(train_unet.Failed, match="3 gradients in a row"):
         trainer.train()

@@ -26,8 +26,8 @@ from experiments import classifier
 from pipelines import generate
 from training import checkpoint
 from training.config import TrainConfig
+from training.log import read_log
 from training.processes import StopSignal, build_accelerator, is_accelerate_launch
-from training.run_log import read_log
 from training.samples import SamplingStopped, draw_grid
 
 
@@ -169,7 +169,7 @@ def test_a_save_that_was_cut_off_is_told_and_the_checkpoint_before_taken(start, 
     output = start(run, *flags).finish(0)
     (line,) = [line for line in output.splitlines() if "cut off" in line]
     assert "the save of checkpoint-6 was cut off; the newest complete one is checkpoint-3" in line
-    assert f"going on from {run / 'checkpoint-3'}" in output
+    assert f"resuming from {run / 'checkpoint-3'}" in output
     assert list(checkpoint.list_checkpoints(run)) == [9]
     assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
 

@@ -22,6 +22,7 @@ from eval import training_metric
 from eval.distances import frechet_distance, kernel_distance
 from eval.features import images_of_store
 from pipelines import CustomUNetPipeline
+from training import training_data
 from training.checkpoint import verify_checkpoint
 from training.config import TrainConfig
 from training.processes import build_accelerator
@@ -106,11 +107,11 @@ def test_the_value_is_that_of_the_images_of_the_seeds(changes, make_trainer, sta
     pipeline = CustomUNetPipeline(trainer.ema_network, trainer.pipeline.scheduler)
     is_edm = "objective" in changes
     pipeline.set_sampler("edm_heun" if is_edm else "unipc")
-    labels = {"class_labels": [seed % len(trainer.label_names) for seed in range(20)]} if is_edm else {}
+    labels = {"class_labels": [seed % len(trainer.data.label_names) for seed in range(20)]} if is_edm else {}
     steps = 18 if is_edm else changes.get("ddpm_num_steps", 20)
     images = pipeline(seeds=range(20), num_inference_steps=steps, **labels).images
     generated = torch.from_numpy(np.stack([np.asarray(image).transpose(2, 0, 1) for image in images]))
-    chosen = images_of_store(trainer.store, 20)
+    chosen = images_of_store(trainer.data.store, 20)
     real, generated = (StandIn()(images).numpy() for images in (torch.from_numpy(chosen.read(range(20))), generated))
     value = frechet_distance(real, generated)
     if changes["metric"] == "kid":
@@ -124,7 +125,7 @@ def test_the_value_is_that_of_the_images_of_the_seeds(changes, make_trainer, sta
         "value": value,
         "num_images": 20,
         "step": 3,
-        "data": trainer.store.fingerprint,
+        "data": trainer.data.store.fingerprint,
         "features": StandIn.name,
         "sampler": "edm_heun" if is_edm else "unipc",
         "steps": steps,
@@ -214,7 +215,7 @@ def test_two_processes_measure_the_value_of_one_and_agree_when_one_fails_or_is_s
     AcceleratorState._reset_state(reset_partial_state=True)
     saved = yaml.safe_load((run / "config.yaml").read_text())
     config = TrainConfig(**saved)
-    store = train_unet.open_image_store(**config.data_source(), split="train", max_images=config.max_images)
+    store = training_data.open_image_store(**config.data_source(), split="train", max_images=config.max_images)
     pipeline = CustomUNetPipeline.from_pretrained(run / "best_pipeline")
     metric = training_metric.TrainingMetric(config, store, pipeline, build_accelerator(config))
     assert metric.measure(6, lambda: False, print) == pytest.approx(records(run, "fid")[6], rel=1e-5)

@@ -11,8 +11,8 @@ There is no file for random states: everything random in a step derives from (se
 """
 
 import errno
-import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -26,7 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common import Failed
+from common import Failed, sha256_of
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -35,7 +37,7 @@ TEMPORARY_PREFIX = ".tmp-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def lock_output_dir(output_dir: Path, report: Callable[[str], None] = print) -> FileLock:
+def lock_output_dir(output_dir: Path, report: Callable[[str], None] = logger.info) -> FileLock:
     """Takes the folder for this process until it ends, however it ends, and clears what a crash left half-written.
 
     Args:
@@ -118,7 +120,7 @@ def save_checkpoint(
     return folder
 
 
-def find_checkpoint(output_dir: Path, resume_from: str, report: Callable[[str], None] = print) -> Path | None:
+def find_checkpoint(output_dir: Path, resume_from: str, report: Callable[[str], None] = logger.info) -> Path | None:
     """The checkpoint to resume from.
 
     Args:
@@ -301,18 +303,7 @@ def check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Tens
             raise Failed(f"{path} does not fit the network: {name!r:.100} is {theirs} instead of {ours}")
 
 
-def check_optimizer_tensors(path: Path, found: dict[str, Tensor], model: nn.Module) -> None:
-    """`check_tensors` for the state of an AdamW after at least one update; it has none of frozen parameters."""
-    expected = {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        for key, value in {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}.items()
-    }
-    check_tensors(path, found, expected)
-
-
-def set_aside_newer(output_dir: Path, step: int, report: Callable[[str], None] = print) -> None:
+def set_aside_newer(output_dir: Path, step: int, report: Callable[[str], None] = logger.info) -> None:
     """Renames checkpoints and snapshots beyond `step`, so that a run that resumes from there never uses them."""
     for folder in (output_dir, output_dir / SNAPSHOTS):
         for path in (path for other, path in list_checkpoints(folder).items() if other > step):
@@ -334,6 +325,42 @@ def difference(saved: dict, current: dict) -> str:
     """What differs between two flat dictionaries, as `key: saved -> current; ...`; empty if nothing."""
     keys = sorted({*saved, *current})
     return "; ".join(f"{k}: {saved.get(k)!r} -> {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k))
+
+
+def restore(
+    folder: Path,
+    network: nn.Module,
+    ema_network: nn.Module,
+    averages: dict[str, dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> dict:
+    """Takes over a checkpoint that verifies, once all of it is read and fits; returns its progress.
+
+    Raises:
+        Failed: before anything is changed.
+    """
+    tensors, state = load_checkpoint(folder, ["unet", "ema_unet", "optimizer", *averages])
+    check_progress(folder, state.get("progress"))
+    moments = {
+        f"{name}/{key}": value
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad
+        for key, value in {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}.items()
+    }
+    expected = {"unet": network.state_dict(), "ema_unet": network.state_dict(), "optimizer": moments} | averages
+    for name, those in expected.items():
+        check_tensors(folder / f"{name}.safetensors", tensors[name], those)
+    if scaler is not None and state.get("grad_scaler") is not None:
+        check_numbers(folder, "grad_scaler", state["grad_scaler"], scaler.state_dict())
+        scaler.load_state_dict(state["grad_scaler"])
+    network.load_state_dict(tensors["unet"])
+    ema_network.load_state_dict(tensors["ema_unet"])
+    for name, average in averages.items():
+        for key, tensor in average.items():
+            tensor.copy_(tensors[name][key])
+    restore_optimizer(optimizer, network, tensors["optimizer"])
+    return state["progress"]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -360,8 +387,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
 
 
 def _file_entry(path: Path) -> dict:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The precision of `--mixed_precision auto`: that in which this machine trains this network faster, by measurement."""
 
+import logging
 import math
 import statistics
 import time
@@ -18,6 +19,8 @@ from training.checkpoint import find_checkpoint, read_state
 from training.config import TrainConfig
 from training.diffusion import diffusion_loss
 from training.processes import take_cpu_threads
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP_UPDATES, TIMED_UPDATES = 2, 5
@@ -42,13 +45,13 @@ def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> Tra
     def choose() -> str:
         recorded = recorded_precision(config)
         if recorded is not None:
-            print(f"--mixed_precision auto: {recorded}, as in the checkpoint", flush=True)
+            logger.info("--mixed_precision auto: %s, as in the checkpoint", recorded)
             return recorded
         seconds = update_seconds(config, network_class, state.device, candidates(state.device))
         fastest = min(seconds, key=seconds.get)
         speeds = {name: f"{config.train_batch_size / value:.1f} images/s" for name, value in seconds.items()}
         told = " against ".join(f"{speed} with {name}" for name, speed in speeds.items())
-        print(f"--mixed_precision auto: {told}; taking {fastest}", flush=True)
+        logger.info("--mixed_precision auto: %s; using %s", told, fastest)
         return fastest
 
     return replace(config, mixed_precision=on_main_process(state, choose))

@@ -1,4 +1,4 @@
-"""Grids of samples that show how a run goes on."""
+"""Grids of samples that show how a training progresses."""
 
 import math
 import re
@@ -48,36 +48,14 @@ def stop_callback(should_stop: Callable[[], bool]) -> Callable:
 
 
 def save_grid(grid: Image.Image, folder: Path, step: int) -> None:
-    """Writes `step-NNNNNNN.png`, whole or not at all.
-
-    Raises:
-        OSError: naming the path, if it cannot be written.
-    """
+    """Writes `step-NNNNNNN.png`. Raises OSError, naming the path, if it cannot be written."""
     folder.mkdir(exist_ok=True)
     content = BytesIO()
     grid.save(content, "PNG")
-    replace_file(folder / grid_name(step), content.getvalue())
+    replace_file(folder / f"step-{step:07d}.png", content.getvalue())
 
 
-def grid_name(step: int) -> str:
-    return f"step-{step:07d}.png"
-
-
-def newest_samples(folder: Path, step: int) -> tuple[Path | None, int | None]:
-    """The newest grid `step-NNNNNNN.png` in a folder that is no newer than `step`, and its step; (None, None)."""
-    grids = _grids(folder)
-    newest = max((number for number in grids if number <= step), default=None)
-    return grids.get(newest), newest
-
-
-def delete_newer_samples(folder: Path, step: int) -> None:
-    """Deletes the grids `step-NNNNNNN.png` beyond `step`: a run that goes on from there draws its own."""
-    for number, path in _grids(folder).items():
-        if number > step:
-            path.unlink()
-
-
-def _grids(folder: Path) -> dict[int, Path]:
-    """The grids of a folder by their steps; files of other names are none."""
+def list_grids(folder: Path) -> dict[int, Path]:
+    """Step -> file of the grids in a folder, by rising step; files of other names are none."""
     found = {path: re.fullmatch(r"step-(\d{7,})\.png", path.name) for path in folder.glob("step-*.png")}
-    return {int(match[1]): path for path, match in found.items() if match}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))

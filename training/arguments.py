@@ -1,0 +1,228 @@
+"""Reads the configuration of a training run from a YAML file and the command line."""
+
+import difflib
+import errno
+import functools
+import itertools
+import logging
+import os
+import re
+import typing
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+from common import InputError
+from custom_unet import CustomUNet2DModel
+from training.config import TYPES, TrainConfig, shortened, shown
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+FOR_HUB = ("dataset_config_name", "dataset_revision", "streaming")  # which describe a data set on the Hub
+LARGEST_LEVEL_WIDTH = 2**16
+MOST_PARAMETERS = 10**10  # with gradients, moments and EMA 200 GB, which must fit into each device
+CONFIG_FILE_BYTES = 2**16
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
+TOKEN_HINT = "; the Hub's token is read from HF_TOKEN or from `hf auth login`"
+
+
+class _Parser(HfArgumentParser):
+    def add_argument(self, *flags, limits: dict | None = None, **settings):
+        if _is_optional(TYPES.get(flags[0].removeprefix("--"))):
+            read = settings["type"]
+            settings["type"] = functools.wraps(read)(lambda text: None if text == "null" else read(text))
+            if "choices" in settings:
+                settings["metavar"] = f"{{{','.join(settings['choices'])},null}}"
+                settings["choices"] = [*settings["choices"], None]
+        if limits and "only" in limits:
+            settings["help"] += f" ({limits['only'].replace(' ', ', ')})"
+        return super().add_argument(*flags, **settings)
+
+    def error(self, message):
+        """Where argparse would print its usage and exit."""
+        raise InputError(shortened(message))
+
+
+def parse_config(arguments: list[str]) -> TrainConfig:
+    """Reads `[--config FILE.yaml] [--flag value ...]`; without `--config`, `configs/quickstart.yaml`.
+
+    `null` stands for no value, in the file and after a flag.
+
+    Each entry of the file is turned into the flag of the same name, so that file and command line are read and checked
+    by the same rules; flags of the command line come later and win. Images that are named on the command line take the
+    place of those of the file.
+
+    Raises:
+        InputError: for an unreadable file, an unknown key or flag (naming the nearest known one), a bad value, an
+            output folder that cannot be made, or a network or noise schedule that cannot be built.
+    """
+    for number, argument in enumerate(arguments, 1):
+        if TOKEN.search(argument):
+            raise InputError(f"argument {number} holds a token{_nearest('token')}, where no log or model can show it")
+    parser = _Parser(TrainConfig, allow_abbrev=False, description="Trains an unconditional diffusion model of images.")
+    parser.add_argument("--config", type=Path, help="YAML file whose keys are the flags below")
+    known, unknown = parser.parse_known_args(arguments)
+    for token in unknown:  # a value may be a secret, so none is printed
+        if not token.startswith("--"):
+            raise InputError(f"argument {arguments.index(token) + 1} belongs to no flag; write --name value")
+        name = shortened(token.removeprefix("--").split("=")[0])
+        raise InputError(f"unknown flag --{name}{_nearest(name, '--')}")
+    path = known.config
+    if path is None:
+        path = DEFAULT_CONFIG_PATH
+        logger.info("no --config given: using configs/%s", path.name)
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise InputError(f"the configuration {path} is not a mapping of keys to values")
+    flags_of_file = _flags(path, values)
+    for flag in ("dataset_name", "train_data_dir"):
+        displaced = _displaced(values, flag, getattr(known, flag))
+        if displaced:
+            logger.info("--%s replaces %s of %s", flag, ", ".join(displaced), path.name)
+            flags_of_file = {key: flags for key, flags in flags_of_file.items() if key not in displaced}
+    arguments = [*itertools.chain(*flags_of_file.values()), *arguments]
+    config, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    check_output_dir(config.output_dir)
+    check_model(config)
+    return config
+
+
+def _displaced(values: dict, flag: str, given: str | None) -> list[str]:
+    """The keys of a file that describe other images than those that a flag of the command line names."""
+    there = [key for key in ("dataset_name", "train_data_dir") if values.get(key) is not None]
+    if not there or given is None or values.get(flag) == given:
+        return []
+    of_other_images = [*FOR_HUB, "validation_split"] if flag not in there else FOR_HUB
+    return [*there, *(key for key in of_other_images if values.get(key))]
+
+
+def _flags(path: Path, values: dict) -> dict[str, list[str]]:
+    """The entries of a YAML file as arguments of the command line, by their keys."""
+    arguments = {}
+    for key, value in values.items():
+        if key not in TYPES:
+            raise InputError(f"unknown key {shown(key)} in {path}{_nearest(shown(key))}")
+        if value is None:
+            if not _is_optional(TYPES[key]):
+                raise InputError(f"{key} is null in {path}; it needs a value")
+            arguments[key] = [f"--{key}=null"]
+        elif not _suits(value, TYPES[key]):
+            quotes = "; put it in quotes" if _is_text(TYPES[key]) and isinstance(value, (bool, int, float)) else ""
+            kind = TYPES[key].__name__ if isinstance(TYPES[key], type) else TYPES[key]
+            raise InputError(f"{key} in {path} is {shown(value)}; it should be {kind}{quotes}")
+        else:
+            # "=" keeps a value that begins with a dash from being read as a flag
+            arguments[key] = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return arguments
+
+
+def _suits(value, annotation) -> bool:
+    """Whether a value of a YAML file can be read as the type of an option; argparse then does so."""
+    if typing.get_origin(annotation) is list:
+        (kind,) = typing.get_args(annotation)
+        if not isinstance(value, list):
+            return False
+        # an entry that begins with a dash would be read as a flag
+        return all(type(entry) is kind and not (kind is str and entry.startswith("-")) for entry in value)
+    return isinstance(value, str) or (isinstance(value, (bool, int, float)) and not _is_text(annotation))
+
+
+def _is_text(annotation) -> bool:
+    if typing.get_origin(annotation) is Literal:
+        return True
+    return annotation is str or (_is_optional(annotation) and str in typing.get_args(annotation))
+
+
+def _is_optional(annotation) -> bool:
+    return type(None) in typing.get_args(annotation)
+
+
+def _nearest(name: str, prefix: str = "") -> str:
+    if "token" in name.lower():
+        return TOKEN_HINT
+    matches = difflib.get_close_matches(name.replace("-", "_"), [*TYPES, "config"], n=1, cutoff=0.4)
+    return f"; did you mean {prefix}{matches[0]}?" if matches else ""
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Refuses a duplicate key, of which PyYAML would take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in [key for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"]:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, "duplicate key", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path):
+    """The content of a YAML file. Messages do not quote it, as a line may hold a secret.
+
+    Raises:
+        InputError: if it cannot be read, or has a key twice.
+    """
+    try:
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "there is no such file")
+        if path.stat().st_size > CONFIG_FILE_BYTES:
+            raise OSError(errno.EFBIG, f"it has more than {CONFIG_FILE_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+        token = TOKEN.search(text)
+        if token is None:
+            return yaml.load(text, _YamlLoader)
+        reason = f"line {text[: token.start()].count(chr(10)) + 1} holds a token{TOKEN_HINT}; remove it"
+    except OSError as error:
+        reason = error.strerror
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = f"line {mark.line + 1 if mark else 1}: {shortened(error.problem)}"
+    except RecursionError:
+        reason = "it is nested too deep"
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError):  # PyYAML's own, as for 2026-99-99
+        reason = "it is not YAML in UTF-8, or a value does not fit its type"
+    raise InputError(f"cannot read the configuration {shown(str(path))}: {reason}")
+
+
+def check_model(config: TrainConfig) -> None:
+    """Builds the network without its memory, and the noise process.
+
+    Raises:
+        InputError: if one of them cannot be built or would be of no use.
+    """
+    too_wide = [width for width in config.block_out_channels if width > LARGEST_LEVEL_WIDTH]
+    if too_wide:
+        raise InputError(f"--block_out_channels has {too_wide[0]}; it must be at most {LARGEST_LEVEL_WIDTH}")
+    try:
+        with torch.device("meta"):
+            network = CustomUNet2DModel(**config.unet_kwargs())
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    if num_parameters > MOST_PARAMETERS:
+        raise InputError(
+            f"the network would have {num_parameters:,} parameters, more than {MOST_PARAMETERS:,}; lower"
+            " --block_out_channels or --layers_per_block"
+        )
+    config.noise_scheduler()
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raises InputError unless the folder is there or can be made; nothing is made."""
+    path = Path(output_dir)
+    try:
+        while not os.path.lexists(path):
+            if len(os.fsencode(path.name)) > 255:
+                raise InputError(f"--output_dir has a part of {len(path.name)} characters; take a shorter name")
+            path = path.parent
+        is_writable = path.stat() and os.access(path, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise InputError(f"--output_dir {shown(output_dir)}: {error.strerror}; take another folder") from error
+    if not path.is_dir():
+        raise InputError(f"--output_dir {shown(output_dir)}: {path} is no folder; take another one")
+    if not is_writable:
+        raise InputError(f"--output_dir {shown(output_dir)}: {path} cannot be written to; take another folder")

@@ -1,0 +1,98 @@
+"""The images of a run: those that it learns from, batch by batch, and those of the held-out loss."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from common import InputError, on_main_process
+from training.config import TrainConfig
+from training.data import ImageStore, ShuffledBatches, make_loader, open_image_store, random_flip, to_model_range
+from training.diffusion import drop_labels
+
+
+class TrainingData:
+    """Opens the data of a run.
+
+    Attributes:
+        store: the training images.
+        label_names: of the classes; None without labels.
+        heldout_images: float32 (N, 3, H, W) in [-1, 1], on the main process alone; None without a validation split.
+        heldout_labels: int64 (N,); None without labels.
+        num_heldout_images: N, on every process.
+
+    Raises:
+        InputError: if the data cannot be had, or there are too few of them.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        self.store = self.open_store(config.split, config.max_images)
+        accumulated, num_processes = config.gradient_accumulation_steps, accelerator.num_processes
+        images_per_update = config.train_batch_size * accumulated * num_processes
+        if images_per_update > len(self.store):
+            raise InputError(
+                f"{len(self.store)} images are fewer than the {images_per_update} of one update"
+                f" ({config.train_batch_size} x {accumulated} accumulated x {num_processes} processes); lower"
+                " --train_batch_size"
+            )
+        self.label_names: list[str] | None = self.store.description.get("label_names")
+        self.heldout_images = self.heldout_labels = None
+        self.num_heldout_images = 0
+        if config.validation_split is not None:
+            self.open_heldout(self.open_store(config.validation_split, config.validation_images))
+
+    def open_store(self, split: str, max_images: int | None) -> ImageStore:
+        """The main process decodes the images, or finds them decoded; the others read the same store."""
+        open_it = partial(open_image_store, **self.config.data_source(), split=split, max_images=max_images)
+
+        def find() -> tuple[Path, int | None]:
+            store = open_it()
+            return store.folder, store.max_images
+
+        return ImageStore(*on_main_process(self.accelerator, find))
+
+    def open_heldout(self, store: ImageStore) -> None:
+        self.num_heldout_images = len(store)
+        if len(store) < 4:
+            raise InputError(
+                f"split {self.config.validation_split} has {len(store)} held-out images; their loss needs at least 4,"
+                " one for each quarter of the times: raise --validation_images or choose another --validation_split"
+            )
+        if self.label_names is not None:
+            self.heldout_labels = torch.from_numpy(store.labels_among(self.label_names))
+        if self.accelerator.is_main_process:
+            self.heldout_images = to_model_range(store.__getitems__(range(len(store))))
+
+    def first_images(self, count: int) -> Iterator[torch.Tensor]:
+        """Training images one by one, float32 (3, H, W) in [-1, 1]."""
+        return (to_model_range(self.store[index]) for index in range(min(count, len(self.store))))
+
+    def open_batches(self, start_batch: int) -> None:
+        """Begins the endless stream of this process's batches at one of its positions."""
+        order = ShuffledBatches(
+            len(self.store),
+            self.config.train_batch_size,
+            self.config.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            start_batch=start_batch,
+        )
+        pin_memory = self.accelerator.device.type == "cuda"
+        self.batches = make_loader(self.store, order, self.config.dataloader_num_workers, pin_memory)
+
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Clean images, float32 (B, 3, H, W) in [-1, 1], flipped at random, and labels (B,), dropped at random."""
+        config, device = self.config, self.accelerator.device
+        clean_images, labels = next(self.batches)
+        clean_images = clean_images.to(device, non_blocking=True)
+        if config.random_flip:
+            clean_images = random_flip(clean_images)
+        clean_images = to_model_range(clean_images)
+        if labels is not None:
+            labels = drop_labels(labels.to(device, non_blocking=True), len(self.label_names), config.label_dropout)
+        if config.channels_last:
+            clean_images = clean_images.contiguous(memory_format=torch.channels_last)
+        return clean_images, labels
