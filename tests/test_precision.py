@@ -65,8 +65,8 @@ AUTO = ("--mixed_precision", "auto")
 @pytest.mark.parametrize(
     ("seconds", "taken", "told"),
     [
-        (SLOW_BF16, "no", "70.0 images/s with no against 35.0 images/s with bf16; taking no"),
-        (FAST_BF16, "bf16", "17.5 images/s with no against 35.0 images/s with bf16; taking bf16"),
+        (SLOW_BF16, "no", "70.0 images/s with no against 35.0 images/s with bf16; using no"),
+        (FAST_BF16, "bf16", "17.5 images/s with no against 35.0 images/s with bf16; using bf16"),
     ],
 )
 def test_the_faster_one_is_taken_told_and_the_same_run_as_if_it_had_been_asked_for(
@@ -98,10 +98,10 @@ def test_a_run_that_starts_anew_is_timed_anew(timings, train, tmp_path):
     timings(FAST_BF16)
     train(tmp_path, *AUTO)
     timings(SLOW_BF16)
-    assert "taking no" in train(tmp_path, *AUTO, "--overwrite_output_dir")
+    assert "using no" in train(tmp_path, *AUTO, "--overwrite_output_dir")
     shutil.rmtree(tmp_path / "checkpoint-3")
     timings(FAST_BF16)
-    assert "taking bf16" in train(tmp_path, *AUTO)
+    assert "using bf16" in train(tmp_path, *AUTO)
 
 
 def test_the_timing_uses_the_precisions_and_restores_the_generator():
@@ -151,5 +151,5 @@ def test_all_processes_take_the_choice_of_the_main_one(tmp_path, cache_dir):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("--mixed_precision auto: ") == 1
-    assert "taking bf16" in done.stdout
+    assert "using bf16" in done.stdout
     assert read_state(tmp_path / "run" / "checkpoint-3")["mixed_precision"] == "bf16"
