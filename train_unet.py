@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from training import checkpoint
 from training.arguments import parse_config
 from training.config import DEFAULTS, TrainConfig
 from training.diffusion import diffusion_loss, make_sampling_scheduler
-from training.log import Interval, RunLog, duration, machine_facts, recorded, speed_report
+from training.log import Interval, RunLog, duration, recorded, speed_report
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.post_hoc_ema import start_averages, update_averages
 from training.precision import settle_precision
@@ -269,29 +268,6 @@ class Trainer(Reports):
                 " from the newest checkpoint"
             ) from error
 
-    def facts(self) -> dict:
-        """What `training.json` of the model repository says, JSON-able and without any path of this machine."""
-        config, heldout = self.config, self.log.newest("heldout_loss")
-        if heldout is not None and config.validation_split is not None:  # a resumed run may have given it up
-            heldout = {k: v for k, v in heldout.items() if k == "step" or k.startswith("heldout_loss")}
-            heldout["split"] = config.validation_split
-        facts = {
-            "step": self.progress.step,
-            "total_steps": self.total_steps,
-            "images_seen": self.images_seen,
-            "train_seconds": self.progress.train_seconds,
-            "num_processes": self.accelerator.num_processes,
-            "num_heldout_images": self.data.num_heldout_images,
-            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
-            "objective": config.objective_settings(),
-            "data": {key: value for key, value in self.data.store.description.items() if value is not None},
-            "heldout": None if config.validation_split is None else heldout,
-            "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
-            "date": datetime.now(UTC).date().isoformat(),
-        }
-        facts |= {} if self.pretrained_facts is None else {"pretrained": self.pretrained_facts}
-        return facts | machine_facts(self.accelerator.device)
-
     # ---- Training
 
     def training_step(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -474,31 +450,6 @@ class Trainer(Reports):
             self.tell(
                 f"the best by {self.metric.title} is {self.best_dir}: {best['value']:.4g} at step {best['step']}"
             )
-
-    # ---- Its numbers
-
-    def measure(self) -> None:
-        """FID or KID of the EMA network, unless the run is to stop or the log has it; the best has its own folder.
-
-        A failure is told and does not end the training.
-
-        Raises:
-            Failed: if that folder cannot be written.
-        """
-        step, metric = self.progress.step, self.metric
-        if metric is None:
-            return
-
-        known = self.log.newest(metric.name) if self.accelerator.is_main_process else None
-        is_known = known is not None and known["step"] == step
-        if on_any_process(self.accelerator, is_known or self.wants_to_stop()):
-            return
-        value = metric.measure(step, self.wants_to_stop, self.tell)
-        if value is not None:
-            keep = partial(metric.keep_best, value, step, self.best_dir, self.write_pipeline)
-            self.tell(on_main_process(self.accelerator, keep))
-            self.record(**{metric.name: value})
-            self.last_metric = {metric.name: f"{value:.3g}"}
 
 
 def run(

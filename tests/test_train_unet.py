@@ -648,6 +648,22 @@ def test_an_export_that_a_kill_prevented_is_made_up_for(trainer):
     assert json.loads((trainer.pipeline_dir / "training.json").read_text())["step"] == 3
 
 
+def test_the_facts_are_of_the_newest_heldout_loss_and_tell_no_path(make_trainer, tmp_path):
+    trainer = make_trainer(validation_split="validation", validation_images=20)
+    assert trainer.facts()["heldout"] is None
+    for _ in range(2):
+        trainer.training_step()
+        trainer.report_heldout_loss()
+    facts = trainer.facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert str(tmp_path) not in json.dumps(facts)
+    assert (facts["heldout"]["step"], facts["heldout"]["split"]) == (2, "validation")
+    assert facts["heldout"].keys() > {"heldout_loss", "heldout_loss_q1", "heldout_loss_q4"}
+    assert facts["objective"] == trainer.config.objective_settings()
+    trainer.config.validation_split = None  # given up by a resumed run
+    assert trainer.facts()["heldout"] is None
+
+
 def test_log_records_are_json_numbers(trainer):
     trainer.record(loss=1.5)
     assert json.loads((trainer.output_dir / "log.jsonl").read_text()) == {"step": 0, "images_seen": 0, "loss": 1.5}

@@ -1,6 +1,7 @@
-"""What a training shows of itself while it runs: lines on the terminal, records, held-out losses, sample grids."""
+"""What a training shows of itself: lines on the terminal, records, held-out losses, sample grids, a metric, facts."""
 
 import logging
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from common import on_main_process
 from training.config import TrainConfig
 from training.diffusion import heldout_loss
-from training.log import Interval, RunLog, preflight_summary
-from training.processes import StopSignal
+from training.log import Interval, RunLog, machine_facts, preflight_summary
+from training.processes import StopSignal, on_any_process
 from training.samples import SamplingStopped, draw_grid, save_grid
 from training.training_data import TrainingData
 
@@ -21,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reports:
-    """The base of a trainer, which has these attributes and `progress`, `network`, `ema_network`, `optimizer`."""
+    """The base of `train_unet.Trainer`, which sets these attributes and has the networks and the optimizer."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -32,6 +34,7 @@ class Reports:
     output_dir: Path
     images_per_update: int
     total_steps: int | None
+    metric: object | None  # `eval.training_metric.TrainingMetric`
     last_metric: dict[str, str]  # for the progress bar
 
     def tell(self, line: str) -> None:
@@ -116,21 +119,64 @@ class Reports:
             self.tell(f"step {step}: sampling failed, training goes on: {error}")
 
     def preflight(self) -> str:
-        label = (
-            None
-            if self.data.label_names is None
-            else torch.zeros(1, dtype=torch.int64, device=self.accelerator.device)
-        )
+        """The table before the start."""
+        names, device = self.data.label_names, self.accelerator.device
+        label = None if names is None else torch.zeros(1, dtype=torch.int64, device=device)
         return preflight_summary(
             self.config,
             self.network,
             lambda images: self.loss(self.network, images, label),
-            num_classes=self.data.label_names and len(self.data.label_names),
+            num_classes=names and len(names),
             source=self.data.store.description["source"],
             num_images=len(self.data.store),
             num_heldout_images=self.data.num_heldout_images,
             num_processes=self.accelerator.num_processes,
             total_steps=self.total_steps,
             step=self.progress.step,
-            device=str(self.accelerator.device),
+            device=str(device),
         )
+
+    def facts(self) -> dict:
+        """What `training.json` of the model repository says, JSON-able and without any path of this machine."""
+        config, heldout = self.config, self.log.newest("heldout_loss")
+        if heldout is not None and config.validation_split is not None:  # a resumed run may have given it up
+            heldout = {k: v for k, v in heldout.items() if k == "step" or k.startswith("heldout_loss")}
+            heldout["split"] = config.validation_split
+        facts = {
+            "step": self.progress.step,
+            "total_steps": self.total_steps,
+            "images_seen": self.images_seen,
+            "train_seconds": self.progress.train_seconds,
+            "num_processes": self.accelerator.num_processes,
+            "num_heldout_images": self.data.num_heldout_images,
+            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
+            "objective": config.objective_settings(),
+            "data": {key: value for key, value in self.data.store.description.items() if value is not None},
+            "heldout": None if config.validation_split is None else heldout,
+            "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+        facts |= {} if self.pretrained_facts is None else {"pretrained": self.pretrained_facts}
+        return facts | machine_facts(self.accelerator.device)
+
+    def measure(self) -> None:
+        """FID or KID of the EMA network, unless the run is to stop or the log has it; the best has its own folder.
+
+        A failure is told and does not end the training.
+
+        Raises:
+            Failed: if that folder cannot be written.
+        """
+        step, metric = self.progress.step, self.metric
+        if metric is None:
+            return
+        known = self.log.newest(metric.name) if self.accelerator.is_main_process else None
+        is_known = known is not None and known["step"] == step
+        if on_any_process(self.accelerator, is_known or self.wants_to_stop()):
+            return
+        value = metric.measure(step, self.wants_to_stop, self.tell)
+        if value is not None:
+            keep = partial(metric.keep_best, value, step, self.best_dir, self.write_pipeline)
+            self.tell(on_main_process(self.accelerator, keep))
+            self.record(**{metric.name: value})
+            self.last_metric = {metric.name: f"{value:.3g}"}
