@@ -36,7 +36,7 @@ from pipelines.pretrained import open_pretrained, take_weights
 from training import checkpoint
 from training.arguments import parse_config
 from training.config import DEFAULTS, TrainConfig
-from training.diffusion import diffusion_loss, make_sampling_scheduler
+from training.diffusion import check_noise_levels, diffusion_loss, make_sampling_scheduler
 from training.log import Interval, RunLog, duration, recorded, speed_report
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.post_hoc_ema import start_averages, update_averages
@@ -44,7 +44,6 @@ from training.precision import settle_precision
 from training.processes import StoppedEarly, StopSignal, build_accelerator, on_any_process
 from training.reports import Reports
 from training.samples import list_grids
-from training.score_matching import check_noise_levels
 from training.training_data import TrainingData
 
 PROJECT = "unet"  # what the trackers call the run; TensorBoard's folder
@@ -102,10 +101,7 @@ class Trainer(Reports):
             self.pretrained_facts = {"name": config.pretrained_name, **facts}
         self.data = TrainingData(config, accelerator)
         if config.objective in ("ve", "edm"):
-            try:
-                check_noise_levels(self.noise_scheduler, self.data.first_images(RANGE_IMAGES))
-            except ValueError as error:
-                raise InputError(str(error)) from error
+            check_noise_levels(self.noise_scheduler, self.data.first_images(RANGE_IMAGES))
         self.build_networks(network_class, pretrained)
         self.metric = (
             None if config.metric is None else TrainingMetric(config, self.data.store, self.pipeline, accelerator)

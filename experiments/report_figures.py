@@ -24,7 +24,7 @@ from eval.figures import plot_curves, plot_image_rows, plot_panels, save_figure
 from eval.results import write_results
 from training.arguments import parse_config
 from training.data import to_model_range, to_uint8
-from training.diffusion import make_noise_scheduler, timestep_regression
+from training.diffusion import ddpm_regression, make_noise_scheduler
 from training.synthetic_faces import render_faces
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -150,7 +150,7 @@ def clean_error_weights(schedule: str, prediction_type: str, snr_gamma: float | 
     """
     images = torch.zeros(NUM_TIMESTEPS, 1, 1, 1)
     positions = (torch.arange(NUM_TIMESTEPS).double() + 0.5) / NUM_TIMESTEPS
-    task = timestep_regression(noise_schedule(schedule, prediction_type), images, images, positions, snr_gamma)
+    task = ddpm_regression(noise_schedule(schedule, prediction_type), images, images, positions, snr_gamma)
     return (task.loss_weight / task.noise_weight).double().numpy() * signal_to_noise(schedule)
 
 

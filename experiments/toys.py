@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.swd import projected_distances, random_directions
-from training.sde import SDE, clean_from_score, score_from_noise, spread
+from training.sde import SDE, clean_from_score, spread
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ScoreNetwork(nn.Module):
         t = t.expand(len(x))
         inputs = torch.cat([x, self.sde.sigma(t).log()[:, None].to(x) / 4, t[:, None].to(x)], 1)
         noise = self.layers(inputs.float()).to(x)
-        return score_from_noise(noise, spread(self.sde.noise_scale(t), x))
+        return -noise / spread(self.sde.noise_scale(t), x)
 
 
 def clean_of(sde: SDE, score):

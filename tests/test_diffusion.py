@@ -1,4 +1,4 @@
-"""The mathematics of training against diffusers' schedulers and closed forms."""
+"""The mathematics of training against diffusers' schedulers, closed forms and the formulas of the papers."""
 
 import math
 
@@ -7,30 +7,98 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import compute_snr
 
+from common import InputError
 from training import diffusion
+from training.diffusion import diffusion_loss, heldout_loss, sample_positions, score_regression
+from training.sde import SDEScheduler
 
 KINDS = ["epsilon", "sample", "v_prediction"]
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
+SDES = [(name, kind) for name in ("vp", "subvp") for kind in KINDS] + [("ve", "score")]
+SDES += [("edm", "edm"), ("flow", "flow_prediction")]
 
 
 def scheduler_of(prediction_type="epsilon", beta_schedule="linear", zero_snr=False, num_train_timesteps=1000):
     return diffusion.make_noise_scheduler(num_train_timesteps, beta_schedule, 1e-4, 0.02, prediction_type, zero_snr)
 
 
-class OracleNetwork(torch.nn.Module):
-    """Predicts perfectly, up to a constant error in the noise: it is told the noise."""
+def alpha_and_n(scheduler, times):
+    """Of timesteps, or from the formulas of Song et al., eq. 29 with betas and sigmas of appendix C; (B, 1, 1, 1)."""
+    t = times.view(-1, 1, 1, 1)
+    if isinstance(scheduler, DDPMScheduler):
+        abar = scheduler.alphas_cumprod.double()[t]
+        return abar.sqrt(), (1 - abar).sqrt()
+    integral = 0.1 * t + 19.9 * t**2 / 2
+    return {
+        "vp": lambda: ((-integral / 2).exp(), (1 - (-integral).exp()).sqrt()),
+        "subvp": lambda: ((-integral / 2).exp(), 1 - (-integral).exp()),
+        "ve": lambda: (torch.ones_like(t), 0.02 * (100 / 0.02) ** t),
+        "edm": lambda: (torch.ones_like(t), t),
+        "flow": lambda: (1 - t, t),
+    }[scheduler.config.objective]()
 
-    def __init__(self, scheduler, clean_images, noise, noise_error=0.0):
+
+class OracleNetwork(torch.nn.Module):
+    """Knows image and noise, and errs in epsilon by `noise_error`; float64 within, as small times need it."""
+
+    def __init__(self, scheduler, clean_images, noise, noise_error):
         super().__init__()
         self.scheduler, self.clean_images, self.noise, self.noise_error = scheduler, clean_images, noise, noise_error
         self.device_anchor = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, noisy_images, timesteps, class_labels=None):
-        noise = self.noise + self.noise_error
-        signal, sigma = diffusion.signal_and_noise_scale(self.scheduler, timesteps)
-        clean_images = (noisy_images - sigma * noise) / signal
-        output = {"epsilon": noise, "sample": clean_images, "v_prediction": signal * noise - sigma * clean_images}
-        return type("Output", (), {"sample": output[self.scheduler.config.prediction_type]})
+    def forward(self, inputs, times, class_labels=None):
+        time_of = {
+            "vp": lambda c: c / 999,
+            "subvp": lambda c: c / 999,
+            "ve": lambda c: (c / 0.02).log() / math.log(100 / 0.02),
+            "edm": lambda c: (4 * c).exp(),
+            "flow": lambda c: c / 1000,
+        }.get(self.scheduler.config.get("objective"))
+        alpha, n = alpha_and_n(self.scheduler, times if time_of is None else time_of(times.double()))
+        clean, noise = self.clean_images.double(), self.noise.double()
+        x, epsilon = alpha * clean + n * noise, noise + self.noise_error
+        predicted = (x - n * epsilon) / alpha
+        output = {
+            "epsilon": lambda: epsilon,
+            "sample": lambda: predicted,
+            "v_prediction": lambda: (alpha * epsilon - n * predicted) / (alpha**2 + n**2).sqrt(),
+            "score": lambda: -epsilon / n,
+            "edm": lambda: (predicted - 0.25 / (n**2 + 0.25) * x) / (n * 0.5 / (n**2 + 0.25).sqrt()),
+            "flow_prediction": lambda: epsilon - predicted,
+        }[self.scheduler.config.prediction_type]()
+        return type("Output", (), {"sample": output.float()})
+
+
+class Network(torch.nn.Conv2d):
+    """Whatever: a function of image and time."""
+
+    def __init__(self):
+        torch.manual_seed(1)
+        super().__init__(3, 3, 1)
+
+    def forward(self, images, times, class_labels=None):
+        output = super().forward(images.tanh()) * (1 + times / 1000).view(-1, 1, 1, 1)
+        return type("Output", (), {"sample": output})
+
+
+def loss_and_draws(scheduler, network, clean_images, how="stratified", **options):
+    """The loss, and the noise and positions that it drew."""
+    torch.manual_seed(5)
+    noise, positions = torch.randn_like(clean_images), sample_positions(how, len(clean_images))
+    torch.manual_seed(5)
+    return diffusion_loss(network, scheduler, clean_images, how, **options), noise, positions
+
+
+def images(count: int = 16) -> torch.Tensor:
+    return torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
+
+
+# ---- DDPM
+
+
+def ddpm_target(scheduler, clean_images, noise, timesteps):
+    positions = (timesteps.double() + 0.5) / scheduler.config.num_train_timesteps
+    return diffusion.ddpm_regression(scheduler, clean_images, noise, positions).target
 
 
 @pytest.mark.parametrize("beta_schedule", SCHEDULES)
@@ -43,7 +111,7 @@ def test_a_perfect_prediction_is_turned_back_into_the_image_by_diffusers(predict
     for t in [0, 100, 500, 900]:
         timesteps = torch.tensor([t, t])
         noisy_images = scheduler.add_noise(clean_images, noise, timesteps)
-        target = diffusion.prediction_target(scheduler, clean_images, noise, timesteps)
+        target = ddpm_target(scheduler, clean_images, noise, timesteps)
         step = ddim.step(target, t, noisy_images)
         torch.testing.assert_close(step.pred_original_sample, clean_images, atol=2e-3, rtol=0)
 
@@ -52,56 +120,25 @@ def test_velocity_is_diffusers_velocity():
     scheduler = scheduler_of("v_prediction", "squaredcos_cap_v2", zero_snr=True)
     clean_images, noise, timesteps = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
     expected = DDPMScheduler.from_config(scheduler.config).get_velocity(clean_images, noise, timesteps)
-    torch.testing.assert_close(diffusion.prediction_target(scheduler, clean_images, noise, timesteps), expected)
+    torch.testing.assert_close(ddpm_target(scheduler, clean_images, noise, timesteps), expected)
 
 
+@pytest.mark.parametrize("weighting", [None, "min", "soft_min"])
 @pytest.mark.parametrize("prediction_type", KINDS)
-def test_min_snr_weight(prediction_type):
-    """The published formula per prediction type, with diffusers' own SNR."""
-    scheduler = scheduler_of(prediction_type, "squaredcos_cap_v2")
-    timesteps = torch.arange(1000)
-    snr = compute_snr(scheduler, timesteps)
-    capped = torch.minimum(snr, torch.tensor(5.0))
-    expected = {"epsilon": capped / snr, "sample": capped, "v_prediction": capped / (snr + 1)}[prediction_type]
-    torch.testing.assert_close(diffusion.loss_weight(scheduler, timesteps, 5.0), expected, rtol=1e-4, atol=1e-8)
-    assert (diffusion.loss_weight(scheduler, timesteps, None) == 1).all()
-
-
-@pytest.mark.parametrize("prediction_type", KINDS)
-def test_soft_min_snr_weight_and_that_it_tends_to_min_snr_far_from_gamma(prediction_type):
-    """The published formula per prediction type, for x_0 1 / (sigma^2 + 1 / gamma), with diffusers' own SNR."""
-    scheduler = scheduler_of(prediction_type, "squaredcos_cap_v2")
-    timesteps, gamma = torch.arange(1000), 5.0
-    snr = compute_snr(scheduler, timesteps)
-    of_clean = 1 / (1 / snr + 1 / gamma)
-    expected = {"epsilon": of_clean / snr, "sample": of_clean, "v_prediction": of_clean / (snr + 1)}[prediction_type]
-    weight = diffusion.loss_weight(scheduler, timesteps, gamma, "soft_min")
-    torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-9)
-
-    ratio = weight / diffusion.loss_weight(scheduler, timesteps, gamma)
-    far, at_gamma = (snr < gamma / 200) | (snr > gamma * 200), (snr - gamma).abs().argmin()
-    assert min((snr[far] < gamma).sum(), (snr[far] > gamma).sum()) > 10
-    assert (ratio[far] > 0.995).all()
-    assert (ratio < 1 + 1e-6).all()
-    assert ratio.min() == ratio[at_gamma]
-    assert ratio[at_gamma].item() == pytest.approx(0.5, abs=0.01)
-
-
-@pytest.mark.parametrize("snr_weighting", ["min", "soft_min"])
-def test_min_snr_losses_of_the_three_parametrisations_agree(snr_weighting):
-    """One and the same prediction costs the same, whichever way it is expressed."""
-    torch.manual_seed(0)
-    clean_images, noise = torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)
-    timesteps, costs = torch.tensor([5, 50, 150, 300, 450, 600, 750, 900]), []
-    for prediction_type in KINDS:
-        scheduler = scheduler_of(prediction_type)
-        network = OracleNetwork(scheduler, clean_images, noise, noise_error=0.1)
-        noisy_images = scheduler.add_noise(clean_images, noise, timesteps)
-        target = diffusion.prediction_target(scheduler, clean_images, noise, timesteps)
-        error = diffusion.per_image_mse(network(noisy_images, timesteps).sample, target)
-        costs.append(diffusion.loss_weight(scheduler, timesteps, 5.0, snr_weighting) * error)
-    torch.testing.assert_close(costs[0], costs[1], rtol=1e-3, atol=0)
-    torch.testing.assert_close(costs[0], costs[2], rtol=1e-3, atol=0)
+def test_training_loss_of_a_known_error(prediction_type, weighting):
+    """With the noise off by 0.1 and diffusers' SNR. Unweighted, the three predictions err by different multiples of
+    it; weighted for the error of x_0, the same prediction costs the same whichever way it is expressed."""
+    scheduler, gamma = scheduler_of(prediction_type, "squaredcos_cap_v2"), 5.0
+    torch.manual_seed(5)
+    network = OracleNetwork(scheduler, images(), torch.randn_like(images()), noise_error=0.1)
+    options = {} if weighting is None else {"snr_gamma": gamma, "snr_weighting": weighting}
+    loss, _, positions = loss_and_draws(scheduler, network, images(), **options)
+    snr = compute_snr(scheduler, timesteps_of(positions))
+    if weighting is None:
+        factor = {"epsilon": torch.ones(16), "sample": 1 / snr, "v_prediction": (snr + 1) / snr}[prediction_type]
+    else:
+        factor = {"min": snr.clamp(max=gamma), "soft_min": 1 / (1 / snr + 1 / gamma)}[weighting] / snr
+    assert loss.item() == pytest.approx((0.01 * factor).mean().item(), rel=1e-3)
 
 
 def test_zero_terminal_snr():
@@ -112,7 +149,7 @@ def test_zero_terminal_snr():
 @pytest.mark.parametrize("how", ["uniform", "stratified", "antithetic"])
 def test_positions_are_uniform_and_so_are_their_timesteps(how):
     torch.manual_seed(0)
-    draws = torch.cat([diffusion.sample_positions(how, 7) for _ in range(6000)])
+    draws = torch.cat([sample_positions(how, 7) for _ in range(6000)])
     assert draws.dtype == torch.float64
     assert 0 < draws.min() < draws.max() < 1
     frequencies = torch.bincount((10 * draws).long(), minlength=10) / len(draws)
@@ -124,20 +161,20 @@ def test_positions_are_uniform_and_so_are_their_timesteps(how):
 
 
 def timesteps_of(positions, num_train_timesteps=1000):
-    scheduler, images = scheduler_of(num_train_timesteps=num_train_timesteps), torch.zeros(len(positions), 1, 1, 1)
-    return diffusion.timestep_regression(scheduler, images, images, positions, None).times
+    scheduler, blank = scheduler_of(num_train_timesteps=num_train_timesteps), torch.zeros(len(positions), 1, 1, 1)
+    return diffusion.ddpm_regression(scheduler, blank, blank, positions).times
 
 
 def test_stratified_positions_fill_every_stratum():
     for _ in range(50):
-        positions = diffusion.sample_positions("stratified", 8)
+        positions = sample_positions("stratified", 8)
         torch.testing.assert_close(positions.sort().values.diff(), torch.full((7,), 1 / 8, dtype=torch.float64))
 
 
 def test_antithetic_timesteps_come_in_pairs():
     torch.manual_seed(0)
     for _ in range(200):
-        timesteps = timesteps_of(diffusion.sample_positions("antithetic", 9))
+        timesteps = timesteps_of(sample_positions("antithetic", 9))
         assert len(timesteps) == 9
         assert (timesteps[:4] + timesteps[5:] == 999).all()
 
@@ -146,7 +183,7 @@ def test_positions_keep_off_the_borders_of_timesteps(monkeypatch):
     """Where the random number is one of float32's extremes or on a border, pairs still are pairs."""
     extremes = torch.tensor([0.0, 1 - 2**-24, 0.5, 0.125, 0.875])
     monkeypatch.setattr(torch, "rand", lambda count: extremes[:count])
-    timesteps = timesteps_of(diffusion.sample_positions("antithetic", 10))
+    timesteps = timesteps_of(sample_positions("antithetic", 10))
     assert (timesteps[:5] + timesteps[5:] == 999).all()
     assert timesteps[:2].tolist() == [0, 999]
 
@@ -162,70 +199,6 @@ def test_labels_are_dropped_with_their_probability_and_kept_otherwise():
     assert torch.equal(diffusion.drop_labels(labels, 4, 0.0), labels)
 
 
-@pytest.mark.parametrize("prediction_type", KINDS)
-def test_training_loss_of_a_known_error(prediction_type):
-    """With the noise off by 0.1 everywhere the simple epsilon loss is 0.01; the others follow from the SNR."""
-    scheduler = scheduler_of(prediction_type)
-    torch.manual_seed(3)
-    clean_images = torch.randn(4, 3, 4, 4)
-    torch.manual_seed(5)
-    noise = torch.randn_like(clean_images)
-    timesteps = timesteps_of(diffusion.sample_positions("stratified", 4))
-    network = OracleNetwork(scheduler, clean_images, noise, noise_error=0.1)
-    torch.manual_seed(5)
-    loss = diffusion.diffusion_loss(network, scheduler, clean_images, "stratified", None)
-    snr = compute_snr(scheduler, timesteps)
-    factor = {"epsilon": torch.ones(4), "sample": 1 / snr, "v_prediction": (snr + 1) / snr}[prediction_type]
-    assert loss.item() == pytest.approx((0.01 * factor).mean().item(), rel=1e-3)
-
-
-def test_training_loss_has_the_weight_that_was_asked_for():
-    scheduler, losses = scheduler_of("v_prediction"), {}
-    torch.manual_seed(3)
-    clean_images = torch.randn(4, 3, 4, 4)
-    torch.manual_seed(5)
-    noise, timesteps = torch.randn_like(clean_images), timesteps_of(diffusion.sample_positions("stratified", 4))
-    network = OracleNetwork(scheduler, clean_images, noise, noise_error=0.1)
-    for how in ("min", "soft_min"):
-        torch.manual_seed(5)
-        losses[how] = diffusion.diffusion_loss(network, scheduler, clean_images, "stratified", 5.0, how).item()
-    snr = compute_snr(scheduler, timesteps)
-    assert losses["min"] == pytest.approx((0.01 * snr.clamp(max=5) / snr).mean().item(), rel=1e-3)
-    assert losses["soft_min"] == pytest.approx((0.01 * 5 / (snr + 5)).mean().item(), rel=1e-3)
-
-
-@pytest.mark.parametrize("prediction_type", KINDS)
-def test_heldout_loss_is_the_simple_loss_whatever_the_parametrisation(prediction_type):
-    scheduler = scheduler_of(prediction_type)
-    clean_images = torch.randn(40, 3, 4, 4)
-    generator = torch.Generator().manual_seed(0)
-    torch.randperm(40, generator=generator)
-    noise = torch.randn(clean_images.shape, generator=generator)
-    network = OracleNetwork(scheduler, clean_images, noise, noise_error=0.2)
-    losses = diffusion.heldout_loss(network, scheduler, clean_images, batch_size=40)
-    assert set(losses) == {"heldout_loss", *(f"heldout_loss_q{q}" for q in (1, 2, 3, 4))}
-    for value in losses.values():
-        assert value == pytest.approx(0.04, rel=2e-2)
-
-
-def test_heldout_loss_does_not_depend_on_the_batch_size_or_the_global_generator():
-    class Network(torch.nn.Conv2d):
-        def forward(self, images, timesteps, class_labels=None):
-            return type("Output", (), {"sample": super().forward(images) * timesteps.view(-1, 1, 1, 1) / 1000})
-
-    torch.manual_seed(0)
-    network, images, scheduler = Network(3, 3, 1), torch.randn(13, 3, 4, 4), scheduler_of()
-    first = diffusion.heldout_loss(network, scheduler, images, batch_size=13)
-    assert diffusion.heldout_loss(network, scheduler, images, batch_size=4) == pytest.approx(first, rel=1e-6)
-    quarters = [first[f"heldout_loss_q{q}"] for q in (1, 2, 3, 4)]
-    assert len({round(value, 4) for value in quarters}) == 4  # a network that uses t differs between the quarters
-
-
-def test_heldout_loss_refuses_too_few_images():
-    with pytest.raises(ValueError, match="at least 4"):
-        diffusion.heldout_loss(torch.nn.Linear(1, 1), scheduler_of(), torch.zeros(3, 3, 4, 4), 3)
-
-
 @pytest.mark.parametrize(("sampler", "cls"), [("ddpm", DDPMScheduler), ("ddim", DDIMScheduler)])
 def test_sampling_scheduler_has_the_same_forward_process(sampler, cls):
     scheduler = scheduler_of("v_prediction", "squaredcos_cap_v2", zero_snr=True)
@@ -235,3 +208,148 @@ def test_sampling_scheduler_has_the_same_forward_process(sampler, cls):
     other.set_timesteps(50)
     assert other.timesteps[0] == 999
     assert math.isclose(other.config.beta_end, 0.02)
+
+
+# ---- Continuous time
+
+
+@pytest.mark.parametrize("objective", ["vp", "subvp"])
+@pytest.mark.parametrize("how", ["uniform", "stratified", "antithetic"])
+def test_loss_of_vp_with_epsilon_is_the_mean_squared_error_of_the_noise(objective, how):
+    network = Network()
+    loss, noise, positions = loss_and_draws(SDEScheduler(objective=objective), network, images(), how)
+    times = 1e-5 + (1 - 1e-5) * positions
+    alpha, n = alpha_and_n(SDEScheduler(objective=objective), times)
+    prediction = network((alpha * images() + n * noise).float(), (999 * times).float()).sample
+    torch.testing.assert_close(loss, (prediction - noise).square().mean(), rtol=1e-4, atol=0)
+
+
+def test_loss_of_ve_is_that_of_sigma_times_the_score():
+    network = Network()
+    loss, noise, positions = loss_and_draws(SDEScheduler(objective="ve", prediction_type="score"), network, images())
+    sigma = 0.02 * (100 / 0.02) ** positions.view(-1, 1, 1, 1)
+    score = network((images() + sigma * noise).float(), sigma.flatten().float()).sample
+    torch.testing.assert_close(loss, (sigma * score + noise).square().mean().float(), rtol=1e-4, atol=0)
+
+
+def test_loss_of_edm_is_that_of_karras():
+    """Karras et al. 2022, eq. 2, 7 and table 1: the mean of lambda(sigma) |D(y + n; sigma) - y|^2."""
+    network, data = Network(), 0.5
+    loss, noise, positions = loss_and_draws(SDEScheduler(objective="edm", prediction_type="edm"), network, images())
+    log_sigma = -1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * positions - 1).view(-1, 1, 1, 1)
+    sigma = log_sigma.exp()
+    x, norm = images() + sigma * noise, (sigma**2 + data**2).sqrt()
+    output = network((x / norm).float(), (log_sigma / 4).flatten().float()).sample
+    denoised = data**2 / norm**2 * x + sigma * data / norm * output
+    weight = (sigma**2 + data**2) / (sigma * data) ** 2
+    torch.testing.assert_close(loss, (weight * (denoised - images()) ** 2).mean().float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("how", ["uniform", "stratified", "antithetic"])
+@pytest.mark.parametrize("density", ["uniform", "logit_normal"])
+def test_loss_of_flow_is_the_mean_squared_error_of_the_velocity(density, how):
+    """Liu et al. 2022, eq. 1, with time reversed; logit-normal as in Esser et al. 2024, section 3.1."""
+    network = Network()
+    scheduler = SDEScheduler(objective="flow", prediction_type="flow_prediction", time_density=density)
+    loss, noise, positions = loss_and_draws(scheduler, network, images(), how)
+    t = positions.view(-1, 1, 1, 1)
+    if density == "logit_normal":
+        t = 1 / (1 + (-math.sqrt(2) * torch.erfinv(2 * t - 1)).exp())
+    velocity = network(((1 - t) * images() + t * noise).float(), (1000 * t).flatten().float()).sample
+    torch.testing.assert_close(loss, (velocity - (noise - images())).square().mean(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("objective", "kind"), SDES[:-2])
+def test_likelihood_weighting_is_g_squared_times_the_error_of_the_score(objective, kind):
+    scheduler = SDEScheduler(objective=objective, prediction_type=kind)
+    torch.manual_seed(5)
+    noise = torch.randn_like(images())
+    network = OracleNetwork(scheduler, images(), noise, noise_error=0.1)
+    loss, _, positions = loss_and_draws(scheduler, network, images(), likelihood_weighting=True)
+    t = positions if objective == "ve" else 1e-5 + (1 - 1e-5) * positions
+    beta, integral = 0.1 + 19.9 * t, 0.1 * t + 19.9 * t**2 / 2
+    g_squared = {
+        "vp": beta,
+        "subvp": beta * (1 - (-2 * integral).exp()),
+        "ve": (0.02 * (100 / 0.02) ** t) ** 2 * 2 * math.log(100 / 0.02),
+    }[objective]
+    _, n = alpha_and_n(scheduler, t)
+    expected = (g_squared * (0.1 / n.flatten()) ** 2).mean().item()  # the score errs by 0.1 / n
+    assert loss.item() == pytest.approx(expected, rel=1e-2)
+    plain, _, _ = loss_and_draws(scheduler, network, images())
+    assert plain.item() == pytest.approx(0.01, rel=1e-2)
+
+
+@pytest.mark.parametrize(("objective", "kind"), SDES)
+def test_the_target_is_what_turns_the_noisy_image_into_the_clean_one(objective, kind):
+    """c_skip x + c_out F = x_0 with the coefficients of the scheduler, at the ends of the times too."""
+    scheduler, clean_images, noise = (
+        SDEScheduler(objective=objective, prediction_type=kind),
+        images(5).double(),
+        images(5).double().flip(0),
+    )
+    positions = torch.tensor([0.0, 1e-3, 0.3, 0.7, 1 - 2**-25], dtype=torch.float64)
+    task = score_regression(scheduler, clean_images, noise, positions)
+    times = scheduler.times(positions)
+    c_skip, c_out, c_in, c_noise = (value.view(-1, 1, 1, 1) for value in scheduler.preconditioning(times))
+    torch.testing.assert_close(c_skip * task.inputs / c_in + c_out * task.target, clean_images, rtol=0, atol=1e-7)
+    assert torch.equal(task.times, c_noise.flatten())
+
+
+@pytest.mark.parametrize(("objective", "kind"), SDES)
+def test_noise_images_and_loss_are_float32_and_small_times_are_not_lost(objective, kind):
+    scheduler, clean_images, noise = (
+        SDEScheduler(objective=objective, prediction_type=kind),
+        images(4),
+        images(4).flip(0),
+    )
+    positions = torch.tensor([0.0, 1e-6, 1e-3, 1 - 2**-25], dtype=torch.float64)
+    task = score_regression(
+        scheduler, clean_images, noise, positions, likelihood_weighting=(objective, kind) in SDES[:-2]
+    )
+    exact = score_regression(
+        scheduler, clean_images.double(), noise.double(), positions, (objective, kind) in SDES[:-2]
+    )
+    for name in ("inputs", "times", "target", "loss_weight", "noise_weight"):
+        value = getattr(task, name)
+        assert value.dtype == torch.float32
+        assert torch.isfinite(value).all()
+        torch.testing.assert_close(value.double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("objective", "kind"), [("ve", "score"), ("edm", "edm")])
+def test_noise_levels_must_reach_from_the_image_to_pure_noise(objective, kind):
+    grey = [torch.full((3, 4, 4), -0.3), torch.full((3, 4, 4), 0.5)]  # root mean square 0.412
+
+    def check(**sigmas):
+        diffusion.check_noise_levels(SDEScheduler(objective=objective, prediction_type=kind, **sigmas), grey)
+
+    check()
+    check(sigma_min=0.041, sigma_max=8.25)
+    with pytest.raises(InputError, match=r"--sigma_max is 8.2, .* root mean square 0.412; take at least 8.25"):
+        check(sigma_max=8.2)
+    with pytest.raises(InputError, match=r"--sigma_min is 0.042, .* root mean square 0.412; take at most 0.0412"):
+        check(sigma_min=0.042)
+
+
+# ---- The held-out loss of all
+
+
+@pytest.mark.parametrize(("objective", "kind"), [("ddpm", kind) for kind in KINDS] + SDES)
+def test_heldout_loss_is_the_error_of_the_noise_whatever_the_objective(objective, kind):
+    scheduler = scheduler_of(kind) if objective == "ddpm" else SDEScheduler(objective=objective, prediction_type=kind)
+    generator = torch.Generator().manual_seed(0)
+    torch.randperm(40, generator=generator)
+    noise = torch.randn(images(40).shape, generator=generator)
+    losses = heldout_loss(OracleNetwork(scheduler, images(40), noise, 0.2), scheduler, images(40), batch_size=40)
+    assert set(losses) == {"heldout_loss", *(f"heldout_loss_q{q}" for q in (1, 2, 3, 4))}
+    for value in losses.values():
+        assert value == pytest.approx(0.04, rel=2e-2)
+
+
+def test_heldout_loss_does_not_depend_on_the_batch_size_or_the_global_generator():
+    network, scheduler = Network(), scheduler_of()
+    first = heldout_loss(network, scheduler, images(13), batch_size=13)
+    assert heldout_loss(network, scheduler, images(13), batch_size=4) == pytest.approx(first, rel=1e-6)
+    quarters = [first[f"heldout_loss_q{q}"] for q in (1, 2, 3, 4)]
+    assert len({round(value, 4) for value in quarters}) == 4  # a network that uses t differs between the quarters

@@ -11,20 +11,11 @@ from scipy.integrate import solve_ivp
 from pipelines.custom_unet_pipeline import DiscreteVPSDE
 from training.sde import (
     EDMSDE,
-    SDE,
     VESDE,
     VPSDE,
     FlowSDE,
-    SDEScheduler,
     SubVPSDE,
-    clean_from_noise,
     clean_from_score,
-    clean_from_velocity,
-    noise_from_clean,
-    noise_from_score,
-    score_from_clean,
-    score_from_noise,
-    velocity,
 )
 
 LINEAR = DDPMScheduler(beta_schedule="linear").alphas_cumprod
@@ -115,72 +106,17 @@ def test_the_discrete_schedule_is_met_at_its_timesteps():
         torch.testing.assert_close(sde.preconditioning(t)[-1], torch.arange(len(t), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("noise_share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("name", SDES)
-def test_the_reverse_process_of_a_gaussian_has_its_marginals(name, noise_share):
-    """For data N(0, s^2) the score is -x / v with v = alpha^2 s^2 + n^2, and x stays Gaussian: its variance obeys
-    dV/dt = 2 a V - lambda^2 g^2 for a drift a x, which v itself must solve."""
-    sde, s = SDES[name], 0.4
-    t = (times(sde, 37)[1:-1] + 1e-5).requires_grad_()
-    variance = sde.signal_scale(t).square() * s**2 + sde.noise_scale(t).square()
-    (slope,) = torch.autograd.grad(variance.sum(), t)
-    x = torch.ones(len(t), 1, dtype=torch.float64)
-    a = SDE.reverse_drift(sde, x, t, -x / variance[:, None], noise_share)[:, 0]
-    torch.testing.assert_close(slope, 2 * a * variance - noise_share * sde.diffusion(t).square())
-
-
-def test_the_four_predictions_are_one():
-    generator = torch.Generator().manual_seed(0)
-    clean, noise = torch.randn(2, 6, 3, 4, 4, generator=generator, dtype=torch.float64)
-    for sde in SDES.values():
-        t = times(sde, 6)
-        alpha, n = (value.view(-1, 1, 1, 1) for value in (sde.signal_scale(t), sde.noise_scale(t)))
-        x = alpha * clean + n * noise
-        score, v = score_from_noise(noise, n), velocity(clean, noise, alpha, n)
-        same = {
-            clean_from_score(score, x, alpha, n): clean,
-            clean_from_noise(noise, x, alpha, n): clean,
-            clean_from_velocity(v, x, alpha, n): clean,
-            noise_from_score(score, n): noise,
-            noise_from_clean(clean, x, alpha, n): noise,
-            score_from_clean(clean, x, alpha, n): score,
-        }
-        for one, other in same.items():
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
-def test_the_velocity_of_a_flow_tells_the_other_predictions():
-    """x_0 = x - t u, epsilon = x + (1 - t) u and score = -(x + (1 - t) u) / t, for u = epsilon - x_0."""
-    generator = torch.Generator().manual_seed(0)
-    clean, noise = torch.randn(2, 6, 3, 4, 4, generator=generator, dtype=torch.float64)
-    scheduler = SDEScheduler(objective="flow", prediction_type="flow_prediction")
-    times = torch.linspace(1e-3, 0.999, 6, dtype=torch.float64)
-    t, u = times.view(-1, 1, 1, 1), noise - clean
-    x = scheduler.add_noise(clean, noise, times)
-    torch.testing.assert_close(x, (1 - t) * clean + t * noise)
-    c_skip, c_out, c_in, c_noise = scheduler.preconditioning(times)
-    assert (c_in == 1).all()
-    torch.testing.assert_close(c_noise, 1000 * times)
-    found = c_skip.view(-1, 1, 1, 1) * x + c_out.view(-1, 1, 1, 1) * u
-    torch.testing.assert_close(found, x - t * u)
-    torch.testing.assert_close(found, clean)
-    torch.testing.assert_close(noise_from_clean(found, x, 1 - t, t), x + (1 - t) * u)
-    torch.testing.assert_close(score_from_clean(found, x, 1 - t, t), -(x + (1 - t) * u) / t)
-    v = ((1 - t) * noise - t * clean) / (t**2 + (1 - t) ** 2).sqrt()
-    torch.testing.assert_close(velocity(found, noise_from_clean(found, x, 1 - t, t), 1 - t, t), v)
-
-
-def test_the_score_is_that_of_the_perturbed_data():
-    """Of a mixture of two points: the gradient of the log-density of x_t, by autograd, at the posterior mean."""
+def test_the_score_of_the_perturbed_data_gives_their_posterior_mean():
+    """Of a mixture of two points, with the score by autograd."""
     points = torch.tensor([-0.5, 0.8], dtype=torch.float64)
     for sde in (VESDE(), VPSDE(), SubVPSDE(), FlowSDE()):
         t = torch.tensor(0.3, dtype=torch.float64)
         alpha, n = sde.signal_scale(t), sde.noise_scale(t)
         x = torch.linspace(-1, 1, 11, dtype=torch.float64).requires_grad_()
         exponents = -((x[:, None] - alpha * points) / n).square() / 2
-        (expected,) = torch.autograd.grad(exponents.logsumexp(1).sum(), x)
+        (score,) = torch.autograd.grad(exponents.logsumexp(1).sum(), x)
         posterior_mean = (exponents.softmax(1) * points).sum(1)
-        torch.testing.assert_close(score_from_clean(posterior_mean, x, alpha, n), expected)
+        torch.testing.assert_close(clean_from_score(score, x, alpha, n), posterior_mean)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""The loss of training and the held-out loss, and the mathematics of DDPM: noise schedule, targets, loss weights.
+"""The training loss and the held-out loss of all objectives, with DDPM's noise schedule, targets and loss weights.
 
-A scheduler says what the noise process is: one of diffusers', with timesteps, or an `SDEScheduler`, in continuous
-time. Both make of a batch a `Regression`; that of continuous time is in `score_matching.py`. Random are the noise and
-the positions u in [0, 1) of the times in their distribution; DDPM's timestep is floor(u T).
+The scheduler defines the noise process: one of diffusers' in discrete timesteps, or an `SDEScheduler` in continuous
+time. From a batch of images, noise and positions u in [0, 1), each makes a `Regression`: what the network sees, what
+it should predict, and how much that counts. A position is the quantile of the time; DDPM's timestep is floor(u T).
 
 Notation (Ho et al. 2020, arXiv 2006.11239; abar is `alphas_cumprod`):
 
@@ -10,15 +10,21 @@ Notation (Ho et al. 2020, arXiv 2006.11239; abar is `alphas_cumprod`):
     snr(t) = abar_t / (1 - abar_t)
     v_t = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0            Salimans & Ho 2022, arXiv 2202.00512
 
-The scheduler alone owns betas and abar; everything here reads them from it. Images, noise and losses are float32.
+The scheduler alone owns betas and abar; everything here reads them from it. Images, noise and losses are float32;
+the times and coefficients of an SDE are float64 and on the CPU.
 """
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from training.score_matching import Regression, score_regression
-from training.sde import SDEScheduler
+from common import InputError
+from training.sde import SDEScheduler, spread
+
+LEAST_SIGMA_MAX, MOST_SIGMA_MIN = 20.0, 0.1  # in units of the root mean square of the pixel values
 
 
 def make_noise_scheduler(
@@ -95,79 +101,93 @@ def signal_and_noise_scale(scheduler, timesteps: Tensor) -> tuple[Tensor, Tensor
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
 
-def prediction_target(scheduler, clean_images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the network should predict, by the scheduler's `prediction_type`; shape of `clean_images`."""
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "sample":
-        return clean_images
-    signal, sigma = signal_and_noise_scale(scheduler, timesteps)
-    return signal * noise - sigma * clean_images
-
-
-def loss_weight(scheduler, timesteps: Tensor, snr_gamma: float | None, snr_weighting: str = "min") -> Tensor:
-    """Weight of each image's squared error, shape (B,).
-
-    Without gamma it is 1: for epsilon the simple loss of DDPM eq. 14. With gamma it is a weight of the squared error
-    of x_0, carried over to the predicted quantity by ||epsilon error||^2 = snr ||x_0 error||^2 and
-    ||v error||^2 = (snr + 1) ||x_0 error||^2.
-
-    Args:
-        snr_weighting: that of x_0. `min`: min(snr, gamma), min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, eq. 8
-            and section 3.4). `soft_min`: snr gamma / (snr + gamma), which has no kink (soft-min-SNR, Crowson et al.
-            2024, arXiv 2401.11605).
-    """
-    if snr_gamma is None:
-        return torch.ones(timesteps.shape, device=timesteps.device)
-    signal, sigma = signal_and_noise_scale(scheduler, timesteps)
-    snr = (signal / sigma).square().flatten()
-    weight = snr.clamp(max=snr_gamma) if snr_weighting == "min" else snr * (snr_gamma / (snr + snr_gamma))
-    return (
-        weight
-        / {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[scheduler.config.prediction_type]
-    )
-
-
 def per_image_mse(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each image in float32: (B, C, H, W), (B, C, H, W) -> (B,)."""
     return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
 
 
-def timestep_regression(
-    scheduler,
-    clean_images: Tensor,
-    noise: Tensor,
-    positions: Tensor,
-    snr_gamma: float | None,
-    snr_weighting: str = "min",
-) -> Regression:
-    """What the network of a DDPM model is to learn from a batch."""
-    timesteps = (positions * scheduler.config.num_train_timesteps).long().to(clean_images.device)
-    signal, sigma = (scale.flatten() for scale in signal_and_noise_scale(scheduler, timesteps))
-    noise_weight = {"epsilon": torch.ones_like(signal), "sample": (signal / sigma) ** 2, "v_prediction": signal**2}
-    return Regression(
-        inputs=scheduler.add_noise(clean_images, noise, timesteps),
-        times=timesteps,
-        target=prediction_target(scheduler, clean_images, noise, timesteps),
-        loss_weight=loss_weight(scheduler, timesteps, snr_gamma, snr_weighting),
-        noise_weight=noise_weight[scheduler.config.prediction_type],
-    )
+@dataclass(frozen=True)
+class Regression:
+    """What a network is to learn from one batch.
+
+    Attributes:
+        inputs: of the network, float32 (B, C, H, W).
+        times: of the network, (B,): timesteps, or c_noise in float32.
+        target: what it should predict, float32, shape of `inputs`.
+        loss_weight: weight of each image's squared error in the loss, float32 (B,).
+        noise_weight: the squared error of epsilon as a multiple of the prediction's, float32 (B,).
+    """
+
+    inputs: Tensor
+    times: Tensor
+    target: Tensor
+    loss_weight: Tensor
+    noise_weight: Tensor
 
 
-def make_regression(
-    scheduler,
+def ddpm_regression(
+    scheduler: DDPMScheduler,
     clean_images: Tensor,
     noise: Tensor,
     positions: Tensor,
     snr_gamma: float | None = None,
     snr_weighting: str = "min",
-    likelihood_weighting: bool = False,
 ) -> Regression:
-    """What the network is to learn from a batch, whatever the kind of the scheduler."""
-    if isinstance(scheduler, SDEScheduler):
-        return score_regression(scheduler, clean_images, noise, positions, likelihood_weighting)
-    return timestep_regression(scheduler, clean_images, noise, positions, snr_gamma, snr_weighting)
+    """Target and weight of a DDPM model, by the scheduler's `prediction_type`.
+
+    Without `snr_gamma` every weight is 1: for epsilon the simple loss of DDPM eq. 14. With it the weight is one of the
+    squared error of x_0, carried over to the prediction by ||epsilon error||^2 = snr ||x_0 error||^2 and
+    ||v error||^2 = (snr + 1) ||x_0 error||^2.
+
+    Args:
+        positions: of the timesteps, float64 (B,), in [0, 1).
+        snr_weighting: the weight of x_0. `min`: min(snr, gamma), min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556,
+            eq. 8 and section 3.4). `soft_min`: snr gamma / (snr + gamma), which has no kink (soft-min-SNR, Crowson
+            et al. 2024, arXiv 2401.11605).
+    """
+    timesteps = (positions * scheduler.config.num_train_timesteps).long().to(clean_images.device)
+    signal, sigma = signal_and_noise_scale(scheduler, timesteps)  # (B, 1, 1, 1)
+    snr = (signal / sigma).square().flatten()  # (B,)
+    if scheduler.config.prediction_type == "epsilon":
+        target, error_ratio, noise_weight = noise, snr, torch.ones_like(snr)
+    elif scheduler.config.prediction_type == "sample":
+        target, error_ratio, noise_weight = clean_images, torch.ones_like(snr), snr
+    else:
+        target, error_ratio, noise_weight = signal * noise - sigma * clean_images, snr + 1, signal.square().flatten()
+    if snr_gamma is None:
+        weight = torch.ones_like(snr)
+    elif snr_weighting == "min":
+        weight = snr.clamp(max=snr_gamma) / error_ratio
+    else:
+        weight = snr * (snr_gamma / (snr + snr_gamma)) / error_ratio
+    return Regression(scheduler.add_noise(clean_images, noise, timesteps), timesteps, target, weight, noise_weight)
+
+
+def score_regression(
+    scheduler: SDEScheduler, clean_images: Tensor, noise: Tensor, positions: Tensor, likelihood_weighting: bool = False
+) -> Regression:
+    """Target and weight of an SDE model: denoising score matching (Song et al. 2021, arXiv 2011.13456, eq. 7).
+
+    The network F learns (x_0 - c_skip x) / c_out from c_in x at the time c_noise (Karras et al. 2022, arXiv
+    2206.00364, eq. 7 and 8). With x = alpha x_0 + n epsilon the target is
+    (1 - c_skip alpha) / c_out x_0 - c_skip n / c_out epsilon: so what cancels are the coefficients, in float64, and
+    not the images in float32.
+
+    Args:
+        positions: of the times in their distribution, float64 (B,), in [0, 1).
+        likelihood_weighting: lambda = g^2 (arXiv 2101.09258) instead of n^2.
+    """
+    times = scheduler.times(positions)
+    alpha, n = scheduler.sde.signal_scale(times), scheduler.sde.noise_scale(times)
+    c_skip, c_out, c_in, c_noise = scheduler.preconditioning(times)
+    clean_share, noise_share = (1 - c_skip * alpha) / c_out, c_skip * n / c_out
+    return Regression(
+        inputs=spread(c_in, noise) * scheduler.add_noise(clean_images, noise, times),
+        times=c_noise.to(noise),
+        target=spread(clean_share, noise) * clean_images - spread(noise_share, noise) * noise,
+        loss_weight=scheduler.loss_weight(times, likelihood_weighting).to(noise),
+        noise_weight=(alpha * c_out / n).square().to(noise),  # epsilon error = -alpha c_out / n (error of F)
+    )
 
 
 def drop_labels(class_labels: Tensor, null_class: int, probability: float) -> Tensor:
@@ -195,8 +215,8 @@ def diffusion_loss(
         unet: called as `unet(inputs, times, class_labels).sample`, under the caller's autocast if it sets one up.
         scheduler: one of diffusers' or an `SDEScheduler`.
         clean_images: float32 in [-1, 1], shape (B, 3, H, W).
-        snr_gamma, snr_weighting: of `loss_weight`, for a DDPM model.
-        likelihood_weighting: for an SDE model other than edm.
+        snr_gamma, snr_weighting: of `ddpm_regression`.
+        likelihood_weighting: of `score_regression`; edm and flow have no such weight.
         class_labels: int64 (B,), for a class-conditional network.
 
     Returns:
@@ -204,7 +224,10 @@ def diffusion_loss(
     """
     noise = torch.randn_like(clean_images)
     positions = sample_positions(timestep_sampling, len(clean_images))
-    task = make_regression(scheduler, clean_images, noise, positions, snr_gamma, snr_weighting, likelihood_weighting)
+    if isinstance(scheduler, SDEScheduler):
+        task = score_regression(scheduler, clean_images, noise, positions, likelihood_weighting)
+    else:
+        task = ddpm_regression(scheduler, clean_images, noise, positions, snr_gamma, snr_weighting)
     model_output = unet(task.inputs, task.times, class_labels).sample
     return (task.loss_weight * per_image_mse(model_output, task.target)).mean()
 
@@ -220,28 +243,22 @@ def heldout_loss(
     many equal strata as there are images, in a fixed random order.
 
     Args:
-        clean_images: float32 in [-1, 1], shape (N, 3, H, W).
+        clean_images: float32 in [-1, 1], shape (N, 3, H, W); at least 4, one for each quarter of the times.
         seed: of the order and the noise.
         class_labels: int64 (N,), for a class-conditional network.
-
-    Raises:
-        ValueError: for fewer than 4 images, which leave a quarter of the times empty.
 
     Returns:
         `heldout_loss` over all triples and `heldout_loss_q1` (smallest times) to `heldout_loss_q4`.
     """
     num_images = len(clean_images)
-    if num_images < 4:
-        raise ValueError(
-            f"the held-out loss needs at least 4 images, one for each quarter of the times, not {num_images}"
-        )
     generator = torch.Generator().manual_seed(seed)
     positions = (torch.randperm(num_images, generator=generator) + 0.5).double() / num_images
     noise = torch.randn(clean_images.shape, generator=generator)
     device = next(unet.parameters()).device
+    regression = score_regression if isinstance(scheduler, SDEScheduler) else ddpm_regression
     losses = []
     for batch in torch.arange(num_images).split(batch_size):
-        task = make_regression(scheduler, clean_images[batch].to(device), noise[batch].to(device), positions[batch])
+        task = regression(scheduler, clean_images[batch].to(device), noise[batch].to(device), positions[batch])
         labels = None if class_labels is None else class_labels[batch].to(device)
         model_output = unet(task.inputs, task.times, labels).sample
         losses.append((task.noise_weight * per_image_mse(model_output, task.target)).cpu())
@@ -249,3 +266,30 @@ def heldout_loss(
     quarter = (4 * positions).long()
     result = {"heldout_loss": losses.mean().item()}
     return result | {f"heldout_loss_q{q + 1}": losses[quarter == q].mean().item() for q in range(4)}
+
+
+def check_noise_levels(scheduler: SDEScheduler, clean_images: Iterable[Tensor]) -> None:
+    """Whether noise levels from sigma_min to sigma_max reach from nearly clean images to nearly pure noise.
+
+    The divergence of the last marginal from the prior is at most (rms / sigma_max)^2 / 2 per dimension, 0.00125 here.
+
+    Args:
+        scheduler: of the objective ve or edm.
+        clean_images: in [-1, 1], any shapes, at least one.
+
+    Raises:
+        InputError: one line, if they do not.
+    """
+    sde = scheduler.sde
+    squares = [image.square().mean().item() for image in clean_images]
+    rms = (sum(squares) / len(squares)) ** 0.5
+    if sde.sigma_max < LEAST_SIGMA_MAX * rms:
+        raise InputError(
+            f"--sigma_max is {sde.sigma_max:g}, too little to hide these images, whose pixel values have the root mean"
+            f" square {rms:.3g}; take at least {LEAST_SIGMA_MAX * rms:.3g}"
+        )
+    if sde.sigma_min > MOST_SIGMA_MIN * rms:
+        raise InputError(
+            f"--sigma_min is {sde.sigma_min:g}, visible noise on these images, whose pixel values have the root mean"
+            f" square {rms:.3g}; take at most {MOST_SIGMA_MIN * rms:.3g}"
+        )

@@ -71,16 +71,6 @@ class SDE(ABC):
         """n(t) / alpha(t)."""
         return self.noise_scale(t) / self.signal_scale(t)
 
-    def reverse_drift(self, x: Tensor, t: Tensor, score: Tensor, noise_share: float = 1.0) -> Tensor:
-        """Drift of the reverse process at x (B, ...), for times (B,) that run backwards.
-
-        Args:
-            noise_share: lambda^2 of the noise lambda g dw that goes with it: 1 for the reverse SDE (eq. 6), 0 for the
-                probability-flow ODE (eq. 13); between them lie SDEs with the same marginals.
-        """
-        f, g = (spread(value, x) for value in (self.drift(t), self.diffusion(t)))
-        return f * x - g.square() * score * (1 + noise_share) / 2
-
 
 @dataclass(frozen=True)
 class _SigmaSDE(SDE):
@@ -387,48 +377,6 @@ def spread(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x).view(-1, *(1,) * (x.ndim - 1))
 
 
-# ---- The same prediction in four ways, for x_t = alpha x_0 + n epsilon. All tensors have the shape of x or broadcast.
-
-
-def score_from_noise(noise: Tensor, noise_scale: Tensor) -> Tensor:
-    """The score of the perturbed data, -epsilon / n, of a predicted epsilon (Vincent 2011; eq. 7 with eq. 29)."""
-    return -noise / noise_scale
-
-
-def noise_from_score(score: Tensor, noise_scale: Tensor) -> Tensor:
-    """epsilon = -n score."""
-    return -noise_scale * score
-
-
 def clean_from_score(score: Tensor, x: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
-    """E[x_0 | x_t] = (x_t + n^2 score) / alpha (Tweedie's formula; Efron 2011)."""
+    """E[x_0 | x_t] = (x_t + n^2 score) / alpha (Tweedie's formula; Efron 2011); all shapes broadcast to that of x."""
     return (x + noise_scale.square() * score) / signal_scale
-
-
-def score_from_clean(clean: Tensor, x: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
-    """(alpha x_0 - x_t) / n^2, the inverse of `clean_from_score`."""
-    return (signal_scale * clean - x) / noise_scale.square()
-
-
-def noise_from_clean(clean: Tensor, x: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
-    """epsilon = (x_t - alpha x_0) / n."""
-    return (x - signal_scale * clean) / noise_scale
-
-
-def clean_from_noise(noise: Tensor, x: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
-    """x_0 = (x_t - n epsilon) / alpha."""
-    return (x - noise_scale * noise) / signal_scale
-
-
-def velocity(clean: Tensor, noise: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
-    """v = (alpha epsilon - n x_0) / sqrt(alpha^2 + n^2) (Salimans & Ho 2022, arXiv 2202.00512).
-
-    There alpha^2 + n^2 = 1; the norm makes it the same for sub-VP and VE, as it is that of x / norm.
-    """
-    return (signal_scale * noise - noise_scale * clean) / (signal_scale.square() + noise_scale.square()).sqrt()
-
-
-def clean_from_velocity(v: Tensor, x: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
-    """x_0 = (alpha x_t - n norm v) / norm^2 with norm^2 = alpha^2 + n^2."""
-    norm_squared = signal_scale.square() + noise_scale.square()
-    return (signal_scale * x - noise_scale * norm_squared.sqrt() * v) / norm_squared
