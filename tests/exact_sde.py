@@ -1,13 +1,14 @@
-"""A "network" of an SDE model that is trained to perfection: its D(x, t) is the expectation of x_0 given x_t."""
+"""A "network" of an SDE or DDPM model, trained to perfection: its D(x, t) is the expectation of x_0 given x_t."""
 
 from types import SimpleNamespace
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, DDPMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from exact_denoiser import Mixture
 from torch import Tensor
 
+from pipelines.custom_unet_pipeline import DiscreteVPSDE
 from training.sde import PREDICTION_TYPES as OBJECTIVES
 from training.sde import SDEScheduler
 
@@ -25,18 +26,23 @@ class ExactSDENetwork(ModelMixin, ConfigMixin):
         super().__init__()
         self.unused = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
 
-    def set_data(self, data: Mixture, scheduler: SDEScheduler) -> "ExactSDENetwork":
+    def set_data(self, data: Mixture, scheduler: SDEScheduler | DDPMScheduler) -> "ExactSDENetwork":
         self.data, self.scheduler = data, scheduler
+        if isinstance(scheduler, DDPMScheduler):
+            self.scheduler = DiscreteVPSDE(scheduler.alphas_cumprod, scheduler.config.prediction_type)
         return self
 
     def forward(self, sample: Tensor, c_noise: Tensor) -> SimpleNamespace:
         scheduler, sde = self.scheduler, self.scheduler.sde
         c_noise = c_noise.double().flatten()[0]
-        t = {
-            "edm": lambda: (4 * c_noise).exp(),
-            "ve": lambda: sde.time_of(c_noise),
-            "flow": lambda: c_noise / 1000,
-        }.get(scheduler.config.objective, lambda: c_noise / 999)()
+        if isinstance(sde, DiscreteVPSDE):
+            t = c_noise / (len(sde.sigmas) - 1)
+        else:
+            t = {
+                "edm": lambda: (4 * c_noise).exp(),
+                "ve": lambda: sde.time_of(c_noise),
+                "flow": lambda: (c_noise / 1000).clamp(max=1 - 1e-9),  # where alpha is 0 no score tells x_0
+            }.get(scheduler.config.objective, lambda: c_noise / 999)()
         c_skip, c_out, c_in, _ = scheduler.preconditioning(t)
         x = sample.double() / c_in
         output = (self.clean(x, t) - c_skip * x) / c_out

@@ -6,13 +6,14 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from exact_denoiser import ExactDenoiser, Mixture, mixture
+from exact_denoiser import Mixture, mixture
+from exact_sde import ExactSDENetwork
 from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import GREY_AND_COLOURS, Guidance, denoiser, samplers_for
-from training.sde import EDMSDE, FlowSDE, SDEScheduler
+from training.sde import SDEScheduler
 
 SCHEDULERS = {
     "vp": SDEScheduler(objective="vp"),  # clips, which does not matter here
@@ -39,44 +40,9 @@ SAMPLERS = {  # steps
 }
 
 
-class ExactNetwork(ExactDenoiser):
-    """The expectation of what a network of this scheduler predicts, for independent pixels."""
-
-    def set_process(self, data: Mixture, scheduler) -> "ExactNetwork":
-        self.data, self.scheduler = data, scheduler
-        self.process = scheduler
-        if not hasattr(scheduler, "sde"):
-            self.process, _ = denoiser(self, scheduler)
-        self.sde = self.process.sde
-        return self
-
-    def time_of(self, c_noise: torch.Tensor) -> torch.Tensor:
-        c_noise = c_noise.double().reshape(-1)
-        if isinstance(self.sde, EDMSDE):
-            return (4 * c_noise).exp()
-        if hasattr(self.sde, "log_ratio"):  # VE
-            return self.sde.time_of(c_noise)
-        if isinstance(self.sde, FlowSDE):
-            return (c_noise / 1000).clamp(max=1 - 1e-9)
-        return c_noise / (999 if hasattr(self.sde, "beta") else len(self.sde.sigmas) - 1)
-
-    def forward(self, x, c_noise):
-        t = self.time_of(c_noise).clamp(self.sde.first_time, max(self.sde.last_time, 1))[0]
-        c_skip, c_out, c_in, _ = self.process.preconditioning(t)
-        batch_size, _, height, width = x.shape
-        x = x.double().permute(0, 2, 3, 1).reshape(-1, 3) / c_in
-        alpha, n = self.sde.signal_scale(t), self.sde.noise_scale(t)
-        eye = torch.eye(3, dtype=torch.float64)
-        noisy = Mixture(self.data.weights, alpha * self.data.means, alpha**2 * self.data.covariances + n**2 * eye)
-        log_densities, solved = noisy.log_densities(x)
-        clean = (x - n**2 * (log_densities.softmax(-1)[..., None] * solved).sum(1)) / alpha
-        output = ((clean - c_skip * x) / c_out).view(batch_size, height, width, 3).permute(0, 3, 1, 2)
-        return diffusers.models.unets.unet_2d.UNet2DOutput(sample=output)
-
-
 def exact_pipeline(name: str, size: int = 1) -> CustomUNetPipeline:
     scheduler = SCHEDULERS[name]
-    network = ExactNetwork("epsilon", sample_size=size).double().eval().set_process(mixture(), scheduler)
+    network = ExactSDENetwork(sample_size=size).double().eval().set_data(mixture(), scheduler)
     pipe = CustomUNetPipeline(network, scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -441,33 +407,3 @@ def test_a_scheduler_of_discrete_timesteps_is_refused_by_a_model_in_continuous_t
 def test_an_sde_scheduler_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         SDEScheduler(**settings)
-
-
-def test_training_times_are_quantiles():
-    """Uniform ones for vp and flow, and log-normal ones of edm and flow whose mean and standard deviation come out."""
-    positions = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    vp, edm = (
-        SDEScheduler(objective="vp").times(positions),
-        SDEScheduler(objective="edm", prediction_type="edm").times(positions).log(),
-    )
-    torch.testing.assert_close(vp, 1e-5 + positions * (1 - 1e-5))
-    assert edm.mean() == pytest.approx(-1.2, abs=0.01)
-    assert edm.std() == pytest.approx(1.2, abs=0.01)
-    flow = {"objective": "flow", "prediction_type": "flow_prediction"}
-    torch.testing.assert_close(SDEScheduler(**flow).times(positions), positions)
-    log_sigma = SDEScheduler(**flow, time_density="logit_normal").times(positions).logit()
-    assert log_sigma.mean() == pytest.approx(0, abs=0.01)
-    assert log_sigma.std() == pytest.approx(1, abs=0.01)
-
-
-@pytest.mark.parametrize("likelihood_weighting", [False, True])
-@pytest.mark.parametrize("name", ["vp", "vp v", "subvp", "subvp x0", "ve"])
-def test_the_loss_weight_makes_lambda_the_weight_of_the_score(name, likelihood_weighting):
-    """An error of F becomes one of x_0 and so of the score; weighted by n^2 or g^2 it is the weighted error of F."""
-    scheduler = SCHEDULERS[name]
-    sde, t = scheduler.sde, scheduler.times(torch.tensor([0.01, 0.3, 0.7, 0.99]))
-    _, c_out, _, _ = scheduler.preconditioning(t)
-    error = 0.37
-    score_error = sde.signal_scale(t) * (c_out * error) / sde.noise_scale(t) ** 2
-    weight = (sde.diffusion(t) if likelihood_weighting else sde.noise_scale(t)) ** 2
-    torch.testing.assert_close(scheduler.loss_weight(t, likelihood_weighting) * error**2, weight * score_error**2)
