@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
@@ -28,7 +27,7 @@ class LoopbackHub:
         private: ids of the private repositories.
         error_text: what the body of a failed answer says.
         faults: pattern of "METHOD /path" -> what becomes of the next requests that match, one after another: an HTTP
-            status, "cut" to break the connection in the midst of the body, or "stall" to keep it waiting.
+            status, "cut" to break the connection in the midst of the body, or "stall" to never answer.
         bodies: of all requests, as they came.
     """
 
@@ -40,12 +39,14 @@ class LoopbackHub:
         self.faults: dict[str, list[int | str]] = {}
         self.error_text = "out of order"
         self.bodies: list[bytes] = []
+        self.stopped = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.address = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
+        self.stopped.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -78,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         if fault == "stall":
-            time.sleep(2)
+            self.hub.stopped.wait()
             self.close_connection = True
             return
         body = self.rfile.read(length)
