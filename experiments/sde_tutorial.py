@@ -28,24 +28,21 @@ from experiments import toy_figures as figures
 from experiments.toys import (
     TWO_MODES,
     GaussianMixture,
+    Score,
     ScoreNetwork,
+    at,
     clean_of,
+    denoising_loss,
     eight_modes,
+    exact_score,
+    generator,
     mode_weight_error,
+    noise_source,
     sliced_wasserstein,
+    train,
 )
-from pipelines.custom_unet_pipeline import (
-    edm_heun,
-    euler_maruyama,
-    flow,
-    karras_sigmas,
-    predictor_corrector,
-    solve_flow,
-    uniform_times,
-)
+from pipelines import custom_unet_pipeline as solvers
 from training.sde import SDE, VESDE, VPSDE, SubVPSDE
-
-Score = Callable[[Tensor, Tensor], Tensor]  # s(x, t) of points (N, D) at a time () or (N,)
 
 SDES: dict[str, SDE] = {"VE": VESDE(0.01, 10.0), "VP": VPSDE(), "sub-VP": SubVPSDE()}
 
@@ -82,29 +79,12 @@ class Lesson:
         return {"exact": exact_score(self.data, self.sde), "learned": self.network}
 
 
-def generator(*seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-
-
-def noise_source(shape: tuple[int, ...], *seed: int) -> Callable[[], Tensor]:
-    source = generator(*seed)
-    return lambda: torch.randn(shape, generator=source)
-
-
-def at(t: float) -> Tensor:
-    return torch.tensor(t, dtype=torch.float64)
-
-
-def exact_score(data: GaussianMixture, sde: SDE) -> Score:
-    return lambda x, t: data.at(sde, t).score(x)
-
-
 # ---- 1. Data become noise: the forward SDE
 
 
 def forward_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """dx = f x dt + g dw (eq. 5) by Euler-Maruyama from data x (N, 1): times (S + 1,) and paths (S + 1, N)."""
-    times = uniform_times(sde, num_steps).flip(0)  # ours run from noise to data
+    times = solvers.uniform_times(sde, num_steps).flip(0)  # ours run from noise to data
     paths = [x + sde.noise_scale(times[0]) * noise()]
     for now, later in itertools.pairwise(times):
         dt, x = later - now, paths[-1]
@@ -136,33 +116,6 @@ def forward(lesson: Lesson) -> dict:
 
 
 # ---- 2. A network learns the score
-
-
-def train(sde: SDE, points: Tensor, num_steps: int, batch_size: int = 512) -> ScoreNetwork:
-    """Denoising score matching (eq. 7): the score of x_t given x_0 is -epsilon / n, and its regression on x_t alone is
-    the score of p_t. The weight lambda(t) = n^2 makes all times equally hard."""
-    source = generator(4)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ScoreNetwork(sde, width=64)
-    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    for _ in range(num_steps):
-        x_0 = points[torch.randint(len(points), (batch_size,), generator=source)]
-        u = torch.rand(batch_size, generator=source, dtype=torch.float64)
-        t = sde.first_time + (sde.last_time - sde.first_time) * u
-        loss = denoising_loss(sde, network, x_0, t, torch.randn(x_0.shape, generator=source))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return network.requires_grad_(False)
-
-
-def denoising_loss(sde: SDE, score: Score, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Mean of lambda |s(x_t, t) + epsilon / n|^2 with lambda = n^2, so |n s + epsilon|^2."""
-    alpha, n = sde.signal_scale(t)[..., None], sde.noise_scale(t)[..., None]  # (N, 1), or (1,) for one time
-    return (n * score(alpha * x_0 + n * noise, t) + noise).square().sum(1).mean()
 
 
 def learning(lesson: Lesson) -> dict:
@@ -217,13 +170,14 @@ def heun(sde: SDE, clean, x: Tensor, num_steps: int) -> Tensor:
     """The probability-flow ODE by Heun's method at the noise levels of Karras et al. 2022."""
     first, last = (float(sde.sigma(at(t))) for t in (sde.first_time, sde.last_time))
     y = x / float(sde.signal_scale(at(sde.last_time)))
-    return edm_heun(sde, clean, y, karras_sigmas(num_steps, first, last), noise=lambda: None)
+    return solvers.edm_heun(sde, clean, y, solvers.karras_sigmas(num_steps, first, last), noise=lambda: None)
 
 
 def solve(sde: SDE, score: Score, x: Tensor, start: float, end: float, tolerance: float) -> tuple[Tensor, int]:
     """The probability-flow ODE (eq. 13) between two times with steps that adapt, and its evaluations."""
     clean = clean_of(sde, score)
-    return solve_flow(lambda x, t: flow(sde, clean, x, t), x, start, end, rtol=tolerance, atol=tolerance)
+    tolerances = {"rtol": tolerance, "atol": tolerance}
+    return solvers.solve_flow(lambda x, t: solvers.flow(sde, clean, x, t), x, start, end, **tolerances)
 
 
 def sample(
@@ -247,11 +201,12 @@ def sample(
         sigmas = torch.logspace(math.log10(5), math.log10(0.02), budget - 1, dtype=torch.float64)
         x = langevin(sde, counted, x, sde.time_of(sigmas), 1, noise)
     elif method == "Euler-Maruyama":
-        x = euler_maruyama(sde, clean, x, uniform_times(sde, budget - 1), noise)
+        x = solvers.euler_maruyama(sde, clean, x, solvers.uniform_times(sde, budget - 1), noise)
     elif method == "reverse diffusion":
-        x = predictor_corrector(sde, clean, x, uniform_times(sde, budget - 1), noise, snr, corrector_steps=0)
+        times = solvers.uniform_times(sde, budget - 1)
+        x = solvers.predictor_corrector(sde, clean, x, times, noise, snr, corrector_steps=0)
     elif method == "predictor-corrector":
-        x = predictor_corrector(sde, clean, x, uniform_times(sde, budget // 2), noise, snr)
+        x = solvers.predictor_corrector(sde, clean, x, solvers.uniform_times(sde, budget // 2), noise, snr)
     elif method == "ODE, Heun":
         x = heun(sde, clean, x, budget // 2)
     else:
@@ -259,15 +214,8 @@ def sample(
     return x, evaluations
 
 
-METHODS = (
-    "Langevin, one level",
-    "Langevin, annealed",
-    "Euler-Maruyama",
-    "reverse diffusion",
-    "predictor-corrector",
-    "ODE, Heun",
-    "ODE, adaptive",
-)
+METHODS = ("Langevin, one level", "Langevin, annealed", "Euler-Maruyama", "reverse diffusion", "predictor-corrector")
+METHODS += ("ODE, Heun", "ODE, adaptive")
 
 
 def samplers(lesson: Lesson) -> dict:
@@ -309,8 +257,7 @@ def gaussian_variance(method: str, sde: SDE, std: float, num_steps: int) -> floa
 def orders(lesson: Lesson) -> dict:
     """Error against work: the SDE solvers are of (weak) order 1, Heun's method of 2, Dormand-Prince of 5."""
     sde = lesson.sde
-    panels: dict[str, dict] = {"SDE solvers, data N(0, 1)": {}, "ODE solvers, eight modes, the same noise": {}}
-    of_sde, of_ode = panels.values()
+    of_sde, of_ode = {}, {}
 
     def line(work: list[int], errors: list[float]) -> dict:
         slope, _ = np.polyfit(np.log(work[-3:]), np.log(errors[-3:]), 1)
@@ -335,6 +282,7 @@ def orders(lesson: Lesson) -> dict:
     solved = [solve(sde, score, x, sde.last_time, sde.first_time, 10.0**-k) for k in range(3, 9)]
     errors = [error(clean(y, first)) for y, _ in solved]
     of_ode["Dormand-Prince, adaptive"] = line([n + 1 for _, n in solved], errors)
+    panels = {"SDE solvers, data N(0, 1)": of_sde, "ODE solvers, eight modes, the same noise": of_ode}
     ylabels = ("relative error of the variance", "median error of a sample")
     figures.plot_orders(panels, ylabels, lesson.out / "orders.png")
     return of_sde | of_ode | {"figure": "orders.png"}
@@ -392,16 +340,12 @@ def encoding(lesson: Lesson) -> dict:
     learned = codes(vp, lesson.network)
     panels = {"data": x, "codes, VP": of_vp, "codes, VE": of_ve, "codes, VP, learned score": learned}
     figures.plot_codes(panels, torch.cdist(x, data.means).argmin(1), lesson.out / "encoding.png")
-    return {
-        "points": n,
-        "tolerances": tolerances,
-        "round_trip_rms_error": errors,
-        "rms_difference_of_codes": {
-            "VE from VP, exact score": float((of_ve - of_vp).square().mean().sqrt()),
-            "learned from exact score, VP": float((learned - of_vp).square().mean().sqrt()),
-        },
-        "figure": "encoding.png",
+    differences = {
+        "VE from VP, exact score": float((of_ve - of_vp).square().mean().sqrt()),
+        "learned from exact score, VP": float((learned - of_vp).square().mean().sqrt()),
     }
+    numbers = {"points": n, "tolerances": tolerances, "round_trip_rms_error": errors}
+    return numbers | {"rms_difference_of_codes": differences, "figure": "encoding.png"}
 
 
 # ---- 6. Likelihoods
@@ -417,13 +361,13 @@ def log_likelihood(sde: SDE, score: Score, x: Tensor, tolerance: float) -> Tenso
     def rate(state: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
             x = state[:, :-1].detach().requires_grad_()
-            velocity = flow(sde, clean, x, t)
+            velocity = solvers.flow(sde, clean, x, t)
             columns = range(x.shape[1])
             gradients = [torch.autograd.grad(velocity[:, i].sum(), x, retain_graph=True)[0][:, i] for i in columns]
         return torch.cat([velocity.detach(), sum(gradients)[:, None]], 1)
 
     start = torch.cat([x, torch.zeros(len(x), 1, dtype=torch.float64)], 1)
-    end, _ = solve_flow(rate, start, sde.first_time, sde.last_time, rtol=tolerance, atol=tolerance)
+    end, _ = solvers.solve_flow(rate, start, sde.first_time, sde.last_time, rtol=tolerance, atol=tolerance)
     code, compression = end[:, :-1], end[:, -1]
     prior = -(code / sde.prior_std).square().sum(1) / 2 - x.shape[1] * math.log(sde.prior_std * math.sqrt(2 * math.pi))
     return prior + compression
@@ -446,14 +390,10 @@ def likelihood(lesson: Lesson) -> dict:
     x = marginal.sample(n, generator(13))
     exact, learned = marginal.log_density(x), log_likelihood(lesson.sde, lesson.network, x, 1e-4)
     figures.plot_likelihoods(tolerances, errors, exact, learned, lesson.out / "likelihood.png")
-    return {
-        "points": n,
-        "tolerances": tolerances,
-        "rms_error_nats": errors,
-        "mean_log_likelihood_nats": {"exact": float(exact.mean()), "learned": float(learned.mean())},
-        "learned_rms_error_nats": float((learned - exact).square().mean().sqrt()),
-        "figure": "likelihood.png",
-    }
+    means = {"exact": float(exact.mean()), "learned": float(learned.mean())}
+    numbers = {"points": n, "tolerances": tolerances, "rms_error_nats": errors, "mean_log_likelihood_nats": means}
+    numbers |= {"learned_rms_error_nats": float((learned - exact).square().mean().sqrt())}
+    return numbers | {"figure": "likelihood.png"}
 
 
 STEPS = {step.__name__: step for step in (forward, learning, samplers, orders, corrector, encoding, likelihood)}

@@ -1,6 +1,7 @@
 """Data of one or two dimensions whose densities and scores are known at every time, and a network that learns them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,21 @@ from torch import Tensor, nn
 
 from eval.swd import projected_distances, random_directions
 from training.sde import SDE, clean_from_score, spread
+
+Score = Callable[[Tensor, Tensor], Tensor]  # s(x, t) of points (N, D) at a time () or (N,)
+
+
+def generator(*seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+
+
+def noise_source(shape: tuple[int, ...], *seed: int) -> Callable[[], Tensor]:
+    source = generator(*seed)
+    return lambda: torch.randn(shape, generator=source)
+
+
+def at(t: float) -> Tensor:
+    return torch.tensor(t, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,37 @@ class ScoreNetwork(nn.Module):
         inputs = torch.cat([x, self.sde.sigma(t).log()[:, None].to(x) / 4, t[:, None].to(x)], 1)
         noise = self.layers(inputs.float()).to(x)
         return -noise / spread(self.sde.noise_scale(t), x)
+
+
+def train(sde: SDE, points: Tensor, num_steps: int, batch_size: int = 512) -> ScoreNetwork:
+    """Denoising score matching (eq. 7): the score of x_t given x_0 is -epsilon / n, and its regression on x_t alone is
+    the score of p_t. The weight lambda(t) = n^2 makes all times equally hard."""
+    source = generator(4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ScoreNetwork(sde, width=64)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _ in range(num_steps):
+        x_0 = points[torch.randint(len(points), (batch_size,), generator=source)]
+        u = torch.rand(batch_size, generator=source, dtype=torch.float64)
+        t = sde.first_time + (sde.last_time - sde.first_time) * u
+        loss = denoising_loss(sde, network, x_0, t, torch.randn(x_0.shape, generator=source))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.requires_grad_(False)
+
+
+def denoising_loss(sde: SDE, score: Score, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Mean of lambda |s(x_t, t) + epsilon / n|^2 with lambda = n^2, so |n s + epsilon|^2."""
+    alpha, n = sde.signal_scale(t)[..., None], sde.noise_scale(t)[..., None]  # (N, 1), or (1,) for one time
+    return (n * score(alpha * x_0 + n * noise, t) + noise).square().sum(1).mean()
+
+
+def exact_score(data: GaussianMixture, sde: SDE) -> Score:
+    return lambda x, t: data.at(sde, t).score(x)
 
 
 def clean_of(sde: SDE, score):
