@@ -13,7 +13,7 @@ from huggingface_hub.errors import HTTPError  # of the HTTP library in use, whic
 from huggingface_hub.utils import get_session, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from common import Failed, InputError
+from common import Failed, InputError, one_line
 from pipelines.model_card import render_card
 
 TIMEOUT_SECONDS = 60  # of one connection, read or write; the library itself waits for ever
@@ -182,7 +182,7 @@ def _reason(error: Exception) -> str:
     """One line that says why a request failed, with what to do where that is known, and without the token."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "error while uploading FILE"
         error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         text += "; take a token that may write there, in HF_TOKEN or by `hf auth login`"

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import safe_open
 
-from common import InputError
+from common import InputError, one_line
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import _levels, denoiser
 from training.sde import PREDICTION_TYPES, SDEScheduler
@@ -50,7 +50,7 @@ def find_pipeline(name: str, revision: str | None, flag: str = "--pipeline") -> 
         raise InputError(f"{flag} {name} is neither a folder nor the id of a Hub repository") from error
     except (OSError, HTTPError) as error:
         raise InputError(
-            f"{flag} {name} is no folder, and it could not be had from the Hub: {' '.join(str(error).split())}"
+            f"{flag} {name} is not a local folder and could not be downloaded from the Hub: {one_line(error)}"
         ) from error
     return folder, folder.name
 
@@ -118,7 +118,7 @@ def load_folder(folder: Path, weight_files: list[Path], dtype: torch.dtype) -> C
     except InputError as error:
         raise InputError(f"{folder} could not be loaded: {error}") from error
     except Exception as error:  # damaged files make the libraries raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise InputError(f"{folder} could not be loaded: {reason}") from error
     finally:
         logger.setLevel(level)
@@ -129,7 +129,7 @@ def _read_object(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path.name} cannot be read: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path.name} holds a {type(values).__name__}; it should be an object")
     return values
@@ -209,5 +209,5 @@ def check_schedule(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
         scheduler.set_timesteps(num_inference_steps)
         _levels(scheduler, scheduler.timesteps.tolist())
     except Exception as error:  # of settings of the wrong type, numpy and torch raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise InputError(f"the scheduler makes no schedule of {num_inference_steps} steps: {reason}") from error

@@ -345,7 +345,10 @@ def test_bad_input_for_a_model_of_an_sde_is_one_line_and_exit_code_2(
         (["--eta", "0.5", "--scheduler", "unipc"], "eta is 0.5, but UniPCMultistepScheduler does not take it"),
         (["--class_label", "1"], "the network has no class embeddings"),
         (["--pipeline", "runs/no/pipeline"], "runs/no/pipeline is neither a folder nor the id of a Hub repository"),
-        (["--pipeline", "nobody/nothing"], "--pipeline nobody/nothing is no folder, and it could not be had"),
+        (
+            ["--pipeline", "nobody/nothing"],
+            "--pipeline nobody/nothing is not a local folder and could not be downloaded",
+        ),
         (["--pipeline", str(REPOSITORY / "tests")], "tests is no model repository"),
         (["--revision", "main"], "--revision main is for the Hub"),
         (["--out", str(REPOSITORY / "README.md")], "README.md is not a folder"),
