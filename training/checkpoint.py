@@ -174,44 +174,37 @@ def verify_checkpoint(folder: Path) -> None:
             raise Failed(f"{path} has another checksum than when it was written")
 
 
-def checksum(folder: Path, name: str) -> str:
-    """The sha256 of a checkpoint's file, as its manifest has it.
-
-    Raises:
-        Failed: if the manifest is damaged, or has no such file.
-    """
-    entries = _read_manifest(folder)
-    if name not in entries:
-        raise Failed(f"{folder} has no {name}")
-    return entries[name][1]
-
-
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """File name -> (bytes, SHA-256).
 
     Raises:
         Failed: if it is no such table, or leaves out the state or names a file outside the folder.
     """
+    path = folder / MANIFEST
     try:
-        manifest = _read_json(folder / MANIFEST)
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (TypeError, KeyError, AttributeError) as error:
-        raise Failed(f"{folder / MANIFEST} is missing or damaged") from error
-    if STATE not in entries:
-        raise Failed(f"{folder / MANIFEST} is damaged: it has no entry for {STATE}")
-    for name in entries:
-        if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
-            raise Failed(f"{folder / MANIFEST} is damaged: {name!r} is not the name of a file in its folder")
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in _read_object(path).items()}
+    except (TypeError, KeyError) as error:
+        raise Failed(f"{path} is missing or damaged") from error
+    outside = [name for name in entries if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name]
+    if STATE not in entries or outside:
+        wrong = (
+            f"{outside[0]!r} is not the name of a file in its folder" if outside else f"it has no entry for {STATE}"
+        )
+        raise Failed(f"{path} is damaged: {wrong}")
     return entries
 
 
-def _read_json(path: Path):
+def _read_object(path: Path) -> dict:
+    """A file that holds one JSON object. Raises Failed if it does not."""
     try:
         if not path.is_file():  # a named pipe would be read for ever
             raise FileNotFoundError(path)
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise Failed(f"{path} is missing or damaged") from error
+    if not isinstance(values, dict):
+        raise Failed(f"{path} is damaged: it is no JSON object")
+    return values
 
 
 def load_checkpoint(folder: Path, names: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict]:
@@ -236,35 +229,20 @@ def load_checkpoint(folder: Path, names: list[str]) -> tuple[dict[str, dict[str,
 
 
 def read_state(folder: Path) -> dict:
-    """The numbers of a checkpoint.
-
-    Raises:
-        Failed: if the file is no JSON object.
-    """
-    state = _read_json(folder / STATE)
-    if not isinstance(state, dict):
-        raise Failed(f"{folder / STATE} is damaged: it is no JSON object")
-    return state
+    """The numbers of a checkpoint. Raises Failed if the file is no JSON object."""
+    return _read_object(folder / STATE)
 
 
 def read_identity(folder: Path) -> dict:
-    """What the run that wrote a checkpoint says of itself in the state.
-
-    Raises:
-        Failed: if it says nothing.
-    """
+    """What the run that wrote a checkpoint says of itself in the state. Raises Failed if it says nothing."""
     identity = read_state(folder).get("identity")
     if not isinstance(identity, dict):
         raise Failed(f"{folder / STATE} is damaged: it does not tell of which run it is")
     return identity
 
 
-def check_progress(folder: Path, progress) -> None:
-    """Whether the progress in a checkpoint's state is one: `step`, `attempts` and `train_seconds`, no others.
-
-    Raises:
-        Failed: naming what is wrong; also if the folder is called after another step.
-    """
+def _check_progress(folder: Path, progress) -> None:
+    """Raises Failed unless it is `step`, `attempts` and `train_seconds`, and the folder is called after the step."""
     path, names = folder / STATE, ["attempts", "step", "train_seconds"]
     if not isinstance(progress, dict) or sorted(progress) != names:
         raise Failed(f"{path} is damaged: its progress is not made of {', '.join(names)}")
@@ -278,23 +256,8 @@ def check_progress(folder: Path, progress) -> None:
         raise Failed(f"{folder} holds step {step}: it was renamed; give it back its name")
 
 
-def check_numbers(folder: Path, key: str, found, expected: dict[str, float]) -> None:
-    """Whether an entry of a checkpoint's state holds the same names as expected, each with a finite number.
-
-    Raises:
-        Failed: if not.
-    """
-    is_sound = isinstance(found, dict) and found.keys() == expected.keys()
-    if not is_sound or not all(type(v) in (int, float) and math.isfinite(v) for v in found.values()):
-        raise Failed(f"{folder / STATE} is damaged: {key} is not made of numbers for {', '.join(expected)}")
-
-
 def check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Whether tensors that were read have the names, shapes and types of those that they are to replace.
-
-    Raises:
-        Failed: naming the first one that has not.
-    """
+    """Raises Failed, naming the first that differs, unless both have the same names, shapes and types."""
     for name in sorted({*found, *expected}):
         ours, theirs = (
             f"{tuple(t[name].shape)} {t[name].dtype}" if name in t else "nothing" for t in (expected, found)
@@ -341,7 +304,7 @@ def restore(
         Failed: before anything is changed.
     """
     tensors, state = load_checkpoint(folder, ["unet", "ema_unet", "optimizer", *averages])
-    check_progress(folder, state.get("progress"))
+    _check_progress(folder, state.get("progress"))
     moments = {
         f"{name}/{key}": value
         for name, parameter in network.named_parameters()
@@ -352,8 +315,10 @@ def restore(
     for name, those in expected.items():
         check_tensors(folder / f"{name}.safetensors", tensors[name], those)
     if scaler is not None and state.get("grad_scaler") is not None:
-        check_numbers(folder, "grad_scaler", state["grad_scaler"], scaler.state_dict())
-        scaler.load_state_dict(state["grad_scaler"])
+        found, names = state["grad_scaler"], scaler.state_dict().keys()
+        if not (isinstance(found, dict) and found.keys() == names and all(map(_is_finite, found.values()))):
+            raise Failed(f"{folder / STATE} is damaged: grad_scaler is not made of numbers for {', '.join(names)}")
+        scaler.load_state_dict(found)
     network.load_state_dict(tensors["unet"])
     ema_network.load_state_dict(tensors["ema_unet"])
     for name, average in averages.items():
@@ -384,6 +349,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
             value = torch.empty_like(parameter, device="cpu", dtype=value.dtype).copy_(value)
         state.setdefault(index[parameter], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _is_finite(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _file_entry(path: Path) -> dict:
