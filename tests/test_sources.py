@@ -348,16 +348,6 @@ def test_a_class_number_beyond_the_names_is_refused(tmp_path, error_of):
     assert message.endswith("has the class 7 in row 2, but there are 2 classes")
 
 
-def test_strings_of_more_than_a_thousand_kinds_are_no_classes(tmp_path, monkeypatch, open_store, error_of):
-    monkeypatch.setattr("training.data.MAX_CLASSES", 3)
-    for count in (3, 4):
-        labelled([f"name {i}" for i in range(count)], datasets.Value("string")).save_to_disk(tmp_path / f"{count}")
-    assert len(open_store(tmp_path / "3", label_column="kind").description["label_names"]) == 3
-    assert error_of(tmp_path / "4", label_column="kind").endswith(
-        "has more than 3 different values; name a column of classes"
-    )
-
-
 def test_a_column_of_labels_that_is_not_there_is_refused(tmp_path, error_of):
     labelled([True, False], datasets.Value("bool")).save_to_disk(tmp_path / "data")
     message = error_of(tmp_path / "data", label_column="kinds")
@@ -367,7 +357,7 @@ def test_a_column_of_labels_that_is_not_there_is_refused(tmp_path, error_of):
     assert "holds Image(" in error_of(tmp_path / "data", label_column="image")
 
 
-@pytest.mark.parametrize("column", LABEL_NAMES)
+@pytest.mark.parametrize("column", ["hair_style", "glasses"])
 def test_synthetic_faces_have_their_classes_as_labels(open_store, column):
     store = open_store(dataset_name="synthetic-faces", split="validation", max_images=70, label_column=column)
     factors = face_factors(split_indices("validation", 70))
@@ -504,20 +494,13 @@ def test_missing_and_empty_folders_list_what_is_there(tmp_path, error_of):
     assert error_of(parent / "a") == f"the folder {parent}/a has no files"
 
 
-def test_folders_without_images_list_what_is_there(tmp_path, error_of):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "model.xyz").write_text("?")
-    assert error_of(tmp_path / "a").startswith(f"no readable data set in {tmp_path}/a, which holds model.xyz: ")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "notes.txt").write_text("a line\n")
-    assert error_of(tmp_path / "b") == f"{tmp_path}/b has no column 'image'; it has text"
-    assert error_of(tmp_path / "b" / "notes.txt").endswith(f"there is {tmp_path}/b, which holds notes.txt")
-
-
-@pytest.mark.parametrize("fault", ["parquet", "arrow", "state", "missing"])
+@pytest.mark.parametrize("fault", ["text", "parquet", "arrow", "state", "missing"])
 def test_damaged_data_sets_are_one_line(tmp_path, error_of, fault):
     folder = tmp_path / "data"
-    if fault == "parquet":
+    if fault == "text":
+        folder.mkdir()
+        (folder / "model.xyz").write_text("?")
+    elif fault == "parquet":
         folder.mkdir()
         (folder / "train.parquet").write_bytes(b"PAR1 and nothing else")
     else:

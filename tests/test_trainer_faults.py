@@ -24,7 +24,7 @@ from test_train_unet import REPOSITORY, TINY, assert_same_tensors, error_line, r
 import train_unet
 from experiments import classifier
 from pipelines import generate
-from training import checkpoint
+from training import checkpoint, resumable
 from training.config import TrainConfig
 from training.log import read_log
 from training.processes import StopSignal, build_accelerator, is_accelerate_launch
@@ -191,9 +191,8 @@ def test_a_snapshot_that_was_cut_off_is_taken_again(start, straight, tmp_path):
     [
         ["--objective", "edm", "--label_column", "glasses", "--label_dropout", "0.3"],
         ["--objective", "ve", "--time_embedding_type", "fourier", "--likelihood_weighting"],
-        ["--objective", "flow", "--time_density", "logit_normal"],
     ],
-    ids=["edm with classes", "ve", "flow"],
+    ids=["edm with classes", "ve"],
 )
 def test_killed_in_continuous_time_and_resumed_equals_never_killed(start, tmp_path, flags):
     start(tmp_path / "straight", *flags).finish(0)
@@ -213,7 +212,6 @@ def test_killed_in_continuous_time_and_resumed_equals_never_killed(start, tmp_pa
     [
         (150_000, "checkpoint-6"),
         (100_000, "ema_snapshots/checkpoint-4"),
-        (1500, "config.yaml"),
         (2000, "log.jsonl"),
     ],
 )
@@ -271,8 +269,7 @@ def test_an_exception_in_the_middle_of_sampling_changes_no_loss(start, straight,
 # Checkpoints that do not fit
 
 
-@pytest.mark.parametrize("name", ["ema_unet", "optimizer", "ema_sigma_rel_0.10"])
-@pytest.mark.parametrize("listed", [True, False], ids=["listed", "not listed"])
+@pytest.mark.parametrize(("name", "listed"), [("ema_unet", True), ("optimizer", False), ("ema_sigma_rel_0.10", False)])
 def test_a_checkpoint_without_a_file_changes_nothing(start, straight, tmp_path, name, listed):
     run = copy_until(straight, tmp_path / "run", 9)
     folder = run / "checkpoint-3"
@@ -292,6 +289,7 @@ def test_what_differs_from_the_checkpoint_is_listed(start, straight, tmp_path):
     update_manifest(run / "checkpoint-3")
     flags = ["--block_out_channels", "8", "24", "--beta_end", "0.03", "--train_batch_size", "5"]
     flags += ["--snr_gamma", "5", "--snr_weighting", "soft_min", "--post_hoc_ema", "false"]
+    flags += ["--label_column", "glasses"]
     before = contents(run)
     line = error_line(start(run, *flags).finish(1))
     for text in (
@@ -302,27 +300,11 @@ def test_what_differs_from_the_checkpoint_is_listed(start, straight, tmp_path):
         "snr_weighting: 'min' -> 'soft_min'",
         "num_processes: 2 -> 1",
         "post_hoc_ema: True -> False",
+        "label_column: None -> 'glasses'",
+        "label_names: None -> ['no', 'yes']",
+        "num_class_embeds: None -> 3",
     ):
         assert text in line
-    assert contents(run) == before
-
-
-@pytest.mark.parametrize(
-    ("flags", "differences"),
-    [
-        (["--objective", "vp"], ["objective: 'ddpm' -> 'vp'"]),
-        (
-            ["--label_column", "glasses"],
-            ["label_column: None -> 'glasses'", "label_names: None -> ['no', 'yes']", "num_class_embeds: None -> 3"],
-        ),
-    ],
-)
-def test_another_objective_or_classes_are_another_run(start, straight, tmp_path, flags, differences):
-    run = copy_until(straight, tmp_path / "run", 3)
-    before = contents(run)
-    line = error_line(start(run, *flags).finish(1))
-    assert all(difference in line for difference in differences)
-    assert "sde_beta" not in line
     assert contents(run) == before
 
 
@@ -331,7 +313,7 @@ def test_a_checkpoint_from_before_there_were_objectives_is_one_of_ddpm(start, st
     state = checkpoint.read_state(run / "checkpoint-3")
     old = "prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr".split()
     others = ("label_column", "label_names", "post_hoc_ema")
-    for name in [*(name for name in train_unet.OBJECTIVE if name not in old), *others]:
+    for name in [*(name for name in resumable.OBJECTIVE if name not in old), *others]:
         del state["identity"][name]
     (run / "checkpoint-3" / "state.json").write_text(checkpoint.json.dumps(state))
     update_manifest(run / "checkpoint-3")
