@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -12,11 +13,10 @@ from accelerate import PartialState
 from torch import Tensor
 
 from common import InputError, on_main_process, sha256_of
-from eval.cost import SamplerSetting
 from eval.features import FeatureExtractor, ImageSet, images_of_files, images_of_store, subset
 from eval.results import result
-from pipelines import generate
-from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, ContinuousSampler
+from pipelines import CustomUNetPipeline, generate
+from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS, ContinuousSampler
 from pipelines.loading import find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
 from training.log import training_in_all
@@ -25,6 +25,62 @@ COST_SAMPLERS = "unipc:10 unipc:20 dpmsolver++2m:20 ddim:20 ddim:50 ddpm:100".sp
 COST_SAMPLERS_IN_CONTINUOUS_TIME = "edm_heun:9 edm_heun:18 predictor_corrector:100 euler_maruyama:100 ode".split()
 MOVED = {"device", "versions"}  # a result has these if they are not those of the record
 IMAGES = "images"  # the folder of an evaluation that holds its folders of images
+
+
+@dataclass(frozen=True)
+class SamplerSetting:
+    """A sampler with what it is called with.
+
+    Attributes:
+        steps: None for `ode`, which takes as many as it needs.
+        sampler_settings: of a sampler in continuous time, see `ContinuousSampler`.
+    """
+
+    sampler: str
+    steps: int | None
+    eta: float = 0.0
+    sampler_settings: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        own = "".join(f", {name} {value:g}" for name, value in self.sampler_settings.items())
+        steps = "" if self.steps is None else f", {self.steps} steps"
+        return f"{self.sampler}{steps}" + (f", eta {self.eta:g}" if self.eta else "") + own
+
+    @classmethod
+    def parse(cls, text: str) -> "SamplerSetting":
+        """`NAME`, `NAME:STEPS` or `NAME:STEPS:ETA`; the ode takes no steps, the others 50 by default.
+
+        Raises:
+            argparse.ArgumentTypeError: if it is none of these; steps and eta are checked by `set_on`.
+        """
+        name, *numbers = text.split(":")
+        try:
+            steps, eta = int(numbers[0]) if numbers else 50, float(numbers[1]) if numbers[1:] else 0.0
+        except ValueError:
+            steps, eta = 0, 0.0
+        known = name in {*SAMPLERS, *CONTINUOUS_SAMPLERS} and not (name == "ode" and numbers)
+        if not known or numbers[2:] or steps < 1 or not 0 <= eta <= 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not NAME, NAME:STEPS or NAME:STEPS:ETA of a sampler")
+        return cls(name, None if name == "ode" else steps, eta)
+
+    def with_settings(self, given: dict[str, float]) -> "SamplerSetting":
+        """The same with those of the given settings that this sampler takes."""
+        own = CONTINUOUS_SAMPLERS.get(self.sampler, ())
+        return replace(self, sampler_settings={name: value for name, value in given.items() if name in own})
+
+    def set_on(self, pipeline: CustomUNetPipeline) -> dict:
+        """Sets the sampler of a pipeline.
+
+        Returns:
+            the arguments of its call.
+
+        Raises:
+            ValueError: for a setting that the pipeline refuses.
+        """
+        pipeline.set_sampler(self.sampler, **self.sampler_settings)
+        arguments = {"eta": self.eta} | ({} if self.steps is None else {"num_inference_steps": self.steps})
+        pipeline.check_inputs(**{"num_inference_steps": 50} | arguments)
+        return arguments
 
 
 def images_folder(setting: dict) -> str:

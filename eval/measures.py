@@ -1,6 +1,7 @@
 """The metrics of an evaluation: each takes what it needs from it, yields its results and draws its figures."""
 
 import dataclasses
+import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,9 @@ from torch import Tensor
 
 from common import InputError, on_main_process
 from eval.colours import COLOURS, colour_distance, colour_statistics, share_of_extremes
-from eval.cost import SamplerSetting, sample
 from eval.distances import cmmd, frechet_distance, kernel_distance, prdc
 from eval.encoders import open_extractor
-from eval.evaluation import Evaluation
+from eval.evaluation import Evaluation, SamplerSetting
 from eval.features import FeatureExtractor, ImageSet, cached_features, images_of_store
 from eval.figures import plot_colours, plot_cost_curve, plot_curves, plot_nearest_distances
 from eval.heldout import SIGMAS, denoising_curve, heldout_curve
@@ -413,14 +413,17 @@ def _cost_features(evaluation: Evaluation) -> tuple[FeatureSpace, FeatureExtract
 
 
 def _cost_of_one_batch(evaluation: Evaluation, pipeline: CustomUNetPipeline, setting: SamplerSetting) -> dict:
-    options, classes = evaluation.options, {}
+    options, arguments = evaluation.options, setting.set_on(pipeline)
     seeds = range(options.seed, options.seed + min(options.batch_size, options.cost_images))
     if options.class_label is not None:
         labels = [options.class_label[seed % len(options.class_label)] for seed in seeds]
-        classes = {"class_labels": labels, "guidance_scale": options.guidance_scale}
-    _, evaluations, seconds = sample(pipeline, setting, seeds, len(seeds), **classes)
-    cost = {"network_evaluations": evaluations, "seconds_per_image": seconds, "batch_size": len(seeds)}
-    return cost | evaluation.threads
+        arguments |= {"class_labels": labels, "guidance_scale": options.guidance_scale}
+    started_at_seconds = time.perf_counter()
+    output = pipeline(seeds=seeds, output_type="pt", **arguments)
+    output.images.cpu()  # waits for the device
+    seconds = (time.perf_counter() - started_at_seconds) / len(seeds)
+    cost = {"network_evaluations": output.network_evaluations, "seconds_per_image": seconds}
+    return cost | {"batch_size": len(seeds)} | evaluation.threads
 
 
 METRICS = {

@@ -14,7 +14,7 @@ belongs to discrete timesteps alone.
     memorisation   nearest training images of generated and of held-out images            eval/memorisation.py
     likelihood     bits/dim by the variational bound and by the probability-flow ODE      eval/likelihood.py
     heldout        loss against timestep and noise level, held-out and training images    eval/heldout.py
-    cost           quality, network evaluations and seconds of samplers and steps         eval/cost.py
+    cost           quality, network evaluations and seconds of samplers and steps         eval/measures.py
 
 Several processes (`accelerate launch -m eval.run`, torchrun) share generation and features. Exit codes: 0 done, 1
 failed, 2 bad input, 130 stopped by Ctrl-C; what was measured by then is in results.json.
@@ -32,8 +32,7 @@ import torch
 from accelerate import PartialState
 
 from common import MOST_THREADS, InputError, Parser, check_numbers, check_seeds, command_line, make_folder, run_command
-from eval.cost import SamplerSetting
-from eval.evaluation import COST_SAMPLERS, COST_SAMPLERS_IN_CONTINUOUS_TIME, Evaluation
+from eval.evaluation import COST_SAMPLERS, COST_SAMPLERS_IN_CONTINUOUS_TIME, Evaluation, SamplerSetting
 from eval.measures import METRICS, PUBLISHED, check_metrics
 from eval.results import quality_table, read_results, result, write_results
 from pipelines import generate

@@ -371,16 +371,6 @@ def test_what_belongs_to_timesteps_is_not_measured_of_an_sde_model(measured_sde,
         assert all(len(entry["curve"]) == len(entry["sigmas"]) == 16 for entry in errors.values())
 
 
-def test_a_second_start_of_an_sde_model_uses_what_is_there(measured_sde, evaluate, sde_model, capsys):
-    before = results(measured_sde)
-    flags = ["--pipeline", str(sde_model("edm", "edm")), *SDE_COST]
-    assert evaluate(measured_sde, *flags, "--metrics", "swd", "cost", "likelihood") == 0
-    assert "0 images generated" in capsys.readouterr().out
-    after = results(measured_sde)
-    assert len(after) == len(before)
-    assert [e for e in after if e["family"] == "cost"] == [e for e in before if e["family"] == "cost"]
-
-
 def test_a_sampler_that_does_not_suit_an_sde_model_is_one_line(evaluate, sde_model, tmp_path, capfd):
     model = ["--pipeline", str(sde_model("edm", "edm"))]
     for flags, message in [
@@ -395,26 +385,21 @@ def test_a_sampler_that_does_not_suit_an_sde_model_is_one_line(evaluate, sde_mod
 
 
 def test_settings_of_a_sampler_reach_the_images_and_the_results(evaluate, sde_model, tmp_path):
-    model = ["--pipeline", str(sde_model("ve", "score", time_embedding_type="fourier"))]
-    flags = ["--sampler", "predictor_corrector", "--snr", "0.1", "--corrector_steps", "2"]
-    assert evaluate(tmp_path, *model, *flags, "--metrics", "swd") == 0
-    assert evaluate(tmp_path, *model, "--sampler", "ode", "--tolerance", "0.1", "--metrics", "swd") == 0
+    """Also the churn that VE models have by default."""
+    model = ["--pipeline", str(sde_model("ve", "score", time_embedding_type="fourier")), "--metrics", "swd"]
+    pc = "--sampler predictor_corrector --snr 0.1 --corrector_steps 2".split()
+    for flags in ([], ["--churn", "0"], pc, ["--sampler", "ode", "--tolerance", "0.1"]):
+        assert evaluate(tmp_path, *model, *flags) == 0
+    names = "edm_heun-3-churn10-fp32 edm_heun-3-fp32 ode-tolerance0.1-fp32"
     folders = {path.name for path in (tmp_path / "images").iterdir()}
-    assert folders == {"predictor_corrector-3-snr0.1-corrector_steps2-fp32", "ode-tolerance0.1-fp32"}
+    assert folders == {*names.split(), "predictor_corrector-3-snr0.1-corrector_steps2-fp32"}
     entries = [entry for entry in results(tmp_path) if entry["name"] == "SWD, mean"]
-    assert [entry["sampler_settings"] for entry in entries] == [{"snr": 0.1, "corrector_steps": 2}, {"tolerance": 0.1}]
-    assert [entry.get("steps") for entry in entries] == [3, None]
+    assert [entry["sampler_settings"].get("churn") for entry in entries] == [10.0, 0.0, None, None]
+    expected = [{"snr": 0.1, "corrector_steps": 2}, {"tolerance": 0.1}]
+    assert [entry["sampler_settings"] for entry in entries[2:]] == expected
+    assert [entry.get("steps") for entry in entries] == [3, 3, 3, None]
     record = json.loads((tmp_path / "images" / "ode-tolerance0.1-fp32" / "generate.json").read_text())
     assert record["settings"]["continuous_sampler"] == {"name": "ode", "tolerance": 0.1}
-
-
-def test_the_churn_that_ve_models_have_by_default_is_told(evaluate, sde_model, tmp_path):
-    model = ["--pipeline", str(sde_model("ve", "score", time_embedding_type="fourier"))]
-    assert evaluate(tmp_path, *model, "--metrics", "swd") == 0
-    assert evaluate(tmp_path, *model, "--metrics", "swd", "--churn", "0") == 0
-    found = [entry["sampler_settings"]["churn"] for entry in results(tmp_path) if entry["name"] == "SWD, mean"]
-    assert found == [10.0, 0.0]
-    assert len(list((tmp_path / "images").iterdir())) == 2
 
 
 def test_a_class_conditional_model(evaluate, sde_model, tmp_path, capfd):

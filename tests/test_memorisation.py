@@ -63,11 +63,6 @@ def test_a_tie_goes_to_the_lowest_index(chunk):
     assert indices.tolist() == [1, 4, 1]
 
 
-def test_uint8_does_not_wrap_around():
-    distances, _ = nearest_distances(np.array([[0, 0]], np.uint8), np.array([[255, 255]], np.uint8))
-    assert distances.tolist() == [255 * 2**0.5]
-
-
 def test_planted_copies_are_found_and_counted(faces):
     training, heldout, generated = faces[:800], faces[800:1000], faces[1000:].copy()
     noise = np.random.default_rng(0).normal(0, 2, training[0].shape)
@@ -101,13 +96,6 @@ def test_a_symmetric_image_is_not_called_mirrored(faces):
     symmetric = faces[:1] // 2 + faces[:1, :, :, ::-1] // 2
     training = np.concatenate([faces[1:50], symmetric])
     assert [found.item() for found in nearest_training(symmetric, training, True, 64)] == [0, 49, False]
-
-
-def test_a_model_that_generalises_has_ratio_one(faces):
-    report = memorisation(faces[950:1100], faces[800:950], faces[:800])
-    assert report.ratio == pytest.approx(1, abs=0.05)
-    assert report.share_below_heldout_minimum.value <= 0.02
-    assert report.share_below_heldout_percentile.value <= 0.05
 
 
 def test_a_model_that_repeats_its_training_images_with_noise_does_not(faces):
