@@ -21,14 +21,13 @@ from diffusers.utils import BaseOutput, make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-# The samplers by name: class and settings. Timesteps are spaced as suits the solver: with leading spacing the
-# multistep ones start far from the last timestep when there are many steps; with another one Heun's first step is too
-# long, and PNDM's steps from nearly pure noise are ill-conditioned.
+# The samplers by name: class and settings. The spacing of the timesteps suits the solver: with leading spacing the
+# multistep ones start far from the last timestep when there are many steps; with trailing spacing Heun's first step is
+# too long.
 LEADING, TRAILING = {"timestep_spacing": "leading"}, {"timestep_spacing": "trailing"}
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict]] = {
     "ddpm": (diffusers.DDPMScheduler, {}),
     "ddim": (diffusers.DDIMScheduler, {}),
-    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": False, "set_alpha_to_one": True} | LEADING),
     "dpmsolver++2m": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 2} | TRAILING),
     "dpmsolver++3m": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 3} | TRAILING),
     "unipc": (diffusers.UniPCMultistepScheduler, {"solver_order": 2} | TRAILING),
@@ -277,9 +276,9 @@ class CustomUNetPipeline(DiffusionPipeline):
             batch_size: B, 1 unless seeds, generators or latents tell.
             generator: one for the whole batch, or a list with one for each image.
             num_inference_steps: sampling steps, at most the scheduler's `num_train_timesteps`. One network evaluation
-                each; Heun takes 2 but for the last one, PNDM 9 more in all. In continuous time N steps take N + 1
-                evaluations, with c corrector steps N + (N - 1) c + 1, with the two of Heun 2 N - 1, with `flow_euler`
-                N; `ode` chooses its own.
+                each; Heun takes 2 except in the last step. In continuous time N steps take N + 1 evaluations, with c
+                corrector steps N + (N - 1) c + 1, with the two of Heun 2 N - 1, with `flow_euler` N; `ode` chooses its
+                own.
             eta: 0 (deterministic) to 1 (DDPM's variance), eq. 16 of DDIM; other samplers do not take it.
             output_type: `pil`, `np` (float32, shape (B, H, W, C), range [0, 1]) or `pt` (shape (B, C, H, W), [0, 1]).
             return_dict: whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -319,11 +318,8 @@ class CustomUNetPipeline(DiffusionPipeline):
             return self._generated(images, output_type, return_dict, guidance.evaluations)
 
         scheduler, step_type = self.scheduler, self._prediction_type
-        if isinstance(scheduler, diffusers.PNDMScheduler):
-            step_type = "epsilon"  # it averages model outputs of different timesteps, which is right for epsilon alone
-        elif step_type == "sample" and isinstance(scheduler, SIGMA_TYPE):
+        if step_type == "sample" and isinstance(scheduler, SIGMA_TYPE):
             step_type = "v_prediction"  # two of them do not take x_0
-        if step_type != self._prediction_type:
             scheduler = _scheduler_like(scheduler.config, type(scheduler), prediction_type=step_type)
         scheduler.set_timesteps(num_inference_steps, device=device)
         if isinstance(scheduler, MULTISTEP) and len(scheduler.timesteps.unique()) < num_inference_steps:
@@ -930,15 +926,6 @@ class CustomUNetPipeline(DiffusionPipeline):
         last = config.num_train_timesteps
         if not 1 <= num_inference_steps <= last:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be 1 to {last}")
-        if isinstance(scheduler, diffusers.PNDMScheduler):
-            if num_inference_steps < 4 or last % num_inference_steps:
-                raise ValueError(
-                    f"num_inference_steps is {num_inference_steps}; {name} needs at least 4, and a divisor of {last}"
-                )
-            if config.timestep_spacing != "leading":
-                raise ValueError(
-                    f"timestep_spacing is {config.timestep_spacing!r}; {name} is well-conditioned with 'leading' alone"
-                )
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
         if eta > 0 and not isinstance(scheduler, diffusers.DDIMScheduler):

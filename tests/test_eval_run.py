@@ -233,7 +233,7 @@ def test_what_another_machine_measured_stays_its(measured, evaluate, tmp_path):
         (["--sampler", "ode", "--churn", "1"], "--churn is 1, but ode and ddim and unipc take no churn"),
         (["--sampler", "edm_heun", "--churn", "nan"], "--churn is nan"),
         (["--sampler", "edm_heun", "--eta", "1"], "eta is 1.0"),
-        (["--cost_samplers", "ddim:5", "pndm:3"], "num_inference_steps is 3"),
+        (["--cost_samplers", "ddim:5", "edm_heun:1"], "num_inference_steps is 1"),
         (["--cost_samplers", "ddim:x"], "'ddim:x' is not NAME, NAME:STEPS or NAME:STEPS:ETA"),
         (["--class_label", "1"], "no class embeddings"),
         (["--sampler", "unipc", "--eta", "1"], "eta is 1.0"),

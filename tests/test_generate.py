@@ -341,7 +341,7 @@ def test_bad_input_for_a_model_of_an_sde_is_one_line_and_exit_code_2(
         (["--num_images", "0"], "--num_images is 0; it must be at least 1"),
         (["--seed", "4294967293"], "the last seed is 4294967296; it must be below 2**32"),
         (["--steps", "0"], "num_inference_steps is 0; it must be 1 to 1000"),
-        (["--steps", "3", "--scheduler", "pndm"], "num_inference_steps is 3; PNDMScheduler needs"),
+        (["--steps", "1", "--scheduler", "edm_heun"], "num_inference_steps is 1; it must be 2 to"),
         (["--eta", "0.5", "--scheduler", "unipc"], "eta is 0.5, but UniPCMultistepScheduler does not take it"),
         (["--class_label", "1"], "the network has no class embeddings"),
         (["--pipeline", "runs/no/pipeline"], "runs/no/pipeline is neither a folder nor the id of a Hub repository"),

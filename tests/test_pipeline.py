@@ -12,7 +12,6 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
-    PNDMScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
@@ -254,7 +253,7 @@ def test_samplers_by_name_keep_the_noise_schedule(pipe):
         torch.testing.assert_close(pipe.scheduler.alphas_cumprod, before)
         assert pipe.scheduler.config.prediction_type == "v_prediction"
     assert pipe.scheduler.config.timestep_spacing == "trailing"  # nothing is left of the samplers in between
-    with pytest.raises(ValueError, match="no sampler 'dim'; there are ddpm, ddim, pndm"):
+    with pytest.raises(ValueError, match="no sampler 'dim'; there are ddpm, ddim, dpmsolver"):
         pipe.set_sampler("dim")
 
 
@@ -271,7 +270,6 @@ def test_samplers_by_name_keep_the_noise_schedule(pipe):
         (DDPMScheduler(variance_type="learned_range"), "variance_type is 'learned_range'"),
         (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "flow_prediction"),
         (UniPCMultistepScheduler(use_flow_sigmas=True, beta_end=0.02), "use_flow_sigmas"),
-        (PNDMScheduler(timestep_spacing="trailing"), "well-conditioned with 'leading' alone"),
     ],
 )
 def test_schedulers_that_do_not_suit_are_refused(pipe, scheduler, message):
@@ -279,13 +277,6 @@ def test_schedulers_that_do_not_suit_are_refused(pipe, scheduler, message):
     with pytest.raises(ValueError, match=message) as error:
         pipe(num_inference_steps=50)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("steps", [3, 30])
-def test_step_counts_that_pndm_cannot_take(pipe, steps):
-    pipe.set_sampler("pndm")
-    with pytest.raises(ValueError, match=f"num_inference_steps is {steps}; PNDMScheduler needs at least 4"):
-        pipe(num_inference_steps=steps)
 
 
 def test_steps_that_would_repeat_a_timestep_are_refused(pipe):
