@@ -44,6 +44,7 @@ from common import (
     check_numbers,
     check_seeds,
     command_line,
+    is_out_of_memory,
     make_folder,
     on_main_process,
     replace_file,
@@ -143,6 +144,10 @@ def generate_images(
                 )
             except ValueError as error:
                 raise Failed(str(error)) from error
+            except (ArithmeticError, RuntimeError) as error:  # a configuration from a stranger may hold any numbers
+                if is_out_of_memory(error):
+                    raise
+                raise Failed(f"the model cannot be run: {error}") from error
             for seed, image in zip(batch, result.images, strict=True):
                 _write_png(image_path(folder, seed), image)
             evaluations += result.network_evaluations * len(batch)
