@@ -214,6 +214,14 @@ def test_the_monte_carlo_estimate_is_unbiased(num_evaluations):
     check_monte_carlo(num_evaluations)
 
 
+def test_the_bound_is_the_sum_of_its_parts():
+    """Of a schedule that ends while the image still shows, so that the prior's part is large."""
+    scheduler, images = make_scheduler(num_timesteps=20, beta_schedule="linear"), draw_images(INDEPENDENT, 4)
+    found = variational_bound(exact_network(ExactGaussian, INDEPENDENT, scheduler), scheduler, images)
+    assert found.prior.min() > 0.1
+    assert found.bits_per_dim.mean() == pytest.approx(found.terms.sum() + found.prior.mean(), rel=1e-9)
+
+
 def test_importance_sampling_lowers_the_spread():
     scheduler, images = make_scheduler(), draw_images(CORRELATED, 1)
     terms = expected_terms(images, CORRELATED, scheduler, "fixed_small")[0][0]

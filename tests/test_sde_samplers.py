@@ -86,6 +86,23 @@ def test_heun_with_churn_reproduces_the_data(name):
     assert errors[1][2] < max(errors[0][2] / 2, 0.1)
 
 
+def test_the_noise_of_churn_is_scaled_by_its_factor():
+    """Algorithm 2 by hand, for a network that sees a black image in everything, so that y is proportional to sigma."""
+    start, sigmas = torch.full((2, 3), 5.0, dtype=torch.float64), torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
+    found = edm_heun(
+        SDES["edm"],
+        lambda x, t: torch.zeros_like(x),
+        start,
+        sigmas,
+        lambda: torch.ones(2, 3),
+        churn=0.4,
+        noise_factor=3,
+    )
+    raised = 2 * (1 + 0.4 / 2)  # the first step starts at the largest noise level, which is not raised
+    expected = (5.0 / 2 + math.sqrt(raised**2 - 2**2) * 3) / raised
+    torch.testing.assert_close(found, torch.full((2, 3), expected, dtype=torch.float64))
+
+
 def test_heun_is_of_second_order():
     """One Gaussian, from the same noise: halving the steps quarters the error."""
     sde = EDMSDE(0.002, 10.0)
