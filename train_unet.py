@@ -57,7 +57,7 @@ class Trainer(Resumable, Reports):
         network_class: an experiment's variant of the network, see `experiments/unet_variants.py`.
 
     Raises:
-        InputError: if the data or the pretrained weights cannot be had, these are of another network, the noise levels
+        InputError: if the data or the pretrained weights cannot be loaded or do not fit the network, the noise levels
             do not suit the data, the network cannot be built, or the metric cannot be measured.
     """
 

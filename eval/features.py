@@ -202,7 +202,7 @@ def cached_features(
 
 
 def _read_cached(path: Path, key: str) -> np.ndarray | None:
-    """None if there is no file, or it is damaged (zip checks the sum of every array)."""
+    """The cached arrays; None if the file is missing or damaged, which the checksums of the zip file reveal."""
     try:
         with np.load(path, allow_pickle=False) as file:
             there = json.dumps(json.loads(str(file["key"])), sort_keys=True)

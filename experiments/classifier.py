@@ -154,7 +154,7 @@ def train_classifier(
 
     Raises:
         InputError: if there are fewer images than a batch.
-        Failed: if the loss is no number.
+        Failed: if the loss is not finite.
     """
     device, generator = classifier.device, torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate)

@@ -397,7 +397,7 @@ def run(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise InputError(str(error)) from error
     try:
-        # without `_frontend`, which ends the page where a request to itself takes over three seconds
+        # `_frontend=False`: Gradio would exit if a request to its own page took more than three seconds
         demo.launch(server_port=options.port, share=options.share, _frontend=False)
     except OSError as error:
         raise InputError(f"port {options.port} cannot be had, it may be in use; take another --port") from error

@@ -43,7 +43,7 @@ def model_files(folder: Path) -> list[str]:
     names += _weight_files(folder)
     for name in names:
         if name != "README.md" and not (folder / name).is_file():
-            raise InputError(f"{folder} is no model repository: it has no {name}")
+            raise InputError(f"{folder} is not a model repository: it lacks {name}")
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{folder}/{name} is a link out of the folder; put the file itself there")
     return sorted(names)
@@ -77,9 +77,9 @@ def _read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path.parent} is no model repository: {path.name}: {error.strerror}") from error
+        raise InputError(f"{path.parent} is not a model repository: {path.name}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
+        raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}; it should be an object")
     return values

@@ -64,7 +64,7 @@ def weight_files(source: Path) -> list[Path]:
     unet = source / "unet"
     files = sorted(unet.glob(SHARDS)) if (unet / WEIGHTS_INDEX).exists() else [unet / WEIGHTS]
     if not files or not all(path.is_file() for path in files):
-        raise InputError(f"{source} is no model repository: it has no unet/{WEIGHTS}")
+        raise InputError(f"{source} is not a model repository: it lacks unet/{WEIGHTS}")
     return files
 
 

@@ -369,7 +369,7 @@ def test_half_precision_weights_beside_the_others(sde_models, tmp_path):
     ("flags", "message"),
     [
         (["card"], "--pipeline"),
-        (["card", "--pipeline", "nowhere"], "nowhere is no model repository"),
+        (["card", "--pipeline", "nowhere"], "nowhere is not a model repository"),
         (["copy", "--pipeline", "x"], "invalid choice: 'copy'"),
         (["push", "--pipeline", "x"], "--repo_id"),
         (["push", "--pipeline", "x", "--repo_id", "y", "--token", "hf_secret"], "the Hub's token is not an argument"),

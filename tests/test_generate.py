@@ -349,7 +349,7 @@ def test_bad_input_for_a_model_of_an_sde_is_one_line_and_exit_code_2(
             ["--pipeline", "nobody/nothing"],
             "--pipeline nobody/nothing is not a local folder and could not be downloaded",
         ),
-        (["--pipeline", str(REPOSITORY / "tests")], "tests is no model repository"),
+        (["--pipeline", str(REPOSITORY / "tests")], "tests is not a model repository"),
         (["--revision", "main"], "--revision main is for the Hub"),
         (["--out", str(REPOSITORY / "README.md")], "README.md is not a folder"),
         (["--step", "3"], "unrecognized arguments: --step 3"),

@@ -223,6 +223,6 @@ def check_output_dir(output_dir: str) -> None:
     except OSError as error:
         raise InputError(f"--output_dir {shown(output_dir)}: {error.strerror}; take another folder") from error
     if not path.is_dir():
-        raise InputError(f"--output_dir {shown(output_dir)}: {path} is no folder; take another one")
+        raise InputError(f"--output_dir {shown(output_dir)}: {path} is not a folder; choose another one")
     if not is_writable:
         raise InputError(f"--output_dir {shown(output_dir)}: {path} cannot be written to; take another folder")

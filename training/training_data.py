@@ -24,7 +24,7 @@ class TrainingData:
         num_heldout_images: N, on every process.
 
     Raises:
-        InputError: if the data cannot be had, or there are too few of them.
+        InputError: if the data cannot be loaded, or there are too few images.
     """
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
