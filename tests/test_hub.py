@@ -289,7 +289,7 @@ def spoil_index(folder: Path, **values) -> None:
 
 
 SPOILERS = {
-    "no index": (lambda folder: (folder / "model_index.json").unlink(), "no model repository"),
+    "no index": (lambda folder: (folder / "model_index.json").unlink(), "not a model repository"),
     "index of another kind": (lambda folder: (folder / "model_index.json").write_text("[]"), "holds a list"),
     "no scheduler": (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config"),
     "no code": (lambda folder: (folder / "unet" / "custom_unet_2d.py").unlink(), "custom_unet_2d.py"),
