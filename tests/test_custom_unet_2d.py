@@ -55,7 +55,8 @@ CONFIGS = {
     "plain": {"down_block_types": PLAIN_DOWN, "up_block_types": PLAIN_UP, "add_attention": False},
     "attention": {},
     "attention everywhere": ALL_ATTN,
-    "one head a level": {**ALL_ATTN, "attention_head_dim": None},
+    "one head per level": {**ALL_ATTN, "attention_head_dim": None},
+    "heads narrower than the level": {**ALL_ATTN, "attention_head_dim": 3},
     "resnet blocks": {"down_block_types": RESNET_DOWN, "up_block_types": RESNET_UP},
     "resnet resampling": {**ALL_ATTN, "downsample_type": "resnet", "upsample_type": "resnet"},
     "resnet down, conv up": {**ALL_ATTN, "downsample_type": "resnet", "norm_eps": 1e-3},
@@ -142,6 +143,7 @@ def make_pair(config: dict) -> tuple[UNet2DModel, CustomUNet2DModel]:
     """diffusers' network and ours with the same random weights, in training mode."""
     torch.manual_seed(0)
     reference, ours = UNet2DModel(**config), CustomUNet2DModel(**config)
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in reference.named_parameters()]
     randomize(reference)
     ours.load_state_dict(reference.state_dict())
     return reference.train(), ours.train()
@@ -443,8 +445,7 @@ REFUSED = {
         "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
     },
     "0 groups do not divide": {"block_out_channels": (3, 16), "down_block_types": SKIP_DOWN, "norm_num_groups": 1},
-    "attention_head_dim=3 does not divide the 16": {"attention_head_dim": 3},
-    "attention_head_dim=32": {"attention_head_dim": 32},
+    "attention_head_dim=32 is more than the 16": {"attention_head_dim": 32},
     "num_train_timesteps=None": {"time_embedding_type": "learned"},
     "freq_shift=4": {"freq_shift": 4},
     "in_channels=0": {"in_channels": 0},
@@ -476,10 +477,10 @@ def test_construction_refuses_in_one_line(message):
 
 def test_head_width_counts_only_at_levels_with_attention():
     with_attention_outside = {"down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": PLAIN_UP}
-    config = tiny(block_out_channels=(12, 16), attention_head_dim=3, add_attention=False, **with_attention_outside)
+    config = tiny(block_out_channels=(12, 16), attention_head_dim=12, add_attention=False, **with_attention_outside)
     CustomUNet2DModel(**config)
-    with pytest.raises(ValueError, match="attention_head_dim=3 does not divide the 16"):
-        CustomUNet2DModel(**{**config, "add_attention": True})
+    with pytest.raises(ValueError, match="attention_head_dim=12 is more than the 8"):
+        CustomUNet2DModel(**{**config, "block_out_channels": (12, 8), "add_attention": True})
 
 
 @pytest.mark.parametrize("path", ["down", "up"])

@@ -218,25 +218,26 @@ class SelfAttention(CheckpointedLayer):
         super().__init__()
         groups = 32 if ncsnpp else (groups or config.norm_num_groups)
         head_dim = config.attention_head_dim or channels
-        require(
-            channels % head_dim == 0,
-            f"attention_head_dim={head_dim} does not divide the {channels} channels of a level with attention: "
-            "choose a divisor, or None for one head",
-        )
         self.num_heads = channels // head_dim
+        require(
+            self.num_heads > 0,
+            f"attention_head_dim={head_dim} is more than the {channels} channels of a level with attention: "
+            "choose a smaller one, or None for one head",
+        )
+        inner = self.num_heads * head_dim  # less than `channels` where head_dim does not divide them
         self.output_scale = math.sqrt(2) if ncsnpp else output_scale
         self.group_norm = group_norm(channels, groups, config.norm_eps) if normalize else nn.Identity()
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.to_q = nn.Linear(channels, inner)
+        self.to_k = nn.Linear(channels, inner)
+        self.to_v = nn.Linear(channels, inner)
+        self.to_out = nn.Sequential(nn.Linear(inner, channels))
         self.register_load_state_dict_pre_hook(rename_old_attention_weights)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         # contiguous(): one copy here instead of one in each projection
         pixels = self.group_norm(hidden).flatten(2).transpose(1, 2).contiguous()  # (B, H*W, C)
         query, key, value = (
-            project(pixels).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, H*W, C / heads)
+            project(pixels).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, H*W, head_dim)
             for project in (self.to_q, self.to_k, self.to_v)
         )
         attended = F.scaled_dot_product_attention(query, key, value)
@@ -266,10 +267,11 @@ class DownBlock(nn.Module):
         super().__init__()
         kind = kind or config.downsample_type
         inputs = [in_channels] + [out_channels] * (config.layers_per_block - 1)
-        self.resnets = nn.ModuleList([ResidualBlock(c, out_channels, config, ncsnpp) for c in inputs])
+        resnets = [ResidualBlock(c, out_channels, config, ncsnpp) for c in inputs]
         self.attentions = nn.ModuleList(
             [SelfAttention(out_channels, config, ncsnpp) if attention else nn.Identity() for _ in inputs]
         )
+        self.resnets = nn.ModuleList(resnets)  # after the attention: the order of UNet2DModel's parameters
         self.downsamplers = nn.ModuleList()
         if downsample and kind == "conv":
             self.downsamplers.append(Downsample(out_channels, config.downsample_padding))
@@ -314,13 +316,14 @@ class MidBlock(nn.Module):
     def __init__(self, channels, config):
         super().__init__()
         scale = config.mid_block_scale_factor
-        self.resnets = nn.ModuleList([ResidualBlock(channels, channels, config, output_scale=scale) for _ in range(2)])
+        resnets = [ResidualBlock(channels, channels, config, output_scale=scale) for _ in range(2)]
         attention = nn.Identity()
         if config.add_attention:
             groups = config.attn_norm_num_groups
             normalize = groups is not None or config.resnet_time_scale_shift == "default"
             attention = SelfAttention(channels, config, groups=groups, normalize=normalize, output_scale=scale)
         self.attentions = nn.ModuleList([attention])
+        self.resnets = nn.ModuleList(resnets)
 
     def forward(self, hidden, emb):
         hidden = self.resnets[0](hidden, emb)
@@ -335,12 +338,13 @@ class UpBlock(nn.Module):
         super().__init__()
         kind = kind or config.upsample_type
         inputs = [in_channels] + [out_channels] * config.layers_per_block
-        self.resnets = nn.ModuleList(
-            [ResidualBlock(c + skip, out_channels, config) for c, skip in zip(inputs, skip_channels, strict=True)]
-        )
+        resnets = [
+            ResidualBlock(c + skip, out_channels, config) for c, skip in zip(inputs, skip_channels, strict=True)
+        ]
         self.attentions = nn.ModuleList(
             [SelfAttention(out_channels, config) if attention else nn.Identity() for _ in inputs]
         )
+        self.resnets = nn.ModuleList(resnets)
         self.upsamplers = nn.ModuleList()
         if upsample and kind == "conv":
             self.upsamplers.append(Upsample(out_channels))
@@ -366,20 +370,21 @@ class SkipUpBlock(nn.Module):
     def __init__(self, in_channels, skip_channels, out_channels, config, upsample, attention=False):
         super().__init__()
         inputs = [in_channels] + [out_channels] * config.layers_per_block
-        self.resnets = nn.ModuleList()
+        resnets = []
         for channels, skip in zip(inputs, skip_channels, strict=True):
             # UNet2DModel lacks parentheses here around channels + skip, if there is attention; so do its checkpoints.
             groups_in = min(channels + skip // 4, 32) if attention else None
-            self.resnets.append(ResidualBlock(channels + skip, out_channels, config, ncsnpp=True, groups_in=groups_in))
+            resnets.append(ResidualBlock(channels + skip, out_channels, config, ncsnpp=True, groups_in=groups_in))
         self.attentions = nn.ModuleList([SelfAttention(out_channels, config, ncsnpp=True)] if attention else [])
+        self.resnets = nn.ModuleList(resnets)
         self.image_upsampler = FirResample(up=True)
         self.resnet_up = None
         if upsample:
             fir = FirResample(up=True)
             self.resnet_up = ResidualBlock(out_channels, out_channels, config, ncsnpp=True, resample=fir)
+            self.skip_conv = nn.Conv2d(out_channels, 3, kernel_size=3, padding=1)
             self.skip_norm = group_norm(out_channels, None, config.norm_eps)
             self.act = nn.SiLU()
-            self.skip_conv = nn.Conv2d(out_channels, 3, kernel_size=3, padding=1)
 
     def forward(self, hidden, skips, emb, image):
         for resnet, skip in zip(self.resnets, skips, strict=True):
@@ -497,7 +502,7 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
             skip_channels += [width] * (layers_per_block + downsample)
             channels = width
 
-        self.mid_block = MidBlock(channels, config) if mid_block_type else None
+        mid_block = MidBlock(channels, config) if mid_block_type else None
 
         self.up_blocks = nn.ModuleList()
         for level, block_type in enumerate(up_block_types):
@@ -505,6 +510,7 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
             taken = [skip_channels.pop() for _ in range(layers_per_block + 1)]
             self.up_blocks.append(UP_BLOCK_TYPES[block_type](channels, taken, width, config, upsample))
             channels = width
+        self.mid_block = mid_block  # registered after `up_blocks`: the order of UNet2DModel's parameters
 
         self.conv_norm_out = group_norm(channels, norm_num_groups, norm_eps)
         self.conv_act = nn.SiLU()
