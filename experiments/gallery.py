@@ -13,8 +13,8 @@ continuous.png         the same seeds by each sampler of the reverse SDE or the 
 conditional.png        imputations, and grey images with colours
 gallery.json           the seeds and settings of each
 
-A model that was trained in continuous time (an SDE) has no contact sheets, inversion, inpainting and variations.
-Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
+A model in continuous time (an SDE) has no contact sheets, inversion, inpainting and variations. Exit codes: 0
+done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
 import itertools
@@ -62,9 +62,8 @@ def labelled_grid(rows: dict[str, list], columns: list[str] | None = None, side:
     for row, (label, images) in enumerate(rows.items()):
         draw.text((margin - 6, top + (row + 0.5) * side), label, "black", font, anchor="rm")
         for column, image in enumerate(images):
-            sheet.paste(
-                image.resize((side, side), Image.Resampling.NEAREST), (margin + column * side, top + row * side)
-            )
+            enlarged = image.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (margin + column * side, top + row * side))
     return sheet
 
 
@@ -145,29 +144,43 @@ def inversion(pipe: CustomUNetPipeline, out: Path) -> Picture:
     return rows, None, facts | {"steps": INVERSION_STEPS}
 
 
-def masks(size: int) -> dict[str, np.ndarray]:
-    """float32 (size, size), 1 where the image is painted."""
-    names = {"eyes": np.s_[size // 4 : size // 2, :], "right half": np.s_[:, size // 2 :]}
-    names["centre"] = np.s_[size // 4 : 3 * size // 4, size // 4 : 3 * size // 4]
-    result = {name: np.zeros((size, size), np.float32) for name in names}
-    for name, region in names.items():
-        result[name][region] = 1
-    return result
-
-
-def with_given(pipe: CustomUNetPipeline, image: np.ndarray, given: np.ndarray, drawn: list) -> list:
-    """A row: the image, what is given of it, and what was drawn."""
-    return [*pipe.numpy_to_pil(np.stack([image, given])), *drawn]
-
-
 def inpainting(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:3], num_inference_steps=50, output_type="np").images
     rows = {}
-    for image, seed, (name, mask) in zip(images, SEEDS, masks(images.shape[1]).items(), strict=False):
-        painted = pipe.inpaint(image[None], mask, seeds=range(6)).images
-        rows[f"{name} of seed {seed}"] = with_given(pipe, image, np.where(mask[..., None] > 0, 0.5, image), painted)
+    for seed, (name, mask) in enumerate(masks(images.shape[1]).items()):
+        painted = pipe.inpaint(images[seed, None], mask, seeds=range(6)).images
+        rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(with_masked(images[seed], mask)), *painted]
     facts = {"image_seeds": SEEDS[:3], "seeds": [*range(6)], "steps": 50, "jump_length": 1, "num_resamples": 5}
     return rows, ["image", "masked", *(f"seed {seed}" for seed in range(6))], facts
+
+
+def conditional(pipe: CustomUNetPipeline, out: Path) -> Picture:
+    images = pipe(seeds=SEEDS[:4], num_inference_steps=50, output_type="np").images
+    rows, all_masks = {}, masks(images.shape[1])
+    for seed, name in enumerate(("right half", "centre")):
+        painted = pipe.impute(images[seed, None], all_masks[name], seeds=range(6)).images
+        rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(with_masked(images[seed], all_masks[name])), *painted]
+    for seed in (2, 3):
+        grey = images[seed].mean(-1, keepdims=True).repeat(3, -1)
+        coloured = pipe.colorize(grey[None], seeds=range(6)).images
+        rows[f"colours of seed {seed}"] = [*pipe.numpy_to_pil(np.stack([images[seed], grey])), *coloured]
+    facts = {"image_seeds": SEEDS[:4], "seeds": [*range(6)], "steps": 100, "snr": 0.16, "corrector_steps": 1}
+    return rows, ["image", "given", *(f"seed {seed}" for seed in range(6))], facts
+
+
+def masks(size: int) -> dict[str, np.ndarray]:
+    """float32 (size, size), 1 where the image is painted."""
+    regions = {name: np.zeros((size, size), np.float32) for name in ("eyes", "right half", "centre")}
+    quarter = size // 4
+    regions["eyes"][quarter : 2 * quarter] = 1
+    regions["right half"][:, 2 * quarter :] = 1
+    regions["centre"][quarter : 3 * quarter, quarter : 3 * quarter] = 1
+    return regions
+
+
+def with_masked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image (H, W, 3) and what is given of it, grey elsewhere; (2, H, W, 3)."""
+    return np.stack([image, np.where(mask[..., None] > 0, 0.5, image)])
 
 
 def variations(pipe: CustomUNetPipeline, out: Path) -> Picture:
@@ -180,33 +193,8 @@ def variations(pipe: CustomUNetPipeline, out: Path) -> Picture:
     return rows, ["image", *(f"seed {seed}" for seed in range(7))], facts
 
 
-def conditional(pipe: CustomUNetPipeline, out: Path) -> Picture:
-    images = pipe(seeds=SEEDS[:4], num_inference_steps=50, output_type="np").images
-    rows = {}
-    for image, seed, (name, mask) in zip(images, SEEDS, list(masks(images.shape[1]).items())[1:], strict=False):
-        painted = pipe.impute(image[None], mask, seeds=range(6)).images
-        rows[f"{name} of seed {seed}"] = with_given(pipe, image, np.where(mask[..., None] > 0, 0.5, image), painted)
-    for image, seed in zip(images[2:], SEEDS[2:], strict=False):
-        grey = image.mean(-1, keepdims=True).repeat(3, -1)
-        coloured = pipe.colorize(grey[None], seeds=range(6)).images
-        rows[f"colours of seed {seed}"] = with_given(pipe, image, grey, coloured)
-    facts = {"image_seeds": SEEDS[:4], "seeds": [*range(6)], "steps": 100, "snr": 0.16, "corrector_steps": 1}
-    return rows, ["image", "given", *(f"seed {seed}" for seed in range(6))], facts
-
-
-DRAWN = (
-    samplers,
-    contact_sheets,
-    interpolation,
-    denoising,
-    inversion,
-    inpainting,
-    variations,
-    continuous,
-    conditional,
-)
-PICTURES = {picture.__name__: picture for picture in DRAWN}
-NEED_TIMESTEPS = ("contact_sheets", "inversion", "inpainting", "variations")
+NEED_TIMESTEPS = (contact_sheets, inversion, inpainting, variations)
+PICTURES = (samplers, interpolation, denoising, continuous, conditional, *NEED_TIMESTEPS)
 
 
 def default_sampler(pipe: CustomUNetPipeline) -> str:
@@ -214,31 +202,26 @@ def default_sampler(pipe: CustomUNetPipeline) -> str:
 
 
 def run(arguments: list[str]) -> None:
-    """Raises InputError for bad arguments, and for pictures that the model cannot give."""
+    """Raises InputError for bad arguments, and for a network of classes."""
     parser = Parser(prog="python -m experiments.gallery", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     parser.add_argument("--out", type=Path, default=Path("assets"))
-    parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES))
     options = parser.parse_args(arguments)
     pipe = load_pipeline(find_pipeline(options.pipeline, None)[0], "fp32", None)
     if pipe.unet.config.get("num_class_embeds") is not None or pipe.unet.config.get("class_embed_type") is not None:
         raise InputError("the network has class embeddings; the pictures are of unconditional networks")
-    refused = [name for name in options.only if name in NEED_TIMESTEPS and pipe.is_continuous]
-    if refused:
-        rest = " ".join(name for name in PICTURES if name not in NEED_TIMESTEPS)
-        raise InputError(
-            f"{refused[0]} needs discrete timesteps, but the model has continuous time; use --only {rest}"
-        )
     make_folder(options.out)
     torch.manual_seed(0)
-    record = options.out / "gallery.json"
-    settings = json.loads(record.read_text()) if record.exists() else {}
-    for name in options.only:
+    settings = {}
+    for picture in PICTURES:
+        if picture in NEED_TIMESTEPS and pipe.is_continuous:
+            continue
         pipe.set_sampler(default_sampler(pipe))
-        rows, columns, settings[name] = PICTURES[name](pipe, options.out)
-        labelled_grid(rows, columns).save(options.out / f"{name}.png")
-        write_results(record, settings)
-        print(f"wrote {options.out / name}.png", flush=True)
+        path = options.out / f"{picture.__name__}.png"
+        rows, columns, settings[picture.__name__] = picture(pipe, options.out)
+        labelled_grid(rows, columns).save(path)
+        write_results(options.out / "gallery.json", settings)
+        print(f"wrote {path}", flush=True)
 
 
 def main(arguments: list[str]) -> int:

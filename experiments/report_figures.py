@@ -8,7 +8,7 @@ loss. OUT/figures.json has the numbers. Exit codes: 0 done, 2 bad input.
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,7 +19,7 @@ from PIL import Image
 
 from common import Parser, make_folder, run_command
 from custom_unet import CustomUNet2DModel
-from custom_unet.custom_unet_2d import SelfAttention
+from custom_unet.custom_unet_2d import Downsample, ResidualBlock, SelfAttention, Upsample
 from eval.figures import plot_curves, plot_image_rows, plot_panels, save_figure
 from eval.results import write_results
 from training.arguments import parse_config
@@ -71,35 +71,28 @@ class Layer:
 
 
 def layers_of(network: CustomUNet2DModel, side: int) -> list[Layer]:
-    """The layers of a network without Skip blocks, for images of so many pixels a side."""
-    config, names = network.config, {module: name for name, module in network.named_modules()}
+    """The layers of a network on the meta device without Skip blocks, for images of so many pixels per side."""
     layers: list[Layer] = []
     skips: list[int] = []
 
-    def add(module: torch.nn.Module, kind: str, level: int, channels: int, skip_from: int | None = None) -> None:
-        layers.append(Layer(names[module], kind, level, channels, side >> level, skip_from))
-
-    def add_resnets(block, level: int, takes_skips: bool) -> None:
-        attentions = list(block.attentions) + [None] * (len(block.resnets) - len(block.attentions))
-        for resnet, attention in zip(block.resnets, attentions, strict=True):
-            kind = "attention" if isinstance(attention, SelfAttention) else "resnet"
-            add(resnet, kind, level, resnet.conv2.out_channels, skips.pop() if takes_skips else None)
-            if block in network.down_blocks:
-                skips.append(len(layers) - 1)
-
-    add(network.conv_in, "conv", 0, network.conv_in.out_channels)
-    skips.append(0)
-    for level, block in enumerate(network.down_blocks):
-        add_resnets(block, level, takes_skips=False)
-        for downsampler in block.downsamplers:
-            add(downsampler, "down", level + 1, config.block_out_channels[level])
+    def add(name: str, kind: str, shape: torch.Size) -> None:
+        if kind == "attention":  # is drawn as one with the residual block before it
+            layers[-1] = replace(layers[-1], kind=kind)
+            return
+        takes_skip = name.startswith("up_blocks") and kind == "resnet"
+        level = side.bit_length() - int(shape[-1]).bit_length()
+        layers.append(Layer(name, kind, level, shape[1], shape[-1], skips.pop() if takes_skip else None))
+        if name.startswith(("conv_in", "down_blocks")):
             skips.append(len(layers) - 1)
-    add_resnets(network.mid_block, level, takes_skips=False)
-    for depth, block in enumerate(network.up_blocks):
-        add_resnets(block, level - depth, takes_skips=True)
-        for upsampler in block.upsamplers:
-            add(upsampler, "up", level - depth - 1, config.block_out_channels[level - depth])
-    add(network.conv_out, "conv", 0, network.conv_out.out_channels)
+
+    kinds = {ResidualBlock: "resnet", SelfAttention: "attention", Downsample: "down", Upsample: "up"}
+    drawn = {name: kinds[type(module)] for name, module in network.named_modules() if type(module) in kinds}
+    for name, kind in (drawn | {"conv_in": "conv", "conv_out": "conv"}).items():
+        network.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name, kind=kind: add(name, kind, output.shape)
+        )
+    with torch.device("meta"), torch.no_grad():
+        network(torch.empty(1, 3, side, side), torch.ones(1))
     return layers
 
 
@@ -167,32 +160,22 @@ def noised_faces() -> dict[str, list[Image.Image]]:
     return rows
 
 
-def drawn_network() -> list[Layer]:
-    """The layers of the network of DRAWN_CONFIG."""
-    config = parse_config(["--config", str(DRAWN_CONFIG), "--dataset_name", "any"])
-    with torch.device("meta"):
-        network = CustomUNet2DModel(**config.unet_kwargs()).eval()
-    return layers_of(network, config.resolution)
-
-
 def write_figures(out: Path) -> None:
     """All of them, and their numbers.
 
     Raises:
-        InputError, OSError: if the folder cannot be had or a file cannot be written.
+        InputError, OSError: if the folder cannot be made or a file cannot be written.
     """
     make_folder(out)
-    layers = drawn_network()
+    config = parse_config(["--config", str(DRAWN_CONFIG), "--dataset_name", "any"])
+    with torch.device("meta"):
+        layers = layers_of(CustomUNet2DModel(**config.unet_kwargs()).eval(), config.resolution)
     draw_network(layers, out / "unet.png")
     plot_image_rows(noised_faces(), out / "forward.png")
-
-    def points(values: np.ndarray) -> list[tuple[float, float]]:
-        return list(enumerate(values.tolist()))
-
     ratios = {name: signal_to_noise(name) for name in SCHEDULES}
     panels = {
-        "sqrt(abar), the share of the image": {name: points(np.sqrt(r / (1 + r))) for name, r in ratios.items()},
-        "snr = abar / (1 - abar)": {name: points(ratio) for name, ratio in ratios.items()},
+        "sqrt(abar), the share of the image": {name: [*enumerate(np.sqrt(r / (1 + r)))] for name, r in ratios.items()},
+        "snr = abar / (1 - abar)": {name: [*enumerate(ratio)] for name, ratio in ratios.items()},
     }
     plot_panels(panels, "timestep", out / "schedules.png")
     weights = {label: clean_error_weights("cosine", *target) for label, target in TARGETS.items()}
@@ -200,15 +183,11 @@ def write_figures(out: Path) -> None:
     labels |= {"yscale": "log", "ylim": (1e-3, 1e3)}
     lines = {name: (line, None) for name, line in weights.items()}
     plot_curves(np.arange(NUM_TIMESTEPS), lines, labels, out / "weights.png")
-    record = {
-        "config": DRAWN_CONFIG.name,
-        "layers": [asdict(layer) for layer in layers],
-        "timesteps": list(SHOWN_TIMESTEPS),
-        "snr": {name: values[list(SHOWN_TIMESTEPS)].tolist() for name, values in ratios.items()},
-        "clean_error_weight": {name: values[list(SHOWN_TIMESTEPS)].tolist() for name, values in weights.items()},
-        "results": [],
-    }
-    write_results(out / "figures.json", record)
+    shown = list(SHOWN_TIMESTEPS)
+    record = {"config": DRAWN_CONFIG.name, "layers": [asdict(layer) for layer in layers], "timesteps": shown}
+    record |= {"snr": {name: values[shown].tolist() for name, values in ratios.items()}}
+    record |= {"clean_error_weight": {name: values[shown].tolist() for name, values in weights.items()}}
+    write_results(out / "figures.json", record | {"results": []})
 
 
 def main(arguments: list[str]) -> int:

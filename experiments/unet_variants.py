@@ -1,4 +1,4 @@
-"""The U-Net with one part taken out or exchanged, to see what the part does. `experiments.ablation` compares them.
+"""The U-Net with one part removed or replaced, to see what the part does. `experiments.ablation` compares them.
 
     python -m experiments.unet_variants VARIANT train --config configs/quickstart.yaml ...      flags of train_unet.py
     python -m experiments.unet_variants VARIANT evaluate --pipeline DIR --reference DATA ...    flags of eval.run
@@ -28,7 +28,7 @@ from train_unet import main as train
 class VariantUNet(CustomUNet2DModel):
     """A network that `alter` changes once it is built; its configuration is that of the unchanged one."""
 
-    @functools.wraps(CustomUNet2DModel.__init__)  # diffusers reads the options off the signature
+    @functools.wraps(CustomUNet2DModel.__init__)  # diffusers reads the options from the signature
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.alter()
@@ -36,32 +36,23 @@ class VariantUNet(CustomUNet2DModel):
     def alter(self) -> None:
         """Changes the modules; a variant that changes the forward pass alone has nothing to do here."""
 
-    def rebuild_up_blocks(self, block: type[UpBlock]) -> None:
-        """The expanding path anew, as `CustomUNet2DModel` builds it, of blocks of another class."""
-        config = self.config
-        widths, last_level = config.block_out_channels, len(config.block_out_channels) - 1
-        skip_channels = [widths[0]]
-        for level, width in enumerate(widths):
-            skip_channels += [width] * (config.layers_per_block + (level < last_level))
-        channels, blocks = widths[-1], nn.ModuleList()
-        for level, block_type in enumerate(config.up_block_types):
+    def rebuild_up_blocks(self, block_class: type[UpBlock]) -> None:
+        """Builds the expanding path again, from blocks of another class with the same widths."""
+        channels, blocks = self.config.block_out_channels[-1], nn.ModuleList()
+        for block, block_type in zip(self.up_blocks, self.config.up_block_types, strict=True):
             if block_type not in ("UpBlock2D", "AttnUpBlock2D"):
                 raise ValueError(f"up_block_types has {block_type}; this variant knows UpBlock2D and AttnUpBlock2D")
-            width, attention = widths[last_level - level], block_type == "AttnUpBlock2D"
-            taken = [skip_channels.pop() for _ in range(config.layers_per_block + 1)]
+            width, attention = block.resnets[0].conv2.out_channels, block_type == "AttnUpBlock2D"
+            inputs = [channels] + [width] * self.config.layers_per_block
+            skips = [resnet.conv1.in_channels - c for resnet, c in zip(block.resnets, inputs, strict=True)]
             kind = None if attention else "conv"
-            blocks.append(block(channels, taken, width, config, level < last_level, attention, kind))
+            blocks.append(block_class(channels, skips, width, self.config, bool(block.upsamplers), attention, kind))
             channels = width
         self.up_blocks = blocks
 
 
-class WithoutSkips(VariantUNet):
-    def alter(self) -> None:
-        self.rebuild_up_blocks(UpBlockWithoutSkips)
-
-
 class UpBlockWithoutSkips(UpBlock):
-    """Takes nothing of the skip connections: no channel is joined to its own."""
+    """Ignores the skip connections: its residual blocks see the features alone."""
 
     def __init__(self, in_channels, skip_channels, *args):
         super().__init__(in_channels, [0] * len(skip_channels), *args)
@@ -70,13 +61,8 @@ class UpBlockWithoutSkips(UpBlock):
         return super().forward(hidden, [skip[:, :0] for skip in skips], emb, image)
 
 
-class WithAddedSkips(VariantUNet):
-    def alter(self) -> None:
-        self.rebuild_up_blocks(AddingUpBlock)
-
-
 class AddingUpBlock(UpBlockWithoutSkips):
-    """Adds each skip connection to its features."""
+    """Adds each skip connection to the features, instead of concatenating it."""
 
     def __init__(self, in_channels, skip_channels, out_channels, config, *args):
         super().__init__(in_channels, skip_channels, out_channels, config, *args)
@@ -95,6 +81,16 @@ class AddingUpBlock(UpBlockWithoutSkips):
         return hidden, image
 
 
+class WithoutSkips(VariantUNet):
+    def alter(self) -> None:
+        self.rebuild_up_blocks(UpBlockWithoutSkips)
+
+
+class WithAddedSkips(VariantUNet):
+    def alter(self) -> None:
+        self.rebuild_up_blocks(AddingUpBlock)
+
+
 class WithoutTime(VariantUNet):
     """Every noise level is embedded as timestep 0, so that the number of parameters stays."""
 
@@ -104,10 +100,15 @@ class WithoutTime(VariantUNet):
 
 class WithoutGroupNorm(VariantUNet):
     def alter(self) -> None:
-        for module in list(self.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.GroupNorm):
-                    setattr(module, name, nn.Identity())
+        remove_layers(self, nn.GroupNorm)
+
+
+def remove_layers(network: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Replaces every layer of these kinds by the identity."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, kinds):
+                setattr(module, name, nn.Identity())
 
 
 VARIANTS = {

@@ -9,11 +9,10 @@ import torch
 
 from custom_unet import CustomUNet2DModel
 from eval import figures
-from experiments import report_figures
 from experiments.report_figures import SCHEDULES, clean_error_weights, layers_of, main, signal_to_noise
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def network() -> CustomUNet2DModel:
     with torch.device("meta"):
         return CustomUNet2DModel(
@@ -86,15 +85,12 @@ def test_weights_of_the_error_of_x_0(schedule):
 def test_the_command_writes_figures_and_numbers(tmp_path, capsys):
     out = tmp_path / "figures"
     assert main(["--out", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == {
-        "unet.png", "forward.png", "schedules.png", "weights.png", "figures.json",
-    }  # fmt: skip
+    figures = {f"{name}.png" for name in ("unet", "forward", "schedules", "weights")}
+    assert {path.name for path in out.iterdir()} == {*figures, "figures.json"}
     record = json.loads((out / "figures.json").read_text())
     assert record["snr"]["linear"][-1] == signal_to_noise("linear")[999]
-    assert [layer["name"] for layer in record["layers"]] == [layer.name for layer in report_figures.drawn_network()]
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    assert main(["--out", str(blocked)]) == 2
+    (tmp_path / "file").touch()
+    assert main(["--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
