@@ -29,7 +29,7 @@ from pathlib import Path
 from common import InputError, Parser, run_command
 from pipelines.custom_unet_pipeline import CustomUNetPipeline
 from pipelines.hub import model_files, push_to_hub
-from pipelines.model_card import write_card
+from pipelines.model_card import read_card, write_card
 
 
 def export_pipeline(
@@ -42,6 +42,8 @@ def export_pipeline(
     max_shard_size: int | str | None = None,
 ) -> Path:
     """Writes the model repository; an existing one is replaced only once the new one is complete.
+
+    What people wrote into the existing one's card is in the new card, too.
 
     Args:
         facts: of the run, for `training.json`; see `Trainer.facts`.
@@ -68,7 +70,7 @@ def export_pipeline(
             (temporary / "training_config.yaml").write_text(training_config)
         if sample_grid is not None:
             shutil.copyfile(sample_grid, temporary / "samples.png")
-        write_card(temporary, folder.resolve().name)
+        write_card(temporary, folder.resolve().name, read_card(folder))
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
@@ -82,20 +84,14 @@ def _write_pipeline(pipeline: CustomUNetPipeline, folder: Path, max_shard_size: 
     """Weights, configurations and code: `save_pretrained` alone names the modules by their path here, without code."""
     pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
     unet = getattr(pipeline.unet, "_orig_mod", pipeline.unet)  # of torch.compile
-    module, name = _ship_code(type(unet), folder / "unet")
-    index = {"_class_name": _ship_code(type(pipeline), folder), "unet": [module, name]}
-    index["scheduler"] = _ship_code(type(pipeline.scheduler), folder / "scheduler")
-    if module != "diffusers":
-        index["auto_map"] = {"AutoModel": f"{module}.{name}"}
-    _edit_json(folder / "model_index.json", index)
-    _edit_json(folder / "unet" / "config.json", {})
-
-
-def _edit_json(path: Path, changes: dict) -> None:
-    """Applies the changes, and drops the path that the weights were loaded from: it reveals the author's machine."""
-    values = json.loads(path.read_text()) | changes
-    values.pop("_name_or_path", None)
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    places = {"_class_name": (pipeline, "."), "unet": (unet, "unet"), "scheduler": (pipeline.scheduler, "scheduler")}
+    index = {key: _ship_code(type(part), folder / place) for key, (part, place) in places.items()}
+    if index["unet"][0] != "diffusers":
+        index["auto_map"] = {"AutoModel": ".".join(index["unet"])}
+    for name, changes in {"model_index.json": index, "unet/config.json": {}}.items():
+        values = json.loads((folder / name).read_text()) | changes
+        values.pop("_name_or_path", None)  # reveals where on the author's machine the weights were loaded from
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _ship_code(cls: type, folder: Path) -> list[str]:

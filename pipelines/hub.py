@@ -3,23 +3,27 @@
 The token comes from the environment (HF_TOKEN) or from `hf auth login`, and is never printed.
 """
 
-import json
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HTTPError  # of the HTTP library in use, which differs between releases
 from huggingface_hub.utils import get_session, validate_repo_id
-from safetensors import SafetensorError, safe_open
 
 from common import Failed, InputError, one_line
-from pipelines.model_card import render_card
+from pipelines.card_edits import FILES, keep_edits, recorded
+from pipelines.model_card import read_card, read_mapping, render_card
 
 TIMEOUT_SECONDS = 60  # of one connection, read or write; the library itself waits for ever
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-OPTIONAL = ("training.json", "training_config.yaml", "samples.png", "results.json")
+OPTIONAL = ("README.md", "training.json", "training_config.yaml", "samples.png", "results.json")
 WEIGHTS = re.compile(r"unet/diffusion_pytorch_model[\w.-]*\.safetensors(\.index(\.\w+)?\.json)?")
+# Where a repository has no record of its files: these would be loaded in place of the new ones
+STALE_WEIGHTS = re.compile(r"unet/diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def model_files(folder: Path) -> list[str]:
@@ -29,9 +33,16 @@ def model_files(folder: Path) -> list[str]:
         InputError: if one is missing or broken, if a name or a link leads out of the folder, or if weights
             are pickled: reading a pickle can run any code.
     """
-    index = _read_json(folder / "model_index.json")
-    names = ["README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
-    names += [name for name in OPTIONAL if (folder / name).is_file()]
+    if (folder / "config.json").is_file() and not (folder / "unet").exists():
+        copy = "from pipelines.export import *; export_pipeline(CustomUNetPipeline.from_pretrained({!r}), Path('NEW'))"
+        raise InputError(
+            f"{folder} has its network beside model_index.json, as in google/ddpm-*; write it in the layout of this"
+            f" repository first: {shlex.join(['python', '-c', copy.format(str(folder))])}"
+        )
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder} is not a model repository: it lacks model_index.json")
+    index = read_mapping(folder / "model_index.json")
+    names = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
     for component in ("_class_name", "unet", "scheduler"):
         pair = index.get(component)
         if not (isinstance(pair, list) and len(pair) == 2 and all(str(part).isidentifier() for part in pair)):
@@ -40,49 +51,35 @@ def model_files(folder: Path) -> list[str]:
             )
         if pair[0] != "diffusers":
             names.append(f"{pair[0]}.py" if component == "_class_name" else f"{component}/{pair[0]}.py")
-    names += _weight_files(folder)
+    in_unet = [path.relative_to(folder).as_posix() for path in sorted((folder / "unet").glob("*"))]
+    pickles = [name for name in in_unet if name.endswith(PICKLES)]
+    if pickles:
+        raise InputError(f"{folder}/{pickles[0]} is pickled; keep safetensors only")
+    weights = [name for name in in_unet if WEIGHTS.fullmatch(name)] or ["unet/diffusion_pytorch_model.safetensors"]
+    for name in [name for name in weights if name.endswith(".json")]:
+        shards = read_mapping(folder / name).get("weight_map")
+        if not isinstance(shards, dict):
+            raise InputError(f"{folder}/{name} names no files of weights; export the model again")
+        weights += [f"unet/{shard}" for shard in shards.values()]
+    names += [*weights, *(name for name in OPTIONAL if (folder / name).is_file())]
     for name in names:
-        if name != "README.md" and not (folder / name).is_file():
+        if not (folder / name).is_file():
             raise InputError(f"{folder} is not a model repository: it lacks {name}")
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{folder}/{name} is a link out of the folder; put the file itself there")
-    return sorted(names)
+            raise InputError(f"{folder}/{name} is outside the folder or a link out of it; put the file itself there")
+    return sorted({"README.md", *names})
 
 
-def _weight_files(folder: Path) -> list[str]:
-    paths = [path for path in sorted((folder / "unet").glob("*")) if path.is_file()]
-    pickles = [path.name for path in paths if path.suffix in PICKLES]
-    if pickles:
-        raise InputError(f"{folder}/unet holds pickled weights, {pickles[0]}; keep safetensors only")
-    names = [f"unet/{path.name}" for path in paths if WEIGHTS.fullmatch(f"unet/{path.name}")]
-    if not any(name.endswith(".safetensors") for name in names):
-        raise InputError(f"{folder}/unet has no weights: no diffusion_pytorch_model*.safetensors")
-    for name in names:
-        if name.endswith(".json"):
-            missing = {f"unet/{shard}" for shard in _read_json(folder / name).get("weight_map", {}).values()} - {
-                *names
-            }
-            if missing:
-                raise InputError(f"{folder}/{name} names {min(missing)}, which is none of the weight files")
-            continue
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{folder}/{name} is damaged: {error}") from error
-    return names
-
-
-def _read_json(path: Path) -> dict:
+@contextmanager
+def _asking_the_hub(repo_id: str) -> Iterator[HfApi]:
+    """Raises InputError for what goes wrong: no token or a wrong one, a bad name, no permission, no answer."""
+    if get_token() is None:
+        raise InputError("there is no token for the Hub: set HF_TOKEN or log in with `hf auth login`")
+    get_session().timeout = TIMEOUT_SECONDS
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path.parent} is not a model repository: {path.name}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}; it should be an object")
-    return values
+        yield HfApi()
+    except (OSError, HTTPError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot push to {repo_id}: {_reason(error)}") from error
 
 
 def check_account(repo_id: str) -> None:
@@ -91,22 +88,13 @@ def check_account(repo_id: str) -> None:
     Raises:
         InputError: for no token or a wrong one, a name that is not allowed or is another's, no answer.
     """
-    _require_token()
-    try:
+    with _asking_the_hub(repo_id) as api:
         validate_repo_id(repo_id)
-        get_session().timeout = TIMEOUT_SECONDS
-        user = HfApi().whoami()
-    except (OSError, HTTPError, ValueError) as error:
-        raise InputError(f"cannot push to {repo_id}: {_reason(error)}") from error
-    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
-    owner, slash, _ = repo_id.rpartition("/")
-    if slash and owner not in owners:
-        raise InputError(f"cannot push to {repo_id}: the token is that of {', '.join(owners)}, not of {owner}")
-
-
-def _require_token() -> None:
-    if get_token() is None:
-        raise InputError("there is no token for the Hub: set HF_TOKEN or log in with `hf auth login`")
+        user = api.whoami()
+        owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+        owner, slash, _ = repo_id.rpartition("/")
+        if slash and owner not in owners:
+            raise ValueError(f"the token is that of {', '.join(owners)}, not of {owner}")
 
 
 def open_repository(repo_id: str, private: bool = False, branch: str | None = None) -> str:
@@ -121,25 +109,21 @@ def open_repository(repo_id: str, private: bool = False, branch: str | None = No
     Raises:
         InputError: for no token or a wrong one, a name that is not allowed, no permission, no answer.
     """
-    _require_token()
-    api = HfApi()
-    try:
-        get_session().timeout = TIMEOUT_SECONDS
+    with _asking_the_hub(repo_id) as api:
         # None leaves an existing repository as it is; it is public where it has to be created
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
-    except (OSError, HTTPError, ValueError) as error:
-        raise InputError(f"cannot open the repository {repo_id} on the Hub: {_reason(error)}") from error
     return repo_id
 
 
 def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str | None = None) -> str:
-    """Pushes a model repository in one commit, which also deletes what an earlier push left of other weights.
+    """Pushes a model repository in one commit, which also deletes what an earlier push wrote and this one does not.
 
-    The card that goes up names the repository on the Hub in its examples; the local folder is only read. The library
-    tries again for about half a minute where the Hub does not answer.
+    The card that goes up names the repository on the Hub in its examples, and keeps what people wrote into it here
+    and there; the local folder is only read. Where the Hub does not answer, the library tries again for about half a
+    minute.
 
     Returns:
         the address of the commit.
@@ -152,30 +136,26 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str |
     render_card(folder)
     try:
         whole_id = open_repository(repo_id, private, branch)
-        operations = [CommitOperationAdd("README.md", render_card(folder, whole_id).encode())]
+        with _asking_the_hub(repo_id) as api, TemporaryDirectory() as temporary:
+            there = api.model_info(whole_id, revision=branch)
+            on_hub = {file.rfilename for file in there.siblings}
+            if "README.md" in on_hub:
+                api.hf_hub_download(whole_id, "README.md", revision=there.sha, local_dir=temporary)
+            old_card = read_card(Path(temporary))
+        card = keep_edits(render_card(folder, whole_id, read_card(folder)), old_card, is_on_hub=True)
+        card = f"{card}\n{FILES.format(' '.join(names))}\n"
+        pushed = recorded(FILES, old_card)
+        stale = {name for name in on_hub if (STALE_WEIGHTS.fullmatch(name) if pushed is None else name in pushed)}
+        operations = [CommitOperationAdd("README.md", card.encode(errors="surrogateescape"))]
         operations += [CommitOperationAdd(name, folder / name) for name in names if name != "README.md"]
-        there = HfApi().list_repo_files(whole_id, revision=branch)
-        stale = [name for name in there if name not in names and _is_ours(name)]
-        operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
-        # not `upload_folder`, which may split a push into several commits
-        commit = HfApi().create_commit(whole_id, operations, commit_message="Push the model", revision=branch)
-    except (OSError, HTTPError, ValueError, RuntimeError) as error:
-        retry = push_command(folder, repo_id, private, branch)
-        reason = str(error) if isinstance(error, InputError) else f"the push to {repo_id} failed: {_reason(error)}"
-        raise Failed(f"{reason}; {folder} is as it was, push it again with: {retry}") from error
-    return commit.commit_url
-
-
-def push_command(folder: Path, repo_id: str, private: bool = False, branch: str | None = None) -> str:
-    """The command line that pushes the folder."""
-    words = ["python", "-m", "pipelines.export", "push", "--pipeline", str(folder), "--repo_id", repo_id]
-    words += ["--private"] if private else []
-    return shlex.join(words + (["--revision", branch] if branch else []))
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a file on the Hub belongs to what a push writes; a LICENSE or a picture added there does not."""
-    return name in OPTIONAL or name.startswith(("unet/", "scheduler/"))
+        operations += [CommitOperationDelete(name, is_folder=False) for name in sorted(stale - {*names})]
+        about = {"commit_message": "Push the model", "revision": branch, "parent_commit": there.sha}
+        with _asking_the_hub(repo_id) as api:  # not `upload_folder`, which may split a push into several commits
+            return api.create_commit(whole_id, operations, **about).commit_url
+    except InputError as error:
+        words = ["python", "-m", "pipelines.export", "push", "--pipeline", str(folder), "--repo_id", repo_id]
+        words += ["--private"] * private + (["--revision", branch] if branch else [])
+        raise Failed(f"{error}; {folder} is as it was, push it again with: {shlex.join(words)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -183,10 +163,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "error while uploading FILE"
         error = error.__cause__
     text = one_line(error) or type(error).__name__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
         text += "; take a token that may write there, in HF_TOKEN or by `hf auth login`"
-    token = get_token()
-    if token:
-        text = text.replace(token, "***")
-    return text[:500]
+    return text.replace(get_token(), "***")[:500]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
@@ -28,6 +29,7 @@ class LoopbackHub:
         error_text: what the body of a failed answer says.
         faults: pattern of "METHOD /path" -> what becomes of the next requests that match, one after another: an HTTP
             status, "cut" to break the connection in the midst of the body, or "stall" to never answer.
+        before_commit: called once, before the next commit is taken.
         bodies: of all requests, as they came.
     """
 
@@ -38,6 +40,7 @@ class LoopbackHub:
         self.large: dict[str, bytes] = {}  # sha256 -> content
         self.faults: dict[str, list[int | str]] = {}
         self.error_text = "out of order"
+        self.before_commit: Callable[[], object] | None = None
         self.bodies: list[bytes] = []
         self.stopped = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -158,7 +161,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {})
 
     def commit(self, repo_id: str, revision: str, body: bytes) -> None:
+        before, self.hub.before_commit = self.hub.before_commit, None
+        if before is not None:
+            before()
         files = dict(self.hub.files(repo_id, revision))
+        parent = json.loads(body.splitlines()[0])["value"].get("parentCommit")
+        if parent not in (None, self.hub.commit_id(repo_id, revision)):
+            return self.answer(412, {"error": "there was a commit since"})
         for line in body.splitlines():
             kind, value = (item := json.loads(line))["key"], item["value"]
             if kind == "file":

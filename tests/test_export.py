@@ -35,71 +35,123 @@ def seeds(*values: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(value) for value in values]
 
 
+# Models of timesteps, and models that were trained in continuous time: arguments of the network and the scheduler
+SDES = {
+    "vp": ({}, {"prediction_type": "v_prediction", "beta_max": 15.0}),
+    "ve": ({"time_embedding_type": "fourier"}, {"prediction_type": "score", "sigma_max": 30.0}),
+    "edm": ({"num_class_embeds": 3}, {"prediction_type": "edm", "sigma_data": 0.6}),
+    "flow": ({}, {"prediction_type": "flow_prediction", "time_density": "logit_normal", "clip_sample": False}),
+}
+CALL = {"seeds": [3, 4], "num_inference_steps": 4, "output_type": "np"}
 ELSEWHERE = """
 import json, sys
+from pathlib import Path
 import numpy, torch
 from diffusers import AutoModel, DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
-folder, out = sys.argv[1:]
-scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-assert type(pipe).__name__ == "CustomUNetPipeline" and type(pipe.unet).__name__ == "CustomUNet2DModel"
-auto = AutoModel.from_pretrained(folder, subfolder="unet", trust_remote_code=True)
-for cls in (type(pipe), type(pipe.unet), type(auto)):
-    assert cls.__module__.startswith("diffusers_modules.")
-print("STOCK", file=sys.stderr, flush=True)
-stock = UNet2DModel.from_pretrained(folder, subfolder="unet")
-print("END", file=sys.stderr, flush=True)
-assert "custom_unet" not in sys.modules and "pipelines" not in sys.modules
+models, call, out = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 images = {}
-ways = {"remote code": pipe, "AutoModel": type(pipe)(auto, scheduler), "stock": DDIMPipeline(stock, scheduler)}
-for way, pipe in ways.items():
-    generator = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    images[way] = pipe(batch_size=2, generator=generator, num_inference_steps=5, output_type="np").images
+for folder in sorted(models.iterdir()):
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    assert type(pipe).__name__ == "CustomUNetPipeline" and type(pipe.unet).__name__ == "CustomUNet2DModel"
+    auto = AutoModel.from_pretrained(str(folder), subfolder="unet", trust_remote_code=True)
+    is_sde = folder.name != "ddim"
+    for cls in (type(pipe), type(pipe.unet), type(auto)) + (type(pipe.scheduler),) * is_sde:
+        assert cls.__module__.startswith("diffusers_modules.")
+    more = {"class_labels": [0, 1], "guidance_scale": 2.0} if folder.name == "edm" else {}
+    print("STOCK", file=sys.stderr, flush=True)
+    stock = UNet2DModel.from_pretrained(folder, subfolder="unet")
+    print("END", file=sys.stderr, flush=True)
+    images[folder.name] = pipe(**call, **more).images
+    images[f"{folder.name}, AutoModel"] = type(pipe)(auto, pipe.scheduler)(**call, **more).images
+    images[f"{folder.name}, stock weights"] = type(pipe)(stock, pipe.scheduler)(**call, **more).images
+    if is_sde:
+        pipe.set_sampler("predictor_corrector", snr=0.1)
+        images[f"{folder.name}, predictor_corrector"] = pipe(**call, **more).images
+    else:
+        pipe = DDIMPipeline(stock, DDIMScheduler.from_pretrained(folder, subfolder="scheduler"))
+        generator = [torch.Generator().manual_seed(seed) for seed in call.pop("seeds")]
+        images["ddim, stock pipeline"] = pipe(batch_size=2, generator=generator, **call).images
+        call["seeds"] = [3, 4]
+assert not {"custom_unet", "pipelines", "training"} & sys.modules.keys()
 numpy.savez(out, **images)
 """
 
 
 @pytest.fixture(scope="module")
-def model_repository(tmp_path_factory) -> tuple[Path, np.ndarray]:
+def models(tmp_path_factory) -> Path:
+    """A folder of model repositories."""
+    models = tmp_path_factory.mktemp("exported") / "models"
     torch.manual_seed(1)
-    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
-    folder = export_pipeline(pipe, tmp_path_factory.mktemp("models") / "faces")
-    return folder, pipe(2, seeds(3, 4), 5, output_type="np").images
+    ddim = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
+    export_pipeline(ddim, models / "ddim")
+    for objective, (network, process) in SDES.items():
+        scheduler = SDEScheduler(objective=objective, **process)
+        export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY, **network), scheduler), models / objective)
+    return models
 
 
-def test_the_folder_loads_in_a_fresh_process_elsewhere(model_repository, tmp_path):
-    """By its own code, by AutoModel, and by diffusers' classes alone: the same images."""
-    folder, expected = model_repository
+@pytest.fixture
+def model(models) -> Path:
+    return models / "ddim"
+
+
+def draw(pipe: CustomUNetPipeline) -> np.ndarray:
+    has_classes = pipe.unet.config.num_class_embeds is not None
+    more = {"class_labels": [0, 1], "guidance_scale": 2.0} if has_classes else {}
+    return pipe(**CALL, **more).images
+
+
+def test_the_folders_load_in_a_fresh_process_elsewhere(models, tmp_path):
+    """By their code, by AutoModel and by diffusers' classes alone, without a complaint of these: the same images."""
     out = tmp_path / "images.npz"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-W", "error::FutureWarning", "-c", ELSEWHERE, str(folder), str(out)]
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", ELSEWHERE, str(models), json.dumps(CALL), str(out)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     images = np.load(out)
-    assert {*images} == {"remote code", "AutoModel", "stock"}
-    for way in images:
-        np.testing.assert_allclose(images[way], expected, atol=1e-5, err_msg=way)
-    assert done.stderr.split("STOCK")[1].split("END")[0].strip() == "", "the stock class has something to complain of"
+    assert len(images) == 4 * (1 + len(SDES))
+    for name in images:
+        objective, _, way = name.partition(", ")
+        pipe = CustomUNetPipeline.from_pretrained(models / objective)
+        if way == "predictor_corrector":
+            pipe.set_sampler("predictor_corrector", snr=0.1)
+        expected = draw(pipe)
+        assert expected.std() > 0.05
+        np.testing.assert_allclose(images[name], expected, atol=1e-4 if way == "predictor_corrector" else 1e-5)
+    complaints = [part.split("END")[0].strip() for part in done.stderr.split("STOCK")[1:]]
+    assert complaints == [""] * (1 + len(SDES))
 
 
-def test_it_loads_in_this_repository_without_its_code(model_repository):
-    folder, expected = model_repository
+@pytest.mark.parametrize("objective", ["ddim", *SDES])
+def test_a_model_loads_in_this_repository_without_its_code(models, objective, tmp_path):
+    folder = shutil.copytree(models / objective, tmp_path / "faces")
+    expected = draw(CustomUNetPipeline.from_pretrained(folder))
+    for path in folder.rglob("*.py"):
+        path.write_text("raise SystemExit('the code was run')\n")
     pipe = CustomUNetPipeline.from_pretrained(folder)
     assert type(pipe.unet) is CustomUNet2DModel
-    np.testing.assert_allclose(pipe(2, seeds(3, 4), 5, output_type="np").images, expected, atol=1e-5)
+    assert type(pipe.scheduler) is (DDIMScheduler if objective == "ddim" else SDEScheduler)
+    assert {**pipe.scheduler.config}.items() >= SDES.get(objective, ({}, {}))[1].items()
+    np.testing.assert_array_equal(draw(pipe), expected)
 
 
 # What is refused: code without consent, pickles, ways out of the folder
 
 
-def test_remote_code_needs_consent(model_repository, tmp_path, monkeypatch):
-    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
+def test_remote_code_needs_consent(models, tmp_path, monkeypatch):
+    """Also where the index names diffusers' own pipeline, and the scheduler alone is of the repository."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = shutil.copytree(models / "vp", tmp_path / "faces")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for source in (models / "ddim", models / "vp", folder):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            DiffusionPipeline.from_pretrained(source)
     with pytest.raises(ValueError, match="trust_remote_code"):
-        DiffusionPipeline.from_pretrained(model_repository[0])
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        AutoModel.from_pretrained(model_repository[0], subfolder="unet")
-    assert not any(tmp_path.iterdir())
+        AutoModel.from_pretrained(models / "ddim", subfolder="unet")
+    assert not (tmp_path / "modules").exists()
 
 
 class LeavesAMark:
@@ -139,42 +191,50 @@ def test_a_way_out_of_the_folder_is_not_taken(pipe, tmp_path, component):
 # What the folder holds
 
 
-def test_what_the_folder_holds(model_repository):
-    folder, _ = model_repository
-    index = json.loads((folder / "model_index.json").read_text())
-    assert index["_class_name"] == ["custom_unet_pipeline", "CustomUNetPipeline"]
-    assert index["unet"] == ["custom_unet_2d", "CustomUNet2DModel"]
-    assert index["auto_map"] == {"AutoModel": "custom_unet_2d.CustomUNet2DModel"}
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert files == {
-        "README.md",
-        "model_index.json",
-        "custom_unet_pipeline.py",
-        "scheduler/scheduler_config.json",
-        "unet/config.json",
-        "unet/custom_unet_2d.py",
-        "unet/diffusion_pytorch_model.safetensors",
+def test_what_the_folder_holds(models):
+    """The index names the classes, and their code is that of this repository."""
+    code = {
+        "custom_unet_pipeline.py": CustomUNetPipeline,
+        "unet/custom_unet_2d.py": CustomUNet2DModel,
+        "scheduler/sde.py": SDEScheduler,
     }
+    rest = {"README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"}
+    rest |= {"unet/diffusion_pytorch_model.safetensors"}
+    for folder, names in {models / "ve": {*code}, models / "ddim": {*code} - {"scheduler/sde.py"}}.items():
+        index = json.loads((folder / "model_index.json").read_text())
+        assert index["_class_name"] == ["custom_unet_pipeline", "CustomUNetPipeline"]
+        assert index["unet"] == ["custom_unet_2d", "CustomUNet2DModel"]
+        assert index["auto_map"] == {"AutoModel": "custom_unet_2d.CustomUNet2DModel"}
+        is_sde = folder.name == "ve"
+        assert index["scheduler"] == (["sde", "SDEScheduler"] if is_sde else ["diffusers", "DDIMScheduler"])
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert files == rest | names
+        assert model_files(folder) == sorted(files)
+        for name in names:
+            assert (folder / name).read_text() == Path(inspect.getfile(code[name])).read_text()
 
 
-def test_the_code_in_the_folder_is_that_of_the_classes(model_repository):
-    folder, _ = model_repository
-    for name, cls in (("custom_unet_pipeline.py", CustomUNetPipeline), ("unet/custom_unet_2d.py", CustomUNet2DModel)):
-        assert (folder / name).read_text() == Path(inspect.getfile(cls)).read_text()
-
-
-def test_an_export_of_a_loaded_pipeline_does_not_tell_where_it_was_loaded_from(model_repository, tmp_path):
-    folder = export_pipeline(CustomUNetPipeline.from_pretrained(model_repository[0]), tmp_path / "again")
+def test_an_export_of_a_loaded_pipeline_does_not_tell_where_it_was_loaded_from(model, tmp_path):
+    folder = export_pipeline(CustomUNetPipeline.from_pretrained(model), tmp_path / "again")
     for path in folder.rglob("*.json"):
-        assert str(model_repository[0].parent) not in path.read_text()
+        assert str(model.parent) not in path.read_text()
 
 
-def test_exporting_again_replaces_the_folder_and_leaves_nothing_beside_it(pipe, tmp_path):
-    export_pipeline(pipe, tmp_path / "faces")
-    (tmp_path / "faces" / "stale").touch()
-    export_pipeline(pipe, tmp_path / "faces")
-    assert [path.name for path in tmp_path.iterdir()] == ["faces"]
-    assert not (tmp_path / "faces" / "stale").exists()
+def test_exporting_again_replaces_the_folder_but_for_what_people_wrote_into_its_card(pipe, tmp_path):
+    folder = export_pipeline(pipe, tmp_path / "faces")
+    (folder / "stale").touch()
+    thanks = "## Thanks\n\nÀ tous.\n\n## Results".encode("latin-1")  # in any encoding
+    card = (folder / "README.md").read_bytes()
+    (folder / "README.md").write_bytes(card.replace(b"## Results", thanks))
+    wider = CustomUNetPipeline(CustomUNet2DModel(**TINY | {"block_out_channels": (8, 32)}), DDIMScheduler())
+    export_pipeline(wider, folder)
+    assert export.main(["card", "--pipeline", str(folder)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["faces"], "nothing is left beside it"
+    assert not (folder / "stale").exists()
+    content = (folder / "README.md").read_bytes()
+    assert content.count(thanks) == 1
+    for pipeline, number in ((pipe, 0), (wider, 1)):
+        assert content.count(f"U-Net of {pipeline.unet.num_parameters():,} parameters".encode()) == number
 
 
 def test_a_folder_that_is_something_else_is_not_replaced(pipe, tmp_path):
@@ -221,97 +281,10 @@ def test_a_network_of_diffusers_needs_no_code(pipe, tmp_path):
     np.testing.assert_allclose(loaded(1, seeds(1), 3, output_type="np").images, expected, atol=1e-5)
 
 
-# Models that were trained in continuous time
-
-SDES = {
-    "vp": ({}, {"prediction_type": "v_prediction", "beta_max": 15.0}),
-    "ve": ({"time_embedding_type": "fourier"}, {"prediction_type": "score", "sigma_max": 30.0}),
-    "edm": ({"num_class_embeds": 3}, {"prediction_type": "edm", "sigma_data": 0.6}),
-    "flow": ({}, {"prediction_type": "flow_prediction", "time_density": "logit_normal", "clip_sample": False}),
-}
-SDE_CALL = {"seeds": [3, 4], "num_inference_steps": 4, "output_type": "np"}
-SDE_ELSEWHERE = """
-import json, sys
-from pathlib import Path
-import numpy, torch
-from diffusers import DiffusionPipeline, UNet2DModel
-from diffusers.utils import dynamic_modules_utils
-models, call, out = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
-images = {}
-for folder in sorted(models.iterdir()):
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    assert type(pipe).__name__ == "CustomUNetPipeline" and type(pipe.scheduler).__name__ == "SDEScheduler"
-    for cls in (type(pipe), type(pipe.unet), type(pipe.scheduler)):
-        assert cls.__module__.startswith("diffusers_modules.")
-    more = {"class_labels": [0, 1], "guidance_scale": 2.0} if folder.name == "edm" else {}
-    print("STOCK", file=sys.stderr, flush=True)
-    stock = UNet2DModel.from_pretrained(folder, subfolder="unet")
-    print("END", file=sys.stderr, flush=True)
-    images[folder.name] = pipe(**call, **more).images
-    images[f"{folder.name}, stock weights"] = type(pipe)(stock, pipe.scheduler)(**call, **more).images
-    pipe.set_sampler("predictor_corrector", snr=0.1)
-    images[f"{folder.name}, predictor_corrector"] = pipe(**call, **more).images
-assert not {"custom_unet", "pipelines", "training"} & sys.modules.keys()
-numpy.savez(out, **images)
-"""
-
-
-@pytest.fixture(scope="module")
-def sde_models(tmp_path_factory) -> Path:
-    """A folder of model repositories, one for each SDE."""
-    torch.manual_seed(2)
-    models = tmp_path_factory.mktemp("sde") / "models"
-    for objective, (network, process) in SDES.items():
-        scheduler = SDEScheduler(objective=objective, **process)
-        export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY, **network), scheduler), models / objective)
-    return models
-
-
-def draw(pipe: CustomUNetPipeline) -> np.ndarray:
-    has_classes = pipe.unet.config.num_class_embeds is not None
-    more = {"class_labels": [0, 1], "guidance_scale": 2.0} if has_classes else {}
-    return pipe(**SDE_CALL, **more).images
-
-
-def test_models_of_an_sde_load_in_a_fresh_process_elsewhere(sde_models, tmp_path):
-    """By their own code, the same images; by diffusers' classes alone, the same weights without a complaint."""
-    out = tmp_path / "images.npz"
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-W", "error::FutureWarning", "-c", SDE_ELSEWHERE, str(sde_models)]
-    command += [json.dumps(SDE_CALL), str(out)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    images = np.load(out)
-    assert len(images) == 3 * len(SDES)
-    for objective in SDES:
-        pipe = CustomUNetPipeline.from_pretrained(sde_models / objective)
-        expected = draw(pipe)
-        assert expected.std() > 0.05
-        np.testing.assert_allclose(images[objective], expected, atol=1e-5)
-        np.testing.assert_allclose(images[f"{objective}, stock weights"], expected, atol=1e-5)
-        pipe.set_sampler("predictor_corrector", snr=0.1)
-        np.testing.assert_allclose(images[f"{objective}, predictor_corrector"], draw(pipe), atol=1e-4)
-    complaints = [part.split("END")[0].strip() for part in done.stderr.split("STOCK")[1:]]
-    assert complaints == [""] * len(SDES)
-
-
-@pytest.mark.parametrize("objective", SDES)
-def test_a_model_of_an_sde_loads_in_this_repository_without_its_code(sde_models, objective, tmp_path):
-    folder = shutil.copytree(sde_models / objective, tmp_path / "faces")
-    expected = draw(CustomUNetPipeline.from_pretrained(folder))
-    for path in folder.rglob("*.py"):
-        path.write_text("raise SystemExit('the code was run')\n")
-    pipe = CustomUNetPipeline.from_pretrained(folder)
-    assert type(pipe.scheduler) is SDEScheduler
-    assert {**pipe.scheduler.config}.items() >= SDES[objective][1].items()
-    np.testing.assert_array_equal(draw(pipe), expected)
-
-
 @torch.no_grad()
-def test_diffusers_flow_matching_draws_what_flow_euler_draws(sde_models):
+def test_diffusers_flow_matching_draws_what_flow_euler_draws(models):
     """By the scheduler that is loaded from the same folder; the networks are asked the same at every step."""
-    folder, num_steps = sde_models / "flow", 20
+    folder, num_steps = models / "flow", 20
     pipe, asked = CustomUNetPipeline.from_pretrained(folder), []
     stock = UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
@@ -330,30 +303,9 @@ def test_diffusers_flow_matching_draws_what_flow_euler_draws(sde_models):
     assert images.std() > 0.05
 
 
-def test_the_code_of_an_sde_needs_consent(sde_models, tmp_path, monkeypatch):
-    """Also where the index names diffusers' own pipeline, and the scheduler alone is of the repository."""
-    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = shutil.copytree(sde_models / "vp", tmp_path / "faces")
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        DiffusionPipeline.from_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        DiffusionPipeline.from_pretrained(folder)
-    assert not (tmp_path / "modules").exists()
-
-
-def test_a_model_of_an_sde_has_the_code_of_the_sde(sde_models):
-    folder = sde_models / "ve"
-    assert (folder / "scheduler" / "sde.py").read_text() == Path(inspect.getfile(SDEScheduler)).read_text()
-    assert json.loads((folder / "model_index.json").read_text())["scheduler"] == ["sde", "SDEScheduler"]
-    assert "scheduler/sde.py" in model_files(folder)
-
-
-def test_half_precision_weights_beside_the_others(sde_models, tmp_path):
+def test_half_precision_weights_beside_the_others(models, tmp_path):
     """As the README says; the folder stays one that can be pushed, and its card tells of them."""
-    folder = shutil.copytree(sde_models / "edm", tmp_path / "faces")
+    folder = shutil.copytree(models / "edm", tmp_path / "faces")
     expected = draw(CustomUNetPipeline.from_pretrained(folder))
     half = CustomUNetPipeline.from_pretrained(folder, torch_dtype=torch.float16)
     half.unet.save_pretrained(folder / "unet", variant="fp16")

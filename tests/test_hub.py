@@ -12,18 +12,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard, constants
 from loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
 from tiny_network import TINY
 
 import train_unet
-from common import InputError
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, export
 from pipelines.export import export_pipeline
-from pipelines.hub import model_files
 from pipelines.loading import find_pipeline, load_pipeline
 from training.sde import SDEScheduler
 
@@ -36,6 +34,9 @@ def hub(tmp_path, monkeypatch):
     """A stand-in that the library in this process takes for the Hub, logged in to by HF_TOKEN alone."""
     hub = LoopbackHub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
@@ -86,23 +87,41 @@ def error_line(output: str) -> str:
     return line
 
 
+def push(folder: Path, *flags: str) -> int:
+    return export.main(["push", "--pipeline", str(folder), "--repo_id", "faces", *flags])
+
+
 def own_files(folder: Path) -> set[str]:
     return {*contents(folder)} - {*STRAY}
 
 
 LOAD = """
-import json, sys
+import sys
+from pathlib import Path
 import numpy, torch
 from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.utils import dynamic_modules_utils
+from huggingface_hub import constants
 first_commit, out = sys.argv[1:]
 
 def draw(pipe):
     generator = [torch.Generator().manual_seed(3)]
     return pipe(batch_size=1, generator=generator, num_inference_steps=4, output_type="np").images
 
+try:
+    DiffusionPipeline.from_pretrained("someone/faces")
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise SystemExit("the code was run without consent")
+modules = Path(dynamic_modules_utils.HF_MODULES_CACHE)
+assert not [*modules.rglob("sde.py"), *modules.rglob("custom_unet*.py")]
 pipe = DiffusionPipeline.from_pretrained("someone/faces", trust_remote_code=True)
-assert "diffusers_modules" in type(pipe).__module__ and "diffusers_modules" in type(pipe.unet).__module__
+assert type(pipe.scheduler).__name__ == "SDEScheduler"
+assert all("diffusers_modules" in type(part).__module__ for part in (pipe, pipe.unet, pipe.scheduler))
+assert len([*Path(constants.HF_HUB_CACHE).glob("models--someone--faces/snapshots/*/scheduler/sde.py")]) == 1
 pinned = DiffusionPipeline.from_pretrained("someone/faces", revision=first_commit, trust_remote_code=True)
+assert type(pinned.scheduler).__name__ == "DDIMScheduler"
 stock = UNet2DModel.from_pretrained("someone/faces", subfolder="unet", use_safetensors=True)
 weights = pipe.unet.state_dict()
 assert all(torch.equal(value, weights[name]) for name, value in stock.state_dict().items())
@@ -111,10 +130,10 @@ numpy.savez(out, newest=draw(pipe), pinned=draw(pinned))
 
 
 def test_push_and_load_by_id_in_a_fresh_process(hub, folder, tmp_path):
-    """Twice: the second push has other weights in one file, and no shard of the first one stays."""
+    """Twice: the second push is of another model, of an SDE and in one file, and no shard of the first one stays."""
     before = contents(folder)
-    push = ["-m", "pipelines.export", "push", "--pipeline", folder, "--repo_id", "faces"]
-    code, output = run(*push, env=environment(hub, tmp_path / "pushing"))
+    command = ["-m", "pipelines.export", "push", "--pipeline", folder, "--repo_id", "faces"]
+    code, output = run(*command, env=environment(hub, tmp_path / "pushing"))
     assert (code, contents(folder)) == (0, before), output
     assert "pushed: " in output
     uploaded = hub.files("someone/faces")
@@ -127,15 +146,14 @@ def test_push_and_load_by_id_in_a_fresh_process(hub, folder, tmp_path):
     assert not hub.private
 
     torch.manual_seed(1)
-    second = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler())
+    second = CustomUNetPipeline(CustomUNet2DModel(**TINY), SDEScheduler())
     expected = {"pinned": CustomUNetPipeline.from_pretrained(folder), "newest": second}
     first_commit = hub.commit_id("someone/faces")
-    hub.commits["someone/faces"][-1]["LICENSE"] = b"added on the Hub"
     export_pipeline(second, folder)
     hub.faults["PUT /lfs"] = ["cut"]  # the library tries again by itself
-    assert export.main([str(argument) for argument in push[2:]]) == 0
+    assert push(folder) == 0
     assert not hub.faults["PUT /lfs"]
-    assert hub.files("someone/faces").keys() == {*contents(folder)} | {".gitattributes", "LICENSE"}
+    assert hub.files("someone/faces").keys() == {*contents(folder)} | {".gitattributes"}
 
     out, home = tmp_path / "images.npz", tmp_path / "loading"
     code, output = run("-c", LOAD, first_commit, out, env=environment(hub, home, token=None), cwd=tmp_path)
@@ -151,54 +169,9 @@ def test_push_and_load_by_id_in_a_fresh_process(hub, folder, tmp_path):
     assert not any(b"must not leave" in content for content in hub.bodies)
 
 
-LOAD_SDE = """
-import sys
-from pathlib import Path
-import numpy, torch
-from diffusers import DiffusionPipeline, UNet2DModel
-from diffusers.utils import dynamic_modules_utils
-from huggingface_hub import constants
-modules = Path(dynamic_modules_utils.HF_MODULES_CACHE)
-try:
-    DiffusionPipeline.from_pretrained("someone/faces")
-except ValueError as error:
-    assert "trust_remote_code" in str(error), error
-else:
-    raise SystemExit("the code was run without consent")
-assert not [*modules.rglob("sde.py"), *modules.rglob("custom_unet*.py")]
-pipe = DiffusionPipeline.from_pretrained("someone/faces", trust_remote_code=True)
-assert type(pipe.scheduler).__name__ == "SDEScheduler"
-assert "diffusers_modules" in type(pipe.scheduler).__module__
-assert len([*Path(constants.HF_HUB_CACHE).glob("models--someone--faces/snapshots/*/scheduler/sde.py")]) == 1
-UNet2DModel.from_pretrained("someone/faces", subfolder="unet", use_safetensors=True)
-numpy.save(sys.argv[1], pipe(seeds=[3], num_inference_steps=4, output_type="np").images)
-"""
-
-
-@pytest.fixture
-def sde_folder(tmp_path) -> Path:
-    torch.manual_seed(0)
-    return export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY), SDEScheduler()), tmp_path / "faces")
-
-
-def test_a_model_of_an_sde_is_loaded_by_id_with_the_code_of_its_sde(hub, sde_folder, tmp_path):
-    assert export.main(["push", "--pipeline", str(sde_folder), "--repo_id", "faces"]) == 0
-    assert hub.files("someone/faces").keys() == {*model_files(sde_folder), ".gitattributes"}
-    assert hub.files("someone/faces")["scheduler/sde.py"] == (sde_folder / "scheduler" / "sde.py").read_bytes()
-    env = environment(hub, tmp_path / "loading", token=None)
-    code, output = run("-c", LOAD_SDE, tmp_path / "images.npy", env=env, cwd=tmp_path)
-    assert code == 0, output
-    expected = CustomUNetPipeline.from_pretrained(sde_folder)(
-        seeds=[3], num_inference_steps=4, output_type="np"
-    ).images
-    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), expected, atol=1e-5)
-
-
-def test_generating_from_the_hub_fetches_no_code(hub, sde_folder, tmp_path, monkeypatch):
-    assert export.main(["push", "--pipeline", str(sde_folder), "--repo_id", "faces"]) == 0
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+def test_generating_from_the_hub_fetches_no_code(hub, tmp_path):
+    folder = export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY), SDEScheduler()), tmp_path / "faces")
+    assert push(folder) == 0
     source, commit = find_pipeline("someone/faces", None)
     assert commit == hub.commit_id("someone/faces")
     assert "scheduler/scheduler_config.json" in contents(source)
@@ -211,7 +184,6 @@ def test_generating_from_the_hub_fetches_no_code(hub, sde_folder, tmp_path, monk
 CASES = {
     "no answer to create": ({"POST /api/repos/create": [503]}, "503"),
     "no answer to commit": ({"POST .*/commit/": [500]}, "500"),
-    "cut while creating": ({"POST /api/repos/create": ["cut"]}, "disconnected|reset"),
     "cut in the midst of the commit": ({"POST .*/commit/": ["cut"]}, "disconnected|reset"),
     "a file is refused": ({"PUT /lfs": [403] * 9}, "403"),
     "no permission": ({"GET .*/auth-check/write": [403]}, "take a token that may write there"),
@@ -223,7 +195,7 @@ def test_a_failed_push_is_one_line_and_the_command_in_it_works(hub, folder, case
     faults, reason = CASES[case]
     hub.faults = {pattern: list(outcomes) for pattern, outcomes in faults.items()}
     before = contents(folder)
-    assert export.main(["push", "--pipeline", str(folder), "--repo_id", "someone/faces", "--private"]) == 1
+    assert push(folder, "--private") == 1
     output = "".join(capfd.readouterr())
     assert TOKEN not in output
     line = error_line(output)
@@ -240,13 +212,16 @@ def test_a_failed_push_is_one_line_and_the_command_in_it_works(hub, folder, case
 
 def test_wrong_token_no_token_no_network_and_a_foreign_name(hub, folder, monkeypatch, capfd):
     def refused(repo_id: str = "faces") -> str:
-        assert export.main(["push", "--pipeline", str(folder), "--repo_id", repo_id]) == 1
+        assert push(folder, "--repo_id", repo_id) == 1
         output = "".join(capfd.readouterr())
         assert not re.search("hf_(secret|wrong)", output)
         return error_line(output)
 
     assert "403" in refused("another/faces")
     assert "'a/b/c'" in refused("a/b/c")
+    hub.error_text = f"the header said Bearer {TOKEN}"  # what a server sends back may quote the request
+    hub.faults = {"POST /api/repos/create": [400]}
+    assert "the header said Bearer ***" in refused()
     monkeypatch.setenv("HF_TOKEN", "hf_wrongToken")
     assert "401" in refused()
     monkeypatch.delenv("HF_TOKEN")
@@ -260,24 +235,74 @@ def test_wrong_token_no_token_no_network_and_a_foreign_name(hub, folder, monkeyp
 def test_a_hub_that_does_not_answer_is_not_waited_for_without_end(hub, folder, monkeypatch, capfd):
     monkeypatch.setattr("pipelines.hub.TIMEOUT_SECONDS", 0.2)
     hub.faults = {"POST /api/repos/create": ["stall"]}
-    assert export.main(["push", "--pipeline", str(folder), "--repo_id", "faces"]) == 1
+    assert push(folder) == 1
     assert "timed out" in error_line(capfd.readouterr().err)
 
 
-def test_a_token_in_the_answer_of_the_hub_is_not_printed(hub, folder, capfd):
-    """What a server sends back may quote the request."""
-    hub.error_text = f"the header said Bearer {TOKEN}"
-    hub.faults = {"POST /api/repos/create": [400]}
-    assert export.main(["push", "--pipeline", str(folder), "--repo_id", "faces"]) == 1
-    output = "".join(capfd.readouterr())
-    assert "the header said Bearer ***" in error_line(output)
-    assert TOKEN not in output
-
-
 def test_a_branch(hub, folder):
-    assert export.main(["push", "--pipeline", str(folder), "--repo_id", "faces", "--revision", "half"]) == 0
+    assert push(folder, "--revision", "half") == 0
     assert hub.files("someone/faces").keys() == {".gitattributes"}
     assert hub.files("someone/faces", "half").keys() == own_files(folder) | {".gitattributes"}
+
+
+# What people wrote
+
+
+def edit_on_hub(hub: LoopbackHub, card: bytes = b"", **files: bytes) -> None:
+    """A commit of the web page: text at the end of the card, and further files."""
+    there = hub.files("someone/faces")
+    edited = there | {name.replace("__", "/"): content for name, content in files.items()}
+    hub.commits["someone/faces"].append(edited | {"README.md": there["README.md"] + card})
+    hub.heads["someone/faces", "main"] += 1
+
+
+def test_what_people_wrote_here_and_on_the_hub_survives_pushes_and_exports(hub, folder):
+    with (folder / "README.md").open("a") as card:
+        card.write("\n## Acknowledgements\n\nThanks to those who posed.\n")
+    assert push(folder) == 0
+    assert b"Thanks to those who posed." in hub.files("someone/faces")["README.md"]
+    variant = "unet__diffusion_pytorch_model.fp16.safetensors"
+    edit_on_hub(hub, b"\n## Written on the web page\n", unet__notes=b"notes", results=b"mine", **{variant: b"mine"})
+    pipe = CustomUNetPipeline.from_pretrained(folder)
+    export_pipeline(pipe, folder)  # one file of weights, and no samples.png
+    assert "Thanks to those who posed." in (folder / "README.md").read_text()
+    assert push(folder) == 0
+    there = hub.files("someone/faces")
+    assert {"unet/notes", "results", variant.replace("__", "/")} <= there.keys(), "no push wrote them"
+    assert not [name for name in there if "-of-" in name or name == "samples.png"], "a push wrote them"
+    text = there["README.md"].decode()
+    assert text.count("## Acknowledgements\n\nThanks to those who posed.") == 1
+    assert text.count("## Written on the web page") == 1
+    assert "samples.png" not in text.split("<!--")[0]
+    assert ModelCard(text).data.library_name == "diffusers"
+
+
+def test_a_repository_that_was_begun_on_the_web_page_keeps_its_licence_and_files(hub, folder):
+    """It has no record of what was pushed: only weights that would be loaded in place of the new ones go."""
+    assert push(folder) == 0
+    shards = [name for name in hub.files("someone/faces") if name.endswith(("-of-00002.safetensors", ".index.json"))]
+    edit_on_hub(hub, LICENSE=b"MIT", results__json=b"{}")
+    hub.files("someone/faces")["README.md"] = b"---\nlicense: mit\n---\nMine.\n"
+    export_pipeline(CustomUNetPipeline.from_pretrained(folder), folder)
+    assert push(folder) == 0
+    there = hub.files("someone/faces")
+    assert shards
+    assert not {*shards} & there.keys()
+    assert {"LICENSE", "results/json"} <= there.keys()
+    card = ModelCard(there["README.md"].decode())
+    assert card.data.license == "mit"
+    assert "Mine." in card.text
+    assert "## Citations" in card.text
+
+
+def test_a_commit_that_comes_in_between_is_not_overwritten(hub, folder, capfd):
+    """The card that is pushed was made from the one that is there."""
+    assert push(folder) == 0
+    hub.before_commit = lambda: edit_on_hub(hub, b"\n## Just now\n")
+    assert push(folder) == 1
+    assert "412" in error_line(capfd.readouterr().err)
+    assert push(folder) == 0
+    assert b"## Just now" in hub.files("someone/faces")["README.md"]
 
 
 # What is refused before anything is asked of the Hub
@@ -288,23 +313,31 @@ def spoil_index(folder: Path, **values) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
+def flatten(folder: Path) -> None:
+    """As `UNet2DModel.save_pretrained` and `DDPMScheduler.save_pretrained` into one folder leave it."""
+    for path in (*folder.glob("unet/*"), *folder.glob("scheduler/*")):
+        path.rename(folder / path.name)
+    (folder / "unet").rmdir()
+
+
 SPOILERS = {
     "no index": (lambda folder: (folder / "model_index.json").unlink(), "not a model repository"),
-    "index of another kind": (lambda folder: (folder / "model_index.json").write_text("[]"), "holds a list"),
+    "index of another kind": (lambda folder: (folder / "model_index.json").write_text("[]"), "holds list"),
     "no scheduler": (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config"),
     "no code": (lambda folder: (folder / "unet" / "custom_unet_2d.py").unlink(), "custom_unet_2d.py"),
     "a way out in the index": (lambda folder: spoil_index(folder, unet=["../evil", "X"]), "../evil"),
     "a way out of the scheduler": (lambda folder: spoil_index(folder, scheduler=["../../evil", "X"]), "../../evil"),
     "no code of the SDE": (lambda folder: spoil_index(folder, scheduler=["sde", "SDEScheduler"]), "scheduler/sde.py"),
-    "pickled weights": (lambda folder: (folder / "unet" / "diffusion_pytorch_model.bin").touch(), "pickled"),
+    "pickled weights": (lambda folder: (folder / "unet" / "diffusion_pytorch_model.bin").touch(), "is pickled"),
     "a missing shard": (lambda folder: next((folder / "unet").glob("*-00002-of*")).unlink(), "-00002-of"),
     "a pickle by another name": (
         lambda folder: torch.save({}, next((folder / "unet").glob("*-00001-of*"))),
         "is damaged",
     ),
+    "the layout of google/ddpm-*": (lambda folder: flatten(folder), "write it in the layout of this repository first"),
     "a link out of the folder": (
         lambda folder: ((folder / "samples.png").unlink(), (folder / "samples.png").symlink_to("/etc/hostname")),
-        "link out of the folder",
+        "is outside the folder or a link out of it",
     ),
 }
 
@@ -313,11 +346,21 @@ SPOILERS = {
 def test_a_folder_that_is_not_fit(hub, folder, spoiler, capfd):
     spoil, reason = SPOILERS[spoiler]
     spoil(folder)
-    with pytest.raises(InputError, match=re.escape(reason)):
-        model_files(folder)
-    assert export.main(["push", "--pipeline", str(folder), "--repo_id", "faces"]) == 2
+    assert push(folder) == 2
     assert reason in error_line(capfd.readouterr().err)
     assert not hub.bodies
+
+
+def test_the_command_that_is_named_for_the_layout_of_google_writes_a_folder_that_can_be_pushed(hub, tmp_path, capfd):
+    UNet2DModel(**TINY).save_pretrained(tmp_path / "flat")
+    DDPMScheduler().save_pretrained(tmp_path / "flat")
+    index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
+    (tmp_path / "flat" / "model_index.json").write_text(json.dumps(index | {"unet": ["diffusers", "UNet2DModel"]}))
+    assert push(tmp_path / "flat") == 2
+    _, _, code = shlex.split(error_line(capfd.readouterr().err).split("first: ")[1])
+    exec(code.replace("'NEW'", repr(str(tmp_path / "new"))), {})
+    assert push(tmp_path / "new") == 0
+    assert "unet/diffusion_pytorch_model.safetensors" in hub.files("someone/faces")
 
 
 # The trainer
@@ -340,36 +383,23 @@ def train_flags(tmp_path) -> list[str]:
     return [str(flag) for flag in (*flags, "--cache_dir", tmp_path / "cache")]
 
 
-def test_the_trainer_pushes_at_its_end(hub, train_flags, tmp_path):
-    env = environment(hub, tmp_path / "home") | {"ACCELERATE_USE_CPU": "true"}
-    code, output = run("train_unet.py", *train_flags, "--hub_private_repo", env=env)
-    assert code == 0, output
-    assert "pushed: " in output
-    uploaded = hub.files("someone/tiny-faces")
-    local = contents(tmp_path / "runs" / "tiny-faces" / "pipeline")
-    assert uploaded.keys() == {*local, ".gitattributes"}
-    assert {"samples.png", "training.json", "training_config.yaml"} <= uploaded.keys()
-    assert hub.private == {"someone/tiny-faces"}
-    assert not any(str(tmp_path).encode() in content for content in uploaded.values())
-    assert not any(TOKEN.encode() in content for content in (*hub.bodies, *contents(tmp_path).values()))
-
-
-def test_no_secret_of_the_environment_is_in_anything_that_a_training_prints_writes_or_pushes(
-    hub, train_flags, tmp_path
-):
+def test_the_trainer_pushes_at_its_end_and_no_secret_is_in_what_it_prints_writes_or_pushes(hub, train_flags, tmp_path):
     """Logs, trackers, checkpoints, configuration, card; the Hub's token, an older name of it, and that of W&B."""
     wandb_key = "0123456789wandbKeyOfThisTest0123456789"
     env = environment(hub, tmp_path / "home") | {"ACCELERATE_USE_CPU": "true", "WANDB_API_KEY": wandb_key}
     flags = ["--report_to", "tensorboard", "--validation_split", "valid", "--validation_images", "4"]
-    flags += ["--checkpointing_steps", "2", "--save_images_steps", "2", "--logging_steps", "1"]
+    flags += ["--checkpointing_steps", "2", "--save_images_steps", "2", "--logging_steps", "1", "--hub_private_repo"]
     code, output = run("train_unet.py", *train_flags, *flags, env=env | {"HUGGING_FACE_HUB_TOKEN": TOKEN})
     assert code == 0, output
+    assert "pushed: " in output
+    assert hub.private == {"someone/tiny-faces"}
     written, pushed = contents(tmp_path), hub.files("someone/tiny-faces")
-    names = " ".join(written)
-    for part in ("config.yaml", "log.jsonl", "events.out.tfevents", "checkpoint-2/", "pipeline/training.json"):
-        assert part in names
-    assert {"README.md", "training.json", "training_config.yaml"} <= pushed.keys()
+    for part in ("config.yaml", "log.jsonl", "events.out.tfevents", "checkpoint-2/"):
+        assert part in " ".join(written)
+    assert pushed.keys() == {*contents(tmp_path / "runs" / "tiny-faces" / "pipeline"), ".gitattributes"}
+    assert {"README.md", "samples.png", "training.json", "training_config.yaml"} <= pushed.keys()
     assert not any(re.search(r"optimizer|checkpoint|log\.jsonl|events|\.lock", name) for name in pushed)
+    assert not any(str(tmp_path).encode() in content for content in pushed.values())
     for secret in (TOKEN, wandb_key):
         assert secret not in output
         assert not any(secret.encode() in content for content in (*written.values(), *hub.bodies, *pushed.values()))

@@ -1,0 +1,120 @@
+"""What people write into a model card stays there when the card is written again.
+
+A card is a list of blocks: the entries of its metadata and its paragraphs, tables and pieces of code. Its last line, a
+comment, has a checksum of each block that was generated; any other block is a person's and stays where it is. A
+generated block that a person replaced or deleted stays away until the model changes it; an edit of it is then shown
+below it. Cards of earlier versions have no checksums: sections and metadata that are not in a generated card are kept.
+"""
+
+import hashlib
+import re
+from collections import defaultdict
+from difflib import SequenceMatcher
+
+# Comments at the end of a card: checksums, with a plus those of edits that were pushed with it; files that were pushed
+BLOCKS = "<!-- Checksums of what pipelines.export wrote; it keeps everything else: {} -->"
+FILES = "<!-- Files that pipelines.export pushed; its next push deletes those that it lacks: {} -->"
+# What diffusers' own `push_to_hub` writes where there is no card
+AUTOMATIC = re.compile("has been (generated automatically|automatically generated)")
+
+
+def keep_edits(card: str, previous: str, is_on_hub: bool = False) -> str:
+    """The new card with what people wrote into the one that it replaces.
+
+    Args:
+        card: as generated, or as this function returned it for another copy.
+        previous: the card that is replaced; empty if there is none.
+        is_on_hub: whether that card is on the Hub. What an earlier push took there from the local card is then
+            replaced by what the local card says now; elsewhere it is kept like all other edits.
+    """
+    metadata, body = _split(card)
+    checksums = [_checksum(block) for block in (*metadata.values(), *body)]
+    generated = recorded(BLOCKS, card) or checksums
+    record = generated + [f"+{checksum}" for checksum in checksums if checksum not in generated]
+    if previous:
+        old_metadata, old_body = _split(previous)
+        base = recorded(BLOCKS, previous)
+        if base is None:
+            base = _recognised(old_metadata, old_body, metadata, body)
+        base = [checksum.lstrip("+") for checksum in base if is_on_hub or checksum[0] != "+"]
+        kept = {key: entry for key, entry in old_metadata.items() if _checksum(entry) not in base}
+        still = {key: entry for key, entry in metadata.items() if key in old_metadata or _checksum(entry) not in base}
+        metadata, body = still | kept, _merge(base, old_body, body)
+    front = "\n".join(["---", *metadata.values(), "---"])
+    return "\n\n".join([front, *body, BLOCKS.format(" ".join(record))]) + "\n"
+
+
+def _split(card: str) -> tuple[dict[str, str], list[str]]:
+    """The entries of the metadata by their keys, and the blocks of the text."""
+    card = re.sub(f"{_pattern(BLOCKS)}|{_pattern(FILES)}", "", card.replace("\r\n", "\n"))
+    match = re.match(r"---\n(.*?\n)?---\n", card, re.DOTALL)
+    entries = re.split(r"\n(?=[^\s#-])", (match[1] or "").strip("\n")) if match else []
+    metadata = {re.search(r"^[^\s#-][^:]*|$", entry, re.MULTILINE)[0]: entry for entry in entries if entry}
+    blocks, in_code = [""], False
+    for line in card[match.end() if match else 0 :].splitlines():
+        if line.strip() or in_code:
+            blocks[-1] += f"{line}\n"
+        elif blocks[-1]:
+            blocks.append("")
+        in_code ^= line.startswith("```")
+    return metadata, [block.rstrip("\n") for block in blocks if block]
+
+
+def _checksum(block: str) -> str:
+    return hashlib.sha256(" ".join(block.split()).encode(errors="surrogateescape")).hexdigest()[:8]
+
+
+def recorded(comment: str, card: str) -> list[str] | None:
+    """What the comment BLOCKS or FILES of a card lists; None if it has none."""
+    match = re.search(_pattern(comment), card)
+    return match and match[1].split()
+
+
+def _pattern(comment: str) -> str:
+    return re.escape(comment).replace(re.escape("{}"), "([^>]*)")
+
+
+def _recognised(old_metadata: dict, old_body: list[str], metadata: dict, body: list[str]) -> list[str]:
+    """The checksums of what was generated in a card without a record, by diffusers or an earlier version."""
+    found = [entry for key, entry in old_metadata.items() if key in metadata]
+    headings = [block for block in body if block.startswith("## ")]
+    if any(AUTOMATIC.search(block) for block in old_body):
+        found += old_body
+    elif not {*headings} <= {*old_body}:
+        return []
+    is_ours = True
+    for block in old_body:
+        is_ours = block in headings if block.startswith("## ") else is_ours
+        found += [block] if is_ours else []
+    return [_checksum(block) for block in found]
+
+
+def _merge(base: list[str], old: list[str], new: list[str]) -> list[str]:
+    """The new blocks with the changes that people made to the old ones: a merge of three versions, by blocks.
+
+    Args:
+        base: checksums of the old blocks as they were generated.
+    """
+    old_checksums, new_checksums = [_checksum(block) for block in old], [_checksum(block) for block in new]
+    removed, inserted = set(), defaultdict(list)  # by position in `base`
+    for tag, start, end, old_start, old_end in _opcodes(base, old_checksums):
+        if tag != "equal":
+            removed |= {i for i in range(start, end) if base[i] not in old_checksums}
+            inserted[end] += [b for b in old[old_start:old_end] if _checksum(b) not in (*base, *new_checksums)]
+    merged = []
+    for tag, start, end, new_start, new_end in _opcodes(base, new_checksums):
+        if tag == "insert":
+            merged += inserted.pop(start, [])
+        for i in range(max(end - start, new_end - new_start)):
+            merged += inserted.pop(start + i, []) if start + i < end else []
+            if new_start + i < new_end and not (tag == "equal" and start + i in removed):
+                merged.append(new[new_start + i])
+    merged += inserted.pop(len(base), [])
+    is_title = [block.startswith("# ") for block in merged]
+    if sum(is_title) > 1:  # a person's; a pushed card has another generated title than the local one
+        merged = [b for b, has in zip(merged, is_title, strict=True) if not has or _checksum(b) not in new_checksums]
+    return merged
+
+
+def _opcodes(before: list[str], after: list[str]) -> list[tuple]:
+    return SequenceMatcher(None, before, after, autojunk=False).get_opcodes()

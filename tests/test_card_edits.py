@@ -1,0 +1,143 @@
+"""What people write into a card is there after it is written again, and what was generated is as new as the model."""
+
+import pytest
+import yaml
+
+from pipelines.card_edits import keep_edits
+
+SECTIONS = ("Use", "Results", "Licence")
+
+
+def generated(step: int = 1, name: str = "faces", **metadata: str) -> str:
+    """A small card without a record, as a template gives it."""
+    front = yaml.safe_dump({"library_name": "diffusers", "tags": ["diffusers", "unet"]} | metadata, sort_keys=False)
+    code = f'```python\n\nload("{name}")\n\n\n# done\n```'
+    text = {"Use": code, "Results": f"Step {step}.", "Licence": "No licence is claimed."}
+    return f"---\n{front}---\n\n# {name}\n\n" + "\n\n".join(f"## {key}\n\n{text[key]}" for key in SECTIONS) + "\n"
+
+
+def parts(card: str) -> tuple[dict, str]:
+    """Metadata and text, without the record."""
+    _, front, text = card.split("---\n", 2)
+    return yaml.safe_load(front), text.split("<!-- Checksums")[0].strip()
+
+
+def test_a_card_that_nobody_edited_is_the_new_one():
+    first, second = keep_edits(generated(1), ""), keep_edits(generated(2, license="mit"), "")
+    assert parts(first) == parts(generated(1))
+    assert keep_edits(generated(1), first) == first
+    assert keep_edits(generated(2, license="mit"), first) == second
+    assert keep_edits(generated(1), second) == first, "what was generated before does not stay"
+    assert keep_edits(generated(1), first.replace("\n", "\r\n")) == first
+
+
+EDITS = {
+    "a section at the end": ("<!-- Checksums", "## Thanks\n\nTo those who posed.\n\n<!-- Checksums", "who posed"),
+    "a paragraph between": ("## Results", "A word before.\n\n## Results", "A word before.\n\n## Results"),
+    "a paragraph above all": ("# faces", "![logo](logo.png)\n\n# faces", "![logo](logo.png)\n\n# faces"),
+    "a title": ("# faces", "# Faces of summer", "# Faces of summer\n\n## Use"),
+    "other words": ("No licence is claimed.", "MIT.", "## Licence\n\nMIT."),
+    "code": ("# done", "# done\n\nshow()", "# done\n\nshow()\n```"),
+    "letters that are not ASCII": ("# faces", "# Gesichter, schön", "schön"),
+    "a fence that is not closed": ("No licence is claimed.", "```\nMIT\n\nnot closed", "```\nMIT\n\nnot closed"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_stays_however_often_the_card_is_written(edit):
+    before, after, expected = EDITS[edit]
+    card = keep_edits(generated(1), "").replace(before, after)
+    for step in (1, 2, 3):
+        card = keep_edits(generated(step), card)
+        assert parts(card)[1].count(expected) == 1
+        assert f"Step {step}." in card
+        assert card.count("Step ") == 1
+        assert card.count("<!-- Checksums") == 1
+        assert "No licence is claimed." in card or after.startswith(("MIT", "```")), "only what was replaced goes"
+
+
+def test_an_edit_of_what_changes_is_shown_below_it_once():
+    card = keep_edits(generated(1), "").replace("Step 1.", "Step 1, at last.")
+    assert "Step 1.\n" not in keep_edits(generated(1), card)
+    for step in (2, 3):
+        card = keep_edits(generated(step), card)
+        assert f"## Results\n\nStep {step}.\n\nStep 1, at last.\n\n## Licence" in card
+
+
+def test_what_was_deleted_stays_away_until_it_changes():
+    card = keep_edits(generated(1), "").replace("Step 1.\n\n", "").replace("library_name: diffusers\n", "")
+    for _ in range(2):
+        card = keep_edits(generated(1), card)
+        assert "Step" not in card
+        assert "library_name" not in card
+    assert "Step 2." in keep_edits(generated(2), card)
+
+
+@pytest.mark.parametrize(
+    "previous", ["---\nlicense: mit\n# a note\n---\n", "---\nlicense: mit\n---\n\n# Mine\n\nA text.\n"]
+)
+def test_a_card_that_a_person_began_is_kept(previous):
+    metadata, text = parts(keep_edits(generated(license="other"), previous))
+    assert metadata == {"library_name": "diffusers", "tags": ["diffusers", "unet"], "license": "mit"}
+    assert ("A text." in text) == ("A text." in previous)
+    assert text.count("\n# ") + text.startswith("# ") == 1 + text.count("\n# done")
+    assert "Step 1." in text
+
+
+def test_entries_of_the_metadata():
+    """Somebody's value of an entry wins, an entry more stays, and a comment does not double a key."""
+    card = keep_edits(generated(license="other"), "")
+    card = card.replace("license: other", "# ours\nlicense: cc-by-4.0\nlanguage: en").replace(
+        "- unet", "- unet\n- 32x32"
+    )
+    metadata, _ = parts(keep_edits(generated(2, license="apache-2.0", datasets="faces"), card))
+    assert metadata["tags"] == ["diffusers", "unet", "32x32"]
+    assert metadata | {"tags": []} == {
+        "library_name": "diffusers",
+        "tags": [],
+        "license": "cc-by-4.0",
+        "datasets": "faces",
+        "language": "en",
+    }
+
+
+def test_a_card_without_a_record_keeps_what_is_not_generated():
+    """One of an earlier version, and one that diffusers' own `push_to_hub` made, in which nobody wrote."""
+    earlier = (
+        generated(1, license="mit").replace("Step 1.", "Text of an earlier version.") + "\n## Thanks\n\nTo all.\n"
+    )
+    metadata, text = parts(keep_edits(generated(2), earlier))
+    assert metadata["license"] == "mit"
+    assert text.endswith("## Thanks\n\nTo all.")
+    assert "earlier version" not in text
+    automatic = (
+        "---\nlibrary_name: x\n---\n\n# Faces\n\nThis model card has been automatically generated.\n\n[TODO: it]\n"
+    )
+    assert keep_edits(generated(1), automatic) == keep_edits(generated(1), "")
+
+
+def test_two_copies_are_merged():
+    """The local card is pushed again and again, and edited here and on the Hub between."""
+    local, hub = keep_edits(generated(1), ""), ""
+
+    def push(step: int) -> str:
+        return keep_edits(keep_edits(generated(step, "me/faces"), local), hub, is_on_hub=True)
+
+    local = local.replace("## Results", "Written here.\n\n## Results")
+    hub = push(1)
+    assert "Written here.\n\n## Results" in hub
+    hub = hub.replace("## Licence", "Written there.\n\n## Licence").replace("# me/faces", "# Title there")
+    for step in (2, 3):
+        hub = push(step)
+        assert f"Written here.\n\n## Results\n\nStep {step}.\n\nWritten there.\n\n## Licence" in hub
+        assert "me/faces" not in hub.replace('load("me/faces")', "")
+    downloaded = keep_edits(generated(4, "copy"), hub)
+    assert "Written here.\n\n## Results\n\nStep 4.\n\nWritten there." in downloaded
+    local = local.replace("Written here.", "Written here, again.")
+    hub = push(4)
+    assert "Written here, again.\n\n## Results\n\nStep 4.\n\nWritten there." in hub
+    assert "Written here." not in hub
+    local = local.replace("Written here, again.\n\n", "")
+    hub = push(5)
+    assert "Written here" not in hub
+    assert "Written there." in hub
