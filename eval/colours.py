@@ -5,7 +5,6 @@ numbers, and a set of images three distributions.
 """
 
 import numpy as np
-from scipy.stats import wasserstein_distance
 
 COLOURS = ("brightness", "contrast", "saturation")
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B: ITU-R BT.601
@@ -23,20 +22,13 @@ def colour_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
         by name: `brightness`, the mean luma of an image; `contrast`, the standard deviation of its luma;
         `saturation`, the mean of max(R, G, B) - min(R, G, B).
     """
-    parts = [_colour_statistics(images[first : first + BLOCK]) for first in range(0, len(images), BLOCK)]
-    return dict(zip(COLOURS, np.concatenate(parts, axis=1), strict=True))
-
-
-def _colour_statistics(images: np.ndarray) -> np.ndarray:
-    """(B, 3, H, W) -> float64 (3, B)."""
-    luma = np.einsum("nchw,c->nhw", images, np.asarray(LUMA)).reshape(len(images), -1)
-    spread = images.max(axis=1) - images.min(axis=1)  # (B, H, W)
-    return np.stack([luma.mean(axis=1), luma.std(axis=1), spread.reshape(len(images), -1).mean(axis=1)])
-
-
-def colour_distance(values: np.ndarray, real: np.ndarray) -> float:
-    """The Wasserstein distance of order 1 between two distributions, in grey levels; (N,) and (M,)."""
-    return float(wasserstein_distance(values, real))
+    blocks = []
+    for first in range(0, len(images), BLOCK):
+        block = images[first : first + BLOCK]
+        luma = np.einsum("nchw,c->nhw", block, np.asarray(LUMA))
+        spread = block.max(axis=1) - block.min(axis=1)  # (B, H, W)
+        blocks.append([luma.mean(axis=(1, 2)), luma.std(axis=(1, 2)), spread.mean(axis=(1, 2))])
+    return dict(zip(COLOURS, np.concatenate(blocks, axis=1), strict=True))
 
 
 def share_of_extremes(values: np.ndarray, real: np.ndarray) -> float:

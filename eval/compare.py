@@ -11,15 +11,15 @@ failed, 2 bad input.
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from common import InputError, Parser, check_numbers, make_folder, markdown_table, run_command
-from eval.evaluation import IMAGES, images_folder, unusual_settings
+from common import InputError, Parser, check_numbers, make_folder, run_command
+from eval.evaluation import IMAGES, images_folder
 from eval.figures import plot_curves, plot_image_rows
-from eval.results import number, read_results, value_text, write_results
+from eval.results import number, read_results, sampler_text, table, value_text, write_results
 from pipelines.generate import RECORD, image_path, missing_seeds
 
 DRAWN = ("swd", "features", "memorisation")  # families of results that are of generated images
@@ -29,32 +29,24 @@ COLUMNS = {  # key in a row: heading
     "objective": "objective",
     "images_seen": "images seen in training",
     "drawn_by": "sampler",
-    "network_evaluations": "network evaluations an image",
+    "network_evaluations": "network evaluations per image",
     "n": "images drawn",
     "swd": "SWD (real against real)",
     "memorisation_ratio": "nearest training image, generated / held-out",
     "bits_per_dim_ode": "bits/dim by the ODE, held-out",
     "sample_mse": "error of x_0, held-out",
 }
-# Metric and end of the name of what is compared
-OF_THE_IMAGES = {"swd": "SWD, mean", "memorisation_ratio": "(median)"}  # that of pixels
-OF_THE_MODEL = {"bits_per_dim_ode": ", held-out", "sample_mse": ", held-out"}
 FEATURES = ("fid", "kid", "cmmd")  # a column of its own for each that was measured
 ABOUT = "name value std floor n n_reference split tolerance first_sigma".split()  # of a result, in comparison.json
 
 
-@dataclass(frozen=True)
-class Run:
-    """An evaluation: its folder, what it is called, and its record."""
+class Run(NamedTuple):
+    """An evaluation: its folder, what it is called, its record, and those of its results that have a value."""
 
     folder: Path
     title: str
     record: dict
-
-    @property
-    def results(self) -> list[dict]:
-        """Those with a value."""
-        return [entry for entry in self.record["results"] if entry["value"] is not None]
+    results: list[dict]
 
     @property
     def settings(self) -> list[dict]:
@@ -80,63 +72,49 @@ def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
         if not {"pipeline", "reference"} <= record.keys():
             raise InputError(f"{folder}/results.json is not of eval.run: it names no pipeline or no reference")
     titles = titles or [record["pipeline"] for record in records]
-    for title in titles:
+    first = records[0]["reference"]
+    for title, record in zip(titles, records, strict=True):
         if titles.count(title) > 1:
             raise InputError(f"{titles.count(title)} models are called {title}; tell them apart by --titles")
-    runs = [Run(*run) for run in zip(folders, titles, records, strict=True)]
-    first = runs[0].record["reference"]
-    for run in runs[1:]:
-        for key in first | run.record["reference"]:
-            here, there = run.record["reference"].get(key), first.get(key)
+        for key in first | record["reference"]:
+            here, there = record["reference"].get(key), first.get(key)
             if here != there:
                 raise InputError(
-                    f"the real images of {run.title} have {key} {here}, those of {runs[0].title} {there}; evaluate"
-                    " the models with the same ones"
+                    f"the real images of {title} have {key} {here}, those of {titles[0]} {there}; evaluate the models"
+                    " with the same ones"
                 )
-    return runs
+    measured = [[entry for entry in record["results"] if entry.get("value") is not None] for record in records]
+    return [Run(*run) for run in zip(folders, titles, records, measured, strict=True)]
 
 
 def rows_of(run: Run) -> Iterator[dict]:
     """A row for each way that the images were drawn, one if they were not; None stands for not measured."""
     model = run.record.get("model", {})
-    row = {"title": run.title, "objective": _objective(model), "images_seen": model.get("images_seen")}
-    row |= {metric: _find(run.results, metric, end) for metric, end in OF_THE_MODEL.items()}
+    row = {"title": run.title, "objective": None, "images_seen": model.get("images_seen")}
+    if "objective" in model:
+        names = dict.fromkeys((model["objective"], model["prediction_type"]))  # edm is both
+        row["objective"] = ", ".join([*names] + ["likelihood weighting"] * model.get("likelihood_weighting", False))
+    row |= {metric: _newest(run.results, metric, ", held-out") for metric in ("bits_per_dim_ode", "sample_mse")}
     for setting in run.settings or [None]:
         entries = [entry for entry in run.results if setting is not None and setting.items() <= entry.items()]
-        row |= {"setting": setting, "drawn_by": setting and _drawn_by(setting)}
-        row["network_evaluations"] = (_find(entries, "seconds_drawing", "") or {}).get("network_evaluations")
+        row |= {"setting": setting, "drawn_by": setting and sampler_text(setting)}
+        row["network_evaluations"] = (_newest(entries, "seconds_drawing") or {}).get("network_evaluations")
         row["n"] = max((entry["n"] for entry in entries if entry["family"] in DRAWN), default=None)
-        images = {metric: _find(entries, metric, end) for metric, end in OF_THE_IMAGES.items()}
-        yield row | images | {entry["name"]: entry for entry in entries if entry["metric"] in FEATURES}
+        row["swd"] = _newest(entries, "swd", "SWD, mean")
+        row["memorisation_ratio"] = _newest(entries, "memorisation_ratio", "(median)")  # that of pixels
+        yield row | {entry["name"]: entry for entry in entries if entry["metric"] in FEATURES}
 
 
-def _find(results: list[dict], metric: str, end_of_name: str) -> dict | None:
-    """The newest."""
+def _newest(results: list[dict], metric: str, end_of_name: str = "") -> dict | None:
     found = [entry for entry in results if entry["metric"] == metric and entry["name"].endswith(end_of_name)]
     return found[-1] if found else None
 
 
-def _objective(model: dict) -> str | None:
-    if "objective" not in model:
-        return None
-    names = dict.fromkeys((model["objective"], model["prediction_type"]))  # edm is both
-    return ", ".join([*names] + ["likelihood weighting"] * model.get("likelihood_weighting", False))
-
-
-def _drawn_by(setting: dict) -> str:
-    own = {"eta": setting.get("eta") or None} | unusual_settings(setting)
-    own |= {"guidance scale": setting["guidance_scale"]} if "class_label" in setting else {}
-    steps = [f"{setting['steps']} steps"] if "steps" in setting else []
-    return ", ".join(
-        [setting["sampler"], *steps, *(f"{name} {value:g}" for name, value in own.items() if value is not None)]
-    )
-
-
-def table(rows: list[dict]) -> str:
+def table_of(rows: list[dict]) -> str:
     """Markdown; what was not measured says so."""
     features = [key for row in rows for key, value in row.items() if isinstance(value, dict) and key not in COLUMNS]
     columns = COLUMNS | {name: name for name in features if name != "setting"}
-    text = markdown_table(list(columns.values()), [[_cell(row.get(key)) for key in columns] for row in rows])
+    text = table([{key: _cell(row.get(key)) for key in columns} for row in rows], columns)
     ends = {row["title"]: row["bits_per_dim_ode"] for row in rows if row["bits_per_dim_ode"] is not None}
     left = [f"{title} {number(entry['first_sigma'])}" for title, entry in ends.items() if "first_sigma" in entry]
     if left:
@@ -172,7 +150,7 @@ def images_of(runs: list[Run], num_images: int) -> tuple[range, dict[str, list[P
         for setting in run.settings:
             folder = run.folder / IMAGES / images_folder(setting)
             if (folder / RECORD).is_file():  # `pipelines.generate` drew them
-                folders[f"{run.title}: {_drawn_by(setting)}"] = folder, int(setting["seeds"].split()[0])
+                folders[f"{run.title}: {sampler_text(setting)}"] = folder, int(setting["seeds"].split()[0])
     first = max((seed for _, seed in folders.values()), default=0)
     seeds = range(first, first + num_images)
     whole = {label: folder for label, (folder, _) in folders.items() if not missing_seeds(folder, seeds)}
@@ -181,13 +159,12 @@ def images_of(runs: list[Run], num_images: int) -> tuple[range, dict[str, list[P
 
 def errors_by_noise_level(runs: list[Run]) -> tuple[list[float], dict[str, np.ndarray]]:
     """The noise levels, and the held-out error of the noise at each of them by model; those without are left out."""
-    found = {run.title: _find(run.results, "sample_mse", ", held-out") for run in runs}
-    found = {title: entry for title, entry in found.items() if entry is not None}
-    sigmas = next((entry["sigmas"] for entry in found.values()), [])
+    found = {run.title: _newest(run.results, "sample_mse", ", held-out") for run in runs}
+    sigmas = next((entry["sigmas"] for entry in found.values() if entry is not None), [])
     return sigmas, {
         title: np.array(entry["curve"]) / np.square(sigmas)
         for title, entry in found.items()
-        if entry["sigmas"] == sigmas
+        if entry is not None and entry["sigmas"] == sigmas
     }
 
 
@@ -198,11 +175,11 @@ def compare(options: Namespace) -> None:
         InputError: as `open_runs`.
         OSError: if it cannot be written.
     """
-    runs, out = open_runs(options.run_dirs, options.titles), options.out
     try:
+        runs, out = open_runs(options.run_dirs, options.titles), options.out
         rows = [row for run in runs for row in rows_of(run)]
         sigmas, curves = errors_by_noise_level(runs)
-        text = table(rows)
+        text = table_of(rows)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"a result lacks what is compared, or it is of another type: {error}") from error
     seeds, images = images_of(runs, options.num_images)
@@ -212,10 +189,9 @@ def compare(options: Namespace) -> None:
         plot_image_rows(images, out / "comparison.png")
     if curves:
         labels = {"xlabel": "noise level sigma", "ylabel": "mean squared error of the noise, held-out"}
+        labels |= {"xscale": "log", "yscale": "log"}
         bands = {title: (curve, None) for title, curve in curves.items()}
-        plot_curves(
-            np.array(sigmas), bands, labels | {"xscale": "log", "yscale": "log"}, out / "comparison_errors.png"
-        )
+        plot_curves(np.array(sigmas), bands, labels, out / "comparison_errors.png")
     short = [{key: _short(value) for key, value in row.items()} for row in rows]
     shown = {"seeds": [*seeds], "labels": [*images]} if images else None
     write_results(out / "comparison.json", {"reference": runs[0].record["reference"], "rows": short, "shown": shown})

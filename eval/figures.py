@@ -13,13 +13,11 @@ from PIL import Image
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
 NUM_COLOURS = 10  # of matplotlib's cycle; beyond them lines are dashed
 FEW_CURVES = 5  # the legend of more stands beside them
-NUM_BINS = 40  # of a histogram of colours
-FEW_POINTS = 40  # of a line that shows each of them
 IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS = 96, 4, 26  # of a sheet of images
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Writes the file and forgets the figure."""
+    """Writes the file and closes the figure."""
     figure.tight_layout()
     figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
     plt.close(figure)
@@ -56,24 +54,31 @@ def plot_colours(sets: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     names = list(next(iter(sets.values())))
     figure, all_axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3))
     for axes, name in zip(all_axes, names, strict=True):
-        edges = np.histogram_bin_edges(np.concatenate([values[name] for values in sets.values()]), NUM_BINS)
-        for label, values in sets.items():
-            shares = np.histogram(values[name], edges)[0] / len(values[name])
-            axes.stairs(shares, edges, label=label, fill=True, alpha=0.5)
+        values = {label: statistics[name] for label, statistics in sets.items()}
+        _histograms(axes, values, np.histogram_bin_edges(np.concatenate([*values.values()]), 40))
         axes.set(xlabel=f"{name}, grey levels")
     all_axes[0].set_ylabel("share of the images")
     all_axes[-1].legend()
     save_figure(figure, path)
 
 
-def plot_nearest_distances(edges: np.ndarray, counts: dict[str, np.ndarray], unit: str, path: Path) -> None:
-    """Histograms of nearest-neighbour distances, each normalised to a share of its images."""
+def plot_nearest_distances(distances: dict[str, np.ndarray], unit: str, path: Path) -> None:
+    """Histograms of nearest-neighbour distances from 0 on.
+
+    Args:
+        distances: by label, those of its images.
+    """
     figure, axes = plt.subplots(figsize=SIZE_INCHES)
-    for label, values in counts.items():
-        axes.stairs(values / values.sum(), edges, label=label, fill=True, alpha=0.5)
+    _histograms(axes, distances, np.linspace(0, max(values.max() for values in distances.values()), 51))
     axes.set(xlabel=f"distance to the nearest training image, {unit}", ylabel="share of the images")
     axes.legend()
     save_figure(figure, path)
+
+
+def _histograms(axes: plt.Axes, sets: dict[str, np.ndarray], edges: np.ndarray) -> None:
+    """One above the other, each normalised to shares of its values."""
+    for label, values in sets.items():
+        axes.stairs(np.histogram(values, edges)[0] / len(values), edges, label=label, fill=True, alpha=0.5)
 
 
 def plot_curves(
@@ -117,16 +122,13 @@ def plot_panels(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel:
     """Panels below each other over the same axis, each with its lines; logarithmic if these span a factor of 3.
 
     Args:
-        panels: the points (x, y) of each line by its label, by the panel's title; values must be positive. A panel
-            without points is left out.
+        panels: the points (x, y) of each line by its label, by the panel's title; values must be positive.
     """
-    panels = {title: lines for title, lines in panels.items() if any(lines.values())}
     size = (SIZE_INCHES[0], 2.2 * len(panels))
     figure, all_axes = plt.subplots(len(panels), figsize=size, sharex=True, squeeze=False)
     for axes, (title, lines) in zip(all_axes[:, 0], panels.items(), strict=True):
         for label, points in lines.items():
-            style = "o-" if len(points) <= FEW_POINTS else "-"
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
         axes.set_title(title, fontsize=10)
         values = [y for points in lines.values() for _, y in points]
         axes.set_yscale("log" if max(values) > 3 * min(values) else "linear")

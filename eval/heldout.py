@@ -1,19 +1,19 @@
 """Held-out losses on fixed triples of image, noise level and noise.
 
-`heldout_curve` has the errors against the timestep, for a model with discrete timesteps; `denoising_curve` has them
-against the noise level sigma, where models of all kinds compare.
+`noise_errors` are those against the timestep, for a model with discrete timesteps; `clean_image_errors` those against
+the noise level sigma, where models of all kinds compare. The noise is a function of the seed, the timestep or noise
+level, and the image's place, so that all models get the same noise, whatever the other timesteps, the batch size and
+the noise schedule are, and images appended at the end change no noise.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common import InputError
-from eval.likelihood import noise_levels, standard_error, time_of
+from eval.likelihood import time_of
 from pipelines.custom_unet_pipeline import clean_images_and_noise, denoiser
 from training.diffusion import per_image_mse, signal_and_noise_scale
 
@@ -23,75 +23,35 @@ SIGMA_UNIT = 1e-6  # of the noise levels by which the noise is seeded
 NUM_TIMESTEPS = 20
 
 
-@dataclass(frozen=True)
-class ErrorCurve:
-    """Mean squared errors of each image at each timestep or noise level.
-
-    Attributes:
-        x: timesteps, or noise levels, shape (K,).
-        losses: float64, shape (K, N).
-    """
-
-    x: np.ndarray
-    losses: np.ndarray
-
-    @property
-    def mse(self) -> np.ndarray:
-        """Mean over the images, shape (K,)."""
-        return self.losses.mean(1)
-
-    @property
-    def mse_standard_error(self) -> np.ndarray:
-        """Over the images, shape (K,)."""
-        return self.losses.std(1, ddof=1) / math.sqrt(self.losses.shape[1])
-
-    @property
-    def mean(self) -> float:
-        """Over x; over log x where x is evenly spaced in it."""
-        return float(self.losses.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """Of `mean`, over the images."""
-        return standard_error(self.losses.mean(0))
+def midpoint_timesteps(scheduler) -> list[int]:
+    """The midpoints of 20 equal strata of its timesteps."""
+    return [int((k + 0.5) * scheduler.config.num_train_timesteps / NUM_TIMESTEPS) for k in range(NUM_TIMESTEPS)]
 
 
 @torch.no_grad()
-def heldout_curve(
-    unet,
-    scheduler,
-    clean_images: Tensor,
-    *,
-    timesteps: Sequence[int] | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> ErrorCurve:
-    """The error of the noise that the network predicts at each timestep, one noise sample per image and timestep.
+def noise_errors(
+    unet, scheduler, clean_images: Tensor, timesteps: Sequence[int], *, seed: int = 0, batch_size: int = 64
+) -> np.ndarray:
+    """The mean squared error of the noise that the network predicts, of each image at each timestep.
 
     Whatever the network predicts, its output implies epsilon, x_0 and v, and with snr = abar / (1 - abar) the errors
     of one timestep are proportional: that of epsilon is snr times that of x_0 and snr / (snr + 1) times that of v.
 
-    The noise is a function of seed, timestep and the image's place, so all networks, noise schedules and choices of
-    timesteps and batch size get the same one, and images appended at the end change none.
-
     Args:
         unet: called as `unet(noisy_images, timesteps).sample`; in evaluation mode.
         scheduler: the noise schedule it was trained with.
-        clean_images: float32 in [-1, 1], shape (N, C, H, W), at least 2 for standard errors.
-        timesteps: by default the midpoints of 20 equal strata.
+        clean_images: float32 in [-1, 1], shape (N, C, H, W).
+
+    Returns:
+        float64, shape (len(timesteps), N).
 
     Raises:
         InputError: for an output that is not finite.
     """
-    if timesteps is None:
-        timesteps = [
-            int((k + 0.5) * scheduler.config.num_train_timesteps / NUM_TIMESTEPS) for k in range(NUM_TIMESTEPS)
-        ]
     device, dtype = next(unet.parameters()).device, next(unet.parameters()).dtype
-    losses = np.empty((len(timesteps), len(clean_images)))
-    for row, timestep in zip(losses, timesteps, strict=True):
-        rng = np.random.default_rng((seed, timestep))
-        all_noise = torch.from_numpy(rng.standard_normal(clean_images.shape, dtype=np.float32))
+    errors = np.empty((len(timesteps), len(clean_images)))
+    for row, timestep in zip(errors, timesteps, strict=True):
+        all_noise = _draw_noise(clean_images, seed, timestep)
         for batch in torch.arange(len(clean_images)).split(batch_size):
             images, noise = clean_images[batch].to(device), all_noise[batch].to(device)
             t = torch.full((len(batch),), timestep, device=device)
@@ -101,13 +61,12 @@ def heldout_curve(
             kind = scheduler.config.prediction_type
             _, predicted = clean_images_and_noise(kind, model_output, noisy_images, signal, noise_scale)
             row[batch.numpy()] = per_image_mse(predicted, noise).cpu().double()
-        if not np.isfinite(row).all():
-            raise InputError(f"the network's output is not finite at timestep {timestep}; look at its weights")
-    return ErrorCurve(np.array(timesteps), losses)
+        _check_finite(row, f"timestep {timestep}")
+    return errors
 
 
 @torch.no_grad()
-def denoising_curve(
+def clean_image_errors(
     unet,
     scheduler,
     clean_images: Tensor,
@@ -115,39 +74,43 @@ def denoising_curve(
     sigmas: Sequence[float] = SIGMAS,
     seed: int = 0,
     batch_size: int = 64,
-) -> ErrorCurve:
-    """The error of the network's x_0 at each noise level, one noise sample per image and noise level.
+) -> np.ndarray:
+    """The mean squared error of the network's x_0, of each image at each noise level.
 
     The network is given x_0 + sigma epsilon, scaled as it was trained; a DDPM model between two of its timesteps, see
-    `DiscreteVPSDE`. The noise is a function of seed, sigma and the image's place, so all models get the same one. The
-    errors of epsilon are these divided by sigma^2.
+    `DiscreteVPSDE`. The errors of epsilon are these divided by sigma^2.
 
     Args:
         unet: called as `unet(noisy_images, timestep).sample`, also with fractions of a timestep; in evaluation mode.
         scheduler: what it was trained with, a noise schedule of DDPM or an `SDEScheduler`.
-        clean_images: float32 in [-1, 1], shape (N, C, H, W), at least 2 for standard errors.
-        sigmas: noise levels that the network was trained with.
+        clean_images: float32 in [-1, 1], shape (N, C, H, W).
+        sigmas: noise levels that the network was trained with, see `eval.likelihood.noise_levels`.
+
+    Returns:
+        float64, shape (len(sigmas), N).
 
     Raises:
-        ValueError: for noise levels that the network was not trained with.
         InputError: for an output that is not finite.
     """
     sde, clean = denoiser(unet, scheduler)
-    low, high = noise_levels(sde)
-    if not low * (1 - 1e-6) <= min(sigmas) <= max(sigmas) <= high * (1 + 1e-6):
-        raise ValueError(
-            f"sigmas are {min(sigmas):.4g} to {max(sigmas):.4g}; the model was trained with {low:.4g} to {high:.4g}"
-        )
     device = next(unet.parameters()).device
-    losses = torch.empty(len(sigmas), len(clean_images), dtype=torch.float64)
-    for row, sigma in zip(losses, sigmas, strict=True):
-        rng = np.random.default_rng((seed, round(sigma / SIGMA_UNIT)))
-        noise = torch.from_numpy(rng.standard_normal(clean_images.shape, dtype=np.float32))
+    errors = np.empty((len(sigmas), len(clean_images)))
+    for row, sigma in zip(errors, sigmas, strict=True):
         t = time_of(sde, sigma)
+        noise = _draw_noise(clean_images, seed, round(sigma / SIGMA_UNIT))
         noisy_images = sde.signal_scale(t) * (clean_images.double() + sigma * noise)
         for batch in torch.arange(len(clean_images)).split(batch_size):
             predicted = clean(noisy_images[batch].to(device), t).cpu().double()
-            row[batch] = (predicted - clean_images[batch]).square().mean(dim=(1, 2, 3))
-        if not row.isfinite().all():
-            raise InputError(f"the network's output is not finite at sigma {sigma:.4g}; look at its weights")
-    return ErrorCurve(np.array(sigmas, np.float64), losses.numpy())
+            row[batch.numpy()] = (predicted - clean_images[batch]).square().mean(dim=(1, 2, 3))
+        _check_finite(row, f"sigma {sigma:.4g}")
+    return errors
+
+
+def _draw_noise(images: Tensor, seed: int, level: int) -> Tensor:
+    """Standard normal, float32, in the shape of the images."""
+    return torch.from_numpy(np.random.default_rng((seed, level)).standard_normal(images.shape, dtype=np.float32))
+
+
+def _check_finite(errors: np.ndarray, where: str) -> None:
+    if not np.isfinite(errors).all():
+        raise InputError(f"the network's output is not finite at {where}; look at its weights")

@@ -1,4 +1,4 @@
-"""results.json: every figure that a README, a report or a model card quotes, and the tables made from it.
+"""results.json: every number that a README, a report or a model card quotes, and the tables made from it.
 
     {"pipeline": ..., "reference": {...}, "versions": {...}, "device": ..., "results": [RESULT, ...]}
 
@@ -6,8 +6,8 @@ A RESULT has `name`, `metric` and `value` (null: not measured, with the `reason`
 mode, n, n_reference, dataset, split, crop, resolution, sampler, steps, eta, seeds, features, features_sha256, seconds.
 
     python -m eval.results README.md     writes the tables anew between <!-- results: FILE FAMILY --> and <!-- end -->,
-                                         also those of other commands: <!-- results: FILE.md table -->, and the
-                                         held-out losses of a training: <!-- results: LOG.jsonl heldout -->
+                                         those of other commands as they are, <!-- results: FILE.md table -->, and the
+                                         held-out losses of a training, <!-- results: LOG.jsonl heldout -->
 """
 
 import json
@@ -18,8 +18,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common import InputError, Parser, markdown_table, replace_file, run_command
+from pipelines.custom_unet_pipeline import ContinuousSampler
 from training.log import heldout_table, read_log
 
+SUMMARY = "fid kid precision recall memorisation_ratio bits_per_dim_bound_fixed_large bits_per_dim_ode".split()
 MARKED = re.compile(r"(<!-- results: (?P<file>\S+) (?P<family>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -28,12 +30,11 @@ def result(family: str, name: str, metric: str, value: float | None, **settings)
 
     Args:
         family: of metrics, the table it belongs to.
+        value: None if it was not measured, with a `reason` among the settings.
 
     Raises:
-        InputError: for a value that is not finite, or none without a `reason`.
+        InputError: for a value that is not finite.
     """
-    if value is None and not settings.get("reason"):
-        raise InputError(f"{name} has no value and no reason why")
     if value is not None and not math.isfinite(value):
         raise InputError(f"{name} is {value}; it must be finite")
     kept = {key: setting for key, setting in settings.items() if setting is not None}
@@ -73,7 +74,7 @@ def value_text(entry: dict) -> str:
 
 
 def table(results: Iterable[dict], columns: dict[str, str]) -> str:
-    """Markdown, one row a result.
+    """Markdown, one row per result.
 
     Args:
         columns: heading of each key; `value` is shown with its spread.
@@ -82,8 +83,27 @@ def table(results: Iterable[dict], columns: dict[str, str]) -> str:
     return markdown_table(list(columns.values()), rows)
 
 
+def unusual_settings(entry: dict) -> dict[str, float]:
+    """The settings of a sampler in continuous time that are not its defaults."""
+    usual = ContinuousSampler(entry["sampler"])
+    return {name: value for name, value in entry.get("sampler_settings", {}).items() if value != getattr(usual, name)}
+
+
+def sampler_text(entry: dict) -> str | None:
+    """The sampler with its steps and what else differs from its defaults; None for what was not drawn."""
+    if "sampler" not in entry:
+        return None
+    parts = [entry["sampler"]] + ([f"{entry['steps']} steps"] if "steps" in entry else [])
+    own = {"eta": entry["eta"]} if entry.get("eta") else {}
+    parts += [f"{name} {value:g}" for name, value in (own | unusual_settings(entry)).items()]
+    if "class_label" in entry:
+        classes = " ".join(map(str, entry["class_label"]))
+        parts += [f"class {classes}", f"guidance scale {entry['guidance_scale']:g}"]
+    return ", ".join(parts)
+
+
 def quality_table(results: list[dict]) -> str:
-    """All but costs and times; what was not measured shares a row with its like."""
+    """All but costs and times; consecutive metrics that were not measured share a row."""
     rows = []
     for entry in results:
         if entry["family"] in ("cost", "time"):
@@ -91,36 +111,23 @@ def quality_table(results: list[dict]) -> str:
         if entry["value"] is None and rows and rows[-1]["value"] is None:
             rows[-1] = rows[-1] | {"name": f"{rows[-1]['name']}; {entry['name']}"}
         else:
-            rows.append(entry)
-    rows = [entry | {"sampler": _sampler(entry)} for entry in rows]
+            rows.append(entry | {"sampler": sampler_text(entry)})
     columns = {"name": "metric", "value": "value", "floor": "real against real", "n": "n"}
     return table(rows, columns | {"split": "split", "sampler": "sampler"})
-
-
-SUMMARY = "fid kid precision recall memorisation_ratio bits_per_dim_bound_fixed_large bits_per_dim_ode".split()
 
 
 def summary_table(results: list[dict]) -> str:
     """What a reader asks first: the distances to real images, copies, and the likelihood of held-out images."""
     rows = [
-        entry
+        entry | {"sampler": sampler_text(entry)}
         for entry in results
         if entry["metric"] in SUMMARY
         and entry["family"] != "cost"
         and entry["value"] is not None
         and not entry["name"].endswith(("training", "DINOv2", "legacy_tensorflow)"))
     ]
-    rows = [entry | {"sampler": _sampler(entry)} for entry in rows]
     columns = {"name": "metric", "value": "value", "floor": "real against real", "n": "images", "sampler": "sampler"}
     return table(sorted(rows, key=lambda entry: SUMMARY.index(entry["metric"])), columns)
-
-
-def _sampler(entry: dict) -> str | None:
-    """With its steps and what else it was called with, as far as they are not its defaults."""
-    steps = f", {entry['steps']} steps" if "steps" in entry else ""
-    own = {name: value for name, value in entry.get("sampler_settings", {}).items() if value}
-    own |= {name: entry[name] for name in ("eta", "class_label", "guidance_scale") if entry.get(name)}
-    return entry.get("sampler") and "".join([entry["sampler"], steps, *(f", {name} {own[name]}" for name in own)])
 
 
 def cost_table(results: list[dict]) -> str:
@@ -128,62 +135,48 @@ def cost_table(results: list[dict]) -> str:
 
     The quality is FID and KID, or SWD where they were not measured.
     """
-    rows = [entry for entry in results if entry["family"] == "cost"]
-    if not rows:
+    entries = [entry for entry in results if entry["family"] == "cost"]
+    if not entries:
         raise InputError("there is no cost curve among the results")
-    measured = {entry["metric"] for entry in rows}
-    metrics = [key for key in (("fid", "kid") if "fid" in measured else ("swd",)) if key in measured]
-    by_count: dict[int, dict[str, dict]] = {}
-    for entry in rows:
-        by_count.setdefault(entry["n"], {}).setdefault(_sampler(entry), {})[entry["metric"]] = entry
-    lines = []
-    for n, settings in by_count.items():
-        for name, by_metric in settings.items():
-            cost = next(iter(by_metric.values()))
-            cells = [value_text(by_metric[key]) if key in by_metric else "" for key in metrics]
-            lines.append([name, *cells, number(cost["network_evaluations"]), number(cost["seconds_per_image"])])
-        floors = [number(by_metric[key].get("floor")) if key in by_metric else "" for key in metrics]
-        lines.append([f"real against real, n = {number(n)}", *floors, "", ""])
-    headings = ["sampler", *map(str.upper, metrics), "network evaluations", "seconds per image"]
-    return markdown_table(headings, lines)
+    rows, floors = {}, {}  # by the number of images, since distances of different numbers do not compare
+    for entry in entries:
+        n, sampler = entry["n"], sampler_text(entry)
+        facts = {key: entry[key] for key in ("network_evaluations", "seconds_per_image")} | {"sampler": sampler}
+        rows.setdefault(n, {}).setdefault(sampler, facts)[entry["metric"]] = value_text(entry)
+        floor = floors.setdefault(n, {"sampler": f"real against real, n = {number(n)}"})
+        floor[entry["metric"]] = entry.get("floor")
+    metrics = {entry["metric"]: entry["metric"].upper() for entry in entries if entry["metric"] in ("fid", "kid")}
+    columns = {"sampler": "sampler"} | (metrics or {"swd": "SWD"})
+    columns |= {"network_evaluations": "network evaluations", "seconds_per_image": "seconds per image"}
+    return table([row for n in rows for row in [*rows[n].values(), floors[n]]], columns)
 
 
-def time_table(results: list[dict]) -> str:
-    rows = [entry for entry in results if entry["family"] == "time"]
-    columns = {"name": "what", "n": "n", "value": "seconds"}
-    return table(rows, columns | {"num_processes": "processes", "num_cpu_threads": "CPU threads each"})
-
-
-TABLES = {"quality": quality_table, "summary": summary_table, "cost": cost_table, "time": time_table}
+TABLES = {"quality": quality_table, "summary": summary_table, "cost": cost_table}
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """The text with each marked table made anew from its results file, whose path is relative to the folder.
-
-    The table of a Markdown file (`FILE.md table`) is taken as it is.
+    """The text with each marked table written anew from its results file, whose path is relative to the folder.
 
     Raises:
         InputError: for an unknown family or an unreadable file.
     """
 
-    def made_anew(match: re.Match) -> str:
+    def renewed(match: re.Match) -> str:
         path, family = folder / match["file"], match["family"]
+        if family not in ("table", "heldout", *TABLES):
+            raise InputError(f"there is no table {family!r}; there are {', '.join(TABLES)}")
         try:
-            if family == "table" and path.suffix == ".md":
-                table = path.read_text()
+            if family == "table":
+                lines = path.read_text().rstrip()
             elif family == "heldout":
-                table = f"{heldout_table(read_log(path))}\n"
-            elif family in TABLES:
-                table = f"{TABLES[family](read_results(path)['results'])}\n"
+                lines = heldout_table(read_log(path))
             else:
-                raise InputError(f"there is no table {family!r}; there are {', '.join(TABLES)}")
-        except InputError:
-            raise
+                lines = TABLES[family](read_results(path)["results"])
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the {family} of {match['file']}: {error}") from error
-        return f"{match[1]}{table}{match[4]}"
+        return f"{match[1]}{lines}\n{match[4]}"
 
-    return MARKED.sub(made_anew, text)
+    return MARKED.sub(renewed, text)
 
 
 def main(arguments: list[str]) -> int:

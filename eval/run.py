@@ -24,6 +24,7 @@ import argparse
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +33,7 @@ import torch
 from accelerate import PartialState
 
 from common import MOST_THREADS, InputError, Parser, check_numbers, check_seeds, command_line, make_folder, run_command
-from eval.evaluation import COST_SAMPLERS, COST_SAMPLERS_IN_CONTINUOUS_TIME, Evaluation, SamplerSetting
+from eval.evaluation import COST_SAMPLERS, COST_SAMPLERS_IN_CONTINUOUS_TIME, Evaluation, parse_sampler
 from eval.measures import METRICS, PUBLISHED, check_metrics
 from eval.results import quality_table, read_results, result, write_results
 from pipelines import generate
@@ -81,7 +82,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--heldout_images", type=int, default=512, help="of each split, for the loss against the noise")
     add("--cost_images", type=int, default=FEWEST_IMAGES, help="of each sampler")
     usual = f"default: {' '.join(COST_SAMPLERS)}; in continuous time {' '.join(COST_SAMPLERS_IN_CONTINUOUS_TIME)}"
-    how = {"nargs": "+", "type": SamplerSetting.parse, "metavar": "NAME[:STEPS[:ETA]]", "help": usual}
+    how = {"nargs": "+", "type": parse_sampler, "metavar": "NAME[:STEPS[:ETA]]", "help": usual}
     add("--cost_samplers", **how)
     add("--write_card", action="store_true", help="put results.json into the pipeline's folder and renew its card")
     options = parser.parse_args(arguments)
@@ -96,25 +97,19 @@ def check_options(options: argparse.Namespace) -> None:
     least |= dict.fromkeys(("seed", "eta", "duplicate_distance", *generate.SAMPLER_SETTINGS), 0)
     check_numbers(options, least, {"num_cpu_threads": MOST_THREADS, "eta": 1})
     check_seeds(options)
-    if "features" in options.metrics:
-        check_count(options.num_images, options.allow_few, "--num_images")
-        if options.k >= options.num_images:
-            raise InputError(f"--k is {options.k}; it must be below --num_images {options.num_images}")
-    if "cost" in options.metrics:
-        check_count(options.cost_images, options.allow_few, "--cost_images")
+    for metric, flag in {"features": "num_images", "cost": "cost_images"}.items():
+        count = getattr(options, flag)
+        if metric in options.metrics and count < 2:
+            raise InputError(f"--{flag} is {count}; a distance between distributions needs 2 or more")
+        if metric in options.metrics and count < FEWEST_IMAGES and not options.allow_few:  # FID falls by about 1/n
+            raise InputError(
+                f"{count} images are too few for a figure that others can compare with; take {FEWEST_IMAGES} or"
+                f" more (--{flag}), or pass --allow_few"
+            )
+    if "features" in options.metrics and options.k >= options.num_images:
+        raise InputError(f"--k is {options.k}; it must be below --num_images {options.num_images}")
     if options.write_card and not Path(options.pipeline).is_dir():
         raise InputError(f"--write_card is for a folder, but --pipeline is {options.pipeline}")
-
-
-def check_count(num_images: int, allow_few: bool, flag: str) -> None:
-    """Raises InputError if there are too few images for FID and the like, which fall by about 1/n."""
-    if num_images < 2:
-        raise InputError(f"{flag} is {num_images}; a distance between distributions needs 2 or more")
-    if num_images < FEWEST_IMAGES and not allow_few:
-        raise InputError(
-            f"{num_images} images are too few for a figure that others can compare with; take {FEWEST_IMAGES} or"
-            f" more ({flag}), or pass --allow_few"
-        )
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -127,9 +122,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     if state.is_main_process:
         make_folder(options.out)
     if not NEED_IMAGES.isdisjoint(options.metrics):
-        drawing_time = evaluation.draw_images()
-        if drawing_time is not None:
-            keep(record, drawing_time)
+        evaluation.generated_set, starts, _ = evaluation.draw(evaluation.sampler_setting, options.num_images)
+        for entry in drawing_time(starts, evaluation.describe_images()):
+            keep(record, entry)
     for name in options.metrics:
         if not (state.is_main_process or name in ON_ALL_PROCESSES):
             continue
@@ -156,6 +151,18 @@ def run(options: argparse.Namespace, command: str) -> None:
             write_card(Path(options.pipeline))
 
 
+def drawing_time(starts: list[dict], about: dict) -> Iterator[dict]:
+    """How long the images took, over all starts that finished; none if these drew no image."""
+    done = [start for start in starts if "seconds" in start]
+    drawn, seconds = sum(start["generated"] for start in done), sum(start["seconds"] for start in done)
+    if drawn:
+        more = {"num_processes": done[-1]["num_processes"], "starts": len(done)}
+        if all("network_evaluations_per_image" in start for start in done):
+            evaluations = sum(start["generated"] * start["network_evaluations_per_image"] for start in done)
+            more["network_evaluations"] = evaluations / drawn
+        yield result("time", "drawing images", "seconds_drawing", seconds, n=drawn, **more, **about)
+
+
 def open_record(evaluation: Evaluation, path: Path) -> dict:
     """The record in the output folder if it is of the same weights and real images, or a new one."""
     header = {
@@ -170,18 +177,12 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "date": datetime.now(UTC).date().isoformat(),
     }
-    results = []
-    if path.exists():
-        there = read_results(path)
-        if all(there.get(key) == value for key, value in header.items()):
-            results = there["results"]
-            for entry in results:  # of another machine or day than the header will tell
-                for key in ("device", "versions", "date"):
-                    if key not in entry and there.get(key) != now[key]:
-                        entry[key] = there.get(key)
-            evaluation.earlier = results
-        else:
-            print(f"{path} is of other weights or real images: it is written anew", flush=True)
+    results, there = [], read_results(path) if path.exists() else {}
+    if header.items() <= there.items():
+        moved = {key: there.get(key) for key in now if there.get(key) != now[key]}  # of another machine or day
+        results = [moved | entry for entry in there["results"]]
+    elif there:
+        print(f"{path} is of other weights or real images: it is written anew", flush=True)
     return header | {"model": evaluation.describe_model()} | now | {"results": results}
 
 

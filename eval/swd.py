@@ -1,13 +1,13 @@
-"""Sliced Wasserstein distance between the patches of two sets of images, one figure a scale; it needs no network.
+"""Sliced Wasserstein distance between the patches of two sets of images, one number per scale; it needs no network.
 
 Karras et al. 2018, "Progressive Growing of GANs" (arXiv 1710.10196), section 5: each image becomes a Laplacian
 pyramid; of every level 7x7x3 patches are drawn at random, normalised by the mean and standard deviation of each colour
 channel over all patches of their set, and compared along random directions. Projected on one direction, the two sets
 of M patches have the Wasserstein distance of order 1: the mean |difference| of the sorted projections.
 
-Two things to know before reading the figures. As each set is normalised by itself, a shift or a scaling of a colour
-channel that all its images share is not seen. And two finite sets of the same distribution are not at 0:
-`swd_floor` says where they are.
+Two things to know before you read the numbers. Each set is normalised by itself, so a shift or a scaling of a colour
+channel that all its images share is not seen. And two finite sets of the same distribution are not at distance 0;
+`swd_floor` measures how far apart they are.
 """
 
 import numpy as np
@@ -35,19 +35,20 @@ def sliced_wasserstein(
 ) -> dict[int, float]:
     """Distance of two sets of images at each level of the pyramid, times 1000 as in the paper.
 
-    The random patch positions and directions are those of the seed, the same for both sets. The memory is that of the
-    patches of one level: 1,176 bytes x N x num_patches_per_image for both sets.
+    The random patch positions and directions follow from the seed and are the same for both sets. The patches of one
+    level are in memory at once: 1,176 bytes x N x num_patches_per_image for both sets.
 
     Args:
         images1: uint8, shape (N, 3, R, R), R at least 16; may be mapped from the disk.
-        images2: the same shape. The distance depends on N: compare figures of equal N only.
+        images2: the same shape. The distance depends on N: compare it at equal N only.
         num_patches_per_image: M/N; the paper takes 128, of 16,384 images.
         num_projections: random directions; the paper's code takes 512.
-        batch_size: images whose pyramids are made at once, few enough for the cache; no figure depends on it.
+        batch_size: images whose pyramids are computed at once, few enough for the cache; the result does not depend
+            on it.
 
     Returns:
-        Distance by the resolution of the level: R, R/2, ... as long as it is whole and at least 16. The last level
-        is the low-pass image, the others are differences.
+        Distance by the resolution of the level: R, R/2, ... while it is whole and at least 16. The last level is the
+        low-pass image, the others are differences.
 
     Raises:
         InputError: if the images are smaller than 16 pixels, or all patches of a set are one colour.
@@ -56,45 +57,30 @@ def sliced_wasserstein(
         raise InputError(
             f"the images are {images1.shape[-1]} pixels wide, and SWD needs {SMALLEST_RESOLUTION}; leave swd out"
         )
-    distances = {}
+    distances, corners_shape = {}, (len(images1), num_patches_per_image, 2)
     for level, resolution in enumerate(pyramid_resolutions(images1.shape[-1])):
         generator = np.random.default_rng((seed, resolution))
-        shape = (len(images1), num_patches_per_image, 2)
-        corners = torch.from_numpy(generator.integers(resolution - PATCH_SIZE + 1, size=shape))
+        corners = torch.from_numpy(generator.integers(resolution - PATCH_SIZE + 1, size=corners_shape))
         directions = random_directions(num_projections, 3 * PATCH_SIZE**2, generator)
         patches1, patches2 = (normalised_patches(images, level, corners, batch_size) for images in (images1, images2))
         distances[resolution] = PAPER_SCALE * float(projected_distances(patches1, patches2, directions).mean())
-        del patches1, patches2  # else they would stand beside those of the next level
+        del patches1, patches2  # before those of the next level are allocated
     return distances
 
 
-def swd_floor(
-    images: np.ndarray,
-    *,
-    seed: int = 0,
-    num_patches_per_image: int = 128,
-    num_projections: int = 512,
-    batch_size: int = 32,
-) -> dict[int, float]:
+def swd_floor(images: np.ndarray, *, seed: int = 0, **settings: int) -> dict[int, float]:
     """Distance of two random disjoint halves of one set: what a perfect model would get.
 
     Args:
-        images: uint8, shape (2N, 3, R, R), of real images; the floor is that of figures with N images a set.
-        seed: of the halves too; the other arguments are those of `sliced_wasserstein`.
+        images: uint8, shape (2N, 3, R, R), of real images; the floor is that of distances between sets of N images.
+        seed: of the halves too; it and the settings are those of `sliced_wasserstein`.
 
     Raises:
         InputError: as `sliced_wasserstein`.
     """
     half = len(images) // 2
     order = np.random.default_rng(seed).permutation(len(images))
-    return sliced_wasserstein(
-        images[order[:half]],
-        images[order[half : 2 * half]],
-        seed=seed,
-        num_patches_per_image=num_patches_per_image,
-        num_projections=num_projections,
-        batch_size=batch_size,
-    )
+    return sliced_wasserstein(images[order[:half]], images[order[half : 2 * half]], seed=seed, **settings)
 
 
 def pyramid_resolutions(resolution: int) -> list[int]:
@@ -166,15 +152,11 @@ def random_directions(count: int, num_dimensions: int, generator: np.random.Gene
 
 
 def projected_distances(points1: np.ndarray, points2: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Wasserstein distance of order 1 of two sets of points, along each direction.
+    """Wasserstein distance of order 1 of two sets of points (M, D), along each direction; float64, shape (K,).
 
     Args:
-        points1: float32, shape (M, D).
-        points2: the same shape.
+        points1, points2: float32, of equal shape.
         directions: float32, shape (K, D), of length 1.
-
-    Returns:
-        float64, shape (K,).
     """
     distances = []
     for start in range(0, len(directions), DIRECTIONS_AT_ONCE):

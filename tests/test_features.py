@@ -23,7 +23,7 @@ from common import InputError
 from eval import encoders, features
 from eval.encoders import open_extractor
 from eval.features import cached_features, extract_features, images_of_files, images_of_store, subset
-from eval.measures import feature_space
+from eval.measures import feature_metrics
 from tests.loopback_hub import LoopbackHub
 from tests.stand_in_networks import StandInExtractor, draw_images, write_clip, write_dinov2, write_images
 from training.data import open_image_store
@@ -362,6 +362,6 @@ def test_two_processes_share_the_images(folders, tmp_path):
 
 
 def test_a_name_that_only_begins_with_inception_is_no_published_network():
-    assert feature_space("inception").mode == "clean"
-    assert feature_space("inception:legacy_tensorflow").metrics["fid"] == "FID (legacy_tensorflow)"
-    assert feature_space("inception_v3").metrics["fid"] == "FD-inception_v3"
+    assert feature_metrics("inception")["fid"] == "FID (clean)"
+    assert feature_metrics("inception:legacy_tensorflow")["fid"] == "FID (legacy_tensorflow)"
+    assert feature_metrics("inception_v3")["fid"] == "FD-inception_v3"

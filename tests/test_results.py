@@ -7,13 +7,22 @@ from pathlib import Path
 import pytest
 
 from common import InputError
-from eval.results import main, number, quality_table, read_results, result, summary_table, with_tables, write_results
+from eval.results import (
+    main,
+    number,
+    quality_table,
+    read_results,
+    result,
+    sampler_text,
+    summary_table,
+    with_tables,
+    write_results,
+)
 
 
-def cost(sampler: str, steps: int, value: float, eta: float = 0.0) -> dict:
-    about = {"sampler": sampler, "steps": steps, "eta": eta, "n": 1000, "seconds_per_image": steps / 100}
-    about["network_evaluations"] = steps
-    return result("cost", "SWD, mean", "swd", value, floor=1.5, **about)
+def cost(sampler: str, steps: int | None, value: float, eta: float = 0.0) -> dict:
+    about = {"sampler": sampler, "steps": steps, "eta": eta, "n": 1000, "seconds_per_image": (steps or 8) / 100}
+    return result("cost", "SWD, mean", "swd", value, floor=1.5, network_evaluations=steps or 80, **about)
 
 
 RESULTS = [
@@ -24,15 +33,28 @@ RESULTS = [
     cost("ddim", 50, 3.0),
     cost("ddim", 10, 5.25),
     cost("ddim", 10, 7.0, eta=1.0),
+    cost("ode", None, 2.5),
     result("time", "swd", "seconds_swd", 61.5, n=10000, num_cpu_threads=2),
 ]
 
 
-def test_the_spread_of_a_single_value_is_none():
-    assert "std" not in result("likelihood", "bound", "bound", 4.0, n=1, std=math.nan)
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_results(tmp_path / "results.json", {"pipeline": "faces", "results": RESULTS})
+    return tmp_path
 
 
-def test_tables():
+def marked(file: str, family: str) -> str:
+    return f"before\n<!-- results: {file} {family} -->\nold\n<!-- end -->\nafter <!-- end -->\n"
+
+
+def table_in(folder: Path, file: str, family: str) -> list[str]:
+    lines = with_tables(marked(file, family), folder).splitlines()
+    assert lines[:2] + lines[-2:] == [line for line in marked(file, family).splitlines() if line != "old"]
+    return lines[2:-2]
+
+
+def test_quality():
     assert quality_table(RESULTS).splitlines() == [
         "| metric | value | real against real | n | split | sampler |",
         "|---|---|---|---|---|---|",
@@ -43,46 +65,6 @@ def test_tables():
     assert [number(value) for value in (None, 12345, 0.000123456, "x")] == ["", "12,345", "0.0001235", "x"]
 
 
-def test_a_sampler_that_chooses_its_steps_has_a_row_too(tmp_path):
-    ode = {key: value for key, value in cost("ode", 0, 2.5).items() if key != "steps"}
-    text = "<!-- results: results.json cost -->\n<!-- end -->"
-    write_results(tmp_path / "results.json", {"results": [*RESULTS, ode]})
-    lines = with_tables(text, tmp_path).splitlines()
-    assert lines[-3] == "| ode | 2.5 | 0 | 0 |"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_results(tmp_path / "results.json", {"pipeline": "faces", "results": RESULTS})
-    return tmp_path
-
-
-def test_the_table_of_a_markdown_file_is_taken_as_it_is(tmp_path):
-    (tmp_path / "guidance.md").write_text("| a |\n|---|\n| 1 |\n")
-    text = "<!-- results: guidance.md table -->\nold\n<!-- end -->\n"
-    assert with_tables(text, tmp_path).splitlines()[1:4] == ["| a |", "|---|", "| 1 |"]
-    with pytest.raises(InputError, match=r"cannot read the table of nothing\.md"):
-        with_tables(text.replace("guidance", "nothing"), tmp_path)
-
-
-def test_the_held_out_losses_of_a_log_are_its_own_table(tmp_path):
-    losses = {f"heldout_loss_q{quarter}": quarter / 8 for quarter in (1, 2, 3, 4)}
-    records = [
-        {"step": step, "images_seen": 16 * step, "heldout_loss": 0.5, **losses, "images_per_second": 8.0}
-        for step in (0, 10, 20)
-    ]
-    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    text = "<!-- results: log.jsonl heldout -->\n<!-- end -->"
-    lines = with_tables(text, tmp_path).splitlines()
-    assert lines[3:6:2] == [
-        "| 0 | 0.5000 | 0.1250 | 0.2500 | 0.3750 | 0.5000 |",
-        "| 320 | 0.5000 | 0.1250 | 0.2500 | 0.3750 | 0.5000 |",
-    ]
-    (tmp_path / "log.jsonl").write_text("")
-    with pytest.raises(InputError, match=r"cannot read the heldout of log\.jsonl"):
-        with_tables(text, tmp_path)
-
-
 def test_the_summary_has_what_is_asked_first():
     fid = result("features", "FID (clean)", "fid", 9.0, floor=2.0, n=10000)
     training = result("likelihood", "Probability-flow ODE, training", "bits_per_dim_ode", 5.0)
@@ -91,42 +73,64 @@ def test_the_summary_has_what_is_asked_first():
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| FID (clean)", "| Probability-flow ODE, held-out"]
 
 
-def test_marked_tables_are_made_anew_and_the_rest_stays(folder):
-    text = "before\n<!-- results: results.json {} -->\nold\n<!-- end -->\nafter <!-- end -->\n"
-    made = with_tables(text.format("cost"), folder)
-    assert made.splitlines() == [
-        "before",
-        "<!-- results: results.json cost -->",
+def test_costs(folder):
+    lines = [
         "| sampler | SWD | network evaluations | seconds per image |",
         "|---|---|---|---|",
         "| ddim, 50 steps | 3 | 50 | 0.5 |",
         "| ddim, 10 steps | 5.25 | 10 | 0.1 |",
-        "| ddim, 10 steps, eta 1.0 | 7 | 10 | 0.1 |",
+        "| ddim, 10 steps, eta 1 | 7 | 10 | 0.1 |",
+        "| ode | 2.5 | 80 | 0.08 |",
         "| real against real, n = 1,000 | 1.5 |  |  |",
-        "<!-- end -->",
-        "after <!-- end -->",
     ]
-    assert with_tables(made, folder) == made
-    assert "| swd | 10,000 | 61.5 |  | 2 |" in with_tables(text.format("time"), folder)
-    (folder / "README.md").write_text(text.format("quality"))
-    assert main([str(folder / "README.md")]) == 0
-    assert "| SWD, mean | 12.35 |" in (folder / "README.md").read_text()
+    assert table_in(folder, "results.json", "cost") == lines
 
 
-def test_what_cannot_be_written_or_read_is_refused(folder, capsys):
-    for value in (float("nan"), float("inf")):
+def test_a_sampler_is_told_with_what_is_not_its_default():
+    own = {"churn": 5.0, "churn_min": 0.0, "noise_factor": 1.0}
+    entry = {"sampler": "edm_heun", "steps": 9, "sampler_settings": own, "class_label": [0, 2], "guidance_scale": 2.0}
+    assert sampler_text(entry) == "edm_heun, 9 steps, churn 5, class 0 2, guidance scale 2"
+    assert sampler_text({"metric": "bits_per_dim_ode"}) is None
+
+
+def test_tables_of_other_files(tmp_path):
+    (tmp_path / "guidance.md").write_text("| a |\n|---|\n| 1 |\n")
+    assert table_in(tmp_path, "guidance.md", "table") == ["| a |", "|---|", "| 1 |"]
+    losses = {f"heldout_loss_q{quarter}": quarter / 8 for quarter in (1, 2, 3, 4)}
+    records = [
+        {"step": step, "images_seen": 16 * step, "heldout_loss": 0.5, **losses, "images_per_second": 8.0}
+        for step in (0, 10, 20)
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    assert table_in(tmp_path, "log.jsonl", "heldout")[2:5:2] == [
+        "| 0 | 0.5000 | 0.1250 | 0.2500 | 0.3750 | 0.5000 |",
+        "| 320 | 0.5000 | 0.1250 | 0.2500 | 0.3750 | 0.5000 |",
+    ]
+    (tmp_path / "empty.jsonl").write_text("")
+    for file, family in (("nothing.md", "table"), ("empty.jsonl", "heldout"), ("log.jsonl", "cost")):
+        with pytest.raises(InputError, match=f"cannot read the {family} of {file}"):
+            with_tables(marked(file, family), tmp_path)
+
+
+def test_the_command_renews_a_file_or_says_what_is_wrong(folder, capsys):
+    readme = folder / "README.md"
+    readme.write_text(marked("results.json", "quality"))
+    assert main([str(readme)]) == 0
+    assert "| SWD, mean | 12.35 |" in readme.read_text()
+    readme.write_text(marked("results.json", "beauty"))
+    assert main([str(readme)]) == 2
+    assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, summary, cost\n"
+
+
+def test_what_cannot_be_written_or_read_is_refused(tmp_path):
+    for value in (math.nan, math.inf):
         with pytest.raises(InputError, match=r"FID is (nan|inf)"):
             result("features", "FID", "fid", value)
-    with pytest.raises(InputError, match="no value and no reason"):
-        result("features", "FID", "fid", None)
+    assert "std" not in result("likelihood", "bound", "bound", 4.0, n=1, std=math.nan)  # of a single value
     for text in ("{", "[]", '{"results": 3}'):
-        (folder / "bad.json").write_text(text)
+        (tmp_path / "bad.json").write_text(text)
         with pytest.raises(InputError, match=r"cannot read the results .*bad\.json"):
-            read_results(folder / "bad.json")
-    (folder / "README.md").write_text("<!-- results: results.json beauty -->\n<!-- end -->")
-    assert main([str(folder / "README.md")]) == 2
-    assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, summary, cost, time\n"
-    assert json.loads((folder / "results.json").read_text())["pipeline"] == "faces"
+            read_results(tmp_path / "bad.json")
 
 
 @pytest.mark.parametrize("name", ["README.md", "REPORT.md", "samples/README.md"])

@@ -8,7 +8,7 @@ import torch
 
 from common import InputError
 from eval import swd
-from eval.swd import laplacian_pyramid, projected_distances, sliced_wasserstein, swd_floor, upsample
+from eval.swd import laplacian_pyramid, sliced_wasserstein, swd_floor, upsample
 from training.synthetic_faces import render_faces
 
 FEW = {"num_patches_per_image": 16, "num_projections": 64}
@@ -23,6 +23,10 @@ def faces() -> np.ndarray:
 
 def as_uint8(images: np.ndarray) -> np.ndarray:
     return images.round().clip(0, 255).astype(np.uint8)
+
+
+def blurred(images: np.ndarray, sigma: float = 1) -> np.ndarray:
+    return as_uint8(scipy.ndimage.gaussian_filter(images.astype(float), (0, 0, sigma, sigma)))
 
 
 def reference_blur(images: np.ndarray) -> np.ndarray:
@@ -45,10 +49,8 @@ def reference_pyramid(images: np.ndarray, num_levels: int) -> list[np.ndarray]:
 
 def test_identical_sets_are_at_zero_and_the_distance_is_symmetric(faces):
     assert sliced_wasserstein(faces, faces.copy(), **FEW) == {32: 0.0, 16: 0.0}
-    blurred = as_uint8(scipy.ndimage.gaussian_filter(faces.astype(float), (0, 0, 1, 1)))
-    there, back = sliced_wasserstein(faces, blurred, **FEW), sliced_wasserstein(blurred, faces, **FEW)
+    there, back = sliced_wasserstein(faces, blurred(faces), **FEW), sliced_wasserstein(blurred(faces), faces, **FEW)
     assert there == back
-    assert min(there.values()) > 0
 
 
 @pytest.mark.parametrize("fault", ["blur", "noise", "gamma", "some images shifted", "mirrored borders"])
@@ -58,7 +60,7 @@ def test_distance_grows_with_the_fault(faces, fault):
     def worsened(strength: float) -> np.ndarray:
         images = faces.astype(float)
         if fault == "blur":
-            return as_uint8(scipy.ndimage.gaussian_filter(images, (0, 0, strength, strength)))
+            return blurred(images, strength)
         if fault == "noise":
             return as_uint8(images + 8 * strength * noise)
         if fault == "gamma":
@@ -73,17 +75,14 @@ def test_distance_grows_with_the_fault(faces, fault):
     for resolution in (32, 16):
         series = [distance[resolution] for distance in distances]
         if fault == "some images shifted" and resolution == 32:
-            assert series == [0, 0, 0]  # a difference of two brightnesses does not know them
+            assert series == [0, 0, 0]  # a level of differences does not contain the mean brightness
         else:
             assert 0 < series[0] < series[1] < series[2], (resolution, series)
 
 
 def test_shift_and_scale_common_to_all_images_are_not_seen_as_the_paper_normalises_each_set(faces):
-    shifted = faces + np.array([20, -30, 40]).reshape(3, 1, 1)
-    assert shifted.min() >= 0
-    assert shifted.max() <= 255
-    distances = sliced_wasserstein(faces, shifted.astype(np.uint8), **FEW)
-    assert max(distances.values()) < 1e-3
+    shifted = (faces + np.array([20, -30, 40]).reshape(3, 1, 1)).astype(np.uint8)
+    assert max(sliced_wasserstein(faces, shifted, **FEW).values()) < 1e-3
     even = faces - faces % 2
     assert max(sliced_wasserstein(even, even // 2, **FEW).values()) < 1e-3
 
@@ -101,15 +100,6 @@ def test_pyramid_agrees_with_scipy_and_gives_the_image_back(resolution, num_leve
     np.testing.assert_allclose(rebuilt.numpy(), images, atol=1e-4)
 
 
-def test_projected_distances_are_those_of_scipy():
-    generator = np.random.default_rng(0)
-    points1 = generator.standard_normal((300, 147)).astype(np.float32)
-    points2 = (generator.standard_exponential((300, 147)) * 2).astype(np.float32)
-    directions = swd.random_directions(20, 147, generator)  # more than are taken at once
-    expected = [scipy.stats.wasserstein_distance(points1 @ d, points2 @ d) for d in directions]
-    np.testing.assert_allclose(projected_distances(points1, points2, directions), expected, rtol=1e-4)
-
-
 def test_directions_are_uniform_on_the_sphere():
     directions = swd.random_directions(20_000, 3, np.random.default_rng(0))
     np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, rtol=1e-6)
@@ -118,12 +108,12 @@ def test_directions_are_uniform_on_the_sphere():
 
 
 def test_whole_distance_against_a_straightforward_reference(faces):
-    """The same positions and directions, everything else by numpy and scipy in float64."""
+    """The same positions and directions, more than are taken at once; the rest by numpy and scipy in float64."""
     images1, images2 = faces[:20], as_uint8(faces[20:40] * 1.1)
     for level, resolution in enumerate((32, 16)):
         generator = np.random.default_rng((7, resolution))
         corners = generator.integers(resolution - 6, size=(20, 4, 2))
-        directions = generator.standard_normal((9, 147))
+        directions = generator.standard_normal((20, 147))
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
         sets = []
         for images in (images1, images2):
@@ -134,7 +124,7 @@ def test_whole_distance_against_a_straightforward_reference(faces):
             patches = (patches - patches.mean((0, 2, 3), keepdims=True)) / patches.std((0, 2, 3), keepdims=True)
             sets.append(patches.reshape(80, 147))
         expected = np.mean([scipy.stats.wasserstein_distance(sets[0] @ d, sets[1] @ d) for d in directions])
-        distances = sliced_wasserstein(images1, images2, seed=7, num_patches_per_image=4, num_projections=9)
+        distances = sliced_wasserstein(images1, images2, seed=7, num_patches_per_image=4, num_projections=20)
         assert distances[resolution] == pytest.approx(1000 * expected, rel=1e-4)
 
 
@@ -142,7 +132,6 @@ def test_distance_depends_on_the_seed_not_on_the_batch_size(faces):
     images1, images2 = faces[:100], faces[100:200]
     distances = sliced_wasserstein(images1, images2, seed=3, **FEW)
     assert sliced_wasserstein(images1, images2, seed=3, batch_size=7, **FEW) == pytest.approx(distances, rel=1e-5)
-    assert sliced_wasserstein(images1, images2, seed=3, **FEW) == distances
     other = sliced_wasserstein(images1, images2, seed=4, **FEW)
     assert other != distances
     assert other == pytest.approx(distances, rel=0.3)
@@ -151,9 +140,7 @@ def test_distance_depends_on_the_seed_not_on_the_batch_size(faces):
 def test_floor_is_that_of_disjoint_halves_and_falls_with_the_number_of_images(faces):
     floor = swd_floor(faces, **FEW)
     assert swd_floor(faces, **FEW) == floor
-    blurred = as_uint8(scipy.ndimage.gaussian_filter(faces.astype(float), (0, 0, 1, 1)))
-    distances = sliced_wasserstein(faces[:128], blurred[128:], **FEW)
-    few = swd_floor(faces[:32], **FEW)
+    distances, few = sliced_wasserstein(faces[:128], blurred(faces)[128:], **FEW), swd_floor(faces[:32], **FEW)
     for resolution in (32, 16):
         assert 0 < floor[resolution] < distances[resolution]
         assert floor[resolution] < few[resolution]
