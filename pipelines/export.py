@@ -60,6 +60,7 @@ def export_pipeline(
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
         raise InputError(f"{folder} is not a model repository and would be replaced; choose another folder")
     temporary, old = (folder.with_name(f".tmp-{prefix}{folder.name}") for prefix in ("", "old-"))
+    previous_card = read_card(folder if folder.exists() else old)  # the old one is there after a kill
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -70,7 +71,7 @@ def export_pipeline(
             (temporary / "training_config.yaml").write_text(training_config)
         if sample_grid is not None:
             shutil.copyfile(sample_grid, temporary / "samples.png")
-        write_card(temporary, folder.resolve().name, read_card(folder))
+        write_card(temporary, folder.resolve().name, previous_card)
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
