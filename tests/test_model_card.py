@@ -305,8 +305,8 @@ def test_classes_are_named_and_asked_for(tmp_path):
         "A class-conditional diffusion model",
         "Its 2 classes are the values of `Smiling`: 0: `no`, 1: `yes`.",
         "class_labels=[0, 1, 0, 1], guidance_scale=2.0",
-        "nothing but the class can be asked for",
-        "trained with `Smiling` and draws what they took it for",
+        "only the class can be chosen",
+        "trained with `Smiling` and reproduces their judgement",
         "| labels | Smiling |",
         "| probability that a label is left out | 0.2 |",
         "ho2022classifierfree",
@@ -329,7 +329,7 @@ def test_a_model_of_classes_is_not_said_to_suit_a_stock_pipeline(tmp_path):
     )
     text = (folder / "README.md").read_text()
     assert "DDIMPipeline" not in text
-    assert "the weights load and nothing else does" in text
+    assert "only the weights can be loaded" in text
     assert "39: `class 39`, and so on as in `training.json`" in text
     assert "class 40" not in text
     unnamed = export_pipeline(CustomUNetPipeline(unet, DDIMScheduler()), tmp_path / "unnamed")
