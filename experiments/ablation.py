@@ -29,17 +29,18 @@ import torch
 from common import Failed, InputError, Parser, check_numbers, make_folder, run_command
 from eval.compare import Run, errors_by_noise_level, images_of, open_runs, rows_of
 from eval.figures import plot_curves, plot_dots, plot_image_rows
-from eval.results import number, table, write_results
+from eval.results import number, table, value_text, write_results
 from eval.run import parse_options as parse_evaluation
-from experiments.bench import REPOSITORY, environment_of_a_child, measure_speeds
+from experiments.bench import measure_speeds
 from experiments.study import Study, Variant, flags_as_arguments, read_study
 from pipelines.custom_unet_pipeline import samplers_for
 from training.arguments import parse_config, read_yaml
 from training.config import DEFAULTS, TrainConfig
 
-FAMILIES = ["swd", "memorisation", "heldout"]  # the metrics of every variant, unless the study names others
+REPOSITORY = Path(__file__).resolve().parent.parent
 NEVER = PLACEHOLDER_STEPS = 10**9
 POLL_SECONDS = 0.5
+IMAGES_OF_A_VARIANT = 8  # in the figure
 SHOWN_ERRORS = (0.5, 2.0)  # of the first variant's
 UNWATCHED = {"report_to": "none", "save_images_steps": NEVER, "eval_batch_size": 1}  # a grid is drawn at the end
 QUARTERS = ("q1", "q2", "q3", "q4")
@@ -58,9 +59,8 @@ COLUMNS = {  # key in a row: heading
     "memorisation_ratio": "nearest training image, generated / held-out",
     "sample_mse": "error of x_0",
     "epsilon_mse": "error of the noise",
-    **{quarter: quarter for quarter in QUARTERS},
-}
-MEASURED = ("train_minutes", "fid", "kid", "swd", "memorisation_ratio", "sample_mse", "epsilon_mse", *QUARTERS)
+} | {quarter: quarter for quarter in QUARTERS}
+MEASURED = [key for key in COLUMNS if key not in ("variant", "changed", "parameters", "images_seen", "drawn_by")]
 
 
 # ---- Trainings and evaluations
@@ -71,8 +71,7 @@ class Job:
     """The training and the evaluation of one variant with one seed.
 
     Attributes:
-        training: arguments of train_unet.py; `config` is what they come to.
-        evaluation: arguments of eval.run.
+        commands: what follows `python` to `train` and to `evaluate`.
         record: what makes training and evaluation what they are, wherever the folders are; kept in `job.json`.
     """
 
@@ -80,8 +79,7 @@ class Job:
     seed: int
     folder: Path
     config: TrainConfig
-    training: list[str]
-    evaluation: list[str]
+    commands: dict[str, list[str]]
     record: dict
 
     @property
@@ -89,32 +87,22 @@ class Job:
         """Whether it was done before with the same flags."""
         return read_json(self.folder / "job.json") == self.record | {"is_done": True}
 
-    def finish(self) -> None:
-        write_results(self.folder / "job.json", self.record | {"is_done": True})
-        print(f"{self.variant.name}, {self.folder.name}: done", flush=True)
-
     def begin(self) -> None:
         """Removes what was made with other flags, from which a training would resume."""
-        path, earlier, stale = self.folder / "job.json", read_json(self.folder / "job.json"), []
-        if earlier and earlier.get("training") != self.record["training"]:
-            stale = ["run", "evaluation"]
-        elif earlier and earlier.get("evaluation") != self.record["evaluation"]:
-            stale = ["evaluation"]
+        path, earlier = self.folder / "job.json", read_json(self.folder / "job.json")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if stale:  # if stopped while removing, what is left belongs to no record
-            write_results(path, {"training": None, "evaluation": None})
-        for folder in [self.folder / name for name in stale if (self.folder / name).exists()]:
-            shutil.rmtree(folder)
+        if earlier and any(earlier.get(key) != value for key, value in self.record.items()):
+            write_results(path, dict.fromkeys(self.record))  # if stopped now, what is left belongs to no record
+            stale = ["evaluation"] if earlier.get("training") == self.record["training"] else ["evaluation", "run"]
+            for folder in [self.folder / name for name in stale if (self.folder / name).exists()]:
+                shutil.rmtree(folder)
         write_results(path, self.record)
 
     def start(self, task: str, num_threads: int) -> subprocess.Popen:
         """Starts the task, `train` or `evaluate`, in a process of its own whose output goes to `log.txt`."""
-        own = {"train": [str(REPOSITORY / "train_unet.py")], "evaluate": ["-m", "eval.run"]}[task]
-        if self.variant.network is not None:
-            own = ["-m", "experiments.unet_variants", self.variant.network, task]
-        arguments = self.training if task == "train" else self.evaluation
-        command = [sys.executable, *own, *arguments, f"--num_cpu_threads={num_threads}"]
-        environment = environment_of_a_child() | {"OMP_NUM_THREADS": str(num_threads)}
+        search = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])  # from whatever folder it is started
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "OMP_NUM_THREADS": str(num_threads)}
+        command = [sys.executable, *self.commands[task], f"--num_cpu_threads={num_threads}"]
         with (self.folder / "log.txt").open("w") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
@@ -122,8 +110,7 @@ class Job:
         """With the last line that the process wrote."""
         log = self.folder / "log.txt"
         last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-        name = f"{self.variant.name}, {self.folder.name}"
-        return Failed(f"{name} failed with exit code {exit_code}: {last} (see {log})")
+        return Failed(f"{self.variant.name}, {self.folder.name} failed with exit code {exit_code}: {last} (see {log})")
 
 
 def read_json(path: Path) -> dict:
@@ -149,15 +136,14 @@ def jobs_of(
     Raises:
         InputError: if the arguments of a training or of an evaluation are bad.
     """
-    is_folder = os.path.isdir(data)
+    path, is_folder = REPOSITORY / study.config, os.path.isdir(data)
+    content = read_yaml(path)
     data = os.path.abspath(data) if is_folder else data
     where = {"train_data_dir": data if is_folder else None, "dataset_name": None if is_folder else data}
     where |= {} if crop is None else {"crop": crop}
-    path = REPOSITORY / study.config
-    content = read_yaml(path)
-    # as flags: other images than those of the configuration displace its split of held-out images
-    heldout = {"validation_split": content["validation_split"]} if "validation_split" in (content or {}) else {}
-    shared = UNWATCHED | heldout | study.flags | where
+    # other images than those of the configuration displace its split of held-out images, unless it is given as a flag
+    split = content.get("validation_split") if isinstance(content, dict) else None
+    shared = UNWATCHED | ({} if split is None else {"validation_split": split}) | study.flags | where
     jobs = []
     for seed in study.seeds:
         for variant in study.variants:
@@ -166,24 +152,26 @@ def jobs_of(
             if study.minutes is not None:
                 flags["max_train_steps"] = PLACEHOLDER_STEPS if num_steps is None else num_steps[variant.name]
             training = ["--config", str(path), *flags_as_arguments(flags)]
-            paths = {"pipeline": str(folder / "run" / "pipeline"), "out": str(folder / "evaluation")}
-            measured = {"reference": data, "metrics": FAMILIES} | study.evaluation | variant.evaluation
-            evaluation = flags_as_arguments(paths | measured)
+            metrics = {"reference": data, "metrics": ["swd", "memorisation", "heldout"]}
+            measured = flags_as_arguments(metrics | study.evaluation | variant.evaluation)
+            evaluation = [f"--pipeline={folder / 'run' / 'pipeline'}", f"--out={folder / 'evaluation'}", *measured]
             try:
                 config = parse_config(training)
                 check_fits(config, parse_evaluation(evaluation), jobs[0].config if jobs else config)
-            except ValueError as error:
-                raise type(error)(f"variant {variant.name}: {error}") from error
+            except InputError as error:
+                raise InputError(f"variant {variant.name}: {error}") from error
             unusual = {name: value for name, value in asdict(config).items() if value != DEFAULTS[name]}
             del unusual["output_dir"]
-            unusual |= {} if variant.network is None else {"network": variant.network}
-            record = {"training": unusual, "evaluation": flags_as_arguments(measured)}
-            jobs.append(Job(variant, seed, folder, config, training, evaluation, record))
+            unusual |= {} if variant.network == "plain" else {"network": variant.network}
+            own = {"train": training, "evaluate": evaluation}
+            commands = {t: ["-m", "experiments.unet_variants", variant.network, t, *own[t]] for t in own}
+            record = {"training": unusual, "evaluation": measured}
+            jobs.append(Job(variant, seed, folder, config, commands, record))
     return jobs
 
 
 def check_fits(config: TrainConfig, options: Namespace, first: TrainConfig) -> None:
-    """Raises InputError if a training does not suit its evaluation, or not what the first variant is measured by."""
+    """Raises InputError if a training does not suit its evaluation, or the images of the first one's."""
     if config.validation_split is None:
         raise InputError("there is no --validation_split, but held-out images are compared; give one")
     samplers = samplers_for(config.objective)
@@ -258,7 +246,8 @@ def do_all(jobs: list[Job], at_once: int) -> None:
                 elif task == "train":
                     running[job] = "evaluate", job.start("evaluate", num_threads)
                 else:
-                    job.finish()
+                    write_results(job.folder / "job.json", job.record | {"is_done": True})
+                    print(f"{job.variant.name}, {job.folder.name}: done", flush=True)
     finally:
         for _, process in running.values():
             process.terminate()
@@ -274,20 +263,18 @@ def do_all(jobs: list[Job], at_once: int) -> None:
 
 
 def values_of(run: Run, comparable_timesteps: bool) -> dict:
-    """The measured values of one training; None where there is none."""
-    (row,) = rows_of(run)
-    keys = {"fid": "FID (clean)", "kid": "KID (clean)"}
-    keys |= {name: name for name in ("swd", "memorisation_ratio", "sample_mse")}
-    values = dict.fromkeys(MEASURED) | {name: row[key]["value"] for name, key in keys.items() if row.get(key)}
+    """What one training has come to; None for what was not measured."""
+    (row,), model = rows_of(run), run.record["model"]
+    found = row | {"fid": row.get("FID (clean)"), "kid": row.get("KID (clean)")}
+    measured = ("fid", "kid", "swd", "memorisation_ratio", "sample_mse")
+    values = dict.fromkeys(MEASURED) | {name: found[name] and found[name]["value"] for name in measured}
+    values |= {"train_minutes": model["train_seconds"] / 60, "swd_floor": row["swd"]["floor"]}
     curve = next((entry for entry in run.results if entry["name"] == TIMESTEPS), None)
     if curve is not None and comparable_timesteps:
         parts = np.array_split(np.array(curve["curve"]), len(QUARTERS))
-        values |= {"epsilon_mse": curve["value"]}
         values |= {quarter: float(part.mean()) for quarter, part in zip(QUARTERS, parts, strict=True)}
-    model = run.record["model"]
-    values["train_minutes"] = model["train_seconds"] / 60
-    about = {"parameters": model["parameters"], "images_seen": model["images_seen"], "drawn_by": row["drawn_by"]}
-    return values | about | {"n": row["n"], "swd_floor": row["swd"]["floor"]}
+        values["epsilon_mse"] = curve["value"]
+    return values | {name: (model | row)[name] for name in ("parameters", "images_seen", "drawn_by", "n")}
 
 
 def rows_of_study(study: Study, jobs: list[Job]) -> list[dict]:
@@ -296,21 +283,19 @@ def rows_of_study(study: Study, jobs: list[Job]) -> list[dict]:
     Raises:
         InputError: if there are no results, or not those that are compared.
     """
-    schedules = {job.variant.name: [getattr(job.config, name) for name in SCHEDULE] for job in jobs}
     rows = []
     for variant in study.variants:
         own = [job for job in jobs if job.variant is variant]
-        comparable = schedules[variant.name] == schedules[study.variants[0].name]
+        comparable = all(getattr(own[0].config, name) == getattr(jobs[0].config, name) for name in SCHEDULE)
         runs = open_runs([job.folder / "evaluation" for job in own], [str(job.folder) for job in own])
         try:
             found = [values_of(run, comparable) for run in runs]
         except (KeyError, TypeError, ValueError) as error:
             what = "lacks what is compared, or was measured in several ways"
             raise InputError(f"a result of {variant.name} {what}: {error}") from error
-        changes = [] if variant.network is None else [f"network {variant.network}"]
+        changes = [] if variant.network == "plain" else [f"network {variant.network}"]
         changes += [f"{name} {'null' if value is None else value}" for name, value in variant.flags.items()]
-        row = {"variant": variant.name, "changed": ", ".join(changes) or "nothing", "seeds": [j.seed for j in own]}
-        row |= {key: value for key, value in found[0].items() if key not in MEASURED}
+        row = {"variant": variant.name, "changed": ", ".join(changes) or "nothing", "seeds": study.seeds, **found[0]}
         for key in MEASURED:
             values = [study.minutes or one[key] if key == "train_minutes" else one[key] for one in found]
             spread = {"std": statistics.stdev(values)} if len(values) > 1 and None not in values else {}
@@ -323,13 +308,13 @@ def table_of(rows: list[dict]) -> str:
     """Markdown. What is the same in all rows stands below instead of in a column."""
 
     def cell(value) -> str:
-        if isinstance(value, dict):
-            return number(value["value"]) + (f" ± {value['std']:.2g}" if "std" in value else "")
-        return "–" if value is None else number(value).replace("|", r"\|")
+        if value is None:
+            return "–"
+        return value_text(value) if isinstance(value, dict) else number(value).replace("|", r"\|")
 
     columns = {key: heading for key, heading in COLUMNS.items() if any(row[key] is not None for row in rows)}
     cells = [{key: cell(row[key]) for key in columns} for row in rows]
-    shared = [key for key in columns if len(rows) > 1 and len({row[key] for row in cells}) == 1]
+    shared = [key for key in columns if len({row[key] for row in cells}) == 1]
     same = ", ".join(f"{columns.pop(key)} {cells[0][key]}" for key in shared)
     first, seeds = rows[0], rows[0]["seeds"]
     spread = f" Means and standard deviations over {len(seeds)} trainings." if len(seeds) > 1 else ""
@@ -341,7 +326,7 @@ def table_of(rows: list[dict]) -> str:
     )
 
 
-def write_study(study: Study, jobs: list[Job], out: Path, num_images: int) -> None:
+def write_study(study: Study, jobs: list[Job], out: Path) -> None:
     """The table and the figures.
 
     Raises:
@@ -362,7 +347,7 @@ def write_study(study: Study, jobs: list[Job], out: Path, num_images: int) -> No
         labels = {"xlabel": "noise level sigma", "ylabel": f"held-out error of x_0, of {base} = 1"}
         labels |= {"xscale": "log", "ylim": SHOWN_ERRORS}  # one bad variant would hide how the others differ
         plot_curves(np.array(sigmas), bands, labels, out / "ablation_errors.png")
-    _, images = images_of(runs, num_images)
+    _, images = images_of(runs, IMAGES_OF_A_VARIANT)
     if images:
         plot_image_rows(images, out / "ablation_images.png")
     print(f"wrote {out / 'ablation.md'}: {len(rows)} rows", flush=True)
@@ -376,9 +361,8 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--crop", help="crop by name (default: that of the study's configuration)")
     parser.add_argument("--out", type=Path, required=True, help="folder for trainings, table and figures")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once, which share the cores (default 1)")
-    parser.add_argument("--num_images", type=int, default=8, help="of each variant in the figure (default 8)")
     options = parser.parse_args(arguments)
-    check_numbers(options, {"jobs": 1, "num_images": 1}, {"jobs": 64, "num_images": 64})
+    check_numbers(options, {"jobs": 1}, {"jobs": 64})
     study = read_study(options.study)
     where = study, options.data, options.crop, options.out
     jobs = jobs_of(*where)
@@ -386,7 +370,7 @@ def run(arguments: list[str]) -> None:
         num_steps = updates_in(study.minutes, jobs[: len(study.variants)], options.out / "speeds.json")
         jobs = jobs_of(*where, num_steps)
     do_all(jobs, options.jobs)
-    write_study(study, jobs, options.out, options.num_images)
+    write_study(study, jobs, options.out)
 
 
 def main(arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ another classifier of the same classes. Both are folders that `python -m experim
     OUT/guidance.md     the same as a table
     OUT/guidance.png    images of the same seeds: a row for each class, some images of each scale in turn
 
-The class of image i is i mod K, its seed --seed + i. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
+Image i has seed i and class i mod K. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
 import json
@@ -29,43 +29,34 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import (
-    Failed,
-    InputError,
-    Parser,
-    check_numbers,
-    check_seeds,
-    command_line,
-    make_folder,
-    run_command,
-    sha256_of,
-    without_folder,
-)
+from common import Failed, InputError, Parser, check_numbers, command_line, make_folder, run_command, sha256_of
 from eval.figures import plot_image_rows
 from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
-from experiments.classifier import RECORD, NoisyImageClassifier
+from experiments.classifier import RECORD, NoisyImageClassifier, predict
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
 from pipelines.loading import WEIGHTS, find_pipeline, load_pipeline, weight_files
-from training.data import ImageStore, open_image_store, to_model_range
+from training.data import ImageStore, open_image_store
 from training.log import device_name
 
+SPLIT = "train"  # of the synthetic faces that SWD compares with
+BATCH_SIZE = 64
 SHOWN_OF_A_CLASS = 3  # at each scale
 
 
 # ---- Models
 
 
-def load_classifier(folder: Path, device: torch.device) -> tuple[NoisyImageClassifier, dict]:
+def load_classifier(folder: Path) -> tuple[NoisyImageClassifier, dict]:
     """A classifier, and a record of which one it is and how often it is right on real images without noise.
 
     Raises:
         InputError: if it cannot be read.
     """
     try:
-        sha256 = sha256_of(folder / WEIGHTS)  # diffusers seeks on the Hub what is not a folder
-        network = NoisyImageClassifier.from_pretrained(folder, use_safetensors=True).to(device).requires_grad_(False)
+        sha256 = sha256_of(folder / WEIGHTS)  # diffusers would look for what is not a folder on the Hub
+        network = NoisyImageClassifier.from_pretrained(folder, use_safetensors=True).requires_grad_(False)
         validation = json.loads((folder / RECORD).read_text())["validation"]
         accuracy = {row["sigma"]: row["accuracy"] for row in validation["by_noise"]}[0.0]
         about = {"name": folder.resolve().name, "weights_sha256": sha256, "accuracy": float(accuracy)}
@@ -83,16 +74,15 @@ def check_fit(unet, judge: NoisyImageClassifier, classifier: NoisyImageClassifie
     Raises:
         InputError: if not.
     """
-    model, num_embeds = dict(unet.config), unet.config.get("num_class_embeds")
+    num_embeds, num_classes = unet.config.get("num_class_embeds"), len(judge.config.label_names)
     if (num_embeds is None) == (classifier is None):
         hint = "has no classes; guide it by" if num_embeds is None else "has classes; leave out"
         raise InputError(f"the model {hint} --classifier")
-    if num_embeds is not None:
-        model |= {key: data[key] for key in ("label_column", "label_names") if key in data}
-        needed = len(judge.config.label_names) + 1
-        if num_embeds != needed:
-            raise InputError(f"the model has {num_embeds} class embeddings; with the null class --judge has {needed}")
-    for who, config in {"the model": model, "--classifier": dict(classifier.config) if classifier else {}}.items():
+    if num_embeds not in (None, num_classes + 1):
+        raise InputError(f"the model has {num_embeds} class embeddings, not {num_classes} of --judge and a null class")
+    of_classes = {key: data[key] for key in ("label_column", "label_names") if key in data and num_embeds is not None}
+    others = {"the model": dict(unet.config) | of_classes, "--classifier": classifier.config if classifier else {}}
+    for who, config in others.items():
         for key in ("in_channels", "sample_size", "label_column", "label_names"):
             expected = judge.config[key]
             if config.get(key, expected) != expected:
@@ -108,10 +98,10 @@ def open_models(options: Namespace) -> tuple:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if options.num_cpu_threads is not None:
         torch.set_num_threads(options.num_cpu_threads)
-    source, commit = find_pipeline(options.pipeline, None)
+    source, _ = find_pipeline(options.pipeline, None)
     pipeline = load_pipeline(source, "fp32", options.scheduler).to(device)
-    judge, about_judge = load_classifier(options.judge, device)
-    classifier, about = load_classifier(options.classifier, device) if options.classifier else (None, None)
+    judge, about_judge = load_classifier(options.judge)
+    classifier, about = load_classifier(options.classifier) if options.classifier else (None, None)
     if about is not None and about["weights_sha256"] == about_judge["weights_sha256"]:
         raise InputError(f"--judge {options.judge} is also the --classifier and would judge itself; train another one")
     training = source / "training.json"
@@ -121,35 +111,31 @@ def open_models(options: Namespace) -> tuple:
         pipeline.check_inputs(options.steps, 0.0)
     except ValueError as error:
         raise InputError(str(error)) from error
-    record = {"pipeline": without_folder(options.pipeline), "revision": commit, "sampler": options.scheduler}
-    record |= {"weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)}}
-    record |= {"num_inference_steps": options.steps, "judge": about_judge, "classifier": about}
-    record |= {"label_column": judge.config.label_column, "device": device_name(device)}
-    return pipeline, judge, classifier, record | {"num_cpu_threads": torch.get_num_threads()}
+    record = {"weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)}}
+    record |= {"judge": about_judge, "classifier": about, "device": device_name(device)}
+    return pipeline, judge.to(device), classifier and classifier.to(device), record
 
 
 # ---- Measurements
 
 
 def draw(
-    pipeline: CustomUNetPipeline, options: Namespace, scale: float, num_classes: int, classifier=None
-) -> tuple[np.ndarray, float, float]:
-    """uint8 images (N, 3, R, R), network evaluations per image, and seconds per image.
+    pipeline: CustomUNetPipeline, scale: float, num_images: int, steps: int, num_classes: int, classifier=None
+) -> tuple[np.ndarray, float]:
+    """uint8 images (N, 3, R, R) and network evaluations per image.
 
     At scale 0 the classes asked for play no part.
     """
-    images, evaluations, started_at_seconds = [], 0, time.perf_counter()
-    for first in range(0, options.num_images, options.batch_size):
-        places = range(first, min(first + options.batch_size, options.num_images))
-        guided = {"class_labels": [i % num_classes for i in places], "guidance_scale": scale, "classifier": classifier}
+    images, evaluations = [], 0
+    for first in range(0, num_images, BATCH_SIZE):
+        seeds = range(first, min(first + BATCH_SIZE, num_images))
+        guided = {"class_labels": [i % num_classes for i in seeds], "guidance_scale": scale, "classifier": classifier}
         if scale == 0:
             guided = {} if classifier is not None else {"class_labels": num_classes}
-        seeds = [options.seed + i for i in places]
-        drawn = pipeline(seeds=seeds, num_inference_steps=options.steps, output_type="pt", **guided)
+        drawn = pipeline(seeds=seeds, num_inference_steps=steps, output_type="pt", **guided)
         images.append((drawn.images * 255).round().to(torch.uint8).cpu().numpy())
         evaluations += drawn.network_evaluations * len(seeds)
-    seconds = time.perf_counter() - started_at_seconds
-    return np.concatenate(images), evaluations / options.num_images, seconds / options.num_images
+    return np.concatenate(images), evaluations / num_images
 
 
 def real_sets(store: ImageStore, names: Sequence[str], labels: Sequence[int]) -> list[np.ndarray]:
@@ -163,8 +149,8 @@ def real_sets(store: ImageStore, names: Sequence[str], labels: Sequence[int]) ->
     for k, name in enumerate(names):
         count, found = labels.count(k), order[known[order] == k]
         if len(found) < 2 * count:
-            there = f"split {store.description['split']} has {len(found)} images of {name!r}"
-            raise InputError(f"{there}, and two sets of {count} are needed; use fewer --num_images or another --split")
+            there = f"split {SPLIT} has {len(found)} images of {name!r}"
+            raise InputError(f"{there}, and two sets of {count} are needed; use fewer --num_images")
         for part, positions in enumerate(chosen):
             positions.extend(found[part * count : (part + 1) * count])
     return [np.asarray(store.images[np.sort(positions)]) for positions in chosen]
@@ -175,16 +161,8 @@ def swd(images: np.ndarray, real: np.ndarray) -> float:
     return float(np.mean([*sliced_wasserstein(images, real).values()]))
 
 
-@torch.no_grad()
-def classes_of(judge: NoisyImageClassifier, images: np.ndarray) -> np.ndarray:
-    """The class that the judge takes each image for, int64 (N,); of uint8 images (N, C, R, R)."""
-    batches = (torch.from_numpy(images[first : first + 256]) for first in range(0, len(images), 256))
-    logits = [judge(to_model_range(batch).to(judge.device), 1.0, 0.0).cpu() for batch in batches]
-    return torch.cat(logits).argmax(1).numpy()
-
-
 def class_shares(found: np.ndarray, asked: np.ndarray, names: Sequence[str]) -> dict:
-    """The share of images in the class asked for with its binomial standard error, in all and for each class."""
+    """The share of images in the class asked for with its binomial standard error, overall and for each class."""
 
     def share(right: np.ndarray) -> dict:
         p = float(right.mean())
@@ -224,17 +202,13 @@ def parse_options(arguments: list[str]) -> Namespace:
     add("--judge", required=True, type=Path, help="folder of the classifier that tells the class of an image")
     add("--classifier", type=Path, help="folder of the classifier that guides an unconditional model")
     add("--scales", required=True, nargs="+", type=float, help="of guidance; 0 is without")
-    add("--split", default="train", help="of synthetic-faces, for SWD (default train)")
     add("--out", required=True, type=Path, help="folder for numbers, table and figure")
     add("--num_images", type=int, default=256, help="of each scale; the classes take turns (default 256)")
-    add("--seed", type=int, default=0, help="of the first image")
     add("--scheduler", choices=[*SAMPLERS, *CONTINUOUS_SAMPLERS], help="sampler (default: the repository's own)")
     add("--num_inference_steps", type=int, default=50, dest="steps", help="default 50; ode chooses its own")
-    add("--batch_size", type=int, default=64)
     add("--num_cpu_threads", type=int)
     options = parser.parse_args(arguments)
-    check_numbers(options, {"num_images": 1, "batch_size": 1, "num_cpu_threads": 1, "seed": 0, "scales": 0}, {})
-    check_seeds(options)
+    check_numbers(options, {"num_images": 1, "num_cpu_threads": 1, "scales": 0}, {})
     return options
 
 
@@ -252,39 +226,36 @@ def run(arguments: list[str]) -> None:
         raise InputError(f"--num_images is {n}, but there are {len(names)} classes; ask for at least that many")
     labels = [i % len(names) for i in range(n)]
     which = {"label_column": judge.config.label_column, "resolution": judge.config.sample_size, "crop": "none"}
-    store = open_image_store(dataset_name="synthetic-faces", split=options.split, **which)
+    store = open_image_store(dataset_name="synthetic-faces", split=SPLIT, **which)
     real, others = real_sets(store, names, labels)
     try:
-        floor = swd(others, real)
+        about = {"swd_floor": swd(others, real), "seeds": f"0 to {n - 1}", "batch_size": BATCH_SIZE}
     except ValueError as error:
         raise InputError(f"SWD cannot be measured: {error}") from error
     make_folder(options.out)
-    record |= {
-        "command": command_line("experiments.guidance", arguments),
-        "reference": {key: store.description[key] for key in ("source", "split", "resolution", "fingerprint")},
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        "date": datetime.now(UTC).date().isoformat(),
-        "results": [],
-    }
-    blocks, about = [], {"swd_floor": floor, "seeds": f"{options.seed} to {options.seed + n - 1}"}
+    record |= {"command": command_line("experiments.guidance", arguments)}
+    record |= {"reference": {key: store.description[key] for key in ("source", "split", "resolution", "fingerprint")}}
+    record |= {"versions": {"torch": torch.__version__, "diffusers": diffusers.__version__}}
+    record |= {"date": datetime.now(UTC).date().isoformat(), "results": []}
+    rows = {f"{name}, at scales {', '.join(f'{scale:g}' for scale in options.scales)}": [] for name in names}
     for scale in options.scales:
+        started_at_seconds = time.perf_counter()
         try:
-            images, evaluations, seconds = draw(pipeline, options, scale, len(names), classifier)
+            images, evaluations = draw(pipeline, scale, n, options.steps, len(names), classifier)
         except ValueError as error:  # images that are not finite
             raise Failed(f"at scale {scale:g} {error}") from error
-        blocks.append(images)
-        shares, distance = class_shares(classes_of(judge, images), np.array(labels), names), swd(images, real)
-        cost = {"network_evaluations": evaluations, "seconds_per_image": seconds, "batch_size": options.batch_size}
-        measured = {"guidance_scale": scale, **shares, "swd": distance, **about, **cost}
+        seconds = time.perf_counter() - started_at_seconds
+        for k, row in enumerate(rows.values()):
+            shown = images[k :: len(names)][:SHOWN_OF_A_CLASS]
+            row += [Image.fromarray(image.transpose(1, 2, 0)) for image in shown]
+        shares = class_shares(predict(judge, images).argmax(1).numpy(), np.array(labels), names)
+        measured = {"guidance_scale": scale, **shares, "swd": swd(images, real), **about}
+        measured |= {"network_evaluations": evaluations, "seconds_per_image": seconds / n}
         record["results"].append(result("guidance", "Share in the class asked for", "class_share", **measured))
         write_results(options.out / "guidance.json", record)
         share = f"{shares['value']:.1%} ± {shares['std']:.1%} in the class asked for"
-        print(f"scale {scale:g}: {share}, SWD {distance:.4g}, {seconds * n:.0f} s", flush=True)
+        print(f"scale {scale:g}: {share}, SWD {measured['swd']:.4g}, {seconds:.0f} s", flush=True)
     (options.out / "guidance.md").write_text(summary(record))
-    rows, scales = {}, ", ".join(f"{scale:g}" for scale in options.scales)
-    for k, name in enumerate(names):  # a row for each class, beside each other some images of each scale
-        shown = [image for images in blocks for image in images[k :: len(names)][:SHOWN_OF_A_CLASS]]
-        rows[f"{name}, at scales {scales}"] = [Image.fromarray(image.transpose(1, 2, 0)) for image in shown]
     plot_image_rows(rows, options.out / "guidance.png")
     print(f"wrote {options.out / 'guidance.md'}", flush=True)
 

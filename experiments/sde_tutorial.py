@@ -8,28 +8,30 @@ are those of the image models; only data and network are small, so that each cla
 """
 
 import itertools
-import json
 import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 from scipy.stats import ks_1samp
 from torch import Tensor
 
-from common import InputError, Parser, make_folder, run_command
+from common import Parser, make_folder, run_command
 from eval.results import write_results
-from experiments import toy_figures as figures
 from experiments.toys import (
     TWO_MODES,
     GaussianMixture,
     Score,
-    ScoreNetwork,
     at,
     clean_of,
     denoising_loss,
@@ -45,11 +47,14 @@ from pipelines import custom_unet_pipeline as solvers
 from training.sde import SDE, VESDE, VPSDE, SubVPSDE
 
 SDES: dict[str, SDE] = {"VE": VESDE(0.01, 10.0), "VP": VPSDE(), "sub-VP": SubVPSDE()}
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2166ac", "#e08214", "#1b7837", "#b2182b", "#762a83", "#777777"
+COLORS = (BLUE, GREEN, ORANGE, RED, PURPLE)
+ARROWS = {"angles": "xy", "scale_units": "xy", "scale": 1, "headwidth": 2.5, "headlength": 3, "headaxislength": 3}
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed; the small size is for tests."""
+    """How much is computed."""
 
     paths: int = 20_000
     train_steps: int = 8000
@@ -59,7 +64,7 @@ class Size:
     points: int = 1000
 
 
-SMALL = Size(paths=4000, train_steps=1500, samples=2000, seeds=2, budgets=(20, 50), points=200)
+SMALL = Size(paths=4000, train_steps=1500, samples=2000, seeds=2, budgets=(20, 50), points=200)  # for tests
 
 
 class Lesson:
@@ -69,14 +74,16 @@ class Lesson:
         self.size, self.out = size, out
         self.data, self.sde = eight_modes(), SDES["VP"]
         self.training_points = self.data.sample(10_000, generator(1))
+        self.network = train(self.sde, self.training_points, size.train_steps)
+        self.scores: dict[str, Score] = {"exact": exact_score(self.data, self.sde), "learned": self.network}
 
-    @cached_property
-    def network(self) -> ScoreNetwork:
-        return train(self.sde, self.training_points, self.size.train_steps)
-
-    @property
-    def scores(self) -> dict[str, Score]:
-        return {"exact": exact_score(self.data, self.sde), "learned": self.network}
+    def save(self, figure: plt.Figure, name: str) -> dict[str, str]:
+        """Writes a figure in few colours, a third of the bytes, and returns its entry in the record."""
+        figure.tight_layout()
+        figure.savefig(self.out / name, dpi=90, metadata={"Software": None})
+        plt.close(figure)
+        Image.open(self.out / name).convert("RGB").quantize(128).save(self.out / name, optimize=True)
+        return {"figure": name}
 
 
 # ---- 1. Data become noise: the forward SDE
@@ -94,25 +101,31 @@ def forward_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tenso
 
 def forward(lesson: Lesson) -> dict:
     """Simulated paths against the exact marginals p_t: with a linear drift, x_t = alpha x_0 + n epsilon (eq. 29)."""
-    n, shown_times = lesson.size.paths, (0.1, 0.3, 0.5, 1.0)
-    numbers, panels = {"paths": n, "chance_level_95_percent": 1.358 / math.sqrt(n)}, {}
-    for name, sde in SDES.items():
-        start = TWO_MODES.sample(n, generator(2))
-        times, paths = forward_paths(sde, start, 1000, noise_source((n, 1), 3))
-        numbers[name], marginals = {}, []
-        for t in shown_times:
-            marginal, x = TWO_MODES.at(sde, at(t)), paths[round(t * 1000)]
-            numbers[name][f"distance_at_{t}"] = float(ks_1samp(x.double().numpy(), marginal.cdf).statistic)
-            std = math.sqrt(marginal.variance())
-            grid = torch.linspace(-3, 3, 400, dtype=torch.float64)
-            marginals.append((t, x / std, grid, std * marginal.log_density(std * grid[:, None]).exp()))
+    n = lesson.size.paths
+    numbers = {"paths": n, "chance_level_95_percent": 1.358 / math.sqrt(n)}
+    figure, axes = plt.subplots(2, 3, figsize=(10, 6.6), height_ratios=[1.2, 1])
+    for (name, sde), (top, bottom) in zip(SDES.items(), axes.T, strict=True):
+        times, paths = forward_paths(sde, TWO_MODES.sample(n, generator(2)), 1000, noise_source((n, 1), 3))
         height = 2.4 * math.hypot(1, sde.prior_std)
         grid = torch.linspace(-height, height, 500, dtype=torch.float64)[:, None]
         density = torch.stack([TWO_MODES.at(sde, t).log_density(grid).exp() for t in times[::5]], 1)
         density /= density.amax(0)  # else the colours of late times would vanish beside the data's
-        panels[name] = {"height": height, "density": density, "times": times, "paths": paths, "marginals": marginals}
-    figures.plot_forward(panels, lesson.out / "forward.png")
-    return numbers | {"figure": "forward.png"}
+        top.imshow(density, extent=(0, 1, -height, height), origin="lower", aspect="auto", cmap="Blues", alpha=0.9)
+        top.plot(times[::5], paths[::5, :6], color=ORANGE, linewidth=0.8)
+        top.set(title=name, xlabel="time t", ylim=(-height, height))
+        numbers[name] = {}
+        for row, t in enumerate((0.1, 0.3, 0.5, 1.0)):
+            marginal, x, floor = TWO_MODES.at(sde, at(t)), paths[round(t * 1000)], -1.7 * row
+            numbers[name][f"distance_at_{t}"] = float(ks_1samp(x.double().numpy(), marginal.cdf).statistic)
+            std, grid = math.sqrt(marginal.variance()), torch.linspace(-3, 3, 400, dtype=torch.float64)
+            counts, edges = np.histogram(x / std, bins=60, range=(-3, 3), density=True)
+            bottom.stairs(counts + floor, edges, baseline=floor, fill=True, color=ORANGE, alpha=0.55)
+            bottom.plot(grid, std * marginal.log_density(std * grid[:, None]).exp() + floor, color=BLUE, linewidth=1.2)
+            bottom.text(2.95, 0.25 + floor, f"t = {t}", ha="right", fontsize=9)
+        bottom.set(xlabel="x / its standard deviation", yticks=[], xlim=(-3, 3))
+    axes[0, 0].set_ylabel("x: exact density (blue), paths")
+    axes[1, 0].set_ylabel("density: exact (line), paths (filled)")
+    return numbers | lesson.save(figure, "forward.png")
 
 
 # ---- 2. A network learns the score
@@ -125,7 +138,7 @@ def learning(lesson: Lesson) -> dict:
     spacing; below, it pulls towards single points, and a smooth network is nearer to the truth. Relative errors rise
     towards time 0, where lambda forgives them.
     """
-    sde, data, points = lesson.sde, lesson.data, lesson.training_points[:2000]
+    sde, data, learned, points = lesson.sde, lesson.data, lesson.network, lesson.training_points[:2000]
     memory = GaussianMixture(torch.full((len(points),), 1 / len(points)).double(), points, 0.0)
     scores = lesson.scores | {"minimum of the loss on 2,000 points": exact_score(memory, sde)}
     times = torch.logspace(-3, 0, 16, dtype=torch.float64)
@@ -139,16 +152,34 @@ def learning(lesson: Lesson) -> dict:
             errors[name].append(float((score(x, t) - exact).norm() / exact.norm()))
             losses[name].append(float(denoising_loss(sde, score, x_0, t, noise)))
 
+    figure = plt.figure(figsize=(10, 6.6))
+    layout = figure.add_gridspec(2, 4, height_ratios=[1, 1.1])
     lines, fine = (torch.linspace(-end, end, n, dtype=torch.float64) for end, n in ((1.6, 11), (1.8, 120)))
-    arrows, pixels, fields = torch.cartesian_prod(lines, lines), torch.cartesian_prod(fine, fine), []
-    for t in (0.02, 0.1, 0.25, 0.6):
-        marginal, n = data.at(sde, at(t)), float(sde.noise_scale(at(t)))
-        density = marginal.log_density(pixels).exp().view(120, 120)
-        fields.append((t, density, arrows, n * marginal.score(arrows), n * lesson.network(arrows, at(t))))
+    points, pixels = torch.cartesian_prod(lines, lines), torch.cartesian_prod(fine, fine)
+    for column, t in enumerate((0.02, 0.1, 0.25, 0.6)):
+        marginal, n, axes = data.at(sde, at(t)), float(sde.noise_scale(at(t))), figure.add_subplot(layout[0, column])
+        density = marginal.log_density(pixels).exp().view(120, 120)  # (x, y)
+        axes.imshow(density.T, extent=(-1.8, 1.8, -1.8, 1.8), origin="lower", cmap="Blues", alpha=0.7)
+        for score, color, width in ((marginal.score(points), "black", 0.014), (learned(points, at(t)), ORANGE, 0.006)):
+            arrows = n * score
+            shortened = 0.3 * arrows / (1 + arrows.norm(dim=1, keepdim=True))
+            axes.quiver(*points.T, *shortened.T, color=color, width=width, **ARROWS)
+        axes.set(title=f"t = {t}", xticks=[], yticks=[])
     errors.pop("exact")
-    figures.plot_scores(fields, times, errors, losses, lesson.out / "score.png")
+    left, right = figure.add_subplot(layout[1, :2]), figure.add_subplot(layout[1, 2:])
+    for name, color in zip(losses, ("black", ORANGE, PURPLE), strict=True):
+        style = {"color": color, "label": name, "marker": ".", "linestyle": "--" if name == "exact" else "-"}
+        if name in errors:
+            left.plot(times, errors[name], **style)
+        right.plot(times, losses[name], **style)
+    left.set(xscale="log", yscale="log", xlabel="time t", ylabel="relative RMS error of the score")
+    right.set(xscale="log", xlabel="time t", ylabel="denoising loss on new data (eq. 7)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle("n times the score: exact (black), learned (orange); long arrows are shortened", fontsize=10)
     numbers = {"times": times.tolist(), "relative_rms_error": errors, "denoising_loss": losses}
-    return numbers | {"figure": "score.png"}
+    return numbers | lesson.save(figure, "score.png")
 
 
 # ---- 3. Samplers
@@ -195,22 +226,23 @@ def sample(
         return score(x, t)
 
     clean, x = clean_of(sde, counted), sde.prior_std * noise()
-    if method == "Langevin, one level":
-        x = langevin(sde, counted, x, sde.time_of(at(0.05))[None], budget - 1, noise)
-    elif method == "Langevin, annealed":
-        sigmas = torch.logspace(math.log10(5), math.log10(0.02), budget - 1, dtype=torch.float64)
-        x = langevin(sde, counted, x, sde.time_of(sigmas), 1, noise)
-    elif method == "Euler-Maruyama":
-        x = solvers.euler_maruyama(sde, clean, x, solvers.uniform_times(sde, budget - 1), noise)
-    elif method == "reverse diffusion":
-        times = solvers.uniform_times(sde, budget - 1)
-        x = solvers.predictor_corrector(sde, clean, x, times, noise, snr, corrector_steps=0)
-    elif method == "predictor-corrector":
-        x = solvers.predictor_corrector(sde, clean, x, solvers.uniform_times(sde, budget // 2), noise, snr)
-    elif method == "ODE, Heun":
-        x = heun(sde, clean, x, budget // 2)
-    else:
-        x = clean(solve(sde, counted, x, sde.last_time, sde.first_time, tolerance=1e-3)[0], at(sde.first_time))
+    match method:
+        case "Langevin, one level":
+            x = langevin(sde, counted, x, sde.time_of(at(0.05))[None], budget - 1, noise)
+        case "Langevin, annealed":
+            sigmas = torch.logspace(math.log10(5), math.log10(0.02), budget - 1, dtype=torch.float64)
+            x = langevin(sde, counted, x, sde.time_of(sigmas), 1, noise)
+        case "Euler-Maruyama":
+            x = solvers.euler_maruyama(sde, clean, x, solvers.uniform_times(sde, budget - 1), noise)
+        case "reverse diffusion":
+            times = solvers.uniform_times(sde, budget - 1)
+            x = solvers.predictor_corrector(sde, clean, x, times, noise, snr, corrector_steps=0)
+        case "predictor-corrector":
+            x = solvers.predictor_corrector(sde, clean, x, solvers.uniform_times(sde, budget // 2), noise, snr)
+        case "ODE, Heun":
+            x = heun(sde, clean, x, budget // 2)
+        case "ODE, adaptive":
+            x = clean(solve(sde, counted, x, sde.last_time, sde.first_time, tolerance=1e-3)[0], at(sde.first_time))
     return x, evaluations
 
 
@@ -233,13 +265,17 @@ def samplers(lesson: Lesson) -> dict:
             x, evaluations = sample(method, lesson.sde, score, 100, noise_source(shape, 7))
             table.append({"score": kind, "method": method, "evaluations": evaluations} | errors(x))
             drawn[method] = x  # in the end those of the learned score
-    heavy, panels = data.weights > 1 / 8, {}
-    for name, x in drawn.items():
+    heavy = data.weights > 1 / 8
+    figure, axes = plt.subplots(2, 4, figsize=(10, 6.4))
+    for (name, x), panel in zip(drawn.items(), axes.flat, strict=True):
         error = chance if name == "data" else table[len(METHODS) + METHODS.index(name)]
         text = f"distance {error['sliced_wasserstein']:.3f}, weights off {error['mode_weight_error']:.1%}"
-        panels[name] = (x[:3000], heavy[torch.cdist(x[:3000].double(), data.means).argmin(1)], text)
-    figures.plot_samples(panels, lesson.out / "samplers.png")
-    return {"samples": size.samples, "chance": chance, "table": table, "figure": "samplers.png"}
+        is_heavy = heavy[torch.cdist(x[:3000].double(), data.means).argmin(1)]
+        for group, color in ((is_heavy, BLUE), (~is_heavy, ORANGE)):
+            panel.plot(*x[:3000][group].T, ".", color=color, markersize=1)
+        panel.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), xticks=[], yticks=[], aspect="equal")
+        panel.set_title(f"{name}\n{text}", fontsize=9)
+    return {"samples": size.samples, "chance": chance, "table": table} | lesson.save(figure, "samplers.png")
 
 
 def gaussian_variance(method: str, sde: SDE, std: float, num_steps: int) -> float:
@@ -282,10 +318,20 @@ def orders(lesson: Lesson) -> dict:
     solved = [solve(sde, score, x, sde.last_time, sde.first_time, 10.0**-k) for k in range(3, 9)]
     errors = [error(clean(y, first)) for y, _ in solved]
     of_ode["Dormand-Prince, adaptive"] = line([n + 1 for _, n in solved], errors)
-    panels = {"SDE solvers, data N(0, 1)": of_sde, "ODE solvers, eight modes, the same noise": of_ode}
-    ylabels = ("relative error of the variance", "median error of a sample")
-    figures.plot_orders(panels, ylabels, lesson.out / "orders.png")
-    return of_sde | of_ode | {"figure": "orders.png"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
+    axes[0].set(title="SDE solvers, data N(0, 1)", ylabel="relative error of the variance")
+    axes[1].set(title="ODE solvers, eight modes, the same noise", ylabel="median error of a sample")
+    colors = iter(COLORS)
+    for panel, lines in zip(axes, (of_sde, of_ode), strict=True):
+        for name, found in lines.items():
+            label = f"{name}: order {found['order']:.1f}"
+            panel.loglog(found["evaluations"], found["error"], "o-", color=next(colors), label=label)
+        panel.set(xlabel="evaluations of the score")
+        panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        panel.set_xticks([50, 100, 200, 500], ["50", "100", "200", "500"])
+        panel.grid(alpha=0.3)
+        panel.legend(loc="upper right")
+    return of_sde | of_ode | lesson.save(figure, "orders.png")
 
 
 # ---- 4. Is a corrector worth its evaluations?
@@ -307,14 +353,25 @@ def corrector(lesson: Lesson) -> dict:
         x, _ = sample(method, lesson.sde, score, budget, noise_source(shape, 11, seed), snr)
         return sliced_wasserstein(x, truth)
 
-    panels = {kind: {} for kind in lesson.scores}
-    for (kind, score), (label, (method, snr)) in itertools.product(lesson.scores.items(), variants.items()):
-        values = [[distance(method, snr, score, n, seed) for seed in range(size.seeds)] for n in size.budgets]
-        panels[kind][label] = {"mean": np.mean(values, 1).tolist(), "std_of_seeds": np.std(values, 1, ddof=1).tolist()}
-    mean_chance = float(np.mean(chance))
-    figures.plot_corrector(size.budgets, mean_chance, panels, lesson.out / "corrector.png")
+    mean_chance, found = float(np.mean(chance)), {kind: {} for kind in lesson.scores}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True)
+    for (kind, score), panel in zip(lesson.scores.items(), axes, strict=True):
+        for (label, (method, snr)), color in zip(variants.items(), COLORS, strict=True):
+            distances = [[distance(method, snr, score, n, s) for s in range(size.seeds)] for n in size.budgets]
+            mean, std = np.mean(distances, 1), np.std(distances, 1, ddof=1)
+            found[kind][label] = {"mean": mean.tolist(), "std_of_seeds": std.tolist()}
+            style = {"color": color, "label": label, "marker": "o", "markersize": 4, "capsize": 2}
+            panel.errorbar(size.budgets, mean, std, **style)
+        panel.axhline(mean_chance, color=GREY, linestyle="--", label="chance: data against data")
+        panel.set(xscale="log", yscale="log", xlabel="evaluations of the score", title=f"{kind} score")
+        panel.minorticks_off()
+        panel.set_xticks(size.budgets, map(str, size.budgets))
+        panel.set_yticks([0.01, 0.02, 0.05], ["0.01", "0.02", "0.05"])
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel("sliced Wasserstein distance, spread of the seeds")
+    axes[1].legend(fontsize=8)
     numbers = {"samples": shape[0], "seeds": size.seeds, "chance": mean_chance, "budgets": size.budgets}
-    return numbers | panels | {"figure": "corrector.png"}
+    return numbers | found | lesson.save(figure, "corrector.png")
 
 
 # ---- 5. Each point has a code
@@ -339,13 +396,17 @@ def encoding(lesson: Lesson) -> dict:
     of_vp, of_ve = codes(vp, lesson.scores["exact"]), codes(ve, exact_score(data, ve))
     learned = codes(vp, lesson.network)
     panels = {"data": x, "codes, VP": of_vp, "codes, VE": of_ve, "codes, VP, learned score": learned}
-    figures.plot_codes(panels, torch.cdist(x, data.means).argmin(1), lesson.out / "encoding.png")
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.6))
+    for panel, (title, shown) in zip(axes, panels.items(), strict=True):
+        panel.scatter(*shown.T, c=torch.cdist(x, data.means).argmin(1), cmap="tab10", s=3, linewidths=0)
+        limit = 1.5 if title == "data" else 3.5
+        panel.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     differences = {
         "VE from VP, exact score": float((of_ve - of_vp).square().mean().sqrt()),
         "learned from exact score, VP": float((learned - of_vp).square().mean().sqrt()),
     }
     numbers = {"points": n, "tolerances": tolerances, "round_trip_rms_error": errors}
-    return numbers | {"rms_difference_of_codes": differences, "figure": "encoding.png"}
+    return numbers | {"rms_difference_of_codes": differences} | lesson.save(figure, "encoding.png")
 
 
 # ---- 6. Likelihoods
@@ -389,14 +450,23 @@ def likelihood(lesson: Lesson) -> dict:
     marginal = data.at(lesson.sde, at(lesson.sde.first_time))
     x = marginal.sample(n, generator(13))
     exact, learned = marginal.log_density(x), log_likelihood(lesson.sde, lesson.network, x, 1e-4)
-    figures.plot_likelihoods(tolerances, errors, exact, learned, lesson.out / "likelihood.png")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
+    for (name, values), color in zip(errors.items(), (GREEN, BLUE, ORANGE), strict=True):
+        left.loglog(tolerances, values, "o-", color=color, label=name)
+    left.set(xlabel="tolerance of the ODE solver", ylabel="RMS error of log p, nats", title="exact score")
+    left.grid(alpha=0.3)
+    left.legend()
+    ends = [float(exact.min()) - 0.5, float(exact.max()) + 0.5]
+    right.plot(ends, ends, color=GREY, linewidth=0.8)
+    right.plot(exact, learned, ".", color=ORANGE, markersize=3)
+    right.set(xlabel="exact log p(x), nats", ylabel="log p(x) by the ODE, nats", title="learned score, VP")
     means = {"exact": float(exact.mean()), "learned": float(learned.mean())}
     numbers = {"points": n, "tolerances": tolerances, "rms_error_nats": errors, "mean_log_likelihood_nats": means}
     numbers |= {"learned_rms_error_nats": float((learned - exact).square().mean().sqrt())}
-    return numbers | {"figure": "likelihood.png"}
+    return numbers | lesson.save(figure, "likelihood.png")
 
 
-STEPS = {step.__name__: step for step in (forward, learning, samplers, orders, corrector, encoding, likelihood)}
+STEPS = (forward, learning, samplers, orders, corrector, encoding, likelihood)
 
 
 def rounded(value):
@@ -412,30 +482,23 @@ def run(arguments: list[str]) -> None:
     """Takes the steps, and writes the record after each.
 
     Raises:
-        InputError: for bad arguments, or a folder with a record of another size.
+        InputError: for bad arguments.
     """
     parser = Parser(prog="python -m experiments.sde_tutorial", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures and tutorial.json")
-    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP", help=", ".join(STEPS))
     parser.add_argument("--quick", action="store_true", help="a small size, for tests: coarse numbers in seconds")
     options = parser.parse_args(arguments)
-    size, path = "small" if options.quick else "full", options.out / "tutorial.json"
-    try:
-        record = json.loads(path.read_text()) if path.exists() else {"size": size, "steps": {}}
-        earlier, steps = record["size"], dict(record["steps"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a record of the tutorial; move it away or choose another --out") from error
-    if earlier != size:
-        raise InputError(f"{path} is of the {earlier} size, this is the {size} one; choose another --out")
     make_folder(options.out)
     torch.set_num_threads(1)  # the tensors are small, and the sums are those of every machine
     lesson = Lesson(SMALL if options.quick else Size(), options.out)
-    for name in [step for step in STEPS if step in options.only]:
+    steps = {}
+    for step in STEPS:
         started_at_seconds = time.perf_counter()
-        steps[name] = rounded(STEPS[name](lesson))
-        write_results(path, {"size": size, "steps": {step: steps[step] for step in STEPS if step in steps}})
+        steps[step.__name__] = rounded(step(lesson))
+        record = {"size": "small" if options.quick else "full", "steps": steps}
+        write_results(options.out / "tutorial.json", record)
         seconds = time.perf_counter() - started_at_seconds
-        print(f"{name}: {options.out / steps[name]['figure']}, {seconds:.0f} s", flush=True)
+        print(f"{step.__name__}: {options.out / steps[step.__name__]['figure']}, {seconds:.0f} s", flush=True)
 
 
 def main(arguments: list[str]) -> int:

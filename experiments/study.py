@@ -17,7 +17,7 @@ while they train is then of no consequence.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import InputError
@@ -25,12 +25,9 @@ from experiments.unet_variants import VARIANTS
 from training.arguments import read_yaml
 from training.config import shown
 
-KEYS = "config flags minutes evaluation seeds variants".split()
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
-OWN = {  # what `experiments.ablation` itself sets
-    "flags": "config help dataset_name train_data_dir seed output_dir num_cpu_threads overwrite_output_dir".split(),
-    "evaluation": "help pipeline reference out images_dir num_cpu_threads".split(),
-}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # of a variant: it becomes a folder
+FLAGS_SET = set("config dataset_name train_data_dir seed output_dir overwrite_output_dir num_cpu_threads".split())
+EVALUATION_FLAGS_SET = set("pipeline reference out images_dir num_cpu_threads".split())
 
 
 @dataclass(frozen=True)
@@ -38,9 +35,9 @@ class Variant:
     """What one variant changes: flags of the trainer and of eval.run, and the network."""
 
     name: str
-    flags: dict
-    evaluation: dict
-    network: str | None  # one of `experiments.unet_variants`
+    flags: dict = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
+    network: str = "plain"  # one of `experiments.unet_variants`
 
 
 @dataclass(frozen=True)
@@ -48,11 +45,11 @@ class Study:
     """A study as its file has it."""
 
     config: str
-    flags: dict
-    evaluation: dict
-    minutes: float | None  # of training at full speed, for each variant
-    seeds: list[int]
     variants: list[Variant]  # the first is what the others are compared with
+    flags: dict = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
+    minutes: float | None = None  # of training at full speed, for each variant
+    seeds: list[int] = field(default_factory=lambda: [0])
 
 
 def read_study(path: Path) -> Study:
@@ -61,51 +58,36 @@ def read_study(path: Path) -> Study:
     Raises:
         InputError: if it cannot be read or is not as described above.
     """
-    content = _mapping(read_yaml(path), str(path), KEYS)
-    config, minutes, seeds = content.get("config"), content.get("minutes"), content.get("seeds", [0])
-    if not isinstance(config, str):
-        raise InputError(f"config in {path} is {shown(config)}; give a file of configs/")
-    if minutes is not None and (type(minutes) not in (int, float) or not 0 < minutes < math.inf):
-        raise InputError(f"minutes in {path} is {shown(minutes)}; give a positive number")
-    numbers = seeds if isinstance(seeds, list) else []
-    if not numbers or any(type(seed) is not int or seed < 0 or numbers.count(seed) > 1 for seed in numbers):
-        raise InputError(f"seeds in {path} is {seeds!s:.60}; give a list of whole numbers from 0, each once")
-    variants = []
-    for name, changes in _mapping(content.get("variants"), f"variants in {path}").items():
-        if not NAME.fullmatch(name):
-            raise InputError(f"a variant in {path} is called {shown(name)}; use letters, digits and . _ + -")
-        changes = _mapping(changes, f"{name} in {path}", ["flags", "evaluation", "network"])
-        network = changes.get("network")
-        if network is not None and network not in VARIANTS:
-            raise InputError(f"network of {name} in {path} is {shown(network)}; choose one of {', '.join(VARIANTS)}")
-        variants.append(Variant(name, **_flags_and_evaluation(changes, name, minutes), network=network))
-    if len(variants) < 2:
-        raise InputError(f"the number of variants in {path} is {len(variants)}; give two or more")
-    shared = _flags_and_evaluation(content, str(path), minutes)
-    return Study(config, minutes=minutes, seeds=seeds, variants=variants, **shared)
+    content = read_yaml(path)
+    try:
+        content = dict(content)
+        variants = [Variant(name, **(changes or {})) for name, changes in content.pop("variants").items()]
+        study = Study(variants=variants, **content)
+        _check(study)
+    except (TypeError, KeyError, AttributeError) as error:  # a key is unknown or missing, or a value of another kind
+        raise InputError(f"{path} is not a study as experiments/study.py describes it: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    return study
 
 
-def _flags_and_evaluation(content: dict, where: str, minutes: float | None) -> dict[str, dict]:
-    found = {kind: _mapping(content.get(kind), f"{kind} of {where}") for kind in OWN}
-    for kind, names in found.items():
-        for name in names:
-            if name in OWN[kind] or (minutes is not None and name == "max_train_steps"):
-                by = "minutes decides" if name == "max_train_steps" else "the command itself sets"
-                raise InputError(f"{kind} of {where} has {name}, which {by}; remove it")
-    return found
-
-
-def _mapping(value, what: str, keys: list[str] | None = None) -> dict:
-    """The value, or an empty mapping for none."""
-    value = {} if value is None else value
-    if not isinstance(value, dict):
-        raise InputError(f"{what} is {shown(value)}; it must be a mapping of names to values")
-    for key in value:
-        if not isinstance(key, str):
-            raise InputError(f"{what} has the key {shown(key)}, which is not text; put it in quotes")
-        if keys is not None and key not in keys:
-            raise InputError(f"{what} has the unknown key {shown(key)}; there are {', '.join(sorted(keys))}")
-    return value
+def _check(study: Study) -> None:
+    if not isinstance(study.config, str) or len(study.variants) < 2:
+        raise ValueError(f"config is {study.config}, with {len(study.variants)} variants; give a file and two or more")
+    if study.minutes is not None and not 0 < study.minutes < math.inf:
+        raise ValueError(f"minutes is {study.minutes}; give a positive number")
+    if not study.seeds or any(type(seed) is not int or study.seeds.count(seed) > 1 for seed in study.seeds):
+        raise ValueError(f"seeds is {study.seeds!s:.60}; give a list of whole numbers, each once")
+    for variant in study.variants:
+        if not NAME.fullmatch(variant.name):
+            raise ValueError(f"a variant is called {shown(variant.name)}; use letters, digits and . _ + -")
+        if variant.network not in VARIANTS:
+            raise ValueError(f"{variant.name} has the network {variant.network}; choose one of {', '.join(VARIANTS)}")
+    for part in (study, *study.variants):
+        taken = [*(part.flags.keys() & FLAGS_SET), *(part.evaluation.keys() & EVALUATION_FLAGS_SET)]
+        taken += ["max_train_steps"] if study.minutes is not None and "max_train_steps" in part.flags else []
+        if taken:
+            raise ValueError(f"the flag {taken[0]} is set by the command itself; remove it")
 
 
 def flags_as_arguments(flags: dict) -> list[str]:
@@ -116,8 +98,6 @@ def flags_as_arguments(flags: dict) -> list[str]:
             arguments += [f"--{name}", *map(str, value)]
         elif value is True:
             arguments.append(f"--{name}")
-        elif value is None:
-            arguments += [f"--{name}", "null"]
         else:
-            arguments.append(f"--{name}={value}")
+            arguments.append(f"--{name}={'null' if value is None else value}")
     return arguments

@@ -3,6 +3,7 @@
     python -m experiments.unet_variants VARIANT train --config configs/quickstart.yaml ...      flags of train_unet.py
     python -m experiments.unet_variants VARIANT evaluate --pipeline DIR --reference DATA ...    flags of eval.run
 
+    plain           the U-Net as it is
     no_skips        no skip connections: the expanding path sees the bottleneck alone
     added_skips     skip connections are added to the features (after a 1x1 convolution where the widths differ),
                     not concatenated
@@ -112,6 +113,7 @@ def remove_layers(network: nn.Module, *kinds: type[nn.Module]) -> None:
 
 
 VARIANTS = {
+    "plain": CustomUNet2DModel,
     "no_skips": WithoutSkips,
     "added_skips": WithAddedSkips,
     "no_time": WithoutTime,
