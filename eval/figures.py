@@ -101,23 +101,6 @@ def plot_curves(
     save_figure(figure, path)
 
 
-def plot_dots(values: dict[str, list[float]], floor: float, xlabel: str, path: Path) -> None:
-    """A line for each label, its values as dots and their mean as a stroke.
-
-    Args:
-        floor: the metric between two sets of real images of the same size.
-    """
-    figure, axes = plt.subplots(figsize=(SIZE_INCHES[0], 1 + 0.28 * len(values)))
-    for place, numbers in enumerate(values.values()):
-        axes.plot(numbers, [place] * len(numbers), "o", color="C0", markersize=4)
-        axes.plot([np.mean(numbers)], [place], "|", color="black", markersize=12)
-    axes.axvline(floor, color="grey", linestyle="--", label="real against real")
-    axes.set(xlabel=xlabel, yticks=range(len(values)), yticklabels=list(values))
-    axes.invert_yaxis()
-    axes.legend()
-    save_figure(figure, path)
-
-
 def plot_panels(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str, path: Path) -> None:
     """Panels below each other over the same axis, each with its lines; logarithmic if these span a factor of 3.
 

@@ -4,8 +4,8 @@
 
 DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; experiments/study.py says what a study is.
 
-OUT/ablation.md is the table, OUT/ablation.json its numbers; ablation_swd.png shows the SWD, ablation_errors.png the
-held-out errors by noise level, ablation_images.png images of the same seeds. The trainings are in OUT/VARIANT/seed-S.
+OUT/ablation.md is the table, OUT/ablation.json its numbers; ablation_errors.png shows the held-out errors by noise
+level, ablation_images.png images of the same seeds. The trainings are in OUT/VARIANT/seed-S.
 For a study of equal time OUT/speeds.json has the images/s, measured before the first training: leave the machine
 alone for that minute. The same command resumes a study that was stopped, and redoes what has other flags by now. Exit
 codes: 0 done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
@@ -28,7 +28,7 @@ import torch
 
 from common import Failed, InputError, Parser, check_numbers, make_folder, run_command
 from eval.compare import Run, errors_by_noise_level, images_of, open_runs, rows_of
-from eval.figures import plot_curves, plot_dots, plot_image_rows
+from eval.figures import plot_curves, plot_image_rows
 from eval.results import number, table, value_text, write_results
 from eval.run import parse_options as parse_evaluation
 from experiments.bench import measure_speeds
@@ -339,8 +339,6 @@ def write_study(study: Study, jobs: list[Job], out: Path) -> None:
     (out / "ablation.md").write_text(table_of(rows))
     about = {key: runs[0].record[key] for key in ("reference", "versions")}
     write_results(out / "ablation.json", about | {"results": [], "rows": rows})
-    values = {row["variant"]: row["swd"]["values"] for row in rows}
-    plot_dots(values, rows[0]["swd_floor"], "SWD", out / "ablation_swd.png")
     sigmas, curves = errors_by_noise_level(runs)
     if base in curves:
         bands = {name: (curve / curves[base], None) for name, curve in curves.items()}

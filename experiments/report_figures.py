@@ -4,11 +4,11 @@
 
 OUT/unet.png is drawn from the modules of the network of configs/celeba32_cpu.yaml; OUT/forward.png shows synthetic
 faces on the way to noise, OUT/schedules.png signal-to-noise ratios, OUT/weights.png what each target makes of the
-loss. OUT/figures.json has the numbers. Exit codes: 0 done, 2 bad input.
+loss. Exit codes: 0 done, 2 bad input.
 """
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,7 +21,6 @@ from common import Parser, make_folder, run_command
 from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import Downsample, ResidualBlock, SelfAttention, Upsample
 from eval.figures import plot_curves, plot_image_rows, plot_panels, save_figure
-from eval.results import write_results
 from training.arguments import parse_config
 from training.data import to_model_range, to_uint8
 from training.diffusion import ddpm_regression, make_noise_scheduler
@@ -161,7 +160,7 @@ def noised_faces() -> dict[str, list[Image.Image]]:
 
 
 def write_figures(out: Path) -> None:
-    """All of them, and their numbers.
+    """All of them.
 
     Raises:
         InputError, OSError: if the folder cannot be made or a file cannot be written.
@@ -183,11 +182,6 @@ def write_figures(out: Path) -> None:
     labels |= {"yscale": "log", "ylim": (1e-3, 1e3)}
     lines = {name: (line, None) for name, line in weights.items()}
     plot_curves(np.arange(NUM_TIMESTEPS), lines, labels, out / "weights.png")
-    shown = list(SHOWN_TIMESTEPS)
-    record = {"config": DRAWN_CONFIG.name, "layers": [asdict(layer) for layer in layers], "timesteps": shown}
-    record |= {"snr": {name: values[shown].tolist() for name, values in ratios.items()}}
-    record |= {"clean_error_weight": {name: values[shown].tolist() for name, values in weights.items()}}
-    write_results(out / "figures.json", record | {"results": []})
 
 
 def main(arguments: list[str]) -> int:

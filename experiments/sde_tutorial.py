@@ -2,7 +2,7 @@
 
     python -m experiments.sde_tutorial --out assets/sde
 
-It draws the figures of each step and writes the numbers down, in a few minutes on one core. Read it from top to bottom
+It draws figures and writes the numbers of each step down, in a few minutes on one core. Read it from top to bottom
 with Song et al. 2021 (arXiv 2011.13456) at hand: equation and algorithm numbers are theirs. The SDEs and the samplers
 are those of the image models; only data and network are small, so that each claim can be checked against the truth.
 """
@@ -253,29 +253,16 @@ METHODS += ("ODE, Heun", "ODE, adaptive")
 def samplers(lesson: Lesson) -> dict:
     """All methods with 100 evaluations of the exact and of the learned score, from the same prior noise."""
     size, data = lesson.size, lesson.data
-    shape = (size.samples, 2)
     truth, again = (data.sample(size.samples, generator(6, i)) for i in range(2))
 
     def errors(x: Tensor) -> dict[str, float]:
         return {"sliced_wasserstein": sliced_wasserstein(x, truth), "mode_weight_error": mode_weight_error(data, x)}
 
-    table, drawn, chance = [], {"data": again}, errors(again)
-    for kind, score in lesson.scores.items():
-        for method in METHODS:
-            x, evaluations = sample(method, lesson.sde, score, 100, noise_source(shape, 7))
-            table.append({"score": kind, "method": method, "evaluations": evaluations} | errors(x))
-            drawn[method] = x  # in the end those of the learned score
-    heavy = data.weights > 1 / 8
-    figure, axes = plt.subplots(2, 4, figsize=(10, 6.4))
-    for (name, x), panel in zip(drawn.items(), axes.flat, strict=True):
-        error = chance if name == "data" else table[len(METHODS) + METHODS.index(name)]
-        text = f"distance {error['sliced_wasserstein']:.3f}, weights off {error['mode_weight_error']:.1%}"
-        is_heavy = heavy[torch.cdist(x[:3000].double(), data.means).argmin(1)]
-        for group, color in ((is_heavy, BLUE), (~is_heavy, ORANGE)):
-            panel.plot(*x[:3000][group].T, ".", color=color, markersize=1)
-        panel.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), xticks=[], yticks=[], aspect="equal")
-        panel.set_title(f"{name}\n{text}", fontsize=9)
-    return {"samples": size.samples, "chance": chance, "table": table} | lesson.save(figure, "samplers.png")
+    table = []
+    for (kind, score), method in itertools.product(lesson.scores.items(), METHODS):
+        x, evaluations = sample(method, lesson.sde, score, 100, noise_source((size.samples, 2), 7))
+        table.append({"score": kind, "method": method, "evaluations": evaluations} | errors(x))
+    return {"samples": size.samples, "chance": errors(again), "table": table}
 
 
 def gaussian_variance(method: str, sde: SDE, std: float, num_steps: int) -> float:
@@ -395,18 +382,12 @@ def encoding(lesson: Lesson) -> dict:
 
     of_vp, of_ve = codes(vp, lesson.scores["exact"]), codes(ve, exact_score(data, ve))
     learned = codes(vp, lesson.network)
-    panels = {"data": x, "codes, VP": of_vp, "codes, VE": of_ve, "codes, VP, learned score": learned}
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.6))
-    for panel, (title, shown) in zip(axes, panels.items(), strict=True):
-        panel.scatter(*shown.T, c=torch.cdist(x, data.means).argmin(1), cmap="tab10", s=3, linewidths=0)
-        limit = 1.5 if title == "data" else 3.5
-        panel.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     differences = {
         "VE from VP, exact score": float((of_ve - of_vp).square().mean().sqrt()),
         "learned from exact score, VP": float((learned - of_vp).square().mean().sqrt()),
     }
     numbers = {"points": n, "tolerances": tolerances, "round_trip_rms_error": errors}
-    return numbers | {"rms_difference_of_codes": differences} | lesson.save(figure, "encoding.png")
+    return numbers | {"rms_difference_of_codes": differences}
 
 
 # ---- 6. Likelihoods
@@ -498,7 +479,7 @@ def run(arguments: list[str]) -> None:
         record = {"size": "small" if options.quick else "full", "steps": steps}
         write_results(options.out / "tutorial.json", record)
         seconds = time.perf_counter() - started_at_seconds
-        print(f"{step.__name__}: {options.out / steps[step.__name__]['figure']}, {seconds:.0f} s", flush=True)
+        print(f"{step.__name__}: {seconds:.0f} s", flush=True)
 
 
 def main(arguments: list[str]) -> int:

@@ -113,7 +113,7 @@ def test_a_study_is_trained_and_evaluated_with_its_flags_and_laid_side_by_side(r
     assert f"In all rows: parameters {number(record['model']['parameters'])}, images seen {3 * 16}." in text
     assert str(tmp_path) not in (out / "ablation.json").read_text() + text  # nothing of this machine
 
-    figures = {"ablation_swd.png", "ablation_errors.png", "ablation_images.png"}
+    figures = {"ablation_errors.png", "ablation_images.png"}
     assert {p.name for p in out.iterdir() if p.is_file()} == {"ablation.md", "ablation.json"} | figures
 
     def files() -> dict[Path, int]:
@@ -200,7 +200,7 @@ def test_the_table_has_means_and_standard_deviations_over_the_seeds(by_hand, rea
     text = (out / "ablation.md").read_text()
     assert "of as many real ones it is 0.625" in text
     assert "standard deviations over 3 trainings" in text
-    assert {path.name for path in out.glob("*.png")} == {"ablation_swd.png", "ablation_errors.png"}  # no images
+    assert {path.name for path in out.glob("*.png")} == {"ablation_errors.png"}  # there are no images
 
 
 def test_results_that_lack_what_is_compared_are_refused(by_hand, real, capsys):

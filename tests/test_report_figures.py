@@ -1,7 +1,6 @@
 """The figures of the REPORT: the drawn network is the real one, ratios and weights are the closed forms."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -82,13 +81,10 @@ def test_weights_of_the_error_of_x_0(schedule):
         np.testing.assert_allclose(weights, np.minimum(snr, 5.0), rtol=1e-4)
 
 
-def test_the_command_writes_figures_and_numbers(tmp_path, capsys):
-    out = tmp_path / "figures"
-    assert main(["--out", str(out)]) == 0
+def test_the_command_writes_the_figures(tmp_path, capsys):
+    assert main(["--out", str(tmp_path / "figures")]) == 0
     figures = {f"{name}.png" for name in ("unet", "forward", "schedules", "weights")}
-    assert {path.name for path in out.iterdir()} == {*figures, "figures.json"}
-    record = json.loads((out / "figures.json").read_text())
-    assert record["snr"]["linear"][-1] == signal_to_noise("linear")[999]
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == figures
     (tmp_path / "file").touch()
     assert main(["--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
