@@ -1,4 +1,4 @@
-"""An ablation study: trains variants of a configuration with an equal budget, evaluates them, lays them side by side.
+"""An ablation study: trains and evaluates variants of a configuration with an equal budget, and tabulates the results.
 
     python -m experiments.ablation configs/ablations/settings.yaml --data DATA --out runs/ablations/settings [--jobs 2]
 
@@ -7,8 +7,8 @@ DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; experiments/
 OUT/ablation.md is the table, OUT/ablation.json its numbers; ablation_errors.png shows the held-out errors by noise
 level, ablation_images.png images of the same seeds. The trainings are in OUT/VARIANT/seed-S.
 For a study of equal time OUT/speeds.json has the images/s, measured before the first training: leave the machine
-alone for that minute. The same command resumes a study that was stopped, and redoes what has other flags by now. Exit
-codes: 0 done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
+alone for that minute. The same command resumes a study that was stopped, and repeats what was made with other flags.
+Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
 """
 
 import json
@@ -71,8 +71,8 @@ class Job:
     """The training and the evaluation of one variant with one seed.
 
     Attributes:
-        commands: what follows `python` to `train` and to `evaluate`.
-        record: what makes training and evaluation what they are, wherever the folders are; kept in `job.json`.
+        commands: the arguments of Python to `train` and to `evaluate`.
+        record: the settings of training and evaluation without their folders; kept in `job.json`.
     """
 
     variant: Variant
@@ -84,7 +84,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether it was done before with the same flags."""
+        """Whether it was finished with the same flags."""
         return read_json(self.folder / "job.json") == self.record | {"is_done": True}
 
     def begin(self) -> None:
@@ -186,9 +186,9 @@ def check_fits(config: TrainConfig, options: Namespace, first: TrainConfig) -> N
 
 
 def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
-    """How many updates each variant makes in so long, by speeds that are kept in a file.
+    """How many updates each variant makes in this many minutes, by speeds that are kept in a file.
 
-    What the file lacks is measured side by side with the first variant, whose speed then scales the new ones.
+    Missing speeds are measured together with that of the first variant, and scaled by its speed in the file.
 
     Args:
         jobs: one for each variant; the first is what the others are compared with.
@@ -216,7 +216,7 @@ def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
 
 
 def do_all(jobs: list[Job], at_once: int) -> None:
-    """Does what is not done yet, so many at once; when one fails, those that run are finished and no other begins.
+    """Runs what is not done yet, `at_once` at a time; after a failure the running ones finish and no other begins.
 
     Raises:
         Failed: for the first that failed.
@@ -263,7 +263,7 @@ def do_all(jobs: list[Job], at_once: int) -> None:
 
 
 def values_of(run: Run, comparable_timesteps: bool) -> dict:
-    """What one training has come to; None for what was not measured."""
+    """The results of one training; None for what was not measured."""
     (row,), model = rows_of(run), run.record["model"]
     found = row | {"fid": row.get("FID (clean)"), "kid": row.get("KID (clean)")}
     measured = ("fid", "kid", "swd", "memorisation_ratio", "sample_mse")

@@ -168,12 +168,12 @@ def run(arguments: list[str]) -> None:
 
 
 def measure_speeds(trainings: dict[str, tuple[TrainConfig, str]], num_updates: int = 9) -> dict[str, float]:
-    """Images/s in training by name: the median over updates that they make by turns, on the CPU with all threads.
+    """Images/s in training by name: the median over updates, made in turn, on the CPU with all threads.
 
     Args:
         trainings: the configuration of each, whose precision is not `auto`, and its network of
             `experiments.unet_variants`.
-        num_updates: of each, after two that warm it up.
+        num_updates: of each, after two to warm up.
     """
     updates, seconds = {}, {name: [] for name in trainings}
     for name, (config, network) in trainings.items():

@@ -5,7 +5,7 @@
 
 A class-conditional model is guided without a classifier (arXiv 2207.12598): scale 0 is its null class, 1 plain
 conditional sampling. With --classifier an unconditional model is guided by the gradient of that classifier (arXiv
-2011.13456, section 5): scale 0 is sampling without it. The judge tells what class a generated image shows; it must be
+2011.13456, section 5): scale 0 is sampling without it. The judge classifies the generated images; it must be
 another classifier of the same classes. Both are folders that `python -m experiments.classifier` wrote.
 
     OUT/guidance.json   for each scale: the share of the images in the class asked for, SWD, evaluations, seconds
@@ -199,7 +199,7 @@ def parse_options(arguments: list[str]) -> Namespace:
     parser = Parser(prog="python -m experiments.guidance", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
-    add("--judge", required=True, type=Path, help="folder of the classifier that tells the class of an image")
+    add("--judge", required=True, type=Path, help="folder of the classifier that classifies the generated images")
     add("--classifier", type=Path, help="folder of the classifier that guides an unconditional model")
     add("--scales", required=True, nargs="+", type=float, help="of guidance; 0 is without")
     add("--out", required=True, type=Path, help="folder for numbers, table and figure")

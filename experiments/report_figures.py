@@ -70,7 +70,7 @@ class Layer:
 
 
 def layers_of(network: CustomUNet2DModel, side: int) -> list[Layer]:
-    """The layers of a network on the meta device without Skip blocks, for images of so many pixels per side."""
+    """The layers of a network without Skip blocks on the meta device, for images of side x side pixels."""
     layers: list[Layer] = []
     skips: list[int] = []
 

@@ -109,7 +109,7 @@ def forward(lesson: Lesson) -> dict:
         height = 2.4 * math.hypot(1, sde.prior_std)
         grid = torch.linspace(-height, height, 500, dtype=torch.float64)[:, None]
         density = torch.stack([TWO_MODES.at(sde, t).log_density(grid).exp() for t in times[::5]], 1)
-        density /= density.amax(0)  # else the colours of late times would vanish beside the data's
+        density /= density.amax(0)  # without this the colours of late times would be too faint
         top.imshow(density, extent=(0, 1, -height, height), origin="lower", aspect="auto", cmap="Blues", alpha=0.9)
         top.plot(times[::5], paths[::5, :6], color=ORANGE, linewidth=0.8)
         top.set(title=name, xlabel="time t", ylim=(-height, height))
@@ -268,8 +268,8 @@ def samplers(lesson: Lesson) -> dict:
 def gaussian_variance(method: str, sde: SDE, std: float, num_steps: int) -> float:
     """Variance of what a stochastic sampler draws of N(0, std^2), without the chance of samples.
 
-    The exact score is linear, so the sampler adds up its noises with fixed factors: one noise of 1 and the others 0
-    tell a factor, and the variance is the sum of their squares. All are drawn at once, one a row.
+    The exact score is linear, so the sampler adds up its noises with fixed factors: with one noise
+    of 1 and the others 0 it returns a factor, and the variance is the sum of their squares. One row per noise.
     """
     noises = iter(torch.eye(num_steps + 1, dtype=torch.float64)[:, :, None])
     data = GaussianMixture(torch.ones(1).double(), torch.zeros(1, 1).double(), std)

@@ -1,8 +1,8 @@
 """What an ablation study compares: a YAML file.
 
 config: configs/celeba32_cpu.yaml    what all variants share, a file of configs/
-flags: {max_train_steps: 500}        and flags of train_unet.py beside it
-minutes: 30                          instead of max_train_steps: each trains for the images of so long, see below
+flags: {max_train_steps: 500}        further flags of train_unet.py, for all variants
+minutes: 30                          instead of max_train_steps: the training time of each, see below
 evaluation: {num_images: 1024}       flags of eval.run; its metrics are swd, memorisation and heldout unless named
 seeds: [0, 1]                        of the trainings
 variants:                            the first is what the others are compared with
@@ -11,8 +11,8 @@ variants:                            the first is what the others are compared w
   no_skips: {network: no_skips}      a network of experiments.unet_variants
 
 With `minutes` all variants get equal time, not equal images: the speeds of their updates are measured side by side,
-and each trains for as many updates as it makes in that time on an otherwise idle machine. What else the machine does
-while they train is then of no consequence.
+and each trains for as many updates as it makes in that time on an otherwise idle machine. Other work on the machine
+during the trainings then makes no difference.
 """
 
 import math

@@ -80,7 +80,7 @@ TWO_MODES = GaussianMixture(torch.tensor([0.3, 0.7]).double(), torch.tensor([[-1
 
 
 def eight_modes() -> GaussianMixture:
-    """On a circle of radius 1; by turns one has three times the weight of the next."""
+    """On a circle of radius 1; every other one has three times the weight of its neighbours."""
     angles = torch.arange(8, dtype=torch.float64) * math.pi / 4
     weights = torch.tensor([3.0, 1.0] * 4, dtype=torch.float64) / 16
     return GaussianMixture(weights, torch.stack([angles.cos(), angles.sin()], 1), 0.07)

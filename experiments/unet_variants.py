@@ -35,7 +35,7 @@ class VariantUNet(CustomUNet2DModel):
         self.alter()
 
     def alter(self) -> None:
-        """Changes the modules; a variant that changes the forward pass alone has nothing to do here."""
+        """Changes the modules; a variant that only changes the forward pass does nothing here."""
 
     def rebuild_up_blocks(self, block_class: type[UpBlock]) -> None:
         """Builds the expanding path again, from blocks of another class with the same widths."""
