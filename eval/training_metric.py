@@ -33,8 +33,7 @@ class TrainingMetric:
         identity: what two values must have in common to compare.
 
     Raises:
-        InputError: if Inception's weights are not found.
-        InputError: if there are fewer training images than `config.metric_images`.
+        InputError: if Inception's weights are not found, or there are fewer than `config.metric_images`.
     """
 
     def __init__(self, config: TrainConfig, store: ImageStore, pipeline: CustomUNetPipeline, accelerator: Accelerator):
@@ -66,17 +65,17 @@ class TrainingMetric:
         }
 
     def measure(self, step: int, should_stop: Callable[[], bool], tell: Callable[[str], None]) -> float | None:
-        """The value, on every process; None if it was given up or failed on one of them, which is told in one line.
+        """The value, on every process; None, and one line that says why, if it was given up or failed on one of them.
 
         Args:
             should_stop: asked after each step of the sampler.
         """
-        # 1. Features of this process's share of the seeds; after each batch the processes agree whether to go on
+        # Each process draws its share of the seeds; after each batch the processes agree whether to go on
         shares = np.array_split(np.arange(self.identity["num_images"]), self.accelerator.num_processes)
-        share, rounds = shares[self.accelerator.process_index], range(0, len(shares[0]), self.batch_size)
+        share, starts = shares[self.accelerator.process_index], range(0, len(shares[0]), self.batch_size)
         features, failure = [], None
         hide = not self.accelerator.is_main_process
-        for start in tqdm(rounds, desc=f"images for {self.title}", unit="batch", leave=False, disable=hide):
+        for start in tqdm(starts, desc=f"images for {self.title}", unit="batch", leave=False, disable=hide):
             try:
                 seeds = share[start : start + self.batch_size]
                 features += [self.features(seeds, should_stop)] if len(seeds) else []
@@ -86,7 +85,6 @@ class TrainingMetric:
                 failure = failed(error)
             if on_any_process(self.accelerator, failure is not None):
                 break
-        # 2. The distance, once all have theirs
         outcomes = gather_object([(features, failure)])  # in the order of the processes, which is that of the seeds
         failure = next((failure for _, failure in outcomes if failure is not None), None)
         if failure is None:
@@ -132,7 +130,9 @@ class TrainingMetric:
         """
         best, note = self.best_in(folder), ""
         if best is None and (folder / "training.json").exists():
-            note = f"; {folder} was chosen by another measurement ({self._difference(folder)}) and is replaced"
+            facts = recorded(folder, "metric") or {}
+            changed = difference({name: facts.get(name) for name in self.identity}, self.identity)
+            note = f"; {folder} was chosen by another measurement ({changed}) and is replaced"
         if best is None or value < best["value"]:
             best = self.identity | {"value": value, "step": step}
             write(folder, best)
@@ -140,11 +140,8 @@ class TrainingMetric:
 
     def best_in(self, folder: Path) -> dict | None:
         """`identity`, `value` and `step` of the pipeline in the folder; None if there is none to compare with."""
-        return None if self._difference(folder) else recorded(folder, "metric")
-
-    def _difference(self, folder: Path) -> str:
         facts = recorded(folder, "metric") or {}
-        return difference({name: facts.get(name) for name in self.identity}, self.identity)
+        return facts if self.identity.items() <= facts.items() else None
 
 
 def failed(error: Exception) -> str:

@@ -41,13 +41,36 @@ SMALL += "--cost_samplers ddim:2 ddim:3:1 unipc:3 --num_cpu_threads 1".split()
 FAMILIES = {"swd", "colours", "features", "memorisation", "likelihood", "heldout", "cost", "time"}
 
 
-class Features(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.convolution = nn.Conv2d(3, 6, kernel_size=8, stride=8)
+FACTS = {  # what the card needs to know of a run
+    "step": 1,
+    "images_seen": 4,
+    "train_seconds": 1.0,
+    "pretrained": {"name": "before", "images_seen": 8, "train_seconds": 1.5},
+    "num_processes": 1,
+    "data": {"source": "real", "split": "train", "crop": "none", "resolution": 16, "num_images": 50},
+    "device": "cpu",
+    "precision": "fp32",
+    "versions": {"torch": "2"},
+    "date": "2026-11-23",
+}
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.convolution(images / 255).flatten(1)
+
+def write_real_images(folder: Path, **counts: int) -> Path:
+    """Smooth ones of 16x16 pixels, by split."""
+    for split, count in counts.items():
+        (folder / split).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng((count, i)).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)
+            image.save(folder / split / f"{i:03}.png")
+    return folder
+
+
+def export(folder: Path, scheduler, *, facts: dict | None = FACTS, **network) -> Path:
+    """A model repository of a tiny network."""
+    torch.manual_seed(0)
+    export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**NETWORK | network), scheduler), folder, facts=facts)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -55,32 +78,10 @@ def inputs(tmp_path_factory) -> tuple[Path, Path, Path]:
     """A model repository, a TorchScript network, and a folder of real images."""
     folder = tmp_path_factory.mktemp("inputs")
     torch.manual_seed(0)
-    pipe = CustomUNetPipeline(CustomUNet2DModel(**NETWORK), DDIMScheduler(prediction_type="v_prediction"))
-    export_pipeline(pipe, folder / "tiny", facts=facts())
-    torch.jit.script(Features().eval()).save(str(folder / "features.pt"))
-    for split, count in (("train", 50), ("validation", 8)):
-        (folder / "real" / split).mkdir(parents=True)
-        for i in range(count):
-            pixels = np.random.default_rng((count, i)).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            image = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)
-            image.save(folder / "real" / split / f"{i:03}.png")
-    return folder / "tiny", folder / "features.pt", folder / "real"
-
-
-def facts() -> dict:
-    """What the card needs to know of a run."""
-    return {
-        "step": 1,
-        "images_seen": 4,
-        "train_seconds": 1.0,
-        "pretrained": {"name": "before", "images_seen": 8, "train_seconds": 1.5},
-        "num_processes": 1,
-        "data": {"source": "real", "split": "train", "crop": "none", "resolution": 16, "num_images": 50},
-        "device": "cpu",
-        "precision": "fp32",
-        "versions": {"torch": "2"},
-        "date": "2026-11-23",
-    }
+    features = nn.Sequential(nn.Conv2d(3, 6, kernel_size=8, stride=8), nn.Flatten())
+    torch.jit.script(features.eval()).save(str(folder / "features.pt"))
+    model = export(folder / "tiny", DDIMScheduler(prediction_type="v_prediction"))
+    return model, folder / "features.pt", write_real_images(folder / "real", train=50, validation=8)
 
 
 @pytest.fixture(scope="module")
@@ -275,15 +276,15 @@ def test_published_networks_that_cannot_be_had_are_not_measured(inputs, tmp_path
     monkeypatch.setattr(
         "urllib.request._opener", None
     )  # made with the proxies of its first use, for the whole process
-    fixed = ["--pipeline", str(inputs[0]), "--reference", str(inputs[2]), "--num_images", "8", "--steps", "2"]
+    fixed = ["--pipeline", str(inputs[0]), "--reference", str(inputs[2]), *SMALL, "--allow_few"]
     out = tmp_path / "out"
-    assert main([*fixed, "--allow_few", "--out", str(out), "--metrics", "features"]) == 0
+    assert main([*fixed, "--out", str(out), "--metrics", "features"]) == 0
     features = [entry for entry in results(out) if entry["family"] == "features"]
     assert {"fid", "kid", "cmmd", "precision"} <= {entry["metric"] for entry in features}
     assert all(entry["value"] is None and entry["reason"] for entry in features)
     assert str(tmp_path) not in (out / "results.json").read_text()
     assert re.search(r"\| FID \(clean\); .*; CMMD \| not measured \|", (out / "results.md").read_text())
-    assert main([*fixed, "--allow_few", "--out", str(out), "--metrics", "features", "--features", "inception"]) == 2
+    assert main([*fixed, "--out", str(out), "--metrics", "features", "--features", "inception"]) == 2
     assert "could not be downloaded" in capfd.readouterr().err.splitlines()[-1]
 
 
@@ -312,16 +313,11 @@ def test_a_measurement_replaces_the_word_that_there_is_none_and_stays():
 def sde_model(tmp_path_factory):
     """Exports a tiny model of an objective."""
 
-    def export(objective: str, prediction_type: str, **network) -> Path:
-        folder = tmp_path_factory.mktemp("models") / objective
-        torch.manual_seed(0)
-        pipe = CustomUNetPipeline(
-            CustomUNet2DModel(**NETWORK | network), SDEScheduler(objective=objective, prediction_type=prediction_type)
-        )
-        export_pipeline(pipe, folder, facts=facts())
-        return folder
+    def export_model(objective: str, prediction_type: str, **network) -> Path:
+        scheduler = SDEScheduler(objective=objective, prediction_type=prediction_type)
+        return export(tmp_path_factory.mktemp("models") / objective, scheduler, **network)
 
-    return export
+    return export_model
 
 
 SDE_COST = "--cost_samplers edm_heun:2 ode --tolerance 0.01".split()
@@ -427,20 +423,16 @@ def test_without_a_class_a_network_is_asked_for_the_null_class():
     torch.manual_seed(0)
     network = CustomUNet2DModel(**NETWORK, num_class_embeds=3).eval()
     images, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([5, 500])
-    expected = network(images, timesteps, class_labels=torch.tensor([2, 2])).sample
-    other = network(images, timesteps, class_labels=torch.tensor([0, 0])).sample
+    null, other = (network(images, timesteps, class_labels=torch.tensor([label] * 2)).sample for label in (2, 0))
     found = WithoutClass(network).eval()(images, timesteps).sample
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, null)
     assert (found - other).abs().max() > 1e-3
 
 
 def test_a_network_of_whole_timesteps_has_no_ode(evaluate, inputs, tmp_path):
-    torch.manual_seed(0)
-    learned = NETWORK | {"time_embedding_type": "learned", "num_train_timesteps": 1000}
-    pipe = CustomUNetPipeline(CustomUNet2DModel(**learned), DDIMScheduler(prediction_type="v_prediction"))
-    export_pipeline(pipe, tmp_path / "learned", facts=facts())
-    out = tmp_path / "out"
-    assert evaluate(out, "--pipeline", str(tmp_path / "learned"), "--metrics", "likelihood", "heldout") == 0
+    learned, out = {"time_embedding_type": "learned", "num_train_timesteps": 1000}, tmp_path / "out"
+    model = export(tmp_path / "learned", DDIMScheduler(prediction_type="v_prediction"), **learned)
+    assert evaluate(out, "--pipeline", str(model), "--metrics", "likelihood", "heldout") == 0
     entries = [entry for entry in results(out) if entry["metric"] in ("bits_per_dim_ode", "sample_mse")]
     assert len(entries) == 4
     assert all(entry["value"] is None and "learned time embedding" in entry["reason"] for entry in entries)
