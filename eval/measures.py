@@ -275,10 +275,8 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
 
 def measure_heldout(evaluation: Evaluation) -> Iterable[dict]:
     """Against the noise level, and for a model with discrete timesteps against these too."""
-    sets = {
-        kind: (to_model_range(images), about)
-        for kind, (images, about) in evaluation.splits(evaluation.options.heldout_images).items()
-    }
+    splits = evaluation.splits(evaluation.options.heldout_images)
+    sets = {kind: (to_model_range(images), about) for kind, (images, about) in splits.items()}
     if not evaluation.pipeline.is_continuous:
         yield from _errors_by_timestep(evaluation, sets)
     yield from _errors_by_noise_level(evaluation, sets)
@@ -289,10 +287,8 @@ def _errors_by_timestep(evaluation: Evaluation, sets: dict) -> Iterable[dict]:
     for kind, (images, about) in sets.items():
         errors = noise_errors(evaluation.network, evaluation.pipeline.scheduler, images, timesteps)
         curves[kind] = _mean_and_standard_error(errors)
-        more = about | {"timesteps": timesteps, "curve": errors.mean(axis=1).tolist()}
-        yield result(
-            "heldout", f"Error of the noise, mean over timesteps, {kind}", "epsilon_mse", errors.mean(), **more
-        )
+        name, more = f"Error of the noise, mean over timesteps, {kind}", about | {"timesteps": timesteps}
+        yield result("heldout", name, "epsilon_mse", errors.mean(), curve=errors.mean(axis=1).tolist(), **more)
     labels = {"xlabel": "timestep", "ylabel": "mean squared error of the noise", "yscale": "log"}
     plot_curves(timesteps, curves, labels, evaluation.out / "heldout_loss.png")
 

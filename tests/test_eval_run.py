@@ -207,14 +207,10 @@ def test_two_processes_measure_what_one_does(measured, inputs, tmp_path):
     ("flags", "message"),
     [
         (["--bound_evaluations", "1"], "--bound_evaluations is 1"),
-        (["--heldout_images", "1"], "--heldout_images is 1"),
-        (["--metrics", "beauty"], "invalid choice: 'beauty'"),
-        (["--num_images", "0"], "--num_images is 0"),
         (["--k", "24"], "--k is 24; it must be below --num_images 24"),
         (["--crop", "celeba_999"], "unknown crop 'celeba_999'"),
         (["--split", "test"], "no split 'test'; it has train, validation"),
         (["--features", "nothing"], "nothing"),
-        (["--steps", "0"], "--steps is 0"),
         (["--sampler", "ode", "--tolerance", "0"], "tolerance is 0"),
         (["--sampler", "ode", "--churn", "1"], "--churn is 1, but ode and ddim and unipc take no churn"),
         (["--sampler", "edm_heun", "--churn", "nan"], "--churn is nan"),
@@ -223,7 +219,6 @@ def test_two_processes_measure_what_one_does(measured, inputs, tmp_path):
         (["--cost_samplers", "ddim:x"], "'ddim:x' is not NAME, NAME:STEPS or NAME:STEPS:ETA"),
         (["--cost_samplers", "ddim:2000"], "num_inference_steps is 2000"),
         (["--class_label", "1"], "no class embeddings"),
-        (["--sampler", "unipc", "--eta", "1"], "eta is 1.0"),
         (["--heldout_split", "", "--metrics", "memorisation"], "give --heldout_split"),
         (["--cost_images", "30", "--metrics", "cost"], "needs 60 real images; there are 50"),
         (["--cost_images", "1", "--metrics", "cost"], "--cost_images is 1; a distance between"),
@@ -241,25 +236,15 @@ def test_bad_input_is_one_line(evaluate, measured, flags, message, capfd, monkey
     assert (measured / "results.json").read_text() == before
 
 
-@pytest.mark.parametrize(
-    ("text", "setting"),
-    [
-        ("ddpm", ("ddpm", 50, 0)),
-        ("ddim:10", ("ddim", 10, 0)),
-        ("ddim:10:1", ("ddim", 10, 1)),
-        ("ode", ("ode", None, 0)),
-    ],
-)
-def test_a_sampler_is_read_from_its_text(text, setting):
-    assert parse_sampler(text) == setting
-
-
-@pytest.mark.parametrize(
-    "text", ["", "ddim:x", "ddim:0", "ddim:-1", "euler2:5", "ddim:5:nan", "ddim:5:2", "ddim:5:1:1", "ode:20"]
-)
-def test_what_is_no_sampler_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is not NAME, NAME:STEPS or NAME:STEPS:ETA"):
-        parse_sampler(text)
+def test_a_sampler_is_read_from_its_text():
+    assert [parse_sampler(text) for text in ("ddpm", "ddim:10:1", "ode")] == [
+        ("ddpm", 50, 0),
+        ("ddim", 10, 1),
+        ("ode", None, 0),
+    ]
+    for text in ("", "ddim:x", "ddim:0", "ddim:-1", "euler2:5", "ddim:5:nan", "ddim:5:2", "ddim:5:1:1", "ode:20"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not NAME, NAME:STEPS or NAME:STEPS:ETA"):
+            parse_sampler(text)
 
 
 def test_too_few_images_are_refused(evaluate, tmp_path, capfd):
@@ -273,9 +258,7 @@ def test_published_networks_that_cannot_be_had_are_not_measured(inputs, tmp_path
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("eval.inception._packaged_file", lambda: None)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: refuses connections
-    monkeypatch.setattr(
-        "urllib.request._opener", None
-    )  # made with the proxies of its first use, for the whole process
+    monkeypatch.setattr("urllib.request._opener", None)  # made once per process, with the proxies of its first use
     fixed = ["--pipeline", str(inputs[0]), "--reference", str(inputs[2]), *SMALL, "--allow_few"]
     out = tmp_path / "out"
     assert main([*fixed, "--out", str(out), "--metrics", "features"]) == 0
@@ -429,11 +412,26 @@ def test_without_a_class_a_network_is_asked_for_the_null_class():
     assert (found - other).abs().max() > 1e-3
 
 
-def test_a_network_of_whole_timesteps_has_no_ode(evaluate, inputs, tmp_path):
-    learned, out = {"time_embedding_type": "learned", "num_train_timesteps": 1000}, tmp_path / "out"
-    model = export(tmp_path / "learned", DDIMScheduler(prediction_type="v_prediction"), **learned)
+LEARNED = {"time_embedding_type": "learned", "num_train_timesteps": 1000}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "network", "metrics", "reason"),
+    [
+        (DDIMScheduler(), LEARNED, {"bits_per_dim_ode", "sample_mse"}, "learned time embedding"),
+        (
+            SDEScheduler(objective="edm", prediction_type="edm", sigma_max=10),
+            {},
+            {"sample_mse"},
+            "noise levels from 0.002 to 10,",
+        ),
+    ],
+)
+def test_what_a_network_does_not_know_is_not_measured(evaluate, tmp_path, scheduler, network, metrics, reason):
+    """A network of whole timesteps has no ODE, and one of few noise levels cannot be compared at the usual ones."""
+    model, out = export(tmp_path / "model", scheduler, **network), tmp_path / "out"
     assert evaluate(out, "--pipeline", str(model), "--metrics", "likelihood", "heldout") == 0
-    entries = [entry for entry in results(out) if entry["metric"] in ("bits_per_dim_ode", "sample_mse")]
-    assert len(entries) == 4
-    assert all(entry["value"] is None and "learned time embedding" in entry["reason"] for entry in entries)
-    assert any(entry["metric"] == "epsilon_mse" for entry in results(out))
+    missing = [entry for entry in results(out) if entry["value"] is None and "bound" not in entry["metric"]]
+    assert len(missing) == 2 * len(metrics)
+    assert {entry["metric"] for entry in missing} == metrics
+    assert all(reason in entry["reason"] for entry in missing)
