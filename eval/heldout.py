@@ -6,7 +6,7 @@ level, and the image's place, so that all models get the same noise, whatever th
 the noise schedule are, and images appended at the end change no noise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ def midpoint_timesteps(scheduler) -> list[int]:
     return [int((k + 0.5) * scheduler.config.num_train_timesteps / NUM_TIMESTEPS) for k in range(NUM_TIMESTEPS)]
 
 
-@torch.no_grad()
 def noise_errors(
     unet, scheduler, clean_images: Tensor, timesteps: Sequence[int], *, seed: int = 0, batch_size: int = 64
 ) -> np.ndarray:
@@ -48,32 +47,21 @@ def noise_errors(
     Raises:
         InputError: for an output that is not finite.
     """
-    device, dtype = next(unet.parameters()).device, next(unet.parameters()).dtype
-    errors = np.empty((len(timesteps), len(clean_images)))
-    for row, timestep in zip(errors, timesteps, strict=True):
-        all_noise = _draw_noise(clean_images, seed, timestep)
-        for batch in torch.arange(len(clean_images)).split(batch_size):
-            images, noise = clean_images[batch].to(device), all_noise[batch].to(device)
-            t = torch.full((len(batch),), timestep, device=device)
-            signal, noise_scale = signal_and_noise_scale(scheduler, t)
-            noisy_images = signal * images + noise_scale * noise
-            model_output = unet(noisy_images.to(dtype), t).sample.float()
-            kind = scheduler.config.prediction_type
-            _, predicted = clean_images_and_noise(kind, model_output, noisy_images, signal, noise_scale)
-            row[batch.numpy()] = per_image_mse(predicted, noise).cpu().double()
-        _check_finite(row, f"timestep {timestep}")
-    return errors
+    parameter, kind = next(unet.parameters()), scheduler.config.prediction_type
+
+    def error_of(images: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        t = torch.full((len(images),), timestep, device=parameter.device)
+        signal, noise_scale = signal_and_noise_scale(scheduler, t)
+        noisy_images = signal * images + noise_scale * noise
+        model_output = unet(noisy_images.to(parameter.dtype), t).sample.float()
+        _, predicted = clean_images_and_noise(kind, model_output, noisy_images, signal, noise_scale)
+        return per_image_mse(predicted, noise)
+
+    return _errors(error_of, clean_images, timesteps, seed, batch_size, parameter.device)
 
 
-@torch.no_grad()
 def clean_image_errors(
-    unet,
-    scheduler,
-    clean_images: Tensor,
-    *,
-    sigmas: Sequence[float] = SIGMAS,
-    seed: int = 0,
-    batch_size: int = 64,
+    unet, scheduler, clean_images: Tensor, *, sigmas: Sequence[float] = SIGMAS, seed: int = 0, batch_size: int = 64
 ) -> np.ndarray:
     """The mean squared error of the network's x_0, of each image at each noise level.
 
@@ -92,25 +80,37 @@ def clean_image_errors(
     Raises:
         InputError: for an output that is not finite.
     """
-    sde, clean = denoiser(unet, scheduler)
-    device = next(unet.parameters()).device
-    errors = np.empty((len(sigmas), len(clean_images)))
-    for row, sigma in zip(errors, sigmas, strict=True):
+    sde, denoise = denoiser(unet, scheduler)
+
+    def error_of(images: Tensor, noise: Tensor, sigma: float) -> Tensor:
         t = time_of(sde, sigma)
-        noise = _draw_noise(clean_images, seed, round(sigma / SIGMA_UNIT))
-        noisy_images = sde.signal_scale(t) * (clean_images.double() + sigma * noise)
+        noisy_images = sde.signal_scale(t) * (images.double() + sigma * noise)
+        return (denoise(noisy_images, t).double() - images).square().mean(dim=(1, 2, 3))
+
+    return _errors(error_of, clean_images, sigmas, seed, batch_size, next(unet.parameters()).device)
+
+
+@torch.no_grad()
+def _errors(
+    error_of: Callable[[Tensor, Tensor, float], Tensor],
+    clean_images: Tensor,
+    levels: Sequence[int] | Sequence[float],
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+) -> np.ndarray:
+    """The errors of each image at each timestep or noise level.
+
+    Args:
+        error_of: the errors (B,) of B images with B noises at one level.
+    """
+    errors = np.empty((len(levels), len(clean_images)))
+    for row, level in zip(errors, levels, strict=True):
+        rng = np.random.default_rng((seed, level if isinstance(level, int) else round(level / SIGMA_UNIT)))
+        noise = torch.from_numpy(rng.standard_normal(clean_images.shape, dtype=np.float32))
         for batch in torch.arange(len(clean_images)).split(batch_size):
-            predicted = clean(noisy_images[batch].to(device), t).cpu().double()
-            row[batch.numpy()] = (predicted - clean_images[batch]).square().mean(dim=(1, 2, 3))
-        _check_finite(row, f"sigma {sigma:.4g}")
+            row[batch.numpy()] = error_of(clean_images[batch].to(device), noise[batch].to(device), level).cpu()
+        if not np.isfinite(row).all():
+            where = f"timestep {level}" if isinstance(level, int) else f"sigma {level:.4g}"
+            raise InputError(f"the network's output is not finite at {where}; look at its weights")
     return errors
-
-
-def _draw_noise(images: Tensor, seed: int, level: int) -> Tensor:
-    """Standard normal, float32, in the shape of the images."""
-    return torch.from_numpy(np.random.default_rng((seed, level)).standard_normal(images.shape, dtype=np.float32))
-
-
-def _check_finite(errors: np.ndarray, where: str) -> None:
-    if not np.isfinite(errors).all():
-        raise InputError(f"the network's output is not finite at {where}; look at its weights")

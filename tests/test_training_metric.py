@@ -89,45 +89,46 @@ def stand_in(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "sampler", "steps"),
     [
-        {"metric": "fid"},
-        {"metric": "kid", "objective": "edm", "label_column": "eye_colour"},
-        {"metric": "fid", "ddpm_num_steps": 15, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        ({"metric": "fid"}, "unipc", 20),
+        ({"metric": "kid", "objective": "edm", "label_column": "eye_colour"}, "edm_heun", 18),  # with classes
+        (
+            {"metric": "fid", "ddpm_num_steps": 15, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+            "unipc",
+            15,
+        ),
     ],
-    ids=["fid", "kid of classes in continuous time", "few timesteps and zero terminal SNR"],
 )
-def test_the_value_is_that_of_the_images_of_the_seeds(changes, make_trainer, stand_in, capfd):  # noqa: F811
-    trainer = make_trainer(metric_images=20, **changes)
+def test_the_value_is_that_of_the_images_of_the_seeds(changes, sampler, steps, make_trainer, stand_in, capfd):  # noqa: F811
+    trainer, metric = make_trainer(metric_images=20, **changes), changes["metric"]
     for _ in range(3):
         trainer.training_step()
     trainer.first_step = 3
     exported = trainer.pipeline.scheduler
     trainer.measure()
+    assert trainer.pipeline.scheduler is exported
     pipeline = CustomUNetPipeline(trainer.ema_network, trainer.pipeline.scheduler)
-    is_edm = "objective" in changes
-    pipeline.set_sampler("edm_heun" if is_edm else "unipc")
-    labels = {"class_labels": [seed % len(trainer.data.label_names) for seed in range(20)]} if is_edm else {}
-    steps = 18 if is_edm else changes.get("ddpm_num_steps", 20)
+    pipeline.set_sampler(sampler)
+    classes = trainer.data.label_names
+    labels = {"class_labels": [seed % len(classes) for seed in range(20)]} if "label_column" in changes else {}
     images = pipeline(seeds=range(20), num_inference_steps=steps, **labels).images
     generated = torch.from_numpy(np.stack([np.asarray(image).transpose(2, 0, 1) for image in images]))
-    chosen = images_of_store(trainer.data.store, 20)
-    real, generated = (StandIn()(images).numpy() for images in (torch.from_numpy(chosen.read(range(20))), generated))
-    value = frechet_distance(real, generated)
-    if changes["metric"] == "kid":
-        value = kernel_distance(real, generated, seed=0).mean
-    assert records(trainer.output_dir, changes["metric"]) == {3: pytest.approx(value, rel=1e-4)}
-    assert trainer.pipeline.scheduler is exported
-    title, value = changes["metric"].upper(), records(trainer.output_dir, changes["metric"])[3]
+    chosen = torch.from_numpy(images_of_store(trainer.data.store, 20).read(range(20)))
+    real, generated = (StandIn()(images).numpy() for images in (chosen, generated))
+    distances = {"fid": frechet_distance(real, generated), "kid": kernel_distance(real, generated, seed=0).mean}
+    value = records(trainer.output_dir, metric)[3]
+    assert value == pytest.approx(distances[metric], rel=1e-4)
+    title = metric.upper()
     assert f"step 3: {title} {value:.4g} (best {value:.4g} at step 3)" in "".join(capfd.readouterr())
     assert json.loads((trainer.best_dir / "training.json").read_text())["metric"] == {
-        "name": changes["metric"],
+        "name": metric,
         "value": value,
         "num_images": 20,
         "step": 3,
         "data": trainer.data.store.fingerprint,
         "features": StandIn.name,
-        "sampler": "edm_heun" if is_edm else "unipc",
+        "sampler": sampler,
         "steps": steps,
     }
     assert f"the lowest {title} measured during training" in (trainer.best_dir / "README.md").read_text()
