@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from common import Failed, InputError, Parser, one_line, run_command
 from custom_unet import CustomUNet2DModel
@@ -38,8 +39,7 @@ from training.precision import DTYPES, under_autocast
 
 NETWORKS = {"ours": CustomUNet2DModel, "diffusers": UNet2DModel}
 TASKS, MODES, LAYOUTS = ("training", "sampling"), ("eager", "compiled"), ("channels_last", "contiguous")
-WARM_UP_CALLS, WINDOWS, WINDOW_SECONDS = 3, 5, 1.0  # the first call compiles; a rate is the median over the windows
-SAMPLING_STEPS = 10
+WARM_UP_CALLS, MEASURED_SECONDS, SAMPLING_STEPS = 3, 5.0, 10  # the first call compiles
 COLUMNS = {name: name for name in "task network mode layout precision".split()}
 
 
@@ -108,7 +108,7 @@ def sampling_call(config: TrainConfig, network_class: type[nn.Module], device: t
 
 
 def measure(row: dict[str, str], config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Images/s, the median over windows of a second or of one call, if that takes longer; and peak memory on a GPU."""
+    """Images/s, the median over calls after a warm-up, and on a GPU the peak memory."""
     how = {"mixed_precision": row["precision"], "compile": row["mode"] == "compiled"}
     how |= {"channels_last": row["layout"] == "channels_last", "gradient_accumulation_steps": 1}
     config = replace(config, **how)
@@ -118,20 +118,12 @@ def measure(row: dict[str, str], config: TrainConfig, device: torch.device) -> d
         torch.cuda.reset_peak_memory_stats()
     prepare = training_update if row["task"] == "training" else sampling_call
     call = prepare(config, NETWORKS[row["network"]], device)
-    synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     for _ in range(WARM_UP_CALLS):
         call()
-    rates = []
-    for _ in range(WINDOWS):
-        synchronize()
-        calls, started_at_seconds = 0, time.perf_counter()
-        while calls == 0 or time.perf_counter() - started_at_seconds < WINDOW_SECONDS:
-            call()
-            calls += 1
-        synchronize()
-        rates.append(config.train_batch_size * calls / (time.perf_counter() - started_at_seconds))
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    rate = config.train_batch_size / timer.blocked_autorange(min_run_time=MEASURED_SECONDS).median
     memory = {"peak GiB": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
-    return {"images/s": statistics.median(rates), **memory}
+    return {"images/s": rate, **memory}
 
 
 def run(arguments: list[str]) -> None:

@@ -19,7 +19,6 @@ import json
 import math
 import shutil
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,16 +237,15 @@ def run(options: Namespace) -> None:
     torch.manual_seed(options.seed)
     classifier = NoisyImageClassifier(names, options.label_column, options.resolution)
     classifier.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    started_at_seconds = time.perf_counter()
     train_classifier(classifier, store, options.max_train_steps, options.seed)
     training = {"data": {key: store.description[key] for key in ("source", "split", "num_images", "fingerprint")}}
     training |= {"label_column": options.label_column, "label_names": names, "seed": options.seed}
     training |= {"max_train_steps": options.max_train_steps, "train_batch_size": BATCH_SIZE}
-    training |= {"learning_rate": LEARNING_RATE, "seconds": round(time.perf_counter() - started_at_seconds, 1)}
+    training |= {"learning_rate": LEARNING_RATE}
     measured = measure(classifier, validation)
     write_classifier(classifier, {"training": training, "validation": measured}, options.out)
     print(table(measured["by_noise"], {"sigma": "sigma", "accuracy": "accuracy", "cross_entropy": "cross-entropy"}))
-    print(f"{options.out}: trained in {training['seconds']:.0f} s")
+    print(f"wrote {options.out}")
 
 
 def write_classifier(classifier: NoisyImageClassifier, record: dict, out: Path) -> None:

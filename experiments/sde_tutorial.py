@@ -8,6 +8,7 @@ are those of the image models; only data and network are small, so that each cla
 """
 
 import itertools
+import json
 import math
 import sys
 import time
@@ -450,13 +451,9 @@ def likelihood(lesson: Lesson) -> dict:
 STEPS = (forward, learning, samplers, orders, corrector, encoding, likelihood)
 
 
-def rounded(value):
-    """To 4 significant digits, in dictionaries and lists too: the last ones differ from machine to machine."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def rounded(numbers: dict) -> dict:
+    """To 4 significant digits: the last ones differ from machine to machine."""
+    return json.loads(json.dumps(numbers), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
 def run(arguments: list[str]) -> None:

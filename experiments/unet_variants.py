@@ -27,18 +27,20 @@ from train_unet import main as train
 
 
 class VariantUNet(CustomUNet2DModel):
-    """A network that `alter` changes once it is built; its configuration is that of the unchanged one."""
+    """A network of which parts are replaced once it is built; its configuration is that of the unchanged one."""
+
+    up_block_class: type[UpBlock] | None = None  # of the expanding path, in place of UpBlock
+    removed: tuple[type[nn.Module], ...] = ()  # kinds of layers
 
     @functools.wraps(CustomUNet2DModel.__init__)  # diffusers reads the options from the signature
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.alter()
+        if self.up_block_class is not None:
+            self.rebuild_up_blocks()
+        remove_layers(self, *self.removed)
 
-    def alter(self) -> None:
-        """Changes the modules; a variant that only changes the forward pass does nothing here."""
-
-    def rebuild_up_blocks(self, block_class: type[UpBlock]) -> None:
-        """Builds the expanding path again, from blocks of another class with the same widths."""
+    def rebuild_up_blocks(self) -> None:
+        """Builds the expanding path again, from blocks of the other class with the same widths."""
         channels, blocks = self.config.block_out_channels[-1], nn.ModuleList()
         for block, block_type in zip(self.up_blocks, self.config.up_block_types, strict=True):
             if block_type not in ("UpBlock2D", "AttnUpBlock2D"):
@@ -47,7 +49,8 @@ class VariantUNet(CustomUNet2DModel):
             inputs = [channels] + [width] * self.config.layers_per_block
             skips = [resnet.conv1.in_channels - c for resnet, c in zip(block.resnets, inputs, strict=True)]
             kind = None if attention else "conv"
-            blocks.append(block_class(channels, skips, width, self.config, bool(block.upsamplers), attention, kind))
+            options = self.config, bool(block.upsamplers), attention, kind
+            blocks.append(self.up_block_class(channels, skips, width, *options))
             channels = width
         self.up_blocks = blocks
 
@@ -83,25 +86,22 @@ class AddingUpBlock(UpBlockWithoutSkips):
 
 
 class WithoutSkips(VariantUNet):
-    def alter(self) -> None:
-        self.rebuild_up_blocks(UpBlockWithoutSkips)
+    up_block_class = UpBlockWithoutSkips
 
 
 class WithAddedSkips(VariantUNet):
-    def alter(self) -> None:
-        self.rebuild_up_blocks(AddingUpBlock)
+    up_block_class = AddingUpBlock
 
 
-class WithoutTime(VariantUNet):
+class WithoutGroupNorm(VariantUNet):
+    removed = (nn.GroupNorm,)
+
+
+class WithoutTime(CustomUNet2DModel):
     """Every noise level is embedded as timestep 0, so that the number of parameters stays."""
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
         return super().forward(sample, torch.zeros_like(torch.as_tensor(timestep)), class_labels, return_dict)
-
-
-class WithoutGroupNorm(VariantUNet):
-    def alter(self) -> None:
-        remove_layers(self, nn.GroupNorm)
 
 
 def remove_layers(network: nn.Module, *kinds: type[nn.Module]) -> None:

@@ -24,30 +24,8 @@ def network() -> CustomUNet2DModel:
         ).eval()
 
 
-def test_the_layers_come_in_the_order_of_the_forward_pass(network):
-    found = [(layer.name, layer.kind, layer.level, layer.channels, layer.side) for layer in layers_of(network, 16)]
-    assert found == [
-        ("conv_in", "conv", 0, 8, 16),
-        ("down_blocks.0.resnets.0", "resnet", 0, 8, 16),
-        ("down_blocks.0.downsamplers.0", "down", 1, 8, 8),
-        ("down_blocks.1.resnets.0", "attention", 1, 16, 8),
-        ("down_blocks.1.downsamplers.0", "down", 2, 16, 4),
-        ("down_blocks.2.resnets.0", "resnet", 2, 24, 4),
-        ("mid_block.resnets.0", "attention", 2, 24, 4),
-        ("mid_block.resnets.1", "resnet", 2, 24, 4),
-        ("up_blocks.0.resnets.0", "resnet", 2, 24, 4),
-        ("up_blocks.0.resnets.1", "resnet", 2, 24, 4),
-        ("up_blocks.0.upsamplers.0", "up", 1, 24, 8),
-        ("up_blocks.1.resnets.0", "attention", 1, 16, 8),
-        ("up_blocks.1.resnets.1", "attention", 1, 16, 8),
-        ("up_blocks.1.upsamplers.0", "up", 0, 16, 16),
-        ("up_blocks.2.resnets.0", "resnet", 0, 8, 16),
-        ("up_blocks.2.resnets.1", "resnet", 0, 8, 16),
-        ("conv_out", "conv", 0, 3, 16),
-    ]
-
-
-def test_skip_connections_bring_the_channels_that_are_missing(network):
+def test_layers_come_in_the_order_of_the_forward_pass_with_their_skip_connections(network):
+    """Each residual block takes the channels of the layer before it and of its skip connection."""
     layers = layers_of(network, 16)
     for before, layer in itertools.pairwise(layers):
         if ".resnets." in layer.name:
@@ -57,6 +35,11 @@ def test_skip_connections_bring_the_channels_that_are_missing(network):
                 assert layers[layer.skip_from].side == layer.side
     taken = sorted(layer.skip_from for layer in layers if layer.skip_from is not None)
     assert taken == [place for place, layer in enumerate(layers) if layer.name.startswith(("conv_in", "down_blocks"))]
+    kinds = "conv resnet down attention down resnet attention resnet resnet resnet up attention attention up"
+    kinds += " resnet resnet conv"
+    assert [layer.kind for layer in layers] == kinds.split()
+    levels = [0, 0, 1, 1, 2, 2, 2, 2, 2, 2, 1, 1, 1, 0, 0, 0, 0]
+    assert [(layer.level, layer.side) for layer in layers] == [(level, 16 // 2**level) for level in levels]
 
 
 def test_signal_to_noise_is_that_of_the_closed_forms():
