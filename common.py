@@ -36,7 +36,6 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> int:
     Returns:
         the exit code: 0 done, 1 failed (`Failed`, a full disk, out of memory), 2 bad input, 130 stopped by Ctrl-C.
     """
-    rank = int(os.environ.get("RANK", 0))
     log_to_terminal()
     try:
         action()
@@ -46,10 +45,18 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> int:
     except (RuntimeError, InputError, OSError, MemoryError) as error:
         if not isinstance(error, (InputError, Failed, OSError)) and not is_out_of_memory(error):
             raise
-        # in one write: print makes two where Python is told not to buffer, and the lines of several processes mix
-        sys.stderr.write(f"{f'[rank {rank}] ' if rank else ''}error: {one_line(error)}\n")
+        report_error(error)
         return 2 if isinstance(error, InputError) else 1
     return 0
+
+
+def report_error(error: object) -> None:
+    """Writes one line on stderr that says what ends the process, and which process of several."""
+    rank = os.environ.get("RANK", "0")
+    line = f"{'' if rank == '0' else f'[rank {rank}] '}error: {one_line(error)}\n"
+    # Not print: after a progress bar the line would stand behind it. And with its end in one write, where Python is
+    # told not to buffer: the lines of several processes would mix.
+    tqdm.write(line, file=sys.stderr, end="")
 
 
 class _Terminal(logging.Handler):

@@ -8,11 +8,13 @@ after a checkpoint if the training had begun. `accelerate launch` makes 1 of eac
 """
 
 import copy
+import logging
 import math
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -30,26 +32,27 @@ from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
 from pipelines.hub import check_account, open_repository, push_to_hub
 from pipelines.pretrained import open_pretrained, take_weights
-from training import checkpoint
 from training.arguments import parse_config
+from training.checkpoint import find_checkpoint
 from training.config import TrainConfig
 from training.diffusion import check_noise_levels, diffusion_loss, make_sampling_scheduler
-from training.log import Interval, duration, recorded, speed_report
+from training.log import Interval, recorded
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.post_hoc_ema import start_averages, update_averages
 from training.precision import settle_precision
 from training.processes import StoppedEarly, StopSignal, build_accelerator, on_any_process
-from training.reports import Reports
-from training.resumable import Progress, Resumable
+from training.reports import facts, preflight_summary, record, record_interval, report_heldout_loss, save_samples
+from training.resumable import Progress, save_checkpoint, save_snapshot, start_or_resume
 from training.samples import list_grids
 from training.training_data import TrainingData
 
-SPEED_REPORT_STEPS = 20  # updates after which speed and time left are told in a line of their own
+logger = logging.getLogger("training")
+
 RANGE_IMAGES = 1000  # of the data, by which the noise levels are judged
 MEMORY_SAVERS = "set --gradient_checkpointing true or --mixed_precision bf16"
 
 
-class Trainer(Resumable, Reports):
+class Trainer:
     """One run: its networks, data, optimizer and output folder, and the loop over them.
 
     Args:
@@ -80,8 +83,8 @@ class Trainer(Resumable, Reports):
         pretrained, self.pretrained_facts = None, None
         if config.pretrained_model_name_or_path is not None:
             prediction_type = self.noise_scheduler.config["prediction_type"]
-            pretrained, facts = open_pretrained(config.pretrained_model_name_or_path, prediction_type, accelerator)
-            self.pretrained_facts = {"name": config.pretrained_name, **facts}
+            pretrained, history = open_pretrained(config.pretrained_model_name_or_path, prediction_type, accelerator)
+            self.pretrained_facts = {"name": config.pretrained_name, **history}
         self.data = TrainingData(config, accelerator)
         if config.objective in ("ve", "edm"):
             check_noise_levels(self.noise_scheduler, self.data.first_images(RANGE_IMAGES))
@@ -126,39 +129,18 @@ class Trainer(Resumable, Reports):
     def unet_kwargs(self) -> dict:
         return self.config.unet_kwargs(None if self.data.label_names is None else len(self.data.label_names))
 
-    # ---- The model
+    def open_batches(self) -> None:
+        """From the current position in the data."""
+        self.data.open_batches(self.progress.attempts * self.config.gradient_accumulation_steps)
+        self.unet.train()
 
-    def export(self) -> None:
-        """Writes the pipeline folder of the EMA network, with what is known of the run.
+    @property
+    def images_seen(self) -> int:
+        return self.progress.attempts * self.images_per_update
 
-        Raises:
-            Failed: if it cannot be written; an older one is untouched.
-        """
-        on_main_process(self.accelerator, partial(self.write_pipeline, self.pipeline_dir))
-
-    def write_pipeline(self, folder: Path, metric: dict | None = None) -> None:
-        """Main process: the same for any folder.
-
-        Args:
-            metric: what the weights were chosen by, see `eval/training_metric.py`; None if they are the newest.
-        """
-        step = self.progress.step
-        grids = {number: path for number, path in list_grids(self.output_dir / "samples").items() if number <= step}
-        newest = max(grids, default=None)
-        facts = self.facts() | {"samples_step": newest} | ({} if metric is None else {"metric": metric})
-        try:
-            export_pipeline(
-                self.pipeline,
-                folder,
-                facts=facts,
-                training_config=self.config.to_public_yaml(),
-                sample_grid=grids.get(newest),
-            )
-        except (OSError, SafetensorError) as error:
-            raise Failed(
-                f"could not write {folder}: {error}; check the disk and run the same command again, which resumes"
-                " from the newest checkpoint"
-            ) from error
+    @property
+    def skipped_steps(self) -> int:
+        return self.progress.attempts - self.progress.step
 
     # ---- Training
 
@@ -211,12 +193,12 @@ class Trainer(Resumable, Reports):
     def agree(self, is_finite: torch.Tensor) -> tuple[bool, bool]:
         """Whether the gradient is finite on all processes, and whether one of them is to stop."""
         if self.accelerator.num_processes == 1:
-            return bool(is_finite), False  # its own wish to stop it sees by itself
-        wish = torch.tensor(self.wants_to_stop(), device=is_finite.device)
-        num_broken, num_stopping = self.accelerator.reduce(torch.stack([~is_finite, wish]).float()).tolist()
+            return bool(is_finite), False  # `train` looks whether it is to stop
+        stopping = torch.tensor(self.is_to_stop(), device=is_finite.device)
+        num_broken, num_stopping = self.accelerator.reduce(torch.stack([~is_finite, stopping]).float()).tolist()
         return num_broken == 0, num_stopping > 0
 
-    def wants_to_stop(self) -> bool:
+    def is_to_stop(self) -> bool:
         """Whether a signal came or the deadline passed, on this process."""
         return self.stop.number is not None or time.monotonic() >= self.deadline_seconds
 
@@ -229,7 +211,7 @@ class Trainer(Resumable, Reports):
         progress = self.progress
         self.open_batches()
         if progress.step == 0:
-            self.report_heldout_loss()
+            report_heldout_loss(self)
         self.stop.is_noted_only = True
         if progress.step and self.is_due(self.config.metric_steps):
             self.measure()  # which a kill or a signal may have cut short
@@ -243,13 +225,14 @@ class Trainer(Resumable, Reports):
         )
         self.first_step, skipped_in_a_row = progress.step, 0
         interval = Interval(set_up_seconds=time.time() - psutil.Process().create_time())
-        self.is_stopping = on_any_process(self.accelerator, self.wants_to_stop())
+        self.is_stopping = on_any_process(self.accelerator, self.is_to_stop())
         while (self.total_steps is None or progress.step < self.total_steps) and not self.is_stopping:
             started_at_seconds = time.perf_counter()
             loss, grad_norm, applied = self.training_step()
             seconds = time.perf_counter() - started_at_seconds
             progress.train_seconds += seconds
-            interval.add_time(seconds)
+            interval.attempts += 1
+            interval.seconds += seconds
             if applied:
                 skipped_in_a_row = 0
                 interval.add_update(loss, grad_norm)
@@ -259,7 +242,7 @@ class Trainer(Resumable, Reports):
                 skipped_in_a_row += 1
                 self.report_skipped(grad_norm, skipped_in_a_row)
             if self.accelerator.num_processes == 1:
-                self.is_stopping = self.wants_to_stop()
+                self.is_stopping = self.is_to_stop()
         bar.close()
         self.finish()
 
@@ -270,22 +253,17 @@ class Trainer(Resumable, Reports):
     def after_update(self, interval: Interval, bar: tqdm) -> Interval:
         """Records, samples, checkpoint and metric, each when its turn has come; returns the interval to go on with."""
         config, step = self.config, self.progress.step
-        if step == self.first_step + SPEED_REPORT_STEPS:
-            speed = interval.attempts * self.images_per_update / interval.seconds
-            steps_left = math.inf if self.total_steps is None else self.total_steps - step
-            seconds_left = self.deadline_seconds - time.monotonic()
-            self.tell(speed_report(speed, steps_left * self.images_per_update, seconds_left))
         if step % config.logging_steps == 0 or step == self.total_steps:
-            self.record_interval(interval, bar)
+            record_interval(self, interval, bar)
             interval = Interval()
         if step % config.validation_steps == 0:
-            self.report_heldout_loss()
+            report_heldout_loss(self)
         if step % config.save_images_steps == 0:
-            self.save_samples()
+            save_samples(self)
         if config.post_hoc_ema and step % config.post_hoc_ema_steps == 0:
-            self.save_snapshot()  # before the checkpoint: a run that resumes from it lacks no snapshot
+            save_snapshot(self)  # before the checkpoint: a run that resumes from it lacks no snapshot
         if step % config.checkpointing_steps == 0:
-            self.save_checkpoint()
+            save_checkpoint(self)
             self.export()
         if self.is_due(config.metric_steps):
             self.measure()
@@ -294,18 +272,13 @@ class Trainer(Resumable, Reports):
     def report_skipped(self, grad_norm: torch.Tensor, skipped_in_a_row: int) -> None:
         """Raises Failed if there are too many."""
         step = self.progress.step + 1
-        self.tell(f"step {step}: the gradient's norm is {grad_norm.item()}; update skipped")
-        self.record(skipped_steps=self.skipped_steps)
+        logger.info(f"step {step}: the gradient's norm is {grad_norm.item()}; update skipped")
+        record(self, skipped_steps=self.skipped_steps)
         if skipped_in_a_row == self.config.max_nonfinite_steps:
             raise Failed(
                 f"{skipped_in_a_row} gradients in a row were not finite at step {step}; lower --learning_rate or look"
                 " at the data, and resume from a checkpoint whose losses were sound"
             )
-
-    def open_batches(self) -> None:
-        """From the current position in the data."""
-        self.data.open_batches(self.progress.attempts * self.config.gradient_accumulation_steps)
-        self.unet.train()
 
     def dry_run(self) -> None:
         """One update, to see that everything fits; nothing is written."""
@@ -313,35 +286,88 @@ class Trainer(Resumable, Reports):
         started_at_seconds = time.perf_counter()
         loss, grad_norm, _ = self.training_step()
         seconds = time.perf_counter() - started_at_seconds
-        self.accelerator.print(
-            f"dry run: loss {loss:.4f}, gradient norm {grad_norm:.4f}, {seconds:.1f} s for one update"
-        )
+        logger.info(f"dry run: loss {loss:.4f}, gradient norm {grad_norm:.4f}, {seconds:.1f} s for one update")
 
     def finish(self) -> None:
         """Checkpoint, last held-out loss and samples, export, metric; what the last step has done is not repeated."""
         step, config = self.progress.step, self.config
         is_new = step > self.first_step
         if is_new and step % config.checkpointing_steps:
-            self.save_checkpoint()
+            save_checkpoint(self)
         if is_new and self.stop.number is None and step % config.validation_steps:
-            self.report_heldout_loss()
+            report_heldout_loss(self)
         if is_new and self.stop.number is None and step % config.save_images_steps:
-            self.save_samples()
+            save_samples(self)
         if step == 0:
-            self.tell("stopped before the first update: there is no model to write")
+            logger.info("stopped before the first update: there is no model to write")
             return
         if is_new or on_main_process(self.accelerator, lambda: recorded(self.pipeline_dir, "step") != step):
             self.export()
         self.measure()
         length = f"{step} of {self.total_steps} steps" if self.total_steps else f"{step} steps"
-        self.tell(
-            f"{length}, {self.images_seen:,} images in {duration(self.progress.train_seconds)} of training;"
-            f" the pipeline is {self.pipeline_dir}"
+        duration = timedelta(seconds=round(self.progress.train_seconds))
+        logger.info(
+            f"{length}, {self.images_seen:,} images in {duration} of training; the pipeline is {self.pipeline_dir}"
         )
         if self.metric is not None and (best := self.metric.best_in(self.best_dir)) is not None:
-            self.tell(
+            logger.info(
                 f"the best by {self.metric.title} is {self.best_dir}: {best['value']:.4g} at step {best['step']}"
             )
+
+    # ---- The model
+
+    def export(self) -> None:
+        """Writes the pipeline folder of the EMA network, with what is known of the run.
+
+        Raises:
+            Failed: if it cannot be written; an older one is untouched.
+        """
+        on_main_process(self.accelerator, partial(self.write_pipeline, self.pipeline_dir))
+
+    def write_pipeline(self, folder: Path, metric: dict | None = None) -> None:
+        """Main process: the same for any folder.
+
+        Args:
+            metric: what the weights were chosen by, see `eval/training_metric.py`; None if they are the newest.
+        """
+        step = self.progress.step
+        grids = {number: path for number, path in list_grids(self.output_dir / "samples").items() if number <= step}
+        newest = max(grids, default=None)
+        try:
+            export_pipeline(
+                self.pipeline,
+                folder,
+                facts=facts(self) | {"samples_step": newest} | ({} if metric is None else {"metric": metric}),
+                training_config=self.config.to_public_yaml(),
+                sample_grid=grids.get(newest),
+            )
+        except (OSError, SafetensorError) as error:
+            raise Failed(
+                f"could not write {folder}: {error}; check the disk and run the same command again, which resumes"
+                " from the newest checkpoint"
+            ) from error
+
+    def measure(self) -> None:
+        """FID or KID of the EMA network, unless the run is to stop or the log has it; the best has its own folder.
+
+        A failure is reported and does not end the training.
+
+        Raises:
+            Failed: if that folder cannot be written.
+        """
+        step, metric = self.progress.step, self.metric
+        if metric is None:
+            return
+        known = self.log.newest(metric.name) if self.accelerator.is_main_process else None
+        is_known = known is not None and known["step"] == step
+        if on_any_process(self.accelerator, is_known or self.is_to_stop()):
+            return
+        value = metric.measure(step, self.is_to_stop, logger.info)
+        if value is not None:
+            keep = partial(metric.keep_best, value, step, self.best_dir, self.write_pipeline)
+            logger.info(on_main_process(self.accelerator, keep))
+            record(self, **{metric.name: value})
+            self.last_metric = {metric.name: f"{value:.3g}"}
 
 
 def run(
@@ -357,16 +383,16 @@ def run(
     trainer = Trainer(config, accelerator, deadline_seconds, stop, network_class)
     try:
         if not config.dry_run:
-            trainer.start_or_resume()
+            start_or_resume(trainer)
         elif config.resume_from_checkpoint != "latest":
-            checkpoint.find_checkpoint(trainer.output_dir, config.resume_from_checkpoint)
+            find_checkpoint(trainer.output_dir, config.resume_from_checkpoint)
         if is_pushed:
             on_main_process(accelerator, partial(open_repository, config.hub_repo_id, config.hub_private_repo))
-        accelerator.print(f"{config.to_yaml()}\n{trainer.preflight()}\n", flush=True)
+        accelerator.print(f"{config.to_yaml()}\n{preflight_summary(trainer)}\n", flush=True)
         trainer.dry_run() if config.dry_run else trainer.train()
         if is_pushed and stop.number is None and trainer.progress.step:
             push = partial(push_to_hub, trainer.pipeline_dir, config.hub_repo_id, config.hub_private_repo)
-            trainer.tell(f"pushed: {on_main_process(accelerator, push)}")
+            logger.info(f"pushed: {on_main_process(accelerator, push)}")
     except BaseException:
         with suppress(Exception):  # a tracker that could not start cannot end; what ended the run is to be told
             accelerator.end_training()

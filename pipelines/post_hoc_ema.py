@@ -21,8 +21,7 @@ from training.checkpoint import (
     SNAPSHOTS,
     check_tensors,
     list_checkpoints,
-    load_checkpoint,
-    read_identity,
+    load_tensors,
     read_state,
     verify_checkpoint,
 )
@@ -37,7 +36,7 @@ def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
         Failed: if the newest one is damaged.
     """
     found = dict(sorted((list_checkpoints(run / SNAPSHOTS) | list_checkpoints(run)).items()))
-    if not found or not read_identity(found[max(found)]).get("post_hoc_ema"):
+    if not found or not read_state(found[max(found)])["identity"].get("post_hoc_ema"):
         raise InputError(f"--run {run} has no averages to build on; train with --post_hoc_ema true")
     if step is not None and step not in found:
         nearest = min(found, key=lambda other: abs(other - step))
@@ -60,7 +59,7 @@ def reconstruct(
     sums = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in expected.items()}
     for folder, row in zip(snapshots.values(), factors, strict=True):
         verify_checkpoint(folder)
-        averages, _ = load_checkpoint(folder, [*STORED])
+        averages = load_tensors(folder, [*STORED])
         for stem, factor in zip(STORED, row, strict=True):
             average = {name: tensor.float() for name, tensor in averages[stem].items()}  # snapshots are float16
             check_tensors(folder / f"{stem}.safetensors", average, expected)

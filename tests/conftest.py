@@ -5,6 +5,8 @@ import torch
 
 from common import log_to_terminal
 
+pytest.register_assert_rewrite("tiny_training")
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

@@ -1,117 +1,68 @@
-"""Checkpoints: complete or not there; a damaged one is never loaded."""
+"""Checkpoints: complete or not there; a damaged one is never loaded, nor a part of it."""
 
+import copy
+import json
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common import Failed
 from training import checkpoint
+from training.resumable import restore, save_checkpoint, start_or_resume
 
+pytest_plugins = ["tiny_training"]
 TENSORS = {"unet": {"a": torch.arange(5.0), "b": torch.ones(2, 3)}, "ema_unet": {"a": torch.zeros(5)}}
-
-
-def save(folder: Path, step: int, total_limit: int | None = None) -> Path:
-    return checkpoint.save_checkpoint(folder, step, TENSORS, {"progress": {"step": step}}, total_limit)
-
-
-def test_round_trip(tmp_path):
-    tensors, state = checkpoint.load_checkpoint(save(tmp_path, 7), ["unet", "ema_unet"])
-    assert state == {"progress": {"step": 7}}
-    assert torch.equal(tensors["unet"]["b"], TENSORS["unet"]["b"])
-    assert torch.equal(tensors["ema_unet"]["a"], TENSORS["ema_unet"]["a"])
-
-
-def test_rotation_keeps_the_newest(tmp_path):
-    for step in (5, 20, 100):
-        save(tmp_path, step, total_limit=2)
-    assert list(checkpoint.list_checkpoints(tmp_path)) == [20, 100]
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-20", "checkpoint-100"}
-
-
-def test_saving_a_step_again_replaces_it(tmp_path):
-    save(tmp_path, 5)
-    checkpoint.save_checkpoint(tmp_path, 5, {"unet": {"a": torch.zeros(1)}}, {}, 1)
-    assert checkpoint.load_checkpoint(tmp_path / "checkpoint-5", ["unet"])[0]["unet"]["a"].tolist() == [0.0]
-
-
-def test_latest_is_the_highest_step_and_ignores_other_names(tmp_path):
-    for step in (9, 100):
-        save(tmp_path, step)
-    for name in ("checkpoint-final", ".tmp-checkpoint-200", "abandoned-checkpoint-300"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint-400").write_text("a file")
-    assert checkpoint.find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
-
-
-def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path):
-    assert checkpoint.find_checkpoint(tmp_path, "latest") is None
-    assert checkpoint.find_checkpoint(tmp_path / "nowhere", "latest") is None
-
-
 FILES = ["unet.safetensors", "ema_unet.safetensors", "state.json", "manifest.json"]
 
 
-def damage(path: Path, how: str) -> None:
-    content = bytearray(path.read_bytes())
-    if how == "removed":
-        path.unlink()
-    elif how == "truncated":
-        path.write_bytes(content[:-1])
-    elif how == "emptied":
-        path.write_bytes(b"")
-    else:
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+def state_of(step: int) -> dict:
+    return {"progress": {"step": step, "attempts": step, "train_seconds": 0.5}, "identity": {}}
 
 
-@pytest.mark.parametrize("how", ["removed", "truncated", "emptied", "flipped"])
-@pytest.mark.parametrize("name", FILES)
-def test_damage_is_found_latest_falls_back_and_an_explicit_path_fails(tmp_path, name, how):
-    save(tmp_path, 1)
-    assert {path.name for path in (tmp_path / "checkpoint-1").iterdir()} == {*FILES}
-    damage(save(tmp_path, 2) / name, how)
-    reports = []
-    assert checkpoint.find_checkpoint(tmp_path, "latest", reports.append).name == "checkpoint-1"
-    (report,) = reports
-    assert "checkpoint-2" in report
-    if not (name == "manifest.json" and how == "flipped"):  # a flipped digest accuses the file it belongs to
-        assert name in report
-    with pytest.raises(Failed, match="checkpoint-2"):
-        checkpoint.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2"))
+def save(folder: Path, step: int, total_limit: int | None = None, tensors=TENSORS) -> Path:
+    return checkpoint.save_checkpoint(folder, step, tensors, state_of(step), total_limit)
 
 
-def test_nothing_intact_is_an_error_not_a_fresh_start(tmp_path):
-    damage(save(tmp_path, 1) / "unet.safetensors", "flipped")
-    with pytest.raises(Failed, match="none of the 1 checkpoints"):
-        checkpoint.find_checkpoint(tmp_path, "latest")
-
-
-def test_a_checkpoint_of_the_output_folder_by_its_name(tmp_path):
-    for step in (1, 2):
-        save(tmp_path, step)
-    assert checkpoint.find_checkpoint(tmp_path, "checkpoint-1") == tmp_path / "checkpoint-1"
-
-
-def test_an_explicit_path_that_does_not_exist_lists_what_is_there(tmp_path):
-    save(tmp_path, 3)
-    with pytest.raises(Failed, match=r"does not exist.*checkpoint-3"):
-        checkpoint.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-4"))
-
-
-def test_a_checkpoint_without_a_file_that_is_needed(tmp_path):
+def test_round_trip_and_saving_a_step_again(tmp_path):
+    folder = save(tmp_path, 7)
+    assert {path.name for path in folder.iterdir()} == {*FILES}
+    tensors = checkpoint.load_tensors(folder, ["unet", "ema_unet"])
+    assert checkpoint.read_state(folder) == state_of(7)
+    assert torch.equal(tensors["unet"]["b"], TENSORS["unet"]["b"])
+    assert torch.equal(tensors["ema_unet"]["a"], TENSORS["ema_unet"]["a"])
+    save(tmp_path, 7, tensors={"unet": {"a": torch.zeros(1)}})
+    assert checkpoint.load_tensors(folder, ["unet"])["unet"]["a"].tolist() == [0.0]
     with pytest.raises(Failed, match=r"no optimizer\.safetensors"):
-        checkpoint.load_checkpoint(save(tmp_path, 1), ["unet", "optimizer"])
+        checkpoint.load_tensors(folder, ["unet", "optimizer"])
+
+
+def test_latest_is_the_highest_step_that_rotation_keeps_and_other_names_are_ignored(tmp_path):
+    assert checkpoint.find_checkpoint(tmp_path / "nowhere", "latest") is None
+    for step in (5, 20, 100):
+        save(tmp_path, step, total_limit=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-20", "checkpoint-100"}
+    for name in ("checkpoint-final", ".tmp-checkpoint-200", "abandoned-checkpoint-300"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-400").write_text("a file")
+    assert list(checkpoint.list_checkpoints(tmp_path)) == [20, 100]
+    assert checkpoint.find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
+    assert checkpoint.find_checkpoint(tmp_path, "checkpoint-20") == tmp_path / "checkpoint-20"
+    with pytest.raises(Failed, match=r"does not exist.*checkpoint-20, checkpoint-100"):
+        checkpoint.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-4"))
 
 
 def test_newer_checkpoints_are_set_aside_not_deleted(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    checkpoint.set_aside_newer(tmp_path, 1, lambda line: None)
+    checkpoint.set_aside_newer(tmp_path, 1)
     assert list(checkpoint.list_checkpoints(tmp_path)) == [1]
-    checkpoint.verify_checkpoint(tmp_path / "abandoned-checkpoint-3")
+    assert (tmp_path / "abandoned-checkpoint-3" / "state.json").is_file()
 
 
 def test_difference_names_what_differs():
@@ -125,7 +76,6 @@ from pathlib import Path
 from training import checkpoint
 
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree")
-tensors = {name: {"a": torch.full((5,), 1.0)} for name in ("unet", "ema_unet", "optimizer")}
 
 def kill_at(count):
     seen = 0
@@ -141,12 +91,14 @@ class KilledBetweenTensors(dict):
     def items(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
-def save(folder, step, limit, groups=tensors):
-    checkpoint.save_checkpoint(folder, step, groups, {"progress": {"step": step}}, limit)
+TENSORS = {name: {"a": torch.full((5,), 1.0)} for name in ("unet", "ema_unet", "optimizer")}
+
+def save(folder, step, limit, tensors=TENSORS):
+    progress = {"step": step, "attempts": step, "train_seconds": 0}
+    checkpoint.save_checkpoint(folder, step, tensors, {"progress": progress, "identity": {}}, limit)
 
 base, limit = Path(sys.argv[1]), int(sys.argv[2])
 prepared = base.with_name(f"{base.name}-prepared")
-prepared.mkdir()
 save(prepared, 1, limit)
 save(prepared, 2, limit)
 count, status = 0, signal.SIGKILL
@@ -156,7 +108,7 @@ while status == signal.SIGKILL:
     child = os.fork()
     if child == 0:
         if count == 0:  # safetensors writes its files without an operation that Python sees
-            save(folder, 3, limit, tensors | {"ema_unet": KilledBetweenTensors()})
+            save(folder, 3, limit, TENSORS | {"ema_unet": KilledBetweenTensors()})
         kill_at(count)
         save(folder, 3, limit)
         os._exit(0)
@@ -167,7 +119,7 @@ sys.exit(status != 0)
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_sigkill_at_any_file_operation_of_a_save_leaves_the_one_before_or_the_new_one(tmp_path, limit):
+def test_sigkill_at_any_file_operation_of_a_save_leaves_the_one_before_or_the_new_one(tmp_path, limit, caplog):
     runs = tmp_path / "runs"
     runs.mkdir()
     subprocess.run([sys.executable, "-c", KILLED_AT_EACH_OPERATION, runs, str(limit)], check=True)
@@ -177,12 +129,11 @@ def test_sigkill_at_any_file_operation_of_a_save_leaves_the_one_before_or_the_ne
     newest = []
     for folder in killed:
         was_cut_off = (folder / ".tmp-checkpoint-3").exists()
-        reports = []
-        lock = checkpoint.lock_output_dir(folder, reports.append)
-        found = checkpoint.find_checkpoint(folder, "latest", pytest.fail)  # nothing that is there is damaged
-        newest.append(found.name)
+        caplog.clear()
+        lock = checkpoint.lock_output_dir(folder)
+        newest.append(checkpoint.find_checkpoint(folder, "latest").name)
         expected = [f"{folder}: the save of checkpoint-3 was cut off; the newest complete one is checkpoint-2"]
-        assert reports == (expected if was_cut_off else [])
+        assert caplog.messages == (expected if was_cut_off else []), "nothing that is there is damaged"
         assert not list(folder.glob(".tmp-*"))
         for path in checkpoint.list_checkpoints(folder).values():
             checkpoint.verify_checkpoint(path)
@@ -206,17 +157,16 @@ def test_optimizer_state_round_trip_is_exact(tmp_path, memory_format):
         optimizer.step()
         optimizer.zero_grad()
 
-    straight = build()
+    straight, before = build(), build()
     for seed in (1, 2, 3):
         update(*straight, seed)
-    before = build()
     for seed in (1, 2):
         update(*before, seed)
     tensors = {"unet": before[0].state_dict(), "optimizer": checkpoint.optimizer_tensors(before[1], before[0])}
-    folder = checkpoint.save_checkpoint(tmp_path, 2, tensors, {}, None)
-    loaded, _ = checkpoint.load_checkpoint(folder, ["unet", "optimizer"])
+    loaded = checkpoint.load_tensors(save(tmp_path, 2, tensors=tensors), ["unet", "optimizer"])
     network, optimizer = build()
     network.load_state_dict(loaded["unet"])
+    checkpoint.check_tensors(tmp_path, loaded["optimizer"], checkpoint.expected_optimizer_tensors(network))
     checkpoint.restore_optimizer(optimizer, network, loaded["optimizer"])
     assert optimizer.state[network.weight]["exp_avg"].stride() == network.weight.stride()
     update(network, optimizer, 3)
@@ -224,3 +174,148 @@ def test_optimizer_state_round_trip_is_exact(tmp_path, memory_format):
     ours, theirs = (checkpoint.optimizer_tensors(o, n) for n, o in ((network, optimizer), straight))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# ---- Damage, by a disk or by a person: an error of one line, the checkpoint before, or all of it; never a part
+
+STRANGE = [None, True, -1, 1.5, 10**400, float("nan"), float("inf"), "x\ny", [[]], {"a": 1}]
+
+
+def edit_bytes(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    other = path.with_name("state.json" if path.name != "state.json" else "unet.safetensors")
+    if how in ("removed", "a folder"):
+        path.unlink()
+        if how == "a folder":
+            path.mkdir()
+        return
+    content[random.Random(path.name).randrange(len(content))] ^= 16
+    changed = {
+        "flipped": content,
+        "truncated": path.read_bytes()[:-1],
+        "extended": path.read_bytes() + b"\0",
+        "emptied": b"",
+        "another": other.read_bytes(),
+        "nested": b"[" * 200_000,
+    }
+    path.write_bytes(changed[how])
+
+
+def edit_state(folder: Path, place: tuple[str, ...], value) -> None:
+    """With the right checksum; `KeyError` as a value removes the entry."""
+    path = folder / ("manifest.json" if place[0] == "manifest" else "state.json")
+    whole = {place[0]: json.loads(path.read_text())}
+    inner = whole
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    if value is KeyError:
+        del inner[place[-1]]
+    path.write_text(json.dumps(whole.get(place[0])))
+    if place[0] == "state":
+        correct_manifest(folder)
+
+
+def edit_tensors(folder: Path, file: str, how: str) -> None:
+    """With the right checksum."""
+    path = folder / f"{file}.safetensors"
+    tensors = load_file(path)
+    name, tensor = min(tensors.items())
+    changes = {
+        "other shape": {name: torch.zeros(*tensor.shape, 2)},
+        "other type": {name: tensor.to(torch.float16)},
+        "one more": {"x": torch.zeros(1)},
+    }
+    tensors |= changes.get(how, {})
+    if how in ("one less", "renamed"):
+        del tensors[name]
+    if how == "renamed":
+        tensors["no/such/x\ny"] = tensor
+    save_file({} if how == "none" else tensors, path)
+    if how == "not tensors":
+        path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+    elif how == "no file":
+        path.unlink()
+    correct_manifest(folder)
+
+
+def correct_manifest(folder: Path) -> None:
+    files = [path for path in folder.iterdir() if path.name != checkpoint.MANIFEST]
+    (folder / checkpoint.MANIFEST).write_text(json.dumps({path.name: checkpoint._file_entry(path) for path in files}))
+
+
+def damages():
+    """Arguments of one of the three functions above, for the folder of a checkpoint."""
+    for name in (*FILES, "optimizer.safetensors"):
+        for how in ("removed", "a folder", "flipped", "truncated", "extended", "emptied", "another", "nested"):
+            yield edit_bytes, name, how
+    for value in (KeyError, *STRANGE):
+        yield edit_state, ("state", "identity"), value
+        yield edit_state, ("manifest", "unet.safetensors"), value
+        for key in ("step", "attempts", "train_seconds"):
+            if key != "train_seconds" or value != 1.5:
+                yield edit_state, ("state", "progress", key), value
+        for whole in (("manifest",), ("state",), ("state", "progress")):
+            if value is not KeyError:
+                yield edit_state, whole, value
+    yield edit_state, ("state", "progress", "x"), 1
+    yield edit_state, ("manifest", "../outside"), {"bytes": 0, "sha256": ""}
+    for file in ("unet", "ema_unet", "optimizer", "ema_sigma_rel_0.05"):
+        for how in ("other shape", "other type", "one more", "one less", "renamed", "none", "not tensors", "no file"):
+            yield edit_tensors, file, how
+
+
+def whole_state(trainer) -> dict:
+    moments = checkpoint.optimizer_tensors(trainer.optimizer, trainer.network)
+    tensors = {"unet": trainer.network.state_dict(), "ema_unet": trainer.ema_network.state_dict()}
+    return copy.deepcopy({"progress": vars(trainer.progress), **tensors, **trainer.averages, "optimizer": moments})
+
+
+def is_same(one, other) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["latest", "explicit"])
+def test_a_damaged_checkpoint_is_refused_or_passed_over_whole(make_trainer, tmp_path, explicit, capsys):
+    trainer = make_trainer()
+    good, states = trainer.output_dir, {}
+    for step in (1, 2):
+        trainer.training_step()
+        save_checkpoint(trainer)
+        states[step] = whole_state(trainer)
+    for number, (damage, place, value) in enumerate(damages()):
+        case = f"{place} {value!r:.40}"
+        run = tmp_path / f"damaged-{number}"
+        for step in (1, 2):
+            shutil.copytree(good / f"checkpoint-{step}", run / f"checkpoint-{step}")
+        folder = run / "checkpoint-2"
+        damage(folder / place, value) if damage is edit_bytes else damage(folder, place, value)
+        restore(trainer, good / "checkpoint-1")
+        before, trainer.output_dir = whole_state(trainer), run
+        trainer.config.resume_from_checkpoint = str(folder) if explicit else "latest"
+        trainer.lock.release()
+        error = None
+        try:
+            start_or_resume(trainer)
+        except Failed as failure:
+            error = str(failure)
+        if error is None:
+            assert not explicit, f"{case}: taken for good"
+            assert trainer.progress.step == 1, f"{case}: taken for good"
+            assert is_same(whole_state(trainer), states[1]), case
+            assert str(folder) in capsys.readouterr().out, case
+        else:
+            is_whole = damage is edit_tensors or value is KeyError or "belongs to another run" in error
+            assert explicit or is_whole, f"{case}: the one before was not taken"
+            assert str(folder) in error, case
+            assert "\n" not in error, case
+            assert is_same(whole_state(trainer), before), f"{case}: half restored"
+            assert {p.name for p in run.glob("*checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}, case
+
+
+def test_nothing_intact_is_an_error_not_a_fresh_start(tmp_path):
+    edit_bytes(save(tmp_path, 1) / "unet.safetensors", "flipped")
+    with pytest.raises(Failed, match="none of the 1 checkpoints"):
+        checkpoint.find_checkpoint(tmp_path, "latest")

@@ -2,7 +2,6 @@
 
 import random
 import resource
-import signal
 import typing
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -11,31 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from tiny_training import TINY
 
 import train_unet
 from eval import run as evaluation
 from pipelines import export, generate
 from training.config import LIMITS, TYPES
 
-TINY = {
-    "dataset_name": "synthetic-faces",
-    "max_images": 20,
-    "crop": "none",
-    "resolution": 8,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "train_batch_size": 4,
-    "lr_warmup_steps": 0,
-    "max_train_steps": 1,
-    "eval_batch_size": 1,
-    "ddpm_num_inference_steps": 2,
-    "report_to": "none",
-    "num_cpu_threads": 1,
-}
-SECONDS_A_CASE = 60
+TINY = TINY | {"max_images": 20, "train_batch_size": 4, "gradient_accumulation_steps": 1, "lr_warmup_steps": 0}
+TINY |= {"max_train_steps": 1, "eval_batch_size": 1, "ddpm_num_inference_steps": 2, "post_hoc_ema": False}
 MEBIBYTES_A_GROUP = 700
 HUGE = 10**30
 
@@ -69,21 +52,13 @@ def flags_of(options: dict) -> list[str]:
     return flags
 
 
-def options_of(*kinds) -> list[str]:
-    return [name for name in TYPES if kind_of(name) in kinds]
-
-
 def by_file_or_flag(rng: random.Random, name: str, value, *named: str) -> Case:
     """The option set in the file or on the command line."""
-    named = (name, *named)
-    if rng.random() < 0.5:
-        return Case(changes={name: value}, named=named)
-    if isinstance(value, list):
-        return Case(flags=[f"--{name}", *map(str, value)], named=named)
-    return Case(flags=[f"--{name}={value}"], named=named)
+    changes = {"changes": {name: value}} if rng.random() < 0.5 else {"flags": flags_of({name: value})}
+    return Case(**changes, named=(name, *named))
 
 
-# ---- The groups of cases. In those of MUST_FAIL every case is bad; in others a change may happen to be valid
+# ---- The groups of cases
 
 
 def misspelt_names(rng):
@@ -105,105 +80,94 @@ def junk_arguments(rng):
         yield Case(flags=[f"--{'x' * rng.randrange(1000, 100_000)}", argument], named=("unknown", "argument"))
     yield Case(flags=["--hub_model_id", f"hf_{'a1B2' * 9}", "--push_to_hub"], named=("HF_TOKEN",))
     yield Case(changes={"output_dir": f"hf_{'a1B2' * 9}"}, named=("HF_TOKEN",))
-
-
-def wrong_types(rng):
-    texts = {
-        int: ["big", "1.5", "1e3", "0x10", "None", "true", "1,000", "\u221e", "8 8", "- 8", "x" * 5000, "9" * 5000],
-        float: ["fast", "1,5", "1e", "0x1p3", "e5", "1.0.0", "\u00bd", "1 2", "true"],
-        bool: ["maybe", "2", "on off", "-1", "ja"],
-        "choice": ["other", "v", "LINEAR", " linear", "x" * 5000, "no\n"],
-    }
-    for name in options_of(int, float, bool, "choice"):
-        yield by_file_or_flag(rng, name, rng.choice(texts[kind_of(name)]), "value")
-    for name in rng.sample(list(TYPES), 40):
-        value = {"a": 1} if kind_of(name) == "list" or rng.random() < 0.3 else [1, 2]
-        yield Case(changes={name: value}, named=(name,))
-    for name in options_of("list"):
-        for value in (5, "DownBlock2D", True, 1.5, [[1]], [{"a": 1}], [None], [True], [""], ["--seed", "5"], []):
-            yield Case(changes={name: value}, named=(name,))
-    for name in rng.sample(options_of(str, "choice"), 15):
-        yield Case(changes={name: rng.choice([5, 1.5, False, True])}, named=(name,))
-    for name in rng.sample([name for name in TYPES if kind_of(name) is not bool], 20):
+    for name in [name for name in TYPES if kind_of(name) is not bool]:
         yield Case(flags=[f"--{name}"], named=(name,))
+    for path in ["/", ".", "nowhere.yaml", "", "a\x00b", "x" * 5000, "/dev/zero", "/dev/null", "/dev/urandom", "\n"]:
+        yield Case(flags=["--config", path], named=("configuration",))
+    yield Case(flags=["--config"], named=("--config",))
+    yield Case(flags=["--config=null"], named=("configuration",))
 
 
-def nulls(rng):
-    optional = [name for name in TYPES if type(None) in typing.get_args(TYPES[name])]
-    for name in [name for name in TYPES if name not in optional]:
-        if kind_of(name) in (str, "list"):  # as text, `null` is a name like any other
+BAD_TEXTS = {  # in a file or on the command line
+    int: ["big", "1.5", "1e3", "0x10", "None", "true", "1,000", "\u221e", "8 8", "- 8", "x" * 5000, "9" * 5000, HUGE],
+    float: ["fast", "1,5", "1e", "0x1p3", "1.0.0", "\u00bd", "1 2", "true", "nan", "inf", "1e300", "1e-320", HUGE],
+    bool: ["maybe", "2", "on off", "-1", "ja"],
+    "choice": ["other", "v", "LINEAR", " linear", "x" * 5000, "no\n"],
+    str: ["", "\x00", "a\nb", "\x1b[2J", "a\rb", "\x7f", "\u2028", "\x85", "\udcff", "\t", "\x00" * 5000],
+    "list": [""],
+}
+BAD_VALUES = {  # in a file
+    int: [[1, 2], {"a": 1}],
+    float: [[1, 2], {"a": 1}],
+    bool: [[1, 2], {"a": 1}],
+    "choice": [5, 1.5, [1, 2], {"a": 1}],
+    str: [5, 1.5, False, True, [1, 2], {"a": 1}],
+    "list": [5, True, 1.5, [[1]], [{"a": 1}], [None], [True], [""], ["--seed", "5"], [], {"a": 1}],
+}
+
+
+def bad_values(rng):
+    for name, limits in LIMITS.items():
+        kind, is_optional = kind_of(name), type(None) in typing.get_args(TYPES[name])
+        for value in rng.sample(BAD_TEXTS[kind], min(4, len(BAD_TEXTS[kind]))):
+            yield by_file_or_flag(rng, name, value, "value", "configuration")
+        for value in BAD_VALUES[kind] if kind == "list" else rng.sample(BAD_VALUES[kind], 1):
+            yield Case(changes={name: value}, named=(name,))
+        if not is_optional:
             yield Case(changes={name: None}, named=(name,))
-        else:
-            yield by_file_or_flag(rng, name, None if rng.random() < 0.5 else "null", "null")
+            if kind not in (str, "list"):  # as text, `null` is a name like any other
+                yield Case(flags=[f"--{name}=null"], named=(name,))
+        if limits.get("min") == 1 or "above" in limits:
+            yield by_file_or_flag(rng, name, rng.choice([0, -1]))
 
 
 def absurd_values(rng):
-    for name in [name for name, limits in LIMITS.items() if limits.get("min") == 1 or "above" in limits]:
-        yield by_file_or_flag(rng, name, rng.choice([0, -1]))
-        yield by_file_or_flag(rng, name, HUGE)
-    for name in options_of(float):
-        for value in ("nan", "inf", "1e300", "1e-320"):
-            yield by_file_or_flag(rng, name, value)
     absurd = {
         "resolution": [10**9, 8193, 7],
         "block_out_channels": [[10**12, 16], [8, 10**9], [65536, 65536], [0, 16], [-8, 16], [8, 8 * 10**5]],
-        "layers_per_block": [10**9, 10**6, 101],
+        "layers_per_block": [10**9, 101],
         "time_embedding_dim": [10**12, 2**20],
         "ddpm_num_steps": [10**9, 10**6],
-        "train_batch_size": [10**15, 10**6, 21],
-        "gradient_accumulation_steps": [10**15, 10**6],
+        "train_batch_size": [10**15, 2**21],
         "eval_batch_size": [10**9],
-        "validation_images": [10**9],
         "dataloader_num_workers": [10**9, 1000],
-        "num_cpu_threads": [2**32, 10**9, 2000],
         "max_train_steps": [10**18],
-        "max_images": [10**15, 3],
         "seed": [2**64, -1],
         "beta_end": [1, 1.5, "0.99999999999", 1e-9],
         "beta_start": ["1e-20", 0.5],
         "norm_eps": [0, -1],
         "mid_block_scale_factor": [0, -2],
-        "learning_rate": [1e6],
         "freq_shift": [4, 10**6],
         "attention_head_dim": [3, 0, -8, 10**6],
         "norm_num_groups": [3, 0, 16, 10**6],
     }
-    also = ("sample_size", "groups", "beta", "images", "parameters")
     for name, values in absurd.items():
         for value in values:
-            yield by_file_or_flag(rng, name, value, *also)
-
-
-def odd_texts(rng):
-    odd = ["", "\x00", "a\x00b", "a\nb", "\x1b[2J", "a\rb", "\x7f", "\u2028", "\x85", "\udcff", "\t", "\x00" * 5000]
-    for name in options_of(str):
-        for value in rng.sample(odd, 5):
-            yield by_file_or_flag(rng, name, value, "configuration")
+            yield by_file_or_flag(rng, name, value, "sample_size", "groups", "beta", "parameters")
+    for name, value in {"max_images": 3, "train_batch_size": 21, "gradient_accumulation_steps": 10**6}.items():
+        yield replace(by_file_or_flag(rng, name, value, "images are fewer"), may_leave=("cache",))
 
 
 def broken_files(rng):
     deep = 20_000
+    bomb = [f"&a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else '1'}]" for i in range(9)]
     documents = [
-        "", "5", "text", "- a\n- b", "null", "true", "[1, 2]", "{}: {}", "a: [b", "a: 'b", "a: b: c", "\ta: 1",
-        "a: *b", "&a [*a]", "a: &a {b: *a}", "split: &a [*a]", "? [a, b]\n: 1", "? {a: 1}\n: 1", "1: 2", "null: 3",
-        "~: ~", "--- 1\n--- 2", "%YAML 9.0\n---\nseed: 1", "%TAG ! tag:x,2000:\n---\nseed: !x 1", "seed: 1\nseed: 2",
-        "seed: 1\nresolution: 8\nseed: 1", "split: {a: 1, a: 2}", "seed: !!python/object:os.system [x]",
-        "split: !!python/object/apply:os.system ['exit 1']", "seed: !!python/name:os.system", "split: !unknown x",
-        "seed: !!int ''", "seed: !!int x", "learning_rate: !!float x", "compile: !!bool x", "split: !!timestamp x",
-        "split: 2026-99-99", "split: 2026-01-01", "split: !!binary '@'", "split: !!binary aGVsbG8=",
-        "split: !!set {a}", "down_block_types: !!omap [a: 1]", "down_block_types: !!pairs [a: 1]",
-        "seed: " + "9" * 5000, "seed: " + "1:" * 2000 + "1", "a: " + "[" * deep, "{a: " * deep, "a: " + "- " * deep,
-        "split: " + "x" * 900_000, "split: |\n  a\n  b", "image_column: >\n  a\n\n  b\n", "#" * (2**20 + 1),
-        "seed: @1", "seed: `1`", "<<: 5", "<<: [1]", "<<: *x", "a: !!null x", "seed: .inf", "seed: .nan",
-        "resolution: 8 8", "=: 1", "!!map 5", "!!seq {}", "\ud7ff: 1", "\u202eseed: 1", "seed\u200b: 1",
-        "\ufeff\ufeffseed: 1", "seed: 'a\x01'", "block_out_channels: [8, .nan]", "block_out_channels: [8, '16']",
-        "block_out_channels: !!set {8, 16}", "dataset_name: [synthetic-faces]", "dataset_name: yes",
-        "mixed_precision: no", "resolution: 8.0", "hub_token: secret", "output_dir: 0123",
-        "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12)]),
-        "split: &x [" * 50 + "]" * 50, "x: &x {a: 1}\nsplit: [*x, *x]",
+        "", "5", "text", "- a\n- b", "{}: {}", "a: [b", "a: 'b", "a: b: c", "\ta: 1", "a: *b", "&a [*a]",
+        "a: &a {b: *a}", "split: &a [*a]", "? [a, b]\n: 1", "1: 2", "null: 3", "--- 1\n--- 2",
+        "%YAML 9.0\n---\nseed: 1", "%TAG ! tag:x,2000:\n---\nseed: !x 1", "seed: 1\nresolution: 8\nseed: 1",
+        "split: {a: 1, a: 2}", "seed: !!python/object:os.system [x]",
+        "split: !!python/object/apply:os.system ['exit 1']", "split: !unknown x", "seed: !!int ''", "seed: !!int x",
+        "learning_rate: !!float x", "compile: !!bool x", "split: !!timestamp x", "split: 2026-99-99",
+        "split: 2026-01-01", "split: !!binary '@'", "split: !!binary aGVsbG8=", "split: !!set {a}",
+        "down_block_types: !!omap [a: 1]", "down_block_types: !!pairs [a: 1]", "seed: " + "9" * 5000,
+        "seed: " + "1:" * 2000 + "1", "a: " + "[" * deep, "{a: " * deep, "a: " + "- " * deep,
+        "split: " + "x" * 900_000, "split: |\n  a\n  b", "#" * (2**20 + 1), "seed: @1", "seed: `1`", "<<: 5",
+        "<<: [1]", "<<: *x", "seed: .inf", "seed: .nan", "resolution: 8 8", "=: 1", "!!map 5", "!!seq {}", "\ud7ff: 1",
+        "\u202eseed: 1", "\ufeff\ufeffseed: 1", "seed: 'a\x01'", "block_out_channels: [8, .nan]",
+        "block_out_channels: [8, '16']", "dataset_name: [synthetic-faces]", "dataset_name: yes", "mixed_precision: no",
+        "resolution: 8.0", "hub_token: secret", "output_dir: 0123", "x: &x {a: 1}\nsplit: [*x, *x]",
+        "block_out_channels: [" + ", ".join(bomb),
     ]  # fmt: skip
-    bombs = [[f"&a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else '1'}]" for i in range(9)]]
-    documents += ["block_out_channels: [" + ", ".join(bomb) + "]" for bomb in bombs]
     for document in documents:
         yield Case(file=document.encode("utf-8", "surrogatepass"), named=("tiny.yaml", *TYPES))
     good = yaml.safe_dump(TINY).encode()
@@ -213,13 +177,6 @@ def broken_files(rng):
         bad = rng.choice([b"\x00", b"\xff\xfe", b"\x80", b"\n\t\t: [", b"\n'", b"\n}", b"\n%"])
         yield Case(file=good[:at] + bad + good[at:], named=("tiny.yaml", *TYPES))
     yield Case(file="seed: 1".encode("utf-16"), named=("tiny.yaml", *TYPES))
-
-
-def config_paths(rng):
-    for path in ["/", ".", "nowhere.yaml", "", "a\x00b", "x" * 5000, "/dev/zero", "/dev/null", "/dev/urandom", "\n"]:
-        yield Case(flags=["--config", path], named=("configuration",))
-    yield Case(flags=["--config"], named=("--config",))
-    yield Case(flags=["--config=null"], named=("configuration",))
 
 
 def impossible_networks(rng):
@@ -252,129 +209,41 @@ def impossible_networks(rng):
         yield Case(changes=changes, named=(*changes, "sample_size", "groups", "KDown", "channels", "Skip"))
 
 
-def contradictions(rng):
-    one_step = {"ddpm_num_steps": 1, "ddpm_num_inference_steps": 1}
-    of_data = [
-        ({"crop": "celeba_140"}, "celeba_140"),
-        ({"objective": "edm", "sigma_max": 2}, "sigma_max"),
-        ({"objective": "edm", "sigma_min": 0.5}, "sigma_min"),
-    ]
-    pairs = [
-        ({"train_data_dir": "x"}, "train_data_dir"),
-        ({"dataset_name": None}, "dataset_name"),
-        ({"dataset_name": None, "train_data_dir": "x", "streaming": True}, "streaming"),
-        ({"dataset_name": None, "train_data_dir": "x", "dataset_revision": "abc"}, "dataset_revision"),
-        ({"max_train_steps": None}, "max_train_steps"),
-        ({"max_train_steps": None, "max_train_minutes": 1}, "lr_scheduler"),
-        ({"max_train_steps": None, "max_train_minutes": 1, "lr_scheduler": "linear"}, "lr_scheduler"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
-        ({"rescale_betas_zero_snr": True, "prediction_type": "sample", "snr_gamma": 5}, "snr_gamma"),
-        ({"ddpm_num_steps": 1, "ddpm_num_inference_steps": 2}, "ddpm_num_inference_steps"),
-        ({"ddpm_num_inference_steps": 1001}, "ddpm_num_inference_steps"),
-        ({"beta_start": 0.03}, "beta_start"),
-        ({"beta_start": 0.9, "beta_end": 0.95}, "beta_end"),
-        ({"ddpm_num_steps": 20_000}, "ddpm_num_steps"),
-        ({"hub_model_id": "someone/faces"}, "push_to_hub"),
-        ({"hub_private_repo": True}, "push_to_hub"),
-        ({"overwrite_output_dir": True, "resume_from_checkpoint": "runs/checkpoint-3"}, "overwrite_output_dir"),
-        ({"time_embedding_type": "fourier"}, "fourier"),
-        ({"objective": "ve"}, "fourier"),
-        ({"objective": "vp", "time_embedding_type": "learned"}, "learned"),
-        ({"objective": "edm", "time_embedding_type": "fourier"}, "fourier"),
-        ({"objective": "edm", "prediction_type": "sample"}, "prediction_type"),
-        ({"objective": "vp", "snr_gamma": 5}, "snr_gamma"),
-        ({"snr_weighting": "soft_min"}, "snr_gamma"),
-        ({"objective": "subvp", "ddpm_num_steps": 10}, "ddpm_num_steps"),
-        ({"objective": "vp", "sampler": "ddpm"}, "sampler"),
-        ({"objective": "edm", "likelihood_weighting": True}, "likelihood_weighting"),
-        ({"objective": "flow", "sigma_max": 50}, "sigma_max"),
-        ({"objective": "edm", "time_density": "logit_normal"}, "time_density"),
-        ({"likelihood_weighting": True}, "likelihood_weighting"),
-        ({"objective": "vp", "sigma_max": 90}, "sigma_max"),
-        ({"objective": "vp", "sde_beta_max": 11}, "sde_beta_max"),
-        ({"objective": "edm", "sigma_min": 90}, "sigma_min"),
-        ({"objective": "edm", "noise_mean": 10}, "noise_mean"),
-        ({"label_dropout": 0.5}, "label_column"),
-        ({"train_batch_size": 11, "gradient_accumulation_steps": 2}, "train_batch_size"),
-        ({"prediction_type": "v"}, "prediction_type"),
-        ({"prediction_type": "velocity"}, "prediction_type"),
-        (one_step | {"prediction_type": "sample", "rescale_betas_zero_snr": True}, "ddpm_num_steps"),
-    ]
-    for changes, named in pairs + of_data:
-        may_leave = ("cache",) if (changes, named) in of_data else ()
-        yield Case(changes=changes, named=(named,), may_leave=may_leave)
-        flags = [part for name, value in changes.items() for part in (f"--{name}", str(value))]
-        flags = [flag if flag != "None" else "null" for flag in flags]
-        named = "folder" if changes == {"train_data_dir": "x"} else named  # it replaces the file's images
-        yield Case(flags=flags, named=(named,), may_leave=may_leave)
-
-
-def sources(rng):
+def sources_and_folders(rng):
     for split in ("test", "Train", "train ", "../train", "train[:5]", "\u8bad\u7ec3", "a" * 300):
         yield by_file_or_flag(rng, "split", split, "synthetic-faces has no split")
         case = by_file_or_flag(rng, "validation_split", split, "synthetic-faces has no split")
         yield replace(case, may_leave=("cache",))
     for name in ("a b", "../x", "a/b/c", "x" * 200, "--x", "a//b", "http://x", "~", "a\\b", ".", "/"):
         yield by_file_or_flag(rng, "dataset_name", name, name, "Hub")
-    for folder in ("nowhere", "train_unet.py", "train_unet.py/x", "x" * 300, "/dev/null", "\u0153/\u0153", "http://x"):
-        yield Case(flags=["--dataset_name=null", f"--train_data_dir={folder}"], named=("folder", "train_data_dir"))
-
-
-def output_folders(rng):
     there = "train_unet.py"
     for path in (there, f"{there}/x", f"{there}/x/y", "/dev/null", "/dev/null/x", "x" * 300, f"runs/{'x' * 300}/y"):
         yield by_file_or_flag(rng, "output_dir", path)
     for path in (there, f"{there}/x", "/dev/null", "/dev/null/x"):
         yield by_file_or_flag(rng, "cache_dir", path, "cache")
+    for folder in ("nowhere", "train_unet.py", "train_unet.py/x", "x" * 300, "/dev/null", "\u0153/\u0153", "http://x"):
+        yield Case(flags=["--dataset_name=null", f"--train_data_dir={folder}"], named=("folder", "train_data_dir"))
 
 
-MUST_FAIL = {
-    misspelt_names: 60,
-    junk_arguments: 40,
-    wrong_types: 150,
-    nulls: 50,
-    absurd_values: 150,
-    odd_texts: 60,
-    broken_files: 100,
-    config_paths: 12,
-    contradictions: 40,
-    sources: 30,
-    output_folders: 10,
+# How many cases must be refused at least, and in a group of strange ones work
+GROUPS = {
+    misspelt_names: (60, 0),
+    junk_arguments: (120, 0),
+    bad_values: (500, 0),
+    absurd_values: (45, 0),
+    broken_files: (90, 0),
+    sources_and_folders: (40, 0),
+    impossible_networks: (60, 20),
 }
-MAY_BE_VALID = {impossible_networks: (60, 20)}
-
-
-class TooSlow(Exception):
-    """A case took longer than SECONDS_A_CASE."""
-
-
-@pytest.fixture
-def watch():
-    """A case that hangs is ended, and signal handlers are as before."""
-
-    def too_slow(*_):
-        raise TooSlow
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-    signal.signal(signal.SIGALRM, too_slow)
-    yield
-    signal.alarm(0)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def complaint(call, capfd, named: tuple[str, ...], codes=(2,)) -> str | None:
     """What is wrong with the way a call ended, or None: a code of `codes` with one line, or 0."""
     capfd.readouterr()
-    signal.alarm(SECONDS_A_CASE)
     try:
         code = call()
-    except SystemExit as error:
-        return f"argparse left with {error.code}"
-    except BaseException as error:
+    except BaseException as error:  # SystemExit of argparse among them
         return f"{type(error).__name__}: {str(error)[:300]}"
-    finally:
-        signal.alarm(0)
     if code == 0:
         return "valid"
     output = capfd.readouterr().err
@@ -415,7 +284,7 @@ def outcomes(group, tmp_path: Path, capfd, dry_run: bool = True, codes=(2,)) -> 
         counts[kind] += 1
         if kind == "fault":
             faults.append(f"{str(case)[:300]}: {fault}")
-        elif kind == "valid" and group in MUST_FAIL:
+        elif kind == "valid" and GROUPS.get(group, (0, 1))[1] == 0:
             faults.append(f"{str(case)[:300]}: taken for valid")
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before) / 1024
     if grown > MEBIBYTES_A_GROUP:
@@ -427,32 +296,24 @@ def outcomes(group, tmp_path: Path, capfd, dry_run: bool = True, codes=(2,)) -> 
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch, watch):
+def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
-@pytest.mark.parametrize("group", MUST_FAIL, ids=lambda group: group.__name__)
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
 def test_every_bad_configuration_is_refused_in_one_line_before_any_data(group, tmp_path, capfd):
     counts, faults = outcomes(group, tmp_path, capfd)
     assert not faults, "\n".join([f"{len(faults)} faults", *faults])
-    assert counts["refused"] >= MUST_FAIL[group]
-
-
-@pytest.mark.parametrize("group", MAY_BE_VALID, ids=lambda group: group.__name__)
-def test_a_strange_configuration_is_refused_in_one_line_or_works(group, tmp_path, capfd):
-    counts, faults = outcomes(group, tmp_path, capfd)
-    assert not faults, "\n".join([f"{len(faults)} faults", *faults])
-    least_refused, least_valid = MAY_BE_VALID[group]
+    least_refused, least_valid = GROUPS[group]
     assert counts["refused"] >= least_refused
     assert counts["valid"] >= least_valid
 
 
 def few_steps(rng):
-    """Values that are as good as any until they are used, in runs of one step."""
+    """Values that are as good as any until they are used, and the ends of what the SDEs allow, in runs of one step."""
     for name, values in {
-        "logging_dir": ["../../x", "logs\x00", "", "/dev/null/x"],
-        "output_dir": ["train_unet.py/x", "\x07"],
+        "logging_dir": ["../../x", "logs\x00", "/dev/null/x"],
         "resume_from_checkpoint": ["", "\x1b"],
         "learning_rate": ["1e9", "nan", 100],
         "ema_inv_gamma": [1e-30, 1e9],
@@ -462,7 +323,6 @@ def few_steps(rng):
         "max_grad_norm": [1e-30, 1e9],
         "snr_gamma": [1e-30, 1e9],
         "ddpm_num_steps": [2, 3, 100_000],
-        "objective": ["vp", "subvp", "edm", "flow", "ve"],
         "label_column": ["nowhere", "x1", "glasses"],
         "beta_end": [1e-4, 0.9],
         "num_epochs": [1e-30],
@@ -471,42 +331,25 @@ def few_steps(rng):
         for value in values:
             case = by_file_or_flag(rng, name, value, "checkpoint", "beta", "gradients", "column")
             yield replace(case, may_leave=("cache", "run")) if name == "mid_block_scale_factor" else case
-
-
-def few_steps_in_continuous_time(rng):
-    """The ends of what the options of the SDEs allow, two at a time."""
+    sigmas, betas = {"sigma_min": [1e-5, 0.1], "sigma_max": [21, 1e6]}, {"sde_beta_min": [1e-30, 100]}
     ends = {
-        "vp": {"sde_beta_min": [1e-30, 100], "sde_beta_max": [12, 100], "likelihood_weighting": [True]},
-        "subvp": {"sde_beta_min": [1e-30, 100], "sde_beta_max": [12, 100], "prediction_type": ["sample"]},
-        "ve": {"sigma_min": [1e-5, 0.1], "sigma_max": [21, 1e6], "likelihood_weighting": [True]},
-        "edm": {
-            "sigma_min": [1e-5, 0.1],
-            "sigma_max": [21, 1e6],
-            "sigma_data": [1e-3, 1e3],
-            "noise_mean": [-6, 3],
-            "noise_std": [1e-30, 100],
-        },
+        "vp": betas | {"sde_beta_max": [12, 100], "likelihood_weighting": [True]},
+        "subvp": betas | {"sde_beta_max": [12, 100], "prediction_type": ["sample"]},
+        "ve": sigmas | {"likelihood_weighting": [True]},
+        "edm": sigmas | {"sigma_data": [1e-3, 1e3], "noise_mean": [-6, 3], "noise_std": [1e-30, 100]},
     }
     for objective, options in ends.items():
-        own = {"objective": objective}
-        if objective == "ve":
-            own["time_embedding_type"] = "fourier"
+        own = {"objective": objective, "time_embedding_type": "fourier" if objective == "ve" else "positional"}
         for _ in range(8):
             changes = own | {name: rng.choice(options[name]) for name in rng.sample(list(options), 2)}
             yield Case(changes=changes, named=("sigma", "sde_beta", "noise_mean"), may_leave=("cache",))
-
-
-def test_a_run_of_one_step_at_the_ends_of_the_noise_levels_ends_in_one_line_or_works(tmp_path, capfd):
-    counts, faults = outcomes(few_steps_in_continuous_time, tmp_path, capfd, dry_run=False)
-    assert not faults, "\n".join([f"{len(faults)} faults", *faults])
-    assert counts["valid"] >= 16
 
 
 def test_a_run_of_one_step_with_a_strange_value_ends_in_one_line_or_works(tmp_path, capfd):
     counts, faults = outcomes(few_steps, tmp_path, capfd, dry_run=False, codes=(1, 2))
     assert not faults, "\n".join([f"{len(faults)} faults", *faults])
     assert counts["refused"] >= 10
-    assert counts["valid"] >= 8
+    assert counts["valid"] >= 24
 
 
 # ---- The command lines of the other jobs
@@ -517,34 +360,34 @@ COMMANDS = {
     "evaluation": (evaluation.main, {"--pipeline": "nowhere", "--out": "OUT", "--reference": "synthetic-faces"}),
     "push": (export.main, {"push": None, "--pipeline": PIPELINE, "--repo_id": "someone/faces"}),
 }
-BAD_VALUES = {
+BAD_ARGUMENTS = {  # of each flag, separated by commas
     "generate": {
-        "--num_images": ["0", "-1", "x", "1.5", "nan", "9" * 5000, ""],
-        "--seed": ["-1", "x", "1e3"],
-        "--steps": ["x", "1.5", ""],
-        "--eta": ["x", "", "nan", "-1", "inf"],
-        "--scheduler": ["euler2", "", "DDIM"],
-        "--batch_size": ["0", "-3", "x"],
-        "--dtype": ["fp64", "float32"],
-        "--num_cpu_threads": ["0", "-1", "x", str(2**32), str(10**9)],
-        "--class_label": ["x", "1.5"],
+        "--num_images": f"0,-1,x,1.5,nan,{'9' * 5000},",
+        "--seed": "-1,x,1e3",
+        "--steps": "x,1.5,",
+        "--eta": "x,,nan,-1,inf",
+        "--scheduler": "euler2,,DDIM",
+        "--batch_size": "0,-3,x",
+        "--dtype": "fp64,float32",
+        "--num_cpu_threads": "0,-1,x,1000000000",
+        "--class_label": "x,1.5",
     },
     "evaluation": {
-        "--num_images": ["0", "-1", "x", "9" * 5000],
-        "--metrics": ["fid2", ""],
-        "--steps": ["x", "1.5"],
-        "--eta": ["x", "nan", "-1"],
-        "--sampler": ["euler2", ""],
-        "--batch_size": ["0", "x"],
-        "--k": ["0", "x"],
-        "--ode_tolerance": ["x", "nan", "0", "-1"],
-        "--ode_images": ["0", "-1"],
-        "--bound_evaluations": ["x", "0", "-1"],
-        "--cost_samplers": ["x", "ddim:0", "ddim:5:nan"],
-        "--seed": ["x", "-1"],
-        "--num_cpu_threads": ["0", "-1", "x", str(10**9)],
+        "--num_images": f"0,-1,x,{'9' * 5000}",
+        "--metrics": "fid2,",
+        "--steps": "x,1.5",
+        "--eta": "x,nan,-1",
+        "--sampler": "euler2,",
+        "--batch_size": "0,x",
+        "--k": "0,x",
+        "--ode_tolerance": "x,nan,0,-1",
+        "--ode_images": "0,-1",
+        "--bound_evaluations": "x,0,-1",
+        "--cost_samplers": "x,ddim:0,ddim:5:nan",
+        "--seed": "x,-1",
+        "--num_cpu_threads": "0,-1,x,1000000000",
     },
-    "push": {"--private": ["maybe"]},
+    "push": {"--private": "maybe"},
 }
 JUNK = [["--stepz", "5"], ["5"], ["--"], ["--=1"], ["-q"], ["\x1b[2J"], ["a\nb"]]
 JUNK += [["--token", "secret"], ["--token=secret"]]
@@ -553,7 +396,7 @@ BAD_FOLDERS = [["--out", path, "--pipeline", PIPELINE] for path in ("a\x00b", "t
 
 def command_lines():
     for command, (main, base) in COMMANDS.items():
-        changes = [[flag, value] for flag, values in BAD_VALUES[command].items() for value in values]
+        changes = [[flag, value] for flag, values in BAD_ARGUMENTS[command].items() for value in values.split(",")]
         absent = [flag for flag in base if flag not in ("--out", "--num_images")]
         folders = BAD_FOLDERS if command == "generate" else []
         for extra in changes + JUNK + folders + [[flag] for flag in base if flag.startswith("--")]:

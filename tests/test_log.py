@@ -8,14 +8,11 @@ import torch
 from custom_unet import CustomUNet2DModel
 from training.config import TrainConfig
 from training.log import (
-    Interval,
     RunLog,
     activation_bytes,
     device_name,
-    duration,
     heldout_table,
     levels_without_time,
-    preflight_summary,
     read_log,
     recorded,
 )
@@ -68,27 +65,6 @@ def test_levels_that_group_norm_makes_deaf_to_the_time_are_found(groups, how, de
         assert torch.allclose(first, second, atol=1e-4) == (level in deaf)
 
 
-@pytest.mark.parametrize(("post_hoc_ema", "copies"), [(False, 5), (True, 7)])
-def test_precision_and_memory_are_told(post_hoc_ema, copies):
-    config = TrainConfig(
-        dataset_name="synthetic-faces",
-        max_train_steps=1,
-        resolution=8,
-        mixed_precision="bf16",
-        post_hoc_ema=post_hoc_ema,
-    )
-    network = torch.nn.Conv2d(3, 2**18 // 27, 3, bias=False)  # a mebibyte
-    facts = {"source": "synthetic-faces", "num_images": 1, "num_heldout_images": 0, "num_classes": None}
-    facts |= {"num_processes": 1, "total_steps": 1, "step": 0, "device": "cpu"}
-    text = preflight_summary(config, network, lambda images: network(images).square().sum(), **facts)
-    assert "device             cpu, precision bf16" in text
-    assert f"memory             {copies} MiB for weights" in text
-
-
-def test_duration():
-    assert duration(3 * 3600 + 5 * 60 + 7.4) == "3:05:07"
-
-
 def test_records_after_the_resumed_step_and_half_lines_are_dropped(tmp_path):
     path = tmp_path / "log.jsonl"
     log = RunLog(path, step=0)
@@ -113,16 +89,6 @@ def test_a_start_that_loses_nothing_leaves_the_log_as_it_was(tmp_path):
 
 def test_no_log_yet(tmp_path):
     assert read_log(tmp_path / "nowhere.jsonl") == []
-
-
-def test_an_interval_counts_skipped_updates_in_time_but_not_in_loss():
-    interval = Interval()
-    for seconds in (1.0, 2.0, 3.0):
-        interval.add_time(seconds)
-    interval.add_update(torch.tensor(0.5), torch.tensor(1.0))
-    interval.add_update(torch.tensor(1.5), torch.tensor(4.0))
-    assert (interval.attempts, interval.seconds, interval.updates) == (3, 6.0, 2)
-    assert (interval.loss_sum / interval.updates, interval.grad_norm) == (1.0, 4.0)
 
 
 def test_table_of_heldout_losses():

@@ -7,14 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from test_train_unet import TINY, error_line
+from tiny_training import error_line, new_trainer
 
-import train_unet
 from pipelines import CustomUNetPipeline
 from pipelines.post_hoc_ema import main
-from training.config import TrainConfig
 from training.post_hoc_ema import (
     LARGEST_SIGMA_REL,
     STORED,
@@ -24,7 +21,8 @@ from training.post_hoc_ema import (
     start_averages,
     update_averages,
 )
-from training.processes import StopSignal, build_accelerator
+
+pytest_plugins = ["tiny_training"]
 
 
 def profile(step: int, sigma_rel: float) -> np.ndarray:
@@ -129,15 +127,10 @@ def test_the_error_of_the_profile_is_that_of_the_weights():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, cache_dir):
     """A run of 40 updates with its output folder, and the weights after each of them by name, float64 (40, ...)."""
-    folder = tmp_path_factory.mktemp("trained")
-    changes = {"output_dir": str(folder / "run"), "cache_dir": str(folder / "cache"), "max_train_steps": 40}
-    changes |= {"checkpointing_steps": 40, "learning_rate": 1e-2, "lr_scheduler": "constant_with_warmup"}
-    config = TrainConfig(**TINY | changes)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = train_unet.Trainer(config, build_accelerator(config), float("inf"), StopSignal())
-    trainer.start_or_resume()
+    changes = {"max_train_steps": 40, "checkpointing_steps": 40, "lr_scheduler": "constant_with_warmup"}
+    trainer = new_trainer(tmp_path_factory.mktemp("trained") / "run", cache_dir, learning_rate=1e-2, **changes)
     trajectory, make_step = [], trainer.training_step
 
     def recorded_step():
@@ -148,8 +141,7 @@ def trained(tmp_path_factory):
     trainer.training_step = recorded_step
     trainer.train()
     trainer.lock.release()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return folder / "run", {name: torch.stack([weights[name] for weights in trajectory]) for name in trajectory[0]}
+    return trainer.output_dir, {name: torch.stack([weights[name] for weights in trajectory]) for name in trajectory[0]}
 
 
 def reconstruct(run, out, *flags) -> int:

@@ -2,20 +2,18 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
-from test_train_unet import REPOSITORY, TINY, TWO_PROCESSES, assert_same_file, assert_same_tensors, records
+from tiny_training import TINY, assert_same_file, assert_same_tensors, records
 
-import train_unet
 from custom_unet import CustomUNet2DModel
 from training import precision
 from training.checkpoint import read_state
 from training.config import TrainConfig
+
+pytest_plugins = ["tiny_training"]
 
 SLOW_BF16, FAST_BF16 = {"no": 0.1, "bf16": 0.2}, {"no": 0.4, "bf16": 0.2}
 
@@ -36,29 +34,6 @@ def timings(monkeypatch):
     return inject
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def train(tmp_path, cache_dir, monkeypatch, capfd):
-    """Runs the main job in this process; returns what it printed."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"max_train_steps": 3}))
-
-    def train(run, *flags: str) -> str:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        own = ["--config", tmp_path / "tiny.yaml", "--output_dir", run, "--cache_dir", cache_dir]
-        code = train_unet.main([str(part) for part in (*own, *flags)])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        output = capfd.readouterr()
-        assert code == 0, output.err
-        return output.out
-
-    return train
-
-
 AUTO = ("--mixed_precision", "auto")
 
 
@@ -73,10 +48,10 @@ def test_the_faster_one_is_taken_told_and_the_same_run_as_if_it_had_been_asked_f
     seconds, taken, told, timings, train, tmp_path
 ):
     timings(seconds)
-    assert f"--mixed_precision auto: {told}\n" in train(tmp_path / "auto", *AUTO)
+    assert f"--mixed_precision auto: {told}\n" in train(tmp_path / "auto", *AUTO, max_train_steps=3)
     assert yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["mixed_precision"] == taken
     timings(None)
-    train(tmp_path / "asked", "--mixed_precision", taken)
+    train(tmp_path / "asked", "--mixed_precision", taken, max_train_steps=3)
     assert records(tmp_path / "auto", "loss") == records(tmp_path / "asked", "loss")
     assert_same_tensors(tmp_path / "auto" / "checkpoint-3", tmp_path / "asked" / "checkpoint-3")
 
@@ -84,24 +59,24 @@ def test_the_faster_one_is_taken_told_and_the_same_run_as_if_it_had_been_asked_f
 def test_a_resumed_run_keeps_the_choice_and_times_nothing(timings, train, tmp_path):
     run = tmp_path / "run"
     timings(FAST_BF16)
-    train(run, *AUTO)
+    train(run, *AUTO, max_train_steps=3)
     (run / "config.yaml").unlink()  # the checkpoint tells
     timings(None)
-    assert "--mixed_precision auto: bf16, as in the checkpoint\n" in train(run, *AUTO, "--max_train_steps", "6")
+    assert "--mixed_precision auto: bf16, as in the checkpoint\n" in train(run, *AUTO, max_train_steps=6)
     assert read_state(run / "checkpoint-6")["mixed_precision"] == "bf16"
     other = ["--resume_from_checkpoint", run / "checkpoint-3"]
-    assert "bf16, as in the checkpoint" in train(tmp_path / "other", *AUTO, *other, "--max_train_steps", "6")
+    assert "bf16, as in the checkpoint" in train(tmp_path / "other", *AUTO, *other, max_train_steps=6)
     assert_same_file(tmp_path / "other" / "checkpoint-6", run / "checkpoint-6", "unet")
 
 
-def test_a_run_that_starts_anew_is_timed_anew(timings, train, tmp_path):
+def test_a_run_from_scratch_is_timed_again(timings, train, tmp_path):
     timings(FAST_BF16)
-    train(tmp_path, *AUTO)
+    train(tmp_path, *AUTO, max_train_steps=1)
     timings(SLOW_BF16)
-    assert "using no" in train(tmp_path, *AUTO, "--overwrite_output_dir")
-    shutil.rmtree(tmp_path / "checkpoint-3")
+    assert "using no" in train(tmp_path, *AUTO, "--overwrite_output_dir", max_train_steps=1)
+    shutil.rmtree(tmp_path / "checkpoint-1")
     timings(FAST_BF16)
-    assert "using bf16" in train(tmp_path, *AUTO)
+    assert "using bf16" in train(tmp_path, *AUTO, max_train_steps=1)
 
 
 def test_the_timing_uses_the_precisions_and_restores_the_generator():
@@ -128,28 +103,15 @@ def test_what_is_compared_with_float32(monkeypatch):
         assert precision.candidates(torch.device("cuda")) == ["no", expected]
 
 
-OTHER_ON_EACH_PROCESS = """
-import os, sys
-import train_unet
-from training import precision
-fast = {"0": "bf16", "1": "no"}[os.environ["RANK"]]
-precision.update_seconds = lambda *_: {name: 0.1 if name == fast else 0.2 for name in ("no", "bf16")}
-sys.exit(train_unet.main(sys.argv[1:]))
-"""
+def other_on_each_process() -> None:
+    """Float32 is faster on the main process, bf16 on the other."""
+    fast = {"0": "no", "1": "bf16"}[os.environ["RANK"]]
+    precision.update_seconds = lambda *_: {name: 0.1 if name == fast else 0.2 for name in ("no", "bf16")}
 
 
-def test_all_processes_take_the_choice_of_the_main_one(tmp_path, cache_dir):
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"max_train_steps": 3}))
-    (tmp_path / "start.py").write_text(OTHER_ON_EACH_PROCESS)
-    own = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / "run", "--cache_dir", cache_dir, *AUTO]
-    done = subprocess.run(
-        [sys.executable, *TWO_PROCESSES, tmp_path / "start.py", *own],
-        cwd=REPOSITORY,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("--mixed_precision auto: ") == 1
-    assert "using bf16" in done.stdout
-    assert read_state(tmp_path / "run" / "checkpoint-3")["mixed_precision"] == "bf16"
+def test_all_processes_take_the_choice_of_the_main_one(start, tmp_path):
+    job = start(tmp_path / "run", *AUTO, "--max_train_steps", "3", num_processes=2, fault=other_on_each_process)
+    output = job.finish(0)
+    assert output.count("--mixed_precision auto: ") == 1
+    assert "using no" in output
+    assert read_state(tmp_path / "run" / "checkpoint-3")["mixed_precision"] == "no"

@@ -2,18 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tiny_training import REPOSITORY
 
 
 def test_a_few_kills_leave_no_trace():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.soak", "--kills", "4"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    command = [sys.executable, "-W", "ignore", "-m", "tests.soak", "--kills", "4"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("4 kills (")

@@ -13,8 +13,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from test_train_unet import TINY, assert_same_tensors, cache_dir, error_line, make_trainer, records  # noqa: F401 (fixtures)
-from test_trainer_faults import full_disk_at, signal_at, start  # noqa: F401 (a fixture)
+from tiny_training import TINY, assert_same_tensors, error_line, full_disk_at, records, signal_at
 from torch import Tensor
 
 import train_unet
@@ -27,6 +26,7 @@ from training.checkpoint import verify_checkpoint
 from training.config import TrainConfig
 from training.processes import build_accelerator
 
+pytest_plugins = ["tiny_training"]
 METRIC = ["--metric", "fid", "--metric_images", "20"]
 VALUES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5, 9: 1.5, 10: 7.0, 11: 8.0}  # by steps
 
@@ -100,7 +100,7 @@ def stand_in(tmp_path, monkeypatch) -> None:
         ),
     ],
 )
-def test_the_value_is_that_of_the_images_of_the_seeds(changes, sampler, steps, make_trainer, stand_in, capfd):  # noqa: F811
+def test_the_value_is_that_of_the_images_of_the_seeds(changes, sampler, steps, make_trainer, stand_in, capfd):
     trainer, metric = make_trainer(metric_images=20, **changes), changes["metric"]
     for _ in range(3):
         trainer.training_step()
@@ -134,7 +134,7 @@ def test_the_value_is_that_of_the_images_of_the_seeds(changes, sampler, steps, m
     assert f"the lowest {title} measured during training" in (trainer.best_dir / "README.md").read_text()
 
 
-def test_the_best_weights_are_kept_through_a_kill_until_another_measurement_or_run(start, tmp_path):  # noqa: F811
+def test_the_best_weights_are_kept_through_a_kill_until_another_measurement_or_run(start, tmp_path):
     """The kill strikes when the old folder is moved away and the new one is not yet in its place."""
     run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "2", "--checkpointing_steps", "4"]
     flags += ["--checkpoints_total_limit", "null"]
@@ -161,7 +161,7 @@ def test_the_best_weights_are_kept_through_a_kill_until_another_measurement_or_r
     assert not (run / "best_pipeline").exists()
 
 
-def test_a_metric_changes_no_loss_whether_it_succeeds_or_fails(start, tmp_path):  # noqa: F811
+def test_a_metric_changes_no_loss_whether_it_succeeds_or_fails(start, tmp_path):
     start(tmp_path / "without").finish(0)
     patched = partial(put_in_place, tmp_path / "cache")
     some_fail = partial(faults, patched, partial(act_at_batch, fail, 1, 5))
@@ -176,7 +176,7 @@ def test_a_metric_changes_no_loss_whether_it_succeeds_or_fails(start, tmp_path):
     assert records(tmp_path / "with", "fid").keys() == {6, 9}
 
 
-def test_best_weights_that_do_not_fit_the_disk_end_the_run(start, tmp_path):  # noqa: F811
+def test_best_weights_that_do_not_fit_the_disk_end_the_run(start, tmp_path):
     run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "3"]
     fault = partial(
         faults, partial(put_in_place, tmp_path / "cache"), partial(full_disk_at, 5000, "os.mkdir", ".tmp-best")
@@ -193,7 +193,7 @@ def as_process(rank: int, port: int) -> None:
 
 
 def test_two_processes_measure_the_value_of_one_and_agree_when_one_fails_or_is_stopped(
-    start,  # noqa: F811
+    start,
     tmp_path,
     stand_in,
 ):
@@ -236,7 +236,7 @@ def test_two_processes_measure_the_value_of_one_and_agree_when_one_fails_or_is_s
         (["--metric", "is"], "--metric"),
     ],
 )
-def test_what_cannot_be_measured_is_told_before_anything_is_written(flags, message, tmp_path, cache_dir, capfd):  # noqa: F811
+def test_what_cannot_be_measured_is_told_before_anything_is_written(flags, message, tmp_path, cache_dir, capfd):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     own = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / "run", "--cache_dir", cache_dir]
     assert train_unet.main([str(part) for part in (*own, *flags)]) == 2

@@ -11,6 +11,7 @@ import os
 import typing
 import unicodedata
 from dataclasses import dataclass, field
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,8 @@ LARGEST_LAST_SIGNAL = 0.05
 LARGEST_INTEGER = 2**31 - 1
 SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e9  # beyond these, squares and quotients leave the range of float32
 LONGEST_TEXT = 4096  # the longest path of Linux
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+BOUNDS = {"min": (ge, "at least"), "max": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
 
 
 def option(default, help: str, **limits):
@@ -61,9 +64,7 @@ class TrainConfig:
     validation_images: int = option(512, "images of the validation split in the held-out loss", min=1, max=100_000)
     image_column: str = option("image", "column that holds the images")
     label_column: str | None = option(None, "column of class labels, which makes the network class-conditional")
-    label_dropout: float = option(
-        0.1, "probability of dropping a label, for guidance", min=0, below=1, needs="label_column"
-    )
+    label_dropout: float = option(0.1, "share of labels dropped, for guidance", min=0, below=1, needs="label_column")
     crop: Literal["celeba_140", "celeba_128", "center", "none"] = option("center", "crop by name, before resizing")
     resolution: int = option(64, "side length of the training images, in pixels", min=1, max=8192)
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
@@ -80,7 +81,7 @@ class TrainConfig:
     down_block_types: list[str] = option(["DownBlock2D", *["AttnDownBlock2D"] * 3], "contracting path, top to bottom")
     mid_block_type: str | None = option("UNetMidBlock2D", "the bottleneck")
     up_block_types: list[str] = option([*["AttnUpBlock2D"] * 3, "UpBlock2D"], "expanding path, bottom to top")
-    block_out_channels: list[int] = option([224, 448, 672, 896], "channels of each level")
+    block_out_channels: list[int] = option([224, 448, 672, 896], "channels of each level", max=2**16)
     layers_per_block: int = option(2, "residual blocks of each level", max=100)
     mid_block_scale_factor: float = option(1.0, "divisor of the bottleneck's residual sums")
     downsample_padding: int = option(1, "padding of the downsampling convolution")
@@ -96,9 +97,7 @@ class TrainConfig:
     add_attention: bool = option(True, "attention in the bottleneck")
     center_input_sample: bool = option(False, "map the input x to 2x - 1")
     time_embedding_type: str = option("positional", "positional, fourier or learned")
-    time_embedding_dim: int | None = option(
-        None, "width of the time embedding; by default 4 times the first level's", max=2**16
-    )
+    time_embedding_dim: int | None = option(None, "its width; by default 4 times the first level's", max=2**16)
     freq_shift: int = option(0, "frequency shift of the positional time embedding")
     flip_sin_to_cos: bool = option(True, "cosines before sines in the positional time embedding")
 
@@ -110,9 +109,7 @@ class TrainConfig:
         "epsilon", "what the network predicts; ve: the score, edm: a mixture, flow: the velocity", only="ddpm vp subvp"
     )
     ddpm_num_steps: int = option(1000, "timesteps T of the forward process", min=1, max=100_000, only="ddpm")
-    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option(
-        "linear", "noise schedule", only="ddpm"
-    )
+    ddpm_beta_schedule: Literal[BETA_SCHEDULES] = option("linear", "noise schedule", only="ddpm")
     beta_start: float = option(1e-4, "first beta of the linear schedules", above=0, only="ddpm")
     beta_end: float = option(0.02, "last beta of the linear schedules", above=0, only="ddpm")
     rescale_betas_zero_snr: bool = option(False, "rescale betas: the last timestep is pure noise", only="ddpm")
@@ -123,12 +120,8 @@ class TrainConfig:
     likelihood_weighting: bool = option(False, "weight the loss by g^2, not n^2", only="vp subvp ve")
     sde_beta_min: float = option(0.1, "beta at time 0", above=0, only="vp subvp")
     sde_beta_max: float = option(20.0, "beta at time 1", above=0, max=100, only="vp subvp")
-    sigma_min: float | None = option(
-        None, "smallest noise level; by default 0.02 for ve and 0.002 for edm", min=1e-5, only="ve edm"
-    )
-    sigma_max: float | None = option(
-        None, "largest noise level; by default 100 for ve and 80 for edm", above=0, max=1e6, only="ve edm"
-    )
+    sigma_min: float | None = option(None, "least noise; ve: 0.02, edm: 0.002", min=1e-5, only="ve edm")
+    sigma_max: float | None = option(None, "most noise; ve: 100, edm: 80", above=0, max=1e6, only="ve edm")
     sigma_data: float = option(0.5, "standard deviation of pixels in [-1, 1]", min=1e-3, max=1e3, only="edm")
     noise_mean: float = option(-1.2, "mean of ln(sigma) in training", only="edm")
     noise_std: float = option(1.2, "standard deviation of ln(sigma) in training", above=0, max=100, only="edm")
@@ -151,9 +144,7 @@ class TrainConfig:
     ema_inv_gamma: float = option(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power", above=0)
     ema_power: float = option(0.75, "warm-up exponent of the EMA", above=0)
     ema_max_decay: float = option(0.9999, "largest decay of the EMA", min=0, below=1)
-    post_hoc_ema: bool = option(
-        False, "keep two more averages for an EMA whose length is chosen later, see pipelines.post_hoc_ema"
-    )
+    post_hoc_ema: bool = option(False, "keep two more averages, for an EMA of any length afterwards")
     post_hoc_ema_steps: int = option(1000, "updates between snapshots of the two; all are kept, in float16", min=1)
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = option(
         "no", "autocast type; auto times float32 and bf16 (or fp16) at the start and takes the faster one"
@@ -182,30 +173,22 @@ class TrainConfig:
     ddpm_num_inference_steps: int = option(50, "sampling steps for a sample grid", min=1, max=100_000)
     sampler: Literal["ddim", "ddpm"] = option("ddim", "sampler of grids and exported pipeline", only="ddpm")
     metric: Literal["fid", "kid"] | None = option(None, "metric of the EMA network while training; its best is kept")
-    metric_images: int = option(
-        2048, "generated images in the metric, and as many training images", min=2, max=100_000, needs="metric"
-    )
-    metric_steps: int = option(
-        5000, "updates between measurements of the metric, besides the last", min=1, needs="metric"
-    )
+    metric_images: int = option(2048, "generated and training images in it", min=2, max=100_000, needs="metric")
+    metric_steps: int = option(5000, "updates between its measurements", min=1, needs="metric")
     inception_path: str | None = option(None, "file of Inception's weights, for the metric", needs="metric")
     logging_steps: int = option(10, "updates between log records", min=1)
     logging_dir: str = option("logs", "folder of the trackers, inside output_dir")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option("tensorboard", "trackers besides log.jsonl")
     dry_run: bool = option(False, "pre-flight and one update, then stop without writing a checkpoint")
     push_to_hub: bool = option(False, "push the pipeline folder to the Hub when the run ends in good order")
-    hub_model_id: str | None = option(
-        None, "repository on the Hub; by default the last part of output_dir", needs="push_to_hub"
-    )
+    hub_model_id: str | None = option(None, "repository; by default output_dir's name", needs="push_to_hub")
     hub_private_repo: bool = option(False, "create the repository as a private one", needs="push_to_hub")
 
     def __post_init__(self):
-        for name in TYPES:
-            value = getattr(self, name)
-            for entry in value if isinstance(value, list) else [value]:
-                _check_value(name, entry)
         for name, limits in LIMITS.items():
             value, objectives, needed = getattr(self, name), limits.get("only", self.objective), limits.get("needs")
+            for entry in value if isinstance(value, list) else [value]:
+                _check_value(name, entry, limits)
             if value == DEFAULTS[name]:
                 continue
             if self.objective not in objectives.split():
@@ -216,37 +199,33 @@ class TrainConfig:
             if needed and getattr(self, needed) in (None, False):
                 raise InputError(f"--{name} is {value}, which means nothing without --{needed}; give both or neither")
         self._check_data()
+        embeddings = {"ddpm": ("positional", "learned"), "ve": ("fourier",)}.get(self.objective, ("positional",))
+        if self.time_embedding_type not in embeddings:
+            raise InputError(
+                f"--time_embedding_type is {self.time_embedding_type}; --objective {self.objective} needs"
+                f" {' or '.join(embeddings)}"
+            )
         self._check_ddpm() if self.objective == "ddpm" else self._check_sde()
         self._check_run()
 
     def _check_data(self) -> None:
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise InputError("give either --dataset_name or --train_data_dir, exactly one of them")
-        if self.dataset_name == "synthetic-faces" and self.resolution < 8:
+        is_synthetic = self.dataset_name == "synthetic-faces"
+        if is_synthetic and self.resolution < 8:
             raise InputError(f"--resolution is {self.resolution}; synthetic-faces are drawn at 8 or more")
         for name in ("streaming", "dataset_revision"):
-            if getattr(self, name) and (self.train_data_dir is not None or self.dataset_name == "synthetic-faces"):
-                given = "--train_data_dir" if self.train_data_dir is not None else "--dataset_name synthetic-faces"
+            if getattr(self, name) and (self.train_data_dir is not None or is_synthetic):
+                given = "--dataset_name synthetic-faces" if is_synthetic else "--train_data_dir"
                 raise InputError(f"--{name} is for the Hub, but {given} is given; leave one of them out")
         train, heldout = ("validation" if split == "valid" else split for split in (self.split, self.validation_split))
         if train == heldout:
-            raise InputError(
-                f"--validation_split {self.split} is what is trained on, not held out; choose another one"
-            )
-        images_per_update = self.train_batch_size * self.gradient_accumulation_steps
-        if self.max_images is not None and images_per_update > self.max_images:
-            raise InputError(
-                f"--max_images {self.max_images} images are fewer than the {images_per_update} of one update"
-                f" ({self.train_batch_size} x {self.gradient_accumulation_steps} accumulated); lower"
-                " --train_batch_size"
-            )
+            raise InputError(f"--validation_split {self.split} is trained on, so it is not held out; choose another")
 
     def _check_ddpm(self) -> None:
-        if self.time_embedding_type == "fourier":
-            raise InputError("--time_embedding_type fourier embeds noise levels, which only --objective ve has")
         if not self.beta_start <= self.beta_end < 1:
             raise InputError(
-                f"--beta_start {self.beta_start} and --beta_end {self.beta_end} must rise and stay below 1"
+                f"--beta_start {self.beta_start} to --beta_end {self.beta_end} must rise and stay below 1"
             )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise InputError(
@@ -265,19 +244,13 @@ class TrainConfig:
             )
 
     def _check_sde(self) -> None:
-        """Whether the network can embed the continuous times, and the noise levels reach from image to noise."""
-        needed = "fourier" if self.objective == "ve" else "positional"
-        if self.time_embedding_type != needed:
+        """Whether the noise levels reach from image to noise."""
+        signal = math.exp(-(self.sde_beta_min + self.sde_beta_max) / 4)
+        if not self.sde_beta_min <= self.sde_beta_max or signal > LARGEST_LAST_SIGNAL:
             raise InputError(
-                f"--time_embedding_type is {self.time_embedding_type}; --objective {self.objective} needs {needed}"
+                f"--sde_beta_min {self.sde_beta_min} and --sde_beta_max {self.sde_beta_max} leave {signal:.3g} of"
+                f" the image at time 1; they must not fall, and leave at most {LARGEST_LAST_SIGNAL}"
             )
-        if self.objective in ("vp", "subvp"):
-            signal = math.exp(-(self.sde_beta_min + self.sde_beta_max) / 4)
-            if not self.sde_beta_min <= self.sde_beta_max or signal > LARGEST_LAST_SIGNAL:
-                raise InputError(
-                    f"--sde_beta_min {self.sde_beta_min} and --sde_beta_max {self.sde_beta_max} leave {signal:.3g} of"
-                    f" the image at time 1; they must not fall, and leave at most {LARGEST_LAST_SIGNAL}"
-                )
         sde = self.noise_scheduler().sde
         if self.objective == "edm" and not math.log(sde.sigma_min) < self.noise_mean < math.log(sde.sigma_max):
             raise InputError(
@@ -306,28 +279,18 @@ class TrainConfig:
         Raises:
             InputError: if these settings make none.
         """
+        betas = (self.ddpm_beta_schedule, self.beta_start, self.beta_end)
+        same = ("objective", "sigma_min", "sigma_max", "sigma_data", "noise_mean", "noise_std", "time_density")
         try:
             if self.objective == "ddpm":
-                return make_noise_scheduler(
-                    num_train_timesteps=self.ddpm_num_steps,
-                    beta_schedule=self.ddpm_beta_schedule,
-                    beta_start=self.beta_start,
-                    beta_end=self.beta_end,
-                    prediction_type=self.prediction_type,
-                    rescale_betas_zero_snr=self.rescale_betas_zero_snr,
-                )
+                zero_snr = self.rescale_betas_zero_snr
+                return make_noise_scheduler(self.ddpm_num_steps, *betas, self.prediction_type, zero_snr)
             return SDEScheduler(
-                objective=self.objective,
                 prediction_type=OWN_PREDICTION.get(self.objective, self.prediction_type),
                 beta_min=self.sde_beta_min,
                 beta_max=self.sde_beta_max,
-                sigma_min=self.sigma_min,
-                sigma_max=self.sigma_max,
-                sigma_data=self.sigma_data,
-                noise_mean=self.noise_mean,
-                noise_std=self.noise_std,
-                time_density=self.time_density,
                 clip_sample=self.objective != "flow",  # its x_0 errs by no more than its velocity
+                **{name: getattr(self, name) for name in same},
             )
         except ValueError as error:
             raise InputError(f"--objective {self.objective}: {error}") from error
@@ -404,7 +367,7 @@ LIMITS = {entry.name: entry.metadata["limits"] for entry in dataclasses.fields(T
 UNET_OPTIONS = [name for name in inspect.signature(CustomUNet2DModel.__init__).parameters if name in TYPES]
 
 
-def _check_value(name: str, value) -> None:
+def _check_value(name: str, value, limits: dict) -> None:
     """Raises InputError for a number that is out of its range, or a text of no use as a value of any option."""
     if isinstance(value, str):
         if not value or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value):
@@ -414,17 +377,12 @@ def _check_value(name: str, value) -> None:
     if isinstance(value, (str, bool, type(None))):
         return
     largest = LARGEST_INTEGER if isinstance(value, int) else LARGEST_FLOAT
-    limits = {"min": -largest, "max": largest} | LIMITS[name]
-    checks = {
-        f"at least {limits['min']}": value >= limits["min"],
-        f"above {limits.get('above')}": "above" not in limits or value > limits["above"],
-        f"at most {limits['max']}": value <= limits["max"],
-        f"below {limits.get('below')}": "below" not in limits or value < limits["below"],
-        f"at least {SMALLEST_FLOAT} in size": value == 0 or abs(value) >= SMALLEST_FLOAT,
-    }
-    for wanted, is_met in checks.items():  # none is met by nan
-        if not is_met:
-            raise InputError(f"--{name} is {shown(value)}; it must be {wanted}")
+    limits = {"min": -largest, "max": largest} | limits
+    for bound, (is_met, words) in BOUNDS.items():
+        if bound in limits and not is_met(value, limits[bound]):  # as for nan
+            raise InputError(f"--{name} is {shown(value)}; it must be {words} {limits[bound]}")
+    if 0 < abs(value) < SMALLEST_FLOAT:
+        raise InputError(f"--{name} is {shown(value)}; it must be 0 or at least {SMALLEST_FLOAT} in size")
 
 
 def shown(value) -> str:

@@ -108,21 +108,13 @@ def per_image_mse(prediction: Tensor, target: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Regression:
-    """What a network is to learn from one batch.
+    """What a network is to learn from one batch; the tensors are float32 but for timesteps."""
 
-    Attributes:
-        inputs: of the network, float32 (B, C, H, W).
-        times: of the network, (B,): timesteps, or c_noise in float32.
-        target: what it should predict, float32, shape of `inputs`.
-        loss_weight: weight of each image's squared error in the loss, float32 (B,).
-        noise_weight: the squared error of epsilon as a multiple of the prediction's, float32 (B,).
-    """
-
-    inputs: Tensor
-    times: Tensor
-    target: Tensor
-    loss_weight: Tensor
-    noise_weight: Tensor
+    inputs: Tensor  # of the network, (B, C, H, W)
+    times: Tensor  # of the network, (B,): timesteps, or c_noise
+    target: Tensor  # what it should predict, (B, C, H, W)
+    loss_weight: Tensor  # of each image's squared error in the loss, (B,)
+    noise_weight: Tensor  # the squared error of epsilon as a multiple of the prediction's, (B,)
 
 
 def ddpm_regression(
@@ -283,13 +275,12 @@ def check_noise_levels(scheduler: SDEScheduler, clean_images: Iterable[Tensor]) 
     sde = scheduler.sde
     squares = [image.square().mean().item() for image in clean_images]
     rms = (sum(squares) / len(squares)) ** 0.5
+    images = f"these images, whose pixel values have the root mean square {rms:.3g}"
     if sde.sigma_max < LEAST_SIGMA_MAX * rms:
         raise InputError(
-            f"--sigma_max is {sde.sigma_max:g}, too little to hide these images, whose pixel values have the root mean"
-            f" square {rms:.3g}; take at least {LEAST_SIGMA_MAX * rms:.3g}"
+            f"--sigma_max is {sde.sigma_max:g}, too little to hide {images}; take at least {LEAST_SIGMA_MAX * rms:.3g}"
         )
     if sde.sigma_min > MOST_SIGMA_MIN * rms:
         raise InputError(
-            f"--sigma_min is {sde.sigma_min:g}, visible noise on these images, whose pixel values have the root mean"
-            f" square {rms:.3g}; take at most {MOST_SIGMA_MIN * rms:.3g}"
+            f"--sigma_min is {sde.sigma_min:g}, visible noise on {images}; take at most {MOST_SIGMA_MIN * rms:.3g}"
         )

@@ -1,9 +1,8 @@
-"""What a run tells of itself: the summary before it starts, the records of log.jsonl, and the facts of its model."""
+"""What is known of a run: two properties of its network, the records of log.jsonl, and the facts of its model."""
 
 import json
-import math
-import os
 import platform
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,59 +19,7 @@ from training.workers import available_cores
 
 LIBRARIES = "torch diffusers accelerate datasets".split()
 
-# ---- Before the start
-
-
-def preflight_summary(
-    config: TrainConfig, network: nn.Module, loss_of: Callable[[Tensor], Tensor], **facts: str | int | None
-) -> str:
-    """Sizes, length and memory of a training as a table.
-
-    Args:
-        loss_of: the loss of the training on images of shape (B, 3, H, W); called with one image to see what its
-            backward pass keeps.
-        facts: `source`, `num_images`, `num_heldout_images`, `num_classes` (None without labels), `num_processes`,
-            `total_steps`, `step`, `device`.
-    """
-    parameters = list(network.parameters())
-    image = torch.zeros(1, 3, config.resolution, config.resolution, device=parameters[0].device)
-    state_bytes = sum(p.numel() * p.element_size() for p in parameters) * (7 if config.post_hoc_ema else 5)
-    batch_bytes = activation_bytes(lambda: loss_of(image), parameters) * config.train_batch_size
-    images_per_update = config.train_batch_size * config.gradient_accumulation_steps * facts["num_processes"]
-    length = "no last step"
-    if facts["total_steps"]:
-        epochs = facts["total_steps"] * images_per_update / facts["num_images"]
-        length = f"{facts['total_steps']:,} updates = {epochs:.1f} epochs"
-    if config.max_train_minutes:
-        length += f", at most {config.max_train_minutes:g} minutes in this start"
-    objective = {name: value for name, value in config.objective_settings().items() if value not in (None, False)}
-    rows = {
-        "network": f"{sum(p.numel() for p in parameters):,} parameters at {config.resolution}x{config.resolution}",
-        "objective": ", ".join(str(v) if k == "objective" else f"{k} {v}" for k, v in objective.items()),
-        "data": f"{facts['source']}, {config.split}: {facts['num_images']:,} images per epoch",
-        "held-out data": f"{facts['num_heldout_images']:,} images",
-        "classes": "none" if facts["num_classes"] is None else f"{facts['num_classes']} of {config.label_column}",
-        "images per update": f"{images_per_update} = {config.train_batch_size} x"
-        f" {config.gradient_accumulation_steps} accumulated x {facts['num_processes']} processes",
-        "length": length,
-        "memory": f"{state_bytes / 2**20:,.0f} MiB for weights, gradients, optimizer and EMA;"
-        f" {batch_bytes / 2**20:,.0f} MiB for the activations of a batch (estimate)",
-        "device": f"{facts['device']}, precision {config.mixed_precision}",
-        "output": config.output_dir,
-        "starts at": f"step {facts['step']}",
-    }
-    if config.metric is not None:
-        rows["metric"] = (
-            f"{config.metric.upper()} of {config.metric_images:,} images every {config.metric_steps:,} updates"
-        )
-    without_time = levels_without_time(config)
-    if without_time:
-        rows["note"] = (
-            f"level {without_time[0]} has one channel per group, so group norm cancels the time embedding; lower"
-            " --norm_num_groups or set --resnet_time_scale_shift scale_shift"
-        )
-    width = max(map(len, rows))
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+# ---- The network, before the start
 
 
 def levels_without_time(config: TrainConfig) -> list[int]:
@@ -106,19 +53,6 @@ def activation_bytes(compute_loss: Callable[[], Tensor], parameters: list[nn.Par
         loss = compute_loss()  # held until the end: a freed storage's address could be taken again
     del loss
     return total
-
-
-def speed_report(images_per_second: float, num_images_left: float, seconds_left: float) -> str:
-    """The speed, and the time left until all images are seen or the time is up; either may be infinite."""
-    seconds_left = min(seconds_left, num_images_left / images_per_second)
-    left = f", {duration(seconds_left)} left" if math.isfinite(seconds_left) else ""
-    return f"{images_per_second:.1f} images/s{left}"
-
-
-def duration(seconds: float) -> str:
-    """h:mm:ss, rounded to seconds."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 # ---- During the training
@@ -177,10 +111,6 @@ class Interval:
     grad_norm: Tensor | float = 0.0  # of the last update
     set_up_seconds: float | None = None  # of the first one: from the start of the process to its first update
 
-    def add_time(self, seconds: float) -> None:
-        self.attempts += 1
-        self.seconds += seconds
-
     def add_update(self, loss: Tensor, grad_norm: Tensor) -> None:
         self.updates += 1
         self.loss_sum = self.loss_sum + loss
@@ -228,12 +158,9 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        models = [
-            line.split(":", 1)[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-        ]
-        name = models[0].strip() if models else name
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    name = models[0] if models else platform.processor() or platform.machine()
     return f"{name}, {available_cores()} cores"
 
 

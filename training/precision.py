@@ -61,7 +61,7 @@ def recorded_precision(config: TrainConfig) -> str | None:
     """That of the checkpoint to resume from; None for a fresh run, or a checkpoint that does not tell."""
     if config.overwrite_output_dir:
         return None
-    folder = find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint, lambda line: None)
+    folder = find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
     return None if folder is None else read_state(folder).get("mixed_precision")
 
 

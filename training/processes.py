@@ -9,6 +9,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -18,9 +19,8 @@ from accelerate.utils import (
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
-from tqdm.auto import tqdm
 
-from common import InputError
+from common import InputError, report_error
 from training.config import TrainConfig
 from training.workers import available_cores
 
@@ -34,13 +34,13 @@ class StoppedEarly(BaseException):
 
 
 class StopSignal:
-    """SIGINT and SIGTERM: at first they end the process where it stands, during the training they are a wish.
+    """SIGINT and SIGTERM: at first they end the process where it stands, during training they request a graceful stop.
 
     Attributes:
         number: of the first signal that came; None if none did.
         is_noted_only: set by the training when it begins: from then on it looks at `number` and ends in good order.
-            Set too when the process ends with an error: another process that has ended with the same one sooner makes
-            torchrun stop this one before it has told it.
+            Also set when the process ends with an error: another process that ended with the same error earlier makes
+            torchrun stop this one before it has reported it.
     """
 
     def __init__(self):
@@ -68,13 +68,9 @@ class StopSignal:
             raise StoppedEarly(f"stopped by {signal.Signals(number).name} before the training began")
 
     def fail(self, error: object, code: int) -> int:
-        """Tells on stderr in one line what ends the process, and from which process of several; returns the code."""
+        """Reports what ends the process, during which no signal interrupts it; returns the exit code."""
         self.is_noted_only = True
-        rank = int(os.environ.get("RANK", 0))
-        line = f"{f'[rank {rank}] ' if rank else ''}error: {' '.join(str(error).split())}\n"
-        # Not print: after a progress bar the line would stand behind it. And with its end in one write, where Python
-        # is told not to buffer: the lines of several processes would mix.
-        tqdm.write(line, file=sys.stderr, end="")
+        report_error(error)
         return code
 
     @property
@@ -89,11 +85,14 @@ def end_with_launcher() -> None:
     That launcher passes no signal on, and would leave its process running unseen. Any other parent may end: a run
     started with nohup outlives its shell.
     """
-    parent = os.getppid()
-    if not sys.platform.startswith("linux") or not is_accelerate_launch(_command_line(parent)):
+    parent = psutil.Process().parent()
+    try:
+        if not sys.platform.startswith("linux") or parent is None or not is_accelerate_launch(parent.cmdline()):
+            return
+    except psutil.Error:  # the parent is gone or hidden
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died just before
+    if os.getppid() != parent.pid:  # it died just before
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -106,13 +105,6 @@ def is_accelerate_launch(command_line: list[str]) -> bool:
         or ("accelerate", "launch") in pairs
         or ("-m", "accelerate.commands.launch") in pairs
     )
-
-
-def _command_line(process_id: int) -> list[str]:
-    try:
-        return Path(f"/proc/{process_id}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:  # the process is gone, or there is no /proc
-        return []
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:

@@ -1,182 +1,163 @@
-"""What a training shows of itself: lines on the terminal, records, held-out losses, sample grids, a metric, facts."""
+"""What a training shows of itself: the summary before it starts, records, held-out losses, sample grids, facts.
+
+`trainer` is a `train_unet.Trainer`.
+"""
 
 import logging
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from common import on_main_process
-from training.config import TrainConfig
 from training.diffusion import heldout_loss
-from training.log import Interval, RunLog, machine_facts, preflight_summary
-from training.processes import StopSignal, on_any_process
+from training.log import Interval, activation_bytes, levels_without_time, machine_facts
 from training.samples import SamplingStopped, draw_grid, save_grid
-from training.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 
 
-class Reports:
-    """The base of `train_unet.Trainer`, which sets these attributes and has the networks and the optimizer."""
+def preflight_summary(trainer) -> str:
+    """Sizes, length and memory of the training as a table."""
+    config, network, data = trainer.config, trainer.network, trainer.data
+    num_processes, total_steps = trainer.accelerator.num_processes, trainer.total_steps
+    parameters = list(network.parameters())
+    image = torch.zeros(1, 3, config.resolution, config.resolution, device=trainer.accelerator.device)
+    label = None if data.label_names is None else torch.zeros(1, dtype=torch.int64, device=image.device)
+    copies = 7 if config.post_hoc_ema else 5  # weights, gradients, two moments, EMAs
+    state_bytes = sum(p.numel() * p.element_size() for p in parameters) * copies
+    batch_bytes = activation_bytes(lambda: trainer.loss(network, image, label), parameters) * config.train_batch_size
+    length = "no last step"
+    if total_steps:
+        epochs = total_steps * trainer.images_per_update / len(data.store)
+        length = f"{total_steps:,} updates = {epochs:.1f} epochs"
+    if config.max_train_minutes:
+        length += f", at most {config.max_train_minutes:g} minutes in this start"
+    objective = {name: value for name, value in config.objective_settings().items() if value not in (None, False)}
+    rows = {
+        "network": f"{sum(p.numel() for p in parameters):,} parameters at {config.resolution}x{config.resolution}",
+        "objective": ", ".join(str(v) if k == "objective" else f"{k} {v}" for k, v in objective.items()),
+        "data": f"{data.store.description['source']}, {config.split}: {len(data.store):,} images per epoch",
+        "held-out data": f"{data.num_heldout_images:,} images",
+        "classes": "none" if data.label_names is None else f"{len(data.label_names)} of {config.label_column}",
+        "images per update": f"{trainer.images_per_update} = {config.train_batch_size} x"
+        f" {config.gradient_accumulation_steps} accumulated x {num_processes} processes",
+        "length": length,
+        "memory": f"{state_bytes / 2**20:,.0f} MiB for weights, gradients, optimizer and EMA;"
+        f" {batch_bytes / 2**20:,.0f} MiB for the activations of a batch (estimate)",
+        "device": f"{trainer.accelerator.device}, precision {config.mixed_precision}",
+        "output": config.output_dir,
+        "starts at": f"step {trainer.progress.step}",
+    }
+    if config.metric is not None:
+        rows["metric"] = (
+            f"{config.metric.upper()} of {config.metric_images:,} images every {config.metric_steps:,} updates"
+        )
+    if without_time := levels_without_time(config):
+        rows["note"] = (
+            f"level {without_time[0]} has one channel per group, so group norm cancels the time embedding; lower"
+            " --norm_num_groups or set --resnet_time_scale_shift scale_shift"
+        )
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
 
-    config: TrainConfig
-    accelerator: Accelerator
-    data: TrainingData
-    pipeline: DiffusionPipeline  # of the averaged network
-    log: RunLog  # on the main process
-    stop: StopSignal
-    output_dir: Path
-    images_per_update: int
-    total_steps: int | None
-    metric: object | None  # `eval.training_metric.TrainingMetric`
-    last_metric: dict[str, str]  # for the progress bar
 
-    def tell(self, line: str) -> None:
-        if self.accelerator.is_main_process:
-            logger.info(line)
+def record(trainer, **values: float) -> None:
+    """One record in log.jsonl and the trackers."""
+    if trainer.accelerator.is_main_process:
+        trainer.log.write(trainer.progress.step, images_seen=trainer.images_seen, **values)
+        trainer.accelerator.log(values, step=trainer.progress.step)
 
-    @property
-    def images_seen(self) -> int:
-        return self.progress.attempts * self.images_per_update
 
-    @property
-    def skipped_steps(self) -> int:
-        return self.progress.attempts - self.progress.step
+def record_interval(trainer, interval: Interval, bar: tqdm) -> None:
+    """Means since the last record, in a record and in the progress bar."""
+    values = {
+        "loss": trainer.accelerator.reduce(interval.loss_sum / interval.updates, "mean").item(),
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        "grad_norm": interval.grad_norm.item(),
+        "images_per_second": interval.attempts * trainer.images_per_update / interval.seconds,
+        "skipped_steps": trainer.skipped_steps,
+        "train_seconds": trainer.progress.train_seconds,
+    }
+    if interval.set_up_seconds is not None:
+        values["set_up_seconds"] = interval.set_up_seconds
+    record(trainer, **values)
+    shown = {"loss": "loss", "lr": "learning_rate", "grad": "grad_norm", "images/s": "images_per_second"}
+    bar.set_postfix({name: f"{values[key]:.3g}" for name, key in shown.items()} | trainer.last_metric)
 
-    def record(self, **values: float) -> None:
-        """One record in log.jsonl and the trackers."""
-        if self.accelerator.is_main_process:
-            self.log.write(self.progress.step, images_seen=self.images_seen, **values)
-            self.accelerator.log(values, step=self.progress.step)
 
-    def record_interval(self, interval: Interval, bar: tqdm) -> None:
-        loss = self.accelerator.reduce(interval.loss_sum / interval.updates, "mean").item()
-        values = {
-            "loss": loss,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": interval.grad_norm.item(),
-            "images_per_second": interval.attempts * self.images_per_update / interval.seconds,
-            "skipped_steps": self.skipped_steps,
-            "train_seconds": self.progress.train_seconds,
-        }
-        if interval.set_up_seconds is not None:
-            values["set_up_seconds"] = interval.set_up_seconds
-        self.record(**values)
-        shown = {"loss": "loss", "lr": "learning_rate", "grad": "grad_norm", "images/s": "images_per_second"}
-        bar.set_postfix({name: f"{values[key]:.3g}" for name, key in shown.items()} | self.last_metric)
+def report_heldout_loss(trainer) -> None:
+    """Of the EMA network; nothing without a validation split."""
+    data = trainer.data
+    if data.heldout_images is None:  # as on all processes but the main one
+        return
+    with trainer.accelerator.autocast():
+        losses = heldout_loss(
+            trainer.ema_network,
+            trainer.noise_scheduler,
+            data.heldout_images,
+            trainer.config.train_batch_size,
+            class_labels=data.heldout_labels,
+        )
+    record(trainer, **losses)
+    quarters = ", ".join(f"{losses[f'heldout_loss_q{q}']:.4f}" for q in (1, 2, 3, 4))
+    logger.info(
+        f"step {trainer.progress.step}: held-out loss {losses['heldout_loss']:.4f}"
+        f" (by quarter of the times, least noise first: {quarters})"
+    )
 
-    def report_heldout_loss(self) -> None:
-        if self.data.heldout_images is None or not self.accelerator.is_main_process:
-            return
-        with self.accelerator.autocast():
-            losses = heldout_loss(
-                self.ema_network,
-                self.noise_scheduler,
-                self.data.heldout_images,
-                self.config.train_batch_size,
-                class_labels=self.data.heldout_labels,
+
+def save_samples(trainer) -> None:
+    """A grid from fixed noise, one seed per image, the classes in turn.
+
+    A failure is reported and does not end the training.
+    """
+    if not trainer.accelerator.is_main_process:
+        return
+    config, step, pipeline = trainer.config, trainer.progress.step, trainer.pipeline
+    if trainer.data.label_names is not None:
+        labels = [number % len(trainer.data.label_names) for number in range(config.eval_batch_size)]
+        pipeline = partial(pipeline, class_labels=labels)
+    try:
+        with trainer.accelerator.autocast():
+            grid = draw_grid(
+                pipeline,
+                config.eval_batch_size,
+                config.ddpm_num_inference_steps,
+                should_stop=lambda: trainer.stop.number is not None,
             )
-        self.record(**losses)
-        quarters = ", ".join(f"{losses[f'heldout_loss_q{q}']:.4f}" for q in (1, 2, 3, 4))
-        self.tell(
-            f"step {self.progress.step}: held-out loss {losses['heldout_loss']:.4f}"
-            f" (by quarter of the times, least noise first: {quarters})"
-        )
+        save_grid(grid, trainer.output_dir / "samples", step)
+        for tracker in trainer.accelerator.trackers:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
+    except SamplingStopped:
+        logger.info(f"step {step}: sampling given up, the run is to stop")
+    except Exception as error:  # whatever it is, the training does not depend on it
+        logger.info(f"step {step}: sampling failed, training goes on: {error}")
 
-    def save_samples(self) -> None:
-        """A grid from fixed noise, one seed per image, the classes in turn.
 
-        A failure is told and does not end the training.
-        """
-        if not self.accelerator.is_main_process:
-            return
-        config, step = self.config, self.progress.step
-        pipeline = self.pipeline
-        if self.data.label_names is not None:
-            labels = [number % len(self.data.label_names) for number in range(config.eval_batch_size)]
-            pipeline = partial(pipeline, class_labels=labels)
-        try:
-            with self.accelerator.autocast():
-                grid = draw_grid(
-                    pipeline,
-                    config.eval_batch_size,
-                    config.ddpm_num_inference_steps,
-                    should_stop=lambda: self.stop.number is not None,
-                )
-            save_grid(grid, self.output_dir / "samples", step)
-            for tracker in self.accelerator.trackers:
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
-        except SamplingStopped:
-            self.tell(f"step {step}: sampling given up, the run is to stop")
-        except Exception as error:  # whatever it is, the training does not depend on it
-            self.tell(f"step {step}: sampling failed, training goes on: {error}")
-
-    def preflight(self) -> str:
-        """The table before the start."""
-        names, device = self.data.label_names, self.accelerator.device
-        label = None if names is None else torch.zeros(1, dtype=torch.int64, device=device)
-        return preflight_summary(
-            self.config,
-            self.network,
-            lambda images: self.loss(self.network, images, label),
-            num_classes=names and len(names),
-            source=self.data.store.description["source"],
-            num_images=len(self.data.store),
-            num_heldout_images=self.data.num_heldout_images,
-            num_processes=self.accelerator.num_processes,
-            total_steps=self.total_steps,
-            step=self.progress.step,
-            device=str(device),
-        )
-
-    def facts(self) -> dict:
-        """What `training.json` of the model repository says, JSON-able and without any path of this machine."""
-        config, heldout = self.config, self.log.newest("heldout_loss")
-        if heldout is not None and config.validation_split is not None:  # a resumed run may have given it up
-            heldout = {k: v for k, v in heldout.items() if k == "step" or k.startswith("heldout_loss")}
-            heldout["split"] = config.validation_split
-        facts = {
-            "step": self.progress.step,
-            "total_steps": self.total_steps,
-            "images_seen": self.images_seen,
-            "train_seconds": self.progress.train_seconds,
-            "num_processes": self.accelerator.num_processes,
-            "num_heldout_images": self.data.num_heldout_images,
-            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
-            "objective": config.objective_settings(),
-            "data": {key: value for key, value in self.data.store.description.items() if value is not None},
-            "heldout": None if config.validation_split is None else heldout,
-            "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
-            "date": datetime.now(UTC).date().isoformat(),
-        }
-        facts |= {} if self.pretrained_facts is None else {"pretrained": self.pretrained_facts}
-        return facts | machine_facts(self.accelerator.device)
-
-    def measure(self) -> None:
-        """FID or KID of the EMA network, unless the run is to stop or the log has it; the best has its own folder.
-
-        A failure is told and does not end the training.
-
-        Raises:
-            Failed: if that folder cannot be written.
-        """
-        step, metric = self.progress.step, self.metric
-        if metric is None:
-            return
-        known = self.log.newest(metric.name) if self.accelerator.is_main_process else None
-        is_known = known is not None and known["step"] == step
-        if on_any_process(self.accelerator, is_known or self.wants_to_stop()):
-            return
-        value = metric.measure(step, self.wants_to_stop, self.tell)
-        if value is not None:
-            keep = partial(metric.keep_best, value, step, self.best_dir, self.write_pipeline)
-            self.tell(on_main_process(self.accelerator, keep))
-            self.record(**{metric.name: value})
-            self.last_metric = {metric.name: f"{value:.3g}"}
+def facts(trainer) -> dict:
+    """What `training.json` of the model repository says, JSON-able and without any path of this machine."""
+    config, progress, store = trainer.config, trainer.progress, trainer.data.store
+    heldout = None
+    if config.validation_split is not None and (newest := trainer.log.newest("heldout_loss")) is not None:
+        heldout = {k: v for k, v in newest.items() if k == "step" or k.startswith("heldout_loss")}
+        heldout["split"] = config.validation_split
+    values = {
+        "step": progress.step,
+        "total_steps": trainer.total_steps,
+        "images_seen": trainer.images_seen,
+        "train_seconds": progress.train_seconds,
+        "num_processes": trainer.accelerator.num_processes,
+        "num_heldout_images": trainer.data.num_heldout_images,
+        "parameters": sum(parameter.numel() for parameter in trainer.network.parameters()),
+        "objective": config.objective_settings(),
+        "data": {key: value for key, value in store.description.items() if value is not None},
+        "heldout": heldout,
+        "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    if trainer.pretrained_facts is not None:
+        values["pretrained"] = trainer.pretrained_facts
+    return values | machine_facts(trainer.accelerator.device)
