@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 
+import accelerate
 import pytest
 import safetensors.torch
 import torch
@@ -398,6 +399,55 @@ def test_half_precision(name, dtype, tmp_path):
         torch.testing.assert_close(output.float(), expected, **tolerance)
         output.float().square().sum().backward()
         assert all(p.grad.isfinite().all() for p in half.parameters() if p.requires_grad)
+
+
+def reloaded_shards(model, folder):
+    model.save_pretrained(folder, variant="fp16", max_shard_size="50KB")
+    assert len([*folder.glob("*.fp16-*-of-*.safetensors")]) > 1
+    return type(model).from_pretrained(folder, variant="fp16")
+
+
+def offloaded(model, folder, **options):
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, **options)
+    return model
+
+
+WAYS = {  # those of diffusers' own tests of its models that need no GPU
+    "shards of a variant": reloaded_shards,
+    "offload to the CPU": lambda model, folder: accelerate.cpu_offload(model, execution_device=torch.device("cpu")),
+    "offload to disk": lambda model, folder: accelerate.disk_offload(model, folder, torch.device("cpu")),
+    "offload of leaves": lambda model, folder: offloaded(model, folder, offload_type="leaf_level"),
+    "offload of blocks": lambda model, folder: offloaded(
+        model, folder, offload_type="block_level", num_blocks_per_group=1
+    ),
+    "compiled once": lambda model, folder: torch.compile(model, fullgraph=True, backend="aot_eager"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["class table", "NCSN++"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_output_is_the_same_however_the_weights_are_kept(way, name, tmp_path):
+    _, model = make_pair(tiny(name))
+    inputs = make_inputs(model.eval())
+    expected = [model(**inputs | {"timestep": inputs["timestep"] + i}).sample for i in range(2)]
+    torch._dynamo.reset()
+    kept = WAYS[way](model, tmp_path)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        outputs = [kept(**inputs | {"timestep": inputs["timestep"] + i}).sample for i in range(2)]
+    torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FEW_CONFIGS)
+def test_weights_stored_in_eight_bits_give_what_they_give_in_diffusers(name):
+    reference, ours = make_pair(tiny(name))
+    inputs = make_inputs(ours)
+    for model in (reference.eval(), ours.eval()):
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        assert any(parameter.dtype == torch.float8_e4m3fn for parameter in model.parameters())
+    torch.testing.assert_close(ours(**inputs).sample, reference(**inputs).sample, atol=1e-5, rtol=0)
 
 
 # -------------------------------------------------------------------------------------------------- what it refuses
