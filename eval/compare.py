@@ -4,7 +4,7 @@
 
 A RUN_DIR is what `python -m eval.run --out` wrote. DIR/comparison.md is a table with a row for each model and each way
 that its images were drawn, DIR/comparison.json has its numbers, DIR/comparison.png a row of images for each (where
-RUN_DIR still has them), DIR/comparison_errors.png their held-out errors against the noise level. Exit codes: 0 done, 1
+RUN_DIR still has them), DIR/comparison_errors.png the held-out errors against the noise level. Exit codes: 0 done, 1
 failed, 2 bad input.
 """
 

@@ -219,8 +219,8 @@ def _memorisation_results(
     about |= {"heldout_duplicates_left_out": report.num_heldout_duplicates}
     values = {  # value and, for a model that generalises, what to expect
         "Nearest training image, generated / held-out (median)": ("memorisation_ratio", report.ratio, 1.0),
-        "Share nearer than any held-out image": ("memorisation_share", *report.share_below_heldout_minimum),
-        "Share nearer than 99 % of held-out images": ("memorisation_share_1", *report.share_below_heldout_percentile),
+        "Share nearer than any held-out image": ("memorisation_share", *report.share_below_minimum),
+        "Share nearer than 99 % of held-out images": ("memorisation_share_1", *report.share_below_percentile),
     }
     for name, (metric, value, expected) in values.items():
         yield result("memorisation", f"{name}{where}", metric, value, floor=expected, **about)

@@ -49,8 +49,8 @@ class MemorisationReport:
     distances: np.ndarray  # (N,), of the generated images
     heldout_distances: np.ndarray  # (M,), of the held-out images, near-copies left out
     num_heldout_duplicates: int  # held-out images left out as near-copies of training images
-    share_below_heldout_minimum: Share
-    share_below_heldout_percentile: Share
+    share_below_minimum: Share  # of the held-out distances
+    share_below_percentile: Share  # the first of them
     share_nearest_heldout: Share  # those with a held-out image nearer than any training image
     std_share_nearest_heldout: float | None  # over as many training images in the place of the held-out ones
     pairs: list[Pair]  # the nearest ones, nearest first
@@ -100,8 +100,8 @@ def memorisation(
         distances=distances,
         heldout_distances=heldout_distances,
         num_heldout_duplicates=int(is_duplicate.sum()),
-        share_below_heldout_minimum=Share(float((distances < minimum).mean()), 1 / (len(heldout_distances) + 1)),
-        share_below_heldout_percentile=Share(float((distances < percentile_1).mean()), 0.01),
+        share_below_minimum=Share(float((distances < minimum).mean()), 1 / (len(heldout_distances) + 1)),
+        share_below_percentile=Share(float((distances < percentile_1).mean()), 0.01),
         share_nearest_heldout=Share(float(is_heldout_nearest.mean()), len(heldout) / (len(heldout) + len(training))),
         std_share_nearest_heldout=float(shares.std(ddof=1)) if len(shares) > 1 else None,
         pairs=[Pair(i, int(indices[i]), bool(mirrored[i]), float(distances[i])) for i in suspects],

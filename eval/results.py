@@ -2,12 +2,13 @@
 
     {"pipeline": ..., "reference": {...}, "versions": {...}, "device": ..., "results": [RESULT, ...]}
 
-A RESULT has `name`, `metric` and `value` (null: not measured, with the `reason`), perhaps `std`, and how it was got:
-mode, n, n_reference, dataset, split, crop, resolution, sampler, steps, eta, seeds, features, features_sha256, seconds.
+A RESULT has `name`, `metric` and `value` (null: not measured, with the `reason`), perhaps `std`, and how it was
+measured: mode, n, n_reference, dataset, split, crop, resolution, sampler, steps, eta, seeds, features and the like.
 
-    python -m eval.results README.md     writes the tables anew between <!-- results: FILE FAMILY --> and <!-- end -->,
-                                         those of other commands as they are, <!-- results: FILE.md table -->, and the
-                                         held-out losses of a training, <!-- results: LOG.jsonl heldout -->
+    python -m eval.results README.md     renews each table between <!-- results: FILE FAMILY --> and <!-- end -->
+
+FILE FAMILY is `results.json` with one of `TABLES`; `FILE.md table`, which another command wrote; or `LOG.jsonl
+heldout`, the held-out losses of a training.
 """
 
 import json
@@ -155,7 +156,7 @@ TABLES = {"quality": quality_table, "summary": summary_table, "cost": cost_table
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """The text with each marked table written anew from its results file, whose path is relative to the folder.
+    """The text with each marked table renewed from its results file, whose path is relative to the folder.
 
     Raises:
         InputError: for an unknown family or an unreadable file.

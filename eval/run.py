@@ -1,12 +1,12 @@
-"""Evaluates a model: how good its images are, how likely real ones are to it, what it copies, what it costs.
+"""Evaluates a model: how good its images are, how likely real ones are under it, what it copies, what it costs.
 
     python -m eval.run --pipeline DIR_OR_HUB_ID --reference DATA --num_images 10000 --out runs/eval/NAME
 
-DATA is a folder, a Hub id or `synthetic-faces`, cropped as the model was trained. OUT/results.json has every figure
-with how it was got, beside it are the figures as PNG; the images lie in OUT/images and are used again by a second
-start, as are features in the user's cache. `--write_card` hands the results to the model's card, `python -m
-eval.compare` lays the results of several models side by side. DDPM and SDE models are measured alike, but for what
-belongs to discrete timesteps alone.
+DATA is a folder, a Hub id or `synthetic-faces`, cropped as in the training. OUT/results.json has every value with how
+it was measured, OUT/results.md a table, and OUT/*.png the figures. The images in OUT/images are used again by a second
+start, as are features in the user's cache. `--write_card` puts the results into the model's card, `python -m
+eval.compare` lays the results of several models side by side. DDPM and SDE models are measured in the same way, except
+for what only discrete timesteps have.
 
     swd            sliced Wasserstein distance, with the floor of real against real       eval/swd.py
     colours        brightness, contrast and saturation                                   eval/colours.py
@@ -55,7 +55,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     generate.add_drawing_flags(parser, num_images=10000, batch_size=64)
     add = parser.add_argument
     samplers = [*SAMPLERS, *CONTINUOUS_SAMPLERS]
-    add("--sampler", choices=samplers, help="default: ddim; of a model of continuous time its own")
+    add("--sampler", choices=samplers, help="default: ddim, or the one of a model in continuous time")
     add("--reference", required=True, help="real images: a folder, a Hub id or synthetic-faces")
     add("--split", default="train", help="split that the model was trained on (default train)")
     add("--heldout_split", default="validation", help="split that it was not trained on; '' for none")
@@ -68,7 +68,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     features = "inception[:legacy_tensorflow], dinov2, clip or a path (default: of these three, those with weights)"
     add("--features", nargs="+", help=features)
     for name in PUBLISHED:
-        add(f"--{name}_path", type=Path, help="weights where they cannot be downloaded")
+        add(f"--{name}_path", type=Path, help="local weights, where they cannot be downloaded")
     add("--k", type=int, default=5, help="nearest neighbours of precision, recall, density, coverage")
     add("--likelihood_images", type=int, default=256, help="of each split, for the variational bound")
     add("--bound_evaluations", type=int, default=20, help="network evaluations per image of the bound")
@@ -79,7 +79,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         "RMS in grey levels: held-out images nearer to a training image are left out as near-copies in the data"
     )
     add("--duplicate_distance", type=float, default=15.0, help=duplicates)
-    add("--heldout_images", type=int, default=512, help="of each split, for the loss against the noise")
+    add("--heldout_images", type=int, default=512, help="of each split, for the held-out errors")
     add("--cost_images", type=int, default=FEWEST_IMAGES, help="of each sampler")
     usual = f"default: {' '.join(COST_SAMPLERS)}; in continuous time {' '.join(COST_SAMPLERS_IN_CONTINUOUS_TIME)}"
     how = {"nargs": "+", "type": parse_sampler, "metavar": "NAME[:STEPS[:ETA]]", "help": usual}
@@ -178,11 +178,11 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
         "date": datetime.now(UTC).date().isoformat(),
     }
     results, there = [], read_results(path) if path.exists() else {}
-    if header.items() <= there.items():
+    if all(there.get(key) == value for key, value in header.items()):
         moved = {key: there.get(key) for key in now if there.get(key) != now[key]}  # of another machine or day
         results = [moved | entry for entry in there["results"]]
     elif there:
-        print(f"{path} is of other weights or real images: it is written anew", flush=True)
+        print(f"{path} is of other weights or real images and is replaced", flush=True)
     return header | {"model": evaluation.describe_model()} | now | {"results": results}
 
 

@@ -1,4 +1,4 @@
-"""FID or KID of the EMA network during training, from few images by a fast sampler: which step is the best so far."""
+"""FID or KID of the EMA network during training, from few images of a fast sampler, to keep the best step."""
 
 from collections.abc import Callable
 from pathlib import Path

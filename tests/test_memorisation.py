@@ -67,9 +67,9 @@ def test_planted_copies_are_found_and_counted(faces):
     generated[73] = (training[640] + noise).round().clip(0, 255)
     before = memorisation(faces[1000:], heldout, training)
     report = memorisation(generated, heldout, training)
-    assert before.share_below_heldout_minimum.value == 0
-    assert report.share_below_heldout_minimum.value == 0.03
-    assert report.share_below_heldout_percentile.value >= 0.03
+    assert before.share_below_minimum.value == 0
+    assert report.share_below_minimum.value == 0.03
+    assert report.share_below_percentile.value >= 0.03
     exact, mirrored, near = report.pairs[:3]
     assert exact == (11, 301, False, 0.0)
     assert mirrored == (42, 77, True, 0.0)
@@ -101,10 +101,10 @@ def test_near_copies_in_the_data_are_left_out_of_the_held_out_images_and_counted
     heldout[:3] = (training[:3].astype(int) + noise).clip(0, 255)
     generated[7] = (training[50].astype(int) + 2 * noise[0]).clip(0, 255)
     blinded = memorisation(generated, heldout, training)
-    assert (blinded.num_heldout_duplicates, blinded.share_below_heldout_minimum.value) == (0, 0)
+    assert (blinded.num_heldout_duplicates, blinded.share_below_minimum.value) == (0, 0)
     report = memorisation(generated, heldout, training, duplicate_distance=2.0)
     assert (report.num_heldout_duplicates, len(report.heldout_distances)) == (3, 97)
-    assert report.share_below_heldout_minimum.value >= 1 / 100
+    assert report.share_below_minimum.value >= 1 / 100
     assert report.pairs[0][:2] == (7, 50)
     with pytest.raises(InputError, match="at least half of the held-out images are training images"):
         memorisation(generated, training[:50], training)
@@ -116,7 +116,7 @@ def test_expected_shares_are_met_over_many_draws():
     """Samples of one distribution are exchangeable: each held-out or generated one is the nearest equally often."""
     generator = np.random.default_rng(0)
     reports = [memorisation(*(generator.random((n, 2)) for n in (25, 10, 40))) for _ in range(600)]
-    for name, expected in (("share_below_heldout_minimum", 1 / 11), ("share_nearest_heldout", 1 / 5)):
+    for name, expected in (("share_below_minimum", 1 / 11), ("share_nearest_heldout", 1 / 5)):
         shares = np.array([getattr(report, name).value for report in reports])
         assert getattr(reports[0], name).expected == expected
         assert abs(shares.mean() - expected) < 4 * shares.std() / 600**0.5
@@ -155,4 +155,4 @@ def test_features_are_measured_by_their_l2_distance():
     report = memorisation(generated, heldout, training)
     assert report.pairs == [(1, 1, False, 1.0), (2, 0, False, 2.0), (0, 0, False, 5.0)]
     assert (report.distances.tolist(), report.heldout_median, report.ratio) == ([5, 1, 2], 3, 2 / 3)
-    assert report.share_below_heldout_minimum.value == 1 / 3  # below the minimum of 2, not at it
+    assert report.share_below_minimum.value == 1 / 3  # below the minimum of 2, not at it
