@@ -12,16 +12,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers import ModelMixin
 from torch import Tensor
 
 from common import InputError, on_main_process, sha256_of
 from eval.features import ImageSet, images_of_files, subset
 from eval.results import unusual_settings
 from pipelines import CustomUNetPipeline, generate
-from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS, ContinuousSampler
+from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
 from training.log import recorded, training_in_all
+from training.sde import CONTINUOUS_SAMPLERS
 
 COST_SAMPLERS = "unipc:10 unipc:20 dpmsolver++2m:20 ddim:20 ddim:50 ddpm:100".split()
 COST_SAMPLERS_IN_CONTINUOUS_TIME = "edm_heun:9 edm_heun:18 predictor_corrector:100 euler_maruyama:100 ode".split()
@@ -86,6 +88,7 @@ class Evaluation:
     Args:
         options: of `eval.run`.
         command: that is recorded beside the images.
+        network_class: of the model's network.
 
     Attributes:
         source, commit: the folder of the model repository, and its commit on the Hub.
@@ -98,10 +101,13 @@ class Evaluation:
         InputError: if the model or the data cannot be had, or the options do not suit them.
     """
 
-    def __init__(self, options: argparse.Namespace, state: PartialState, command: str):
+    def __init__(
+        self, options: argparse.Namespace, state: PartialState, command: str, network_class: type[ModelMixin]
+    ):
         self.options, self.state, self.command, self.out = options, state, command, options.out
+        self.network_class = network_class
         self.source, self.commit = find_pipeline(options.pipeline, options.revision)
-        self.pipeline = load_pipeline(self.source, "fp32", None).to(state.device)
+        self.pipeline = load_pipeline(self.source, "fp32", None, network_class).to(state.device)
         unet = self.pipeline.unet.eval()
         self.network = unet if options.class_label is None else WithoutClass(unet).eval()
         self._choose_samplers()
@@ -185,8 +191,7 @@ class Evaluation:
         if options.class_label is not None:
             about |= {"class_label": options.class_label, "guidance_scale": options.guidance_scale}
         if setting.sampler in CONTINUOUS_SAMPLERS:
-            own = self.pipeline.default_settings(setting.sampler) | self._own_settings(setting.sampler)
-            settings = ContinuousSampler(setting.sampler, **own).settings
+            settings = self.pipeline.process.sampler(setting.sampler, **self._own_settings(setting.sampler)).settings
             about["sampler_settings"] = {name: value for name, value in settings.items() if math.isfinite(value)}
         else:
             about["eta"] = setting.eta
@@ -215,7 +220,8 @@ class Evaluation:
         """
         options = self.options
         folder = (options.images_dir or self.out / IMAGES) / images_folder(self.describe_images(setting, num_images))
-        pipeline = load_pipeline(self.source, options.dtype, setting.sampler, **self._own_settings(setting.sampler))
+        how = (options.dtype, setting.sampler, self.network_class)
+        pipeline = load_pipeline(self.source, *how, **self._own_settings(setting.sampler))
         own = {"out": folder, "num_images": num_images, "scheduler": setting.sampler, "eta": setting.eta}
         drawing = argparse.Namespace(**vars(options) | own | {"steps": setting.steps or options.steps})
         pipeline = pipeline.to(self.state.device)

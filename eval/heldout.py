@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from common import InputError
-from eval.likelihood import time_of
-from pipelines.custom_unet_pipeline import clean_images_and_noise, denoiser
+from pipelines.continuous import denoiser
+from pipelines.custom_unet_pipeline import clean_images_and_noise
 from training.diffusion import per_image_mse, signal_and_noise_scale
 
 # Known to every model with the usual settings: ve starts at 0.02, a DDPM's schedules end beyond 100
@@ -72,7 +72,7 @@ def clean_image_errors(
         unet: called as `unet(noisy_images, timestep).sample`, also with fractions of a timestep; in evaluation mode.
         scheduler: what it was trained with, a noise schedule of DDPM or an `SDEScheduler`.
         clean_images: float32 in [-1, 1], shape (N, C, H, W).
-        sigmas: noise levels that the network was trained with, see `eval.likelihood.noise_levels`.
+        sigmas: noise levels that the network was trained with, see `SDE.noise_levels`.
 
     Returns:
         float64, shape (len(sigmas), N).
@@ -80,12 +80,11 @@ def clean_image_errors(
     Raises:
         InputError: for an output that is not finite.
     """
-    sde, denoise = denoiser(unet, scheduler)
+    denoise = denoiser(unet, scheduler)
 
     def error_of(images: Tensor, noise: Tensor, sigma: float) -> Tensor:
-        t = time_of(sde, sigma)
-        noisy_images = sde.signal_scale(t) * (images.double() + sigma * noise)
-        return (denoise(noisy_images, t).double() - images).square().mean(dim=(1, 2, 3))
+        predicted = denoise.of_noise_level(images.double() + sigma * noise, sigma)
+        return (predicted.double() - images).square().mean(dim=(1, 2, 3))
 
     return _errors(error_of, clean_images, sigmas, seed, batch_size, next(unet.parameters()).device)
 

@@ -23,7 +23,8 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from common import InputError
-from pipelines.custom_unet_pipeline import clean_images_and_noise, denoiser
+from pipelines.continuous import denoiser
+from pipelines.custom_unet_pipeline import clean_images_and_noise
 from training.data import to_model_range
 
 VARIANCES = ("fixed_small", "fixed_large")  # as diffusers' DDPMScheduler calls them
@@ -349,7 +350,7 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
     is linear in the timestep, as in the sigma-type schedulers of diffusers.
 
     What this is the density of: x_0 + sigma_0 epsilon, as the ODE stops at sigma_0, the least noise that the network
-    knows, see `noise_levels` (0.006 in the cosine schedule with 1,000 timesteps and 0.010 in the linear one, where
+    knows, see `SDE.noise_levels` (0.006 in the cosine schedule with 1,000 timesteps and 0.010 in the linear one, where
     neighbouring pixel values are 0.008 apart; 0.001 for vp and 0.02 for ve). It is a density by itself, and so a valid
     code, of a model whose images have that noise left. For data smoother than this noise it costs about
     log2(1 + sigma_0^2 / variance) / 2 bits/dim beside the density at sigma 0.
@@ -370,14 +371,13 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
         InputError: for a network whose values are not finite, or an ODE that cannot be solved.
         ValueError: for a network that knows whole timesteps alone.
     """
-    sde, clean = denoiser(unet, scheduler)
-    first_sigma, last_sigma = noise_levels(sde)
+    denoise = denoiser(unet, scheduler)
+    sde, (first_sigma, last_sigma) = denoise.sde, denoise.sde.noise_levels
     shape, num_dims = points.shape, points[0].numel()
     device = next(unet.parameters()).device
 
     def predict(y: Tensor, sigma: float) -> Tensor:
-        t = time_of(sde, sigma)
-        return clean((sde.signal_scale(t) * y).to(device), t).cpu()
+        return denoise.of_noise_level(y.to(device), sigma).cpu()
 
     def flow(log_sigma: float, state: np.ndarray) -> np.ndarray:
         sigma = math.exp(log_sigma)
@@ -397,24 +397,11 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
         raise InputError(f"the ODE could not be solved with --ode_tolerance {tolerance}: {solution.message}")
     end = torch.from_numpy(solution.y[:, -1].copy())
     last, change = end[: points.numel()].view(shape), end[points.numel() :] * math.sqrt(num_dims)
-    std = sde.prior_std * last_scale / float(sde.signal_scale(_double(sde.last_time)))  # of x; 1 for VP
+    last_signal = float(sde.signal_scale(torch.tensor(sde.last_time, dtype=torch.float64)))
+    std = sde.prior_std * last_scale / last_signal  # of x; 1 for VP
     log_prior = -((last / std).square().sum(dim=(1, 2, 3)) + num_dims * math.log(2 * math.pi * std**2)) / 2
     # log_prior - change is that of x at sigma_0, and x = scale point: p(point) = p(x) scale^D
     return log_prior - change + num_dims * math.log(first_scale), solution.nfev
-
-
-def noise_levels(sde) -> tuple[float, float]:
-    """The least and the greatest sigma that a network was trained with."""
-    return tuple(float(sde.sigma(_double(t))) for t in (sde.first_time, sde.last_time))
-
-
-def time_of(sde, sigma: float) -> Tensor:
-    """The time of a noise level, float64; one that rounding puts beyond the first or last time is that time."""
-    return sde.time_of(_double(sigma)).clamp(sde.first_time, sde.last_time)
-
-
-def _double(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
 
 
 def _noise_and_divergence(predict, x: Tensor, sigma: float, probes: Tensor) -> tuple[Tensor, Tensor]:

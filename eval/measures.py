@@ -18,11 +18,12 @@ from eval.evaluation import Evaluation, SamplerSetting
 from eval.features import FeatureExtractor, ImageSet, cached_features, images_of_store
 from eval.figures import plot_colours, plot_cost_curve, plot_curves, plot_nearest_distances
 from eval.heldout import SIGMAS, clean_image_errors, midpoint_timesteps, noise_errors
-from eval.likelihood import VARIANCES, noise_levels, ode_likelihood, standard_error, variational_bound
+from eval.likelihood import VARIANCES, ode_likelihood, standard_error, variational_bound
 from eval.memorisation import memorisation
 from eval.results import result
 from eval.swd import sliced_wasserstein, swd_floor
-from pipelines.custom_unet_pipeline import CustomUNetPipeline, denoiser
+from pipelines import CustomUNetPipeline
+from pipelines.continuous import denoiser
 from training.data import to_model_range
 
 PRDC = ("precision", "recall", "density", "coverage")
@@ -265,7 +266,7 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
         ode = ode_likelihood(*model, images, num_draws=options.ode_draws, tolerance=options.ode_tolerance)
         facts = {"std": ode.standard_error, "draws": options.ode_draws, "tolerance": options.ode_tolerance}
         facts["draw_standard_error"] = ode.draw_standard_error if options.ode_draws > 1 else None
-        facts |= {"network_evaluations": ode.num_evaluations, "first_sigma": noise_levels(denoiser(*model)[0])[0]}
+        facts |= {"network_evaluations": ode.num_evaluations, "first_sigma": denoiser(*model).sde.noise_levels[0]}
         yield result("likelihood", name, metric, ode.mean, unit="bits/dim", **facts, **about)
     if terms:  # of timesteps 1 to T as in the paper, the first of them L_0
         timesteps = np.arange(1, len(evaluation.pipeline.scheduler.alphas_cumprod) + 1)
@@ -296,7 +297,7 @@ def _errors_by_timestep(evaluation: Evaluation, sets: dict) -> Iterable[dict]:
 def _errors_by_noise_level(evaluation: Evaluation, sets: dict) -> Iterable[dict]:
     model, reason, curves = (evaluation.network, evaluation.pipeline.scheduler), why_no_ode(evaluation), {}
     if reason is None:
-        low, high = noise_levels(denoiser(*model)[0])
+        low, high = denoiser(*model).sde.noise_levels
         if not low <= SIGMAS[0] * (1 + 1e-6) or not SIGMAS[-1] <= high:
             reason = (
                 f"the model was trained with noise levels from {low:.3g} to {high:.3g}, and models are compared at"

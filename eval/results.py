@@ -19,8 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common import InputError, Parser, markdown_table, replace_file, run_command
-from pipelines.custom_unet_pipeline import ContinuousSampler
 from training.log import heldout_table, read_log
+from training.sde import CONTINUOUS_SAMPLERS
 
 SUMMARY = "fid kid precision recall memorisation_ratio bits_per_dim_bound_fixed_large bits_per_dim_ode".split()
 MARKED = re.compile(r"(<!-- results: (?P<file>\S+) (?P<family>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -86,8 +86,8 @@ def table(results: Iterable[dict], columns: dict[str, str]) -> str:
 
 def unusual_settings(entry: dict) -> dict[str, float]:
     """The settings of a sampler in continuous time that are not its defaults."""
-    usual = ContinuousSampler(entry["sampler"])
-    return {name: value for name, value in entry.get("sampler_settings", {}).items() if value != getattr(usual, name)}
+    usual = CONTINUOUS_SAMPLERS.get(entry["sampler"], {})
+    return {name: value for name, value in entry.get("sampler_settings", {}).items() if value != usual[name]}
 
 
 def sampler_text(entry: dict) -> str | None:

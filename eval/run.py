@@ -31,14 +31,17 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from diffusers import ModelMixin
 
 from common import MOST_THREADS, InputError, Parser, check_numbers, check_seeds, command_line, make_folder, run_command
+from custom_unet import CustomUNet2DModel
 from eval.evaluation import COST_SAMPLERS, COST_SAMPLERS_IN_CONTINUOUS_TIME, Evaluation, parse_sampler
 from eval.measures import METRICS, PUBLISHED, check_metrics
 from eval.results import quality_table, read_results, result, write_results
 from pipelines import generate
-from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
+from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.model_card import write_card
+from training.sde import CONTINUOUS_SAMPLERS
 
 LIBRARIES = "torch diffusers accelerate clean-fid scipy".split()
 FEWEST_IMAGES = 2048  # below the 2,048 dimensions of Inception's features their covariance is singular
@@ -112,11 +115,11 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError(f"--write_card is for a folder, but --pipeline is {options.pipeline}")
 
 
-def run(options: argparse.Namespace, command: str) -> None:
+def run(options: argparse.Namespace, command: str, network_class: type[ModelMixin]) -> None:
     """Measures what was asked for and writes results.json after each result; see `ON_ALL_PROCESSES`."""
     state = generate.set_up_process(options.num_cpu_threads)
     path = options.out / "results.json"
-    evaluation = Evaluation(options, state, command)
+    evaluation = Evaluation(options, state, command, network_class)
     check_metrics(evaluation)
     record = open_record(evaluation, path)
     if state.is_main_process:
@@ -199,9 +202,9 @@ def keep(record: dict, entry: dict) -> None:
     record["results"] = [old for old in record["results"] if old not in replaced] + [entry]
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], network_class: type[ModelMixin] = CustomUNet2DModel) -> int:
     def evaluate() -> None:
-        run(parse_options(arguments), command_line("eval.run", arguments))
+        run(parse_options(arguments), command_line("eval.run", arguments), network_class)
         PartialState().destroy_process_group()
 
     return run_command(evaluate, "stopped; measured values and images are kept; run the same command to continue")

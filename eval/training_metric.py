@@ -21,7 +21,7 @@ from training.log import recorded
 from training.processes import on_any_process
 from training.samples import SamplingStopped, stop_callback
 
-UNIPC_STEPS, EDM_HEUN_STEPS = 20, 18
+UNIPC_STEPS, HEUN_STEPS = 20, 18
 LARGEST_BATCH = 64  # images that are drawn at once; fewer if the training has smaller batches
 
 
@@ -48,9 +48,9 @@ class TrainingMetric:
         if not config.dry_run:
             images = images_of_store(store, config.metric_images)
             self.training_features = cached_features(images, self.extractor, PartialState())
-        sampler, steps = "edm_heun", EDM_HEUN_STEPS
-        if not pipeline.is_continuous:
-            sampler, steps = "unipc", min(UNIPC_STEPS, config.ddpm_num_steps)
+        sampler, steps = "unipc", min(UNIPC_STEPS, config.ddpm_num_steps)
+        if pipeline.is_continuous:
+            sampler, steps = pipeline.scheduler.default_sampler.name, HEUN_STEPS
         self.pipeline = CustomUNetPipeline(pipeline.unet, pipeline.scheduler)  # the given one keeps its sampler
         self.pipeline.set_sampler(sampler)
         self.pipeline.set_progress_bar_config(disable=True)

@@ -33,9 +33,10 @@ from eval.results import number, table, value_text, write_results
 from eval.run import parse_options as parse_evaluation
 from experiments.bench import measure_speeds
 from experiments.study import Study, Variant, flags_as_arguments, read_study
-from pipelines.custom_unet_pipeline import samplers_for
+from pipelines.custom_unet_pipeline import SAMPLERS
 from training.arguments import parse_config, read_yaml
 from training.config import DEFAULTS, TrainConfig
+from training.sde import continuous_samplers
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NEVER = PLACEHOLDER_STEPS = 10**9
@@ -174,7 +175,7 @@ def check_fits(config: TrainConfig, options: Namespace, first: TrainConfig) -> N
     """Raises InputError if a training does not suit its evaluation, or the images of the first one's."""
     if config.validation_split is None:
         raise InputError("there is no --validation_split, but held-out images are compared; give one")
-    samplers = samplers_for(config.objective)
+    samplers = [*(SAMPLERS if config.objective == "ddpm" else ()), *continuous_samplers(config.objective)]
     if options.sampler not in (None, *samplers):
         raise InputError(
             f"--sampler {options.sampler} is not for --objective {config.objective}; choose {', '.join(samplers)}"

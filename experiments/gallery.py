@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from common import InputError, Parser, make_folder, run_command
 from eval.results import write_results
-from pipelines import CustomUNetPipeline
+from pipelines import CustomUNetPipeline, applications
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import find_pipeline, load_pipeline
 
@@ -103,18 +103,18 @@ def continuous(pipe: CustomUNetPipeline, out: Path) -> Picture:
 
 def interpolation(pipe: CustomUNetPipeline, out: Path) -> Picture:
     pairs = [(0, 1), (2, 3), (4, 5), (6, 7)]
-    rows = {f"{a} to {b}": pipe.interpolate(a, b, num_images=10).images for a, b in tqdm(pairs)}
+    rows = {f"{a} to {b}": applications.interpolate(pipe, a, b, num_images=10) for a, b in tqdm(pairs)}
     return rows, None, {"seed_pairs": pairs, "num_images": 10, "sampler": default_sampler(pipe), "steps": 50}
 
 
 def denoising(pipe: CustomUNetPipeline, out: Path) -> Picture:
-    strip = pipe.denoising_strip(num_frames=10, num_inference_steps=50, seeds=SEEDS[:2])
+    strip = applications.denoising_strip(pipe, num_frames=10, num_inference_steps=50, seeds=SEEDS[:2])
     columns = [f"t = {time:.3g}" if isinstance(time, float) else f"t = {time}" for time in strip.timesteps]
     rows = {}
     for index, seed in enumerate(SEEDS[:2]):
         rows[f"seed {seed}, x_t"] = [frame[index] for frame in strip.noisy_images]
         rows[f"seed {seed}, predicted x_0"] = [frame[index] for frame in strip.pred_original_samples]
-    animated = pipe.denoising_strip(num_frames=51, num_inference_steps=50, seeds=SEEDS[:4])
+    animated = applications.denoising_strip(pipe, num_frames=51, num_inference_steps=50, seeds=SEEDS[:4])
     animated.save_gif(out / "denoising.gif", scale=3)
     return rows, [*columns, "result"], {"seeds": SEEDS[:4], "sampler": default_sampler(pipe), "steps": 50}
 
@@ -130,7 +130,7 @@ def inversion(pipe: CustomUNetPipeline, out: Path) -> Picture:
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     rows, errors = {"image": pipe.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())}, []
     for steps, iterations in tqdm([*itertools.product(INVERSION_STEPS, FIXED_POINT_ITERATIONS)]):
-        latents = pipe.invert(images, steps, iterations)
+        latents = applications.invert(pipe, images, steps, iterations)
         again = pipe(latents=latents, num_inference_steps=steps, output_type="pt").images
         error = {"steps": steps, "fixed_point_iterations": iterations}
         error |= {"network_evaluations_of_the_inversion": steps * iterations}
@@ -148,7 +148,7 @@ def inpainting(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:3], num_inference_steps=50, output_type="np").images
     rows = {}
     for seed, (name, mask) in enumerate(masks(images.shape[1]).items()):
-        painted = pipe.inpaint(images[seed, None], mask, seeds=range(6)).images
+        painted = applications.inpaint(pipe, images[seed, None], mask, seeds=range(6))
         rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(with_masked(images[seed], mask)), *painted]
     facts = {"image_seeds": SEEDS[:3], "seeds": [*range(6)], "steps": 50, "jump_length": 1, "num_resamples": 5}
     return rows, ["image", "masked", *(f"seed {seed}" for seed in range(6))], facts
@@ -158,11 +158,11 @@ def conditional(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:4], num_inference_steps=50, output_type="np").images
     rows, all_masks = {}, masks(images.shape[1])
     for seed, name in enumerate(("right half", "centre")):
-        painted = pipe.impute(images[seed, None], all_masks[name], seeds=range(6)).images
+        painted = applications.impute(pipe, images[seed, None], all_masks[name], seeds=range(6))
         rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(with_masked(images[seed], all_masks[name])), *painted]
     for seed in (2, 3):
         grey = images[seed].mean(-1, keepdims=True).repeat(3, -1)
-        coloured = pipe.colorize(grey[None], seeds=range(6)).images
+        coloured = applications.colorize(pipe, grey[None], seeds=range(6))
         rows[f"colours of seed {seed}"] = [*pipe.numpy_to_pil(np.stack([images[seed], grey])), *coloured]
     facts = {"image_seeds": SEEDS[:4], "seeds": [*range(6)], "steps": 100, "snr": 0.16, "corrector_steps": 1}
     return rows, ["image", "given", *(f"seed {seed}" for seed in range(6))], facts
@@ -187,7 +187,7 @@ def variations(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:2], num_inference_steps=50, output_type="np").images
     rows = {}
     for (seed, image), level in itertools.product(enumerate(images), LEVELS):
-        varied = pipe.variations(image[None], level, seeds=range(7)).images
+        varied = applications.variations(pipe, image[None], level, seeds=range(7))
         rows[f"seed {seed}, t = {level}"] = [*pipe.numpy_to_pil(image), *varied]
     facts = {"image_seeds": SEEDS[:2], "seeds": [*range(7)], "timesteps": LEVELS, "eta": 1.0, "steps": 50}
     return rows, ["image", *(f"seed {seed}" for seed in range(7))], facts
@@ -198,7 +198,7 @@ PICTURES = (samplers, interpolation, denoising, continuous, conditional, *NEED_T
 
 
 def default_sampler(pipe: CustomUNetPipeline) -> str:
-    return "edm_heun" if pipe.is_continuous else "ddim"
+    return pipe.scheduler.default_sampler.name if pipe.is_continuous else "ddim"
 
 
 def run(arguments: list[str]) -> None:

@@ -35,10 +35,11 @@ from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
 from experiments.classifier import RECORD, NoisyImageClassifier, predict
 from pipelines import CustomUNetPipeline
-from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
+from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import WEIGHTS, find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
 from training.log import device_name
+from training.sde import CONTINUOUS_SAMPLERS
 
 SPLIT = "train"  # of the synthetic faces that SWD compares with
 BATCH_SIZE = 64

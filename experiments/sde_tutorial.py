@@ -34,7 +34,7 @@ from experiments.toys import (
     GaussianMixture,
     Score,
     at,
-    clean_of,
+    denoiser_of,
     denoising_loss,
     eight_modes,
     exact_score,
@@ -44,8 +44,8 @@ from experiments.toys import (
     sliced_wasserstein,
     train,
 )
-from pipelines import custom_unet_pipeline as solvers
-from training.sde import SDE, VESDE, VPSDE, SubVPSDE
+from training import sde as solvers
+from training.sde import SDE, VESDE, VPSDE, Denoiser, SubVPSDE
 
 SDES: dict[str, SDE] = {"VE": VESDE(0.01, 10.0), "VP": VPSDE(), "sub-VP": SubVPSDE()}
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2166ac", "#e08214", "#1b7837", "#b2182b", "#762a83", "#777777"
@@ -92,7 +92,7 @@ class Lesson:
 
 def forward_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """dx = f x dt + g dw (eq. 5) by Euler-Maruyama from data x (N, 1): times (S + 1,) and paths (S + 1, N)."""
-    times = solvers.uniform_times(sde, num_steps).flip(0)  # ours run from noise to data
+    times = solvers.sampling_times(sde, num_steps).flip(0)  # ours run from noise to data
     paths = [x + sde.noise_scale(times[0]) * noise()]
     for now, later in itertools.pairwise(times):
         dt, x = later - now, paths[-1]
@@ -195,21 +195,19 @@ def langevin(sde: SDE, score: Score, x: Tensor, times: Tensor, num_steps: int, n
         step = float(sde.noise_scale(t)) ** 2 / 2
         for _ in range(num_steps):
             x = x + step * score(x, t) + math.sqrt(2 * step) * noise()
-    return clean_of(sde, score)(x, times[-1])
+    return denoiser_of(sde, score)(x, times[-1])
 
 
-def heun(sde: SDE, clean, x: Tensor, num_steps: int) -> Tensor:
+def heun(denoise: Denoiser, x: Tensor, num_steps: int) -> Tensor:
     """The probability-flow ODE by Heun's method at the noise levels of Karras et al. 2022."""
-    first, last = (float(sde.sigma(at(t))) for t in (sde.first_time, sde.last_time))
-    y = x / float(sde.signal_scale(at(sde.last_time)))
-    return solvers.edm_heun(sde, clean, y, solvers.karras_sigmas(num_steps, first, last), noise=lambda: None)
+    y = x / float(denoise.sde.signal_scale(at(denoise.sde.last_time)))
+    sigmas = solvers.karras_sigmas(num_steps, *denoise.sde.noise_levels)
+    return solvers.edm_heun(denoise, y, sigmas, noise=lambda: None)
 
 
 def solve(sde: SDE, score: Score, x: Tensor, start: float, end: float, tolerance: float) -> tuple[Tensor, int]:
     """The probability-flow ODE (eq. 13) between two times with steps that adapt, and its evaluations."""
-    clean = clean_of(sde, score)
-    tolerances = {"rtol": tolerance, "atol": tolerance}
-    return solvers.solve_flow(lambda x, t: solvers.flow(sde, clean, x, t), x, start, end, **tolerances)
+    return solvers.solve_ode(denoiser_of(sde, score).pf_ode, x, start, end, tolerance)
 
 
 def sample(
@@ -226,7 +224,7 @@ def sample(
         evaluations += 1
         return score(x, t)
 
-    clean, x = clean_of(sde, counted), sde.prior_std * noise()
+    denoise, x = denoiser_of(sde, counted), sde.prior_std * noise()
     match method:
         case "Langevin, one level":
             x = langevin(sde, counted, x, sde.time_of(at(0.05))[None], budget - 1, noise)
@@ -234,16 +232,16 @@ def sample(
             sigmas = torch.logspace(math.log10(5), math.log10(0.02), budget - 1, dtype=torch.float64)
             x = langevin(sde, counted, x, sde.time_of(sigmas), 1, noise)
         case "Euler-Maruyama":
-            x = solvers.euler_maruyama(sde, clean, x, solvers.uniform_times(sde, budget - 1), noise)
+            x = solvers.euler_maruyama(denoise, x, solvers.sampling_times(sde, budget - 1), noise)
         case "reverse diffusion":
-            times = solvers.uniform_times(sde, budget - 1)
-            x = solvers.predictor_corrector(sde, clean, x, times, noise, snr, corrector_steps=0)
+            times = solvers.sampling_times(sde, budget - 1)
+            x = solvers.predictor_corrector(denoise, x, times, noise, snr, corrector_steps=0)
         case "predictor-corrector":
-            x = solvers.predictor_corrector(sde, clean, x, solvers.uniform_times(sde, budget // 2), noise, snr)
+            x = solvers.predictor_corrector(denoise, x, solvers.sampling_times(sde, budget // 2), noise, snr)
         case "ODE, Heun":
-            x = heun(sde, clean, x, budget // 2)
+            x = heun(denoise, x, budget // 2)
         case "ODE, adaptive":
-            x = clean(solve(sde, counted, x, sde.last_time, sde.first_time, tolerance=1e-3)[0], at(sde.first_time))
+            x = denoise(solve(sde, counted, x, sde.last_time, sde.first_time, tolerance=1e-3)[0], at(sde.first_time))
     return x, evaluations
 
 
@@ -295,16 +293,16 @@ def orders(lesson: Lesson) -> dict:
         of_sde[method] = line([n + 1 for n in steps], errors)
 
     score, first = exact_score(lesson.data, sde), at(sde.first_time)
-    x, clean = noise_source((500, 2), 8)().double(), clean_of(sde, score)
-    exact = clean(solve(sde, score, x, sde.last_time, sde.first_time, 1e-11)[0], first)
+    x, denoise = noise_source((500, 2), 8)().double(), denoiser_of(sde, score)
+    exact = denoise(solve(sde, score, x, sde.last_time, sde.first_time, 1e-11)[0], first)
 
     def error(x_0: Tensor) -> float:  # the median: between two modes a small error grows to their distance
         return float((x_0 - exact).norm(dim=1).median())
 
     steps = [20, 40, 80, 160, 320]
-    of_ode["Heun"] = line([2 * n - 1 for n in steps], [error(heun(sde, clean, x, n)) for n in steps])
+    of_ode["Heun"] = line([2 * n - 1 for n in steps], [error(heun(denoise, x, n)) for n in steps])
     solved = [solve(sde, score, x, sde.last_time, sde.first_time, 10.0**-k) for k in range(3, 9)]
-    errors = [error(clean(y, first)) for y, _ in solved]
+    errors = [error(denoise(y, first)) for y, _ in solved]
     of_ode["Dormand-Prince, adaptive"] = line([n + 1 for _, n in solved], errors)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
     axes[0].set(title="SDE solvers, data N(0, 1)", ylabel="relative error of the variance")
@@ -399,18 +397,18 @@ def log_likelihood(sde: SDE, score: Score, x: Tensor, tolerance: float) -> Tenso
 
     In two dimensions the divergence is the trace of a Jacobian; for images it is estimated (eq. 40).
     """
-    clean = clean_of(sde, score)
+    denoise = denoiser_of(sde, score)
 
     def rate(state: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
             x = state[:, :-1].detach().requires_grad_()
-            velocity = solvers.flow(sde, clean, x, t)
+            velocity = denoise.pf_ode(x, t)
             columns = range(x.shape[1])
             gradients = [torch.autograd.grad(velocity[:, i].sum(), x, retain_graph=True)[0][:, i] for i in columns]
         return torch.cat([velocity.detach(), sum(gradients)[:, None]], 1)
 
     start = torch.cat([x, torch.zeros(len(x), 1, dtype=torch.float64)], 1)
-    end, _ = solvers.solve_flow(rate, start, sde.first_time, sde.last_time, rtol=tolerance, atol=tolerance)
+    end, _ = solvers.solve_ode(rate, start, sde.first_time, sde.last_time, tolerance)
     code, compression = end[:, :-1], end[:, -1]
     prior = -(code / sde.prior_std).square().sum(1) / 2 - x.shape[1] * math.log(sde.prior_std * math.sqrt(2 * math.pi))
     return prior + compression

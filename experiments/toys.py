@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.swd import projected_distances, random_directions
-from training.sde import SDE, clean_from_score, spread
+from training.sde import SDE, Denoiser, clean_image_coefficients, spread
 
 Score = Callable[[Tensor, Tensor], Tensor]  # s(x, t) of points (N, D) at a time () or (N,)
 
@@ -136,13 +136,14 @@ def exact_score(data: GaussianMixture, sde: SDE) -> Score:
     return lambda x, t: data.at(sde, t).score(x)
 
 
-def clean_of(sde: SDE, score):
+def denoiser_of(sde: SDE, score: Score) -> Denoiser:
     """What our samplers take: the expectation of x_0, of a score s(x, t)."""
 
-    def clean(x: Tensor, t: Tensor) -> Tensor:
-        return clean_from_score(score(x, t), x, sde.signal_scale(t), sde.noise_scale(t))
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        c_skip, c_out = clean_image_coefficients("score", sde.signal_scale(t), sde.noise_scale(t))
+        return c_skip * x + c_out * score(x, t)
 
-    return clean
+    return Denoiser(sde, predict)
 
 
 def sliced_wasserstein(one: Tensor, other: Tensor, num_directions: int = 64) -> float:

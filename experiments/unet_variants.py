@@ -22,7 +22,6 @@ from torch import nn
 from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import UpBlock
 from eval.run import main as evaluate
-from pipelines import CustomUNetPipeline
 from train_unet import main as train
 
 
@@ -131,8 +130,7 @@ def main(arguments: list[str]) -> int:
     network_class = VARIANTS[arguments[0]]
     if arguments[1] == "train":
         return train(arguments[2:], network_class)
-    CustomUNetPipeline.unet_class = network_class
-    return evaluate(arguments[2:])
+    return evaluate(arguments[2:], network_class)
 
 
 if __name__ == "__main__":

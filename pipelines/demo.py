@@ -18,6 +18,7 @@ from PIL import Image, ImageChops, ImageOps
 
 from common import InputError, Parser, check_numbers, run_command
 from pipelines import CustomUNetPipeline
+from pipelines.applications import denoising_strip, impute, inpaint, interpolate
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import find_pipeline, load_pipeline
 
@@ -134,8 +135,8 @@ class Page:
     def denoise(self, seed, frames, sampler, steps, eta, progress=PROGRESS) -> Iterator[tuple]:
         with errors_shown():
             pipeline = self.pipeline_for_a_call(progress, sampler)
-            result = pipeline.denoising_strip(
-                frames, steps, seeds=consecutive_seeds(seed, 1), eta=eta_for(sampler, eta)
+            result = denoising_strip(
+                pipeline, frames, steps, seeds=consecutive_seeds(seed, 1), eta=eta_for(sampler, eta)
             )
         times = [f"{time:.3g}" if isinstance(time, float) else str(time) for time in result.timesteps]
         levels = f"From left to right: t = {', '.join(times)}, and the result."
@@ -161,7 +162,7 @@ class Page:
     def interpolate(self, start, end, number, steps, progress=PROGRESS) -> list:
         with errors_shown():
             (start,), (end,) = consecutive_seeds(start, 1), consecutive_seeds(end, 1)
-            images = self.pipeline_for_a_call(progress).interpolate(start, end, number, steps).images
+            images = interpolate(self.pipeline_for_a_call(progress), start, end, number, steps)
         between = [f"{i / (number - 1):.0%}" for i in range(1, number - 1)]
         return self.with_captions(images, [f"seed {start}", *between, f"seed {end}"])
 
@@ -233,9 +234,9 @@ class Page:
             seeds = consecutive_seeds(seed, number)
             pipeline = self.pipeline_for_a_call(progress)
             if pipeline.is_continuous:
-                images = pipeline.impute(image, mask, steps, seeds=seeds).images
+                images = impute(pipeline, image, mask, steps, seeds=seeds)
             else:
-                images = pipeline.inpaint(image, mask, steps, num_resamples=resamples, seeds=seeds).images
+                images = inpaint(pipeline, image, mask, steps, num_resamples=resamples, seeds=seeds)
         return self.with_captions(images, [f"seed {seed}" for seed in seeds])
 
     def drawn_mask(self, drawing: dict) -> Image.Image:

@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 from common import InputError, Parser, run_command
-from pipelines.custom_unet_pipeline import CustomUNetPipeline
+from pipelines import CustomUNetPipeline, custom_unet_pipeline
 from pipelines.hub import model_files, push_to_hub
 from pipelines.model_card import read_card, write_card
 
@@ -85,8 +85,9 @@ def _write_pipeline(pipeline: CustomUNetPipeline, folder: Path, max_shard_size: 
     """Weights, configurations and code: `save_pretrained` alone names the modules by their path here, without code."""
     pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
     unet = getattr(pipeline.unet, "_orig_mod", pipeline.unet)  # of torch.compile
-    places = {"_class_name": (pipeline, "."), "unet": (unet, "unet"), "scheduler": (pipeline.scheduler, "scheduler")}
-    index = {key: _ship_code(type(part), folder / place) for key, (part, place) in places.items()}
+    parts = {"unet": unet, "scheduler": pipeline.scheduler}
+    index = {name: _ship_code(type(part), folder / name) for name, part in parts.items()}
+    index["_class_name"] = _ship_code(custom_unet_pipeline.CustomUNetPipeline, folder)
     if index["unet"][0] != "diffusers":
         index["auto_map"] = {"AutoModel": ".".join(index["unet"])}
     for name, changes in {"model_index.json": index, "unet/config.json": {}}.items():

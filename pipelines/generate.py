@@ -53,8 +53,9 @@ from common import (
     without_folder,
 )
 from pipelines import CustomUNetPipeline
-from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
+from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import DTYPES, check_schedule, find_pipeline, load_pipeline, weight_files
+from training.sde import CONTINUOUS_SAMPLERS
 
 RECORD = "generate.json"
 CONTACT_SHEET = "contact_sheet.png"
@@ -318,8 +319,7 @@ def check_arguments(pipeline: CustomUNetPipeline, options: argparse.Namespace) -
         pipeline.check_inputs(options.steps, options.eta)
         if pipeline.continuous_sampler is None:
             check_schedule(pipeline.scheduler, options.steps)
-        pipeline._class_labels(options.class_label, batch_size=len(options.class_label or [0]))
-        pipeline._guidance(options.class_label, len(options.class_label or [0]), options.guidance_scale, None)
+        pipeline.guidance(options.class_label, len(options.class_label or [0]), options.guidance_scale)
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -5,14 +5,15 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import safe_open
 
 from common import InputError, one_line
+from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
-from pipelines.custom_unet_pipeline import _levels, denoiser
+from pipelines.custom_unet_pipeline import check_fractional_timesteps, noise_levels
 from training.sde import PREDICTION_TYPES, SDEScheduler
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -68,17 +69,24 @@ def weight_files(source: Path) -> list[Path]:
     return files
 
 
-def load_pipeline(source: Path, dtype: str, sampler: str | None, **settings: float) -> CustomUNetPipeline:
+def load_pipeline(
+    source: Path,
+    dtype: str,
+    sampler: str | None,
+    network_class: type[ModelMixin] = CustomUNet2DModel,
+    **settings: float,
+) -> CustomUNetPipeline:
     """Loads a model repository without running its code, in channels-last format, without a progress bar of its own.
 
     Args:
         sampler: name of the sampler to set; None for that of the repository.
+        network_class: that its weights are loaded into.
         settings: of a sampler in continuous time.
 
     Raises:
         InputError: if it is damaged, or the sampler or a setting does not suit.
     """
-    pipeline = load_folder(source, weight_files(source), DTYPES[dtype])
+    pipeline = load_folder(source, weight_files(source), DTYPES[dtype], network_class)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
     if sampler is None and settings:
@@ -93,7 +101,9 @@ def load_pipeline(source: Path, dtype: str, sampler: str | None, **settings: flo
     return pipeline
 
 
-def load_folder(folder: Path, weight_files: list[Path], dtype: torch.dtype) -> CustomUNetPipeline:
+def load_folder(
+    folder: Path, weight_files: list[Path], dtype: torch.dtype, network_class: type[ModelMixin]
+) -> CustomUNetPipeline:
     """Loads a model repository without running its code, and checks what diffusers does not.
 
     diffusers fills the network with what the weights have, says in a warning what they lack or have too much, and
@@ -112,7 +122,8 @@ def load_folder(folder: Path, weight_files: list[Path], dtype: torch.dtype) -> C
     try:
         _read_object(folder / "unet" / "config.json")  # diffusers takes a mere string for an id on the Hub
         _check_scheduler_config(_read_object(folder / "scheduler" / "scheduler_config.json"))
-        pipeline = CustomUNetPipeline.from_pretrained(folder, torch_dtype=dtype)
+        unet = network_class.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, use_safetensors=True)
+        pipeline = CustomUNetPipeline.from_pretrained(folder, unet=unet)
         _check_weights(pipeline, weight_files)
         _check_numbers(pipeline)
     except InputError as error:
@@ -180,7 +191,7 @@ def _check_numbers(pipeline: CustomUNetPipeline) -> None:
     if len(sides) != 2 or not all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides):
         raise InputError(f"sample_size of its network is {size!r}; it must be 1 to {LARGEST_SIDE} pixels")
     if isinstance(scheduler, SDEScheduler):
-        denoiser(pipeline.unet, scheduler)  # whether the network takes such times
+        check_fractional_timesteps(pipeline.unet)
         return _check_noise_levels(scheduler)
     levels = scheduler.alphas_cumprod  # the variance of the signal in x_t: of DDPM, above 0 but at zero terminal SNR
     steps = scheduler.config.num_train_timesteps
@@ -207,7 +218,7 @@ def check_schedule(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     """Raises InputError if the scheduler cannot make a schedule of so many steps."""
     try:
         scheduler.set_timesteps(num_inference_steps)
-        _levels(scheduler, scheduler.timesteps.tolist())
+        noise_levels(scheduler, scheduler.timesteps.tolist())
     except Exception as error:  # of settings of the wrong type, numpy and torch raise nearly anything
         reason = one_line(error) or type(error).__name__
         raise InputError(f"the scheduler makes no schedule of {num_inference_steps} steps: {reason}") from error

@@ -29,8 +29,8 @@ from safetensors import SafetensorError, safe_open
 
 from common import InputError, one_line
 from pipelines.card_edits import keep_edits
-from pipelines.custom_unet_pipeline import samplers_for
-from training.sde import SDEScheduler
+from pipelines.custom_unet_pipeline import SAMPLERS
+from training.sde import SDEScheduler, continuous_samplers
 
 TASK = "unconditional-image-generation"
 CELEBA_PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
@@ -155,7 +155,7 @@ def _derived(name: str, unet: dict, scheduler: dict, facts: dict, config: dict, 
         "is_flow": sde.get("objective") == "flow",
         "num_classes": max((unet.get("num_class_embeds") or 1) - 1, 0),  # the last embedding is that of no class
         "resolution": "x".join(map(str, size if isinstance(size, list) else [size, size])),
-        "sampler_names": samplers_for(sde.get("objective", "ddpm")),
+        "sampler_names": continuous_samplers(sde["objective"]) if sde else tuple(SAMPLERS),
         "columns": [key for key in SETTINGS if any(result.get(key) is not None for result in results)],
         "bibtex": {key: entry for entry, key in entries},
     }

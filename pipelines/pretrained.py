@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from common import InputError, on_main_process
-from pipelines.custom_unet_pipeline import CustomUNetPipeline
+from pipelines import CustomUNetPipeline
 from pipelines.loading import find_pipeline, load_pipeline
 from training.checkpoint import check_tensors, difference
 from training.log import training_in_all

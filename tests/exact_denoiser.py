@@ -25,6 +25,17 @@ class Mixture:
         squares = (difference * solved).sum(-1)
         return self.weights.log() - squares / 2 - torch.logdet(self.covariances) / 2, solved
 
+    def at(self, alpha: float | Tensor, n: float | Tensor) -> "Mixture":
+        """The distribution of alpha x_0 + n epsilon."""
+        unit = torch.eye(self.means.shape[1], dtype=torch.float64)
+        return Mixture(self.weights, alpha * self.means, alpha**2 * self.covariances + n**2 * unit)
+
+    def clean_images(self, x: Tensor, alpha: float | Tensor, n: float | Tensor) -> Tensor:
+        """E[x_0 | alpha x_0 + n epsilon = x] for x (N, D), by Tweedie's formula."""
+        log_densities, solved = self.at(alpha, n).log_densities(x)
+        score = -(log_densities.softmax(-1)[..., None] * solved).sum(1)
+        return (x + n**2 * score) / alpha
+
     def errors(self, x: Tensor) -> Tensor:
         """Largest error of weights, of means and (relative) of covariances of samples (N, 3), split by component."""
         component = self.log_densities(x)[0].argmax(-1)
@@ -82,14 +93,7 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
         signal, noise_scale = 1 / np.sqrt(1 + sigma**2), sigma / np.sqrt(1 + sigma**2)
         x = noisy_images.double().flatten(1)
         self.seen.append((x, signal, noise_scale))
-        noisy = Mixture(
-            self.data.weights,
-            signal * self.data.means,
-            signal**2 * self.data.covariances + noise_scale**2 * torch.eye(x.shape[1], dtype=torch.float64),
-        )
-        log_densities, solved = noisy.log_densities(x)
-        score = -(log_densities.softmax(-1)[..., None] * solved).sum(1)
-        epsilon = -noise_scale * score
-        clean = (x - noise_scale * epsilon) / signal
+        clean = self.data.clean_images(x, signal, noise_scale)
+        epsilon = (x - signal * clean) / noise_scale
         output = {"epsilon": epsilon, "sample": clean, "v_prediction": signal * epsilon - noise_scale * clean}
         return SimpleNamespace(sample=output[self.config.prediction_type].view_as(noisy_images).to(noisy_images))

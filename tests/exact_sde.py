@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from exact_denoiser import Mixture
 from torch import Tensor
 
-from pipelines.custom_unet_pipeline import DiscreteVPSDE
+from pipelines.continuous import DiscreteVPSDE, process_of
 from training.sde import PREDICTION_TYPES as OBJECTIVES
 from training.sde import SDEScheduler
 
@@ -27,9 +27,7 @@ class ExactSDENetwork(ModelMixin, ConfigMixin):
         self.unused = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
 
     def set_data(self, data: Mixture, scheduler: SDEScheduler | DDPMScheduler) -> "ExactSDENetwork":
-        self.data, self.scheduler = data, scheduler
-        if isinstance(scheduler, DDPMScheduler):
-            self.scheduler = DiscreteVPSDE(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+        self.data, self.scheduler = data, process_of(scheduler)
         return self
 
     def forward(self, sample: Tensor, c_noise: Tensor) -> SimpleNamespace:
@@ -49,20 +47,11 @@ class ExactSDENetwork(ModelMixin, ConfigMixin):
         return SimpleNamespace(sample=output.to(sample))
 
     def clean(self, x: Tensor, t: Tensor) -> Tensor:
-        signal, noise_scale = self.scheduler.sde.signal_scale(t), self.scheduler.sde.noise_scale(t)
-        num_dims = self.data.means.shape[1]
-        per_pixel = x[0].numel() != num_dims
-        points = x.permute(0, 2, 3, 1).reshape(-1, 3) if per_pixel else x.flatten(1)
-        unit = torch.eye(num_dims, dtype=torch.float64)
-        noisy = Mixture(
-            self.data.weights, signal * self.data.means, signal**2 * self.data.covariances + noise_scale**2 * unit
-        )
-        log_densities, solved = noisy.log_densities(points)
-        score = -(log_densities.softmax(-1)[..., None] * solved).sum(1)
-        clean = (points + noise_scale**2 * score) / signal
-        if per_pixel:
-            return clean.view(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2)
-        return clean.view_as(x)
+        scales = self.scheduler.sde.signal_scale(t), self.scheduler.sde.noise_scale(t)
+        if x[0].numel() == self.data.means.shape[1]:
+            return self.data.clean_images(x.flatten(1), *scales).view_as(x)
+        points = self.data.clean_images(x.permute(0, 2, 3, 1).reshape(-1, 3), *scales)
+        return points.view(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2)
 
 
 def exact_sde_network(data: Mixture, scheduler: SDEScheduler) -> ExactSDENetwork:

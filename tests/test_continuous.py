@@ -12,8 +12,19 @@ from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
-from pipelines.custom_unet_pipeline import GREY_AND_COLOURS, Guidance, denoiser, samplers_for
-from training.sde import SDEScheduler
+from pipelines.applications import (
+    GREY_AND_COLOURS,
+    colorize,
+    decode,
+    draw_given,
+    encode,
+    impute,
+    inpaint,
+    interpolate,
+)
+from pipelines.continuous import denoiser
+from pipelines.custom_unet_pipeline import Guidance
+from training.sde import PREDICTION_TYPES, SDEScheduler, continuous_samplers
 
 SCHEDULERS = {
     "vp": SDEScheduler(objective="vp"),  # clips, which does not matter here
@@ -40,23 +51,38 @@ SAMPLERS = {  # steps
 }
 
 
-def exact_pipeline(name: str, size: int = 1) -> CustomUNetPipeline:
-    scheduler = SCHEDULERS[name]
-    network = ExactSDENetwork(sample_size=size).double().eval().set_data(mixture(), scheduler)
-    pipe = CustomUNetPipeline(network, scheduler)
+def quiet(pipe: CustomUNetPipeline) -> CustomUNetPipeline:
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def exact_pipeline(name: str, size: int = 1) -> CustomUNetPipeline:
+    network = ExactSDENetwork(sample_size=size).double().eval().set_data(mixture(), SCHEDULERS[name])
+    return quiet(CustomUNetPipeline(network, SCHEDULERS[name]))
 
 
 def tiny_pipeline(objective: str = "vp", **network) -> CustomUNetPipeline:
     torch.manual_seed(0)
-    kind = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}.get(objective)
-    settings = {} if kind is None else {"prediction_type": kind}
-    scheduler = DDPMScheduler() if objective == "ddpm" else SDEScheduler(objective=objective, **settings)
+    scheduler = DDPMScheduler()
+    if objective != "ddpm":
+        scheduler = SDEScheduler(objective=objective, prediction_type=PREDICTION_TYPES[objective][0])
     embedding = {"time_embedding_type": "fourier"} if objective == "ve" else {}
-    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY | embedding | network), scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(CustomUNetPipeline(CustomUNet2DModel(**TINY | embedding | network), scheduler))
+
+
+def last_clean_images(pipe: CustomUNetPipeline, steps: int, number: int = N, **call) -> torch.Tensor:
+    """The images, not clipped to [0, 1], float64 (N, 3)."""
+    seen = {}
+    pipe(
+        num_inference_steps=steps,
+        latents=torch.randn(number, 3, 1, 1, generator=torch.Generator().manual_seed(0)),
+        generator=torch.Generator().manual_seed(1),
+        callback_on_step_end=lambda *all_: seen.update(all_[-1]),
+        callback_on_step_end_tensor_inputs=["pred_original_sample"],
+        output_type="pt",
+        **call,
+    )
+    return seen["pred_original_sample"].double().flatten(1)
 
 
 @pytest.mark.parametrize(
@@ -71,36 +97,23 @@ def test_samplers_draw_the_mixture(name, sampler):
     """float32 x, the network's own measure of time, and all ways to predict: the mixture comes out."""
     pipe = exact_pipeline(name)
     pipe.set_sampler(sampler)
-    latents = torch.randn(N, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    draw = {}
-    pipe(
-        num_inference_steps=SAMPLERS[sampler],
-        latents=latents,
-        generator=torch.Generator().manual_seed(1),
-        callback_on_step_end=lambda *all_: draw.update(all_[-1]),
-        callback_on_step_end_tensor_inputs=["pred_original_sample"],
-        output_type="pt",
-    )
-    errors = mixture().errors(draw["pred_original_sample"].double().flatten(1))
+    errors = mixture().errors(last_clean_images(pipe, SAMPLERS[sampler]))
     assert (errors < torch.tensor([0.04, 0.03, 0.25])).all(), errors
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_denoiser_is_the_expectation_of_the_clean_image(name):
     pipe = exact_pipeline(name)
-    sde, clean = denoiser(pipe.unet, pipe.scheduler)
+    denoise = denoiser(pipe.unet, pipe.scheduler)
+    sde = denoise.sde
     times = torch.linspace(sde.first_time + 0.01, sde.last_time * 0.9, 5, dtype=torch.float64)
     x = torch.randn(6, 3, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for t in times:
         alpha, n = sde.signal_scale(t), sde.noise_scale(t)
-        eye = torch.eye(3, dtype=torch.float64)
-        data = mixture()
-        noisy = Mixture(data.weights, alpha * data.means, alpha**2 * data.covariances + n**2 * eye)
-        log_densities, solved = noisy.log_densities(n * x.flatten(1))
-        score = -(log_densities.softmax(-1)[..., None] * solved).sum(1)
-        expected = (n * x.flatten(1) + n**2 * score) / alpha  # Tweedie
+        expected = mixture().clean_images(n * x.flatten(1), alpha, n)
         # c_noise is handed on as float32, and so is what `model_output` gives back
-        torch.testing.assert_close(clean(n * x, t).flatten(1), expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(denoise(n * x, t).flatten(1), expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(denoise.of_noise_level(n * x / alpha, n / alpha), denoise(n * x, t))
 
 
 def test_the_preconditioning_is_that_of_diffusers_edm_schedulers():
@@ -116,7 +129,7 @@ def test_the_preconditioning_is_that_of_diffusers_edm_schedulers():
 @pytest.mark.parametrize(
     ("objective", "sampler"),
     [
-        *itertools.product(["ddpm", "ve"], [name for name in samplers_for("ve") if name != "ode"]),
+        *itertools.product(["ddpm", "ve"], [name for name in continuous_samplers("ve") if name != "ode"]),
         ("vp", "ode"),
         *itertools.product(["flow"], ["flow_euler", "flow_heun"]),
     ],
@@ -148,13 +161,10 @@ def test_an_image_depends_on_its_own_seed_alone(objective, sampler):
     ],
 )
 def test_evaluations_are_counted(sampler, settings, expected):
-    pipe, calls = tiny_pipeline("flow" if sampler.startswith("flow_") else "vp"), []
+    pipe, calls, seen = tiny_pipeline("flow" if sampler.startswith("flow_") else "vp"), [], []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     pipe.set_sampler(sampler, **settings)
-    seen = []
-    output = pipe(
-        seeds=[0], num_inference_steps=6, callback_on_step_end=lambda pipe, index, t, tensors: seen.append(index)
-    )
+    output = pipe(seeds=[0], num_inference_steps=6, callback_on_step_end=lambda *all_: seen.append(all_[1]))
     assert output.network_evaluations == len(calls) == expected
     assert seen == list(range(expected))
 
@@ -167,21 +177,16 @@ def test_the_ode_takes_more_evaluations_for_less_tolerance():
     assert evaluations[1] > 2 * evaluations[0]
 
 
-@pytest.mark.parametrize("name", ["vp", "subvp", "ve", "edm", "flow", "ddpm"])
-def test_encode_and_decode(name):
-    pipe = exact_pipeline(name)
-    images = ((mixture().means + 1) / 2).float().view(3, 3, 1, 1)
-    latents = pipe.encode(images, tolerance=1e-5)
-    assert 0.01 < latents.std() < 3  # of unit variance over the data
-    back = pipe.decode(latents, tolerance=1e-5, output_type="pt").images
-    torch.testing.assert_close(back, images, rtol=0, atol=1e-3)
-
-
-def test_the_encoding_does_not_depend_on_the_sde():
+def test_encode_and_decode():
     """The same data and the same score give the same latents, up to their scale (arXiv 2011.13456, section 4.3)."""
-    images = ((mixture().means + 1) / 2).float().view(3, 3, 1, 1)
-    vp, subvp = (exact_pipeline(name).encode(images, tolerance=1e-5) for name in ("vp", "subvp"))
-    torch.testing.assert_close(vp, subvp, rtol=0, atol=0.02)
+    images, latents = ((mixture().means + 1) / 2).float().view(3, 3, 1, 1), {}
+    for name in ("vp", "subvp", "ve", "edm", "flow", "ddpm"):
+        pipe = exact_pipeline(name)
+        latents[name] = encode(pipe, images, tolerance=1e-5)
+        assert 0.01 < latents[name].std() < 3  # of unit variance over the data
+        back = decode(pipe, latents[name], tolerance=1e-5, output_type="pt")
+        torch.testing.assert_close(back, images, rtol=0, atol=1e-3)
+    torch.testing.assert_close(latents["vp"], latents["subvp"], rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("name", ["vp", "ve", "flow", "ddpm"])
@@ -197,7 +202,7 @@ def test_imputation_keeps_what_is_known_and_draws_the_rest_from_its_conditional(
     known = torch.tensor([True, True, False]).view(1, 3, 1, 1)
     pixel = torch.tensor([0.25, 0.0, 0.3])
     image = ((pixel + 1) / 2).view(1, 3, 1, 1).expand(1, 3, 8, 8)
-    drawn = pipe._draw_given(image, None, known, (200, 0.16, 1, "pt", True), None, range(24), None).images
+    drawn = draw_given(pipe, image, known, None, 200, output_type="pt", seeds=range(24))
     drawn = drawn.double().permute(0, 2, 3, 1).reshape(-1, 3) * 2 - 1
     torch.testing.assert_close(drawn[:, :2], pixel[:2].double().expand(len(drawn), 2), rtol=0, atol=1e-6)
     a, b, c = data.covariances[0, :2, :2], data.covariances[0, 2, :2], data.covariances[0, 2, 2]
@@ -214,7 +219,7 @@ def test_impute_and_colorize_keep_what_is_given():
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 4:] = 1
-    painted = pipe.impute(image, mask, num_inference_steps=4, seeds=[0, 1], output_type="pt").images
+    painted = impute(pipe, image, mask, num_inference_steps=4, seeds=[0, 1], output_type="pt")
     torch.testing.assert_close(painted[:, :, :, :4], image[:, :, :, :4].expand(2, -1, -1, -1), rtol=0, atol=1e-5)
     assert not torch.allclose(painted[0, :, :, 4:], painted[1, :, :, 4:], atol=0.01)
     # images of [0, 1] only, so that nothing is clipped at the end
@@ -222,7 +227,7 @@ def test_impute_and_colorize_keep_what_is_given():
     torch.testing.assert_close(basis @ basis.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
     latents = {}
     pipe.unet.register_forward_pre_hook(lambda module, inputs: latents.update(x=inputs[0]))
-    pipe.colorize(image, num_inference_steps=50, seeds=[0], output_type="pt")
+    colorize(pipe, image, num_inference_steps=50, seeds=[0], output_type="pt")
     grey = latents["x"].mean(1) - (2 * image - 1).mean(1)  # at the last time little noise is left
     assert grey.std() < 0.05
 
@@ -267,28 +272,14 @@ def test_guidance_reaches_every_sampler(objective):
 )
 def test_an_exact_classifier_leads_to_the_distribution_of_its_class(name, sampler):
     """p(y | x_t) of the mixture's components is known; guided by it, samples are of the one component."""
-    pipe = exact_pipeline(name)
+    pipe, data, wanted = exact_pipeline(name), mixture(), 0
     pipe.set_sampler(sampler)
-    data, wanted = mixture(), 0
 
     def classifier(x, signal, noise_scale):
-        alpha, n = signal[0].double(), noise_scale[0].double()
-        eye = torch.eye(3, dtype=torch.float64)
-        noisy = Mixture(data.weights, alpha * data.means, alpha**2 * data.covariances + n**2 * eye)
+        noisy = data.at(signal[0].double(), noise_scale[0].double())
         return noisy.log_densities(x.double().flatten(1))[0].float()
 
-    last = {}
-    pipe(
-        num_inference_steps=100,
-        latents=torch.randn(1000, 3, 1, 1, generator=torch.Generator().manual_seed(0)),
-        generator=torch.Generator().manual_seed(1),
-        class_labels=wanted,
-        classifier=classifier,
-        output_type="pt",
-        callback_on_step_end=lambda *all_: last.update(all_[-1]),
-        callback_on_step_end_tensor_inputs=["pred_original_sample"],
-    )
-    drawn = last["pred_original_sample"].double().flatten(1)
+    drawn = last_clean_images(pipe, 100, 1000, class_labels=wanted, classifier=classifier)
     assert (data.log_densities(drawn)[0].argmax(-1) == wanted).double().mean() > 0.97
     torch.testing.assert_close(drawn.mean(0), data.means[wanted], rtol=0, atol=0.02)
     covariance_error = (torch.cov(drawn.T) - data.covariances[wanted]).norm() / data.covariances[wanted].norm()
@@ -315,9 +306,9 @@ def test_what_a_model_does_not_take_is_one_line():
         "tolerance is -1": lambda: vp.set_sampler("ode", tolerance=-1),
         "snr is nan": lambda: vp.set_sampler("predictor_corrector", snr=float("nan")),
         "corrector_steps is 0.5": lambda: vp.set_sampler("predictor_corrector", corrector_steps=0.5),
-        "churn_min 2": lambda: vp.set_sampler("edm_heun", churn_min=2, churn_max=1),
+        "churn_min is 2 and churn_max 1": lambda: vp.set_sampler("edm_heun", churn_min=2, churn_max=1),
         "learned time embedding": lambda: learned.set_sampler("ode"),
-        "a learned time embedding has no rows": with_euler,
+        "learned time embedding, which has no rows": with_euler,
         "num_inference_steps is 1": lambda: vp(num_inference_steps=1),
         "eta is 0.5": lambda: vp(eta=0.5),
         "output_type is 'jpg'": lambda: vp(output_type="jpg"),
@@ -330,16 +321,15 @@ def test_what_a_model_does_not_take_is_one_line():
         "the network has class embeddings: give": lambda: conditional(),
         "take guidance_scale alone": lambda: conditional(class_labels=1, classifier=lambda *_: None),
         "guidance_scale is inf": lambda: conditional(class_labels=1, guidance_scale=float("inf")),
-        "trained in continuous time; there are encode": lambda: vp.inpaint(image, mask),
-        "there are encode, decode": lambda: vp.invert(image),
-        "snr is 0": lambda: vp.impute(image, mask, snr=0),
+        "trained in continuous time; take encode or": lambda: inpaint(vp, image, mask),
+        "snr is 0": lambda: impute(vp, image, mask, snr=0),
     }.items():
         with pytest.raises(ValueError, match=message) as raised:
             call()
         assert "\n" not in str(raised.value), message
 
 
-@pytest.mark.parametrize("sampler", samplers_for("vp"))
+@pytest.mark.parametrize("sampler", continuous_samplers("vp"))
 def test_the_predicted_image_is_clipped_where_the_scheduler_says_so(sampler):
     """An untrained network predicts anything; every x_0 that a sampler meets, and the result, lie in [-1, 1]."""
     largest = {}
@@ -359,16 +349,21 @@ def test_the_predicted_image_is_clipped_where_the_scheduler_says_so(sampler):
     assert largest[False] > 2.0
 
 
-def test_a_model_of_the_ve_sde_churns_unless_told_otherwise():
-    ve, vp = tiny_pipeline("ve"), tiny_pipeline("vp")
-    assert (ve.continuous_sampler.churn, vp.continuous_sampler.churn) == (10.0, 0.0)
+def test_the_default_sampler_and_its_settings():
+    """Heun on the straight paths of a rectified flow; else that of EDM, with churn for the network of a VE SDE."""
+    for objective, expected in {"ve": 10.0, "vp": 0.0, "edm": 0.0, "flow": None, "ddpm": None}.items():
+        sampler = tiny_pipeline(objective).continuous_sampler
+        assert (sampler and sampler.name) == {"ddpm": None, "flow": "flow_heun"}.get(objective, "edm_heun")
+        assert (sampler.settings.get("churn") if sampler else None) == expected
+    ve = tiny_pipeline("ve")
     ve.set_sampler("edm_heun")
-    assert ve.continuous_sampler.churn == 10.0
-    ve.set_sampler("edm_heun", churn=0.0)
-    assert ve.continuous_sampler.churn == 0.0
-    ends = ve.interpolate(0, 1, num_images=2, num_inference_steps=3, output_type="pt").images
-    alone = ve(seeds=[0], num_inference_steps=3, output_type="pt").images
-    torch.testing.assert_close(ends[:1], alone, rtol=0, atol=1e-4)  # without noise
+    assert ve.continuous_sampler.settings["churn"] == 10.0
+    for pipe, settings in ((ve, {"churn": 0.0}), (tiny_pipeline("flow"), {})):
+        pipe.set_sampler(pipe.continuous_sampler.name, **settings)
+        assert pipe.continuous_sampler.settings.get("churn", 0.0) == 0.0
+        ends = interpolate(pipe, 0, 1, num_images=2, num_inference_steps=3, output_type="pt")
+        alone = pipe(seeds=[0], num_inference_steps=3, output_type="pt").images
+        torch.testing.assert_close(ends[:1], alone, rtol=0, atol=1e-4)  # without noise
 
 
 def test_a_scheduler_that_is_replaced_replaces_the_sampler():
@@ -380,9 +375,6 @@ def test_a_scheduler_that_is_replaced_replaces_the_sampler():
     pipe.set_sampler("ode")
     pipe.set_sampler("ddpm")
     assert pipe.continuous_sampler is None
-
-
-def test_a_scheduler_of_discrete_timesteps_is_refused_by_a_model_in_continuous_time():
     pipe = tiny_pipeline("vp")
     pipe.scheduler = diffusers.DDIMScheduler()
     with pytest.raises(ValueError, match="trained in continuous time"):

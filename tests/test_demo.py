@@ -20,6 +20,7 @@ from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
+from pipelines.applications import denoising_strip, impute, interpolate
 from pipelines.demo import Page as Tabs
 from pipelines.demo import ProgressBar, build_demo, main
 from pipelines.export import export_pipeline
@@ -238,7 +239,7 @@ def test_denoising(page, pipe):
     click(page, "Show")
     images = page.locator(".image-frame:visible img")
     expect(images).to_have_count(2)
-    expected = pipe.denoising_strip(4, 6, seeds=[3])
+    expected = denoising_strip(pipe, 4, 6, seeds=[3])
     strip, animation = picture(images.nth(0)), picture(images.nth(1))
     np.testing.assert_allclose(np.asarray(strip).astype(int), np.asarray(expected.to_image(16)).astype(int), atol=1)
     assert (animation.format, animation.n_frames) == ("GIF", 4)
@@ -252,7 +253,7 @@ def test_interpolation(page, pipe):
     type_into(page, "Images", 5)
     type_into(page, "Steps", STEPS)
     click(page, "Interpolate")
-    assert_same(gallery(page, 5), pipe.interpolate(2, 9, 5, STEPS).images)
+    assert_same(gallery(page, 5), interpolate(pipe, 2, 9, 5, STEPS))
 
 
 @pytest.mark.parametrize("source", ["seed", "upload"])
@@ -358,12 +359,12 @@ def test_the_page_of_an_sde_denoises_interpolates_and_paints(sde_pipe, tmp_path)
         (strip, levels, Image.open(path).n_frames)
         for strip, levels, path in tabs.denoise(3, 4, "edm_heun", STEPS, 0, progress=progress)
     ]
-    expected = sde_pipe.denoising_strip(4, STEPS, seeds=[3])
+    expected = denoising_strip(sde_pipe, 4, STEPS, seeds=[3])
     np.testing.assert_array_equal(np.asarray(strip), np.asarray(expected.to_image(16)))
     assert animation == 4
     assert f"t = {expected.timesteps[0]:.3g}, {expected.timesteps[1]:.3g}, " in levels
     shown = tabs.interpolate(2, 9, 5, STEPS, progress=progress)
-    expected = sde_pipe.interpolate(2, 9, 5, STEPS).images
+    expected = interpolate(sde_pipe, 2, 9, 5, STEPS)
     assert_same(np.stack([as_drawn(image) for image, _ in shown]), expected)
 
     image, background = tabs.image_of_seed(3, STEPS, progress=progress)
@@ -374,7 +375,7 @@ def test_the_page_of_an_sde_denoises_interpolates_and_paints(sde_pipe, tmp_path)
     results = np.stack([as_drawn(image) for image, _ in shown]).astype(int)
     mask = np.zeros((SIZE, SIZE), np.float32)
     mask[2:6, 2:6] = 1
-    assert_same(results, sde_pipe.impute(image, mask, STEPS, seeds=[7, 8]).images)
+    assert_same(results, impute(sde_pipe, image, mask, STEPS, seeds=[7, 8]))
     changed = np.abs(results - np.asarray(image).astype(int)).max(axis=(0, 3)) > 1
     assert changed[3:5, 3:5].all()
     assert not changed[mask == 0].any()

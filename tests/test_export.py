@@ -17,7 +17,7 @@ from tiny_network import TINY
 
 from common import InputError
 from custom_unet import CustomUNet2DModel
-from pipelines import CustomUNetPipeline, export
+from pipelines import CustomUNetPipeline, custom_unet_pipeline, export
 from pipelines.export import export_pipeline
 from pipelines.hub import model_files
 from training.sde import SDEScheduler
@@ -194,7 +194,7 @@ def test_a_way_out_of_the_folder_is_not_taken(pipe, tmp_path, component):
 def test_what_the_folder_holds(models):
     """The index names the classes, and their code is that of this repository."""
     code = {
-        "custom_unet_pipeline.py": CustomUNetPipeline,
+        "custom_unet_pipeline.py": custom_unet_pipeline.CustomUNetPipeline,
         "unet/custom_unet_2d.py": CustomUNet2DModel,
         "scheduler/sde.py": SDEScheduler,
     }

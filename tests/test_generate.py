@@ -19,7 +19,7 @@ from tiny_network import TINY
 from common import InputError
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
-from pipelines.custom_unet_pipeline import CONTINUOUS_SAMPLERS, SAMPLERS
+from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.export import export_pipeline
 from pipelines.generate import (
     DTYPES,
@@ -31,7 +31,7 @@ from pipelines.generate import (
     main,
     missing_seeds,
 )
-from training.sde import SDEScheduler
+from training.sde import CONTINUOUS_SAMPLERS, SDEScheduler
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -136,7 +136,7 @@ def test_every_setting_of_a_sampler_is_a_flag():
 
 
 def test_a_setting_needs_a_sampler_that_has_it(model, model_of_an_sde):
-    assert load_pipeline(model_of_an_sde, "fp32", None, churn=2.0).continuous_sampler.churn == 2.0
+    assert load_pipeline(model_of_an_sde, "fp32", None, churn=2.0).continuous_sampler.settings["churn"] == 2.0
     assert load_pipeline(model_of_an_sde, "fp32", None).continuous_sampler.name == "edm_heun"
     with pytest.raises(InputError, match="--churn is for a sampler in continuous time; name one with --scheduler"):
         load_pipeline(model, "fp32", None, churn=2.0)

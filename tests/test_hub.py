@@ -176,7 +176,7 @@ def test_generating_from_the_hub_fetches_no_code(hub, tmp_path):
     assert commit == hub.commit_id("someone/faces")
     assert "scheduler/scheduler_config.json" in contents(source)
     assert not [name for name in contents(tmp_path / "hub-cache") if name.endswith(".py")]
-    assert load_pipeline(source, "fp32", "predictor_corrector", snr=0.2).continuous_sampler.snr == 0.2
+    assert load_pipeline(source, "fp32", "predictor_corrector", snr=0.2).continuous_sampler.settings["snr"] == 0.2
 
 
 # Failures: one line with the command to try again, the local folder as it was, no token anywhere

@@ -21,13 +21,12 @@ from eval.likelihood import (
     BIN_WIDTH,
     discrete_decoder,
     log_density,
-    noise_levels,
     ode_likelihood,
     posterior_of,
     prior_term,
     variational_bound,
 )
-from pipelines.custom_unet_pipeline import denoiser
+from pipelines.continuous import denoiser
 from training.data import to_model_range
 from training.sde import SDEScheduler
 
@@ -316,7 +315,7 @@ def check_ode_likelihood(data: Mixture) -> None:
     network = exact_network(ExactDenoiser, data, scheduler)
     found = ode_likelihood(network, scheduler, images, num_draws=4, tolerance=1e-5, batch_size=1000)
     assert found.draws.shape == (4, 250)
-    s2 = noise_levels(denoiser(network, scheduler)[0])[0] ** 2
+    s2 = denoiser(network, scheduler).sde.noise_levels[0] ** 2
     precision = torch.linalg.inv(data.covariances[0] + s2 * torch.eye(3).double())
     nats = gaussian_nats(data, to_model_range(images).double(), s2) + precision.trace() * (2 / 255) ** 2 / 24
     expected = bits_per_dim(nats - 3 * math.log(2 / 255)).mean()
@@ -339,7 +338,7 @@ def log_density_of_the_model(data: Mixture, points: Tensor, sde) -> Tensor:
     y = x / alpha goes from sigma_0 to sigma_T by y_T - m = ((C + sigma_T^2) / (C + sigma_0^2))^(1/2) (y_0 - m).
     """
     variances, directions = torch.linalg.eigh(data.covariances[0])
-    first, last = noise_levels(sde)
+    first, last = sde.noise_levels
     stretch = ((variances + last**2) / (variances + first**2)).sqrt()
     end = data.means + (stretch * ((points.flatten(1) - data.means) @ directions)) @ directions.T
     std = sde.prior_std / float(sde.signal_scale(torch.tensor(sde.last_time).double()))
@@ -356,7 +355,7 @@ def test_density_of_sde_models_that_end_far_from_their_prior(objective, predicti
     )
     points, network = points_of(CORRELATED), exact_sde_network(CORRELATED, scheduler)
     expected = log_density_of_the_model(CORRELATED, points, scheduler.sde)
-    assert (expected - smoothed_log_density(CORRELATED, points, noise_levels(scheduler.sde)[0])).abs().max() > 0.01
+    assert (expected - smoothed_log_density(CORRELATED, points, scheduler.sde.noise_levels[0])).abs().max() > 0.01
     found, _ = log_density(network, scheduler, points, exact_probes(points), 1e-6)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
@@ -368,7 +367,7 @@ def test_density_of_a_mixture_under_an_sde(objective):
         points_of(mixture()),
     )
     network = exact_sde_network(mixture(), scheduler)
-    expected = smoothed_log_density(mixture(), points, noise_levels(scheduler.sde)[0])
+    expected = smoothed_log_density(mixture(), points, scheduler.sde.noise_levels[0])
     errors, evaluations = [], []
     for tolerance in (1e-3, 1e-5):
         found, count = log_density(network, scheduler, points, exact_probes(points), tolerance)

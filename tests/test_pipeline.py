@@ -18,23 +18,25 @@ from diffusers import (
 from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
-from pipelines import CustomUNetPipeline
+from pipelines import CustomUNetPipeline, custom_unet_pipeline
+from pipelines.applications import invert
 from pipelines.custom_unet_pipeline import SAMPLERS
+from training.sde import continuous_samplers
 
 # Of epsilon the image is (x_t - n eps) / a, and the last a is 1/157: two roundings of float32, which differ between
 # CPUs and orders of sums, are 4e-5 in the image. Of v and x_0 nothing is divided.
 ROUNDING = 2 * np.finfo(np.float32).eps / DDIMScheduler().alphas_cumprod[-1].sqrt().item()
 
 
+def quiet(pipe: CustomUNetPipeline) -> CustomUNetPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture
 def pipe() -> CustomUNetPipeline:
     torch.manual_seed(0)
     return quiet(CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler()))
-
-
-def quiet(pipe: CustomUNetPipeline) -> CustomUNetPipeline:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture
@@ -47,11 +49,15 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def stock_pipeline(pipe: CustomUNetPipeline, cls, scheduler):
-    reference = cls(UNet2DModel(**TINY).eval(), scheduler)
+def check_against_stock(pipe: CustomUNetPipeline, stock, scheduler, atol: float, **call) -> np.ndarray:
+    """Our images of a scheduler, which must be those of diffusers' pipeline."""
+    reference = quiet(stock(UNet2DModel(**TINY).eval(), scheduler))
     reference.unet.load_state_dict(pipe.unet.state_dict())
-    reference.set_progress_bar_config(disable=True)
-    return reference
+    call = {"batch_size": 2, "num_inference_steps": 7, "output_type": "np"} | call
+    images = quiet(CustomUNetPipeline(pipe.unet, scheduler))(**call, generator=generators(1, 2)).images
+    np.testing.assert_allclose(images, reference(**call, generator=generators(1, 2)).images, atol=atol)
+    assert images.std() > 0.05
+    return images
 
 
 @pytest.mark.parametrize(("stock", "scheduler"), [(DDIMPipeline, DDIMScheduler), (DDPMPipeline, DDPMScheduler)])
@@ -59,29 +65,13 @@ def stock_pipeline(pipe: CustomUNetPipeline, cls, scheduler):
 @pytest.mark.parametrize("clip_sample", [True, False])
 def test_same_images_as_the_stock_pipeline(pipe, stock, scheduler, prediction_type, clip_sample):
     settings = {"prediction_type": prediction_type, "clip_sample": clip_sample}
-    ours = quiet(CustomUNetPipeline(pipe.unet, scheduler(**settings)))
-    reference = stock_pipeline(pipe, stock, scheduler(**settings))
-    arguments = {"batch_size": 2, "num_inference_steps": 7, "output_type": "np"}
-    images = ours(**arguments, generator=generators(1, 2)).images
-    atol = ROUNDING if prediction_type == "epsilon" else 1e-5
-    np.testing.assert_allclose(images, reference(**arguments, generator=generators(1, 2)).images, atol=atol)
-    assert images.std() > 0.05
+    check_against_stock(pipe, stock, scheduler(**settings), ROUNDING if prediction_type == "epsilon" else 1e-5)
 
 
-def test_same_images_as_the_stock_pipeline_with_thresholding(pipe):
-    scheduler = DDIMScheduler(thresholding=True, sample_max_value=1.5)
-    ours = quiet(CustomUNetPipeline(pipe.unet, scheduler))(2, generators(1, 2), 5, output_type="np").images
-    reference = stock_pipeline(pipe, DDIMPipeline, scheduler)
-    stock = reference(batch_size=2, generator=generators(1, 2), num_inference_steps=5, output_type="np").images
-    np.testing.assert_allclose(ours, stock, atol=ROUNDING)
-
-
-def test_eta_adds_noise_as_the_stock_pipeline_does(pipe):
-    reference = stock_pipeline(pipe, DDIMPipeline, DDIMScheduler())
-    arguments = {"batch_size": 2, "num_inference_steps": 5, "eta": 1.0, "output_type": "np"}
-    ours = pipe(**arguments, generator=generators(1, 2)).images
-    np.testing.assert_allclose(ours, reference(**arguments, generator=generators(1, 2)).images, atol=ROUNDING)
-    assert np.abs(ours - pipe(**{**arguments, "eta": 0.0}, generator=generators(1, 2)).images).max() > 0.01
+def test_same_images_as_the_stock_pipeline_with_thresholding_and_with_noise(pipe):
+    check_against_stock(pipe, DDIMPipeline, DDIMScheduler(thresholding=True, sample_max_value=1.5), ROUNDING)
+    images = check_against_stock(pipe, DDIMPipeline, DDIMScheduler(), ROUNDING, eta=1.0)
+    assert np.abs(images - check_against_stock(pipe, DDIMPipeline, DDIMScheduler(), ROUNDING)).max() > 0.01
 
 
 # Seeds, generators, latents
@@ -114,20 +104,15 @@ def test_latents_are_where_sampling_starts(v_pipe):
 # Output, mode, precision
 
 
-def test_output_types(pipe):
+def test_output_types_and_rectangular_images(pipe):
     as_pt = pipe(2, generators(1, 2), 3, output_type="pt").images
     (as_np,) = pipe(2, generators(1, 2), 3, output_type="np", return_dict=False)
     as_pil = pipe(2, generators(1, 2), 3).images
     assert as_pt.shape == (2, 3, 8, 8)
-    assert as_pt.min() >= 0
-    assert as_pt.max() <= 1
+    assert 0 <= as_pt.min() <= as_pt.max() <= 1
     np.testing.assert_allclose(as_np, as_pt.permute(0, 2, 3, 1), atol=0)
-    assert as_pil[0].size == (8, 8)
     np.testing.assert_array_equal(np.asarray(as_pil[1]), (as_np[1] * 255).round().astype("uint8"))
-
-
-def test_rectangular_images(pipe):
-    pipe.unet = CustomUNet2DModel(**{**TINY, "sample_size": (8, 16)})
+    pipe.unet = CustomUNet2DModel(**TINY | {"sample_size": (8, 16)})
     assert pipe(1, generators(1), 2).images[0].size == (16, 8)
 
 
@@ -144,7 +129,7 @@ def test_broken_weights_raise_instead_of_giving_black_images(pipe):
     with pytest.raises(ValueError, match="2 of 2 images are not finite"):
         pipe(2, generators(1, 2), 2)
     with pytest.raises(ValueError, match="1 of 1 images are not finite"):
-        pipe.invert(torch.zeros(1, 3, 8, 8), 2)
+        invert(pipe, torch.zeros(1, 3, 8, 8), 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -184,13 +169,8 @@ def test_a_callback_sees_each_step_and_may_change_it(pipe):
         assert pipeline is pipe
         return {"latents": torch.zeros_like(tensors["latents"])} if index == 3 else {}
 
-    images = pipe(
-        seeds=[1],
-        num_inference_steps=4,
-        output_type="pt",
-        callback_on_step_end=watch,
-        callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
-    ).images
+    inputs = {"callback_on_step_end_tensor_inputs": ["latents", "pred_original_sample"]}
+    images = pipe(seeds=[1], num_inference_steps=4, output_type="pt", callback_on_step_end=watch, **inputs).images
     assert calls == [(i, t, {"latents", "pred_original_sample"}) for i, t in enumerate([750, 500, 250, 0])]
     assert (images == 0.5).all()
     with pytest.raises(ValueError, match="latents, noisy_images, pred_original_sample, not sigma"):
@@ -232,17 +212,14 @@ def test_class_labels_reach_the_network():
         ({"eta": 1.5}, r"eta is 1.5"),
         ({"output_type": "latent"}, "latent"),
         ({"class_labels": 1}, "no class embeddings"),
+        ({"sampler": "ddpm", "eta": 0.5}, "DDPMScheduler does not take it"),
     ],
 )
 def test_bad_arguments(pipe, arguments, message):
+    pipe.set_sampler(arguments.get("sampler", "ddim"))
+    arguments = {name: value for name, value in arguments.items() if name != "sampler"}
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
-
-
-def test_eta_is_refused_where_it_means_nothing(pipe):
-    pipe.set_sampler("ddpm")
-    with pytest.raises(ValueError, match="DDPMScheduler does not take it"):
-        pipe(eta=0.5)
 
 
 def test_samplers_by_name_keep_the_noise_schedule(pipe):
@@ -262,7 +239,10 @@ def test_samplers_by_name_keep_the_noise_schedule(pipe):
     [
         (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler does not suit .*; take one of DDPMS"),
         (EDMEulerScheduler(), "EDMEulerScheduler does not suit"),
-        (DDIMScheduler(prediction_type="v_prediction"), "prediction_type 'v_prediction', but .* with 'epsilon'"),
+        (
+            DDIMScheduler(prediction_type="v_prediction"),
+            "prediction_type 'v_prediction', the network .* with 'epsilon'",
+        ),
         (DDIMScheduler(prediction_type="eps"), "prediction_type is 'eps'"),
         (DDIMScheduler(beta_schedule="squaredcos_cap_v2"), "another noise schedule"),
         (DDIMScheduler(num_train_timesteps=100), "another noise schedule"),
@@ -290,3 +270,31 @@ def test_any_suitable_scheduler_may_be_set_by_hand(v_pipe):
     by_hand = v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
     v_pipe.set_sampler("unipc")
     assert torch.equal(v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images, by_hand)
+
+
+# Loading without code of the model repository
+
+
+def test_components_and_keywords_of_from_pretrained(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    loaded = CustomUNetPipeline.from_pretrained(tmp_path, scheduler=scheduler, torch_dtype=torch.bfloat16)
+    assert loaded.scheduler is scheduler
+    assert type(loaded.unet) is CustomUNet2DModel
+    assert loaded.unet.dtype == torch.bfloat16
+    network = UNet2DModel(**TINY)
+    assert CustomUNetPipeline.from_pretrained(tmp_path, unet=network).unet is network
+    assert type(custom_unet_pipeline.CustomUNetPipeline.from_pretrained(tmp_path).unet) is UNet2DModel
+    with pytest.raises(ValueError, match="takes no dropout, shceduler; without remote code it takes unet") as error:
+        CustomUNetPipeline.from_pretrained(tmp_path, dropout=0.5, shceduler=scheduler)
+    assert "\n" not in str(error.value)
+
+
+def test_the_pipeline_that_is_shipped_has_diffusers_samplers(pipe):
+    shipped = quiet(custom_unet_pipeline.CustomUNetPipeline(pipe.unet, pipe.scheduler))
+    assert shipped.samplers == tuple(SAMPLERS)
+    assert pipe.samplers == (*SAMPLERS, *continuous_samplers("ddpm"))
+    with pytest.raises(ValueError, match="no sampler 'edm_heun'; there are ddpm, ddim"):
+        shipped.set_sampler("edm_heun")
+    call = {"seeds": [1], "num_inference_steps": 3, "output_type": "pt"}
+    assert torch.equal(shipped(**call).images, pipe(**call).images)

@@ -2,20 +2,18 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from scipy.integrate import solve_ivp
 
-from pipelines.custom_unet_pipeline import DiscreteVPSDE
+from pipelines.continuous import DiscreteVPScheduler, DiscreteVPSDE
 from training.sde import (
     EDMSDE,
     VESDE,
     VPSDE,
     FlowSDE,
     SubVPSDE,
-    clean_from_score,
+    clean_image_coefficients,
 )
 
 LINEAR = DDPMScheduler(beta_schedule="linear").alphas_cumprod
@@ -36,22 +34,6 @@ def times(sde, number: int = 9) -> torch.Tensor:
     return torch.linspace(first, sde.last_time, number, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["ve", "vp", "subvp", "edm", "flow"])
-def test_drift_and_diffusion_give_mean_and_standard_deviation(name):
-    """d alpha / dt = f alpha and d n^2 / dt = 2 f n^2 + g^2, integrated from the first to the last time."""
-    sde, t = SDES[name], times(SDES[name])
-
-    def rates(time, state):
-        now = torch.tensor(time, dtype=torch.float64)
-        f, g = float(sde.drift(now)), float(sde.diffusion(now))
-        return [f * state[0], 2 * f * state[1] + g * g]
-
-    start = [float(sde.signal_scale(t[0])), float(sde.noise_scale(t[0])) ** 2]
-    solution = solve_ivp(rates, (t[0], t[-1]), start, t_eval=t, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(solution.y[0], sde.signal_scale(t), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(np.sqrt(solution.y[1]), sde.noise_scale(t), rtol=1e-6)
-
-
 @pytest.mark.parametrize("name", SDES)
 def test_simulated_paths_have_the_marginals(name):
     """Euler-Maruyama paths of eq. 5 from one point."""
@@ -69,27 +51,21 @@ def test_simulated_paths_have_the_marginals(name):
 
 
 @pytest.mark.parametrize("name", SDES)
-def test_the_last_time_is_nearly_the_prior(name):
-    sde = SDES[name]
-    last = torch.tensor(sde.last_time, dtype=torch.float64)
-    assert float(sde.noise_scale(last)) == pytest.approx(sde.prior_std, rel=2e-4)
-
-
-@pytest.mark.parametrize("name", SDES)
-def test_time_and_noise_level_are_inverse(name):
-    sde, t = SDES[name], times(SDES[name], 100)
-    torch.testing.assert_close(sde.time_of(sde.sigma(t)), t, rtol=1e-6, atol=1e-9)
-    assert (sde.sigma(t).diff() > 0).all()
-
-
-@pytest.mark.parametrize("name", SDES)
-def test_one_process_at_different_speeds(name):
-    """g^2 = 2 n^2 sigma' / sigma, with the derivative by autograd (Karras et al. 2022, appendix B)."""
+def test_the_functions_of_an_sde_agree(name):
+    """f = alpha' / alpha and g^2 = 2 n^2 sigma' / sigma by autograd (Karras et al. 2022, appendix B), and the rest."""
     sde = SDES[name]
     t = (times(sde, 37)[1:-1] + 1e-5).requires_grad_()
-    log_sigma = sde.sigma(t).log()
-    (slope,) = torch.autograd.grad(log_sigma.sum(), t)
+    (growth,) = torch.autograd.grad((sde.signal_scale(t).log() + 0 * t).sum(), t)
+    (slope,) = torch.autograd.grad(sde.sigma(t).log().sum(), t)
+    torch.testing.assert_close(sde.drift(t), growth)
     torch.testing.assert_close(sde.diffusion(t).square(), 2 * sde.noise_scale(t).square() * slope)
+    t = times(sde, 100)
+    torch.testing.assert_close(sde.time_of(sde.sigma(t)), t, rtol=1e-6, atol=1e-9)
+    assert (sde.sigma(t).diff() > 0).all()
+    assert float(sde.noise_scale(t[-1])) == pytest.approx(sde.prior_std, rel=2e-4)
+    assert sde.noise_levels == pytest.approx(
+        [float(sde.sigma(x)) for x in torch.tensor([sde.first_time, t[-1]]).double()]
+    )
 
 
 def test_vp_is_the_limit_of_ddpm():
@@ -103,7 +79,10 @@ def test_the_discrete_schedule_is_met_at_its_timesteps():
         sde = DiscreteVPSDE(alphas_cumprod)
         t = torch.arange(len(alphas_cumprod), dtype=torch.float64) / (len(alphas_cumprod) - 1)
         torch.testing.assert_close(sde.signal_scale(t).square(), alphas_cumprod.double(), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(sde.preconditioning(t)[-1], torch.arange(len(t), dtype=torch.float64))
+        torch.testing.assert_close(
+            DiscreteVPScheduler(alphas_cumprod, "sample").preconditioning(t)[-1],
+            torch.arange(len(t), dtype=torch.float64),
+        )
 
 
 def test_the_score_of_the_perturbed_data_gives_their_posterior_mean():
@@ -116,7 +95,8 @@ def test_the_score_of_the_perturbed_data_gives_their_posterior_mean():
         exponents = -((x[:, None] - alpha * points) / n).square() / 2
         (score,) = torch.autograd.grad(exponents.logsumexp(1).sum(), x)
         posterior_mean = (exponents.softmax(1) * points).sum(1)
-        torch.testing.assert_close(clean_from_score(score, x, alpha, n), posterior_mean)
+        c_skip, c_out = clean_image_coefficients("score", alpha, n)
+        torch.testing.assert_close(c_skip * x + c_out * score, posterior_mean)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +106,6 @@ def test_the_score_of_the_perturbed_data_gives_their_posterior_mean():
         (lambda: VESDE(2.0, 1.0), "sigma_max 1.0"),
         (lambda: EDMSDE(1.0, math.inf), "sigma_max inf"),
         (lambda: VPSDE(beta_min=3.0, beta_max=2.0), "beta_max 2.0"),
-        (lambda: SubVPSDE(first_time=1.0), "first_time is 1.0"),
         (lambda: DiscreteVPSDE(torch.tensor([0.5, 0.6])), "falling"),
         (lambda: DiscreteVPSDE(torch.tensor([1.0, 0.5])), "between 0 and 1"),
     ],

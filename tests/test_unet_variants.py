@@ -11,7 +11,6 @@ from torch import nn
 
 from custom_unet import CustomUNet2DModel
 from experiments.unet_variants import VARIANTS, main
-from pipelines import CustomUNetPipeline
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NETWORK = TINY | {"sample_size": 16}
@@ -88,8 +87,7 @@ def test_the_blocks_of_ncsnpp_have_no_such_variant(name):
         build(name, **blocks)
 
 
-def test_the_command_trains_and_evaluates_the_variant(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(CustomUNetPipeline, "unet_class", CustomUNet2DModel)  # which the command changes
+def test_the_command_trains_and_evaluates_the_variant(tmp_path, capsys):
     flags = "--config configs/quickstart.yaml --resolution 16 --attention_head_dim 16 --block_out_channels 16 32"
     flags += " --down_block_types DownBlock2D DownBlock2D --up_block_types UpBlock2D UpBlock2D --max_train_steps 2"
     flags += " --lr_warmup_steps 1 --validation_images 8 --train_batch_size 4 --save_images_steps 100"

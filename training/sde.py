@@ -1,4 +1,7 @@
-"""Diffusion in continuous time: the stochastic differential equations that carry images to noise and back.
+"""Diffusion in continuous time: the stochastic differential equations (SDEs) that carry images to noise and back, what
+a network is trained with there, and the samplers.
+
+The folder of a model that was trained with an SDE has a copy of this file, so it depends on torch and diffusers only.
 
 Notation (Song et al. 2021, arXiv 2011.13456; equation numbers are theirs unless another paper is named):
 
@@ -15,11 +18,16 @@ appendix B), and f and g follow from alpha and n:
 
 Times are tensors of any shape; what a function returns has that shape, in the type of the time. Use float64 times
 where differences of nearly equal numbers matter (sub-VP and VP near 0).
+
+Samplers and likelihoods take a network as a `Denoiser`.
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -34,13 +42,35 @@ PREDICTION_TYPES = {
     "flow": ("flow_prediction",),
 }
 TIME_DENSITIES = ("uniform", "logit_normal")
+# The samplers in continuous time, with the defaults of their settings
+CONTINUOUS_SAMPLERS: dict[str, dict[str, float]] = {
+    "euler_maruyama": {},
+    "reverse_diffusion": {},
+    # r of the Langevin steps, and their number at each noise level
+    "predictor_corrector": {"snr": 0.16, "corrector_steps": 1},
+    # Largest error of a step, relative to 1 + |x|, as root mean square over the batch
+    "ode": {"tolerance": 1e-3},
+    # S_churn, S_tmin, S_tmax and S_noise of Karras et al. 2022, algorithm 2
+    "edm_heun": {"churn": 0.0, "churn_min": 0.0, "churn_max": math.inf, "noise_factor": 1.0},
+    "flow_euler": {},  # this and the next are for rectified flow only
+    "flow_heun": {},
+}
+MOST_STEPS, MOST_EVALUATIONS = 10_000, 100_000
+
+Noise = Callable[[], Tensor]  # draws standard normal noise of the shape of x
 
 
 class SDE(ABC):
-    """A diffusion with a linear drift. `first_time` is where sampling and likelihoods end, above 0 where n(0) = 0."""
+    """A diffusion with a linear drift.
+
+    Attributes:
+        first_time: where sampling and likelihoods end, above 0 where n(0) = 0.
+        prior_std: standard deviation of the Gaussian that x is taken for at the last time.
+    """
 
     first_time: float = 0.0
     last_time: float = 1.0
+    prior_std: float = 1.0
 
     @abstractmethod
     def drift(self, t: Tensor) -> Tensor:
@@ -62,19 +92,24 @@ class SDE(ABC):
     def time_of(self, sigma: Tensor) -> Tensor:
         """The time of a noise level n / alpha; the inverse of `sigma`."""
 
-    @property
-    @abstractmethod
-    def prior_std(self) -> float:
-        """Standard deviation of the Gaussian that x is taken for at the last time."""
-
     def sigma(self, t: Tensor) -> Tensor:
         """n(t) / alpha(t)."""
         return self.noise_scale(t) / self.signal_scale(t)
 
+    @property
+    def noise_levels(self) -> tuple[float, float]:
+        """The lowest and the highest sigma, those of the first and the last time."""
+        low, high = self.sigma(torch.tensor([self.first_time, self.last_time], dtype=torch.float64)).tolist()
+        return low, high
+
 
 @dataclass(frozen=True)
 class _SigmaSDE(SDE):
-    """What VE and EDM have in common: alpha = 1, and so f = 0, with noise levels from sigma_min to sigma_max."""
+    """What VE and EDM have in common: alpha = 1, and so f = 0, with noise levels from sigma_min to sigma_max.
+
+    Raises:
+        ValueError: unless 0 < sigma_min < sigma_max.
+    """
 
     sigma_min: float
     sigma_max: float
@@ -98,11 +133,7 @@ class _SigmaSDE(SDE):
 class VESDE(_SigmaSDE):
     """Variance exploding, the limit of NCSN (eq. 9 and 30): n(t) = sigma_min (sigma_max / sigma_min)^t, alpha = 1.
 
-    At time 0 the images have the noise sigma_min already, as in the paper (eq. 31).
-
-    Raises:
-        ValueError: unless 0 < sigma_min < sigma_max.
-    """
+    At time 0 the images have the noise sigma_min already, as in the paper (eq. 31)."""
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
@@ -123,17 +154,19 @@ class VESDE(_SigmaSDE):
 
 @dataclass(frozen=True)
 class _BetaSDE(SDE):
-    """What VP and sub-VP have in common: beta(t) = beta_min + t (beta_max - beta_min), and f = -beta / 2."""
+    """What VP and sub-VP have in common: beta(t) = beta_min + t (beta_max - beta_min), and f = -beta / 2.
+
+    Raises:
+        ValueError: unless 0 < beta_min <= beta_max.
+    """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
-    first_time: float = 1e-5  # the paper's, below which the score has no bound
+    first_time = 1e-5  # the paper's, below which the score has no bound
 
     def __post_init__(self):
         if not 0 < self.beta_min <= self.beta_max < math.inf:
             raise ValueError(f"beta_min {self.beta_min} and beta_max {self.beta_max} must be positive and not fall")
-        if not 0 < self.first_time < self.last_time:
-            raise ValueError(f"first_time is {self.first_time}; it must lie between 0 and {self.last_time}")
 
     def beta(self, t: Tensor) -> Tensor:
         return self.beta_min + t * (self.beta_max - self.beta_min)
@@ -153,18 +186,10 @@ class _BetaSDE(SDE):
     def signal_scale(self, t):
         return (-self.beta_integral(t) / 2).exp()
 
-    @property
-    def prior_std(self):
-        return 1.0
-
 
 @dataclass(frozen=True)
 class VPSDE(_BetaSDE):
-    """Variance preserving, the limit of DDPM (eq. 11, 32, 33): alpha^2 = exp(-B), n^2 = 1 - exp(-B).
-
-    Raises:
-        ValueError: unless 0 < beta_min <= beta_max and 0 < first_time < 1.
-    """
+    """Variance preserving, the limit of DDPM (eq. 11, 32, 33): alpha^2 = exp(-B), n^2 = 1 - exp(-B)."""
 
     def diffusion(self, t):
         return self.beta(t).sqrt()
@@ -178,11 +203,7 @@ class VPSDE(_BetaSDE):
 
 @dataclass(frozen=True)
 class SubVPSDE(_BetaSDE):
-    """Sub-VP (eq. 12 and 29): the drift of VP with less noise, n = 1 - exp(-B), so that its likelihoods are better.
-
-    Raises:
-        ValueError: unless 0 < beta_min <= beta_max and 0 < first_time < 1.
-    """
+    """Sub-VP (eq. 12 and 29): the drift of VP with less noise, n = 1 - exp(-B), so that its likelihoods are better."""
 
     def diffusion(self, t):
         return (self.beta(t) * -torch.expm1(-2 * self.beta_integral(t))).sqrt()
@@ -196,11 +217,7 @@ class SubVPSDE(_BetaSDE):
 
 @dataclass(frozen=True)
 class EDMSDE(_SigmaSDE):
-    """The process of Karras et al. 2022: alpha = 1 and n(t) = t, where time is the noise level itself.
-
-    Raises:
-        ValueError: unless 0 < sigma_min < sigma_max.
-    """
+    """The process of Karras et al. 2022: alpha = 1 and n(t) = t, where time is the noise level itself."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -249,17 +266,102 @@ class FlowSDE(SDE):
         return sigma / (1 + sigma)
 
 
+# ---- What a network predicts, and sampling with it
+
+
+def clean_image_coefficients(
+    prediction_type: str, alpha: Tensor, n: Tensor, sigma_data: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out of x_0 = c_skip x_t + c_out F, for the prediction F of a network; shapes of alpha and n.
+
+    With x_t = alpha x_0 + n epsilon these are the conversions from all `PREDICTION_TYPES` to x_0: v = alpha epsilon -
+    n x_0 over sqrt(alpha^2 + n^2) (Salimans & Ho 2022, arXiv 2202.00512), the velocity epsilon - x_0 where alpha + n
+    is 1, the score -epsilon / n (Tweedie's formula; Efron 2011), and EDM's mixture of epsilon and x_0 where alpha is
+    1, whose target has unit variance for pixel values of the standard deviation `sigma_data`.
+    """
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    if prediction_type == "epsilon":
+        return 1 / alpha, -n / alpha
+    if prediction_type == "sample":
+        return zero, one
+    if prediction_type == "v_prediction":
+        return alpha / (alpha**2 + n**2), -n / (alpha**2 + n**2).sqrt()
+    if prediction_type == "score":
+        return 1 / alpha, n.square() / alpha
+    if prediction_type == "flow_prediction":
+        return one, -n
+    norm = (n.square() + sigma_data**2).sqrt()
+    return (sigma_data / norm).square(), n * sigma_data / norm
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """E[x_0 | x_t = x] as a network predicts it: called with x (B, ...) and a time, one for the batch.
+
+    It goes by the time and not by sigma, which is infinite at time 1 of a rectified flow, where its samplers start.
+
+    Args:
+        predict: x_0 of x and t.
+    """
+
+    sde: SDE
+    predict: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.predict(x, t)
+
+    def of_noise_level(self, y: Tensor, sigma: Tensor | float) -> Tensor:
+        """E[x_0 | y] for y = x_0 + sigma epsilon, which is x_t / alpha at some time of every SDE."""
+        t = self.sde.time_of(torch.as_tensor(sigma, dtype=torch.float64))
+        t = t.clamp(self.sde.first_time, self.sde.last_time)  # beyond which rounding may have put it
+        return self(self.sde.signal_scale(t) * y, t)
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        """(alpha x_0 - x) / n^2 of the predicted x_0."""
+        return (self.sde.signal_scale(t) * self(x, t) - x) / self.sde.noise_scale(t) ** 2
+
+    def pf_ode(self, x: Tensor, t: Tensor) -> Tensor:
+        """dx/dt of the probability-flow ODE (eq. 13)."""
+        return self.sde.drift(t) * x - self.sde.diffusion(t) ** 2 * self.score(x, t) / 2
+
+
+class ContinuousSampler(NamedTuple):
+    """One of `CONTINUOUS_SAMPLERS` with all of its settings."""
+
+    name: str
+    settings: dict[str, float]
+
+
+def continuous_samplers(objective: str) -> tuple[str, ...]:
+    """The names of the samplers in continuous time for a model of an objective of `PREDICTION_TYPES`, or of ddpm."""
+    return tuple(name for name in CONTINUOUS_SAMPLERS if objective == "flow" or not name.startswith("flow_"))
+
+
+def check_settings(settings: dict[str, float]) -> None:
+    """Raises ValueError for a setting of one of `CONTINUOUS_SAMPLERS` that makes no sense."""
+    for name in {"snr", "tolerance", "noise_factor"} & settings.keys():
+        if not 0 < settings[name] < math.inf:
+            raise ValueError(f"{name} is {settings[name]}; it must be positive")
+    if settings.get("corrector_steps", 1) not in range(1, 1001):
+        raise ValueError(f"corrector_steps is {settings['corrector_steps']}; it must be a whole number from 1 to 1000")
+    if not 0 <= settings.get("churn", 0) < math.inf:
+        raise ValueError(f"churn is {settings['churn']}; it must be 0 or more")
+    if not 0 <= settings.get("churn_min", 0) <= settings.get("churn_max", math.inf):
+        raise ValueError(
+            f"churn_min is {settings['churn_min']} and churn_max {settings['churn_max']}; they must be 0 or more, and"
+            " rise"
+        )
+
+
 class SDEScheduler(SchedulerMixin, ConfigMixin):
     """What a network was trained with in continuous time: the SDE, its training times, and what the network predicts.
 
-    It is the scheduler of a model repository; the pipeline samples with `sde` and `preconditioning`. With the network
-    F, the prediction of x_0 is D(x, t) = c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, eq. 7).
+    It is the scheduler of a model repository, and has the samplers of such models.
 
     Args:
         objective: vp, subvp, ve, edm or flow.
-        prediction_type: what F predicts: epsilon, sample or v_prediction for vp and subvp; score for ve; edm for edm,
-            where F is a mixture of epsilon and x_0 such that its target has unit variance at every noise level;
-            flow_prediction for flow, the velocity epsilon - x_0 (named as in diffusers).
+        prediction_type: what the network predicts, see `clean_image_coefficients`: epsilon, sample or v_prediction for
+            vp and subvp; score for ve; edm for edm; flow_prediction for flow (named as in diffusers).
         beta_min, beta_max: of vp and subvp.
         sigma_min, sigma_max: of ve and edm, for images in [-1, 1]; by default 0.02 and 100 for ve (twice the paper's,
             which are for [0, 1]), 0.002 and 80 for edm.
@@ -313,6 +415,22 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             cls, low, high = {"ve": (VESDE, 0.02, 100.0), "edm": (EDMSDE, 0.002, 80.0)}[objective]
             self.sde = cls(low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
 
+    def preconditioning(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in and c_noise at times of any shape, in their type.
+
+        With the network F, the prediction of x_0 is c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, eq. 7).
+        c_noise, the network's own measure of time, is 999 t for vp and subvp and sigma for ve as in the code of Song
+        et al., ln(sigma) / 4 for edm, and 1000 t for flow as in diffusers.
+        """
+        alpha, n, config = self.sde.signal_scale(times), self.sde.noise_scale(times), self.config
+        c_skip, c_out = clean_image_coefficients(config.prediction_type, alpha, n, config.sigma_data)
+        if config.objective == "edm":
+            return c_skip, c_out, 1 / (n.square() + config.sigma_data**2).sqrt(), n.log() / 4
+        c_noise = n if config.objective == "ve" else (1000 if config.objective == "flow" else 999) * times
+        return c_skip, c_out, torch.ones_like(times), c_noise
+
+    # ---- Training
+
     def times(self, positions: Tensor) -> Tensor:
         """Quantiles of the times of training, for positions in [0, 1); float64.
 
@@ -334,29 +452,6 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         signal, noise_scale = self.sde.signal_scale(times), self.sde.noise_scale(times)
         return spread(signal, clean_images) * clean_images + spread(noise_scale, noise) * noise
 
-    def preconditioning(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """c_skip, c_out, c_in and c_noise at times (B,), in their type.
-
-        c_noise, the network's own measure of time, is 999 t for vp and subvp and sigma for ve as in the code of Song
-        et al., ln(sigma) / 4 for edm, and 1000 t for flow as in diffusers.
-        """
-        alpha, n = self.sde.signal_scale(times), self.sde.noise_scale(times)
-        one, zero = torch.ones_like(times), torch.zeros_like(times)
-        prediction_type, data = self.config.prediction_type, self.config.sigma_data
-        if prediction_type == "edm":
-            norm = (n.square() + data**2).sqrt()
-            return (data / norm).square(), n * data / norm, 1 / norm, n.log() / 4
-        if prediction_type == "score":
-            return one, n.square(), one, n
-        if prediction_type == "flow_prediction":
-            return one, -times, one, 1000 * times  # x_0 = x - t (epsilon - x_0)
-        c_skip, c_out = {
-            "epsilon": (1 / alpha, -n / alpha),
-            "sample": (zero, one),
-            "v_prediction": (alpha / (alpha**2 + n**2), -n / (alpha**2 + n**2).sqrt()),
-        }[prediction_type]
-        return c_skip, c_out, one, 999 * times
-
     def loss_weight(self, times: Tensor, likelihood_weighting: bool = False) -> Tensor:
         """Weight (B,) of the squared error of F, whose target is (x_0 - c_skip x) / c_out.
 
@@ -371,12 +466,309 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         weight = self.sde.diffusion(times) if likelihood_weighting else n
         return (weight * alpha * c_out / n.square()).square()  # score error = alpha c_out (error of F) / n^2
 
+    # ---- Sampling
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """The names of the samplers that suit it."""
+        return continuous_samplers(self.config.objective)
+
+    @property
+    def default_sampler(self) -> ContinuousSampler:
+        return self.sampler("flow_heun" if self.config.objective == "flow" else "edm_heun")
+
+    def sampler(self, name: str, **settings: float) -> ContinuousSampler:
+        """One of `samplers`, with settings in place of its defaults.
+
+        The default of `churn` is 10 for a network that predicts the score of unscaled x: it errs at large sigma, and
+        without new noise these errors add up.
+
+        Raises:
+            ValueError: for a sampler that does not suit, or a setting that it does not have or that makes no sense.
+        """
+        if name not in self.samplers:
+            raise ValueError(f"there is no sampler {name!r}; there are {', '.join(self.samplers)}")
+        known = CONTINUOUS_SAMPLERS[name]
+        unknown = sorted(settings.keys() - known.keys())
+        if unknown:
+            raise ValueError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        if name == "edm_heun" and self.config.prediction_type == "score":
+            settings = {"churn": 10.0} | settings
+        check_settings(known | settings)
+        return ContinuousSampler(name, known | settings)
+
+    def num_evaluations(self, sampler: ContinuousSampler, num_steps: int) -> int | None:
+        """How often a sampler calls the denoiser; None for `ode`, which takes as many steps as its tolerance asks.
+
+        Raises:
+            ValueError: for a number of steps out of range.
+        """
+        if not 2 <= num_steps <= MOST_STEPS:
+            raise ValueError(f"num_inference_steps is {num_steps}; it must be 2 to {MOST_STEPS}")
+        if sampler.name in ("edm_heun", "flow_heun"):
+            return 2 * num_steps - 1
+        if sampler.name in ("ode", "flow_euler"):
+            return None if sampler.name == "ode" else num_steps
+        return num_steps + 1 + (num_steps - 1) * sampler.settings.get("corrector_steps", 0)
+
+    def denoiser(
+        self,
+        model_output: Callable[[Tensor, Tensor], Tensor],
+        gradient: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        bound: float = math.inf,
+        tell: Callable[[Tensor, Tensor, Tensor], None] = lambda t, x, clean_images: None,
+    ) -> Denoiser:
+        """The denoiser of a network; for times () or (B,), and differentiable in x.
+
+        Args:
+            model_output: the network, called with x (B, C, H, W) and c_noise, () or (B,).
+            gradient: of a classifier's log p(y | x_t), called with x, alpha and n; it shifts x_0 by n^2 / alpha times
+                the gradient (Dhariwal & Nichol 2021, arXiv 2105.05233).
+            bound: x_0 is clipped to [-bound, bound]. An expectation of images lies there, so this takes it nearer to
+                the truth; at large sigma it matters, as a small error of epsilon is one of sigma times its size there.
+            tell: called after each evaluation with t, x and x_0.
+        """
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            t = torch.as_tensor(t, dtype=torch.float64).cpu()
+            c_skip, c_out, c_in, c_noise = self.preconditioning(t)
+            output = model_output(spread(c_in, x) * x, c_noise.to(x.device, torch.float32)).to(x.dtype)
+            clean_images = spread(c_skip, x) * x + spread(c_out, x) * output
+            if gradient is not None:
+                known = t.clamp(max=self.sde.last_time)  # `straight_flow` starts beyond it, where there is no signal
+                alpha, n = self.sde.signal_scale(known), self.sde.noise_scale(known)
+                clean_images = clean_images + n**2 / alpha * gradient(x, alpha, n)
+            if bound < math.inf:
+                clean_images = clean_images.clamp(-bound, bound)
+            tell(t, x, clean_images)
+            return clean_images
+
+        return Denoiser(self.sde, predict)
+
+    def sample(self, sampler: ContinuousSampler, denoise: Denoiser, latents: Tensor, num_steps: int, noise: Noise):
+        """From latents of unit variance to images, both float32 (B, C, H, W). Raises ValueError if `ode` fails."""
+        sde, (name, settings) = self.sde, sampler
+        x, times = sde.prior_std * latents, sampling_times(sde, num_steps)
+        if name == "ode":
+            x, _ = solve_ode(denoise.pf_ode, x, sde.last_time, sde.first_time, **settings)
+            return denoise(x.float(), times[-1])
+        if name == "euler_maruyama":
+            return euler_maruyama(denoise, x, times, noise)
+        if name in ("flow_euler", "flow_heun"):
+            return straight_flow(denoise, latents, num_steps, heun=name == "flow_heun")
+        if name == "edm_heun":
+            low, high = sde.noise_levels
+            # schedules end at up to 20,000; where sigma is 4 sqrt(D), no image of [-1, 1] is left to see
+            high = min(high, 4 * math.sqrt(x[0].numel()))
+            return edm_heun(
+                denoise, high * latents, karras_sigmas(num_steps, max(low, 0.002), high), noise, **settings
+            )
+        settings = settings or {"snr": 0.0, "corrector_steps": 0}  # reverse diffusion is the predictor alone
+        return predictor_corrector(denoise, x, times, noise, **settings, per_image=True)
+
 
 def spread(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) or () -> a shape that multiplies x (B, ...)."""
+    """() or (B,) -> a shape that multiplies x (B, ...), in its type."""
     return values.to(x).view(-1, *(1,) * (x.ndim - 1))
 
 
-def clean_from_score(score: Tensor, x: Tensor, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
-    """E[x_0 | x_t] = (x_t + n^2 score) / alpha (Tweedie's formula; Efron 2011); all shapes broadcast to that of x."""
-    return (x + noise_scale.square() * score) / signal_scale
+# ---- The samplers (equations and algorithms are those of Song et al. 2021 unless another paper is named)
+#
+# `x` is a draw from the prior, and the times fall from the last one of the SDE to the first. All end with the
+# expectation of x_0 at the first time: without it the noise that is left there would stay (appendix G).
+
+
+def sampling_times(sde: SDE, num_steps: int) -> Tensor:
+    """From the last time to the first, (num_steps + 1,), float64: even, or `karras_sigmas` if t is sigma."""
+    if sde.last_time > 1:
+        return karras_sigmas(num_steps + 1, sde.first_time, sde.last_time)[:-1]
+    return torch.linspace(sde.last_time, sde.first_time, num_steps + 1, dtype=torch.float64)
+
+
+def euler_maruyama(denoise: Denoiser, x: Tensor, times: Tensor, noise: Noise) -> Tensor:
+    """The reverse SDE (eq. 6) by Euler-Maruyama; the last step is taken without its noise."""
+    for i, (now, later) in enumerate(itertools.pairwise(times)):
+        dt = now - later
+        f, g = denoise.sde.drift(now), denoise.sde.diffusion(now)
+        x = x - (f * x - g**2 * denoise.score(x, now)) * dt
+        if i < len(times) - 2:
+            x = x + g * dt.sqrt() * noise()
+    return denoise(x, times[-1])
+
+
+def transition(sde: SDE, early: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
+    """a and v of x_late = a x_early + sqrt(v) z, the forward process over a step."""
+    a = sde.signal_scale(late) / sde.signal_scale(early)
+    return a, sde.noise_scale(late) ** 2 - (a * sde.noise_scale(early)) ** 2
+
+
+def reverse_diffusion_step(denoise: Denoiser, x: Tensor, now: Tensor, later: Tensor, noise: Tensor | None) -> Tensor:
+    """The reverse of the forward process's own step (eq. 46)."""
+    a, v = transition(denoise.sde, later, now)
+    x = (2 - a) * x + v * denoise.score(x, now)
+    return x if noise is None else x + v.sqrt() * noise
+
+
+def langevin_step(
+    denoise: Denoiser, x: Tensor, now: Tensor, noise: Tensor, snr: float, step_scale: float, per_image: bool
+) -> Tensor:
+    """One step of annealed Langevin dynamics at a noise level (algorithms 4 and 5).
+
+    Args:
+        snr: r, which sets the step by the norms of noise and score.
+        step_scale: alpha of the algorithm: 1 for VE, alpha_i = 1 - beta_i for VP.
+        per_image: whether to take the norms of each x, so that no image depends on the others, or, as in the authors'
+            code, their means over the batch. For x of many dimensions the norm of the noise hardly varies.
+    """
+    score = denoise.score(x, now)
+    norms = [values.flatten(1).norm(dim=1) for values in (noise, score)]
+    if not per_image:
+        norms = [norm.mean() for norm in norms]
+    step = spread(2 * step_scale * (snr * norms[0] / norms[1]) ** 2, x)
+    return x + step * score + (2 * step).sqrt() * noise
+
+
+def predictor_corrector(
+    denoise: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    noise: Noise,
+    snr: float,
+    corrector_steps: int = 1,
+    per_image: bool = False,
+    impose: Callable[[Tensor, Tensor], Tensor] = lambda x, t: x,
+) -> Tensor:
+    """Reverse diffusion, after each step Langevin steps at the new noise level (algorithms 2 and 3).
+
+    Args:
+        snr, per_image: of `langevin_step`.
+        impose: puts what is known into x at a time, after each step.
+    """
+    last = len(times) - 2
+    for i, (now, later) in enumerate(itertools.pairwise(times)):
+        x = impose(reverse_diffusion_step(denoise, x, now, later, noise() if i < last else None), later)
+        if i < last:
+            for _ in range(corrector_steps):
+                step_scale = transition(denoise.sde, later, now)[0] ** 2
+                x = impose(langevin_step(denoise, x, later, noise(), snr, step_scale, per_image), later)
+    return denoise(x, times[-1])
+
+
+def straight_flow(denoise: Denoiser, x: Tensor, num_steps: int, heun: bool = False) -> Tensor:
+    """Euler's or Heun's method on the ODE of rectified flow, dx/dt = epsilon - x_0 = (x - x_0) / t (arXiv 2209.03003).
+
+    The times are those of diffusers' `FlowMatchEulerDiscreteScheduler`: even from 1 to the first time, and then 0.
+
+    Args:
+        x: pure noise, of unit variance.
+    """
+    times = torch.linspace(1, denoise.sde.first_time, num_steps, dtype=torch.float64)
+    for now, later in itertools.pairwise([*times, torch.zeros_like(times[0])]):
+        slope = (x - denoise(x, now)) / now
+        new = x + (later - now) * slope
+        if heun and later > 0:
+            new = x + (later - now) * (slope + (new - denoise(new, later)) / later) / 2
+        x = new
+    return x
+
+
+def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Noise levels of Karras et al. 2022, eq. 5, and 0 at the end, (num_steps + 1,), float64."""
+    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def edm_heun(
+    denoise: Denoiser,
+    y: Tensor,
+    sigmas: Tensor,
+    noise: Noise,
+    churn: float = 0.0,
+    churn_min: float = 0.0,
+    churn_max: float = math.inf,
+    noise_factor: float = 1.0,
+) -> Tensor:
+    """Heun's method with churn (Karras et al. 2022, algorithm 2) on y = x / alpha, whose noise level is sigma.
+
+    Args:
+        y: noise of the first level.
+        sigmas: falling, 0 at the end.
+        churn, churn_min, churn_max, noise_factor: S_churn, S_tmin, S_tmax, S_noise.
+    """
+    num_steps = len(sigmas) - 1
+    for sigma, later in itertools.pairwise(sigmas):
+        if churn > 0 and churn_min <= sigma <= churn_max:
+            raised = sigma * (1 + min(churn / num_steps, math.sqrt(2) - 1))
+            raised = raised.clamp(max=float(sigmas[0]))  # the network knows no more noise than at the start
+            y = y + (raised**2 - sigma**2).sqrt() * noise_factor * noise()
+            sigma = raised
+        slope = (y - denoise.of_noise_level(y, sigma)) / sigma
+        heun = y + (later - sigma) * slope
+        if later > 0:
+            heun = y + (later - sigma) * (slope + (heun - denoise.of_noise_level(heun, later)) / later) / 2
+        y = heun
+    return y
+
+
+# Dormand & Prince (1980): nodes, stages, 5th-order weights and their difference from the 4th-order ones
+_NODES = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1)
+_STAGES = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+)
+_FIFTH = (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
+_ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def solve_ode(
+    rate: Callable[[Tensor, Tensor], Tensor], x: Tensor, start: float, end: float, tolerance: float
+) -> tuple[Tensor, int]:
+    """Dormand-Prince 5(4) with adaptive steps for the whole batch, in float64.
+
+    Args:
+        rate: dx/dt of (x, t).
+        tolerance: of the root mean square over the batch of each step's error, relative to 1 + |x|.
+
+    Returns:
+        x at the end, and the number of evaluations.
+
+    Raises:
+        ValueError: if the step becomes too small, the values are not finite, or it takes too many evaluations.
+    """
+    x, t, sign = x.double(), start, math.copysign(1.0, end - start)
+    first = rate(x, _time(t))
+    evaluations = 1
+    scale = tolerance * (1 + x.abs())
+    step = 0.01 * rms(x / scale) / max(rms(first / scale), 1e-12)
+    step = min(max(step, 1e-6 * abs(end - start)), abs(end - start))  # x may be 0
+    while (end - t) * sign > 0:
+        step = min(step, abs(end - t))
+        slopes = [first]
+        for node, stage in zip(_NODES[1:], _STAGES[1:], strict=True):
+            inner = x + sign * step * sum(w * s for w, s in zip(stage, slopes, strict=True))
+            slopes.append(rate(inner, _time(t + sign * step * node)))
+        new = x + sign * step * sum(w * s for w, s in zip(_FIFTH, slopes, strict=True))
+        at_end = end if step >= abs(end - t) else t + sign * step
+        slopes.append(rate(new, _time(at_end)))
+        evaluations += 6
+        scale = tolerance * (1 + torch.maximum(x.abs(), new.abs()))
+        error = rms(step * sum(w * s for w, s in zip(_ERROR, slopes, strict=True)) / scale)
+        if error <= 1:
+            x, t, first = new, at_end, slopes[-1]
+        if not math.isfinite(error) or step < 1e-12 * abs(end - start) or evaluations > MOST_EVALUATIONS:
+            raise ValueError(f"the ODE could not be solved: at time {t:.4g} with steps of {step:.2g}")
+        step *= min(10.0, max(0.2, 0.9 * error**-0.2)) if error else 10.0
+    return x, evaluations
+
+
+def rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _time(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)

@@ -1,0 +1,492 @@
+"""What a trained model can do besides drawing images, as functions of its pipeline.
+
+By DDIM (Song et al. 2020, arXiv 2010.02502), for models of discrete timesteps: `invert`, `variations`, `inpaint`. In
+continuous time (Song et al. 2021, arXiv 2011.13456), for all models: `encode`, `decode`, `impute`, `colorize`. For all
+models: `denoising_strip` and `interpolate`.
+
+Images to start from are PIL images, arrays in [0, 1] of shape (B, H, W, C) or tensors in [0, 1] of shape (B, C, H, W);
+one for all seeds or one for each. `drawing` stands for `seeds` or `generator`, and `class_labels`, as in a call of the
+pipeline, and `output_type` is that of a call, too. All raise ValueError for arguments that a call of the pipeline
+refuses, and for images that are not of the network's shape or not in [0, 1].
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.utils import make_image_grid
+from PIL import Image
+from torch import Tensor
+
+from pipelines import CustomUNetPipeline
+from pipelines.continuous import process_of
+from pipelines.custom_unet_pipeline import (
+    Guidance,
+    check_fractional_timesteps,
+    check_output_type,
+    clean_images_and_noise,
+    ddim_step,
+    finite,
+    generators,
+    noise_levels,
+    scales,
+    scheduler_like,
+)
+from training.sde import SDEScheduler, predictor_corrector, sampling_times, solve_ode
+
+# Rows: the grey axis, and two axes of colour
+GREY_AND_COLOURS = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]]) / torch.tensor([[3.0], [2], [6]]).sqrt()
+
+
+# ---- The way from noise to an image
+
+
+@dataclass
+class DenoisingStrip:
+    """What sampling looks like on the way: frames from pure noise to the images.
+
+    Attributes:
+        timesteps: of each frame but the last, which is the result; times of the SDE in continuous time.
+        noisy_images: x_t of each frame: a list of frames, each a list of B PIL images.
+        pred_original_samples: the x_0 that the network predicts from it, in the same form.
+    """
+
+    timesteps: list[float]
+    noisy_images: list[list[Image.Image]]
+    pred_original_samples: list[list[Image.Image]]
+
+    def to_image(self, scale: int = 1) -> Image.Image:
+        """Time from left to right, two rows per image: x_t above the predicted x_0."""
+        cells, columns = [], len(self.noisy_images)
+        for row in range(len(self.noisy_images[0])):
+            cells += [frame[row] for frame in self.noisy_images] + [frame[row] for frame in self.pred_original_samples]
+        return _enlarged(make_image_grid(cells, rows=len(cells) // columns, cols=columns), scale)
+
+    def save_gif(self, file, scale: int = 1, frame_milliseconds: int = 100) -> None:
+        """Writes an animation to a path or a file: x_t beside the predicted x_0, the last frame for two seconds."""
+        frames = []
+        for noisy, predicted in zip(self.noisy_images, self.pred_original_samples, strict=True):
+            cells = [image for pair in zip(noisy, predicted, strict=True) for image in pair]
+            frames.append(_enlarged(make_image_grid(cells, rows=len(noisy), cols=2), scale))
+        durations = [frame_milliseconds] * (len(frames) - 1) + [2000]
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def _enlarged(image: Image.Image, scale: int) -> Image.Image:
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def denoising_strip(
+    pipe: CustomUNetPipeline, num_frames: int = 10, num_inference_steps: int = 50, **call
+) -> DenoisingStrip:
+    """Samples and keeps x_t and the predicted x_0 of some steps on the way.
+
+    Args:
+        num_frames: at evenly spaced steps, the last one being the result; at least 2.
+        call: the other arguments of a call of the pipeline (`seeds`, `eta`, `class_labels`, ...).
+    """
+    if num_frames < 2:
+        raise ValueError(f"num_frames is {num_frames}; it must be at least 2")
+    pipe.check_inputs(num_inference_steps, call.get("eta", 0.0))
+    if pipe.continuous_sampler is None:
+        pipe.scheduler.set_timesteps(num_inference_steps)
+        total = len(pipe.scheduler.timesteps)
+    else:
+        total = pipe.process.num_evaluations(pipe.continuous_sampler, num_inference_steps)
+
+    def shown(total: int) -> list[int]:
+        return torch.linspace(0, total - 1, min(num_frames - 1, total)).round().int().tolist()
+
+    wanted, frames = None if total is None else shown(total), []
+
+    def keep(pipe, index, timestep, tensors) -> None:
+        if wanted is None or index in wanted:
+            pictures = [pipe.to_output(tensors[name], "pil") for name in ("noisy_images", "pred_original_sample")]
+            frames.append((timestep.item(), *pictures))
+
+    watching = {"callback_on_step_end_tensor_inputs": ("noisy_images", "pred_original_sample")}
+    result = pipe(num_inference_steps=num_inference_steps, **call, callback_on_step_end=keep, **watching).images
+    if wanted is None:  # the sampler chose the number of its steps
+        frames = [frames[index] for index in shown(len(frames))]
+    timesteps, noisy, predicted = zip(*frames, strict=True)
+    return DenoisingStrip([*timesteps], [*noisy, result], [*predicted, result])
+
+
+# ---- By DDIM
+
+
+def interpolate(
+    pipe: CustomUNetPipeline,
+    start: int | Tensor,
+    end: int | Tensor,
+    num_images: int = 8,
+    num_inference_steps: int = 50,
+    **call,
+):
+    """Images on the way between two latents, by spherical interpolation and DDIM (arXiv 2010.02502, section 5.3).
+
+    A network that was trained in continuous time takes Heun's method for its ODE instead.
+
+    Args:
+        start, end: a seed, or a latent of shape (1, C, H, W), for example by `invert`.
+        num_images: including both ends, at least 2.
+        call: `output_type` and `class_labels` of a call of the pipeline.
+    """
+    if num_images < 2:
+        raise ValueError(f"num_images is {num_images}; it must be at least 2")
+    start, end = (x if isinstance(x, Tensor) else pipe.draw_noise(1, generators([x])) for x in (start, end))
+    for latents in (start, end):
+        if tuple(latents.shape) != (shape := (1, *pipe.image_shape)):
+            raise ValueError(f"latents to interpolate have the shape {tuple(latents.shape)}; it must be {shape}")
+    deterministic = type(pipe)(pipe.unet, pipe.scheduler if pipe.is_continuous else _ddim(pipe))
+    if pipe.is_continuous:
+        name = pipe.scheduler.default_sampler.name
+        deterministic.set_sampler(name, **({"churn": 0.0} if name == "edm_heun" else {}))
+    deterministic.progress_bar = pipe.progress_bar
+    latents = slerp(start, end.to(start), torch.linspace(0, 1, num_images))
+    return deterministic(latents=latents, num_inference_steps=num_inference_steps, **call).images
+
+
+def slerp(start: Tensor, end: Tensor, fractions: Tensor) -> Tensor:
+    """Spherical linear interpolation (DDIM, eq. 67): noise between two noises has their length.
+
+    Args:
+        start, end: shape (1, C, H, W).
+        fractions: of the way, shape (N,).
+
+    Returns:
+        shape (N, C, H, W).
+    """
+    cosine = torch.nn.functional.cosine_similarity(start.flatten(), end.flatten(), dim=0).double()
+    angle = torch.acos(cosine.clamp(-1, 1))
+    fractions = fractions.to(angle.device, torch.float64).view(-1, 1, 1, 1)
+    if torch.sin(angle) < 1e-6:  # (anti)parallel: the straight line
+        return ((1 - fractions) * start + fractions * end).to(start.dtype)
+    weights = (torch.sin((1 - fractions) * angle), torch.sin(fractions * angle))
+    return ((weights[0] * start + weights[1] * end) / torch.sin(angle)).to(start.dtype)
+
+
+@torch.no_grad()
+def invert(
+    pipe: CustomUNetPipeline,
+    image: PipelineImageInput,
+    num_inference_steps: int = 50,
+    num_fixed_point_iterations: int = 3,
+    class_labels=None,
+) -> Tensor:
+    """The latents from which DDIM (eta 0, as many steps) draws these images again, up to an error.
+
+    A step of DDIM from t to s < t turns x_t in the plane of x_0 and epsilon by an angle phi: x_s = cos(phi) x_t -
+    sin(phi) v, where v is the network's at x_t; so x_t = (x_s + sin(phi) v) / cos(phi). As x_t is what is looked for,
+    v is first taken at x_s; each further fixed-point iteration takes it at the last x_t found. (With epsilon or x_0 in
+    the place of v the iterations do not converge where little is left of the image, or of the noise.)
+
+    Args:
+        num_fixed_point_iterations: network evaluations per step; more make the inversion more exact.
+
+    Returns:
+        float32 latents of shape (B, C, H, W), for `pipe(latents=...)` with `DDIMScheduler`. What the sampler clips is
+        lost: for a faithful reconstruction set `clip_sample=False` in its configuration.
+    """
+    if num_fixed_point_iterations < 1:
+        raise ValueError(f"num_fixed_point_iterations is {num_fixed_point_iterations}; it must be at least 1")
+    _, timesteps, levels = _ddim_levels(pipe, num_inference_steps)
+    latents = _to_model_range(pipe, image)
+    guidance = pipe.guidance(class_labels, len(latents))
+    with pipe.evaluation_mode():
+        for k in pipe.progress_bar(range(1, len(levels))):
+            (signal_s, sigma_s), (signal_t, sigma_t) = scales(levels[k - 1]), scales(levels[k])
+            cosine = signal_s * signal_t + sigma_s * sigma_t
+            sine = signal_s * sigma_t - sigma_s * signal_t
+            next_latents = latents
+            for _ in range(num_fixed_point_iterations):
+                clean, noise = _predict(pipe, next_latents, timesteps[k - 1], levels[k], guidance)
+                velocity = signal_t * noise - sigma_t * clean
+                next_latents = (latents + sine * velocity) / cosine
+            latents = next_latents
+    return finite(latents)
+
+
+@torch.no_grad()
+def variations(
+    pipe: CustomUNetPipeline,
+    image: PipelineImageInput,
+    timestep: int,
+    num_inference_steps: int = 50,
+    eta: float = 1.0,
+    output_type: str = "pil",
+    **drawing,
+):
+    """Noises images to a level and denoises them again, as in figure 8 of DDPM: the more noise, the freer.
+
+    Args:
+        timestep: t of the noise level, the nearest one among the `num_inference_steps` of a whole sampling.
+        eta: of the denoising (eq. 16 of DDIM); with 0 only the added noise is random.
+    """
+    scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps, eta, output_type)
+    if not 0 <= timestep < scheduler.config.num_train_timesteps:
+        raise ValueError(f"timestep is {timestep}; it must be 0 to {scheduler.config.num_train_timesteps - 1}")
+    clean_images, draw_noise, guidance = _batch_of(pipe, image, **drawing)
+    start = min(range(1, len(levels)), key=lambda k: abs(timesteps[k - 1] - timestep))
+    signal, sigma = scales(levels[start])
+    latents = signal * clean_images + sigma * draw_noise()
+    with pipe.evaluation_mode():
+        for k in pipe.progress_bar(range(start, 0, -1)):
+            predicted = _predict(pipe, latents, timesteps[k - 1], levels[k], guidance)
+            latents = ddim_step(scheduler, *predicted, levels[k], levels[k - 1], eta, draw_noise)
+    return pipe.to_output(latents, output_type)
+
+
+@torch.no_grad()
+def inpaint(
+    pipe: CustomUNetPipeline,
+    image: PipelineImageInput,
+    mask: PipelineImageInput,
+    num_inference_steps: int = 50,
+    jump_length: int = 1,
+    num_resamples: int = 5,
+    output_type: str = "pil",
+    **drawing,
+):
+    """Paints the masked part of images anew: RePaint (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
+
+    Each step denoises (with DDPM's variance) and then puts the noised image where it is known. Going back
+    `jump_length` steps by adding noise, `num_resamples` - 1 times from every `jump_length`-th level, lets what is
+    painted agree with what is known; it takes about `num_inference_steps` x `num_resamples` network evaluations.
+
+    Args:
+        mask: PIL image, array (H, W) or tensor (B or 1, 1, H, W): where it is above one half, the image is painted.
+    """
+    if jump_length < 1 or num_resamples < 1:
+        raise ValueError(f"jump_length is {jump_length} and num_resamples {num_resamples}; they must be at least 1")
+    scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps, 1.0, output_type)
+    painted = _mask(pipe, mask)
+    clean_images, draw_noise, guidance = _batch_of(pipe, image, painted, **drawing)
+    walk = repaint_walk(num_inference_steps, jump_length, num_resamples)
+    latents = draw_noise()
+    with pipe.evaluation_mode():
+        for k, next_k in pipe.progress_bar(list(itertools.pairwise(walk))):
+            noise = draw_noise()
+            if next_k > k:  # forward: q(x_t | x_s), DDPM eq. 2 over several steps
+                signal, sigma = scales(levels[next_k] / levels[k])
+                latents = signal * latents + sigma * noise
+            else:
+                predicted = _predict(pipe, latents, timesteps[k - 1], levels[k], guidance)
+                unknown = ddim_step(scheduler, *predicted, levels[k], levels[next_k], 1.0, draw_noise)
+                signal, sigma = scales(levels[next_k])
+                latents = torch.where(painted, unknown, signal * clean_images + sigma * noise)
+    return pipe.to_output(latents, output_type)
+
+
+def repaint_walk(num_steps: int, jump_length: int, num_resamples: int) -> list[int]:
+    """The levels that RePaint visits, from `num_steps` (noise) to 0 (clean); it jumps back before it goes on.
+
+    Between two jumps it goes down one level at a time. From each of the levels 1, 1 + `jump_length`, ... it jumps up
+    by `jump_length` (as long as there is such a level), `num_resamples` - 1 times.
+    """
+    jumps_left = dict.fromkeys(range(1, num_steps - jump_length + 1, jump_length), num_resamples - 1)
+    walk = [num_steps]
+    while walk[-1] > 0:
+        level = walk[-1] - 1
+        walk.append(level)
+        if jumps_left.get(level, 0) > 0:
+            jumps_left[level] -= 1
+            walk.append(level + jump_length)
+    return walk
+
+
+def _ddim(pipe: CustomUNetPipeline) -> DDIMScheduler:
+    """The pipeline's own scheduler if that is DDIM, or DDIM with the configuration that the network came with."""
+    own = isinstance(pipe.scheduler, DDIMScheduler)
+    return scheduler_like(pipe.scheduler.config if own else pipe._trained_config, DDIMScheduler)
+
+
+def _ddim_levels(
+    pipe: CustomUNetPipeline, num_inference_steps: int, eta: float = 0.0, output_type: str = "pil"
+) -> tuple[DDIMScheduler, list[int], list[float]]:
+    """DDIM, its timesteps, ascending, and abar of each of them after that of the clean image."""
+    if pipe.is_continuous:
+        raise ValueError("DDIM has timesteps, but the network was trained in continuous time; take encode or impute")
+    ddim = _ddim(pipe)
+    type(pipe)(pipe.unet, ddim).check_inputs(num_inference_steps, eta, output_type)
+    ddim.set_timesteps(num_inference_steps)
+    timesteps = ddim.timesteps.tolist()
+    return ddim, timesteps[::-1], noise_levels(ddim, timesteps)[::-1]
+
+
+def _predict(pipe: CustomUNetPipeline, latents: Tensor, timestep: int, level: float, guidance: Guidance):
+    """x_0 and epsilon that the network predicts at abar `level`."""
+    model_output = guidance.model_output(pipe.unet, latents, torch.tensor(timestep, device=latents.device))
+    return clean_images_and_noise(pipe.scheduler.config.prediction_type, model_output, latents, *scales(level))
+
+
+# ---- In continuous time
+
+
+@torch.no_grad()
+def encode(pipe: CustomUNetPipeline, image: PipelineImageInput, tolerance: float = 1e-3, class_labels=None) -> Tensor:
+    """The latents of images by the probability-flow ODE (arXiv 2011.13456, section 4.3); `decode` is its inverse.
+
+    Args:
+        tolerance: of the solver, see `solve_ode`.
+
+    Returns:
+        float32 latents of unit variance, shape (B, C, H, W), also for `pipe(latents=...)`.
+    """
+    clean_images, sde = _to_model_range(pipe, image), _process_of(pipe).sde
+    x = sde.signal_scale(torch.tensor(sde.first_time, dtype=torch.float64)) * clean_images
+    return finite(_solve(pipe, x, sde.first_time, sde.last_time, tolerance, class_labels) / sde.prior_std)
+
+
+@torch.no_grad()
+def decode(
+    pipe: CustomUNetPipeline, latents: Tensor, tolerance: float = 1e-3, output_type: str = "pil", class_labels=None
+):
+    """The images of latents by the probability-flow ODE, the inverse of `encode`.
+
+    The noise of the first time stays in them; `pipe(latents=...)` takes it out with a last evaluation.
+    """
+    check_output_type(output_type)
+    pipe.batch_and_generator(None, None, None, latents)
+    latents, sde = latents.to(pipe._execution_device, torch.float32), _process_of(pipe).sde
+    x = _solve(pipe, sde.prior_std * latents, sde.last_time, sde.first_time, tolerance, class_labels)
+    return pipe.to_output(x / sde.signal_scale(torch.tensor(sde.first_time, dtype=torch.float64)), output_type)
+
+
+def _solve(pipe: CustomUNetPipeline, x: Tensor, start: float, end: float, tolerance: float, class_labels) -> Tensor:
+    """x, float32 (B, C, H, W), carried by the probability-flow ODE from one time to another."""
+    process, guidance = _process_of(pipe), pipe.guidance(class_labels, len(x))
+    process.sampler("ode", tolerance=tolerance)  # raises ValueError for a tolerance that makes no sense
+    with pipe.denoising(process, guidance, total=None, clip=False) as denoise:  # there is no way back from clipping
+        return solve_ode(denoise.pf_ode, x, start, end, tolerance)[0].float()
+
+
+def impute(
+    pipe: CustomUNetPipeline,
+    image: PipelineImageInput,
+    mask: PipelineImageInput,
+    num_inference_steps: int = 100,
+    **how,
+):
+    """Paints the masked part of images anew by predictor-corrector sampling (arXiv 2011.13456, appendix I.2).
+
+    After each step the known part is put back, with the noise of its time. Unlike `inpaint` it takes networks trained
+    in continuous time too, and goes straight on.
+
+    Args:
+        mask: as for `inpaint`.
+        how: the other arguments of `draw_given`.
+    """
+    return draw_given(pipe, image, ~_mask(pipe, mask), None, num_inference_steps, **how)
+
+
+def colorize(pipe: CustomUNetPipeline, image: PipelineImageInput, num_inference_steps: int = 100, **how):
+    """Gives grey images colours (arXiv 2011.13456, appendix I.2): `impute` along the grey axis of the colours.
+
+    Args:
+        image: of a coloured one the mean over its three channels is taken.
+        how: the other arguments of `draw_given`.
+    """
+    if pipe.unet.config.in_channels != 3:
+        raise ValueError(f"the network has {pipe.unet.config.in_channels} channels; colours need 3")
+    known = torch.tensor([True, False, False], device=pipe._execution_device).view(1, 3, 1, 1)
+    return draw_given(pipe, image, known, GREY_AND_COLOURS, num_inference_steps, **how)
+
+
+@torch.no_grad()
+def draw_given(
+    pipe: CustomUNetPipeline,
+    image: PipelineImageInput,
+    known: Tensor,
+    basis: Tensor | None,
+    num_inference_steps: int,
+    snr: float = 0.16,
+    corrector_steps: int = 1,
+    output_type: str = "pil",
+    **drawing,
+):
+    """Draws images of which a part is given, by predictor-corrector sampling.
+
+    Args:
+        known: where the image is given, bool, broadcast to (B, C, H, W), the channels being those of the basis.
+        basis: orthonormal, of the channels, shape (C, C) with one vector per row; None for the channels themselves.
+        snr, corrector_steps: of `predictor_corrector`.
+    """
+    check_output_type(output_type)
+    process, settings = _process_of(pipe), {"snr": snr, "corrector_steps": corrector_steps}
+    total = process.num_evaluations(process.sampler("predictor_corrector", **settings), num_inference_steps)
+    clean_images, draw_noise, guidance = _batch_of(pipe, image, known, **drawing)
+    sde = process.sde
+
+    def change_basis(x: Tensor, matrix: Tensor | None) -> Tensor:
+        return x if matrix is None else torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
+
+    given = change_basis(clean_images, basis)
+
+    def put_back(x: Tensor, signal: Tensor | float, noise_scale: Tensor | float) -> Tensor:
+        x = torch.where(known, signal * given + noise_scale * draw_noise(), change_basis(x, basis))
+        return change_basis(x, None if basis is None else basis.T)
+
+    def impose(x: Tensor, t: Tensor) -> Tensor:
+        return put_back(x, sde.signal_scale(t), sde.noise_scale(t))
+
+    x, times = sde.prior_std * draw_noise(), sampling_times(sde, num_inference_steps)
+    with pipe.denoising(process, guidance, total) as denoise:
+        x = predictor_corrector(denoise, x, times, draw_noise, **settings, per_image=True, impose=impose)
+    return pipe.to_output(put_back(x, 1.0, 0.0), output_type)
+
+
+# ---- What is given
+
+
+def _process_of(pipe: CustomUNetPipeline) -> SDEScheduler:
+    check_fractional_timesteps(pipe.unet)
+    return process_of(pipe.scheduler)
+
+
+def _to_model_range(pipe: CustomUNetPipeline, image: PipelineImageInput) -> Tensor:
+    """Images -> float32 (B, C, H, W) in [-1, 1] on the device."""
+    for array in image if isinstance(image, (list, tuple)) else [image]:
+        if hasattr(array, "min") and not 0 <= array.min() <= array.max() <= 1:
+            raise ValueError(f"image has values from {array.min()} to {array.max()}; they must lie in [0, 1]")
+    images = pipe.image_processor.preprocess(image)
+    if tuple(images.shape[1:]) != pipe.image_shape:
+        raise ValueError(f"image has the shape {tuple(images.shape[1:])}; the network's is {pipe.image_shape}")
+    return images.to(pipe._execution_device, torch.float32)
+
+
+def _mask(pipe: CustomUNetPipeline, mask: PipelineImageInput) -> Tensor:
+    """bool (B or 1, 1, H, W), true where the image is painted."""
+    processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
+    painted = processor.preprocess(mask) > 0.5
+    shape = (1, *pipe.image_shape[1:])
+    if tuple(painted.shape[1:]) != shape:
+        raise ValueError(f"mask has the shape {tuple(painted.shape)}; it must be {(1, *shape)}")
+    if not painted.any():
+        raise ValueError("mask is nowhere above one half; there is nothing to paint")
+    return painted.to(pipe._execution_device)
+
+
+def _batch_of(
+    pipe: CustomUNetPipeline,
+    image: PipelineImageInput,
+    masks: Tensor | None = None,
+    *,
+    seeds=None,
+    generator=None,
+    class_labels=None,
+) -> tuple[Tensor, Callable[[], Tensor], Guidance]:
+    """The images (B, C, H, W), one for each seed or generator; a source of noise of their shape; and their labels."""
+    clean_images = _to_model_range(pipe, image)
+    given = next((x for x in (seeds, generator) if x is not None and not isinstance(x, torch.Generator)), None)
+    batch_size = len(clean_images if given is None else given)
+    for name, number in {"images": len(clean_images), "masks": 1 if masks is None else len(masks)}.items():
+        if number not in (1, batch_size):
+            raise ValueError(f"{number} {name} for {batch_size} images to draw; give one for all or one for each")
+    batch_size, generator = pipe.batch_and_generator(batch_size, generator, seeds)
+    clean_images = clean_images.expand(batch_size, -1, -1, -1)
+    return clean_images, partial(pipe.draw_noise, batch_size, generator), pipe.guidance(class_labels, batch_size)

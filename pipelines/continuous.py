@@ -1,0 +1,91 @@
+"""DDPM models in continuous time: their noise schedule is read as an SDE, so they need no further training.
+
+This is for use in this repository. The folder of a DDPM model does not have this file, and outside the repository such
+a model samples with diffusers' schedulers.
+"""
+
+import torch
+from torch import Tensor
+
+from pipelines.custom_unet_pipeline import Guidance, check_fractional_timesteps
+from training.sde import SDE, Denoiser, SDEScheduler
+
+
+class DiscreteVPSDE(SDE):
+    """A DDPM noise schedule read as a VP SDE.
+
+    Time is t = timestep / (T - 1). Between two timesteps sigma is linear in the timestep, as in diffusers' sigma-type
+    schedulers; so at the timesteps alpha^2 is exactly abar.
+
+    Args:
+        alphas_cumprod: abar of the T timesteps, falling, in (0, 1); the last one may be 0 and is then taken for 2^-24,
+            as diffusers does.
+
+    Raises:
+        ValueError: for another sequence.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor):
+        abar = alphas_cumprod.double().cpu()
+        if abar.ndim != 1 or len(abar) < 2 or not (abar[-1] >= 0 and abar[0] < 1 and (abar.diff() < 0).all()):
+            raise ValueError("alphas_cumprod must be two or more falling numbers between 0 and 1")
+        abar = abar.clamp(min=2**-24)
+        self.sigmas = ((1 - abar) / abar).sqrt()
+
+    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slope of sigma in t, sigma at the segment's start, and how far behind it t is."""
+        sigmas, steps = self.sigmas.to(t), len(self.sigmas) - 1
+        index = (t * steps).long().clamp(0, steps - 1)
+        return (sigmas[index + 1] - sigmas[index]) * steps, sigmas[index], t - index.to(t) / steps
+
+    def sigma(self, t):
+        slope, start, behind = self._segment(t)
+        return start + slope * behind
+
+    def signal_scale(self, t):
+        return (1 + self.sigma(t).square()).rsqrt()
+
+    def noise_scale(self, t):
+        return self.sigma(t) * self.signal_scale(t)
+
+    def drift(self, t):
+        slope, _, _ = self._segment(t)  # alpha' / alpha = -sigma sigma' / (1 + sigma^2)
+        return -slope * self.sigma(t) * self.signal_scale(t).square()
+
+    def diffusion(self, t):
+        return (-2 * self.drift(t)).sqrt()  # variance preserving: beta = g^2 = -2 f
+
+    def time_of(self, sigma):
+        sigmas, steps = self.sigmas.to(sigma), len(self.sigmas) - 1
+        index = (torch.searchsorted(sigmas, sigma.contiguous(), right=True) - 1).clamp(0, steps - 1)
+        return (index + (sigma - sigmas[index]) / (sigmas[index + 1] - sigmas[index])) / steps
+
+
+class DiscreteVPScheduler(SDEScheduler):
+    """What a DDPM network was trained with, as an `SDEScheduler`; the arguments are those of its own scheduler."""
+
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str):
+        super().__init__(objective="vp", prediction_type=prediction_type)
+        self.sde = DiscreteVPSDE(alphas_cumprod)
+
+    def preconditioning(self, times):
+        """As those of the VP SDE, but c_noise is the timestep, with its fraction."""
+        *coefficients, _ = super().preconditioning(times)
+        return *coefficients, times * (len(self.sde.sigmas) - 1)
+
+
+def process_of(scheduler) -> SDEScheduler:
+    """What a network was trained with, in continuous time, from one of diffusers' schedulers or an `SDEScheduler`."""
+    if hasattr(scheduler, "sde"):
+        return scheduler
+    return DiscreteVPScheduler(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+
+def denoiser(unet, scheduler) -> Denoiser:
+    """The denoiser of a network, called as `unet(sample, timestep).sample`, that was trained with a scheduler.
+
+    Raises:
+        ValueError: for a network that knows whole timesteps only.
+    """
+    check_fractional_timesteps(unet)
+    return process_of(scheduler).denoiser(lambda x, timesteps: Guidance().model_output(unet, x, timesteps))
