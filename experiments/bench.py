@@ -26,7 +26,7 @@ from torch.utils.benchmark import Timer
 
 from common import Failed, InputError, Parser, one_line, run_command
 from custom_unet import CustomUNet2DModel
-from eval.results import table
+from eval.results import number, table
 from experiments.architecture import ANY_DATA
 from experiments.unet_variants import VARIANTS
 from pipelines import CustomUNetPipeline
@@ -153,7 +153,7 @@ def run(arguments: list[str]) -> None:
             has_succeeded = True
         except Exception as error:  # of whatever kind, it belongs to this row
             row["images/s"] = f"{type(error).__name__}: {one_line(error)}"[:200].replace("|", "/")
-        print(", ".join(map(str, row.values())), flush=True)
+        print(", ".join(map(number, row.values())), flush=True)
     print(table(rows, COLUMNS | {name: name for name in ("images/s", "peak GiB")}))
     if not has_succeeded:
         raise Failed("no row could be measured; the table says why")

@@ -212,37 +212,31 @@ def test_results_that_lack_what_is_compared_are_refused(by_hand, real, capsys):
         assert message in error_line(capsys)
 
 
-# ---- What is done anew
-
-
-def changed(study: Path, variant: str, **flags) -> None:
-    """Gives a variant other flags."""
-    content = yaml.safe_load(study.read_text())
-    content["variants"][variant]["flags"] |= flags
-    write_study(study.parent, content)
+# ---- What is repeated
 
 
 def not_done(study: Path, data: Path) -> set[tuple[str, int]]:
     return {(job.variant.name, job.seed) for job in jobs(study, data) if not job.is_done}
 
 
-def test_what_has_other_flags_is_not_done(by_hand, real):
+def test_what_has_other_flags_is_not_done_and_is_removed_when_it_begins(by_hand, real):
     assert not_done(by_hand, real) == set()
-    changed(by_hand, "fast", learning_rate=0.02)
-    assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS}
     config = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
     own = write_study(by_hand.parent, config, "own.yaml")
     write_study(by_hand.parent, STUDY | {"config": str(own)})
     assert not_done(by_hand, real) == set()  # the same, elsewhere
     write_study(by_hand.parent, config | {"dropout": 0.25}, "own.yaml")
     assert len(not_done(by_hand, real)) == 9
-    write_study(by_hand.parent, STUDY | {"evaluation": EVALUATION | {"steps": 4}})
-    job = jobs(by_hand, real)[0]
-    assert not job.is_done
-    (job.folder / "run").mkdir()
-    job.begin()  # removes the evaluation alone
-    assert {path.name for path in job.folder.iterdir()} == {"run", "job.json"}
-    assert json.loads((job.folder / "job.json").read_text()) == job.record
+    fast = STUDY["variants"] | {"fast": {"flags": {"learning_rate": 0.02}}}
+    for changes, left in ({"evaluation": EVALUATION | {"steps": 4}}, {"run"}), ({"variants": fast}, set()):
+        write_study(by_hand.parent, STUDY | changes)
+        job = jobs(by_hand, real)[2]
+        assert (job.variant.name, job.is_done) == ("fast", False)
+        (job.folder / "run").mkdir(exist_ok=True)
+        job.begin()
+        assert {path.name for path in job.folder.iterdir()} == left | {"job.json"}
+        assert json.loads((job.folder / "job.json").read_text()) == job.record
+    assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS}
 
 
 def trainings_of(process: subprocess.Popen) -> list[psutil.Process]:
@@ -256,13 +250,10 @@ def trainings_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def test_sigterm_ends_the_trainings_too(by_hand, real):
-    """Those with other flags by now, whose old checkpoints are gone when they begin; none can end by itself."""
-    changed(by_hand, "fast", learning_rate=0.02, max_train_steps=1_000_000, logging_steps=1_000_000)
+    """Those of one variant have other flags by now, and none of them can end by itself."""
+    flags = {"learning_rate": 0.02, "max_train_steps": 1_000_000, "logging_steps": 1_000_000}
+    write_study(by_hand.parent, STUDY | {"variants": STUDY["variants"] | {"fast": {"flags": flags}}})
     out = by_hand.parent / "out"
-    old = {name: out / name / "seed-0" / "run" / "checkpoint-3" / "old" for name in ("linear", "fast")}
-    for file in old.values():
-        file.parent.mkdir(parents=True)
-        file.touch()
     arguments = [str(by_hand), "--data", str(real), "--out", str(out), "--jobs", "2"]
     command = [sys.executable, "-m", "experiments.ablation", *arguments]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -274,11 +265,9 @@ def test_sigterm_ends_the_trainings_too(by_hand, real):
     assert process.returncode == 130, error
     assert not any(training.is_running() for training in trainings)
     assert error.splitlines()[-1] == "stopped; the same command resumes from here"
-    assert old["linear"].exists()
-    assert not old["fast"].exists()  # its training may have come as far as a checkpoint of its own
     assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS}
-    write_study(by_hand.parent, STUDY)  # with the first flags again: two have begun with others
-    assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS[:2]}
+    begun = json.loads((out / "fast" / "seed-0" / "job.json").read_text())
+    assert begun["training"]["learning_rate"] == 0.02  # it resumes from here
 
 
 # ---- Equal time
@@ -290,7 +279,7 @@ EQUAL_TIME = REAL_STUDY | {
 }
 
 
-def test_speeds_are_medians_of_updates_by_turns(monkeypatch):
+def test_speeds_are_medians_of_updates_made_in_turn(monkeypatch):
     """The clock of the test goes on by what each update costs; one of them is slow, as if something came between."""
     base = parse_config(["--config", "configs/quickstart.yaml"])
     trainings = {"small": (replace(base, train_batch_size=6), "plain"), "large": (base, "no_skips")}
@@ -311,7 +300,7 @@ def test_speeds_are_medians_of_updates_by_turns(monkeypatch):
 
 
 def test_each_variant_trains_as_long_as_the_study_says(real, tmp_path, monkeypatch, capsys):
-    """30 seconds; what was measured once stays, and what is new is measured beside the first variant."""
+    """30 seconds; what was measured once stays, and what is new is measured together with the first variant."""
     measured = []
 
     def measure(trainings):
@@ -345,7 +334,7 @@ def error_line(capsys) -> str:
     return error
 
 
-def test_a_training_that_fails_is_told_in_one_line(tmp_path, capsys):
+def test_a_training_that_fails_is_one_line(tmp_path, capsys):
     """A folder without images; what comes after it is not begun."""
     (tmp_path / "empty").mkdir()
     study = write_study(tmp_path, REAL_STUDY)

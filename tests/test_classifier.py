@@ -207,14 +207,14 @@ def test_bad_flags_are_one_line_and_an_out_that_is_there_is_left_as_it_is(pictur
         (NAMES * 10, NAMES, "20 images are fewer than a batch of 64"),
     ],
 )
-def test_data_that_cannot_be_learned_are_told_before_the_training(train, validation, message, tmp_path, capsys):
+def test_data_that_cannot_be_learned_is_refused_before_the_training(train, validation, message, tmp_path, capsys):
     write_pictures(tmp_path / "data" / "train", train)
     write_pictures(tmp_path / "data" / "validation", validation)
     assert message in error_of(capsys, command(tmp_path / "data", tmp_path / "out"), 2)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_no_number_is_told(pictures, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_is_one_line(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(classifier, "LEARNING_RATE", 1e30)
     message = error_of(capsys, command(pictures, tmp_path / "out", "--max_train_steps", "20"), 1)
     assert message.startswith("error: the loss is ")
