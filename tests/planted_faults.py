@@ -2,7 +2,7 @@
 
     python -m tests.planted_faults [NUMBER ...]
 
-Without numbers it takes all of them, which is an hour. Exit codes: 0 all were found, 1 one was not, or cannot be planted.
+Without numbers it takes all of them, about an hour. Exit codes: 0 all were found, 1 one was not or does not fit.
 """
 
 import subprocess
