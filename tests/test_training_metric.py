@@ -43,14 +43,11 @@ class StandIn:
         return torch.tanh((images.flatten(1) / 128 - 1) @ self.matrix)
 
 
-def put_in_place(cache: Path) -> None:
+def stand_in_and(cache: Path, *faults) -> None:
+    """Puts the stand-in in the place of Inception in a process of its own, and does the faults."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
     training_metric.find_weights = lambda path: None
     training_metric.Inception = StandIn
-
-
-def faults(*faults) -> None:
-    """Several ones in the same process."""
     for fault in faults:
         fault()
 
@@ -138,11 +135,11 @@ def test_the_best_weights_are_kept_through_a_kill_until_another_measurement_or_r
     """The kill strikes when the old folder is moved away and the new one is not yet in its place."""
     run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "2", "--checkpointing_steps", "4"]
     flags += ["--checkpoints_total_limit", "null"]
-    patched = [partial(put_in_place, tmp_path / "cache"), values_by_step]
+    patched = partial(stand_in_and, tmp_path / "cache", values_by_step)
     kill = partial(signal_at, signal.SIGKILL, "os.rename", "best_pipeline", 3)
-    start(run, *flags, fault=partial(faults, *patched, kill)).finish(-signal.SIGKILL)
+    start(run, *flags, fault=partial(patched, kill)).finish(-signal.SIGKILL)
     assert not (run / "best_pipeline").exists()
-    output = start(run, *flags, fault=partial(faults, *patched)).finish(0)
+    output = start(run, *flags, fault=patched).finish(0)
     assert "FID of 20 images every 2 updates" in output
     assert "step 8: FID 2.5 (best 1 at step 4)" in output
     assert f"the best by FID is {run / 'best_pipeline'}: 1 at step 4" in output
@@ -152,7 +149,7 @@ def test_the_best_weights_are_kept_through_a_kill_until_another_measurement_or_r
     assert all(torch.equal(best[key], ema[key]) for key in ema)
 
     other = ["--metric_images", "12", "--max_train_steps", "11"]
-    output = start(run, *flags, *other, fault=partial(faults, *patched)).finish(0)
+    output = start(run, *flags, *other, fault=patched).finish(0)
     (line,) = [line for line in output.splitlines() if "another measurement" in line]
     assert "step 10: FID 7 (best 7 at step 10)" in line
     assert "(num_images: 20 -> 12) and is replaced" in line
@@ -163,8 +160,8 @@ def test_the_best_weights_are_kept_through_a_kill_until_another_measurement_or_r
 
 def test_a_metric_changes_no_loss_whether_it_succeeds_or_fails(start, tmp_path):
     start(tmp_path / "without").finish(0)
-    patched = partial(put_in_place, tmp_path / "cache")
-    some_fail = partial(faults, patched, partial(act_at_batch, fail, 1, 5))
+    patched = partial(stand_in_and, tmp_path / "cache")
+    some_fail = partial(patched, partial(act_at_batch, fail, 1, 5))
     output = start(tmp_path / "with", *METRIC, "--metric_steps", "3", fault=some_fail).finish(0)
     for step in (3, 9):
         assert f"step {step}: FID could not be measured, training goes on: no images" in output.splitlines()
@@ -178,9 +175,7 @@ def test_a_metric_changes_no_loss_whether_it_succeeds_or_fails(start, tmp_path):
 
 def test_best_weights_that_do_not_fit_the_disk_end_the_run(start, tmp_path):
     run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "3"]
-    fault = partial(
-        faults, partial(put_in_place, tmp_path / "cache"), partial(full_disk_at, 5000, "os.mkdir", ".tmp-best")
-    )
+    fault = partial(stand_in_and, tmp_path / "cache", partial(full_disk_at, 5000, "os.mkdir", ".tmp-best"))
     assert f"could not write {run / 'best_pipeline'}" in error_line(start(run, *flags, fault=fault).finish(1))
     assert not (run / "best_pipeline").exists()
     verify_checkpoint(run / "checkpoint-3")
@@ -192,20 +187,15 @@ def as_process(rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def test_two_processes_measure_the_value_of_one_and_agree_when_one_fails_or_is_stopped(
-    start,
-    tmp_path,
-    stand_in,
-):
+def test_two_processes_measure_the_value_of_one_and_agree_when_one_fails_or_is_stopped(start, tmp_path, stand_in):
     """Process 1 fails after step 3, and is sent SIGTERM in the measurement after step 9."""
     run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "3"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    patched = partial(put_in_place, tmp_path / "cache")
     second = [partial(act_at_batch, fail, 1), partial(act_at_batch, stop, 4)]
     jobs = [
-        start(run, *flags, fault=partial(faults, partial(as_process, rank, port), patched, *more))
+        start(run, *flags, fault=partial(stand_in_and, tmp_path / "cache", partial(as_process, rank, port), *more))
         for rank, more in enumerate([[], second])
     ]
     output = jobs[0].finish(0) + jobs[1].finish(128 + signal.SIGTERM)
@@ -214,8 +204,7 @@ def test_two_processes_measure_the_value_of_one_and_agree_when_one_fails_or_is_s
     assert records(run, "fid").keys() == {6}
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    saved = yaml.safe_load((run / "config.yaml").read_text())
-    config = TrainConfig(**saved)
+    config = TrainConfig(**yaml.safe_load((run / "config.yaml").read_text()))
     store = training_data.open_image_store(**config.data_source(), split="train", max_images=config.max_images)
     pipeline = CustomUNetPipeline.from_pretrained(run / "best_pipeline")
     metric = training_metric.TrainingMetric(config, store, pipeline, build_accelerator(config))
