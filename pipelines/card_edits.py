@@ -110,9 +110,10 @@ def _merge(base: list[str], old: list[str], new: list[str]) -> list[str]:
             if new_start + i < new_end and not (tag == "equal" and start + i in removed):
                 merged.append(new[new_start + i])
     merged += inserted.pop(len(base), [])
-    is_title = [block.startswith("# ") for block in merged]
-    if sum(is_title) > 1:  # a person's; a pushed card has another generated title than the local one
-        merged = [b for b, has in zip(merged, is_title, strict=True) if not has or _checksum(b) not in new_checksums]
+    titles = [block for block in old if block.startswith("# ")]
+    if titles and not any(_checksum(title) in (*base, *new_checksums) for title in titles):
+        # a person chose another title; that of a card to be pushed differs from the local one, as if it had changed
+        merged = [block for block in merged if not block.startswith("# ") or block in titles]
     return merged
 
 

@@ -35,10 +35,11 @@ EDITS = {
     "a section at the end": ("<!-- Checksums", "## Thanks\n\nTo those who posed.\n\n<!-- Checksums", "who posed"),
     "a paragraph between": ("## Results", "A word before.\n\n## Results", "A word before.\n\n## Results"),
     "a paragraph above all": ("# faces", "![logo](logo.png)\n\n# faces", "![logo](logo.png)\n\n# faces"),
+    "a heading as high as the title": ("<!-- Checksums", "# Appendix\n\n<!-- Checksums", "# Appendix"),
     "a title": ("# faces", "# Faces of summer", "# Faces of summer\n\n## Use"),
     "other words": ("No licence is claimed.", "MIT.", "## Licence\n\nMIT."),
     "code": ("# done", "# done\n\nshow()", "# done\n\nshow()\n```"),
-    "letters that are not ASCII": ("# faces", "# Gesichter, schön", "schön"),
+    "letters that are not ASCII": ("## Results", "Schöne Gesichter.\n\n## Results", "Schöne Gesichter."),
     "a fence that is not closed": ("No licence is claimed.", "```\nMIT\n\nnot closed", "```\nMIT\n\nnot closed"),
 }
 
@@ -53,6 +54,7 @@ def test_an_edit_stays_however_often_the_card_is_written(edit):
         assert f"Step {step}." in card
         assert card.count("Step ") == 1
         assert card.count("<!-- Checksums") == 1
+        assert ("# faces" in card) == (edit != "a title")
         assert "No licence is claimed." in card or after.startswith(("MIT", "```")), "only what was replaced goes"
 
 

@@ -217,6 +217,7 @@ def sde_model(folder: Path, objective: str = "vp", facts: dict | None = FACTS, c
     ("objective", "options", "claims"),
     [
         ("vp", {"sde_beta_max": 15.0}, ["beta(t) from 0.1 to 15 at", "| objective | vp |", "| beta | 0.1 to 15 |"]),
+        ("vp", {"sde_beta_max": 15.0, "likelihood_weighting": True}, ["the variance-preserving SDE"]),
         ("subvp", {"prediction_type": "v_prediction"}, ["the sub-VP SDE", "predicts v,", "beta(t) from 0.1 to 20 at"]),
         ("ve", {"sigma_max": 30.0, "time_embedding_type": "fourier"}, ["from 0.02 to 30", "predicts the score,"]),
         ("edm", {"noise_mean": -1.0}, ["from 0.002 to 80", "| ln(sigma) | normal, mean -1, standard deviation 1.2 |"]),
@@ -234,11 +235,13 @@ def test_the_sde_is_told_with_its_numbers(tmp_path, objective, options, claims):
     for claim in (*claims, "trained in continuous time", "`scheduler/sde.py`", "three Python files"):
         assert claim in text, claim
     weight = (
-        "1, of the squared error"
+        "1, of the squared error of"
         if objective in ("edm", "flow")
-        else "n(t)^2, the variance of the noise, of the score's"
+        else "n(t)^2, the variance of the noise, of the score"
     )
+    weight = "g(t)^2 (likelihood weighting), of the score" if "likelihood_weighting" in options else weight
     assert f"| loss weight | {weight}" in text
+    assert ("song2021maximum" in text) == ("likelihood_weighting" in options)
     for other in ("timesteps", "DDIM", "min-SNR", "noise schedule"):
         assert other not in text, other
     assert ("DDPMPipeline" in text) == ("liu2023flow" in text) == (objective == "flow")
@@ -248,13 +251,6 @@ def test_the_sde_is_told_with_its_numbers(tmp_path, objective, options, claims):
     assert "arXiv:2011.13456" in card.text
     assert "arXiv:2206.00364" in card.text
     assert not re.search(r"\b(None|nan|null|unknown|inf)\b|\{\}|\{[a-z_]+\}", text)
-
-
-def test_likelihood_weighting_is_told_and_cited(tmp_path):
-    assert "song2021maximum" not in (sde_model(tmp_path / "plain") / "README.md").read_text()
-    text = (sde_model(tmp_path / "weighted", likelihood_weighting=True) / "README.md").read_text()
-    assert "| loss weight | g(t)^2 (likelihood weighting), of the score's squared error |" in text
-    assert "song2021maximum" in text
 
 
 @pytest.mark.parametrize("objective", ["vp", "flow"])
