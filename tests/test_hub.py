@@ -82,7 +82,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def error_line(output: str) -> str:
-    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    lines = re.split(r"[\r\n]|\x1b\[A", output)  # also the ways of progress bars, whose uploads end in any order
+    (line,) = [line for line in lines if line.startswith("error: ")]
     assert "Traceback" not in output
     return line
 
