@@ -164,8 +164,9 @@ def jobs_of(
             unusual = {name: value for name, value in asdict(config).items() if value != DEFAULTS[name]}
             del unusual["output_dir"]
             unusual |= {} if variant.network == "plain" else {"network": variant.network}
-            own = {"train": training, "evaluate": evaluation}
-            commands = {t: ["-m", "experiments.unet_variants", variant.network, t, *own[t]] for t in own}
+            flags_of = {"train": training, "evaluate": evaluation}
+            program = ["-m", "experiments.unet_variants", variant.network]
+            commands = {task: [*program, task, *flags] for task, flags in flags_of.items()}
             record = {"training": unusual, "evaluation": measured}
             jobs.append(Job(variant, seed, folder, config, commands, record))
     return jobs

@@ -121,16 +121,14 @@ VARIANTS = {
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) < 2 or arguments[0] not in VARIANTS or arguments[1] not in ("train", "evaluate"):
-        print(
-            f"usage: python -m experiments.unet_variants {{{','.join(VARIANTS)}}} {{train,evaluate}} [flags]",
-            file=sys.stderr,
-        )
-        return 2
-    network_class = VARIANTS[arguments[0]]
-    if arguments[1] == "train":
-        return train(arguments[2:], network_class)
-    return evaluate(arguments[2:], network_class)
+    match arguments:
+        case [variant, "train", *flags] if variant in VARIANTS:
+            return train(flags, VARIANTS[variant])
+        case [variant, "evaluate", *flags] if variant in VARIANTS:
+            return evaluate(flags, VARIANTS[variant])
+    variants = ",".join(VARIANTS)
+    print(f"usage: python -m experiments.unet_variants {{{variants}}} {{train,evaluate}} [flags]", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
