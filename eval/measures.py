@@ -21,7 +21,7 @@ from eval.heldout import SIGMAS, clean_image_errors, midpoint_timesteps, noise_e
 from eval.likelihood import VARIANCES, ode_likelihood, standard_error, variational_bound
 from eval.memorisation import memorisation
 from eval.results import result
-from eval.swd import sliced_wasserstein, swd_floor
+from eval.swd import SMALLEST_RESOLUTION, sliced_wasserstein, swd_floor
 from pipelines import CustomUNetPipeline
 from pipelines.continuous import denoiser
 from training.data import to_model_range
@@ -43,6 +43,11 @@ def check_metrics(evaluation: Evaluation) -> None:
     for name in ("memorisation", "heldout"):
         if name in metrics and evaluation.heldout is None:
             raise InputError(f"the metric {name} needs held-out images; give --heldout_split or other --metrics")
+    size = evaluation.pipeline.unet.config.sample_size
+    if size < SMALLEST_RESOLUTION and not {"swd", "cost"}.isdisjoint(metrics):
+        raise InputError(
+            f"the images are {size} pixels wide, and swd and cost need {SMALLEST_RESOLUTION}; leave them out"
+        )
     if "cost" in metrics and not evaluation.has_floor(options.cost_images):
         needed, there = 2 * options.cost_images, len(evaluation.training)
         raise InputError(f"--cost_images {options.cost_images} needs {needed} real images; there are {there}")

@@ -51,12 +51,8 @@ def sliced_wasserstein(
         low-pass image, the others are differences.
 
     Raises:
-        InputError: if the images are smaller than 16 pixels, or all patches of a set are one colour.
+        InputError: if all patches of a set are one colour.
     """
-    if images1.shape[-1] < SMALLEST_RESOLUTION:
-        raise InputError(
-            f"the images are {images1.shape[-1]} pixels wide, and SWD needs {SMALLEST_RESOLUTION}; leave swd out"
-        )
     distances, corners_shape = {}, (len(images1), num_patches_per_image, 2)
     for level, resolution in enumerate(pyramid_resolutions(images1.shape[-1])):
         generator = np.random.default_rng((seed, resolution))

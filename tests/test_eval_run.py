@@ -219,9 +219,13 @@ def test_a_sampler_is_read_from_its_text():
             parse_sampler(text)
 
 
-def test_too_few_images_are_refused(evaluate, tmp_path, capfd):
-    assert evaluate(tmp_path / "few", allow_few=False) == 2
+def test_too_few_and_too_small_images_are_refused(evaluate, tmp_path, capfd):
+    assert evaluate(tmp_path / "out", allow_few=False) == 2
     assert "24 images are too few" in capfd.readouterr().err
+    small = export(tmp_path / "small", DDIMScheduler(), sample_size=8)
+    assert evaluate(tmp_path / "out", "--pipeline", str(small), "--metrics", "swd") == 2
+    assert "8 pixels wide, and swd and cost need 16" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_published_networks_that_cannot_be_had_are_not_measured(inputs, tmp_path, monkeypatch, capfd):

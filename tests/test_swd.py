@@ -149,11 +149,7 @@ def test_floor_is_that_of_disjoint_halves_and_falls_with_the_number_of_images(fa
     assert swd_floor(faces[:33], **FEW).keys() == {32, 16}  # the odd one is left out
 
 
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [(8, "8 pixels wide, and SWD needs 16"), (32, "all patches of level 0 have one value in a channel")],
-)
-def test_bad_input(size, message):
-    images = np.zeros((4, 3, size, size), np.uint8)
-    with pytest.raises(InputError, match=message):
+def test_images_of_one_colour_are_refused():
+    images = np.zeros((4, 3, 32, 32), np.uint8)
+    with pytest.raises(InputError, match="all patches of level 0 have one value in a channel"):
         sliced_wasserstein(images, images, **FEW)
