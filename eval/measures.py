@@ -51,8 +51,8 @@ def check_metrics(evaluation: Evaluation) -> None:
     if "cost" in metrics and not evaluation.has_floor(options.cost_images):
         needed, there = 2 * options.cost_images, len(evaluation.training)
         raise InputError(f"--cost_images {options.cost_images} needs {needed} real images; there are {there}")
-    if "features" in metrics and options.features is not None:
-        for name in options.features:
+    if not {"features", "cost"}.isdisjoint(metrics):
+        for name in options.features or ():
             open_features(evaluation, name)
 
 

@@ -182,7 +182,7 @@ def test_two_processes_measure_what_one_does(measured, inputs, tmp_path):
         (["--k", "24"], "--k is 24; it must be below --num_images 24"),
         (["--crop", "celeba_999"], "unknown crop 'celeba_999'"),
         (["--split", "test"], "no split 'test'; it has train, validation"),
-        (["--features", "nothing"], "nothing"),
+        (["--features", "nothing", "--metrics", "swd", "cost"], "nothing"),
         (["--sampler", "ode", "--tolerance", "0"], "tolerance is 0"),
         (["--sampler", "ode", "--churn", "1"], "--churn is 1, but ode and ddim and unipc take no churn"),
         (["--sampler", "edm_heun", "--churn", "nan"], "--churn is nan"),
