@@ -20,7 +20,7 @@ from common import InputError, Parser, check_numbers, make_folder, run_command
 from eval.evaluation import IMAGES, images_folder
 from eval.figures import plot_curves, plot_image_rows
 from eval.results import number, read_results, sampler_text, table, value_text, write_results
-from pipelines.generate import RECORD, image_path, missing_seeds
+from pipelines.image_folder import RECORD, image_path, missing_seeds
 
 DRAWN = ("swd", "features", "memorisation")  # families of results that are of generated images
 SETTING = "sampler steps eta sampler_settings class_label guidance_scale seeds dtype".split()

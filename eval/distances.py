@@ -26,13 +26,12 @@ def frechet_distance(features1: np.ndarray, features2: np.ndarray) -> float:
     that of the QR decomposition of the centred features: no covariance is formed, it may be singular, and no rounding
     error is magnified by the root of a number near 0.
     """
-    means, factors = [], []
-    for features in (features1, features2):
-        features = np.asarray(features, np.float64)
-        means.append(features.mean(axis=0))
-        factors.append(linalg.qr((features - means[-1]) / np.sqrt(len(features) - 1), mode="r")[0][: len(means[-1])])
-    trace_of_root = linalg.svdvals(factors[0] @ factors[1].T).sum()
-    squared = ((means[0] - means[1]) ** 2).sum() + sum((factor**2).sum() for factor in factors) - 2 * trace_of_root
+    means = [features.mean(axis=0, dtype=np.float64) for features in (features1, features2)]
+    roots = []
+    for features, mean in zip((features1, features2), means, strict=True):
+        roots.append(linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r")[0][: len(mean)])
+    trace_of_root = linalg.svdvals(roots[0] @ roots[1].T).sum()
+    squared = ((means[0] - means[1]) ** 2).sum() + sum((root**2).sum() for root in roots) - 2 * trace_of_root
     return max(float(squared), 0.0)  # rounding may take it below
 
 
@@ -59,7 +58,7 @@ def kernel_distance(
     without replacement. They are drawn as clean-fid 0.1.35 does, so this is its figure after `np.random.seed(seed)`.
 
     Args:
-        features1: shape (N, D), in clean-fid the reference.
+        features1: shape (N, D); in clean-fid the reference.
         features2: shape (M, D).
         max_subset_size: m is this, or N or M if that is less.
     """
@@ -102,7 +101,7 @@ def cmmd(embeddings1: np.ndarray, embeddings2: np.ndarray) -> float:
     return CMMD_SCALE * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
 
 
-def prdc(real: np.ndarray, generated: np.ndarray, *, k: int = 5, chunk: int = BLOCK) -> dict[str, float]:
+def prdc(real: np.ndarray, generated: np.ndarray, *, k: int = 5) -> dict[str, float]:
     """Precision and recall, density and coverage: fidelity and diversity apart.
 
     Each set stands for its support by balls, one around every sample, that reach to its k-th nearest other sample:
@@ -120,18 +119,17 @@ def prdc(real: np.ndarray, generated: np.ndarray, *, k: int = 5, chunk: int = BL
     Args:
         real: shape (N, D), any real type; N above k.
         generated: shape (M, D); M above k.
-        chunk: rows of the distance matrices in memory at once, as float64.
     """
     centre = real.mean(axis=0, dtype=np.float64)  # far from the origin, differences would drown in rounding
     real, generated = (torch.from_numpy(features - centre) for features in (real, generated))
     longest = max(features.square().sum(1).max() for features in (real, generated))
     slack = 4 * (real.shape[1] + 8) * 2.0**-53 * longest  # rounding of two squared distances: a tie is a tie
-    real_radii = squared_radii(real, k, chunk) + slack
-    generated_radii = squared_radii(generated, k, chunk) + slack
+    real_radii = squared_radii(real, k) + slack
+    generated_radii = squared_radii(generated, k) + slack
     num_precise, num_balls = 0, 0
     recalled, covered = torch.zeros(2, len(real), dtype=torch.bool)
-    for points, radii in zip(generated.split(chunk), generated_radii.split(chunk), strict=True):
-        distances = torch.cdist(points, real).square_()  # (chunk, N)
+    for points, radii in zip(generated.split(BLOCK), generated_radii.split(BLOCK), strict=True):
+        distances = torch.cdist(points, real).square_()  # (BLOCK, N)
         in_real_ball = distances <= real_radii
         num_precise += int(in_real_ball.any(1).sum())
         num_balls += int(in_real_ball.sum())
@@ -145,7 +143,7 @@ def prdc(real: np.ndarray, generated: np.ndarray, *, k: int = 5, chunk: int = BL
     }
 
 
-def squared_radii(points: Tensor, k: int, chunk: int) -> Tensor:
+def squared_radii(points: Tensor, k: int) -> Tensor:
     """Squared distance of each point to its k-th nearest other point, of which it is the 0-th; (N, D) -> (N,)."""
-    distances = (torch.cdist(rows, points) for rows in points.split(chunk))
+    distances = (torch.cdist(rows, points) for rows in points.split(BLOCK))
     return torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in distances]).square()

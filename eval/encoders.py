@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,37 +16,36 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
 from common import InputError, sha256_of
-from eval.features import FeatureExtractor, check_images, resize_each
-from eval.inception import Inception
+from eval.features import FeatureExtractor, resize_each
+from eval.inception import open_inception
+
+SAFETENSORS = "model*.safetensors"
 
 
-@dataclass(frozen=True)
-class Published:
-    """A network on the Hub.
-
-    Attributes:
-        sha256: of its file of weights; one of another hash does not get its name.
-    """
+class Published(NamedTuple):
+    """A network on the Hub; weights with another sha256 do not get its name."""
 
     hub_id: str
     commit: str
+    weights: str
     sha256: str
 
 
-# ViT-L/14, as Stein et al. 2023 (arXiv 2306.04675); model.safetensors
-DINOV2 = Published(
-    "facebook/dinov2-large",
-    "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c",
-    "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
-)
-# ViT-L/14 for 336 pixels, as Jayasumana et al. 2024 (arXiv 2401.09603); pytorch_model.bin
-CLIP = Published(
-    "openai/clip-vit-large-patch14-336",
-    "ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
-    "c6032c2e0caae3dc2d4fba35535fa6307dbb49df59c7e182b1bc4b3329b81801",
-)
+PUBLISHED = {
+    "dinov2": Published(  # ViT-L/14, as Stein et al. 2023 (arXiv 2306.04675)
+        "facebook/dinov2-large",
+        "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c",
+        "model.safetensors",
+        "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
+    ),
+    "clip": Published(  # ViT-L/14 for 336 pixels, as Jayasumana et al. 2024 (arXiv 2401.09603)
+        "openai/clip-vit-large-patch14-336",
+        "ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
+        "pytorch_model.bin",
+        "c6032c2e0caae3dc2d4fba35535fa6307dbb49df59c7e182b1bc4b3329b81801",
+    ),
+}
 DINOV2_PIXELS = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # size, mean, standard deviation
-SAFETENSORS, PICKLE = "model*.safetensors", "pytorch_model.bin"
 
 
 def open_extractor(
@@ -63,17 +62,27 @@ def open_extractor(
         InputError: if it is not available.
     """
     if name == "inception":
-        return Inception(mode, path=path, device=device)
-    if name in ("dinov2", "clip"):
-        published = {"dinov2": DINOV2, "clip": CLIP}[name]
-        return TransformersEncoder(str(path) if path else published.hub_id, published=published, device=device)
-    if Path(name).is_file():
-        return TorchScriptEncoder(Path(name), device=device)
-    return TransformersEncoder(name, device=device)
+        return open_inception(mode, path=path, device=device)
+    published = PUBLISHED.get(name)
+    if published is None and Path(name).is_file():
+        return open_torchscript(Path(name), device=device)
+    source = path or (published.hub_id if published else name)
+    return open_transformers(str(source), published, device=device)
 
 
-class TransformersEncoder:
-    """A vision network of transformers; a `FeatureExtractor` for square images.
+def open_torchscript(path: Path, *, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """Any TorchScript file that maps float32 (B, 3, H, W) in 0..255 to (B, D). Loading it runs its code."""
+    try:
+        network = torch.jit.load(str(path), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{path} is not a TorchScript module: {str(error).strip().splitlines()[0]}") from error
+    return FeatureExtractor(path.name, "as they are", sha256_of(path), lambda x: network(x.float().to(device)))
+
+
+def open_transformers(
+    source: str, published: Published | None = None, *, device: torch.device | str = "cpu"
+) -> FeatureExtractor:
+    """A vision network of transformers, for square images. It runs no code of the folder or repository.
 
     DINOv2: the class token after the last norm, of images resized to 224 (antialiased bicubic, rounded to uint8) and
     normalised as ImageNet, as in the code of Stein et al. (dgm-eval). One difference remains: transformers resizes the
@@ -86,95 +95,52 @@ class TransformersEncoder:
     standard deviation of their `preprocessor_config.json`.
 
     Args:
-        source: a folder with config.json and safetensors, or a Hub id. No code from it is run; where there are no
-            safetensors (as in CLIP's repository), pytorch_model.bin is read, as weights only.
-        published: what it must be, and on the Hub the commit to take; by default anything.
-
-    Attributes:
-        name: Hub id, or the folder's name if it is not known to be that of a published network.
-        sha256: of the file of weights; of several, of their hashes in order.
-        commit: on the Hub; None for a folder.
+        source: a folder with config.json and weights, or a Hub id.
+        published: what it must be; by default anything in safetensors. Pickles are read as weights only.
 
     Raises:
         InputError: if it is not available, is another network, or the weights do not fill the network.
     """
+    weights = published.weights if published else SAFETENSORS
+    is_local = Path(source).is_dir()
+    folder = Path(source) if is_local else _download(source, weights, published and published.commit)
+    sha256 = _sha256_of(folder, weights)
+    if published and sha256 != published.sha256:
+        raise InputError(
+            f"{folder} is not {published.hub_id} or is damaged: the sha256 of its weights is {sha256}, it"
+            f" must be {published.sha256}; fetch it again, or name the folder itself as the extractor"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        is_clip = config.model_type in ("clip", "clip_vision_model")
+        network, loading = (CLIPVisionModelWithProjection if is_clip else AutoModel).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=weights.endswith(".safetensors")
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{source} could not be loaded: {error}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise InputError(
+            f"the weights of {source} lack {len(missing)} of the network's parameters, such as {missing[0]};"
+            " take another file"
+        )
+    network.eval().to(device)
+    size, mean, std = _pixels(folder, network.config)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
 
-    def __init__(self, source: str, *, published: Published | None = None, device: torch.device | str = "cpu"):
-        folder, self.commit = _find_folder(source, published.commit if published else None)
-        self.sha256, self.device = _sha256_of(folder), torch.device(device)
-        if published and self.sha256 != published.sha256:
-            raise InputError(
-                f"{folder} is not {published.hub_id} or is damaged: the sha256 of its weights is {self.sha256}, it"
-                f" must be {published.sha256}; fetch it again, or name the folder itself as the extractor"
-            )
-        self.name = published.hub_id if published else source if self.commit else folder.resolve().name
-        try:
-            config = AutoConfig.from_pretrained(folder)
-            self.model_type: str = config.model_type
-            architecture = CLIPVisionModelWithProjection if self.is_clip else AutoModel
-            network, loading = architecture.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{source} could not be loaded: {error}") from error
-        missing = sorted(loading["missing_keys"])
-        if missing:
-            raise InputError(
-                f"the weights of {source} lack {len(missing)} of the network's parameters, such as {missing[0]};"
-                " take another file"
-            )
-        self.network = network.eval().to(self.device)
-        self.size, mean, std = _pixels(folder, network.config)
-        self.mean, self.std = (torch.tensor(values).view(1, 3, 1, 1).to(self.device) for values in (mean, std))
-        self.mode = f"bicubic {self.size}"
+    def resize(image: np.ndarray) -> np.ndarray:
+        return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 
-    @property
-    def is_clip(self) -> bool:
-        return self.model_type in ("clip", "clip_vision_model")
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, R, R) -> float32 (B, D)."""
-        check_images(images)
-        resized = resize_each(images, self._resize).to(self.device)  # (B, 3, size, size)
-        output = self.network(pixel_values=(resized.float() / 255 - self.mean) / self.std)
-        if self.is_clip:
+    def features(images: Tensor) -> Tensor:
+        resized = resize_each(images, resize).to(device)  # uint8 (B, 3, size, size)
+        output = network(pixel_values=(resized.float() / 255 - mean) / std)
+        if is_clip:
             return normalize(output.image_embeds, dim=1)
         pooled = getattr(output, "pooler_output", None)
         return output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
 
-    def _resize(self, image: np.ndarray) -> np.ndarray:
-        """uint8 (H, W, 3) -> uint8 (size, size, 3)."""
-        return np.array(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BICUBIC))
-
-
-class TorchScriptEncoder:
-    """Any TorchScript file; a `FeatureExtractor`, named after the file.
-
-    Args:
-        path: a module that takes float32 (B, 3, H, W) in 0..255 and returns (B, D). Loading it runs its code, which is
-            not Python's.
-
-    Raises:
-        InputError: if it is not such a file.
-    """
-
-    mode = "as they are"
-
-    def __init__(self, path: Path, *, device: torch.device | str = "cpu"):
-        self.name, self.sha256, self.device = path.name, sha256_of(path), torch.device(device)
-        try:
-            self.network = torch.jit.load(str(path), map_location=self.device).eval()
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"{path} is not a TorchScript module: {str(error).strip().splitlines()[0]}") from error
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 (B, D)."""
-        check_images(images)
-        features = self.network(images.float().to(self.device))
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
-            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise InputError(f"{self.name} returns {shape} for {len(images)} images; it must be a tensor (B, D)")
-        return features.float()
+    name = published.hub_id if published else folder.resolve().name if is_local else source
+    return FeatureExtractor(name, f"bicubic {size}", sha256, features)
 
 
 def _pixels(folder: Path, config) -> tuple[int, tuple, tuple]:
@@ -191,28 +157,23 @@ def _pixels(folder: Path, config) -> tuple[int, tuple, tuple]:
         ) from error
 
 
-def _find_folder(source: str, revision: str | None) -> tuple[Path, str | None]:
-    """The folder of a network, downloaded from the Hub if need be, and its commit there."""
-    if Path(source).is_dir():
-        return Path(source), None
-    wanted = ["config.json", "preprocessor_config.json", SAFETENSORS, f"{SAFETENSORS}.index.json"]
+def _download(hub_id: str, weights: str, revision: str | None) -> Path:
+    """The folder in the cache of a network on the Hub."""
+    wanted = ["config.json", "preprocessor_config.json", weights, f"{weights}.index.json"]
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
-        if not any(folder.glob(SAFETENSORS)):
-            folder = Path(snapshot_download(source, revision=folder.name, allow_patterns=[*wanted, PICKLE]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
     except HFValidationError as error:
-        raise InputError(f"{source} is neither a local folder nor the id of a Hub repository") from error
+        raise InputError(f"{hub_id} is neither a local folder nor the id of a Hub repository") from error
     except (OSError, HTTPError) as error:
         raise InputError(
-            f"{source} is not a local folder and could not be downloaded from the Hub: {error}; download it elsewhere"
+            f"{hub_id} is not a local folder and could not be downloaded from the Hub: {error}; download it elsewhere"
             " and give the path of its folder"
         ) from error
-    return folder, folder.name
 
 
-def _sha256_of(folder: Path) -> str:
-    files = sorted(folder.glob(SAFETENSORS)) or sorted(folder.glob(PICKLE))
-    if not files:
-        raise InputError(f"{folder} has no weights ({SAFETENSORS}); give the folder of a network")
-    digests = [sha256_of(file) for file in files]
-    return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+def _sha256_of(folder: Path, weights: str) -> str:
+    """Of the file of weights; of several, of their hashes in order."""
+    digests = [sha256_of(file) for file in sorted(folder.glob(weights))]
+    if not digests:
+        raise InputError(f"{folder} has no weights ({weights}); give the folder of a network")
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

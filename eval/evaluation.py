@@ -20,6 +20,7 @@ from eval.features import ImageSet, images_of_files, subset
 from eval.results import unusual_settings
 from pipelines import CustomUNetPipeline, generate
 from pipelines.custom_unet_pipeline import SAMPLERS
+from pipelines.image_folder import RECORD, fill_folder, image_path
 from pipelines.loading import find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
 from training.log import recorded, training_in_all
@@ -225,10 +226,10 @@ class Evaluation:
         own = {"out": folder, "num_images": num_images, "scheduler": setting.sampler, "eta": setting.eta}
         drawing = argparse.Namespace(**vars(options) | own | {"steps": setting.steps or options.steps})
         pipeline = pipeline.to(self.state.device)
-        generate.fill_folder(pipeline, self.source, self.commit, drawing, self.state, self.command)
+        fill_folder(pipeline, self.source, self.commit, drawing, self.state, self.command)
         seeds = range(options.seed, options.seed + num_images)
-        starts = json.loads((folder / generate.RECORD).read_text())["starts"]
-        return images_of_files(generate.image_paths(folder, seeds)), starts, pipeline
+        starts = json.loads((folder / RECORD).read_text())["starts"]
+        return images_of_files([image_path(folder, seed) for seed in seeds]), starts, pipeline
 
     @cached_property
     def generated(self) -> np.ndarray:

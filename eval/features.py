@@ -1,16 +1,13 @@
-"""Features of images: of which images, through which extractor, shared by all processes, cached on disk."""
+"""Features of images: of which images, through which network, shared by all processes, cached on disk."""
 
 import hashlib
 import json
 import os
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,21 +21,39 @@ from common import InputError, on_main_process, one_line
 from training.data import ImageStore
 
 
-class FeatureExtractor(Protocol):
+@dataclass
+class FeatureExtractor:
     """A network that maps each image to a vector.
 
     Attributes:
         name: of the network; a published name only with the published weights, whatever the file is called.
         mode: how images are resized and scaled for it.
         sha256: of its weights.
+        network: takes uint8 images (B, 3, H, W), prepares them and returns their features.
+        file: the published file that the weights are from, where there are several.
     """
 
     name: str
     mode: str
     sha256: str
+    network: Callable[[Tensor], Tensor]
+    file: str | None = None
 
+    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 (B, D); anything else is refused by `check_images`."""
+        """uint8 (B, 3, H, W) -> float32 (B, D).
+
+        Raises:
+            ValueError: for images of another type or shape: pixels in [-1, 1] would pass for black images.
+            InputError: if the network returns something else.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, 3, H, W)")
+        features = self.network(images)
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise InputError(f"{self.name} returns {shape} for {len(images)} images; it must be a tensor (B, D)")
+        return features.float()
 
 
 @dataclass(frozen=True)
@@ -47,40 +62,12 @@ class ImageSet:
 
     Attributes:
         read: positions -> uint8 (B, 3, H, W).
-        fingerprint: of the images or files.
-        split, crop: of the data set; None for generated images.
-        resolution: such as "64x64".
+        fingerprint: of the pixels or files.
     """
 
     read: Callable[[Sequence[int]], np.ndarray]
     count: int
     fingerprint: str
-    split: str | None
-    crop: str | None
-    resolution: str
-
-    def key(self, extractor: FeatureExtractor) -> dict:
-        """What identifies the features of these images in the cache."""
-        facts = {name: getattr(self, name) for name in ("fingerprint", "split", "crop", "resolution", "count")}
-        return facts | {"extractor": extractor.name, "mode": extractor.mode, "sha256": extractor.sha256}
-
-
-def images_of_store(store: ImageStore, count: int | None = None, part: int = 0) -> ImageSet:
-    """All images of a store, or the `count` of `subset`.
-
-    Raises:
-        InputError: if it has fewer.
-    """
-    positions = subset(len(store), len(store) if count is None else count, part)
-    height, width = store.images.shape[2:]
-    return ImageSet(
-        read=lambda indices: store.images[positions[np.asarray(indices)]],
-        count=len(positions),
-        fingerprint=f"{store.fingerprint}{f', part {part}' if part else ''}",
-        split=store.description["split"],
-        crop=store.description["crop"],
-        resolution=f"{width}x{height}",
-    )
 
 
 def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
@@ -97,29 +84,34 @@ def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(num_images)[count * part : count * (part + 1)])
 
 
+def images_of_store(store: ImageStore, count: int | None = None, part: int = 0) -> ImageSet:
+    """All images of a store, or the `count` of `subset`, which raises InputError if there are fewer."""
+    positions = subset(len(store), len(store) if count is None else count, part)
+    fingerprint = f"{store.fingerprint}, part {part}" if part else store.fingerprint
+    return ImageSet(lambda indices: store.images[positions[np.asarray(indices)]], len(positions), fingerprint)
+
+
 def images_of_files(paths: Sequence[Path]) -> ImageSet:
     """One or more image files of one size in the given order, as RGB.
 
     Raises:
         InputError: if one cannot be read, or (when read) has another size than the first.
     """
-    paths, digest = list(paths), hashlib.sha256()
-    height, width = _read_file(paths[0]).shape[:2]
-    for path in paths:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
+    first = _read_file(paths[0])
 
     def read(indices: Sequence[int]) -> np.ndarray:
         wanted = [paths[index] for index in indices]
         images = _in_threads(_read_file, wanted)
         for path, image in zip(wanted, images, strict=True):
-            if image.shape[:2] != (height, width):
+            if image.shape != first.shape:
+                sizes = [f"{width}x{height}" for height, width, _ in (image.shape, first.shape)]
                 raise InputError(
-                    f"{path} is {image.shape[1]}x{image.shape[0]}, but {paths[0].name} is {width}x{height};"
-                    " all images must have one size"
+                    f"{path} is {sizes[0]}, but {paths[0].name} is {sizes[1]}; all images must have one size"
                 )
         return np.stack(images).transpose(0, 3, 1, 2)
 
-    return ImageSet(read, len(paths), digest.hexdigest()[:16], None, None, f"{width}x{height}")
+    return ImageSet(read, len(paths), digest[:16])
 
 
 def _read_file(path: Path) -> np.ndarray:
@@ -131,22 +123,16 @@ def _read_file(path: Path) -> np.ndarray:
         raise InputError(f"{path} cannot be read as an image: {error}") from error
 
 
-def _in_threads(function: Callable, items: Sequence) -> list:
-    """Applies a function that releases Python's lock (decoding, resizing) to each item, on all cores."""
-    with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
-        return list(pool.map(function, items))
-
-
 def resize_each(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> Tensor:
     """Applies a function (H, W, 3) -> (R, R, 3) to each image; uint8 (B, 3, H, W) -> (B, 3, R, R) of its type."""
     resized = _in_threads(resize, [image.permute(1, 2, 0).numpy() for image in images.cpu()])
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
 
 
-def check_images(images: Tensor) -> None:
-    """Raises ValueError unless they are uint8 (B, 3, H, W): pixels in [-1, 1] would pass for black images."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, 3, H, W)")
+def _in_threads(function: Callable, items: Sequence) -> list:
+    """Applies a function that releases Python's lock (decoding, resizing) to each item, on all cores."""
+    with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
+        return list(pool.map(function, items))
 
 
 def extract_features(
@@ -154,21 +140,15 @@ def extract_features(
 ) -> np.ndarray:
     """Features of all images in their order, float32 (N, D), on every process; each takes a part of the images.
 
-    Raises:
-        InputError: if an image cannot be read, or a feature is not finite.
+    Raises InputError if an image cannot be read, or a feature is not finite.
     """
     part = np.array_split(np.arange(images.count), state.num_processes)[state.process_index]
-    features = []
-    with tqdm(
-        total=len(part), desc=f"{extractor.name} features", unit="image", disable=not state.is_main_process
-    ) as bar:
-        for start in range(0, len(part), batch_size):
-            indices = part[start : start + batch_size]
-            batch = extractor(torch.from_numpy(np.ascontiguousarray(images.read(indices))))
-            if not torch.isfinite(batch).all():
-                raise InputError(f"features of {extractor.name} are not finite; its weights are damaged")
-            features.append(batch.float().cpu().numpy())
-            bar.update(len(indices))
+    starts, features = range(0, len(part), batch_size), []
+    for start in tqdm(starts, f"{extractor.name} features", unit="batch", disable=not state.is_main_process):
+        batch = images.read(part[start : start + batch_size])
+        features.append(extractor(torch.from_numpy(np.ascontiguousarray(batch))).float().cpu().numpy())
+        if not np.isfinite(features[-1]).all():
+            raise InputError(f"features of {extractor.name} are not finite; its weights are damaged")
     if state.num_processes > 1:
         features = gather_object(features)  # in the order of the processes
     return np.concatenate(features)
@@ -182,16 +162,16 @@ def cached_features(
     cache_dir: Path | None = None,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """`extract_features`, or what an earlier start cached of the same images through the same extractor.
+    """`extract_features`, or what was cached of the same images through the same network.
 
     Args:
         cache_dir: by default a folder in the user's cache. A damaged file there is reported and replaced.
 
     Raises:
-        InputError: as `extract_features`.
         OSError: if the features cannot be written.
     """
-    key = json.dumps(images.key(extractor), sort_keys=True)
+    facts = {name: getattr(extractor, name) for name in ("name", "mode", "sha256")}
+    key = json.dumps(facts | {"fingerprint": images.fingerprint, "count": images.count})
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = (cache_dir or default_cache_dir() / "features") / f"{digest}.npz"
     features = on_main_process(state, lambda: _read_cached(path, key))
@@ -202,16 +182,15 @@ def cached_features(
 
 
 def _read_cached(path: Path, key: str) -> np.ndarray | None:
-    """The cached arrays; None if the file is missing or damaged, which the checksums of the zip file reveal."""
+    """The cached features; None if the file is missing or damaged, which the checksums of the zip file reveal."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            there = json.dumps(json.loads(str(file["key"])), sort_keys=True)
-            if there != key:
-                raise ValueError(f"its features are those of {there}")
+            if str(file["key"]) != key:
+                raise ValueError(f"its features are those of {file['key']}")
             return file["features"]
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # numpy raises nearly anything for a damaged file
         print(f"{path} is damaged or not of this kind ({one_line(error)}) and is replaced", flush=True)
         return None
 
@@ -219,14 +198,9 @@ def _read_cached(path: Path, key: str) -> np.ndarray | None:
 def _write_cached(path: Path, key: str, features: np.ndarray) -> None:
     """Under its name only when complete; several evaluations may write the same file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", suffix=".npz", delete=False) as file:
-        try:
-            np.savez(file, key=np.array(key), features=features)
-            file.flush()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as folder:
+        np.savez(f"{folder}/features.npz", key=np.array(key), features=features)
+        os.replace(f"{folder}/features.npz", path)
 
 
 def default_cache_dir() -> Path:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from common import InputError, on_main_process, one_line
 from eval.distances import frechet_distance, kernel_distance
 from eval.features import cached_features, images_of_store
-from eval.inception import Inception, find_weights
+from eval.inception import find_weights, open_inception
 from pipelines import CustomUNetPipeline
 from training.checkpoint import difference
 from training.config import TrainConfig
@@ -44,7 +44,7 @@ class TrainingMetric:
         self.name, self.title, self.accelerator = config.metric, config.metric.upper(), accelerator
         path = None if config.inception_path is None else Path(config.inception_path)
         on_main_process(accelerator, lambda: find_weights(path))  # fetches them once, for all processes
-        self.extractor = Inception(path=path, device=accelerator.device)
+        self.extractor = open_inception(path=path, device=accelerator.device)
         if not config.dry_run:
             images = images_of_store(store, config.metric_images)
             self.training_features = cached_features(images, self.extractor, PartialState())

@@ -9,7 +9,7 @@ import argparse
 import random
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import gradio as gr
@@ -25,19 +25,11 @@ from pipelines.loading import find_pipeline, load_pipeline
 MAX_IMAGES = 16
 MAX_SEED = 2**31 - 1
 AS_SHARED = "as shared"  # the repository's own sampler, where no name in SAMPLERS has its settings
-SHOWN_SIZE = 512  # pixels that a side of an image is enlarged to, about
+SHOWN_SIZE, STRIP_SIZE = 512, 128  # pixels that the longer side of an image is enlarged to, about; the same in a strip
 MAX_STEPS_OF_AN_SDE = 1000
-STRIP_SIZE = 128  # the same for an image in a strip
 FILES_KEPT_SECONDS = 3600
-PROGRESS = gr.Progress()
+PROGRESS = gr.Progress(track_tqdm=True)  # shows the progress bar of the pipeline on the page
 ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "network"}  # one queue for all that runs the network
-ABOUT = """# {title}
-
-An unconditional diffusion model{kind}: it draws images of {width}x{height} pixels from nothing but noise, with a
-network of {parameters:.1f} million parameters. No image that it draws is a photograph. They may be used as the licence
-of the model and the terms of its training data allow: those of a model trained on CelebA for non-commercial research
-only.
-"""
 
 
 def build_demo(pipeline: CustomUNetPipeline, name: str = "An unconditional diffusion model") -> gr.Blocks:
@@ -53,23 +45,24 @@ def build_demo(pipeline: CustomUNetPipeline, name: str = "An unconditional diffu
     if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
         raise ValueError("the network has class embeddings; the page is for unconditional networks")
     page = Page(pipeline)
-    about = ABOUT.format(
-        title=name,
-        kind=", trained in continuous time" if pipeline.is_continuous else "",
-        width=page.size[0],
-        height=page.size[1],
-        parameters=pipeline.unet.num_parameters() / 1e6,
-    )
+    width, height = page.size
+    about = f"""# {name}
+
+An unconditional diffusion model{", trained in continuous time" if pipeline.is_continuous else ""}: it draws images of
+{width}x{height} pixels from nothing but noise, with a network of {pipeline.unet.num_parameters() / 1e6:.1f} million
+parameters. No image that it draws is a photograph. They may be used as the licence of the model and the terms of its
+training data allow: those of a model trained on CelebA for non-commercial research only."""
+    tabs = {
+        "Generate": page.generate_tab,
+        "Denoising": page.denoising_tab,
+        "Interpolation": page.interpolation_tab,
+        "Inpainting": page.inpainting_tab,
+    }
     with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(FILES_KEPT_SECONDS, FILES_KEPT_SECONDS)) as demo:
         gr.Markdown(about)
-        with gr.Tab("Generate"):
-            page.generate_tab()
-        with gr.Tab("Denoising"):
-            page.denoising_tab()
-        with gr.Tab("Interpolation"):
-            page.interpolation_tab()
-        with gr.Tab("Inpainting"):
-            page.inpainting_tab()
+        for title, lay_out in tabs.items():
+            with gr.Tab(title):
+                lay_out()
     return demo
 
 
@@ -80,10 +73,9 @@ class Page:
     """
 
     def __init__(self, pipeline: CustomUNetPipeline):
-        self.pipeline = pipeline
+        self.pipeline, scheduler = pipeline, pipeline.scheduler
         size = pipeline.unet.config.sample_size
         self.size = (size, size) if isinstance(size, int) else (size[1], size[0])  # width, height
-        scheduler = pipeline.scheduler
         names = [
             name
             for name, (cls, settings) in SAMPLERS.items()
@@ -109,10 +101,10 @@ class Page:
         button.click(self.generate, [seed, number, sampler, steps, eta], gallery, **ONE_AT_A_TIME)
 
     def generate(self, seed, number, sampler, steps, eta, progress=PROGRESS) -> list:
-        with errors_shown():
-            seeds = consecutive_seeds(seed, number)
-            pipeline = self.pipeline_for_a_call(progress, sampler)
-            images = pipeline(seeds=seeds, num_inference_steps=steps, eta=eta_for(sampler, eta)).images
+        seeds = consecutive_seeds(seed, number)
+        eta = eta if sampler == "ddim" else 0.0  # the slider keeps its value while it is hidden
+        with self.sampling(sampler) as pipeline:
+            images = pipeline(seeds=seeds, num_inference_steps=steps, eta=eta).images
         return self.with_captions(images, [f"seed {seed}" for seed in seeds])
 
     # ---- Denoising
@@ -133,11 +125,9 @@ class Page:
         button.click(self.denoise, inputs, [strip, levels, animation], **ONE_AT_A_TIME)
 
     def denoise(self, seed, frames, sampler, steps, eta, progress=PROGRESS) -> Iterator[tuple]:
-        with errors_shown():
-            pipeline = self.pipeline_for_a_call(progress, sampler)
-            result = denoising_strip(
-                pipeline, frames, steps, seeds=consecutive_seeds(seed, 1), eta=eta_for(sampler, eta)
-            )
+        seeds, eta = consecutive_seeds(seed, 1), eta if sampler == "ddim" else 0.0
+        with self.sampling(sampler) as pipeline:
+            result = denoising_strip(pipeline, frames, steps, seeds=seeds, eta=eta)
         times = [f"{time:.3g}" if isinstance(time, float) else str(time) for time in result.timesteps]
         levels = f"From left to right: t = {', '.join(times)}, and the result."
         with tempfile.TemporaryDirectory() as folder:  # Gradio has taken its copy when it comes back after the yield
@@ -160,9 +150,9 @@ class Page:
         button.click(self.interpolate, [start, end, number, steps], gallery, **ONE_AT_A_TIME)
 
     def interpolate(self, start, end, number, steps, progress=PROGRESS) -> list:
-        with errors_shown():
-            (start,), (end,) = consecutive_seeds(start, 1), consecutive_seeds(end, 1)
-            images = interpolate(self.pipeline_for_a_call(progress), start, end, number, steps)
+        (start,), (end,) = consecutive_seeds(start, 1), consecutive_seeds(end, 1)
+        with self.sampling() as pipeline:
+            images = interpolate(pipeline, start, end, number, steps)
         between = [f"{i / (number - 1):.0%}" for i in range(1, number - 1)]
         return self.with_captions(images, [f"seed {start}", *between, f"seed {end}"])
 
@@ -170,27 +160,19 @@ class Page:
 
     def inpainting_tab(self) -> None:
         image = gr.State()  # as the network takes it; the editor shows it enlarged
-        factor = self.factor(SHOWN_SIZE)
-        canvas_size = (self.size[0] * factor, self.size[1] * factor)
+        canvas_size = tuple(side * self.factor(SHOWN_SIZE) for side in self.size)
+        brush = gr.Brush(default_size=max(canvas_size) // 10, colors=["#ff2d95"], color_mode="fixed")
         with gr.Row():
             with gr.Column(min_width=280):
                 image_seed = seed_input("1. Take the image of a seed ...")
                 take_button = gr.Button("Take this image")
-                upload = gr.Image(
-                    type="pil", sources=["upload", "clipboard"], label="... or your own", height=150, buttons=[]
-                )
+                sources = ["upload", "clipboard"]
+                upload = gr.Image(type="pil", sources=sources, label="... or your own", height=150, buttons=[])
                 seed = seed_input("3. Seed of the first result")
                 number = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Results")
                 steps = self.steps_input()
-                resamples = gr.Slider(
-                    1,
-                    20,
-                    5,
-                    step=1,
-                    label="Resamplings",
-                    info="More agree better with the rest and take longer.",
-                    visible=not self.pipeline.is_continuous,
-                )
+                info, is_used = "More agree better with the rest and take longer.", not self.pipeline.is_continuous
+                resamples = gr.Slider(1, 20, 5, step=1, label="Resamplings", info=info, visible=is_used)
                 button = gr.Button("Paint anew", variant="primary")
             with gr.Column(scale=4):
                 editor = gr.ImageEditor(
@@ -201,7 +183,7 @@ class Page:
                     sources=(),
                     transforms=(),
                     layers=False,
-                    brush=gr.Brush(default_size=max(canvas_size) // 10, colors=["#ff2d95"], color_mode="fixed"),
+                    brush=brush,
                     canvas_size=canvas_size,
                     height=500,
                     buttons=[],
@@ -210,13 +192,12 @@ class Page:
                 gallery = image_gallery("Results", columns=2)
         take_button.click(self.image_of_seed, [image_seed, steps], [image, editor], **ONE_AT_A_TIME)
         upload.input(self.image_of_upload, upload, [image, editor])
-        inputs = [image, editor, seed, number, steps, resamples]
-        button.click(self.inpaint, inputs, gallery, **ONE_AT_A_TIME)
+        button.click(self.inpaint, [image, editor, seed, number, steps, resamples], gallery, **ONE_AT_A_TIME)
 
     def image_of_seed(self, seed, steps, progress=PROGRESS) -> tuple:
-        with errors_shown():
-            pipeline = self.pipeline_for_a_call(progress)
-            image = pipeline(seeds=consecutive_seeds(seed, 1), num_inference_steps=steps).images[0]
+        seeds = consecutive_seeds(seed, 1)
+        with self.sampling() as pipeline:
+            (image,) = pipeline(seeds=seeds, num_inference_steps=steps).images
         return image, enlarged(image, self.factor(SHOWN_SIZE))
 
     def image_of_upload(self, upload) -> tuple:
@@ -229,10 +210,8 @@ class Page:
     def inpaint(self, image, drawing, seed, number, steps, resamples, progress=PROGRESS) -> list:
         if image is None or drawing is None or drawing["background"] is None:  # the last two: the editor was emptied
             raise error_shown("there is no image; take that of a seed or upload one")
-        mask = self.drawn_mask(drawing)
-        with errors_shown():
-            seeds = consecutive_seeds(seed, number)
-            pipeline = self.pipeline_for_a_call(progress)
+        mask, seeds = self.drawn_mask(drawing), consecutive_seeds(seed, number)
+        with self.sampling() as pipeline:
             if pipeline.is_continuous:
                 images = impute(pipeline, image, mask, steps, seeds=seeds)
             else:
@@ -258,15 +237,8 @@ class Page:
     def sampler_inputs(self) -> tuple[gr.Dropdown, gr.Slider, gr.Slider]:
         sampler = gr.Dropdown(self.samplers, value=self.own_sampler, label="Sampler")
         steps = self.steps_input()
-        eta = gr.Slider(
-            0,
-            1,
-            0,
-            step=0.05,
-            label="eta",
-            info="Randomness of DDIM: 0 none, 1 as DDPM.",
-            visible=self.own_sampler == "ddim",
-        )
+        info, is_used = "Randomness of DDIM: 0 none, 1 as DDPM.", self.own_sampler == "ddim"
+        eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info=info, visible=is_used)
         sampler.change(lambda name: gr.Slider(visible=name == "ddim"), sampler, eta)
         return sampler, steps, eta
 
@@ -274,15 +246,17 @@ class Page:
         least = 2 if self.pipeline.is_continuous else 1
         return gr.Slider(least, self.max_steps, min(50, self.max_steps), step=1, label="Steps")
 
-    def pipeline_for_a_call(self, progress: gr.Progress, sampler: str = AS_SHARED) -> CustomUNetPipeline:
-        """The same network with a fresh sampler, which tells its progress to the page."""
+    @contextmanager
+    def sampling(self, sampler: str = AS_SHARED) -> Iterator[CustomUNetPipeline]:
+        """The same network with a fresh sampler. What it says of its arguments is shown on the page."""
         scheduler = self.pipeline.scheduler
         pipeline = type(self.pipeline)(self.pipeline.unet, type(scheduler).from_config(scheduler.config))
-        if sampler != AS_SHARED:
-            pipeline.set_sampler(sampler)
-
-        pipeline.progress_bar = lambda iterable=(), total=None: ProgressBar(progress, iterable, total)
-        return pipeline
+        try:
+            if sampler != AS_SHARED:
+                pipeline.set_sampler(sampler)
+            yield pipeline
+        except ValueError as error:
+            raise error_shown(str(error)) from None
 
     def with_captions(self, images: list[Image.Image], captions: list[str]) -> list[tuple[Image.Image, str]]:
         factor = self.factor(SHOWN_SIZE)
@@ -291,30 +265,6 @@ class Page:
     def factor(self, shown_size: int) -> int:
         """What images are enlarged by, to about the size."""
         return max(1, round(shown_size / max(self.size)))
-
-
-class ProgressBar:
-    """As much of tqdm as the pipeline uses, which tells the page."""
-
-    def __init__(self, progress: gr.Progress, iterable: Iterable, total: int | None):
-        self.progress, self.iterable, self.done = progress, iterable, 0
-        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
-
-    def __iter__(self) -> Iterator:
-        for item in self.iterable:
-            self.progress((self.done, self.total))
-            yield item
-            self.done += 1
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
-    def update(self) -> None:
-        self.done += 1
-        self.progress((self.done, self.total))
 
 
 def seed_input(label: str, value: int = 0) -> gr.Number:
@@ -326,15 +276,9 @@ def seed_input(label: str, value: int = 0) -> gr.Number:
 
 
 def image_gallery(label: str, columns: int = 4) -> gr.Gallery:
-    return gr.Gallery(
-        format="png",
-        label=label,
-        show_label=False,
-        columns=columns,
-        object_fit="contain",
-        height="auto",
-        buttons=["download", "download_all", "fullscreen"],
-    )
+    buttons = ["download", "download_all", "fullscreen"]
+    look = {"columns": columns, "object_fit": "contain", "height": "auto"}
+    return gr.Gallery(format="png", label=label, show_label=False, buttons=buttons, **look)
 
 
 def result_image(label: str, **kwargs) -> gr.Image:
@@ -342,18 +286,10 @@ def result_image(label: str, **kwargs) -> gr.Image:
 
 
 def consecutive_seeds(first: int | None, number: int) -> list[int]:
-    """
-    Raises:
-        gr.Error: if the field is empty.
-    """
+    """Raises gr.Error if the field is empty."""
     if first is None:
         raise error_shown("the seed is empty; type a whole number")
     return list(range(first, first + number))
-
-
-def eta_for(sampler: str, eta: float) -> float:
-    """The slider keeps its value while it is hidden."""
-    return eta if sampler == "ddim" else 0.0
 
 
 def enlarged(image: Image.Image, factor: int) -> Image.Image:
@@ -363,15 +299,6 @@ def enlarged(image: Image.Image, factor: int) -> Image.Image:
 def error_shown(message: str) -> gr.Error:
     """For the page alone: no traceback in the terminal."""
     return gr.Error(message, print_exception=False)
-
-
-@contextmanager
-def errors_shown() -> Iterator[None]:
-    """Shows on the page what the pipeline says of its arguments."""
-    try:
-        yield
-    except ValueError as error:
-        raise error_shown(str(error)) from None
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:

@@ -4,11 +4,10 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from cleanfid import fid
 
 from eval import distances
-from eval.distances import cmmd, frechet_distance, kernel_distance, prdc, squared_radii
+from eval.distances import cmmd, frechet_distance, kernel_distance, prdc
 
 
 def gaussian(count: int, dimensions: int, seed: int, mean: float = 0.0) -> np.ndarray:
@@ -54,7 +53,7 @@ def test_closed_forms(case):
     assert frechet_distance(*features) == pytest.approx(expected + shift @ shift, rel=1e-9)
 
 
-@pytest.mark.parametrize("dimensions", [2, 8, 128])
+@pytest.mark.parametrize("dimensions", [2, 128])
 def test_frechet_distance_agrees_with_clean_fid(dimensions):
     generator = np.random.default_rng(0)
     features1 = generator.normal(size=(300, dimensions)).astype(np.float32)
@@ -87,19 +86,6 @@ def test_kid_agrees_with_clean_fid(count1, count2, largest):
     assert (measured.std is None) == (count1 == count2 < largest)  # each subset is all of them
     other = kernel_distance(features1, features2, seed=6, num_subsets=20, max_subset_size=largest)
     assert other.mean != measured.mean or measured.std is None
-
-
-def test_kid_is_unbiased():
-    """Equal distributions: the mean over many seeds is 0 within 3 standard errors, and values of both signs come."""
-    values = [
-        kernel_distance(gaussian(40, 8, seed=2 * seed), gaussian(40, 8, seed=2 * seed + 1), seed=0, num_subsets=1).mean
-        for seed in range(400)
-    ]
-    standard_error = np.std(values, ddof=1) / math.sqrt(len(values))
-    assert abs(np.mean(values)) < 3 * standard_error
-    assert min(values) < 0 < max(values)
-    biased = 2 * (2**3) / 40  # about what k(x, x), twice counted, would add
-    assert standard_error < biased / 50
 
 
 def test_kid_of_two_points():
@@ -154,43 +140,18 @@ def brute_force(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, fl
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-@pytest.mark.parametrize("chunk", [7, 1024])
-def test_prdc_agrees_with_brute_force(k, chunk):
+@pytest.mark.parametrize("case", ["shifted", "half of them off the support", "one real image copied"])
+@pytest.mark.parametrize("block", [7, 1024])
+def test_prdc_agrees_with_brute_force(case, k, block, monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK", block)
     real, generated = gaussian(61, 4, 0), gaussian(43, 4, 1, mean=1.0)
+    if case == "half of them off the support":
+        generated[::2] += 100
+    elif case == "one real image copied":
+        generated = np.repeat(real[:1], 43, axis=0)
     expected = brute_force(real, generated, k)
-    assert all(0 < value < 1 for value in expected.values()), "the case must tell something"
-    assert prdc(real, generated, k=k, chunk=chunk) == pytest.approx(expected, abs=1e-12)
-
-
-def test_half_of_the_modes_missing_halves_recall_and_coverage():
-    modes = np.repeat(np.arange(10) * 100.0, 50)[:, None] * np.ones(6)
-    real = modes + gaussian(500, 6, 0) * 0.01
-    near = modes[:250] + gaussian(250, 6, 1) * 0.001  # at the centres of the first five modes
-    result = prdc(real, near, k=10)
-    assert result["precision"] == 1
-    assert result["coverage"] <= 0.5
-    wide = modes[:250] + gaussian(250, 6, 2) * 0.1  # balls that hold the whole mode
-    assert prdc(real, wide, k=10)["recall"] == 0.5
-    same = prdc(real, real[:250], k=10)
-    assert (same["precision"], same["recall"], same["coverage"]) == (1, 0.5, 0.5)
-
-
-def test_half_of_the_generated_samples_off_the_support_halve_precision_and_density():
-    real = gaussian(400, 3, 0)
-    good, bad = gaussian(200, 3, 1), gaussian(200, 3, 2, mean=100)
-    alone, mixed = prdc(real, good), prdc(real, np.concatenate([good, bad]))
-    assert mixed["precision"] == alone["precision"] / 2
-    assert mixed["density"] == alone["density"] / 2
-    assert mixed["coverage"] == alone["coverage"]
-    assert set(prdc(real, bad).values()) == {0}
-
-
-def test_collapse_onto_one_real_sample():
-    real = gaussian(300, 2, 0)
-    result = prdc(real, np.repeat(real[:1], 50, axis=0), k=5)
-    assert result["precision"] == 1
-    assert result["recall"] == 1 / 300  # balls of radius 0 hold the copied sample and nothing else
-    assert 1 / 300 <= result["coverage"] < 0.1
+    assert case != "shifted" or all(0 < value < 1 for value in expected.values()), "the case must tell something"
+    assert prdc(real, generated, k=k) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(("n", "m", "k", "d"), [(60, 40, 5, 2), (30, 90, 3, 16)])
@@ -211,11 +172,12 @@ def test_ties_count_as_inside():
     assert prdc(real, generated, k=1) == {"precision": 1 / 3, "recall": 1, "density": 1 / 3, "coverage": 1 / 4}
 
 
-def test_ties_count_as_inside_despite_rounding():
+def test_ties_count_as_inside_despite_rounding(monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK", 64)
     features = gaussian(200, 64, 0).astype(np.float32) + 1000
     # in the ball of a sample of identical sets are it and its k neighbours
     expected = {"precision": 1, "recall": 1, "density": 6 / 5, "coverage": 1}
-    assert prdc(features, features.copy(), k=5, chunk=64) == expected
+    assert prdc(features, features.copy(), k=5) == expected
     start, step = 100 * gaussian(50, 30, 0), gaussian(50, 30, 1)  # 50 lines
     line = [start + i * step for i in range(4)]
     result = prdc(np.concatenate(line[2:]), np.concatenate(line[:2]), k=1)
@@ -232,9 +194,3 @@ def test_features_far_from_the_origin_keep_their_distances(offset, dtype):
     )
     expected = brute_force(real.astype(np.float64), generated.astype(np.float64), 5)
     assert prdc(real, generated) == pytest.approx(expected, abs=1e-12)
-
-
-def test_duplicates_are_neighbours_of_each_other():
-    points = torch.tensor([[0.0], [0.0], [0.0], [7.0]])
-    assert squared_radii(points, 1, 2).tolist() == [0, 0, 0, 49]
-    assert squared_radii(points, 3, 2).tolist() == [49, 49, 49, 49]

@@ -16,48 +16,33 @@ from filelock import FileLock
 from PIL import Image
 from tiny_network import TINY
 
-from common import InputError
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.export import export_pipeline
-from pipelines.generate import (
-    DTYPES,
-    SAMPLER_SETTINGS,
-    generate_images,
-    image_path,
-    image_paths,
-    load_pipeline,
-    main,
-    missing_seeds,
-)
+from pipelines.generate import SAMPLER_SETTINGS, main
+from pipelines.image_folder import generate_images, image_path, missing_seeds
+from pipelines.loading import load_pipeline
 from training.sde import CONTINUOUS_SAMPLERS, SDEScheduler
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SDE = SDEScheduler(objective="edm", prediction_type="edm")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def export_tiny(folder: Path, seed: int, **arguments) -> Path:
+def export_tiny(folder: Path, scheduler, seed: int, **arguments) -> Path:
     torch.manual_seed(seed)
-    return export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY, **arguments), DDIMScheduler()), folder)
+    return export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY, **arguments), scheduler), folder)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return export_tiny(tmp_path_factory.mktemp("model") / "tiny", seed=0)
-
-
-@pytest.fixture(scope="module")
-def model_with_classes(tmp_path_factory) -> Path:
-    return export_tiny(tmp_path_factory.mktemp("model") / "tiny-classes", seed=1, num_class_embeds=3)
+    return export_tiny(tmp_path_factory.mktemp("model") / "tiny", DDIMScheduler(), seed=0)
 
 
 @pytest.fixture(scope="module")
 def model_of_an_sde(tmp_path_factory) -> Path:
-    torch.manual_seed(3)
-    network = CustomUNet2DModel(**TINY, num_class_embeds=4)
-    pipeline = CustomUNetPipeline(network, SDEScheduler(objective="edm", prediction_type="edm"))
-    return export_pipeline(pipeline, tmp_path_factory.mktemp("model") / "tiny-sde")
+    return export_tiny(tmp_path_factory.mktemp("model") / "tiny-sde", SDE, seed=3, num_class_embeds=4)
 
 
 @pytest.fixture
@@ -80,8 +65,8 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def assert_same_images(folder: Path, other: Path, seeds) -> None:
-    for one, two in zip(image_paths(folder, seeds), image_paths(other, seeds), strict=True):
-        assert np.abs(pixels(one) - pixels(two)).max() <= 1, one.name
+    for seed in seeds:
+        assert np.abs(pixels(image_path(folder, seed)) - pixels(image_path(other, seed))).max() <= 1, seed
 
 
 def identities(paths) -> dict:
@@ -93,7 +78,7 @@ def record(folder: Path) -> dict:
     return json.loads((folder / "generate.json").read_text())
 
 
-# ---- The library
+# ---- The images
 
 
 @pytest.mark.parametrize(
@@ -104,16 +89,14 @@ def test_an_image_depends_on_neither_batch_size_nor_order(model, tmp_path, sampl
     together, alone = tmp_path / "together", tmp_path / "alone"
     for folder, seeds, batch_size in ((together, range(5), 4), (alone, [3, 0, 4, 2, 1], 1)):
         folder.mkdir()
-        generated = generate_images(pipeline, folder, seeds, batch_size=batch_size, num_inference_steps=6)
-        assert generated.num_images == 5
+        generate_images(pipeline, folder, seeds, batch_size=batch_size, num_inference_steps=6)
     assert_same_images(together, alone, range(5))
     assert np.abs(pixels(image_path(together, 0)) - pixels(image_path(together, 1))).max() > 10
 
 
-def test_what_is_there_is_kept_and_what_is_damaged_is_not_taken_for_an_image(model, tmp_path):
-    pipeline = load_pipeline(model, "fp32", None)
-    arguments = {"batch_size": 4, "num_inference_steps": 2}
-    assert generate_images(pipeline, tmp_path, range(3), **arguments).num_images == 3
+def test_a_damaged_file_is_not_taken_for_an_image(tmp_path):
+    for seed in range(3):
+        Image.effect_noise((8, 8), 50).save(image_path(tmp_path, seed))
     whole = image_path(tmp_path, 1).read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
@@ -121,13 +104,11 @@ def test_what_is_there_is_kept_and_what_is_damaged_is_not_taken_for_an_image(mod
     for damaged in (*(whole[:length] for length in range(len(whole) - 4)), bytes(flipped)):
         image_path(tmp_path, 1).write_bytes(damaged)
         assert missing_seeds(tmp_path, range(4)) == [1, 3]
-    with pytest.raises(FileNotFoundError, match=r"lacks 2 of 4 images, the first being seed-0000001\.png"):
-        image_paths(tmp_path, range(4))
-    kept = identities([image_path(tmp_path, 0)])
-    assert generate_images(pipeline, tmp_path, range(4), **arguments).num_images == 2
-    assert identities([image_path(tmp_path, 0)]) == kept
-    assert image_path(tmp_path, 1).read_bytes() == whole
-    assert [path.name for path in image_paths(tmp_path, [3, 0])] == ["seed-0000003.png", "seed-0000000.png"]
+    image_path(tmp_path, 1).write_bytes(whole)
+    assert missing_seeds(tmp_path, range(4)) == [3]
+
+
+# ---- The command, in this process
 
 
 def test_every_setting_of_a_sampler_is_a_flag():
@@ -135,117 +116,67 @@ def test_every_setting_of_a_sampler_is_a_flag():
     assert not {*SAMPLERS} & {*CONTINUOUS_SAMPLERS}
 
 
-def test_a_setting_needs_a_sampler_that_has_it(model, model_of_an_sde):
-    assert load_pipeline(model_of_an_sde, "fp32", None, churn=2.0).continuous_sampler.settings["churn"] == 2.0
-    assert load_pipeline(model_of_an_sde, "fp32", None).continuous_sampler.name == "edm_heun"
-    with pytest.raises(InputError, match="--churn is for a sampler in continuous time; name one with --scheduler"):
-        load_pipeline(model, "fp32", None, churn=2.0)
+def images_of_the_record(folder: Path, model: Path, seeds) -> tuple[list[np.ndarray], float]:
+    """Drawn one by one, from nothing but the record and the model; and the network evaluations per image."""
+    settings = json.loads(json.dumps(record(folder)["settings"], allow_nan=False))
+    pipeline = load_pipeline(model, settings["dtype"], None)
+    sampler, scheduler, labels = settings.get("continuous_sampler"), settings["scheduler"], settings["class_label"]
+    if sampler is None:
+        pipeline.scheduler = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
+    else:
+        pipeline.set_sampler(**{name: value for name, value in sampler.items() if value is not None})
+    results = [
+        pipeline(
+            seeds=[seed],
+            num_inference_steps=settings["num_inference_steps"] or 50,
+            eta=settings["eta"],
+            class_labels=labels[seed % len(labels)] if isinstance(labels, list) else labels,
+            guidance_scale=settings.get("guidance_scale", 1.0),
+        )
+        for seed in seeds
+    ]
+    evaluations = sum(result.network_evaluations for result in results) / len(results)
+    return [np.asarray(result.images[0]).astype(int) for result in results], evaluations
 
 
-# ---- The command, in this process
-
-
-def test_the_record_suffices_to_make_the_images_again(generate, model, tmp_path):
-    arguments = ("--scheduler", "ddim", "--eta", "0.5", "--seed", 7, "--dtype", "bf16", "--batch_size", 3)
-    code, out, error = generate(*arguments)
-    assert code == 0, error
-    assert "4 images generated" in out
-    made = record(tmp_path / "out")
-    settings, (start,) = made["settings"], made["starts"]
-    pipeline = CustomUNetPipeline.from_pretrained(model, torch_dtype=DTYPES[settings["dtype"]])
-    pipeline.scheduler = getattr(diffusers, settings["scheduler"]["_class_name"]).from_config(settings["scheduler"])
-    (image,) = pipeline(
-        seeds=[start["first_seed"] + 3],
-        num_inference_steps=settings["num_inference_steps"],
-        eta=settings["eta"],
-        class_labels=settings["class_label"],
-    ).images
-    assert np.abs(np.asarray(image).astype(int) - pixels(tmp_path / "out" / "seed-0000010.png")).max() <= 1
-    assert made["pipeline"] == "tiny"
-    assert settings["image_size"] == [8, 8]
-    assert len(settings["weights_sha256"]["diffusion_pytorch_model.safetensors"]) == 64
-    assert start["versions"]["torch"] == torch.__version__
-    assert (start["num_images"], start["generated"]) == (4, 4)
-    assert start["images_per_second"] > 0
-    assert start["command"].startswith("python -m pipelines.generate --pipeline tiny --out out --num_images 4")
-    assert str(tmp_path.parent) not in json.dumps(made)
+CLASSES = ["--class_label", "2", "0", "1", "--guidance_scale", "1.5"]  # which evaluates the network twice
 
 
 @pytest.mark.parametrize(
-    ("sampler", "flags", "evaluations"),
+    ("flags", "evaluations"),
     [
-        ("edm_heun", ["--churn", "20", "--churn_min", "0.1", "--noise_factor", "1.01"], 9),
-        ("predictor_corrector", ["--snr", "0.2", "--corrector_steps", "2"], 14),
-        ("euler_maruyama", [], 6),
-        ("reverse_diffusion", [], 6),
-        ("ode", ["--tolerance", "0.05", "--batch_size", "1"], None),
+        (["--scheduler", "ddim", "--eta", "0.5", "--dtype", "bf16"], 5),
+        (["--scheduler", "edm_heun"], 9),  # a model of DDPM in continuous time
+        (["--scheduler", "edm_heun", "--churn", "20", "--churn_min", "0.1", "--noise_factor", "1.01", *CLASSES], 18),
+        (["--scheduler", "predictor_corrector", "--snr", "0.2", "--corrector_steps", "2", *CLASSES], 28),
+        (["--scheduler", "euler_maruyama", *CLASSES], 12),
+        (["--scheduler", "reverse_diffusion", *CLASSES], 12),
+        (["--scheduler", "ode", "--tolerance", "0.5", *CLASSES], None),
     ],
 )
-def test_the_record_of_a_sampler_in_continuous_time_suffices(
-    generate, model_of_an_sde, tmp_path, sampler, flags, evaluations
-):
-    """With several labels, which the seeds take in turn, and guidance, which evaluates the network twice."""
-    flags = ["--scheduler", sampler, *flags, "--class_label", 2, 0, 1, "--guidance_scale", 1.5, "--seed", 4]
-    code, _, error = generate(*flags, pipeline=model_of_an_sde, steps=5, images=3)
+def test_the_record_suffices_to_make_the_images_again(generate, model, model_of_an_sde, tmp_path, flags, evaluations):
+    out, of_an_sde, batch_size = tmp_path / "out", "--class_label" in flags, 1 if {"ode", "bf16"} & {*flags} else 3
+    source, seeds = model_of_an_sde if of_an_sde else model, range(7, 11)
+    code, printed, error = generate(*flags, "--seed", 7, "--batch_size", batch_size, pipeline=source, steps=5)
     assert code == 0, error
-    made = record(tmp_path / "out")
-    settings = json.loads(json.dumps(made["settings"], allow_nan=False))
-    pipeline = CustomUNetPipeline.from_pretrained(model_of_an_sde)
-    pipeline.set_sampler(**{key: value for key, value in settings["continuous_sampler"].items() if value is not None})
-    assert pipeline.continuous_sampler.name == sampler
-    assert settings["class_label"] == [2, 0, 1]
-    taken = []
-    for seed in (4, 5, 6):
-        result = pipeline(
-            seeds=[seed],
-            num_inference_steps=settings["num_inference_steps"] or 50,
-            class_labels=settings["class_label"][seed % 3],
-            guidance_scale=settings["guidance_scale"],
-        )
-        taken.append(result.network_evaluations)
-        image = pixels(tmp_path / "out" / f"seed-000000{seed}.png")
-        assert np.abs(np.asarray(result.images[0]).astype(int) - image).max() <= 1
-    assert made["starts"][0]["network_evaluations_per_image"] == round(sum(taken) / 3, 3)
-    assert evaluations is None or taken == [2 * evaluations] * 3
-    assert settings["num_inference_steps"] == (None if sampler == "ode" else 5)
-
-
-def test_a_ddpm_model_is_sampled_in_continuous_time(generate, tmp_path):
-    assert generate("--scheduler", "edm_heun", steps=5)[0] == 0
-    assert record(tmp_path / "out")["settings"]["scheduler"]["_class_name"] == "DDIMScheduler"
-    assert record(tmp_path / "out")["starts"][0]["network_evaluations_per_image"] == 9
-    assert generate(out=tmp_path / "ddim", steps=5)[0] == 0
-    assert record(tmp_path / "ddim")["starts"][0]["network_evaluations_per_image"] == 5
-    difference = pixels(image_path(tmp_path / "out", 0)) - pixels(image_path(tmp_path / "ddim", 0))
-    assert np.abs(difference).max() > 1, "another solver"
-
-
-def test_other_settings_of_a_sampler_and_other_labels_are_refused(generate, model_of_an_sde, tmp_path):
-    flags = {"--scheduler": ["edm_heun"], "--churn": [3.0], "--class_label": [0, 1], "--guidance_scale": [2.0]}
-
-    def again(**arguments) -> tuple[int, str]:
-        changed = flags | {f"--{name}": values for name, values in arguments.items()}
-        words = [word for name, values in changed.items() for word in (name, *values)]
-        code, _, error = generate(*words, pipeline=model_of_an_sde)
-        return code, error
-
-    assert again()[0] == 0
-    before = identities((tmp_path / "out").glob("seed-*.png"))
-    for difference, arguments in {
-        "continuous_sampler churn is 3.0 there and 4.0 now": {"churn": [4.0]},
-        "continuous_sampler churn_max is None there and 9.0 now": {"churn_max": [9.0]},
-        "class_label is [0, 1] there and [1, 0] now": {"class_label": [1, 0]},
-        "class_label is [0, 1] there and 0 now": {"class_label": [0]},
-        "guidance_scale is 2.0 there and 1.0 now": {"guidance_scale": [1.0]},
-        "continuous_sampler name is edm_heun there and ode now": {"scheduler": ["ode"], "churn": []},
-    }.items():
-        if arguments.get("churn") == []:
-            del flags["--churn"]
-            arguments = {"scheduler": ["ode"]}
-        code, error = again(**arguments)
-        assert code == 2
-        assert difference in error
-    assert identities((tmp_path / "out").glob("seed-*.png")) == before
+    assert "4 images generated" in printed
+    again, evaluations_again = images_of_the_record(out, source, seeds)
+    for seed, image in zip(seeds, again, strict=True):
+        assert np.abs(pixels(image_path(out, seed)) - image).max() <= 1
+    made = record(out)
+    (start,) = made["starts"]
+    assert start["network_evaluations_per_image"] == round(evaluations_again, 3)
+    assert evaluations is None or start["network_evaluations_per_image"] == evaluations
+    assert made["settings"]["num_inference_steps"] == (None if "ode" in flags else 5)
+    assert made["settings"]["class_label"] == ([2, 0, 1] if of_an_sde else None)
+    assert made["settings"]["image_size"] == [8, 8]
+    assert len(made["settings"]["weights_sha256"]["diffusion_pytorch_model.safetensors"]) == 64
+    assert made["pipeline"] == source.name
+    assert start["versions"]["torch"] == torch.__version__
+    assert (start["first_seed"], start["num_images"], start["generated"]) == (7, 4, 4)
+    assert start["images_per_second"] > 0
+    assert start["command"].startswith(f"python -m pipelines.generate --pipeline {source.name} --out out --num_images")
+    assert str(tmp_path.parent) not in json.dumps(made)
 
 
 def test_a_folder_can_be_extended(generate, tmp_path):
@@ -260,28 +191,45 @@ def test_a_folder_can_be_extended(generate, tmp_path):
     np.testing.assert_array_equal(sheet[12:20, 2:10], pixels(tmp_path / "out" / "seed-0000002.png"))
 
 
-def test_other_settings_are_refused(generate, model_with_classes, tmp_path):
-    assert generate("--class_label", 2, pipeline=model_with_classes)[0] == 0
+def test_other_settings_are_refused(generate, model_of_an_sde, tmp_path):
+    flags = {"--scheduler": ["edm_heun"], "--churn": [3.0], "--class_label": [0, 1], "--guidance_scale": [2.0]}
+
+    def again(steps=3, pipeline=model_of_an_sde, **changed) -> tuple[int, str]:
+        chosen = flags | {f"--{name}": values for name, values in changed.items()}
+        words = [word for name, values in chosen.items() if values for word in (name, *values)]
+        code, _, error = generate(*words, pipeline=pipeline, steps=steps)
+        return code, error
+
+    assert again()[0] == 0
     before = identities((tmp_path / "out").iterdir())
-    other_weights = export_tiny(tmp_path / "other", seed=2, num_class_embeds=3)
-    for difference, arguments in {
-        "class_label is 2 there and 1 now": {"flags": ("--class_label", 1)},
-        "num_inference_steps is 3 there and 4 now": {"steps": 4},
-        "eta is 0.0 there and 0.5 now": {"flags": ("--class_label", 2, "--eta", 0.5)},
-        "dtype is fp32 there and bf16 now": {"flags": ("--class_label", 2, "--dtype", "bf16")},
-        "_class_name is DDIMScheduler there and DDPMScheduler now": {
-            "flags": ("--class_label", 2, "--scheduler", "ddpm")
-        },
-        "weights_sha256 diffusion_pytorch_model.safetensors is": {"pipeline": other_weights},
+    other = export_tiny(tmp_path / "other", SDE, seed=2, num_class_embeds=4)
+    for difference, changed in {
+        "continuous_sampler churn: 3.0 -> 4.0": {"churn": [4.0]},
+        "continuous_sampler churn_max: None -> 9.0": {"churn_max": [9.0]},
+        "class_label: [0, 1] -> [1, 0]": {"class_label": [1, 0]},
+        "class_label: [0, 1] -> 0": {"class_label": [0]},
+        "guidance_scale: 2.0 -> 1.0": {"guidance_scale": [1.0]},
+        "continuous_sampler name: 'edm_heun' -> 'ode'": {"scheduler": ["ode"], "churn": []},
+        "num_inference_steps: 3 -> 4": {"steps": 4},
+        "dtype: 'fp32' -> 'bf16'": {"dtype": ["bf16"]},
+        "weights_sha256 diffusion_pytorch_model.safetensors: ": {"pipeline": other},
     }.items():
-        arguments = {"pipeline": model_with_classes} | arguments
-        flags = arguments.pop("flags", ("--class_label", 2))
-        code, _, error = generate(*flags, **arguments)
+        code, error = again(**changed)
         assert code == 2
         assert difference in error
     assert identities((tmp_path / "out").iterdir()) == before
-    # the repository's own sampler by its name is no other setting
-    assert generate("--class_label", 2, "--scheduler", "ddim", pipeline=model_with_classes)[0] == 0
+
+
+def test_another_scheduler_is_refused_and_the_same_by_its_name_is_not(generate):
+    assert generate()[0] == 0
+    for flags, difference in {
+        ("--scheduler", "ddpm"): "scheduler _class_name: 'DDIMScheduler' -> 'DDPMScheduler'",
+        ("--eta", "0.5"): "(eta: 0.0 -> 0.5)",
+    }.items():
+        code, _, error = generate(*flags)
+        assert code == 2
+        assert difference in error
+    assert generate("--scheduler", "ddim")[0] == 0
 
 
 def test_folders_of_others(generate, tmp_path):
@@ -318,46 +266,34 @@ def test_folders_of_others(generate, tmp_path):
         (["--class_label", "0", "4"], "class_labels are [0, 4]; they must be 0 to 3"),
         (["--class_label", "0.5"], "argument --class_label: invalid int value"),
         (["--guidance_scale", "inf"], "guidance_scale is inf; it must be finite"),
+        (["DDPM", "--scheduler", "magic"], "'magic' (choose from"),
+        (["DDPM", "--scheduler", "ddim", "--snr", "0.1"], "ddim has no setting 'snr'; it has none"),
+        (["DDPM", "--churn", "2"], "--churn is for a sampler in continuous time; name one with --scheduler"),
+        (["DDPM", "--guidance_scale", "2"], "guidance_scale is 2.0, but there are no class_labels"),
+        (["DDPM", "--num_images", "0"], "--num_images is 0; it must be at least 1"),
+        (["DDPM", "--seed", "4294967293"], "the last seed is 4294967296; it must be below 2**32"),
+        (["DDPM", "--steps", "0"], "num_inference_steps is 0; it must be 1 to 1000"),
+        (["DDPM", "--steps", "1", "--scheduler", "edm_heun"], "num_inference_steps is 1; it must be 2 to"),
+        (["DDPM", "--eta", "0.5", "--scheduler", "unipc"], "eta is 0.5, but UniPCMultistepScheduler does not take it"),
+        (["DDPM", "--class_label", "1"], "the network has no class embeddings"),
+        (["DDPM", "--pipeline", "runs/no/pipeline"], "runs/no/pipeline is neither a folder nor the id of a Hub repo"),
+        (["DDPM", "--pipeline", "nobody/nothing"], "nobody/nothing is not a local folder and could not be downloaded"),
+        (["DDPM", "--pipeline", str(REPOSITORY / "tests")], "tests is not a model repository"),
+        (["DDPM", "--revision", "main"], "--revision main is for the Hub"),
+        (["DDPM", "--out", str(REPOSITORY / "README.md")], "README.md is not a folder"),
+        (["DDPM", "--step", "3"], "unrecognized arguments: --step 3"),
     ],
 )
-def test_bad_input_for_a_model_of_an_sde_is_one_line_and_exit_code_2(
-    generate, model_of_an_sde, tmp_path, arguments, message
+def test_bad_input_is_one_line_and_exit_code_2(
+    generate, model, model_of_an_sde, tmp_path, monkeypatch, arguments, message
 ):
-    label = [] if "--class_label" in arguments else ["--class_label", 0]
-    code, out, error = generate(*label, *arguments, pipeline=model_of_an_sde)
-    assert code == 2
-    assert error.startswith("error: ")
-    assert message in error
-    assert not out
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--scheduler", "magic"], "'magic' (choose from"),
-        (["--scheduler", "ddim", "--snr", "0.1"], "ddim has no setting 'snr'; it has none"),
-        (["--guidance_scale", "2"], "guidance_scale is 2.0, but there are no class_labels"),
-        (["--num_images", "0"], "--num_images is 0; it must be at least 1"),
-        (["--seed", "4294967293"], "the last seed is 4294967296; it must be below 2**32"),
-        (["--steps", "0"], "num_inference_steps is 0; it must be 1 to 1000"),
-        (["--steps", "1", "--scheduler", "edm_heun"], "num_inference_steps is 1; it must be 2 to"),
-        (["--eta", "0.5", "--scheduler", "unipc"], "eta is 0.5, but UniPCMultistepScheduler does not take it"),
-        (["--class_label", "1"], "the network has no class embeddings"),
-        (["--pipeline", "runs/no/pipeline"], "runs/no/pipeline is neither a folder nor the id of a Hub repository"),
-        (
-            ["--pipeline", "nobody/nothing"],
-            "--pipeline nobody/nothing is not a local folder and could not be downloaded",
-        ),
-        (["--pipeline", str(REPOSITORY / "tests")], "tests is not a model repository"),
-        (["--revision", "main"], "--revision main is for the Hub"),
-        (["--out", str(REPOSITORY / "README.md")], "README.md is not a folder"),
-        (["--step", "3"], "unrecognized arguments: --step 3"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(generate, tmp_path, monkeypatch, arguments, message):
+    """For a model of an SDE with classes, or one of DDPM without."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    code, out, error = generate(*arguments)
+    if arguments[0] == "DDPM":
+        code, out, error = generate(*arguments[1:], pipeline=model)
+    else:
+        label = [] if "--class_label" in arguments else ["--class_label", 0]
+        code, out, error = generate(*label, *arguments, pipeline=model_of_an_sde)
     assert code == 2
     assert error.startswith("error: ")
     assert message in error
@@ -379,15 +315,6 @@ def test_failures_exit_with_1(generate, model, tmp_path):
         code, _, error = generate()
     assert code == 1
     assert "is in use by another start" in error
-
-
-def test_damaged_weights_are_bad_input(generate, tmp_path):
-    damaged = export_tiny(tmp_path / "damaged", seed=0)
-    weights = damaged / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    code, _, error = generate(pipeline=damaged)
-    assert code == 2
-    assert "damaged could not be loaded" in error
 
 
 def test_a_repository_of_the_hub_is_recorded_with_its_commit(generate, model, tmp_path, monkeypatch):
@@ -442,7 +369,7 @@ def test_ctrl_c_keeps_what_is_there(generate, tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert code == 130
-    assert error == "stopped; the images so far are kept, and the same command goes on"
+    assert error == "stopped; the images so far are kept; run the same command to continue"
     assert missing_seeds(tmp_path / "out", range(5)) == [2, 3, 4]
 
 
@@ -455,7 +382,7 @@ def test_killed_and_finished_by_two_processes(generate, model, tmp_path):
     assert killed.returncode == -signal.SIGKILL
     killed_at = 3
     assert missing_seeds(out, seeds) == [*seeds[killed_at:]]
-    kept = identities(image_paths(out, seeds[:killed_at]))
+    kept = identities(image_path(out, seed) for seed in seeds[:killed_at])
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(

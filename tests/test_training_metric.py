@@ -47,7 +47,7 @@ def stand_in_and(cache: Path, *faults) -> None:
     """Puts the stand-in in the place of Inception in a process of its own, and does the faults."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
     training_metric.find_weights = lambda path: None
-    training_metric.Inception = StandIn
+    training_metric.open_inception = StandIn
     for fault in faults:
         fault()
 
@@ -82,7 +82,7 @@ def stop() -> None:
 def stand_in(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(training_metric, "find_weights", lambda path: None)
-    monkeypatch.setattr(training_metric, "Inception", StandIn)
+    monkeypatch.setattr(training_metric, "open_inception", StandIn)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,264 @@
+"""A folder of generated images: one PNG per seed, a contact sheet, and a record from which they can be made again."""
+
+import argparse
+import io
+import itertools
+import json
+import math
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
+from tqdm.auto import tqdm
+
+from common import (
+    Failed,
+    InputError,
+    is_out_of_memory,
+    make_folder,
+    on_main_process,
+    replace_file,
+    sha256_of,
+    without_folder,
+)
+from pipelines import CustomUNetPipeline
+from pipelines.loading import weight_files
+from training.checkpoint import difference
+
+RECORD = "generate.json"
+CONTACT_SHEET = "contact_sheet.png"
+CONTACT_SHEET_IMAGES = 256
+
+
+def image_path(folder: Path, seed: int) -> Path:
+    return folder / f"seed-{seed:07d}.png"
+
+
+def missing_seeds(folder: Path, seeds: Iterable[int]) -> list[int]:
+    """Those without an intact image in the folder."""
+    return [seed for seed in seeds if not _is_intact(image_path(folder, seed))]
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether it is a PNG with all of its chunks and the right checksums."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
+def generate_images(
+    pipeline: CustomUNetPipeline,
+    folder: Path,
+    seeds: Sequence[int],
+    *,
+    batch_size: int,
+    class_label: Sequence[int] | None = None,
+    show_progress: bool = False,
+    **arguments,
+) -> int:
+    """Writes the image of each seed, which appears under its name only when it is complete.
+
+    Args:
+        class_label: for a network with class embeddings; of K labels seed s has the label s mod K of them.
+        arguments: further ones of the pipeline's call.
+
+    Returns:
+        the network evaluations that all images took together.
+
+    Raises:
+        Failed: for arguments that the pipeline refuses, or images that are not finite.
+        OSError: if an image cannot be written.
+    """
+    evaluations = 0
+    for first in tqdm(range(0, len(seeds), batch_size), "generating", unit="batch", disable=not show_progress):
+        batch = seeds[first : first + batch_size]
+        labels = class_label and [class_label[seed % len(class_label)] for seed in batch]
+        try:
+            result = pipeline(seeds=batch, class_labels=labels, **arguments)
+        except ValueError as error:
+            raise Failed(str(error)) from error
+        except (ArithmeticError, RuntimeError) as error:  # a configuration from a stranger may hold any numbers
+            if is_out_of_memory(error):
+                raise
+            raise Failed(f"the model cannot be run: {error}") from error
+        for seed, image in zip(batch, result.images, strict=True):
+            _write_png(image_path(folder, seed), image)
+        evaluations += result.network_evaluations * len(batch)
+    return evaluations
+
+
+def draw_contact_sheet(folder: Path) -> None:
+    """Of the first images in the folder, in order of their seeds."""
+    paths = sorted(folder.glob("seed-*.png"), key=lambda path: (len(path.name), path.name))
+    paths = itertools.islice(filter(_is_intact, paths), CONTACT_SHEET_IMAGES)
+    images = [pil_to_tensor(Image.open(path)) for path in paths]
+    grid = make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2, pad_value=255)
+    _write_png(folder / CONTACT_SHEET, to_pil_image(grid))
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    replace_file(path, content.getvalue())
+
+
+def fill_folder(
+    pipeline: CustomUNetPipeline,
+    source: Path,
+    commit: str | None,
+    options: argparse.Namespace,
+    state: PartialState,
+    command: str,
+) -> None:
+    """Generates the images that the folder `options.out` lacks, on all processes, and writes its record.
+
+    Args:
+        pipeline: with its sampler set.
+        source, commit: by `find_pipeline`.
+        options: the flags of `pipelines.generate`, checked.
+        command: that is recorded.
+
+    Raises:
+        InputError: if the folder holds images of other settings, or of unknown ones.
+        Failed: as `generate_images`.
+        OSError: likewise, or if another process is filling the folder.
+    """
+    lock = FileLock(options.out / ".lock")
+    start = describe_start(options, command, state)
+
+    def begin() -> tuple[dict, list[int]]:
+        make_folder(options.out)
+        try:
+            lock.acquire(timeout=0)  # until this process ends, however it ends
+        except Timeout as error:
+            raise OSError(f"{options.out} is in use by another start; wait for it or take another --out") from error
+        record = open_record(options.out, describe(pipeline, source, options, commit))
+        missing = missing_seeds(options.out, range(options.seed, options.seed + options.num_images))
+        if missing:
+            record["starts"].append(start)
+        write_record(options.out, record)
+        return record, missing
+
+    record, missing = on_main_process(state, begin)
+    started_at_seconds = time.perf_counter()
+    evaluations = generate_images(
+        pipeline,
+        options.out,
+        missing[state.process_index :: state.num_processes],
+        batch_size=options.batch_size,
+        class_label=options.class_label,
+        show_progress=state.is_main_process,
+        num_inference_steps=options.steps,
+        eta=options.eta,
+        guidance_scale=options.guidance_scale,
+    )
+    evaluations = sum(gather_object([evaluations]))  # waits for every process
+    seconds = time.perf_counter() - started_at_seconds
+    if state.is_main_process:
+        draw_contact_sheet(options.out)
+        if missing:
+            speed = len(missing) / seconds
+            start |= {"generated": len(missing), "seconds": round(seconds, 3), "images_per_second": round(speed, 3)}
+            start["network_evaluations_per_image"] = round(evaluations / len(missing), 3)
+            record["starts"][-1] = start
+            write_record(options.out, record)
+        there = options.num_images - len(missing)
+        print(f"{options.out}: {len(missing)} images generated in {seconds:.1f} s, {there} were there")
+    lock.release()
+
+
+# ---- The record
+
+
+def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Namespace, commit: str | None) -> dict:
+    """What makes the images what they are; images of the same `settings` belong in one folder."""
+    scheduler = json.loads(pipeline.scheduler.to_json_string())
+    del scheduler["_diffusers_version"]
+    size, sampler, labels = pipeline.unet.config.sample_size, pipeline.continuous_sampler, options.class_label
+    settings = {
+        "weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)},
+        "scheduler": scheduler,
+        "num_inference_steps": None if sampler is not None and sampler.name == "ode" else options.steps,
+        "eta": options.eta,
+        "dtype": options.dtype,
+        "class_label": labels[0] if labels is not None and len(labels) == 1 else labels,
+        "image_size": [size, size] if isinstance(size, int) else list(size),
+    }
+    if sampler is not None:
+        finite = {name: value if math.isfinite(value) else None for name, value in sampler.settings.items()}
+        settings["continuous_sampler"] = {"name": sampler.name} | finite
+    if labels is not None:
+        settings["guidance_scale"] = options.guidance_scale
+    return {
+        "pipeline": without_folder(options.pipeline),
+        "revision": commit,
+        "sampler": options.scheduler,
+        "settings": settings,
+    }
+
+
+def describe_start(options: argparse.Namespace, command: str, state: PartialState) -> dict:
+    """What was asked for, and what draws it."""
+    return {
+        "command": command,
+        "first_seed": options.seed,
+        "num_images": options.num_images,
+        "batch_size": options.batch_size,
+        "num_processes": state.num_processes,
+        "device": torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+    }
+
+
+def open_record(folder: Path, description: dict) -> dict:
+    """The record in the folder, or a new one.
+
+    Raises:
+        InputError: if the folder holds images of other settings than the description, or of unknown ones.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        images = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".png")
+        if images:
+            raise InputError(
+                f"{folder} holds {len(images)} PNG files, {images[0]} for one, but no {RECORD} that"
+                " tells how they were made; take another --out"
+            )
+        return description | {"starts": []}
+    try:
+        record = json.loads(path.read_text())
+        there, here = _flat(record["settings"]), _flat(description["settings"])
+        record["starts"] = list(record["starts"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged; take another --out, or delete {folder} to start anew") from error
+    different = difference(there, here)
+    if different:
+        raise InputError(f"{folder} holds images of other settings ({different}); take another --out")
+    return record
+
+
+def _flat(settings: dict) -> dict:
+    flat = {}
+    for name, value in settings.items():
+        flat |= {f"{name} {key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def write_record(folder: Path, record: dict) -> None:
+    replace_file(folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
