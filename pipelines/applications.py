@@ -5,19 +5,21 @@ continuous time (Song et al. 2021, arXiv 2011.13456), for all models: `encode`, 
 models: `denoising_strip` and `interpolate`.
 
 Images to start from are PIL images, arrays in [0, 1] of shape (B, H, W, C) or tensors in [0, 1] of shape (B, C, H, W);
-one for all seeds or one for each. `drawing` stands for `seeds` or `generator`, and `class_labels`, as in a call of the
-pipeline, and `output_type` is that of a call, too. All raise ValueError for arguments that a call of the pipeline
-refuses, and for images that are not of the network's shape or not in [0, 1].
+one for all seeds or one for each. `call` stands for `seeds` or `generator`, `class_labels` and `output_type` as in a
+call of the pipeline. All raise ValueError for arguments that a call of the pipeline refuses, and for images that are
+not of the network's shape or not in [0, 1].
 """
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from diffusers import DDIMScheduler
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput as Images
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
@@ -124,7 +126,7 @@ def interpolate(
     start: int | Tensor,
     end: int | Tensor,
     num_images: int = 8,
-    num_inference_steps: int = 50,
+    num_inference_steps=50,
     **call,
 ):
     """Images on the way between two latents, by spherical interpolation and DDIM (arXiv 2010.02502, section 5.3).
@@ -134,7 +136,6 @@ def interpolate(
     Args:
         start, end: a seed, or a latent of shape (1, C, H, W), for example by `invert`.
         num_images: including both ends, at least 2.
-        call: `output_type` and `class_labels` of a call of the pipeline.
     """
     if num_images < 2:
         raise ValueError(f"num_images is {num_images}; it must be at least 2")
@@ -172,11 +173,7 @@ def slerp(start: Tensor, end: Tensor, fractions: Tensor) -> Tensor:
 
 @torch.no_grad()
 def invert(
-    pipe: CustomUNetPipeline,
-    image: PipelineImageInput,
-    num_inference_steps: int = 50,
-    num_fixed_point_iterations: int = 3,
-    class_labels=None,
+    pipe: CustomUNetPipeline, image: Images, num_inference_steps=50, num_fixed_point_iterations=3, class_labels=None
 ) -> Tensor:
     """The latents from which DDIM (eta 0, as many steps) draws these images again, up to an error.
 
@@ -213,13 +210,7 @@ def invert(
 
 @torch.no_grad()
 def variations(
-    pipe: CustomUNetPipeline,
-    image: PipelineImageInput,
-    timestep: int,
-    num_inference_steps: int = 50,
-    eta: float = 1.0,
-    output_type: str = "pil",
-    **drawing,
+    pipe: CustomUNetPipeline, image: Images, timestep: int, num_inference_steps: int = 50, eta: float = 1.0, **call
 ):
     """Noises images to a level and denoises them again, as in figure 8 of DDPM: the more noise, the freer.
 
@@ -227,30 +218,29 @@ def variations(
         timestep: t of the noise level, the nearest one among the `num_inference_steps` of a whole sampling.
         eta: of the denoising (eq. 16 of DDIM); with 0 only the added noise is random.
     """
-    scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps, eta, output_type)
+    scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps, eta)
     if not 0 <= timestep < scheduler.config.num_train_timesteps:
         raise ValueError(f"timestep is {timestep}; it must be 0 to {scheduler.config.num_train_timesteps - 1}")
-    clean_images, draw_noise, guidance = _batch_of(pipe, image, **drawing)
+    batch = _batch_of(pipe, image, **call)
     start = min(range(1, len(levels)), key=lambda k: abs(timesteps[k - 1] - timestep))
     signal, sigma = scales(levels[start])
-    latents = signal * clean_images + sigma * draw_noise()
+    latents = signal * batch.clean_images + sigma * batch.draw_noise()
     with pipe.evaluation_mode():
         for k in pipe.progress_bar(range(start, 0, -1)):
-            predicted = _predict(pipe, latents, timesteps[k - 1], levels[k], guidance)
-            latents = ddim_step(scheduler, *predicted, levels[k], levels[k - 1], eta, draw_noise)
-    return pipe.to_output(latents, output_type)
+            predicted = _predict(pipe, latents, timesteps[k - 1], levels[k], batch.guidance)
+            latents = ddim_step(scheduler, *predicted, levels[k], levels[k - 1], eta, batch.draw_noise)
+    return pipe.to_output(latents, batch.output_type)
 
 
 @torch.no_grad()
 def inpaint(
     pipe: CustomUNetPipeline,
-    image: PipelineImageInput,
-    mask: PipelineImageInput,
-    num_inference_steps: int = 50,
-    jump_length: int = 1,
-    num_resamples: int = 5,
-    output_type: str = "pil",
-    **drawing,
+    image: Images,
+    mask: Images,
+    num_inference_steps=50,
+    jump_length=1,
+    num_resamples=5,
+    **call,
 ):
     """Paints the masked part of images anew: RePaint (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
 
@@ -263,23 +253,23 @@ def inpaint(
     """
     if jump_length < 1 or num_resamples < 1:
         raise ValueError(f"jump_length is {jump_length} and num_resamples {num_resamples}; they must be at least 1")
-    scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps, 1.0, output_type)
+    scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps)
     painted = _mask(pipe, mask)
-    clean_images, draw_noise, guidance = _batch_of(pipe, image, painted, **drawing)
+    batch = _batch_of(pipe, image, painted, **call)
     walk = repaint_walk(num_inference_steps, jump_length, num_resamples)
-    latents = draw_noise()
+    latents = batch.draw_noise()
     with pipe.evaluation_mode():
         for k, next_k in pipe.progress_bar(list(itertools.pairwise(walk))):
-            noise = draw_noise()
+            noise = batch.draw_noise()
             if next_k > k:  # forward: q(x_t | x_s), DDPM eq. 2 over several steps
                 signal, sigma = scales(levels[next_k] / levels[k])
                 latents = signal * latents + sigma * noise
             else:
-                predicted = _predict(pipe, latents, timesteps[k - 1], levels[k], guidance)
-                unknown = ddim_step(scheduler, *predicted, levels[k], levels[next_k], 1.0, draw_noise)
+                predicted = _predict(pipe, latents, timesteps[k - 1], levels[k], batch.guidance)
+                unknown = ddim_step(scheduler, *predicted, levels[k], levels[next_k], 1.0, batch.draw_noise)
                 signal, sigma = scales(levels[next_k])
-                latents = torch.where(painted, unknown, signal * clean_images + sigma * noise)
-    return pipe.to_output(latents, output_type)
+                latents = torch.where(painted, unknown, signal * batch.clean_images + sigma * noise)
+    return pipe.to_output(latents, batch.output_type)
 
 
 def repaint_walk(num_steps: int, jump_length: int, num_resamples: int) -> list[int]:
@@ -305,14 +295,12 @@ def _ddim(pipe: CustomUNetPipeline) -> DDIMScheduler:
     return scheduler_like(pipe.scheduler.config if own else pipe._trained_config, DDIMScheduler)
 
 
-def _ddim_levels(
-    pipe: CustomUNetPipeline, num_inference_steps: int, eta: float = 0.0, output_type: str = "pil"
-) -> tuple[DDIMScheduler, list[int], list[float]]:
+def _ddim_levels(pipe: CustomUNetPipeline, num_inference_steps: int, eta: float = 0.0) -> tuple:
     """DDIM, its timesteps, ascending, and abar of each of them after that of the clean image."""
     if pipe.is_continuous:
         raise ValueError("DDIM has timesteps, but the network was trained in continuous time; take encode or impute")
     ddim = _ddim(pipe)
-    type(pipe)(pipe.unet, ddim).check_inputs(num_inference_steps, eta, output_type)
+    type(pipe)(pipe.unet, ddim).check_inputs(num_inference_steps, eta)
     ddim.set_timesteps(num_inference_steps)
     timesteps = ddim.timesteps.tolist()
     return ddim, timesteps[::-1], noise_levels(ddim, timesteps)[::-1]
@@ -328,7 +316,7 @@ def _predict(pipe: CustomUNetPipeline, latents: Tensor, timestep: int, level: fl
 
 
 @torch.no_grad()
-def encode(pipe: CustomUNetPipeline, image: PipelineImageInput, tolerance: float = 1e-3, class_labels=None) -> Tensor:
+def encode(pipe: CustomUNetPipeline, image: Images, tolerance: float = 1e-3, class_labels=None) -> Tensor:
     """The latents of images by the probability-flow ODE (arXiv 2011.13456, section 4.3); `decode` is its inverse.
 
     Args:
@@ -365,13 +353,7 @@ def _solve(pipe: CustomUNetPipeline, x: Tensor, start: float, end: float, tolera
         return solve_ode(denoise.pf_ode, x, start, end, tolerance)[0].float()
 
 
-def impute(
-    pipe: CustomUNetPipeline,
-    image: PipelineImageInput,
-    mask: PipelineImageInput,
-    num_inference_steps: int = 100,
-    **how,
-):
+def impute(pipe: CustomUNetPipeline, image: Images, mask: Images, num_inference_steps: int = 100, **how):
     """Paints the masked part of images anew by predictor-corrector sampling (arXiv 2011.13456, appendix I.2).
 
     After each step the known part is put back, with the noise of its time. Unlike `inpaint` it takes networks trained
@@ -384,7 +366,7 @@ def impute(
     return draw_given(pipe, image, ~_mask(pipe, mask), None, num_inference_steps, **how)
 
 
-def colorize(pipe: CustomUNetPipeline, image: PipelineImageInput, num_inference_steps: int = 100, **how):
+def colorize(pipe: CustomUNetPipeline, image: Images, num_inference_steps: int = 100, **how):
     """Gives grey images colours (arXiv 2011.13456, appendix I.2): `impute` along the grey axis of the colours.
 
     Args:
@@ -400,14 +382,13 @@ def colorize(pipe: CustomUNetPipeline, image: PipelineImageInput, num_inference_
 @torch.no_grad()
 def draw_given(
     pipe: CustomUNetPipeline,
-    image: PipelineImageInput,
+    image: Images,
     known: Tensor,
     basis: Tensor | None,
     num_inference_steps: int,
     snr: float = 0.16,
     corrector_steps: int = 1,
-    output_type: str = "pil",
-    **drawing,
+    **call,
 ):
     """Draws images of which a part is given, by predictor-corrector sampling.
 
@@ -416,28 +397,26 @@ def draw_given(
         basis: orthonormal, of the channels, shape (C, C) with one vector per row; None for the channels themselves.
         snr, corrector_steps: of `predictor_corrector`.
     """
-    check_output_type(output_type)
     process, settings = _process_of(pipe), {"snr": snr, "corrector_steps": corrector_steps}
     total = process.num_evaluations(process.sampler("predictor_corrector", **settings), num_inference_steps)
-    clean_images, draw_noise, guidance = _batch_of(pipe, image, known, **drawing)
-    sde = process.sde
+    batch, sde = _batch_of(pipe, image, known, **call), process.sde
 
     def change_basis(x: Tensor, matrix: Tensor | None) -> Tensor:
         return x if matrix is None else torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
 
-    given = change_basis(clean_images, basis)
+    given = change_basis(batch.clean_images, basis)
 
     def put_back(x: Tensor, signal: Tensor | float, noise_scale: Tensor | float) -> Tensor:
-        x = torch.where(known, signal * given + noise_scale * draw_noise(), change_basis(x, basis))
+        x = torch.where(known, signal * given + noise_scale * batch.draw_noise(), change_basis(x, basis))
         return change_basis(x, None if basis is None else basis.T)
 
     def impose(x: Tensor, t: Tensor) -> Tensor:
         return put_back(x, sde.signal_scale(t), sde.noise_scale(t))
 
-    x, times = sde.prior_std * draw_noise(), sampling_times(sde, num_inference_steps)
-    with pipe.denoising(process, guidance, total) as denoise:
-        x = predictor_corrector(denoise, x, times, draw_noise, **settings, per_image=True, impose=impose)
-    return pipe.to_output(put_back(x, 1.0, 0.0), output_type)
+    x, times = sde.prior_std * batch.draw_noise(), sampling_times(sde, num_inference_steps)
+    with pipe.denoising(process, batch.guidance, total) as denoise:
+        x = predictor_corrector(denoise, x, times, batch.draw_noise, **settings, per_image=True, impose=impose)
+    return pipe.to_output(put_back(x, 1.0, 0.0), batch.output_type)
 
 
 # ---- What is given
@@ -448,7 +427,7 @@ def _process_of(pipe: CustomUNetPipeline) -> SDEScheduler:
     return process_of(pipe.scheduler)
 
 
-def _to_model_range(pipe: CustomUNetPipeline, image: PipelineImageInput) -> Tensor:
+def _to_model_range(pipe: CustomUNetPipeline, image: Images) -> Tensor:
     """Images -> float32 (B, C, H, W) in [-1, 1] on the device."""
     for array in image if isinstance(image, (list, tuple)) else [image]:
         if hasattr(array, "min") and not 0 <= array.min() <= array.max() <= 1:
@@ -459,7 +438,7 @@ def _to_model_range(pipe: CustomUNetPipeline, image: PipelineImageInput) -> Tens
     return images.to(pipe._execution_device, torch.float32)
 
 
-def _mask(pipe: CustomUNetPipeline, mask: PipelineImageInput) -> Tensor:
+def _mask(pipe: CustomUNetPipeline, mask: Images) -> Tensor:
     """bool (B or 1, 1, H, W), true where the image is painted."""
     processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
     painted = processor.preprocess(mask) > 0.5
@@ -471,16 +450,27 @@ def _mask(pipe: CustomUNetPipeline, mask: PipelineImageInput) -> Tensor:
     return painted.to(pipe._execution_device)
 
 
+class _Batch(NamedTuple):
+    """Images (B, C, H, W) to start from, a source of noise of their shape, their labels, and the form to return."""
+
+    clean_images: Tensor
+    draw_noise: Callable[[], Tensor]
+    guidance: Guidance
+    output_type: str
+
+
 def _batch_of(
     pipe: CustomUNetPipeline,
-    image: PipelineImageInput,
-    masks: Tensor | None = None,
+    image: Images,
+    masks=None,
     *,
     seeds=None,
     generator=None,
     class_labels=None,
-) -> tuple[Tensor, Callable[[], Tensor], Guidance]:
-    """The images (B, C, H, W), one for each seed or generator; a source of noise of their shape; and their labels."""
+    output_type="pil",
+) -> _Batch:
+    """The images, one for each seed or generator; masks (1 or B, ...) must be as many."""
+    check_output_type(output_type)
     clean_images = _to_model_range(pipe, image)
     given = next((x for x in (seeds, generator) if x is not None and not isinstance(x, torch.Generator)), None)
     batch_size = len(clean_images if given is None else given)
@@ -488,5 +478,5 @@ def _batch_of(
         if number not in (1, batch_size):
             raise ValueError(f"{number} {name} for {batch_size} images to draw; give one for all or one for each")
     batch_size, generator = pipe.batch_and_generator(batch_size, generator, seeds)
-    clean_images = clean_images.expand(batch_size, -1, -1, -1)
-    return clean_images, partial(pipe.draw_noise, batch_size, generator), pipe.guidance(class_labels, batch_size)
+    draw_noise, guidance = partial(pipe.draw_noise, batch_size, generator), pipe.guidance(class_labels, batch_size)
+    return _Batch(clean_images.expand(batch_size, -1, -1, -1), draw_noise, guidance, output_type)

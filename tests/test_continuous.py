@@ -234,19 +234,10 @@ def test_impute_and_colorize_keep_what_is_given():
 
 def test_classifier_free_guidance_is_a_line_through_two_predictions():
     pipe = tiny_pipeline("vp", num_class_embeds=4, dropout=0.0)
-    pipe.unet.eval()
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor(300.0)
-    labels = torch.tensor([0, 2])
-    outputs = {
-        name: Guidance(*arguments).model_output(pipe.unet, x, t)
-        for name, arguments in {
-            "conditional": (labels,),
-            "null": (torch.tensor([3, 3]),),
-            "guided": (labels, 2.5, 3),
-        }.items()
-    }
-    expected = outputs["null"] + 2.5 * (outputs["conditional"] - outputs["null"])
-    torch.testing.assert_close(outputs["guided"], expected, rtol=1e-4, atol=1e-5)
+    x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor(300.0), torch.tensor([0, 2])
+    guidances = Guidance(labels), Guidance(torch.tensor([3, 3])), Guidance(labels, 2.5, null_class=3)
+    conditional, null, guided = (guidance.model_output(pipe.unet.eval(), x, t) for guidance in guidances)
+    torch.testing.assert_close(guided, null + 2.5 * (conditional - null), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["vp", "ddpm"])
@@ -332,18 +323,14 @@ def test_what_a_model_does_not_take_is_one_line():
 @pytest.mark.parametrize("sampler", continuous_samplers("vp"))
 def test_the_predicted_image_is_clipped_where_the_scheduler_says_so(sampler):
     """An untrained network predicts anything; every x_0 that a sampler meets, and the result, lie in [-1, 1]."""
-    largest = {}
+    largest, name = {}, "pred_original_sample"
     for clip in (True, False):
         pipe, seen = tiny_pipeline("vp"), []
         pipe.scheduler = SDEScheduler(objective="vp", clip_sample=clip)
         pipe.set_sampler(sampler, **({"tolerance": 0.1} if sampler == "ode" else {}))
-        pipe(
-            seeds=[0],
-            num_inference_steps=4,
-            output_type="pt",
-            callback_on_step_end=lambda *all_, seen=seen: seen.append(all_[-1]["pred_original_sample"]),
-            callback_on_step_end_tensor_inputs=["pred_original_sample"],
-        )
+        watching = {"callback_on_step_end": lambda *all_, seen=seen: seen.append(all_[-1][name])}
+        watching["callback_on_step_end_tensor_inputs"] = [name]
+        pipe(seeds=[0], num_inference_steps=4, output_type="pt", **watching)
         largest[clip] = torch.cat(seen).abs().max().item()
     assert largest[True] == 1.0
     assert largest[False] > 2.0
