@@ -343,14 +343,12 @@ def check_settings(settings: dict[str, float]) -> None:
         if not 0 < settings[name] < math.inf:
             raise ValueError(f"{name} is {settings[name]}; it must be positive")
     if settings.get("corrector_steps", 1) not in range(1, 1001):
-        raise ValueError(f"corrector_steps is {settings['corrector_steps']}; it must be a whole number from 1 to 1000")
+        raise ValueError(f"corrector_steps is {settings['corrector_steps']}; it must be 1 to 1000")
     if not 0 <= settings.get("churn", 0) < math.inf:
-        raise ValueError(f"churn is {settings['churn']}; it must be 0 or more")
-    if not 0 <= settings.get("churn_min", 0) <= settings.get("churn_max", math.inf):
-        raise ValueError(
-            f"churn_min is {settings['churn_min']} and churn_max {settings['churn_max']}; they must be 0 or more, and"
-            " rise"
-        )
+        raise ValueError(f"churn is {settings['churn']}; it must not be negative")
+    low, high = settings.get("churn_min", 0), settings.get("churn_max", math.inf)
+    if not 0 <= low <= high:
+        raise ValueError(f"churn_min {low} and churn_max {high} must rise and not be negative")
 
 
 class SDEScheduler(SchedulerMixin, ConfigMixin):
