@@ -4,7 +4,7 @@
     FOLDER/model_index.json              names the pipeline class and its components
     FOLDER/custom_unet_pipeline.py       code of the pipeline
     FOLDER/unet/                         weights (safetensors), config.json, custom_unet_2d.py (code of the network)
-    FOLDER/scheduler/                    the sampler's configuration; of an SDE, sde.py besides (the SDE and its samplers)
+    FOLDER/scheduler/                    the sampler's configuration; for an SDE also sde.py, with its samplers
     FOLDER/training.json                 facts of the run
     FOLDER/training_config.yaml          its configuration
     FOLDER/samples.png                   a grid of samples
