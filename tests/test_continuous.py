@@ -297,7 +297,7 @@ def test_what_a_model_does_not_take_is_one_line():
         "tolerance is -1": lambda: vp.set_sampler("ode", tolerance=-1),
         "snr is nan": lambda: vp.set_sampler("predictor_corrector", snr=float("nan")),
         "corrector_steps is 0.5": lambda: vp.set_sampler("predictor_corrector", corrector_steps=0.5),
-        "churn_min 2 and churn_max 1 must rise": lambda: vp.set_sampler("edm_heun", churn_min=2, churn_max=1),
+        "churn_min is 2 and churn_max 1; they must": lambda: vp.set_sampler("edm_heun", churn_min=2, churn_max=1),
         "learned time embedding": lambda: learned.set_sampler("ode"),
         "learned time embedding, which has no rows": with_euler,
         "num_inference_steps is 1": lambda: vp(num_inference_steps=1),

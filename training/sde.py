@@ -348,7 +348,7 @@ def check_settings(settings: dict[str, float]) -> None:
         raise ValueError(f"churn is {settings['churn']}; it must not be negative")
     low, high = settings.get("churn_min", 0), settings.get("churn_max", math.inf)
     if not 0 <= low <= high:
-        raise ValueError(f"churn_min {low} and churn_max {high} must rise and not be negative")
+        raise ValueError(f"churn_min is {low} and churn_max {high}; they must not be negative, and rise")
 
 
 class SDEScheduler(SchedulerMixin, ConfigMixin):
