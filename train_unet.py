@@ -48,7 +48,7 @@ from training.training_data import TrainingData
 
 logger = logging.getLogger("training")
 
-RANGE_IMAGES = 1000  # of the data, by which the noise levels are judged
+RANGE_IMAGES = 1000  # images that the noise levels are checked against
 MEMORY_SAVERS = "set --gradient_checkpointing true or --mixed_precision bf16"
 
 
@@ -137,10 +137,6 @@ class Trainer:
     @property
     def images_seen(self) -> int:
         return self.progress.attempts * self.images_per_update
-
-    @property
-    def skipped_steps(self) -> int:
-        return self.progress.attempts - self.progress.step
 
     # ---- Training
 
@@ -273,7 +269,7 @@ class Trainer:
         """Raises Failed if there are too many."""
         step = self.progress.step + 1
         logger.info(f"step {step}: the gradient's norm is {grad_norm.item()}; update skipped")
-        record(self, skipped_steps=self.skipped_steps)
+        record(self, skipped_steps=self.progress.skipped_steps)
         if skipped_in_a_row == self.config.max_nonfinite_steps:
             raise Failed(
                 f"{skipped_in_a_row} gradients in a row were not finite at step {step}; lower --learning_rate or look"
@@ -394,7 +390,7 @@ def run(
             push = partial(push_to_hub, trainer.pipeline_dir, config.hub_repo_id, config.hub_private_repo)
             logger.info(f"pushed: {on_main_process(accelerator, push)}")
     except BaseException:
-        with suppress(Exception):  # a tracker that could not start cannot end; what ended the run is to be told
+        with suppress(Exception):  # a tracker that never started cannot end; report the first error
             accelerator.end_training()
         raise
     accelerator.end_training()

@@ -46,7 +46,7 @@ def export_pipeline(
     What people wrote into the existing one's card is in the new card, too.
 
     Args:
-        facts: of the run, for `training.json`; see `Trainer.facts`.
+        facts: of the run, for `training.json`; see `facts` in `training/reports.py`.
         training_config: of the run, as YAML.
         sample_grid: picture that becomes `samples.png`.
         max_shard_size: of a weights file, in bytes or as "15MB".

@@ -9,7 +9,7 @@ from torch import nn
 from common import InputError, on_main_process
 from pipelines import CustomUNetPipeline
 from pipelines.loading import find_pipeline, load_pipeline
-from training.checkpoint import check_tensors, difference
+from training.checkpoint import difference
 from training.log import training_in_all
 
 FREE = ("dropout", "sample_size")  # in which the network may differ from the pretrained one
@@ -49,6 +49,4 @@ def take_weights(name: str, pretrained: nn.Module, network: nn.Module, unet_kwar
     differs = difference(found, wanted)
     if differs:
         raise InputError(f"--pretrained_model_name_or_path {name} is another network ({differs}); use its settings")
-    weights = pretrained.state_dict()
-    check_tensors(Path(name), weights, network.state_dict())
-    network.load_state_dict(weights)
+    network.load_state_dict(pretrained.state_dict())

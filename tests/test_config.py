@@ -1,6 +1,7 @@
 """The configuration: precedence, round trip, and one-line errors for what cannot work."""
 
 import inspect
+import typing
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from diffusers import UNet2DModel
 from common import InputError
 from custom_unet import CustomUNet2DModel
 from training.arguments import parse_config
-from training.config import UNET_OPTIONS
+from training.config import DEFAULTS, LIMITS, TYPES, UNET_OPTIONS, TrainConfig
 from training.log import levels_without_time
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -235,27 +236,11 @@ def test_a_bad_file_is_one_line(parse, yaml_text, message):
         ("--overwrite_output_dir --resume_from_checkpoint runs/checkpoint-3", "deletes checkpoints"),
         (f"--output_dir {__file__}/run", "--output_dir"),
         ("--num_cpu_threads 1000000000", "at most 1024"),
-        # options that do not go with the objective
+        # by the objective
         ("--time_embedding_type fourier", "ddpm needs positional or learned"),
         ("--objective ve", "ve needs fourier"),
         (f"{EDM} --time_embedding_type fourier", "edm needs positional"),
         (f"{VP} --time_embedding_type learned", "vp needs positional"),
-        (f"{VE} --prediction_type v_prediction", "--prediction_type is v_prediction, which means nothing to"),
-        (f"{FLOW} --prediction_type v_prediction", "--prediction_type is v_prediction, which means nothing to"),
-        (f"{FLOW} --likelihood_weighting", "--likelihood_weighting"),
-        (f"{EDM} --time_density logit_normal", "--time_density is logit_normal, which means nothing to"),
-        (f"{VP} --snr_gamma 5", "--snr_gamma"),
-        (f"{VP} --rescale_betas_zero_snr --prediction_type v_prediction", "--rescale_betas_zero_snr"),
-        (f"{VP} --sampler ddpm", "--sampler"),
-        (f"{VP} --ddpm_num_steps 500", "--ddpm_num_steps"),
-        (f"{VE} --ddpm_beta_schedule squaredcos_cap_v2", "--ddpm_beta_schedule"),
-        (f"{EDM} --beta_end 0.03", "--beta_end"),
-        ("--likelihood_weighting", "--likelihood_weighting"),
-        (f"{VP} --sigma_min 0.01", "--sigma_min"),
-        ("--sigma_max 50", "--sigma_max"),
-        (f"{VE} --sde_beta_max 30", "--sde_beta_max"),
-        (f"{VE} --sigma_data 0.4", "--sigma_data"),
-        (f"{VP} --noise_mean -1", "--noise_mean"),
         (f"{VP} --sde_beta_max 5", "leave 0.279 of the image at time 1"),
         (f"{VP} --sde_beta_min 20 --sde_beta_max 10", "must not fall"),
         (f"{VP} --sde_beta_max 101", "at most 100"),
@@ -267,6 +252,16 @@ def test_a_bad_file_is_one_line(parse, yaml_text, message):
 )
 def test_bad_options_are_one_line(parse, flags, message):
     assert message in refusal(parse, BASE, *flags.split())
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "vp", "subvp", "ve", "edm", "flow"])
+def test_an_option_of_other_objectives_is_refused(objective):
+    own = {"objective": objective, "time_embedding_type": "fourier" if objective == "ve" else "positional"}
+    for name in [name for name, limits in LIMITS.items() if objective not in limits.get("only", objective).split()]:
+        choices = [choice for choice in typing.get_args(TYPES[name]) if isinstance(choice, str)]
+        value = choices[-1] if choices else TYPES[name] is bool or 1.5 * (DEFAULTS[name] or 1)
+        with pytest.raises(InputError, match=f"--{name} is {value}, which means nothing to --objective {objective}"):
+            TrainConfig(dataset_name="synthetic-faces", max_train_steps=10, **own, **{name: value})
 
 
 def refusal(parse, *arguments: str) -> str:

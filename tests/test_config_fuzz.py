@@ -214,7 +214,7 @@ def sources_and_folders(rng):
     for name in ("a b", "../x", "a/b/c", "x" * 200, "--x", "a//b", "http://x", "~", "a\\b", ".", "/"):
         yield by_file_or_flag(rng, "dataset_name", name, name, "Hub")
     there = "train_unet.py"
-    for path in (there, f"{there}/x", f"{there}/x/y", "/dev/null", "/dev/null/x", "x" * 300, f"runs/{'x' * 300}/y"):
+    for path in (there, f"{there}/x", f"{there}/x/y", "/dev/null", "/dev/null/x"):
         yield by_file_or_flag(rng, "output_dir", path)
     for path in (there, f"{there}/x", "/dev/null", "/dev/null/x"):
         yield by_file_or_flag(rng, "cache_dir", path, "cache")

@@ -283,11 +283,8 @@ def test_likelihood_weighting_is_g_squared_times_the_error_of_the_score(objectiv
 @pytest.mark.parametrize(("objective", "kind"), SDES)
 def test_the_target_is_what_turns_the_noisy_image_into_the_clean_one(objective, kind):
     """c_skip x + c_out F = x_0 with the coefficients of the scheduler, at the ends of the times too."""
-    scheduler, clean_images, noise = (
-        SDEScheduler(objective=objective, prediction_type=kind),
-        images(5).double(),
-        images(5).double().flip(0),
-    )
+    scheduler = SDEScheduler(objective=objective, prediction_type=kind)
+    clean_images, noise = images(5).double(), images(5).double().flip(0)
     positions = torch.tensor([0.0, 1e-3, 0.3, 0.7, 1 - 2**-25], dtype=torch.float64)
     task = score_regression(scheduler, clean_images, noise, positions)
     times = scheduler.times(positions)
@@ -298,18 +295,11 @@ def test_the_target_is_what_turns_the_noisy_image_into_the_clean_one(objective, 
 
 @pytest.mark.parametrize(("objective", "kind"), SDES)
 def test_noise_images_and_loss_are_float32_and_small_times_are_not_lost(objective, kind):
-    scheduler, clean_images, noise = (
-        SDEScheduler(objective=objective, prediction_type=kind),
-        images(4),
-        images(4).flip(0),
-    )
+    scheduler, is_weighted = SDEScheduler(objective=objective, prediction_type=kind), objective not in ("edm", "flow")
+    clean_images, noise = images(4), images(4).flip(0)
     positions = torch.tensor([0.0, 1e-6, 1e-3, 1 - 2**-25], dtype=torch.float64)
-    task = score_regression(
-        scheduler, clean_images, noise, positions, likelihood_weighting=(objective, kind) in SDES[:-2]
-    )
-    exact = score_regression(
-        scheduler, clean_images.double(), noise.double(), positions, (objective, kind) in SDES[:-2]
-    )
+    task = score_regression(scheduler, clean_images, noise, positions, is_weighted)
+    exact = score_regression(scheduler, clean_images.double(), noise.double(), positions, is_weighted)
     for name in ("inputs", "times", "target", "loss_weight", "noise_weight"):
         value = getattr(task, name)
         assert value.dtype == torch.float32

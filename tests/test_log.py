@@ -1,9 +1,10 @@
-"""What a run tells of itself: the summary before it starts, its log over kills and resumes, the machine."""
+"""What is known of a run: memory and time embedding of its network, its log over kills and resumes, the machine."""
 
 import os
 
 import pytest
 import torch
+from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from training.config import TrainConfig
@@ -28,13 +29,7 @@ def test_activations_of_two_linear_layers():
 
 
 def test_gradient_checkpointing_lowers_the_estimate():
-    network = CustomUNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    ).train()
+    network = CustomUNet2DModel(**TINY).train()
 
     def count() -> int:
         return activation_bytes(lambda: network(torch.randn(4, 3, 8, 8), 5).sample.sum(), list(network.parameters()))
@@ -45,9 +40,10 @@ def test_gradient_checkpointing_lowers_the_estimate():
 
 
 @pytest.mark.parametrize(
-    ("groups", "how", "deaf"), [(8, "default", [0]), (4, "default", []), (16, "default", [1]), (8, "scale_shift", [])]
+    ("groups", "how", "found"),
+    [(8, "default", [0]), (4, "default", []), (16, "default", [1]), (8, "scale_shift", [])],
 )
-def test_levels_that_group_norm_makes_deaf_to_the_time_are_found(groups, how, deaf):
+def test_levels_where_group_norm_cancels_the_time_embedding_are_found(groups, how, found):
     """Against the output of the residual blocks of each level at two times."""
     settings = {"norm_num_groups": groups, "resnet_time_scale_shift": how, "block_out_channels": [8, 16]}
     if groups == 16:
@@ -56,13 +52,13 @@ def test_levels_that_group_norm_makes_deaf_to_the_time_are_found(groups, how, de
     config = TrainConfig(
         dataset_name="synthetic-faces", max_train_steps=1, resolution=8, add_attention=False, **settings, **blocks
     )
-    assert levels_without_time(config) == deaf
+    assert levels_without_time(config) == found
     network = CustomUNet2DModel(**config.unet_kwargs())
     for level, block in enumerate(network.down_blocks):
         resnet = block.resnets[-1]
         hidden = torch.randn(2, resnet.conv1.in_channels, 8, 8)
         first, second = (resnet(hidden, torch.randn(2, resnet.time_emb_proj.in_features)) for _ in range(2))
-        assert torch.allclose(first, second, atol=1e-4) == (level in deaf)
+        assert torch.allclose(first, second, atol=1e-4) == (level in found)
 
 
 def test_records_after_the_resumed_step_and_half_lines_are_dropped(tmp_path):

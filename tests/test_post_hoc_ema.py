@@ -130,7 +130,8 @@ def test_the_error_of_the_profile_is_that_of_the_weights():
 def trained(tmp_path_factory, cache_dir):
     """A run of 40 updates with its output folder, and the weights after each of them by name, float64 (40, ...)."""
     changes = {"max_train_steps": 40, "checkpointing_steps": 40, "lr_scheduler": "constant_with_warmup"}
-    trainer = new_trainer(tmp_path_factory.mktemp("trained") / "run", cache_dir, learning_rate=1e-2, **changes)
+    changes |= {"output_dir": str(tmp_path_factory.mktemp("trained") / "run"), "cache_dir": str(cache_dir)}
+    trainer = new_trainer(learning_rate=1e-2, **changes)
     trajectory, make_step = [], trainer.training_step
 
     def recorded_step():

@@ -256,7 +256,7 @@ def test_a_run_starts_from_the_weights_of_a_model(taught, make_trainer):
     seconds = taught.progress.train_seconds
     assert told["pretrained"] == {"name": "run0", "images_seen": 28, "train_seconds": seconds}
     card = (run.pipeline_dir / "README.md").read_text()
-    assert "the weights of `run0`, which had seen 28 images in 0.0 minutes of training; what follows" in card
+    assert "the weights of `run0`, which had seen 28 images in 0.0 minutes of training" in card
     public = yaml.safe_load((run.pipeline_dir / "training_config.yaml").read_text())
     assert public["pretrained_model_name_or_path"] == "run0"
     third = make_trainer(pretrained_model_name_or_path=str(run.pipeline_dir), **other)

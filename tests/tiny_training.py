@@ -88,11 +88,10 @@ def train(tmp_path, cache_dir, on_cpu, capfd):
     return train
 
 
-def new_trainer(output_dir: Path, cache_dir: Path, **changes) -> train_unet.Trainer:
+def new_trainer(**changes) -> train_unet.Trainer:
     """Of the tiny settings without dropout, with changes; ready for its first step."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    own = {"output_dir": str(output_dir), "cache_dir": str(cache_dir), "dropout": 0.0}
-    config = TrainConfig(**TINY | own | changes)
+    config = TrainConfig(**TINY | {"dropout": 0.0} | changes)
     trainer = train_unet.Trainer(config, build_accelerator(config), float("inf"), StopSignal())
     start_or_resume(trainer)
     trainer.open_batches()
@@ -104,7 +103,8 @@ def make_trainer(tmp_path, cache_dir, on_cpu):
     trainers = []
 
     def make(**changes) -> train_unet.Trainer:
-        trainers.append(new_trainer(tmp_path / f"run{len(trainers)}", cache_dir, **changes))
+        own = {"output_dir": str(tmp_path / f"run{len(trainers)}"), "cache_dir": str(cache_dir)}
+        trainers.append(new_trainer(**own | changes))
         return trainers[-1]
 
     yield make

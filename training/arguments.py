@@ -201,16 +201,7 @@ def check_model(config: TrainConfig) -> None:
 
 def check_output_dir(output_dir: str) -> None:
     """Raises InputError unless the folder is there or can be made; nothing is made."""
-    path = Path(output_dir)
-    try:
-        while not os.path.lexists(path):
-            if len(os.fsencode(path.name)) > 255:
-                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-            path = path.parent
-        path.stat()  # a link may lead nowhere
-        if not path.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{path} is not a folder")
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, f"{path} cannot be written to")
-    except OSError as error:
-        raise InputError(f"--output_dir {shown(output_dir)}: {error.strerror}; take another folder") from error
+    path = Path(output_dir).absolute()
+    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {shown(output_dir)}: {there} is not a folder to write to; take another one")

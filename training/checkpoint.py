@@ -136,7 +136,7 @@ def save_checkpoint(
 
     Args:
         tensors: file stem -> tensors by name.
-        state: JSON-able; `progress` and `identity` as `read_state` wants them.
+        state: JSON-able numbers.
         total_limit: newest checkpoints to keep; None keeps all.
 
     Raises:
@@ -188,12 +188,12 @@ def _delete(folder: Path) -> None:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Compares every file with the manifest, and looks whether the state makes sense.
+    """Compares every file with the manifest.
 
     Raises:
-        Failed: naming the first file that is missing, truncated, altered or of no use.
+        Failed: naming the first file that is missing, truncated or altered.
     """
-    manifest = _read_object(folder / MANIFEST)
+    manifest = _read_manifest(folder)
     if STATE not in manifest or any(name != os.path.basename(name) for name in manifest):
         raise Failed(f"{folder / MANIFEST} is damaged: it must list {STATE} and only files of its own folder")
     for name, entry in manifest.items():
@@ -206,71 +206,33 @@ def verify_checkpoint(folder: Path) -> None:
             raise Failed(f"{path} cannot be read: {error.strerror}") from error
         if found != entry:
             raise Failed(f"{path} is damaged: its size or its checksum is not that in {MANIFEST}")
-    read_state(folder)
+
+
+def _read_manifest(folder: Path) -> dict:
+    """File name -> its size and checksum. Raises Failed if it is not a JSON object."""
+    path = folder / MANIFEST
+    try:
+        return {**json.loads(path.read_text())}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise Failed(f"{path} is missing or damaged") from error
 
 
 def read_state(folder: Path) -> dict:
-    """The numbers of a checkpoint: `progress` (`step`, `attempts` and `train_seconds`), `identity` and others.
-
-    Raises:
-        Failed: if one of the two is not what it should be, or the folder is not called after the step.
-    """
-    state, kinds = _read_object(folder / STATE), {"attempts": [int], "step": [int], "train_seconds": [int, float]}
-    progress = state.get("progress")
-    is_sound = (
-        isinstance(state.get("identity"), dict)
-        and isinstance(progress, dict)
-        and progress.keys() == kinds.keys()
-        and all(type(progress[name]) in kinds[name] and 0 <= progress[name] < 2**63 for name in kinds)
-        and progress["step"] <= progress["attempts"]
-    )
-    if not is_sound:
-        raise Failed(f"{folder / STATE} is damaged: it does not say which run it belongs to and how far that was")
-    named = _NAME.fullmatch(folder.name)
-    if named and int(named[1]) != progress["step"]:
-        raise Failed(f"{folder} holds step {progress['step']}: it was renamed; give it back its name")
-    return state
+    """The numbers of a verified checkpoint."""
+    return json.loads((folder / STATE).read_text())
 
 
 def load_tensors(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]:
     """The tensors of the named files of a verified checkpoint, on the CPU.
 
     Raises:
-        Failed: naming the file that is not in the checkpoint or cannot be read.
+        Failed: naming a file that the checkpoint has not, before any is read.
     """
-    listed = _read_object(folder / MANIFEST)
+    manifest = _read_manifest(folder)
     for name in names:
-        if f"{name}.safetensors" not in listed:
+        if f"{name}.safetensors" not in manifest:
             raise Failed(f"{folder} has no {name}.safetensors")
-    tensors = {}
-    for name in names:
-        path = folder / f"{name}.safetensors"
-        try:
-            tensors[name] = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise Failed(f"{path} cannot be read: {error}") from error
-    return tensors
-
-
-def _read_object(path: Path) -> dict:
-    """A file that holds one JSON object. Raises Failed if it does not."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise Failed(f"{path} is missing or damaged") from error
-    if not isinstance(values, dict):
-        raise Failed(f"{path} is damaged: it is no JSON object")
-    return values
-
-
-def check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raises Failed, naming the first that differs, unless both have the same names, shapes and types."""
-    for name in sorted({*found, *expected}):
-        ours, theirs = (
-            f"{tuple(t[name].shape)} {t[name].dtype}" if name in t else "nothing" for t in (expected, found)
-        )
-        if ours != theirs:
-            raise Failed(f"{path} does not fit the network: {name!r:.100} is {theirs} instead of {ours}")
+    return {name: load_file(folder / f"{name}.safetensors") for name in names}
 
 
 def difference(saved: dict, current: dict) -> str:
@@ -289,13 +251,6 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> d
         for name, parameter in network.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def expected_optimizer_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the names, shapes and types that `optimizer_tensors` has after an update."""
-    trainable = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-    moments = {f"{name}/{key}": p for name, p in trainable.items() for key in ("exp_avg", "exp_avg_sq")}
-    return moments | {f"{name}/step": torch.zeros(()) for name in trainable}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -333,9 +333,9 @@ class TrainConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, default_flow_style=None, width=119)
 
     def to_public_yaml(self) -> str:
-        """`to_yaml` for the model repository: it tells nothing of this machine, and who reads it back pushes nothing.
+        """`to_yaml` for the model repository: it reveals nothing of this machine, and reading it pushes nothing.
 
-        Of each path the last part is left, so the folder of the images has to be given anew.
+        Only the last part of each path is kept, so the folder of images has to be given again.
         """
         private = {"cache_dir": None, "inception_path": None, "resume_from_checkpoint": "latest"}
         private |= {"overwrite_output_dir": False}
@@ -368,7 +368,7 @@ UNET_OPTIONS = [name for name in inspect.signature(CustomUNet2DModel.__init__).p
 
 
 def _check_value(name: str, value, limits: dict) -> None:
-    """Raises InputError for a number that is out of its range, or a text of no use as a value of any option."""
+    """Raises InputError for a number out of its range, or a text that no option can take."""
     if isinstance(value, str):
         if not value or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value):
             raise InputError(f"--{name} is {shown(value)}; it must be a text without control characters")
@@ -386,7 +386,7 @@ def _check_value(name: str, value, limits: dict) -> None:
 
 
 def shown(value) -> str:
-    """A value for a message: on one line, short, and never a nested one, which may be endless."""
+    """A value for a message: one short line, and only the type of a nested value, which may be endless."""
     if isinstance(value, (dict, list, tuple, set)):
         return f"a {type(value).__name__}"
     if isinstance(value, int) and abs(value) > 10**40:

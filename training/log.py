@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from common import replace_file, unwritable
+from common import markdown_table, replace_file, unwritable
 from training.config import TrainConfig
 from training.workers import available_cores
 
@@ -23,10 +23,9 @@ LIBRARIES = "torch diffusers accelerate datasets".split()
 
 
 def levels_without_time(config: TrainConfig) -> list[int]:
-    """Levels of the network whose residual blocks cannot tell the timestep.
+    """Levels of the network where group norm with one channel per group cancels the time embedding.
 
-    The embedding is one number for each channel, added before the second norm, and a group of one channel has its mean
-    subtracted.
+    The embedding is one number per channel, added before the second norm, which subtracts the mean of each group.
     """
     if config.resnet_time_scale_shift != "default":
         return []
@@ -61,8 +60,8 @@ def activation_bytes(compute_loss: Callable[[], Tensor], parameters: list[nn.Par
 class RunLog:
     """The records of a run, in memory and as lines of JSON in a file, each with the `step` it belongs to.
 
-    Records beyond `step` are dropped first: they tell of updates that were lost with the process that made them, and
-    a record of how many takes their place. A last line that a crash cut short goes with them.
+    Records beyond `step` are dropped first: they belong to updates that were lost with their process, and a record of
+    how many there were takes their place. A last line that a crash cut short is dropped, too.
 
     Raises:
         OSError: here and by `write`, naming the path, if it cannot be written; what it held before is still there.
@@ -126,15 +125,17 @@ def heldout_table(records: list[dict]) -> str:
     heldout = [record for record in records if "heldout_loss" in record]
     if not heldout:
         raise ValueError(f"none of the {len(records)} records has a held-out loss; train with --validation_split")
-    lines = ["| images seen | held-out loss | q1 (least noise) | q2 | q3 | q4 |", "|---|---|---|---|---|---|"]
-    for record in (heldout[0], heldout[len(heldout) // 2], heldout[-1]):
-        values = [record["heldout_loss"], *(record[f"heldout_loss_q{q}"] for q in (1, 2, 3, 4))]
-        lines.append(f"| {record['images_seen']:,} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+    keys = ["heldout_loss", *(f"heldout_loss_q{q}" for q in (1, 2, 3, 4))]
+    rows = [
+        [f"{record['images_seen']:,}", *(f"{record[key]:.4f}" for key in keys)]
+        for record in (heldout[0], heldout[len(heldout) // 2], heldout[-1])
+    ]
+    table = markdown_table(["images seen", "held-out loss", "q1 (least noise)", "q2", "q3", "q4"], rows)
     starts = [record["set_up_seconds"] for record in records if "set_up_seconds" in record]
     lost = sum(record.get("lost_steps", 0) for record in records)
     speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
     minutes = max(record.get("train_seconds", 0) for record in records) / 60
-    lines += ["", f"{minutes:.1f} minutes in updates, median {statistics.median(speeds):.1f} images/s"]
+    lines = [table, "", f"{minutes:.1f} minutes in updates, median {statistics.median(speeds):.1f} images/s"]
     if starts:
         lines.append(
             f"{len(starts)} starts, {statistics.median(starts):.0f} s each until the first update (median);"
@@ -173,9 +174,9 @@ def recorded(folder: Path, key: str):
 
 
 def training_in_all(folder: Path) -> dict:
-    """`images_seen` and `train_seconds` of a model repository, those of the weights that its training began with too.
+    """`images_seen` and `train_seconds` of a model repository, with those of the weights that it started from.
 
-    If it tells nothing of its training, the two are None.
+    Both are None if it does not record its training.
     """
     before = recorded(folder, "pretrained") or {"images_seen": 0, "train_seconds": 0.0}
     try:

@@ -27,10 +27,10 @@ WARM_UP_UPDATES, TIMED_UPDATES = 2, 5
 
 
 def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> TrainConfig:
-    """The configuration with the precision that `auto` stands for; all processes take that of the main process.
+    """The configuration with `auto` replaced by a precision; all processes use that of the main process.
 
-    It is that of the checkpoint to resume from, which is not timed again, or else the faster one. To be called before
-    the `Accelerator` is made, which takes its precision for good.
+    It is the precision of the checkpoint to resume from, which is not timed again, or else the faster one. Call it
+    before the `Accelerator` is made, whose precision cannot be changed.
 
     Raises:
         Failed: if there are checkpoints but none is intact.
@@ -58,7 +58,7 @@ def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> Tra
 
 
 def recorded_precision(config: TrainConfig) -> str | None:
-    """That of the checkpoint to resume from; None for a fresh run, or a checkpoint that does not tell."""
+    """The precision of the checkpoint to resume from; None for a fresh run or a checkpoint that does not record it."""
     if config.overwrite_output_dir:
         return None
     folder = find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
@@ -74,13 +74,13 @@ def candidates(device: torch.device) -> list[str]:
 def update_seconds(
     config: TrainConfig, network_class: type[nn.Module], device: torch.device, precisions: list[str]
 ) -> dict[str, float]:
-    """Median seconds of the loss of a batch of noise, forward and backward, in each of the precisions by turns.
+    """Median seconds per forward and backward pass on a batch of noise, for each precision, measured alternately.
 
-    It has a network of its own, without classes, and leaves the random generators as they were. Of a precision for
-    which the memory does not suffice it is infinite.
+    It builds a network of its own, without classes, and leaves the random generators as they were. The time is
+    infinite for a precision that runs out of memory.
 
     Raises:
-        RuntimeError: if the memory suffices for none.
+        RuntimeError: if all of them run out of memory.
     """
     seconds = {name: [] for name in precisions}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -77,7 +77,7 @@ def record_interval(trainer, interval: Interval, bar: tqdm) -> None:
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "grad_norm": interval.grad_norm.item(),
         "images_per_second": interval.attempts * trainer.images_per_update / interval.seconds,
-        "skipped_steps": trainer.skipped_steps,
+        "skipped_steps": trainer.progress.skipped_steps,
         "train_seconds": trainer.progress.train_seconds,
     }
     if interval.set_up_seconds is not None:

@@ -34,6 +34,10 @@ class Progress:
     attempts: int = 0  # updates tried: the position in the data stream
     train_seconds: float = 0.0  # spent in updates, over all starts
 
+    @property
+    def skipped_steps(self) -> int:
+        return self.attempts - self.step
+
 
 def identity(trainer) -> dict:
     """What a checkpoint and a run that resumes from it must have in common, as one flat dictionary."""
@@ -98,21 +102,14 @@ def _prepare_output_dir(trainer) -> None:
 
 
 def restore(trainer, folder: Path) -> None:
-    """Takes over a checkpoint that verifies, once all of it is read and fits.
+    """Takes over a checkpoint that verifies, once all of it is read; of a run of the same identity all of it fits.
 
     Raises:
-        Failed: before anything is changed.
+        Failed: before anything is changed, if it lacks a file.
     """
     network, averages, scaler = trainer.network, trainer.averages, trainer.accelerator.scaler
-    weights, state = network.state_dict(), checkpoint.read_state(folder)
-    expected = {
-        "unet": weights,
-        "ema_unet": weights,
-        "optimizer": checkpoint.expected_optimizer_tensors(network),
-    } | averages
-    tensors = checkpoint.load_tensors(folder, [*expected])
-    for name, those in expected.items():
-        checkpoint.check_tensors(folder / f"{name}.safetensors", tensors[name], those)
+    tensors = checkpoint.load_tensors(folder, ["unet", "ema_unet", "optimizer", *averages])
+    state = checkpoint.read_state(folder)
     network.load_state_dict(tensors["unet"])
     trainer.ema_network.load_state_dict(tensors["ema_unet"])
     for name, average in averages.items():
