@@ -45,6 +45,7 @@ from training.reports import facts, preflight_summary, record, record_interval, 
 from training.resumable import Progress, save_checkpoint, save_snapshot, start_or_resume
 from training.samples import list_grids
 from training.training_data import TrainingData
+from training.workers import StoppedWaiting
 
 logger = logging.getLogger("training")
 
@@ -131,7 +132,8 @@ class Trainer:
 
     def open_batches(self) -> None:
         """From the current position in the data."""
-        self.data.open_batches(self.progress.attempts * self.config.gradient_accumulation_steps)
+        start_batch = self.progress.attempts * self.config.gradient_accumulation_steps
+        self.data.open_batches(start_batch, self.is_to_stop)
         self.unet.train()
 
     @property
@@ -224,7 +226,12 @@ class Trainer:
         self.is_stopping = on_any_process(self.accelerator, self.is_to_stop())
         while (self.total_steps is None or progress.step < self.total_steps) and not self.is_stopping:
             started_at_seconds = time.perf_counter()
-            loss, grad_norm, applied = self.training_step()
+            try:
+                loss, grad_norm, applied = self.training_step()
+            except StoppedWaiting:
+                if self.accelerator.num_processes > 1:  # the others wait for this one
+                    raise
+                break
             seconds = time.perf_counter() - started_at_seconds
             progress.train_seconds += seconds
             interval.attempts += 1

@@ -15,6 +15,7 @@ every noise process: those of DDPM, VP, sub-VP, VE and EDM alike.
 DIR is written at the end, as a whole. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -35,7 +36,7 @@ from tqdm.auto import tqdm
 from common import NUM_SEEDS, Failed, Parser, check_numbers, run_command
 from custom_unet.custom_unet_2d import DownBlock, PositionalProjection, TimestepEmbedding, group_norm
 from eval.results import table
-from training.data import CROPS, ImageStore, ShuffledBatches, make_loader, open_image_store, to_model_range
+from training.data import CROPS, ImageStore, make_loader, open_image_store, shuffled_batches, to_model_range
 from training.sde import spread
 
 RECORD = "classifier.json"
@@ -152,7 +153,7 @@ def train_classifier(classifier: NoisyImageClassifier, store: ImageStore, max_tr
         optimizer,
         lambda step: min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / max_train_steps)) / 2,
     )
-    batches = ShuffledBatches(len(store), BATCH_SIZE, seed, num_batches=max_train_steps)
+    batches = itertools.islice(shuffled_batches(len(store), BATCH_SIZE, seed), max_train_steps)
     classifier.train()
     progress = tqdm(make_loader(store, batches, 0, pin_memory=False), total=max_train_steps, unit=" steps")
     for step, (images, labels) in enumerate(progress):

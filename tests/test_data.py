@@ -2,10 +2,12 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -19,9 +21,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common import InputError
+from common import Failed, InputError
 from training import data, sources, workers
-from training.data import ShuffledBatches, make_loader, open_image_store, random_flip, to_model_range, to_uint8
+from training.data import make_loader, open_image_store, random_flip, shuffled_batches, to_model_range, to_uint8
+from training.workers import StoppedWaiting, load_batches
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_IMAGES, SIDE = 150, 8  # three chunks of decoding
@@ -149,6 +152,8 @@ def test_bad_images_are_skipped_and_counted_when_asked(faces, pictures, caplog):
     assert store.description["num_skipped"] == 2
     assert len(store) == NUM_IMAGES - 2
     np.testing.assert_array_equal(store.images, np.delete(pictures, [3, 100], 0).transpose(0, 3, 1, 2))
+    caplog.clear()
+    open_faces(faces, skip_bad_images=True)  # again: from the store
     assert "left out 2 unreadable images, the first one: row 3 (0003.png)" in caplog.text
 
 
@@ -226,7 +231,7 @@ def test_what_killed_builders_left_goes_when_it_is_old(faces):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
 def test_an_error_or_ctrl_c_while_decoding_ends_the_worker_processes(faces, monkeypatch, error):
-    monkeypatch.setattr(sources, "available_cores", lambda: 2)
+    monkeypatch.setattr(workers, "available_cores", lambda: 2)
     seen = []
 
     class Failing(data.tqdm):
@@ -364,50 +369,38 @@ def test_labels_of_one_split_are_told_in_the_numbers_of_another(labelled):
     assert message == "split train has the class 'd' of 'kind', not one of a, b"
 
 
-# The sampler
+# The order of the batches
 
 
-def stream(num_images: int, batch_size: int, num_batches: int, seed: int = 0, **options) -> list[int]:
-    batches = ShuffledBatches(num_images, batch_size, seed, num_batches=num_batches, **options)
-    return [index for batch in batches for index in batch]
+def batches(count: int, *arguments, **options) -> list[list[int]]:
+    return list(itertools.islice(shuffled_batches(*arguments, **options), count))
 
 
 def test_each_epoch_has_every_image_once_though_batches_straddle_epochs():
-    indices = np.array(stream(10, 4, 25)).reshape(10, 10)  # 10 epochs
+    indices = np.array(batches(25, 10, 4, 0)).reshape(10, 10)  # 10 epochs
     assert (np.sort(indices) == np.arange(10)).all()
     assert len({tuple(epoch) for epoch in indices}) == 10  # each in another order
     assert (indices != np.arange(10)).any(1).all()
-
-
-def test_the_seed_decides_the_order():
-    assert stream(50, 7, 20) == stream(50, 7, 20)
-    assert stream(50, 7, 20) != stream(50, 7, 20, seed=1)
+    assert batches(25, 10, 4, 0) != batches(25, 10, 4, 1)  # the seed decides
 
 
 @pytest.mark.parametrize("start", [1, 7, 23, 100])
-def test_starting_later_equals_dropping_the_first_batches(start):
-    assert stream(23, 5, 60, start_batch=start) == stream(23, 5, start + 60)[start * 5 :]
-    assert (
-        stream(23, 5, 6, start_batch=start, rank=1, world_size=3)
-        == (stream(23, 5, start + 6, rank=1, world_size=3)[start * 5 :])
-    )
+@pytest.mark.parametrize("options", [{}, {"rank": 1, "world_size": 3}])
+def test_starting_later_equals_dropping_the_first_batches(start, options):
+    later = batches(60, 23, 5, 0, **options, start_batch=start)
+    assert later == batches(start + 60, 23, 5, 0, **options)[start:]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_the_processes_together_are_one_with_a_larger_batch(world_size):
-    of_ranks = [list(ShuffledBatches(26, 5, 0, r, world_size, num_batches=30)) for r in range(world_size)]
-    together = [[index for part in batches for index in part] for batches in zip(*of_ranks, strict=True)]
-    assert together == list(ShuffledBatches(26, 5 * world_size, 0, num_batches=30))
-
-
-def test_without_a_number_of_batches_the_stream_is_endless():
-    batches = iter(ShuffledBatches(4, 3, 0))
-    assert [len(next(batches)) for _ in range(100)] == [3] * 100
+    of_ranks = [batches(30, 26, 5, 0, rank, world_size) for rank in range(world_size)]
+    together = [[index for part in parts for index in part] for parts in zip(*of_ranks, strict=True)]
+    assert together == batches(30, 26, 5 * world_size, 0)
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    ShuffledBatches(12, 4, 0, world_size=3)
-    message = error_of(ShuffledBatches, 11, 4, 0, world_size=3)
+    batches(1, 12, 4, 0, world_size=3)
+    message = error_of(batches, 1, 11, 4, 0, world_size=3)
     assert message == "11 images are fewer than a batch of 4 on 3 processes; lower --train_batch_size"
 
 
@@ -444,43 +437,89 @@ def test_half_of_the_images_are_flipped_left_to_right():
 # The loader
 
 
-def test_the_loader_gives_the_same_batches_with_and_without_workers(faces, pictures):
-    store = open_faces(faces)
-    batches = ShuffledBatches(NUM_IMAGES, 40, seed=3, num_batches=9)
-    expected = [torch.from_numpy(pictures[indices]).permute(0, 3, 1, 2) for indices in batches]
-    for num_workers in (0, 2):
-        loaded, labels = zip(*make_loader(store, batches, num_workers, pin_memory=False), strict=True)
-        assert labels == (None,) * 9
-        assert all(torch.equal(a, b) for a, b in zip(loaded, expected, strict=True))
-        assert loaded[0].dtype == torch.uint8
-
-
+@pytest.mark.parametrize("column", [None, "kind"])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_loader_gives_each_image_its_label(labelled, pictures, num_workers):
-    store = open_faces(labelled, label_column="kind")
-    batches = ShuffledBatches(NUM_IMAGES, 40, seed=3, num_batches=5)
-    expected = torch.tensor([1, 2, 0, 2, 1]).repeat(NUM_IMAGES // 5)
-    loaded = list(make_loader(store, batches, num_workers, pin_memory=False))
-    for indices, (images, labels) in zip(batches, loaded, strict=True):
+def test_the_loader_gives_each_image_with_its_label(labelled, pictures, num_workers, column):
+    store = open_faces(labelled, label_column=column)
+    order = batches(9, NUM_IMAGES, 40, 3)
+    numbers = torch.tensor([1, 2, 0, 2, 1]).repeat(NUM_IMAGES // 5)
+    loaded = list(make_loader(store, order, num_workers, pin_memory=False))
+    for indices, (images, labels) in zip(order, loaded, strict=True):
         assert torch.equal(images, torch.from_numpy(pictures[indices]).permute(0, 3, 1, 2))
-        assert torch.equal(labels, expected[indices])
-        assert labels.dtype == torch.int64
+        assert labels is None if column is None else torch.equal(labels, numbers[indices])
+
+
+def test_a_worker_hands_over_no_shared_memory_and_takes_no_pixels(faces, pictures):
+    """/dev/shm may be too small for a batch, and a spawned worker is sent the data set."""
+    store = open_faces(faces)
+    batch = data._Batches(store).__getitems__([3, 1])
+    assert type(batch.images) is np.ndarray
+    sent = pickle.dumps(data._Batches(store))
+    assert len(sent) < 5000 < store.images.nbytes
+    arrived = pickle.loads(sent).store
+    np.testing.assert_array_equal(arrived.images, pictures.transpose(0, 3, 1, 2))
+    assert isinstance(arrived.images, np.memmap)
+    few = pickle.loads(pickle.dumps(open_faces(faces, max_images=3)))
+    np.testing.assert_array_equal(few.images, pictures[:3].transpose(0, 3, 1, 2))
+
+
+class Blocked(torch.utils.data.Dataset):
+    """Item 0 is there at once; at item 1 the worker waits for ever, or dies."""
+
+    def __init__(self, number: int | None = None):
+        self.number, self.event = number, multiprocessing.Event()
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        if index == 1 and self.number is not None:
+            os.kill(os.getpid(), self.number)
+        if index == 1:
+            self.event.wait()
+        return index
+
+
+def test_waiting_for_a_worker_ends_when_the_run_is_to_stop():
+    answers, blocked = iter([False, True]), Blocked()
+    loaded = load_batches(blocked, 1, lambda: next(answers), batch_size=None)
+    assert next(loaded) == 0
+    with pytest.raises(StoppedWaiting):
+        next(loaded)
+    assert list(answers) == []
+    blocked.event.set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_worker_that_dies_is_one_line(number):
+    with pytest.raises(Failed, match=r"^DataLoader worker .* exited unexpectedly, perhaps because memory ran out; .*"):
+        list(load_batches(Blocked(number), 1, batch_size=None))
+
+
+def test_workers_that_cannot_be_started_are_one_line(monkeypatch):
+    def no_space(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(multiprocessing.synchronize, "Semaphore", no_space)  # each is a file in /dev/shm
+    monkeypatch.setattr(multiprocessing.queues, "Queue", no_space)
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Queue", no_space)
+    with pytest.raises(Failed, match="cannot start 2 worker processes: No space left on device; lower --dataloader_"):
+        load_batches([0, 1], 2, batch_size=None)
 
 
 def test_at_the_end_of_the_process_only_the_loaders_workers_are_killed(faces, monkeypatch):
     at_exit = []
-    monkeypatch.setattr(workers.atexit, "register", lambda *call: at_exit.append(call))
+    monkeypatch.setattr(workers.atexit, "register", at_exit.append)
     other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
     other.start()
-    batches = make_loader(open_faces(faces), ShuffledBatches(NUM_IMAGES, 4, 0), 2, pin_memory=False)
-    next(batches)
-    children = {*multiprocessing.active_children()} - {other}
-    before = signal.getsignal(signal.SIGCHLD)
-    for call, *arguments in at_exit:
-        call(*arguments)
+    before = {*multiprocessing.active_children()}
+    loaded = make_loader(open_faces(faces), shuffled_batches(NUM_IMAGES, 4, 0), 2, pin_memory=False)
+    next(loaded)
+    children = {*multiprocessing.active_children()} - before
+    for kill in at_exit:
+        kill()
     for child in children:
         child.join()
-    signal.signal(signal.SIGCHLD, before)
     assert len(children) == 2
     assert {child.exitcode for child in children} == {-signal.SIGKILL}
     assert other.is_alive()

@@ -1,6 +1,8 @@
 """Decoding: crops against their pixel boxes, resizing against torch's, and what becomes of odd and damaged images."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -139,18 +141,68 @@ def palette(transparent: bool) -> bytes:
         (encode(np.full((4, 4), 0, np.uint16)), (0, 0, 0)),
         (encode(np.full((4, 4), 257 * 100, np.uint16)), (100, 100, 100)),  # 65535 is 255
         (encode(np.full((4, 4), 65535, np.uint16)), (255, 255, 255)),
-        (encode(np.full((4, 4), 257 * 100, np.int32), "TIFF"), (100, 100, 100)),
+        (b"P5 2 2 65535\n" + bytes([0x64]) * 8, (100, 100, 100)),  # Pillow widens its 16 bits to 32
     ],
-    ids="rgb 1 l la rgba transparent rgb_key p p_key cyan cmyk_black black_16 grey_16 white_16 grey_32".split(),
+    ids="rgb 1 l la rgba transparent rgb_key p p_key cyan cmyk_black black_16 grey_16 white_16 pgm_16".split(),
 )
 def test_every_mode_becomes_rgb(encoded, colour):
     pixels = decode_image(encoded, "center", 2)
     np.testing.assert_array_equal(pixels, np.broadcast_to(np.array(colour)[:, None, None], (3, 2, 2)))
 
 
-def test_floating_point_pixels_are_refused():
-    with pytest.raises(BadImage, match="floating-point"):
-        decode_image(encode(np.ones((4, 4), np.float32), "TIFF"), "none", 4)
+@pytest.mark.parametrize("top", [1.0, 255, 65_535, 10_000_000])
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_unknown_range_are_refused(kind, top):
+    with pytest.raises(BadImage, match="of unknown range"):
+        decode_image(encode(np.full((4, 4), top, kind), "TIFF"), "none", 4)
+
+
+def test_signed_pixels_are_refused():
+    tiff = encode(np.full((4, 4), 1000, np.uint16), "TIFF", tiffinfo={339: 2})  # SampleFormat: signed
+    with pytest.raises(BadImage, match="of unknown range"):
+        decode_image(tiff, "none", 4)
+
+
+def with_chunk(png: bytes, kind: bytes, content: bytes, is_sound: bool = True) -> bytes:
+    """A PNG with one more chunk after its header."""
+    chunk = struct.pack(">I", len(content)) + kind + content
+    return png[:33] + chunk + struct.pack(">I", zlib.crc32(chunk[4:]) ^ (not is_sound)) + png[33:]
+
+
+SOUND = encode(noise(6, 6))
+LARGE_TEXT = b"workflow\0\0" + zlib.compress(bytes(3 << 20))
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        *(
+            encode(noise(6, 6), kind, exif=exif, **options)
+            for kind, options in {"PNG": {}, "WEBP": {"lossless": True}}.items()
+            for exif in (b"Exif\0\0\0\x08\0\x02\x01\x12\0\x03", b"Exif\0\0II*\0", b"b'Exif'")
+        ),
+        with_chunk(SOUND, b"zTXt", LARGE_TEXT),  # as programs that draw images write it; Pillow's limit is 1 MiB
+        with_chunk(SOUND, b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 << 20))),
+        with_chunk(SOUND, b"iCCP", b"profile\0\x07"),
+        with_chunk(SOUND, b"tEXt", b"Comment\0x", is_sound=False),
+        with_chunk(SOUND, b"pHYs", b"?"),
+    ],
+)
+def test_broken_and_large_metadata_do_not_matter(encoded):
+    np.testing.assert_array_equal(decode_image(encoded, "none", 6), noise(6, 6).transpose(2, 0, 1))
+
+
+def test_the_orientation_counts_beside_metadata_that_are_too_large():
+    exif = Image.Exif()
+    exif[274] = 3
+    turned = with_chunk(encode(noise(6, 6)[::-1, ::-1], exif=exif), b"zTXt", LARGE_TEXT)
+    np.testing.assert_array_equal(decode_image(turned, "none", 6), noise(6, 6).transpose(2, 0, 1))
+
+
+def test_damaged_pixels_are_refused_also_where_the_metadata_are_damaged_too():
+    damaged = with_chunk(SOUND[:-40], b"tEXt", b"Comment\0x", is_sound=False)
+    with pytest.raises(BadImage):
+        decode_image(damaged, "none", 6)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

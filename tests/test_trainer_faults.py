@@ -37,7 +37,7 @@ from tiny_training import (
 import train_unet
 from experiments import classifier
 from pipelines import generate
-from training import checkpoint, resumable, samples
+from training import checkpoint, data, resumable, samples
 from training.log import read_log
 from training.processes import is_accelerate_launch
 from training.resumable import restore, save_checkpoint
@@ -339,9 +339,30 @@ def test_a_signal_to_the_loaders_workers_too_ends_the_run_in_good_order(start, t
     wait_until(lambda: is_group_gone(job.process.pid))
 
 
+def stall_and_stop() -> None:
+    """The loader's worker gives six batches; then it asks for the end of the run, and gives none."""
+    take, taken = data._Batches.__getitems__, []
+
+    def stalling(self, indices):
+        taken.append(indices)
+        if len(taken) > 6:
+            os.kill(os.getppid(), signal.SIGTERM)
+            signal.pause()
+        return take(self, indices)
+
+    data._Batches.__getitems__ = stalling
+
+
+def test_a_signal_ends_a_run_whose_loader_gives_nothing_any_more(start, tmp_path):
+    run = tmp_path / "run"
+    job = start(run, "--dataloader_num_workers", "1", fault=stall_and_stop)
+    assert "Traceback" not in job.finish(143)
+    assert list(checkpoint.list_checkpoints(run)) == [max(records(run, "loss"))] == [3]  # two batches an update
+
+
 DECODING = """
 import signal
-from training.sources import CHUNK, _on_all_cores
+from training.workers import CHUNK, on_all_cores
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
 
@@ -350,7 +371,7 @@ def decode(part):
         signal.pause()
     return [(None, None)]
 
-for _ in _on_all_cores(decode, 100 * CHUNK):
+for _ in on_all_cores(decode, 100 * CHUNK):
     print("decoding", flush=True)
 """
 

@@ -4,23 +4,24 @@ Whatever the source, the images are decoded, cropped and resized once and kept a
 class labels if a column of labels is named; training reads them from there.
 """
 
-import bisect
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from common import InputError
@@ -30,7 +31,6 @@ from training.workers import load_batches
 
 logger = logging.getLogger(__name__)
 
-STORE_VERSION = 2  # raised whenever decoding changes the pixels
 STALE_SECONDS = 2 * 24 * 3600  # longer than any download goes on before the first image is written
 PIXELS, LABELS, META = "images.uint8", "labels.int64", "meta.json"
 HELD_OUT_SPLITS = ("validation", "test")  # whose first images may well be of one class
@@ -46,6 +46,7 @@ class ImageStore(Dataset):
     Attributes:
         images: uint8, shape (N, 3, R, R), mapped from the disk, read-only.
         labels: the number of each image's class, int64, shape (N,), read-only; None without a column of labels.
+        summary: how many files were found, taken and left out, and why; None if the source does not tell.
         fingerprint: hex digest of the pixels and labels; the same ones have the same digest on every machine.
         description: JSON-able facts: source, revision, split, crop, resolution, num_images, num_skipped, ...; with
             labels also label_column and label_names, the names of the classes in the order of their numbers.
@@ -54,6 +55,7 @@ class ImageStore(Dataset):
     def __init__(self, folder: Path, max_images: int | None = None):
         self.folder, self.max_images = folder, max_images
         self.description = json.loads((folder / META).read_text())
+        self.summary: str | None = self.description.pop("summary", None)
         num_images, resolution = self.description["num_images"], self.description["resolution"]
         self.images = np.memmap(folder / PIXELS, np.uint8, "r", shape=(num_images, 3, resolution, resolution))
         self.labels: np.ndarray | None = None
@@ -65,6 +67,14 @@ class ImageStore(Dataset):
             self.description |= {"max_images": max_images, "num_images": max_images}
             self.description["fingerprint"] = self.digest()
         self.fingerprint: str = self.description["fingerprint"]
+
+    def __getstate__(self) -> dict:
+        """For processes that are spawned: not the pixels, but where they are."""
+        return self.__dict__ | {"images": (self.images.filename, self.images.shape)}
+
+    def __setstate__(self, state: dict) -> None:
+        path, shape = state["images"]
+        self.__dict__ |= state | {"images": np.memmap(path, np.uint8, "r", shape=shape)}
 
     def digest(self) -> str:
         """The fingerprint, computed anew from what is on the disk."""
@@ -117,7 +127,8 @@ def open_image_store(
         skip_bad_images: leave out unreadable images and count them in the description.
         max_images: use the first ones only, from the store of the whole split where there is one already.
         label_column: keep each image's class too: a ClassLabel, a column of bool (the classes no and yes) or one of
-            strings (the classes are its values, sorted); of `synthetic-faces` a categorical factor or `glasses`.
+            strings or integers (the classes are its values, sorted); of `synthetic-faces` a categorical factor or
+            `glasses`.
         which: the data set, see `find_source`.
 
     Raises:
@@ -129,26 +140,30 @@ def open_image_store(
         raise InputError(f"the resolution is {resolution}; it must be at least 1")
     if max_images is not None and max_images < 1:
         raise InputError(f"max_images is {max_images}; it must be at least 1")
-    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train_unet")
+    cache_dir = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "train_unet")
+    root = Path(os.path.expanduser(cache_dir))
+    if root.parts[:1] == ("~",):
+        raise InputError(f"there is no home folder for the cache {root}; set --cache_dir")
     name, revision = which.get("dataset_name"), which.get("dataset_revision")
     last_commit = partial(_last_commit, root, name, revision)
     source = find_source(**which, max_images=max_images, label_column=label_column, last_commit=last_commit)
     facts = source.identity | {"crop": crop, "resolution": resolution, "skip_bad_images": skip_bad_images}
+    folder, store = root / _key(source, facts), None
     if max_images is not None and label_column is None and not skip_bad_images:
-        whole = _open_if_intact(root / _key(facts | {"max_images": None}), max_images)
-        if whole is not None:
-            return whole
-    folder = root / _key(facts)
-    store = _open_if_intact(folder)
+        store = _open_if_intact(root / _key(source, facts | {"max_images": None}), max_images)
+    if store is None:
+        store = _open_if_intact(folder)
     if store is None:
         _build(folder, source, facts, {} if name is None else {"requested_revision": revision})
         store = ImageStore(folder)
+    if store.summary is not None:
+        logger.info(store.summary)
     return store
 
 
-def _key(facts: dict) -> str:
+def _key(source: SyntheticFaces | HuggingFaceImages, facts: dict) -> str:
     """The name of the folder of a store."""
-    return hashlib.sha256(json.dumps([STORE_VERSION, facts], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([source.version, facts], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _last_commit(root: Path, name: str, revision: str | None) -> str | None:
@@ -201,14 +216,15 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
 
 def _write(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict) -> dict:
     """Decodes the images of a source into a folder; returns how many there are, and the names of their classes."""
-    num_images, skipped, classes = 0, [], Classes(source)
+    num_images, skipped, labels = 0, [], Labels(source)
     decoding = contextlib.closing(source.decode(facts["crop"], facts["resolution"]))
     with decoding as rows, (folder / PIXELS).open("wb") as file, tqdm(unit=" images") as bar:
         for row, (decoded, label) in enumerate(rows):
             bar.total = source.num_images
             bar.update()
             if isinstance(decoded, np.ndarray):
-                classes.add(row, label)
+                if source.label_column is not None:
+                    labels.add(row, label)
                 file.write(decoded.tobytes())
                 num_images += 1
             elif facts["skip_bad_images"]:
@@ -217,55 +233,53 @@ def _write(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
                 raise InputError(f"{source.name}, {decoded}; fix it or pass --skip_bad_images")
     if num_images == 0:
         raise InputError(f"{source.name}, split {source.split}, has no usable image; {len(skipped)} are unreadable")
-    if skipped:
-        logger.info("left out %d unreadable images, the first one: %s", len(skipped), skipped[0])
-    counts = {"num_images": num_images, "num_skipped": len(skipped), "fingerprint": ""}
+    unreadable = f"left out {len(skipped)} unreadable images, the first one: {skipped[0]}" if skipped else None
+    summary = "; ".join(filter(None, [source.summary, unreadable])) or None
+    counts = {"num_images": num_images, "num_skipped": len(skipped), "fingerprint": "", "summary": summary}
     if source.label_column is None:
         return counts
-    names, labels = classes.numbered()
-    (folder / LABELS).write_bytes(labels.astype("<i8").tobytes())
+    names, numbers = labels.numbered()
+    (folder / LABELS).write_bytes(np.array(numbers, "<i8").tobytes())
     return counts | {"label_names": names}
 
 
-class Classes:
-    """The labels of a source's images, gathered while they are decoded.
-
-    Raises:
-        InputError: for an image without a label, too many classes, or one class for all images, where these are to be
-            learned from.
-    """
+class Labels:
+    """The labels of a source's images, gathered while these are decoded."""
 
     def __init__(self, source: SyntheticFaces | HuggingFaceImages):
-        self.source, self.column = source, f"the column {source.label_column!r} of {source.name}"
-        self.labels: list[int | str] = []
-        self.values: set[int | str] = set()
+        self.source, self.labels, self.values = source, [], set()
 
     def add(self, row: int, label: int | bool | str | None) -> None:
-        """Takes the label of the next image, which stands in a row of the source."""
-        if self.source.label_column is None:
-            return
-        names = self.source.label_names  # None for strings: then they are the values
+        """Raises InputError for an image without a label or of a class that has no name, and for too many classes."""
+        names = self.source.label_names  # None for strings and integers: then they are the values
         if label is None or (names is not None and label == -1):  # the number that `datasets` has for unknown ones
-            raise InputError(f"{self.column} has no label in row {row}; fill it in or leave out --label_column")
+            raise self.error(f"has no label in row {row}; fill it in or leave out --label_column")
         if names is not None and not 0 <= label < len(names):
-            raise InputError(f"{self.column} has the class {label} in row {row}, but there are {len(names)} classes")
+            raise self.error(f"has the class {label} in row {row}, but there are {len(names)} classes")
         self.labels.append(label)
         self.values.add(label)
         if names is None and len(self.values) > MAX_CLASSES:
-            raise InputError(f"{self.column} has more than {MAX_CLASSES:,} different values; name a column of classes")
+            raise self.error(f"has more than {MAX_CLASSES:,} different values; name a column of classes")
 
-    def numbered(self) -> tuple[list[str], np.ndarray]:
-        """The names of the classes, and the number of each image's class."""
+    def numbered(self) -> tuple[list[str], list[int]]:
+        """The names of the classes, and the number of each image's class.
+
+        Raises:
+            InputError: if all images that are to be learned from are of one class.
+        """
         names, numbers = self.source.label_names, self.labels
         if names is None:
-            names = sorted(self.values)
-            numbers = [bisect.bisect_left(names, label) for label in self.labels]
+            number_of = {value: number for number, value in enumerate(sorted(self.values))}
+            names, numbers = [str(value) for value in number_of], [number_of[label] for label in self.labels]
         if len(self.values) == 1 and self.source.split not in HELD_OUT_SPLITS:
-            raise InputError(
-                f"{self.column} has the single class {names[numbers[0]]!r:.80} in split {self.source.split}"
-                f" ({len(numbers)} images); name another one or leave out --label_column"
+            raise self.error(
+                f"has the single class {names[numbers[0]]!r:.80} in split {self.source.split} ({len(numbers)} images);"
+                " name another one or leave out --label_column"
             )
-        return list(names), np.array(numbers, np.int64)
+        return list(names), numbers
+
+    def error(self, problem: str) -> InputError:
+        return InputError(f"the column {self.source.label_column!r} of {self.source.name} {problem}")
 
 
 def _remove_leftovers(root: Path) -> None:
@@ -292,7 +306,9 @@ def random_flip(images: Tensor) -> Tensor:
     return torch.where(flip, images.flip(-1), images)
 
 
-class ShuffledBatches(Sampler[list[int]]):
+def shuffled_batches(
+    num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start_batch: int = 0
+) -> Iterator[list[int]]:
     """The indices of one process's batches: an endless stream of shuffled epochs, a pure function of the position.
 
     Position p of the global stream is image permutation_e[p - e N] with e = p // N. Batch k of all processes together
@@ -300,53 +316,44 @@ class ShuffledBatches(Sampler[list[int]]):
     image comes once an epoch, and starting at batch k reads nothing of what came before.
 
     Args:
-        batch_size: B, images per process.
-        world_size: W, processes.
+        num_images, batch_size, world_size: N; B, images per process; W, processes.
         start_batch: k of the first batch.
 
     Raises:
         InputError: if one batch of all processes is more than the data.
     """
+    if batch_size * world_size > num_images:
+        raise InputError(
+            f"{num_images} images are fewer than a batch of {batch_size} on {world_size} processes; lower"
+            " --train_batch_size"
+        )
 
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_batch: int = 0,
-        num_batches: int | None = None,
-    ):
-        if batch_size * world_size > num_images:
-            raise InputError(
-                f"{num_images} images are fewer than a batch of {batch_size} on {world_size} processes;"
-                " lower --train_batch_size"
-            )
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.start_batch, self.num_batches = start_batch, num_batches
+    @lru_cache(maxsize=2)  # a batch may reach into the next epoch
+    def permutation(epoch: int) -> list[int]:
+        return np.random.default_rng((seed, epoch)).permutation(num_images).tolist()
 
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, permutation = -1, None
-        batch = self.start_batch
-        while self.num_batches is None or batch < self.start_batch + self.num_batches:
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            indices = []
-            for position in range(first, first + self.batch_size):
-                if position // self.num_images != epoch:
-                    epoch = position // self.num_images
-                    permutation = self._permutation(epoch)
-                indices.append(permutation[position % self.num_images])
-            yield indices
-            batch += 1
+    for batch in itertools.count(start_batch):
+        first = (batch * world_size + rank) * batch_size
+        positions = (divmod(position, num_images) for position in range(first, first + batch_size))
+        yield [permutation(epoch)[position] for epoch, position in positions]
 
-    def _permutation(self, epoch: int) -> list[int]:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_images).tolist()
+
+class Batch(NamedTuple):
+    """Images, uint8 (B, 3, R, R), and their labels, int64 (B,), or None for a store without labels."""
+
+    images: np.ndarray | Tensor
+    labels: np.ndarray | Tensor | None
+
+    def as_tensors(self) -> "Batch":
+        return Batch(*(None if part is None else torch.as_tensor(part) for part in self))
+
+    def pin_memory(self) -> "Batch":
+        """Called by the data loader."""
+        return Batch(*(None if part is None else part.pin_memory() for part in self.as_tensors()))
 
 
 class _Batches(Dataset):
-    """Images and labels by their indices."""
+    """The batch of some indices."""
 
     def __init__(self, store: ImageStore):
         self.store = store
@@ -354,13 +361,18 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self.store)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        labels = self.store.labels
-        return self.store.__getitems__(indices), None if labels is None else torch.from_numpy(labels[indices])
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        store = self.store
+        return Batch(store.images[np.asarray(indices)], None if store.labels is None else store.labels[indices])
 
 
 def make_loader(
-    store: ImageStore, batches: ShuffledBatches, num_workers: int, pin_memory: bool
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yields images, uint8 (B, 3, R, R), and their labels, int64 (B,), or None for a store without labels."""
-    return load_batches(_Batches(store), num_workers, batch_sampler=batches, pin_memory=pin_memory)
+    store: ImageStore,
+    batches: Iterable[list[int]],
+    num_workers: int,
+    pin_memory: bool,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Batch]:
+    """Yields batches of indices as tensors; see `load_batches` for `should_stop`."""
+    loaded = load_batches(_Batches(store), num_workers, should_stop, batch_sampler=batches, pin_memory=pin_memory)
+    return (batch.as_tensors() for batch in loaded)

@@ -1,9 +1,23 @@
-"""From an encoded image to training pixels: decode, crop by name, resize."""
+"""From files to training pixels: the images of a folder; decoding, crops by name, resizing."""
 
+import hashlib
 import io
+import os
+import posixpath
+import struct
+import unicodedata
 import warnings
+import zipfile
+import zlib
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 CROPS = ("celeba_140", "celeba_128", "center", "none")
@@ -13,19 +27,323 @@ MAX_SCANS = 100
 _CELEBA_WIDTH, _CELEBA_HEIGHT = 178, 218
 # left, top, right, bottom in the aligned image of 178 x 218
 _CELEBA_BOXES = {"celeba_140": (19, 39, 159, 179), "celeba_128": (25, 57, 153, 185)}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# What a PNG tells besides its pixels; in eXIf the orientation counts
+PNG_METADATA = b"tEXt zTXt iTXt iCCP eXIf tIME pHYs gAMA cHRM sRGB sBIT bKGD hIST sPLT".split()
+
+Image.init()
+# Pillow recognises these and cannot decode them, or would run a program that they contain
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+IMAGE_EXTENSIONS = {
+    extension for extension, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in _NOT_DECODED
+}
+# Looked for in files of other names, by how these begin; the other formats begin with too little to tell
+SNIFFED_FORMATS = [kind for kind in "AVIF BMP GIF JPEG JPEG2000 PNG PPM QOI TIFF WEBP".split() if kind in Image.OPEN]
+TABLE_EXTENSIONS = {".parquet", ".arrow", ".tar"}
+METADATA_READERS = {
+    "metadata.csv": partial(
+        pandas.read_csv, dtype={"file_name": str}, encoding="utf-8-sig", keep_default_na=False, na_values=[""]
+    ),
+    "metadata.jsonl": partial(pandas.read_json, lines=True, dtype=False),
+    "metadata.parquet": pandas.read_parquet,
+}
+SPLITS = {  # and the names of their folders, as in `datasets`
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+# Files that only a folder has that this repository has written: a training, a model, generated images, decoded ones
+OWN_FILES = ({"log.jsonl", "config.yaml"}, {"model_index.json"}, {"generate.json"}, {"images.uint8", "meta.json"})
 
 
 class BadImage(ValueError):
     """An image that cannot be used. The message is one line."""
 
 
+# ---- The files of a folder
+
+
+class FolderFile(NamedTuple):
+    """A file of a folder, or of a zip archive in it.
+
+    Attributes:
+        name: relative to the folder, with slashes; see `printable`. The files of an archive are named as if
+            it were a folder without `.zip`.
+        path: on the disk; of a file in an archive, that of the archive.
+        real_path: without links; `is_link` tells whether the path has some below the folder.
+        member: the name inside the archive; None outside.
+        crc: of the content, as the archive has it; None outside.
+    """
+
+    name: str
+    path: str
+    real_path: str
+    size: int
+    mtime_ns: int
+    is_link: bool
+    member: str | None = None
+    crc: int | None = None
+
+    @property
+    def extension(self) -> str:
+        return os.path.splitext(self.name)[1].lower()
+
+    def read(self) -> bytes:
+        """The content.
+
+        Raises:
+            BadImage: if the archive is damaged or encrypted.
+            OSError: if the file cannot be read.
+        """
+        if self.member is None:
+            return Path(self.path).read_bytes()
+        try:
+            return _open_archive(self.path, os.getpid()).read(self.member)
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
+            raise BadImage(f"cannot be taken out of its archive: {error}") from error
+
+    def checksum(self) -> int:
+        """CRC-32 of the content."""
+        return zlib.crc32(self.read()) if self.crc is None else self.crc
+
+    def is_image(self) -> bool:
+        """By its extension; without a known one, by how it begins."""
+        if self.extension in IMAGE_EXTENSIONS:
+            return True
+        with suppress(Exception), warnings.catch_warnings():  # whatever a decoder raises at what is no image
+            warnings.simplefilter("ignore")
+            file = self.path if self.member is None else io.BytesIO(self.read())
+            with Image.open(file, formats=SNIFFED_FORMATS):
+                return True
+        return False
+
+    def files_inside(self) -> list["FolderFile"]:
+        """Those of a zip archive.
+
+        Raises:
+            BadImage: if it is damaged.
+            OSError: if it cannot be read.
+        """
+        try:
+            entries = _open_archive(self.path, os.getpid()).infolist()
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
+            raise BadImage(f"{self.name} is no intact zip archive: {error}") from error
+        folder = self.name[: -len(self.extension)]
+        return [
+            self._replace(
+                name=f"{folder}/{entry.filename}", size=entry.file_size, member=entry.filename, crc=entry.CRC
+            )
+            for entry in entries
+            if not entry.is_dir() and not any(part.startswith((".", "__")) for part in entry.filename.split("/"))
+        ]
+
+
+@lru_cache(maxsize=16)
+def _open_archive(path: str, process_id: int) -> zipfile.ZipFile:
+    """One for each process, as forked ones would share the position in the file."""
+    return zipfile.ZipFile(path)
+
+
+def printable(name: str) -> str:
+    """A name of a file; each byte that is not UTF-8 as `\\xNN`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
+    """The files in a folder and the folders in it, also those behind links, and how many are passed over, and why.
+
+    Passed over are hidden files and folders (.name, and folders called __name, as macOS and Python leave them), links
+    to nothing, what is no regular file, and folders of this repository's own: of a run, a model, generated images or
+    a cache. A real file may be there several times, under the names of links.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    files, passed_over = [], Counter()
+    folders = deque([(str(folder), "", (os.path.realpath(folder),))])
+    while folders:
+        path, prefix, real_paths = folders.popleft()
+        with os.scandir(path) as scan:
+            entries = list(scan)
+        if prefix and any(own <= {entry.name for entry in entries} for own in OWN_FILES):
+            passed_over["a folder that a run, an evaluation or a cache has written"] += 1
+            continue
+        for entry in entries:
+            name = prefix + printable(entry.name)
+            real_path = os.path.join(real_paths[-1], entry.name)
+            real_path = os.path.realpath(entry.path) if entry.is_symlink() else real_path
+            if entry.name.startswith(".") or (entry.name.startswith("__") and entry.is_dir()):
+                passed_over["hidden"] += 1
+            elif entry.is_dir() and real_path in real_paths:
+                passed_over["a link to a folder that it is in"] += 1
+            elif entry.is_dir():
+                folders.append((entry.path, f"{name}/", (*real_paths, real_path)))
+            elif entry.is_file():
+                status, is_link = entry.stat(), real_path != real_paths[0] + entry.path[len(str(folder)) :]
+                files.append(FolderFile(name, entry.path, real_path, status.st_size, status.st_mtime_ns, is_link))
+            else:
+                passed_over["a broken link or no regular file"] += 1
+    return sorted(files), passed_over
+
+
+def unpack(files: Iterable[FolderFile]) -> list[FolderFile]:
+    """Those in a zip archive in place of the archive.
+
+    Raises:
+        BadImage: if an archive is damaged.
+    """
+    return [inner for file in files for inner in (file.files_inside() if file.extension == ".zip" else [file])]
+
+
+def are_images(files: list[FolderFile]) -> bool:
+    """Whether there are more images than tables. If no name tells of an image, the contents do."""
+    tables = sum(f.extension in TABLE_EXTENSIONS and posixpath.basename(f.name) not in METADATA_READERS for f in files)
+    images = sum(file.extension in IMAGE_EXTENSIONS for file in files)
+    with suppress(BadImage):  # which is told when the images are read
+        images = images or sum(file.is_image() for file in (files if tables else unpack(files)))
+    return images > tables
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file is in by the top-level folder that it lies in."""
+    folder, slash, _ = name.partition("/")
+    return next((split for split, words in SPLITS.items() if slash and folder.lower() in words), None)
+
+
+def take_each_once(images: list[FolderFile]) -> tuple[dict[str, FolderFile], Counter]:
+    """The file to take for each name, also for its `comparable` form, and how many are left out for it, and why.
+
+    Of several links to a file the first one is taken, or the file itself, and of a file beside a copy in an archive
+    the one outside. Copies have the same name, size and checksum.
+    """
+    taken, alike, files, left_out = {}, defaultdict(list), {}, Counter()
+    for file in sorted(images, key=lambda file: (file.member is not None, file.is_link, file.name)):
+        place, kind = (file.real_path, file.member), (posixpath.basename(file.name), file.size)
+        same = taken.get(place)
+        if same is not None:
+            left_out["a link to an image that is taken already"] += 1
+        elif file.member is not None:
+            others = (other for other in alike[kind] if other.real_path != file.real_path)
+            same = next((other for other in others if other.checksum() == file.crc), None)
+            left_out["in an archive, with a copy outside of it or in another one"] += same is not None
+        if same is None:
+            alike[kind].append(file)
+        taken[place] = files[file.name] = files[comparable(file.name)] = same or file
+    return files, left_out
+
+
+def metadata_rows(tables: Iterable[FolderFile], image_column: str) -> tuple[pandas.DataFrame, int]:
+    """The rows of metadata tables, and how many tables name no files.
+
+    The first column is that of the images: `image_column` from a column of that name and `_file_name`, or `image` from
+    `file_name`. It has the names of files relative to the folder of images, in their `comparable` form.
+
+    Raises:
+        BadImage: if a table is damaged.
+    """
+    frames, num_others = [pandas.DataFrame({"image": []})], 0
+    for table in tables:
+        folder, name = posixpath.split(table.name)
+        try:
+            frame = METADATA_READERS[name](io.BytesIO(table.read()))
+        except (ValueError, OSError) as error:
+            raise BadImage(f"{table.name} is damaged: {' '.join(str(error).split())[:200]}") from error
+        column = f"{image_column}_file_name"
+        column = column if column in frame else "file_name"
+        if column not in frame:
+            num_others += 1
+            continue
+        paths = [posixpath.join(folder, str(cell).replace("\\", "/")) for cell in frame.pop(column)]
+        frame.insert(0, "image" if column == "file_name" else image_column, [comparable(path) for path in paths])
+        frames.append(frame)
+    return pandas.concat(frames[1:] or frames, ignore_index=True), num_others
+
+
+class Chosen(NamedTuple):
+    """What is taken from a folder of images.
+
+    Attributes:
+        rows: of the metadata, the names of the images in the first column; without metadata that column alone.
+        files: by their names.
+        names_in_splits: of the images of all splits.
+        left_out: how many files, by the reason.
+    """
+
+    split: str
+    rows: pandas.DataFrame
+    files: dict[str, FolderFile]
+    names_in_splits: list[str]
+    num_found: int
+    left_out: Counter
+
+
+def choose_images(listed: list[FolderFile], pick: Callable[[list[str]], str], image_column: str) -> Chosen:
+    """The images of a split, each real file once, and in the order and by the choice of the metadata if there are any.
+
+    Args:
+        listed: the files of the folder.
+        pick: which one of the splits that there are, or an error.
+        image_column: see `metadata_rows`.
+
+    Raises:
+        BadImage: if an archive or a metadata table is damaged.
+    """
+    found, left_out = unpack(listed), Counter()
+    tables = [file for file in found if posixpath.basename(file.name) in METADATA_READERS]
+    images = [file for file in found if file.is_image()]
+    others = [file.name for file in {*found} - {*images} - {*tables}]
+    left_out[f"not an image that Pillow can read: {extensions(others)}"] = len(others)
+    has_splits = any(split_of(file.name) for file in images)
+    splits = {file.name: split_of(file.name) if has_splits else "train" for file in images}
+    split = pick([name for name in SPLITS if name in (splits.values() if has_splits else ("train",))])
+    counts = Counter(splits.values())
+    left_out["outside of the splits, the top-level folders train, validation and test"] = counts[None]
+    left_out["in another split"] = len(images) - counts[None] - counts[split]
+    files, repeated = take_each_once([file for file in images if splits[file.name] == split])
+    left_out.update(repeated)
+
+    rows, left_out["a metadata table without a column file_name"] = metadata_rows(tables, image_column)
+    elsewhere = {comparable(name) for name, its_split in splits.items() if its_split != split}
+    elsewhere |= {name for name in rows.iloc[:, 0] if has_splits and split_of(name) not in (split, None)}
+    rows = rows[~rows.iloc[:, 0].isin(elsewhere)].copy()
+    rows.isetitem(0, [files[name].name if name in files else name for name in rows.iloc[:, 0]])
+    is_repeated = rows.duplicated(rows.columns[0])
+    names = sorted({file.name for file in files.values()})
+    if len(rows):
+        left_out["named by the metadata before"] = int(is_repeated.sum())
+        left_out["not named by the metadata"] = len({*names} - {*rows.iloc[:, 0]})
+    rows = rows[~is_repeated] if len(rows) else pandas.DataFrame({"image": names})
+    names_in_splits = sorted(name for name, its_split in splits.items() if its_split)
+    return Chosen(split, rows, files, names_in_splits, len(found), left_out)
+
+
+def extensions(names: Iterable[str]) -> str:
+    """Of files, for a message."""
+    found = sorted({posixpath.splitext(name)[1].lower() or "without extension" for name in names})
+    return ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
+
+
+def comparable(name: str) -> str:
+    """A path without . and .., and with letters and their accents composed."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name))
+
+
+def digest_of(files: Iterable[FolderFile]) -> str:
+    """Of their names, sizes and modification times."""
+    lines = (f"{file.name}\0{file.size}\0{file.mtime_ns}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+# ---- Decoding
+
+
 def decode_image(encoded: bytes, crop: str, resolution: int) -> np.ndarray:
     """Decodes, crops and resizes one image.
 
-    The EXIF orientation is applied. Transparent pixels are laid over white; grey, palette and CMYK images become RGB;
-    16-bit ones are scaled to 8 bits; colour profiles are ignored. Floating-point pixels, whose range no file tells,
-    are refused, and so is PostScript, a program that Pillow would hand to Ghostscript. Of several frames or pages the
-    first one is taken.
+    The EXIF orientation is applied; metadata that are broken or too large do not matter, the pixels count. Transparent
+    pixels are laid over white; grey, palette and CMYK images become RGB; 16-bit ones are scaled to 8 bits; colour
+    profiles are ignored. Pixels whose range no file tells are refused (floating point, 32-bit integers), and so is
+    PostScript, a program that Pillow would hand to Ghostscript. Of several frames or pages the first one is taken.
 
     Returns:
         uint8, shape (3, resolution, resolution).
@@ -36,11 +354,7 @@ def decode_image(encoded: bytes, crop: str, resolution: int) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow tells of odd metadata, which are not used, at every image
-            image = Image.open(io.BytesIO(encoded))
-            _check_cost(image, encoded)
-            ImageOps.exif_transpose(image, in_place=True)
-            _check_cost(image, encoded)  # an icon is of the size that its content says
-            image = _to_rgb(image)
+            image = _to_rgb(_load(encoded))
     except BadImage:
         raise
     except UnidentifiedImageError as error:
@@ -74,6 +388,40 @@ def crop_box(crop: str, width: int, height: int) -> tuple[float, float, float, f
     return tuple(edge * width / _CELEBA_WIDTH for edge in _CELEBA_BOXES[crop])
 
 
+def _load(encoded: bytes) -> Image.Image:
+    """The whole image, upright."""
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        _check_cost(image, encoded)
+        image.load()
+    except BadImage:
+        raise
+    except Exception:
+        without_metadata = _without_png_metadata(encoded)
+        if len(without_metadata) == len(encoded):
+            raise
+        return _load(without_metadata)
+    with suppress(Exception):  # whatever is wrong with the metadata: the image is upright then
+        ImageOps.exif_transpose(image, in_place=True)
+    _check_cost(image, encoded)  # an icon is of the size that its content says
+    return image
+
+
+def _without_png_metadata(encoded: bytes) -> bytes:
+    """A PNG without what Pillow does not read if it is damaged or large; anything else as it is."""
+    if not encoded.startswith(PNG_SIGNATURE):
+        return encoded
+    kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while position + 12 <= len(encoded):
+        length, kind = struct.unpack_from(">I4s", encoded, position)
+        end = position + 12 + length
+        is_sound = encoded[end - 4 : end] == struct.pack(">I", zlib.crc32(encoded[position + 4 : end - 4]))
+        if kind not in PNG_METADATA or (kind == b"eXIf" and is_sound):
+            kept.append(encoded[position:end])
+        position = end
+    return b"".join([*kept, encoded[position:]])
+
+
 def _check_cost(image: Image.Image, encoded: bytes) -> None:
     """Raises BadImage for what would take too much memory or time, or run a program."""
     num_pixels = image.width * image.height
@@ -90,9 +438,11 @@ def _check_cost(image: Image.Image, encoded: bytes) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadImage("its pixels are floating-point numbers, of unknown range")
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # those have 16 bits, which Pillow widens
+        raise BadImage("its pixels are signed or 32-bit integers, of unknown range; convert them to 8 or 16 bits")
     if image.mode in ("P", "PA") and image.palette is None:
         raise BadImage("its pixels are numbers of colours, but there is no palette")
-    if image.mode.startswith("I"):  # 16 bits, also where Pillow widens them to 32
+    if image.mode.startswith("I"):
         values = np.asarray(image).clip(0, 65535).astype(np.uint32)
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # round(values / 257), in less memory
     if image.has_transparency_data:

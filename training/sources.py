@@ -1,27 +1,30 @@
 """Where images come from: the Hub, a local folder, or the embedded synthetic faces.
 
 A source has `name`, `split`, `num_images` (None if only reading tells), `identity` (JSON-able: which images they are)
-and `decode(crop, resolution)`. For each row that yields the image as uint8 (3, R, R) or, where it cannot, says why in
-a string; and with it the label: None without a `label_column`, else the number (or bool) of a class in `label_names`,
-or a string where these are None. The names may be known only once `decode` has begun.
+with `version` (of the code that makes pixels of them), and `decode(crop, resolution)`. For each row that yields the
+image as uint8 (3, R, R) or, where it cannot, says why in a string; and with it the label: None without a
+`label_column`, else the number (or bool) of a class in `label_names`, or a string or integer where these are None.
+Once `decode` has begun, `label_names` are known, and `summary`: how many files were found, taken and left out, and
+why; None if the source does not tell.
 """
 
 import contextlib
 import difflib
-import hashlib
 import logging
 import os
-import re
+import posixpath
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import datasets
 import fsspec
 import numpy as np
-from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, DataFilesList
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from huggingface_hub import DatasetCard, HfApi, constants
+import pandas
+import yaml
+from huggingface_hub import DatasetCard, DatasetInfo, HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -31,7 +34,17 @@ from huggingface_hub.errors import (
 )
 
 from common import InputError, one_line
-from training.images import BadImage, decode_image
+from training.images import (
+    BadImage,
+    FolderFile,
+    are_images,
+    choose_images,
+    decode_image,
+    digest_of,
+    extensions,
+    list_files,
+    printable,
+)
 from training.synthetic_faces import (
     FACTORS,
     LABEL_NAMES,
@@ -43,22 +56,18 @@ from training.synthetic_faces import (
     face_factors,
     split_indices,
 )
-from training.workers import available_cores, load_batches
+from training.workers import on_all_cores
 
 logger = logging.getLogger(__name__)
 
-SPLIT_OF_WORD = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}  # val -> validation
-SPLIT_WORD = re.compile(rf"(^|[-._ 0-9/])({'|'.join(SPLIT_OF_WORD)})([-._ 0-9/])")
-SPLIT_RULE = "splits are the top-level folders named train, validation or test"
 Decoded = np.ndarray | str
 Label = int | bool | str | None
-CHUNK = 64  # images that a decoding process hands over at a time
 
 
 class SyntheticFaces:
     """The embedded data set, rendered at the resolution that is asked for."""
 
-    name = SYNTHETIC_FACES
+    name, version, summary = SYNTHETIC_FACES, 2, None
 
     def __init__(self, split: str, max_images: int | None, label_column: str | None = None):
         self.split, self.label_column = split, label_column
@@ -78,7 +87,7 @@ class SyntheticFaces:
             raise InputError(f"crop {crop} is for CelebA's photographs; choose none for {self.name}")
         if resolution < LEAST_RESOLUTION:
             raise InputError(f"{self.name} are drawn at a resolution of {LEAST_RESOLUTION} or more, not {resolution}")
-        yield from _on_all_cores(partial(self._draw, resolution), self.num_images)
+        yield from on_all_cores(partial(self._draw, resolution), self.num_images)
 
     def _draw(self, resolution: int, part: slice) -> list[tuple[np.ndarray, Label]]:
         factors = face_factors(self.indices[part])
@@ -87,40 +96,35 @@ class SyntheticFaces:
         return list(zip(faces, labels, strict=True))
 
 
+@dataclass(eq=False)
 class HuggingFaceImages:
     """A split of a data set that the `datasets` library reads: of the Hub or of a local folder.
 
-    Args:
+    Attributes:
         revision: commit on the Hub, or digest of the files of a folder.
         is_offline: whether the Hub does not answer, so that `datasets` need not wait for it.
+        found: the names of all files of the data set; None if the Hub does not answer.
     """
 
-    def __init__(
-        self,
-        name: str,
-        revision: str | None,
-        config_name: str | None,
-        split: str,
-        image_column: str,
-        max_images: int | None,
-        streaming: bool,
-        label_column: str | None = None,
-        is_offline: bool = False,
-    ):
-        self.name, self.revision, self.config_name, self.split = name, revision, config_name, split
-        self.image_column, self.max_images, self.streaming = image_column, max_images, streaming
-        self.label_column, self.label_names, self.is_offline = label_column, None, is_offline
-        self.num_images = None
-        self.identity = {
-            "source": Path(name).name if os.path.isdir(name) else name,
-            "revision": revision,
-            "config_name": config_name,
-            "split": split,
-            "image_column": image_column,
-            "max_images": max_images,
-        }
-        if label_column is not None:
-            self.identity["label_column"] = label_column
+    name: str
+    revision: str | None
+    config_name: str | None
+    split: str
+    image_column: str
+    max_images: int | None
+    streaming: bool
+    label_column: str | None = None
+    is_offline: bool = False
+    found: list[str] | None = None
+    label_names = summary = num_images = None
+    version = 3  # raised whenever decoding changes the pixels, or other files are taken
+
+    @property
+    def identity(self) -> dict:
+        source = printable(Path(self.name).name) if os.path.isdir(self.name) else self.name
+        names = "revision config_name split image_column max_images label_column".split()
+        names = names[: None if self.label_column else -1]
+        return {"source": source} | {name: getattr(self, name) for name in names}
 
     def decode(self, crop: str, resolution: int) -> Iterator[tuple[Decoded, Label]]:
         rows = self._open()
@@ -128,7 +132,7 @@ class HuggingFaceImages:
             yield from self._stream(rows, crop, resolution)
         else:
             self.num_images = len(rows)
-            yield from _on_all_cores(partial(self._decode_rows, rows, crop, resolution), self.num_images)
+            yield from on_all_cores(partial(self._decode_rows, rows, crop, resolution), self.num_images)
 
     def _stream(self, rows, crop: str, resolution: int) -> Iterator[tuple[Decoded, Label]]:
         num_decoded = 0
@@ -154,15 +158,19 @@ class HuggingFaceImages:
         return list(zip(decoded, labels, strict=True))
 
     def _decode_row(self, number: int, cell: dict | None, crop: str, resolution: int) -> Decoded:
-        if cell is None or (cell["bytes"] is None and cell.get("path") is None):
-            return f"row {number}: no image"
-        path = cell.get("path")
-        if cell["bytes"] is None and not self._may_read(path):
-            return f"row {number}: its path {path!r:.80} leads out of the data set and is not read"
+        encoded, path = (cell["bytes"], cell["path"]) if cell else (None, None)
         try:
-            return decode_image(cell["bytes"] if cell["bytes"] is not None else _read(path), crop, resolution)
+            return decode_image(self._read(path) if encoded is None else encoded, crop, resolution)
         except (BadImage, OSError) as error:
-            return f"row {number}{f' ({Path(path).name})' if path else ''}: {error}"
+            name = path and (Path(path).name if os.path.isabs(path) or "://" in path else path)
+            return f"row {number}{f' ({name})' if name else ''}: {error}"
+
+    def _read(self, path: str | None) -> bytes:
+        if path is None:
+            raise BadImage("no image")
+        if not self._may_read(path):
+            raise BadImage(f"its path {path!r:.80} leads out of the data set and is not read")
+        return _read(path)
 
     def _may_read(self, path: str) -> bool:
         """Whether an image's path is in the data set itself, or in the caches into which it is fetched and unpacked.
@@ -180,7 +188,7 @@ class HuggingFaceImages:
         return any(absolute.is_relative_to(os.path.abspath(root)) for root in roots)
 
     def _open(self) -> datasets.Dataset | datasets.IterableDataset:
-        """The rows of the split, with the encoded bytes of the images."""
+        """The rows of the split, with the encoded bytes of the images or the names of their files."""
         try:
             with _no_waiting_for_the_hub() if self.is_offline else contextlib.nullcontext():
                 rows = self._load()
@@ -209,45 +217,55 @@ class HuggingFaceImages:
             feature is None
             or isinstance(feature, datasets.Image)
             or (isinstance(feature, dict) and "bytes" in feature)
+            or getattr(feature, "dtype", None) in ("binary", "large_binary")
         ):
             raise InputError(f"the column {self.image_column!r} of {self.name} holds {feature}, not images")
         if self.streaming and rows.features:
             # `datasets` decodes the image files of the Hub in threads of its own, which a cast does not stop
             rows = rows.decode(False)
         rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
-        if self.max_images is not None:
-            rows = rows.take(self.max_images)
-        return rows
+        return rows if self.max_images is None else rows.take(self.max_images)
 
     def _class_names(self, feature) -> list[str] | None:
-        """The names of a column's classes; None for strings, whose values are the names."""
+        """The names of a column's classes; None for strings and integers, whose values are the classes."""
         if isinstance(feature, datasets.ClassLabel):
             return feature.names
-        if isinstance(feature, datasets.Value) and feature.dtype == "bool":
+        kind = feature.dtype if isinstance(feature, datasets.Value) else None
+        if kind == "bool":
             return NO_YES
-        if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+        if kind in ("string", "large_string") or (kind and kind.startswith(("int", "uint"))):
             return None
         held = f"{feature}"[:100] if feature is not None else "what a stream does not tell (leave out --streaming)"
         raise InputError(
-            f"the column {self.label_column!r} of {self.name} holds {held}; labels are a ClassLabel, bool or strings"
+            f"the column {self.label_column!r} of {self.name} holds {held};"
+            " labels are a ClassLabel, bool, strings or integers"
         )
 
     def _load(self) -> datasets.Dataset | datasets.IterableDataset:
-        folder = Path(self.name)
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if _is_saved(Path(self.name)):
             saved = datasets.load_from_disk(self.name)
             splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
             return splits[self._pick(splits)]
-        if folder.is_dir():
-            builder = datasets.load_dataset_builder(self.name, self.config_name, data_files=_image_files(folder))
+        if os.path.isdir(self.name):
+            builder = datasets.load_dataset_builder(self.name, self.config_name)
         else:
             builder = datasets.load_dataset_builder(self.name, self.config_name, revision=self.revision)
             self._check_what_is_cached(builder)
         split = self._pick(builder.info.splits or builder.as_streaming_dataset())
+        if self.found is not None and builder.config.data_files:
+            self._summarize(builder.config.data_files)
         if self.streaming:
             return builder.as_streaming_dataset(split)
         builder.download_and_prepare()
         return builder.as_dataset(split)
+
+    def _summarize(self, data_files: dict[str, list[str]]) -> None:
+        """Tells which files `datasets` leaves out: those of other kinds, and those whose names are of no split."""
+        root = f"{self.name}/" if os.path.isdir(self.name) else f"@{self.revision}/"
+        taken = {file.partition(root)[2] for files in data_files.values() for file in files}
+        left_out = [name for name in self.found if name not in taken and name not in ("README.md", ".gitattributes")]
+        kinds = Counter({f"not taken by `datasets`: {extensions(left_out)}": len(left_out)})
+        self.summary = _summary(self.name, len(self.found), f"read: {len(taken):,}", kinds)
 
     def _check_what_is_cached(self, builder: datasets.DatasetBuilder) -> None:
         """Without a network `datasets` takes what was cached last, of whatever commit and configuration."""
@@ -268,6 +286,62 @@ class HuggingFaceImages:
             if name in splits:
                 return name
         raise InputError(f"{self.name} has no split {self.split!r}; it has {', '.join(splits)}")
+
+
+@dataclass(eq=False)
+class FolderImages(HuggingFaceImages):
+    """A split of a folder of image files, and of zip archives of them.
+
+    Folders at the top that are named train, validation or test are the splits; without any, all images are in train.
+    The images come in the order of their names, or of the rows of the metadata tables (metadata.csv, .jsonl or
+    .parquet with a column `file_name`), which also choose among them. Each real file is taken once. Besides the
+    columns of these tables there is `label`, the name of the folder that an image lies in.
+
+    Attributes:
+        listed, left_out: of `list_files`.
+        files: the image files of the split, by their names.
+    """
+
+    listed: list[FolderFile] = field(default_factory=list)
+    left_out: Counter = field(default_factory=Counter)
+
+    def _read(self, path: str | None) -> bytes:
+        if path not in self.files:
+            raise BadImage("the metadata name it, but it is not among the images of the folder")
+        return self.files[path].read()
+
+    def _load(self) -> datasets.Dataset:
+        try:
+            chosen = choose_images(self.listed, self._pick, self.image_column)
+        except BadImage as error:
+            raise InputError(f"{self.name}: {error}; fix it or move it out of the folder") from error
+        self.files = chosen.files
+        taken = f"taken for split {chosen.split}: {len(chosen.rows):,}"
+        self.summary = _summary(self.name, chosen.num_found, taken, self.left_out + chosen.left_out)
+        return self._with_labels(chosen.rows, chosen.names_in_splits)
+
+    def _with_labels(self, rows: pandas.DataFrame, names_in_splits: list[str]) -> datasets.Dataset:
+        """The images and their labels, from a column of metadata or from the folders in all splits."""
+        label, names = self.label_column, rows.iloc[:, 0].tolist()
+        loaded = datasets.Dataset.from_dict({rows.columns[0]: names})
+        loaded = loaded.cast_column(rows.columns[0], datasets.Image(decode=False))
+        if label in (None, rows.columns[0]):
+            return loaded
+        if label in rows:
+            values = rows[label].astype(object)
+            return loaded.add_column(label, values.where(values.notna(), None).tolist())
+        if label != "label" or not all("/" in name for name in names):
+            raise _no_column(self.name, label, rows)
+        depths = {name.count("/"): name for name in names}
+        if len(depths) > 1:
+            raise InputError(
+                f"the images of {self.name} lie in folders of different depths, such as"
+                f" {' and '.join(sorted(depths.values())[:2])}, so these are no classes; leave out --label_column"
+            )
+        folders = [posixpath.basename(posixpath.dirname(name)) for name in names]
+        classes = sorted({posixpath.basename(posixpath.dirname(name)) for name in names_in_splits})
+        loaded = loaded.add_column(label, [classes.index(folder) for folder in folders])
+        return loaded.cast_column(label, datasets.ClassLabel(names=classes))
 
 
 def find_source(
@@ -305,23 +379,48 @@ def find_source(
     if dataset_name is not None:
         if os.path.isdir(dataset_name):  # `datasets` would prefer it to the Hub's
             raise InputError(f"{dataset_name} is a local folder; give it as --train_data_dir")
-        commit, is_offline = _resolve_commit(dataset_name, dataset_revision), False
-        if commit is None:
-            commit, is_offline = last_commit() or dataset_revision, True
-        return HuggingFaceImages(dataset_name, commit, *names, is_offline)
-    folder = Path(os.path.abspath(train_data_dir))  # `datasets` has names of its own, such as `parquet`
+        info = _ask_the_hub(dataset_name, dataset_revision)
+        if info is None:
+            return HuggingFaceImages(dataset_name, last_commit() or dataset_revision, *names, is_offline=True)
+        found = [file.rfilename for file in info.siblings or ()]
+        return HuggingFaceImages(dataset_name, info.sha, *names, found=found)
+    folder = Path(os.path.abspath(os.path.expanduser(train_data_dir)))  # `datasets` has names of its own: `parquet`
+    if printable(str(folder)) != str(folder):
+        raise InputError(f"the name of the folder {printable(str(folder))} is not UTF-8; rename it")
     if not os.path.isdir(folder):  # unlike Path's, it takes a name that is too long for one that is not there
         nearest = next(parent for parent in folder.parents if os.path.isdir(parent))
         raise InputError(f"there is no folder {folder}; there is {_listing(nearest)}")
-    if not any(path.is_file() for path in folder.rglob("*")):
-        raise InputError(f"the folder {folder} has no files")
-    return HuggingFaceImages(str(folder), _file_fingerprint(folder), *names)
-
-
-def _resolve_commit(name: str, revision: str | None) -> str | None:
-    """The commit that a revision of a data set stands for now; None if the Hub does not answer."""
     try:
-        return HfApi().dataset_info(name, revision=revision, timeout=20).sha
+        files, passed_over = list_files(folder)
+        is_of_images = dataset_config_name is None and not _has_a_list_of_files(folder) and are_images(files)
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or folder}: {error.strerror}") from error
+    if not files:
+        raise InputError(f"the folder {folder} has no files{_listed(passed_over, '; passed over: ')}")
+    digest = digest_of(files)
+    if is_of_images:
+        return FolderImages(str(folder), digest, *names, listed=files, left_out=passed_over)
+    return HuggingFaceImages(str(folder), digest, *names, found=[file.name for file in files])
+
+
+def _has_a_list_of_files(folder: Path) -> bool:
+    """Whether it was written by `save_to_disk`, or its README.md lists its files: `datasets` reads such folders."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return _is_saved(folder)
+    with contextlib.suppress(ValueError, yaml.YAMLError):  # a README of another kind
+        return bool(DatasetCard.load(card).data.get("configs")) or _is_saved(folder)
+    return _is_saved(folder)
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _ask_the_hub(name: str, revision: str | None) -> DatasetInfo | None:
+    """The commit that a revision of a data set stands for now, and its files; None if the Hub does not answer."""
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=20)
     except HFValidationError as error:
         raise InputError(f"{name!r} is neither {SYNTHETIC_FACES} nor a data set's id on the Hub") from error
     except GatedRepoError as error:
@@ -346,47 +445,6 @@ def _no_waiting_for_the_hub() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _image_files(folder: Path) -> DataFilesDict | None:
-    """The files of a folder of images by split; None for a folder of tables, or one whose README.md lists its files.
-
-    `datasets` would take a word like test anywhere in the names of files and folders for a split, and drop what has no
-    such word. Here only folders at the top are splits, by their whole names; without any, every image is in train.
-    """
-    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    found = sorted((path for path in found if not _is_hidden(path)), key=Path.as_posix)
-    images = [path for path in found if path.suffix.lower() in ImageFolder.EXTENSIONS]
-    metadata = [path for path in found if path.name in ImageFolder.METADATA_FILENAMES]
-    tables = [path for path in found if path.suffix in (".parquet", ".arrow", ".tar") and path not in metadata]
-    card = folder / "README.md"
-    if len(images) <= len(tables) or (card.is_file() and DatasetCard.load(card).data.get("configs")):
-        return None
-    chained = next((folder / path for path in images if "::" in str(folder / path)), None)
-    if chained:  # `datasets` takes what follows for an archive, and would drop the image
-        raise InputError(f"the name {chained} has a ::, which `datasets` cannot read; rename it")
-    archives = [path for path in found if path.suffix == ".zip"]
-    split_of = {path: SPLIT_OF_WORD.get(path.parts[0].lower()) for path in images + archives + metadata}
-    outside = [path for path in images if split_of[path] is None]
-    if len(outside) == len(images):
-        split_of = dict.fromkeys(split_of, "train")
-        alike = next((path for path in images if SPLIT_WORD.search(path.as_posix().lower())), None)
-        if alike:
-            logger.info("all images of %s are in split train, also such as %s: %s", folder, alike, SPLIT_RULE)
-    elif outside:
-        logger.info("left out %d images of %s such as %s: %s", len(outside), folder, outside[0], SPLIT_RULE)
-    splits = {}
-    for split in dict.fromkeys(SPLIT_OF_WORD.values()):
-        if any(split_of[path] == split for path in images):
-            paths = [folder / path for path, its_split in split_of.items() if its_split == split]
-            # made by hand, as `datasets` would read the names as patterns; by the times its cache notices changes
-            splits[split] = DataFilesList(map(str, paths), [(str(path.stat().st_mtime_ns),) for path in paths])
-    return DataFilesDict(splits)
-
-
-def _is_hidden(path: Path) -> bool:
-    """Whether `datasets` would pass over a file, as over those that macOS puts into archives."""
-    return any(name.startswith(".") for name in path.parts) or any(name.startswith("__") for name in path.parts[:-1])
-
-
 def _gated(name: str) -> InputError:
     return InputError(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`")
 
@@ -402,14 +460,13 @@ def _reason(error: Exception) -> str:
     return one_line(error)[:300] or type(error).__name__
 
 
-def _file_fingerprint(folder: Path) -> str:
-    """Digest of the names, sizes and modification times of the files in a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            status = path.stat()
-            digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+def _summary(name: str, num_found: int, taken: str, left_out: Counter) -> str:
+    return f"{Path(name).name}: files found: {num_found:,}, {taken}{_listed(left_out, '; left out: ')}"
+
+
+def _listed(counts: Counter, introduction: str) -> str:
+    parts = [f"{count:,} ({what})" for what, count in counts.items() if count]
+    return introduction + ", ".join(parts) if parts else ""
 
 
 def _listing(folder: Path) -> str:
@@ -424,24 +481,3 @@ def _read(path: str) -> bytes:
         return Path(path).read_bytes()
     with fsspec.open(path, "rb") as file:
         return file.read()
-
-
-class _Chunks:
-    """Item i is the i-th part of the images with their labels, for a worker process."""
-
-    def __init__(self, decode: Callable[[slice], list], num_images: int):
-        self.decode, self.num_images = decode, num_images
-
-    def __len__(self) -> int:
-        return -(-self.num_images // CHUNK)
-
-    def __getitem__(self, chunk: int) -> list[tuple[Decoded, Label]]:
-        return self.decode(slice(chunk * CHUNK, min((chunk + 1) * CHUNK, self.num_images)))
-
-
-def _on_all_cores(decode: Callable[[slice], list], num_images: int) -> Iterator[tuple[Decoded, Label]]:
-    """The images of all chunks with their labels, in order."""
-    chunks = _Chunks(decode, num_images)
-    num_workers = min(available_cores(), len(chunks) - 1)  # not worth a process for a single chunk
-    for chunk in load_batches(chunks, num_workers, batch_size=None):
-        yield from chunk

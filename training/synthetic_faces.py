@@ -123,21 +123,16 @@ def split_indices(split: str, num_images: int | None = None) -> range:
 
 def face_factors(indices: Sequence[int], seed: int = 0) -> dict[str, np.ndarray]:
     """The factors of n faces, each an (n,) column: float32, int64 (class number) or bool, in the order of FACTORS."""
-    indices = np.asarray(indices, np.int64)
-    if seed < 0 or np.any(indices < 0):
-        raise ValueError(f"indices and seed are 0 or more, not {indices.min(initial=0)} and {seed}")
     bits = [np.random.Philox(key=np.array([index, seed], np.uint64)).random_raw(len(FACTORS)) for index in indices]
     uniforms = np.array(bits, np.uint64).reshape(-1, len(FACTORS)).T
     uniforms = dict(zip(FACTORS, (uniforms >> np.uint64(11)) * 2.0**-53, strict=True))  # 53 bits: [0, 1)
-    factors = {}
-    for name, (low, high) in CONTINUOUS.items():
-        factors[name] = (low + (high - low) * uniforms[name]).astype(np.float32)
+    factors = {
+        name: (low + (high - low) * uniforms[name]).astype(np.float32) for name, (low, high) in CONTINUOUS.items()
+    }
     for name, odds in CATEGORICAL.items():
         thresholds = np.cumsum(list(odds.values())) / sum(odds.values())
         factors[name] = np.searchsorted(thresholds, uniforms[name], side="right")
-    for name, probability in BINARY.items():
-        factors[name] = uniforms[name] < probability
-    return factors
+    return factors | {name: uniforms[name] < probability for name, probability in BINARY.items()}
 
 
 def render_faces(indices: Sequence[int], resolution: int, seed: int = 0) -> np.ndarray:
@@ -147,10 +142,6 @@ def render_faces(indices: Sequence[int], resolution: int, seed: int = 0) -> np.n
 
 def draw_faces(factors: dict[str, np.ndarray], resolution: int) -> np.ndarray:
     """The pictures of n faces given their factors (all of FACTORS): (n, resolution, resolution, 3) uint8, RGB."""
-    if resolution < LEAST_RESOLUTION:
-        raise ValueError(
-            f"{SYNTHETIC_FACES} are drawn at a resolution of {LEAST_RESOLUTION} or more, not {resolution}"
-        )
     num_images = len(factors[FACTORS[0]])
     images = np.empty((num_images, resolution, resolution, 3), np.uint8)
     chunk = max(1, PIXELS_PER_CHUNK // resolution**2)
@@ -221,21 +212,15 @@ def lit(colour, f, point):
     return colour * (1.0 + 0.16 * f.light * point[0])
 
 
-# Painting, from back to front. `f` holds the factors, colours, coordinates and outlines of a chunk of faces.
+# Painting, from back to front. `f` holds the factors, colours, coordinates and outlines of a chunk of faces, and the
+# pictures in the making: `pixels` (3, n, R, R) float32, sRGB 0 to 255; `pixel` is a pixel's width in head units.
 
 
-class Canvas:
-    """Pictures in the making: `pixels` (3, n, R, R) float32, sRGB 0 to 255; `pixel` is a pixel's width, head units."""
-
-    def __init__(self, num_images: int, resolution: int, scale: np.ndarray):
-        self.pixels = np.zeros((3, num_images, resolution, resolution), np.float32)
-        self.pixel = 2.0 / (resolution * scale)
-
-    def paint(self, distance, colour, opacity=1.0, softness=0.0):
-        """Cover what lies inside a shape; its edge is as wide as a pixel, and wider by `softness` (head units)."""
-        coverage = np.clip(0.5 - distance / (self.pixel + softness), 0.0, 1.0)
-        coverage *= opacity * coverage * (3.0 - 2.0 * coverage)
-        self.pixels += coverage * (colour - self.pixels)
+def paint(f, distance, colour, opacity=1.0, softness=0.0):
+    """Cover what lies inside a shape; its edge is as wide as a pixel, and wider by `softness` (head units)."""
+    coverage = np.clip(0.5 - distance / (f.pixel + softness), 0.0, 1.0)
+    coverage *= opacity * coverage * (3.0 - 2.0 * coverage)
+    f.pixels += coverage * (colour - f.pixels)
 
 
 def _draw_chunk(factors: dict[str, np.ndarray], resolution: int) -> np.ndarray:
@@ -243,10 +228,11 @@ def _draw_chunk(factors: dict[str, np.ndarray], resolution: int) -> np.ndarray:
     mix_colours(f)
     place(f, resolution)
     outline(f)
-    canvas = Canvas(len(f.scale), resolution, f.scale)
+    f.pixels = np.zeros((3, len(f.scale), resolution, resolution), np.float32)
+    f.pixel = 2.0 / (resolution * f.scale)
     for part in (background, hair_back, shoulders, ears, head, beard, nose, mouth, eyes, brows, glasses, hair_front):
-        part(canvas, f)
-    return np.clip(canvas.pixels + 0.5, 0.0, 255.0).astype(np.uint8).transpose(1, 2, 3, 0)
+        part(f)
+    return np.clip(f.pixels + 0.5, 0.0, 255.0).astype(np.uint8).transpose(1, 2, 3, 0)
 
 
 def look_up(table, f, factor):
@@ -287,97 +273,97 @@ def outline(f):
     f.hair_outline = -smooth_union(-hair, cut - f.head[1], 0.12)  # what is inside and above the cut
 
 
-def background(canvas, f):
+def background(f):
     x, y = f.frame
-    canvas.pixels += f.backdrop * (1.08 - 0.10 * (x * x + y * y) + 0.06 * f.light * x)
+    f.pixels += f.backdrop * (1.08 - 0.10 * (x * x + y * y) + 0.06 * f.light * x)
 
 
-def hair_back(canvas, f):
-    canvas.paint(f.hair_outline, f.hair * 0.72)
-    canvas.paint(ellipse(f.head, (0.0, -1.12), (0.30, 0.26)), lit(f.hair * 0.95, f, f.head), f.bun)
+def hair_back(f):
+    paint(f, f.hair_outline, f.hair * 0.72)
+    paint(f, ellipse(f.head, (0.0, -1.12), (0.30, 0.26)), lit(f.hair * 0.95, f, f.head), f.bun)
 
 
-def shoulders(canvas, f):
-    canvas.paint(ellipse(f.body, (0.0, 1.88), (1.25, 0.70), 2.0), lit(f.clothes, f, f.body))
+def shoulders(f):
+    paint(f, ellipse(f.body, (0.0, 1.88), (1.25, 0.70), 2.0), lit(f.clothes, f, f.body))
     neck = lit(mix(f.shade, f.skin, 3.0 * f.head_outline), f, f.body)  # the chin's shadow falls on it
-    canvas.paint(segment(f.body, (0.0, 0.6), (0.0, 1.14), 0.32), neck)
+    paint(f, segment(f.body, (0.0, 0.6), (0.0, 1.14), 0.32), neck)
 
 
-def ears(canvas, f):
+def ears(f):
     point = np.abs(f.head[0] + 0.05 * f.yaw), f.head[1]
-    canvas.paint(ellipse(point, (f.face_width + 0.02, 0.12), (0.12, 0.19)), lit(f.skin * 0.94, f, f.head))
-    canvas.paint(ellipse(point, (f.face_width + 0.03, 0.12), (0.05, 0.10)), f.shade, 0.6)
+    paint(f, ellipse(point, (f.face_width + 0.02, 0.12), (0.12, 0.19)), lit(f.skin * 0.94, f, f.head))
+    paint(f, ellipse(point, (f.face_width + 0.03, 0.12), (0.05, 0.10)), f.shade, 0.6)
 
 
-def head(canvas, f):
+def head(f):
     skin = mix(f.skin, f.shade, 0.4 + 2.0 * f.head_outline)  # darker towards its rim
-    canvas.paint(f.head_outline, lit(skin, f, f.head))
+    paint(f, f.head_outline, lit(skin, f, f.head))
     cheeks = np.maximum(ellipse(f.mirrored, (0.42, 0.38), (0.18, 0.14)), f.head_outline + 0.1)
-    canvas.paint(cheeks, f.skin * rgb((1.0, 0.68, 0.66)), 0.65 * f.blush, softness=0.2)
+    paint(f, cheeks, f.skin * rgb((1.0, 0.68, 0.66)), 0.65 * f.blush, softness=0.2)
 
 
-def beard(canvas, f):
+def beard(f):
     on_jaw, on_lip = look_up(FACIAL_HAIR, f, "facial_hair")
     bare = np.minimum(ellipse(f.face, (0.0, 0.10), (f.face_width * 0.86, 0.56)), f.head[1] - 0.1)
-    canvas.paint(np.maximum(f.head_outline, -bare), f.hair * 0.9, on_jaw, softness=0.04)
-    canvas.paint(crescent(f.face, (0.0, 0.50), 0.32, -0.10, 0.07), f.hair * 0.9, on_lip)
+    paint(f, np.maximum(f.head_outline, -bare), f.hair * 0.9, on_jaw, softness=0.04)
+    paint(f, crescent(f.face, (0.0, 0.50), 0.32, -0.10, 0.07), f.hair * 0.9, on_lip)
 
 
-def nose(canvas, f):
+def nose(f):
     point = f.face[0] - 0.05 * f.yaw, f.face[1]
     tip = f.nose_length
     bridge = segment(point, (-0.05 * f.light, 0.0), (-0.07 * f.light, tip - 0.06), 0.04)
-    canvas.paint(bridge, f.shade, 0.35, softness=0.1)
-    canvas.paint(ellipse(point, (0.0, tip - 0.05), (f.nose_width * 0.6, 0.06)), f.skin * 1.08, 0.6, softness=0.06)
-    canvas.paint(crescent(point, (0.0, tip + 0.02), f.nose_width, 0.06, 0.035), f.shade * 0.85, 0.9)
+    paint(f, bridge, f.shade, 0.35, softness=0.1)
+    paint(f, ellipse(point, (0.0, tip - 0.05), (f.nose_width * 0.6, 0.06)), f.skin * 1.08, 0.6, softness=0.06)
+    paint(f, crescent(point, (0.0, tip + 0.02), f.nose_width, 0.06, 0.035), f.shade * 0.85, 0.9)
 
 
-def mouth(canvas, f):
+def mouth(f):
     centre, bend = (0.0, 0.63), 0.20 * f.smile
     gap = 0.012 + 0.075 * f.mouth_open
-    canvas.paint(crescent(f.face, centre, f.mouth_width, bend, gap + 0.05), f.lips)
+    paint(f, crescent(f.face, centre, f.mouth_width, bend, gap + 0.05), f.lips)
     inside = crescent(f.face, centre, f.mouth_width * 0.88, bend, gap)
-    canvas.paint(inside, rgb(MOUTH))
+    paint(f, inside, rgb(MOUTH))
     teeth = crescent(f.face, (0.0, centre[1] - gap), f.mouth_width * 0.88, bend, gap)
-    canvas.paint(np.maximum(inside, teeth), rgb(WHITE), np.minimum(2.5 * f.mouth_open, 1.0))
+    paint(f, np.maximum(inside, teeth), rgb(WHITE), np.minimum(2.5 * f.mouth_open, 1.0))
 
 
-def eyes(canvas, f):
+def eyes(f):
     x, y = f.mirrored
     centre = f.eye_spacing, 0.04
     white = ellipse((x, y), centre, (f.eye_size, f.eye_size * f.eye_openness))
-    canvas.paint(white - 0.05, f.shade, 0.5, softness=0.08)
-    canvas.paint(white, rgb(WHITE))
+    paint(f, white - 0.05, f.shade, 0.5, softness=0.08)
+    paint(f, white, rgb(WHITE))
     x = x - 0.07 * f.gaze * f.side
     iris = ellipse((x, y), centre, (0.12, 0.12))
-    canvas.paint(np.maximum(iris, white), f.iris)
-    canvas.paint(np.maximum(iris + 0.06, white), rgb(DARK))
-    canvas.paint(ellipse((x + 0.04 * f.side, y + 0.05), centre, (0.035, 0.035)), rgb(WHITE))
-    canvas.paint(np.maximum(np.abs(white) - 0.025, y - 0.01), rgb(DARK))  # the upper lid
+    paint(f, np.maximum(iris, white), f.iris)
+    paint(f, np.maximum(iris + 0.06, white), rgb(DARK))
+    paint(f, ellipse((x + 0.04 * f.side, y + 0.05), centre, (0.035, 0.035)), rgb(WHITE))
+    paint(f, np.maximum(np.abs(white) - 0.025, y - 0.01), rgb(DARK))  # the upper lid
 
 
-def brows(canvas, f):
+def brows(f):
     x, y = f.mirrored
     centre = f.eye_spacing + 0.02, -0.26 - 0.08 * f.brow_height
     tilted = x, y + 0.22 * f.brow_tilt * (x - centre[0])
-    canvas.paint(crescent(tilted, centre, 0.24, -0.05, f.brow_thickness), mix(f.hair, f.shade, 0.2) * 0.85)
+    paint(f, crescent(tilted, centre, 0.24, -0.05, f.brow_thickness), mix(f.hair, f.shade, 0.2) * 0.85)
 
 
-def glasses(canvas, f):
+def glasses(f):
     worn = f.glasses.astype(np.float32)
     lens = ellipse(f.mirrored, (f.eye_spacing, 0.06), (0.28, 0.25))
     bridge = segment(f.mirrored, (0.0, 0.0), (0.1, 0.0), 0.022)
     temple = np.maximum(segment(f.mirrored, (0.6, 0.0), (1.0, -0.04), 0.022), f.head_outline)
     frame = np.minimum(np.abs(lens) - 0.022, np.maximum(np.minimum(bridge, temple), -lens))
-    canvas.paint(lens, rgb(WHITE), 0.15 * worn)
-    canvas.paint(frame, rgb(FRAME), worn)
+    paint(f, lens, rgb(WHITE), 0.15 * worn)
+    paint(f, frame, rgb(FRAME), worn)
 
 
-def hair_front(canvas, f):
+def hair_front(f):
     x, y = f.head
     swept = x, y + 0.25 * f.parting * x
     opening = ellipse(swept, (0.0, 0.08), (f.face_width * 0.93, 0.74 - 0.36 * f.fringe), 4.0)
     hair = np.maximum(f.hair_outline, -opening)
-    canvas.paint(np.maximum(hair - 0.06, f.head_outline + 0.04), f.shade, 0.5, softness=0.08)  # its shadow
+    paint(f, np.maximum(hair - 0.06, f.head_outline + 0.04), f.shade, 0.5, softness=0.08)  # its shadow
     gloss = 1.04 - 0.24 * np.abs(y + 0.75)
-    canvas.paint(hair, lit(f.hair * gloss, f, f.head))
+    paint(f, hair, lit(f.hair * gloss, f, f.head))

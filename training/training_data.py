@@ -1,6 +1,7 @@
 """The images of a run: those that it learns from, batch by batch, and those of the held-out loss."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 
 from common import InputError, on_main_process
 from training.config import TrainConfig
-from training.data import ImageStore, ShuffledBatches, make_loader, open_image_store, random_flip, to_model_range
+from training.data import ImageStore, make_loader, open_image_store, random_flip, shuffled_batches, to_model_range
 from training.diffusion import drop_labels
 
 
@@ -29,6 +30,11 @@ class TrainingData:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
+        if config.train_data_dir and os.path.realpath(config.train_data_dir) == os.path.realpath(config.output_dir):
+            raise InputError(
+                f"--output_dir {config.output_dir} is the folder of the images, among which the samples would be;"
+                " choose another one"
+            )
         self.store = self.open_store(config.split, config.max_images)
         accumulated, num_processes = config.gradient_accumulation_steps, accelerator.num_processes
         images_per_update = config.train_batch_size * accumulated * num_processes
@@ -70,9 +76,9 @@ class TrainingData:
         """Training images one by one, float32 (3, H, W) in [-1, 1]."""
         return (to_model_range(self.store[index]) for index in range(min(count, len(self.store))))
 
-    def open_batches(self, start_batch: int) -> None:
-        """Begins the endless stream of this process's batches at one of its positions."""
-        order = ShuffledBatches(
+    def open_batches(self, start_batch: int, should_stop: Callable[[], bool]) -> None:
+        """Begins the endless stream of this process's batches at one of its positions; see `load_batches`."""
+        order = shuffled_batches(
             len(self.store),
             self.config.train_batch_size,
             self.config.seed,
@@ -81,7 +87,7 @@ class TrainingData:
             start_batch=start_batch,
         )
         pin_memory = self.accelerator.device.type == "cuda"
-        self.batches = make_loader(self.store, order, self.config.dataloader_num_workers, pin_memory)
+        self.batches = make_loader(self.store, order, self.config.dataloader_num_workers, pin_memory, should_stop)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Clean images, float32 (B, 3, H, W) in [-1, 1], flipped at random, and labels (B,), dropped at random."""

@@ -4,9 +4,18 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch.utils.data import DataLoader
+
+from common import Failed, one_line
+
+CHUNK = 64  # images that a decoding process hands over at a time
+POLL_SECONDS = 1  # between two looks at `should_stop` while the workers have nothing ready
+
+
+class StoppedWaiting(Failed):
+    """`should_stop` was true while no batch was ready."""
 
 
 def available_cores() -> int:
@@ -16,21 +25,59 @@ def available_cores() -> int:
     )  # macOS has no affinity
 
 
-def load_batches(dataset, num_workers: int, **settings) -> Iterator:
+def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = lambda: False, **settings) -> Iterator:
     """What `dataset` returns for each item or batch of indices, in order, as a `DataLoader` reads it.
 
-    The workers leave SIGINT and SIGTERM to their parent. Signals to a whole group, such as Ctrl-C, reach them too; a
-    worker that one of these ended would take its parent along, before that has saved anything. So where the parent
-    ends with an error, they are killed: multiprocessing would ask them by SIGTERM and wait.
+    Let the items be NumPy arrays: tensors would travel through /dev/shm, of which a container has little, and those
+    that do not fit are lost. The workers leave SIGINT and SIGTERM to their parent, which a signal to the whole group,
+    such as Ctrl-C, reaches as well. Where the parent ends with an error, they are killed: multiprocessing would ask
+    them by SIGTERM and wait.
+
+    Raises:
+        Failed: if the workers cannot be started, or, from the iterator, if one of them dies.
+        StoppedWaiting: from the iterator, see there.
     """
-    before = {*multiprocessing.active_children()}
+    before, on_child = {*multiprocessing.active_children()}, _child_handler()
+    settings |= {"timeout": POLL_SECONDS} if num_workers else {}
     loader = DataLoader(
         dataset, num_workers=num_workers, worker_init_fn=_ignore_signals, collate_fn=_as_it_is, **settings
     )
-    batches = iter(loader)
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        raise Failed(
+            f"cannot start {num_workers} worker processes: {error.strerror or error}; lower --dataloader_num_workers,"
+            " or in a container give /dev/shm more space (docker run --shm-size 1g)"
+        ) from error
+    if _child_handler() is not on_child:  # torch's would raise wherever the main thread happens to be
+        signal.signal(signal.SIGCHLD, on_child)
     for worker in {*multiprocessing.active_children()} - before:
-        atexit.register(_kill, worker)
-    return batches
+        atexit.register(worker.kill)
+    return _received(batches, should_stop)
+
+
+def _child_handler():
+    return signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+
+
+def _received(batches: Iterator, should_stop: Callable[[], bool]) -> Iterator:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if str(error).startswith("DataLoader timed out"):
+                if should_stop():
+                    raise StoppedWaiting("stopped while waiting for the worker processes that load images") from error
+                continue
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise Failed(
+                f"{one_line(error)}, perhaps because memory ran out; free some or lower --dataloader_num_workers, and"
+                " run the same command again"
+            ) from error
+        yield batch
 
 
 def _as_it_is(batch):
@@ -42,7 +89,22 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _kill(worker: multiprocessing.Process) -> None:
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
-    worker.kill()
+class _Chunks:
+    """Item i is what `decode` returns for the i-th slice, for a worker process."""
+
+    def __init__(self, decode: Callable[[slice], list], num_images: int):
+        self.decode, self.num_images = decode, num_images
+
+    def __len__(self) -> int:
+        return -(-self.num_images // CHUNK)
+
+    def __getitem__(self, chunk: int) -> list:
+        return self.decode(slice(chunk * CHUNK, min((chunk + 1) * CHUNK, self.num_images)))
+
+
+def on_all_cores(decode: Callable[[slice], list], num_images: int) -> Iterator:
+    """What `decode` returns for the slices of `range(num_images)`, on all cores and in order."""
+    chunks = _Chunks(decode, num_images)
+    num_workers = min(available_cores(), len(chunks) - 1)  # not worth a process for a single chunk
+    for chunk in load_batches(chunks, num_workers, batch_size=None):
+        yield from chunk
