@@ -509,7 +509,7 @@ def test_workers_that_cannot_be_started_are_one_line(monkeypatch):
 
 def test_at_the_end_of_the_process_only_the_loaders_workers_are_killed(faces, monkeypatch):
     at_exit = []
-    monkeypatch.setattr(workers.atexit, "register", at_exit.append)
+    monkeypatch.setattr(workers, "Finalize", lambda _, kill, exitpriority: at_exit.append(kill))
     other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
     other.start()
     before = {*multiprocessing.active_children()}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -341,6 +342,7 @@ def test_a_signal_to_the_loaders_workers_too_ends_the_run_in_good_order(start, t
 
 def stall_and_stop() -> None:
     """The loader's worker gives six batches; then it asks for the end of the run, and gives none."""
+    multiprocessing.set_start_method("fork", force=True)  # so that the worker has what follows
     take, taken = data._Batches.__getitems__, []
 
     def stalling(self, indices):

@@ -1,10 +1,10 @@
 """Worker processes that decode and load images."""
 
-import atexit
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 
 from torch.utils.data import DataLoader
 
@@ -30,8 +30,8 @@ def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = la
 
     Let the items be NumPy arrays: tensors would travel through /dev/shm, of which a container has little, and those
     that do not fit are lost. The workers leave SIGINT and SIGTERM to their parent, which a signal to the whole group,
-    such as Ctrl-C, reaches as well. Where the parent ends with an error, they are killed: multiprocessing would ask
-    them by SIGTERM and wait.
+    such as Ctrl-C, reaches as well. When the parent ends they are killed: multiprocessing would ask them by SIGTERM
+    and wait.
 
     Raises:
         Failed: if the workers cannot be started, or, from the iterator, if one of them dies.
@@ -52,7 +52,7 @@ def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = la
     if _child_handler() is not on_child:  # torch's would raise wherever the main thread happens to be
         signal.signal(signal.SIGCHLD, on_child)
     for worker in {*multiprocessing.active_children()} - before:
-        atexit.register(worker.kill)
+        Finalize(None, worker.kill, exitpriority=0)  # before multiprocessing asks it
     return _received(batches, should_stop)
 
 
