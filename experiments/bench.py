@@ -4,10 +4,10 @@
         [--only training:ours:compiled ...] [--flag value ...]
 
 A row is one combination. A training row times updates of the configured objective (forward, loss, backward, clipping,
-AdamW, EMA) on random images that lie on the device; a sampling row times DDIM, by our pipeline or by the stock
-DDIMPipeline. A row that runs out of memory or does not compile is a row with the reason. Rows that need no compilation
-come first. Further flags are those of train_unet.py, such as --train_batch_size. Exit codes: 0 done, 1 if no row
-succeeded, 2 bad input.
+AdamW, EMA) on random images that lie on the device, and compares their operations per second with those of a matrix
+product in the same precision; a sampling row times DDIM, by our pipeline or by the stock DDIMPipeline. A row that runs
+out of memory or does not compile is a row with the reason. Rows that need no compilation come first. Further flags
+are those of train_unet.py, such as --train_batch_size. Exit codes: 0 done, 1 if no row succeeded, 2 bad input.
 """
 
 import copy
@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import nn
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import Failed, InputError, Parser, one_line, run_command
 from custom_unet import CustomUNet2DModel
@@ -40,6 +41,8 @@ from training.precision import DTYPES, under_autocast
 NETWORKS = {"ours": CustomUNet2DModel, "diffusers": UNet2DModel}
 TASKS, MODES, LAYOUTS = ("training", "sampling"), ("eager", "compiled"), ("channels_last", "contiguous")
 WARM_UP_CALLS, MEASURED_SECONDS, SAMPLING_STEPS = 3, 5.0, 10  # the first call compiles
+MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
+MEASURED = ("images/s", "peak GiB", "share of the matmul rate")
 COLUMNS = {name: name for name in "task network mode layout precision".split()}
 
 
@@ -107,8 +110,27 @@ def sampling_call(config: TrainConfig, network_class: type[nn.Module], device: t
     return draw
 
 
+def flops_per_image(config: TrainConfig) -> int:
+    """Floating-point operations of forward and backward for one image, counted on tensors without memory."""
+    with torch.device("meta"):
+        unet = CustomUNet2DModel(**config.unet_kwargs())
+        image = torch.zeros(1, 3, config.resolution, config.resolution)
+    with FlopCounterMode(display=False) as counter:
+        diffusion_loss(unet, config.noise_scheduler(), image, **config.loss_settings()).backward()
+    return counter.get_total_flops()
+
+
+@cache
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """The rate of a product of two square matrices."""
+    size = MATMUL_SIZE[device.type]
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=1).median
+
+
 def measure(row: dict[str, str], config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Images/s, the median over calls after a warm-up, and on a GPU the peak memory."""
+    """Images/s, the median over calls after a warm-up; of training the share; on a GPU the peak memory."""
     how = {"mixed_precision": row["precision"], "compile": row["mode"] == "compiled"}
     how |= {"channels_last": row["layout"] == "channels_last", "gradient_accumulation_steps": 1}
     config = replace(config, **how)
@@ -122,8 +144,13 @@ def measure(row: dict[str, str], config: TrainConfig, device: torch.device) -> d
         call()
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     rate = config.train_batch_size / timer.blocked_autorange(min_run_time=MEASURED_SECONDS).median
-    memory = {"peak GiB": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
-    return {"images/s": rate, **memory}
+    result = {"images/s": rate}
+    if device.type == "cuda":
+        result["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    if row["task"] == "training":
+        peak = matmul_flops_per_second(device, DTYPES[config.mixed_precision])
+        result["share of the matmul rate"] = rate * flops_per_image(config) / peak
+    return result
 
 
 def run(arguments: list[str]) -> None:
@@ -154,7 +181,7 @@ def run(arguments: list[str]) -> None:
         except Exception as error:  # of whatever kind, it belongs to this row
             row["images/s"] = f"{type(error).__name__}: {one_line(error)}"[:200].replace("|", "/")
         print(", ".join(map(number, row.values())), flush=True)
-    print(table(rows, COLUMNS | {name: name for name in ("images/s", "peak GiB")}))
+    print(table(rows, COLUMNS | {name: name for name in MEASURED}))
     if not has_succeeded:
         raise Failed("no row could be measured; the table says why")
 
