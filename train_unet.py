@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
@@ -76,6 +77,7 @@ class Trainer:
         self.config, self.accelerator, self.deadline_seconds, self.stop = config, accelerator, deadline_seconds, stop
         self.output_dir = Path(config.output_dir)
         self.pipeline_dir, self.best_dir = self.output_dir / "pipeline", self.output_dir / "best_pipeline"
+        self.lock: FileLock | None = None  # on the output folder, held by the main process
         self.progress = Progress()
         self.images_per_update = (
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
@@ -396,11 +398,14 @@ def run(
         if is_pushed and stop.number is None and trainer.progress.step:
             push = partial(push_to_hub, trainer.pipeline_dir, config.hub_repo_id, config.hub_private_repo)
             logger.info(f"pushed: {on_main_process(accelerator, push)}")
+        accelerator.end_training()
     except BaseException:
         with suppress(Exception):  # a tracker that never started cannot end; report the first error
             accelerator.end_training()
         raise
-    accelerator.end_training()
+    finally:
+        if trainer.lock is not None:
+            trainer.lock.release()
 
 
 def main(arguments: list[str], network_class: type[CustomUNet2DModel] = CustomUNet2DModel) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard, constants
 from loopback_hub import TOKEN, LoopbackHub
@@ -369,6 +370,7 @@ def test_the_command_that_is_named_for_the_layout_of_google_writes_a_folder_that
 
 @pytest.fixture
 def train_flags(tmp_path) -> list[str]:
+    AcceleratorState._reset_state(reset_partial_state=True)  # what tests before this one left in the process
     config = {
         "dataset_name": "synthetic-faces",
         "max_images": 20,

@@ -1,12 +1,13 @@
 """`docs/minimal_ddpm.py`: exact where the noise is known, and it runs as it stands."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from experiments.bench import REPOSITORY
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
