@@ -304,7 +304,7 @@ class Trainer:
         if is_new and self.stop.number is None and step % config.save_images_steps:
             save_samples(self)
         if step == 0:
-            logger.info("stopped before the first update: there is no model to write")
+            logger.info("stopped before the first update: no model was written")
             return
         if is_new or on_main_process(self.accelerator, lambda: recorded(self.pipeline_dir, "step") != step):
             self.export()

@@ -99,7 +99,7 @@ class Evaluation:
         training, heldout: the real images, cropped and resized as the model was trained; `heldout` may be None.
 
     Raises:
-        InputError: if the model or the data cannot be had, or the options do not suit them.
+        InputError: if the model or the data cannot be loaded, or the options do not suit them.
     """
 
     def __init__(

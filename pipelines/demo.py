@@ -2,7 +2,7 @@
 
     python -m pipelines.demo --pipeline DIR_OR_HUB_ID [--port P] [--share]
 
-Exit codes: 0 stopped by Ctrl-C, 2 if the model cannot be loaded or the port cannot be had.
+Exit codes: 0 stopped by Ctrl-C, 2 if the model cannot be loaded or the port cannot be used.
 """
 
 import argparse
@@ -316,7 +316,7 @@ def run(options: argparse.Namespace) -> None:
     """Serves the page until Ctrl-C.
 
     Raises:
-        InputError: if the model cannot be had or shown, or the port is taken.
+        InputError: if the model cannot be loaded or shown, or the port is taken.
     """
     source, _ = find_pipeline(options.pipeline, None)
     pipeline = load_pipeline(source, "fp32", None).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -328,7 +328,7 @@ def run(options: argparse.Namespace) -> None:
         # `_frontend=False`: Gradio would exit if a request to its own page took more than three seconds
         demo.launch(server_port=options.port, share=options.share, _frontend=False)
     except OSError as error:
-        raise InputError(f"port {options.port} cannot be had, it may be in use; take another --port") from error
+        raise InputError(f"port {options.port} is not available, it may be in use; take another --port") from error
 
 
 def main(arguments: list[str]) -> int:

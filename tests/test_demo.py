@@ -386,7 +386,7 @@ def test_a_port_in_use_is_one_line(folder, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["--pipeline", str(folder), "--port", str(port)]) == 2
-    assert capsys.readouterr().err == f"error: port {port} cannot be had, it may be in use; take another --port\n"
+    assert capsys.readouterr().err == f"error: port {port} is not available, it may be in use; take another --port\n"
 
 
 def test_a_network_with_classes_is_refused():

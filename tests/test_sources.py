@@ -649,7 +649,7 @@ class LoopbackHub(BaseHTTPRequestHandler):
     """Answers for data sets as the Hub does: `someone/faces` is public, `someone/gated` has its files behind terms."""
 
     repositories: dict[str, dict[str, dict[str, bytes]]]  # name -> commit, main being the first -> path -> content
-    lost: str | None  # a file that is listed and cannot be had
+    lost: str | None  # a file that is listed but cannot be downloaded
 
     def do_GET(self):
         path = self.path.split("?")[0]

@@ -110,7 +110,7 @@ class FolderFile(NamedTuple):
         """By its extension; without a known one, by how it begins."""
         if self.extension in IMAGE_EXTENSIONS:
             return True
-        with suppress(Exception), warnings.catch_warnings():  # whatever a decoder raises at what is no image
+        with suppress(Exception), warnings.catch_warnings():  # decoders raise anything on files that are not images
             warnings.simplefilter("ignore")
             file = self.path if self.member is None else io.BytesIO(self.read())
             with Image.open(file, formats=SNIFFED_FORMATS):
