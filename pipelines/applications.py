@@ -228,7 +228,7 @@ def variations(
     with pipe.evaluation_mode():
         for k in pipe.progress_bar(range(start, 0, -1)):
             predicted = _predict(pipe, latents, timesteps[k - 1], levels[k], batch.guidance)
-            latents = ddim_step(scheduler, *predicted, levels[k], levels[k - 1], eta, batch.draw_noise)
+            latents = ddim_step(scheduler, *predicted, levels[k], levels[k - 1], batch.draw_noise, eta)
     return pipe.to_output(latents, batch.output_type)
 
 
@@ -266,7 +266,7 @@ def inpaint(
                 latents = signal * latents + sigma * noise
             else:
                 predicted = _predict(pipe, latents, timesteps[k - 1], levels[k], batch.guidance)
-                unknown = ddim_step(scheduler, *predicted, levels[k], levels[next_k], 1.0, batch.draw_noise)
+                unknown = ddim_step(scheduler, *predicted, levels[k], levels[next_k], batch.draw_noise, 1.0)
                 signal, sigma = scales(levels[next_k])
                 latents = torch.where(painted, unknown, signal * batch.clean_images + sigma * noise)
     return pipe.to_output(latents, batch.output_type)

@@ -8,38 +8,45 @@ Notation (Ho et al. 2020, arXiv 2006.11239): x_t = sqrt(abar_t) x_0 + sqrt(1 - a
 
 import inspect
 import itertools
+import json
 import math
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-# The samplers by name: class and settings. The spacing of the timesteps suits the solver: with leading spacing the
-# multistep ones start far from the last timestep when there are many steps; with trailing spacing Heun's first step is
-# too long.
-LEADING, TRAILING = {"timestep_spacing": "leading"}, {"timestep_spacing": "trailing"}
+logger = logging.get_logger(__name__)
+
+# The samplers by name: class and settings. With leading spacing the multistep solvers start far from the last timestep
+# when there are many steps.
+TRAILING = {"timestep_spacing": "trailing"}
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict]] = {
     "ddpm": (diffusers.DDPMScheduler, {}),
     "ddim": (diffusers.DDIMScheduler, {}),
     "dpmsolver++2m": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 2} | TRAILING),
     "dpmsolver++3m": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 3} | TRAILING),
     "unipc": (diffusers.UniPCMultistepScheduler, {"solver_order": 2} | TRAILING),
-    "heun": (diffusers.HeunDiscreteScheduler, LEADING),
     "euler": (diffusers.EulerDiscreteScheduler, {}),
     "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
     "deis": (diffusers.DEISMultistepScheduler, {"solver_order": 2} | TRAILING),
 }
 SUITABLE = tuple({cls: None for cls, _ in SAMPLERS.values()})
 # These follow x_t / sqrt(abar_t), whose noise has the scale sigma = sqrt(1 / abar_t - 1); the others follow x_t
-SIGMA_TYPE = tuple(SAMPLERS[name][0] for name in ("euler", "euler_ancestral", "heun"))
+SIGMA_TYPE = tuple(SAMPLERS[name][0] for name in ("euler", "euler_ancestral"))
 MULTISTEP = tuple(SAMPLERS[name][0] for name in ("dpmsolver++2m", "unipc", "deis"))
+# Options of these schedulers that put the noise levels elsewhere than at the timesteps that they tell the network
+OTHER_LEVELS = "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas".split()
 # The keyword arguments of `from_pretrained` that go to the loading of the network
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 NETWORK_ARGUMENTS = (*HUB_ARGUMENTS, "device_map", "low_cpu_mem_usage", "torch_dtype", "variant")
@@ -67,6 +74,7 @@ class CustomUNetPipeline(DiffusionPipeline):
     # The classes that `from_pretrained` builds where it may not run code from the model repository
     unet_class: type[ModelMixin] = UNet2DModel
     scheduler_classes: tuple[type[SchedulerMixin], ...] = SUITABLE
+    model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents", "noisy_images", "pred_original_sample")
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
@@ -113,6 +121,31 @@ class CustomUNetPipeline(DiffusionPipeline):
                 raise ValueError(f"{path} has a {name}, not one of {', '.join(classes)}; {hint}")
             scheduler = classes[name].from_config(config)
         return cls(unet=unet, scheduler=scheduler)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """As in diffusers, which would refuse a network whose class is not exactly the one of the annotation."""
+        return super().from_pipe(pipeline, **{"unet": pipeline.unet} | kwargs)
+
+    def save_config(self, save_directory, **kwargs) -> None:
+        """The last step of `save_pretrained`: writes `model_index.json` and the code that it names.
+
+        diffusers alone names the modules by their paths in this process, and leaves their code behind.
+        """
+        super().save_config(save_directory, **kwargs)
+        if self._continuous is not None and self._continuous[1] is self.scheduler:
+            logger.warning(f"the sampler {self._continuous[0].name} is not saved: set it again after loading")
+        folder = Path(save_directory)
+        unet = getattr(self.unet, "_orig_mod", self.unet)  # of torch.compile
+        parts = {"unet": unet, "scheduler": self.scheduler}
+        index = {name: ship_code(type(part), folder / name) for name, part in parts.items()}
+        index["_class_name"] = ship_code(__class__, folder)
+        if index["unet"][0] != "diffusers":
+            index["auto_map"] = {"AutoModel": ".".join(index["unet"])}
+        for name, changes in {"model_index.json": index, "unet/config.json": {}}.items():
+            values = json.loads((folder / name).read_text()) | changes
+            values.pop("_name_or_path", None)  # reveals where on the author's machine the weights were loaded from
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -171,10 +204,11 @@ class CustomUNetPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 50,
-        eta: float = 0.0,
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
         seeds: Sequence[int] | None = None,
         latents: Tensor | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
@@ -189,12 +223,13 @@ class CustomUNetPipeline(DiffusionPipeline):
             batch_size: B, 1 unless seeds, generators or latents tell.
             generator: one for the whole batch, or a list with one for each image.
             num_inference_steps: sampling steps, at most the scheduler's `num_train_timesteps`. One network evaluation
-                each; Heun takes 2 except in the last step. In continuous time N steps take N + 1 evaluations, with c
-                corrector steps N + (N - 1) c + 1, with the two of Heun 2 N - 1, with `flow_euler` N; `ode` chooses its
-                own.
-            eta: 0 (deterministic) to 1 (DDPM's variance), eq. 16 of DDIM (arXiv 2010.02502); only DDIM takes it.
-            output_type: `pil`, `np` (float32, shape (B, H, W, C), range [0, 1]) or `pt` (shape (B, C, H, W), [0, 1]).
+                each. In continuous time N steps take N + 1 evaluations, with c corrector steps N + (N - 1) c + 1, with
+                the two of Heun 2 N - 1, with `flow_euler` N; `ode` chooses its own.
+            output_type: `pil`, `np` (float32, shape (B, H, W, C), range [0, 1]), `pt` (shape (B, C, H, W), [0, 1]) or
+                `latent` (shape (B, C, H, W), the network's range, not clipped).
             return_dict: whether to return an `ImagePipelineOutput` instead of a tuple.
+            eta: 0 (deterministic) to 1 (DDPM's variance), eq. 16 of DDIM (arXiv 2010.02502); only DDIM takes it.
+            use_clipped_model_output: whether DDIM computes the noise again from the clipped x_0.
             seeds: one for each image, instead of generators. With seeds or a list of generators an image depends on
                 its own one alone, not on the images beside it, and the same seed gives it on every device; but `ode`
                 chooses its steps for the batch, on which an image then depends by as much as the tolerance allows.
@@ -206,7 +241,8 @@ class CustomUNetPipeline(DiffusionPipeline):
             classifier: p(y | x_t) as logits (B, K) of `classifier(x_t, alpha, n)` with alpha and n of shape (B,), for
                 guidance by the gradient of its logarithm (arXiv 2011.13456, eq. 14; 2105.05233, section 4).
             callback_on_step_end: called after each network evaluation as `callback(pipeline, index, timestep,
-                tensors)`; it may return a dictionary with new `latents`, but not in continuous time.
+                tensors)`; it may return a dictionary with new `latents`, and end the loop after this step by
+                `pipeline._interrupt = True`, but neither in continuous time.
             callback_on_step_end_tensor_inputs: which `tensors` it gets: `latents` (after the step, as the scheduler
                 keeps them; in continuous time those that the network saw), `noisy_images` (x_t that the network saw)
                 and `pred_original_sample` (x_0 predicted from it), each float32 of shape (B, C, H, W).
@@ -214,7 +250,8 @@ class CustomUNetPipeline(DiffusionPipeline):
         Raises:
             ValueError: for an argument out of range, a scheduler that does not suit, or a result that is not finite.
         """
-        self.check_inputs(num_inference_steps, eta, output_type)
+        self.check_inputs(num_inference_steps, eta, output_type, use_clipped_model_output)
+        self._interrupt = False
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -234,13 +271,19 @@ class CustomUNetPipeline(DiffusionPipeline):
             return callback_on_step_end(self, index, timestep, chosen) or {}
 
         if self.continuous_sampler is None:
-            images = self._reverse_timesteps(latents, num_inference_steps, eta, generator, guidance, tell)
+            ddim_options = {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
+            images = self._reverse_timesteps(latents, num_inference_steps, ddim_options, generator, guidance, tell)
         else:
             images = self._reverse_process(latents, num_inference_steps, generator, guidance, tell)
         images = self.to_output(images, output_type)
         return GeneratedImages(images=images, network_evaluations=guidance.evaluations) if return_dict else (images,)
 
-    def _reverse_timesteps(self, latents, num_inference_steps, eta, generator, guidance, tell) -> Tensor:
+    @property
+    def num_timesteps(self) -> int:
+        """Network evaluations of the latest call, as its progress bar counts them."""
+        return self._num_timesteps
+
+    def _reverse_timesteps(self, latents, num_inference_steps, ddim_options, generator, guidance, tell) -> Tensor:
         """By one of diffusers' schedulers."""
         scheduler, step_type = self.scheduler, self._prediction_type
         if step_type == "sample" and isinstance(scheduler, SIGMA_TYPE):
@@ -248,21 +291,22 @@ class CustomUNetPipeline(DiffusionPipeline):
             scheduler = scheduler_like(scheduler.config, type(scheduler), prediction_type=step_type)
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
         if isinstance(scheduler, MULTISTEP) and len(scheduler.timesteps.unique()) < num_inference_steps:
-            raise ValueError(
-                f"{num_inference_steps} steps repeat a timestep with timestep_spacing"
-                f" {scheduler.config.timestep_spacing!r}; take fewer steps or 'trailing'"
-            )
+            spacing = scheduler.config.timestep_spacing
+            raise ValueError(f"{num_inference_steps} steps repeat a timestep with timestep_spacing {spacing!r}")
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         has_generator = "generator" in inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator} if has_generator else {}
         draw_noise = partial(self.draw_noise, len(latents), generator)
+        self._num_timesteps = len(scheduler.timesteps)
 
         latents = latents * scheduler.init_noise_sigma
         # abar of every step, read once: asking the device for a number in each step would make it wait
         levels = noise_levels(scheduler, scheduler.timesteps.tolist())
         with self.evaluation_mode():
             for index, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+                if self._interrupt:
+                    break
                 # 1. What the network says of x_t
                 noisy_images = scheduler.scale_model_input(latents, timestep)
                 signal, sigma = scales(levels[index])
@@ -275,9 +319,8 @@ class CustomUNetPipeline(DiffusionPipeline):
                     clean_images, noise = clean_images + sigma**2 / signal * gradient, noise - sigma * gradient
                 # 2. The step
                 if isinstance(scheduler, diffusers.DDIMScheduler):
-                    latents = ddim_step(
-                        scheduler, clean_images, noise, levels[index], levels[index + 1], eta, draw_noise
-                    )
+                    pair = levels[index : index + 2]
+                    latents = ddim_step(scheduler, clean_images, noise, *pair, draw_noise, **ddim_options)
                 else:
                     velocity = signal * noise - sigma * clean_images
                     model_output = {"epsilon": noise, "sample": clean_images, "v_prediction": velocity}[step_type]
@@ -308,6 +351,7 @@ class CustomUNetPipeline(DiffusionPipeline):
         config = self.scheduler.config  # schedulers hand on what they do not know themselves
         bound = config.get("clip_sample_range", 1.0) if clip and config.get("clip_sample") else math.inf
         gradient, indices = None if guidance.classifier is None else guidance.gradient, itertools.count()
+        self._num_timesteps = total
         bar = self.progress_bar(itertools.count()) if total is None else self.progress_bar(total=total)
 
         def after_each(t: Tensor, x: Tensor, clean_images: Tensor) -> None:
@@ -315,6 +359,8 @@ class CustomUNetPipeline(DiffusionPipeline):
             tensors = {"latents": x, "noisy_images": x, "pred_original_sample": clean_images}
             if tell is not None and "latents" in tell(next(indices), t, **tensors):
                 raise ValueError("a callback cannot change the latents in continuous time")
+            if self._interrupt:
+                raise ValueError("a callback cannot interrupt in continuous time; raise an exception of your own")
 
         with self.evaluation_mode(), bar:
             yield process.denoiser(partial(guidance.model_output, self.unet), gradient, bound, after_each)
@@ -395,15 +441,18 @@ class CustomUNetPipeline(DiffusionPipeline):
         """Images in the model's range as the caller wants them; raises ValueError if they are not finite."""
         return self.image_processor.postprocess(finite(images), output_type)
 
-    def check_inputs(self, num_inference_steps: int, eta: float = 0.0, output_type: str = "pil") -> None:
+    def check_inputs(
+        self, num_inference_steps: int, eta: float = 0.0, output_type: str = "pil", use_clipped: bool = False
+    ) -> None:
         """Whether the scheduler suits the network, and the arguments the scheduler; raises ValueError if not."""
         scheduler, config, sampler = self.scheduler, self.scheduler.config, self.continuous_sampler
         name = type(scheduler).__name__ if sampler is None else sampler.name
         check_output_type(output_type)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
-        if eta > 0 and (sampler is not None or not isinstance(scheduler, diffusers.DDIMScheduler)):
-            raise ValueError(f"eta is {eta}, but {name} does not take it; use DDIMScheduler")
+        if (eta > 0 or use_clipped) and (sampler is not None or not isinstance(scheduler, diffusers.DDIMScheduler)):
+            what = f"eta is {eta}" if eta > 0 else "use_clipped_model_output is set"
+            raise ValueError(f"{what}, but {name} does not take it; use DDIMScheduler")
         if sampler is not None:
             self.process.num_evaluations(sampler, num_inference_steps)  # raises ValueError for a number out of range
             return
@@ -427,8 +476,9 @@ class CustomUNetPipeline(DiffusionPipeline):
             check_fractional_timesteps(self.unet)
         if str(config.get("variance_type")).startswith("learned"):
             raise ValueError(f"variance_type is {config.variance_type!r}, but the network predicts no variance")
-        if config.get("use_flow_sigmas"):
-            raise ValueError(f"{name} has use_flow_sigmas, but the network was not trained on straight flows")
+        for option in OTHER_LEVELS:
+            if config.get(option):
+                raise ValueError(f"{name} has {option}, whose noise levels are not those of its timesteps")
         if not 1 <= num_inference_steps <= config.num_train_timesteps:
             raise ValueError(
                 f"num_inference_steps is {num_inference_steps}; it must be 1 to {config.num_train_timesteps}"
@@ -436,8 +486,8 @@ class CustomUNetPipeline(DiffusionPipeline):
 
 
 def check_output_type(output_type: str) -> None:
-    if output_type not in ("pil", "np", "pt"):
-        raise ValueError(f"output_type is {output_type!r}; it must be pil, np or pt")
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type is {output_type!r}; it must be pil, np, pt or latent")
 
 
 def check_fractional_timesteps(unet) -> None:
@@ -459,7 +509,7 @@ def finite(images: Tensor) -> Tensor:
 def scheduler_like(config, cls: type[SchedulerMixin], **settings) -> SchedulerMixin:
     """A scheduler with the configuration of another one, and so with the same noise schedule.
 
-    `from_config` alone leaves out what were defaults of the other class and takes its own: other betas for Heun.
+    `from_config` alone leaves out what were defaults of the other class and takes its own, such as other betas.
     """
     return cls.from_config({key: value for key, value in config.items() if key != "_use_default_values"}, **settings)
 
@@ -494,21 +544,39 @@ def clean_images_and_noise(prediction_type, model_output, noisy_images, signal, 
 
 
 def ddim_step(
-    scheduler, clean_images: Tensor, noise: Tensor, level: float, next_level: float, eta: float, draw_noise: Callable
+    scheduler,
+    clean_images: Tensor,
+    noise: Tensor,
+    level: float,
+    next_level: float,
+    draw_noise: Callable,
+    eta: float,
+    use_clipped_model_output: bool = False,
 ) -> Tensor:
     """Eq. 12 of DDIM with the variance of eq. 16, from abar `level` to the higher `next_level`.
 
     `DDIMScheduler.step` takes all steps for equally long and so errs where their number does not divide that of the
     timesteps; this is the same where it does. x_0 is clipped as the scheduler says.
     """
-    config = scheduler.config
+    config, unclipped = scheduler.config, clean_images
     if config.thresholding:
         clean_images = scheduler._threshold_sample(clean_images)
     elif config.clip_sample:
         clean_images = clean_images.clamp(-config.clip_sample_range, config.clip_sample_range)
+    if use_clipped_model_output:
+        noise = noise + math.sqrt(level / (1 - level)) * (unclipped - clean_images)
     variance = eta**2 * (1 - next_level) / (1 - level) * (1 - level / next_level)
     latents = math.sqrt(next_level) * clean_images + math.sqrt(max(1 - next_level - variance, 0)) * noise
     return latents + math.sqrt(variance) * draw_noise() if variance > 0 else latents
+
+
+def ship_code(cls: type, folder: Path) -> list[str]:
+    """Copies the one file that defines a class; returns [module, class] as `model_index.json` wants it."""
+    if cls.__module__.split(".")[0] == "diffusers":
+        return ["diffusers", cls.__name__]
+    source = Path(sys.modules[cls.__module__].__file__)
+    shutil.copyfile(source, folder / source.name)
+    return [source.stem, cls.__name__]
 
 
 @dataclass

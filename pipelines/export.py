@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 from common import InputError, Parser, run_command
-from pipelines import CustomUNetPipeline, custom_unet_pipeline
+from pipelines import CustomUNetPipeline
 from pipelines.hub import model_files, push_to_hub
 from pipelines.model_card import read_card, write_card
 
@@ -64,7 +64,7 @@ def export_pipeline(
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        _write_pipeline(pipeline, temporary, max_shard_size)
+        pipeline.save_pretrained(temporary, max_shard_size=max_shard_size)
         if facts is not None:
             (temporary / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
         if training_config is not None:
@@ -79,30 +79,6 @@ def export_pipeline(
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     return folder
-
-
-def _write_pipeline(pipeline: CustomUNetPipeline, folder: Path, max_shard_size: int | str | None) -> None:
-    """Weights, configurations and code: `save_pretrained` alone names the modules by their path here, without code."""
-    pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
-    unet = getattr(pipeline.unet, "_orig_mod", pipeline.unet)  # of torch.compile
-    parts = {"unet": unet, "scheduler": pipeline.scheduler}
-    index = {name: _ship_code(type(part), folder / name) for name, part in parts.items()}
-    index["_class_name"] = _ship_code(custom_unet_pipeline.CustomUNetPipeline, folder)
-    if index["unet"][0] != "diffusers":
-        index["auto_map"] = {"AutoModel": ".".join(index["unet"])}
-    for name, changes in {"model_index.json": index, "unet/config.json": {}}.items():
-        values = json.loads((folder / name).read_text()) | changes
-        values.pop("_name_or_path", None)  # reveals where on the author's machine the weights were loaded from
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _ship_code(cls: type, folder: Path) -> list[str]:
-    """Copies the one file that defines a class; returns [module, class] as `model_index.json` wants it."""
-    if cls.__module__.split(".")[0] == "diffusers":
-        return ["diffusers", cls.__name__]
-    source = Path(sys.modules[cls.__module__].__file__)
-    shutil.copyfile(source, folder / source.name)
-    return [source.stem, cls.__name__]
 
 
 def export_variant(pipeline: CustomUNetPipeline, source: Path, folder: Path, changes: dict) -> Path:

@@ -34,7 +34,7 @@ def model_files(folder: Path) -> list[str]:
             are pickled: reading a pickle can run any code.
     """
     if (folder / "config.json").is_file() and not (folder / "unet").exists():
-        copy = "from pipelines.export import *; export_pipeline(CustomUNetPipeline.from_pretrained({!r}), Path('NEW'))"
+        copy = "from pipelines import *; CustomUNetPipeline.from_pretrained({!r}).save_pretrained('NEW')"
         raise InputError(
             f"{folder} has its network beside model_index.json, as in google/ddpm-*; write it in the layout of this"
             f" repository first: {shlex.join(['python', '-c', copy.format(str(folder))])}"

@@ -21,8 +21,8 @@ WEIGHTS, WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytor
 SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
 # What is fetched from the Hub: no code and no pickles
 NEEDED_FILES = [
-    *(f"unet/{name}" for name in ("config.json", WEIGHTS, WEIGHTS_INDEX, SHARDS)),
-    *("scheduler/*.json", "training.json"),
+    *(f"{folder}{name}" for folder in ("unet/", "") for name in ("config.json", WEIGHTS, WEIGHTS_INDEX, SHARDS)),
+    *("scheduler/*.json", "scheduler_config.json", "training.json"),
 ]
 FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them
 LARGEST_SIDE = 8192
@@ -56,13 +56,18 @@ def find_pipeline(name: str, revision: str | None, flag: str = "--pipeline") -> 
     return folder, folder.name
 
 
+def part_folder(source: Path, name: str) -> Path:
+    """Of the `unet` or the `scheduler`: the repository itself where it is flat, as google/ddpm-* are."""
+    return source / name if (source / name).is_dir() else source
+
+
 def weight_files(source: Path) -> list[Path]:
     """The files that the network's weights are read from.
 
     Raises:
         InputError: if there are none.
     """
-    unet = source / "unet"
+    unet = part_folder(source, "unet")
     files = sorted(unet.glob(SHARDS)) if (unet / WEIGHTS_INDEX).exists() else [unet / WEIGHTS]
     if not files or not all(path.is_file() for path in files):
         raise InputError(f"{source} is not a model repository: it lacks unet/{WEIGHTS}")
@@ -120,9 +125,10 @@ def load_folder(
     level = logger.level
     logger.setLevel(logging.ERROR)  # what it warns of is an error here
     try:
-        _read_object(folder / "unet" / "config.json")  # diffusers takes a mere string for an id on the Hub
-        _check_scheduler_config(_read_object(folder / "scheduler" / "scheduler_config.json"))
-        unet = network_class.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, use_safetensors=True)
+        source = part_folder(folder, "unet")
+        _read_object(source / "config.json")  # diffusers takes a mere string for an id on the Hub
+        _check_scheduler_config(_read_object(part_folder(folder, "scheduler") / "scheduler_config.json"))
+        unet = network_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
         pipeline = CustomUNetPipeline.from_pretrained(folder, unet=unet)
         _check_weights(pipeline, weight_files)
         _check_numbers(pipeline)

@@ -219,7 +219,7 @@ def test_inpainting_keeps_what_is_known_and_paints_what_agrees_with_it(pipe):
         ("inpaint", {"mask": np.zeros((1, 2), np.float32)}, "nothing to paint"),
         ("inpaint", {"mask": np.ones((2, 2), np.float32)}, r"mask has the shape \(1, 1, 2, 2\)"),
         ("inpaint", {"mask": np.ones((1, 2), np.float32), "num_resamples": 0}, "num_resamples 0; they must"),
-        ("inpaint", {"mask": np.ones((1, 2), np.float32), "output_type": "latent"}, "output_type is 'latent'"),
+        ("inpaint", {"mask": np.ones((1, 2), np.float32), "output_type": "jpeg"}, "output_type is 'jpeg'"),
         ("inpaint", {"mask": np.ones((1, 2), np.float32), "seeds": [1, 2, 3]}, "2 images for 3 images to draw"),
         ("inpaint", {"mask": torch.ones(3, 1, 1, 2)}, "3 masks for 2 images"),
         ("variations", {"timestep": 1000}, "timestep is 1000; it must be 0 to 999"),
@@ -275,7 +275,7 @@ def test_a_strip_shows_the_way_and_ends_with_the_result(pipe, tmp_path):
         denoising_strip(pipe, num_frames=1)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "unipc"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "unipc"])
 def test_a_callback_gets_what_the_network_sees_and_predicts(pipe, sampler):
     """In the same scale, whatever the scheduler keeps."""
     pipe.set_sampler(sampler)
@@ -293,7 +293,7 @@ def test_a_callback_gets_what_the_network_sees_and_predicts(pipe, sampler):
         )
 
 
-@pytest.mark.parametrize(("sampler", "shown"), [("heun", 4), ("predictor_corrector", 4)])
+@pytest.mark.parametrize(("sampler", "shown"), [("euler", 4), ("predictor_corrector", 4)])
 def test_only_the_frames_of_a_strip_become_pictures(pipe, sampler, shown, monkeypatch):
     made = []
     to_output = CustomUNetPipeline.to_output

@@ -1,6 +1,7 @@
 """The configuration: precedence, round trip, and one-line errors for what cannot work."""
 
 import inspect
+import re
 import typing
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from diffusers import UNet2DModel
 
 from common import InputError
 from custom_unet import CustomUNet2DModel
-from training.arguments import parse_config
+from training.arguments import OF_DIFFUSERS, parse_config
 from training.config import DEFAULTS, LIMITS, TYPES, UNET_OPTIONS, TrainConfig
 from training.log import levels_without_time
+from training.processes import check_launcher
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 TOKEN = "hf_" + "aB3" * 11
@@ -81,6 +83,43 @@ def test_images_of_the_command_line_take_the_place_of_those_of_the_file(parse, t
     assert parse(of_hub, "--dataset_name", "a/b").dataset_revision == "abc"
     of_folder = "train_data_dir: faces\nmax_train_steps: 10\n"
     assert parse(of_folder, "--dataset_name", "synthetic-faces").train_data_dir is None
+
+
+def test_epochs_of_the_command_line_take_the_place_of_the_steps_of_the_file(parse, caplog):
+    caplog.set_level("INFO")
+    config = parse(BASE, "--num_epochs", "3")
+    assert (config.num_epochs, config.max_train_steps) == (3, None)
+    assert "--num_epochs replaces max_train_steps of" in caplog.text
+    assert parse(BASE + "num_epochs: 2\n").max_train_steps == 10
+    assert parse(BASE, "--num_epochs", "3", "--max_train_steps", "5").max_train_steps == 5
+
+
+@pytest.mark.parametrize("flag", OF_DIFFUSERS)
+def test_flags_of_diffusers_script_are_answered_by_what_to_do(parse, flag):
+    for written in {f"--{flag}", f"--{flag.replace('_', '-')}"}:
+        assert refusal(parse, BASE, written).endswith(f"unknown flag {written}; {OF_DIFFUSERS[flag]}")
+    for instead in re.findall(r"--(\w+)", OF_DIFFUSERS[flag]):
+        assert instead in TYPES
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "flags", "message"),
+    [
+        ("MIXED_PRECISION", "bf16", [], "asks for mixed_precision bf16, the run's configuration for no"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", [], "asks for gradient_accumulation_steps 4, .* configuration for 1"),
+        ("DYNAMO_BACKEND", "EAGER", ["--compile", "true"], "asks for dynamo_backend eager"),
+    ],
+)
+def test_what_accelerate_launch_asks_for_must_be_what_the_configuration_says(
+    parse, monkeypatch, name, asked, flags, message
+):
+    config = parse(BASE, *flags)
+    monkeypatch.setenv(f"ACCELERATE_{name}", asked)
+    with pytest.raises(InputError, match=message):
+        check_launcher(config)
+    same = {"MIXED_PRECISION": "no", "GRADIENT_ACCUMULATION_STEPS": "1", "DYNAMO_BACKEND": "NO"}
+    monkeypatch.setenv(f"ACCELERATE_{name}", same[name])
+    check_launcher(config)
 
 
 def test_saved_configuration_reads_back_unchanged(parse):

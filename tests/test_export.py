@@ -62,6 +62,9 @@ for folder in sorted(models.iterdir()):
     stock = UNet2DModel.from_pretrained(folder, subfolder="unet")
     print("END", file=sys.stderr, flush=True)
     images[folder.name] = pipe(**call, **more).images
+    pipe.save_pretrained(f"saved/{folder.name}")
+    again = DiffusionPipeline.from_pretrained(f"saved/{folder.name}", trust_remote_code=True)
+    images[f"{folder.name}, saved again"] = again(**call, **more).images
     images[f"{folder.name}, AutoModel"] = type(pipe)(auto, pipe.scheduler)(**call, **more).images
     images[f"{folder.name}, stock weights"] = type(pipe)(stock, pipe.scheduler)(**call, **more).images
     if is_sde:
@@ -110,7 +113,7 @@ def test_the_folders_load_in_a_fresh_process_elsewhere(models, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     images = np.load(out)
-    assert len(images) == 4 * (1 + len(SDES))
+    assert len(images) == 5 * (1 + len(SDES))
     for name in images:
         objective, _, way = name.partition(", ")
         pipe = CustomUNetPipeline.from_pretrained(models / objective)

@@ -317,8 +317,14 @@ def test_failures_exit_with_1(generate, model, tmp_path):
     assert "is in use by another start" in error
 
 
-def test_a_repository_of_the_hub_is_recorded_with_its_commit(generate, model, tmp_path, monkeypatch):
-    """From the cache, as the Hub's client lays it out, for there is no network."""
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_a_repository_of_the_hub_is_recorded_with_its_commit(generate, model, tmp_path, monkeypatch, is_flat):
+    """From the cache, as the client lays it out: there is no network. In our layout, or flat as google/ddpm-* are."""
+    assert generate(out=tmp_path / "expected")[0] == 0
+    if is_flat:
+        for part in CustomUNetPipeline.from_pretrained(model).components.values():
+            part.save_pretrained(tmp_path / "flat")
+        model = tmp_path / "flat"
     cached = tmp_path / "cache" / "models--me--faces"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text(COMMIT)
@@ -330,6 +336,8 @@ def test_a_repository_of_the_hub_is_recorded_with_its_commit(generate, model, tm
     assert code == 0, error
     made = record(tmp_path / "out")
     assert (made["pipeline"], made["revision"]) == ("me/faces", COMMIT)
+    for image in (tmp_path / "expected").glob("seed-*.png"):
+        assert (tmp_path / "out" / image.name).read_bytes() == image.read_bytes()
 
 
 # ---- Interrupted, and finished by several processes

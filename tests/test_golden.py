@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).with_name("golden.json")
 SHIPPED = REPOSITORY / "samples" / "celeba32_cpu" / "pipeline"
 
-DISCRETE = "ddpm ddim dpmsolver++2m dpmsolver++3m unipc heun euler euler_ancestral deis".split()
+DISCRETE = "ddpm ddim dpmsolver++2m dpmsolver++3m unipc euler euler_ancestral deis".split()
 CONTINUOUS = "euler_maruyama reverse_diffusion predictor_corrector ode edm_heun".split()
 SAMPLERS = {"vp": CONTINUOUS, "ve": CONTINUOUS, "edm": CONTINUOUS, "flow": [*CONTINUOUS, "flow_euler", "flow_heun"]}
 

@@ -1,5 +1,7 @@
 """The pipeline against diffusers' own."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     UNet2DModel,
@@ -70,8 +73,12 @@ def test_same_images_as_the_stock_pipeline(pipe, stock, scheduler, prediction_ty
 
 def test_same_images_as_the_stock_pipeline_with_thresholding_and_with_noise(pipe):
     check_against_stock(pipe, DDIMPipeline, DDIMScheduler(thresholding=True, sample_max_value=1.5), ROUNDING)
-    images = check_against_stock(pipe, DDIMPipeline, DDIMScheduler(), ROUNDING, eta=0.5)
-    assert np.abs(images - check_against_stock(pipe, DDIMPipeline, DDIMScheduler(), ROUNDING)).max() > 0.01
+    clipped = {"eta": 0.5, "use_clipped_model_output": True}
+    different = [
+        check_against_stock(pipe, DDIMPipeline, DDIMScheduler(), ROUNDING, **call)
+        for call in ({}, {"eta": 0.5}, clipped)
+    ]
+    assert all(np.abs(a - b).max() > 0.01 for a, b in itertools.combinations(different, 2))
 
 
 # Seeds, generators, latents
@@ -89,7 +96,7 @@ def test_an_image_depends_on_its_own_seed_alone(v_pipe, sampler):
 
 def test_seeds_are_generators(pipe):
     by_seeds = pipe(seeds=range(2), num_inference_steps=3, eta=1.0, output_type="pt").images
-    by_generators = pipe(2, generators(0, 1), 3, 1.0, output_type="pt").images
+    by_generators = pipe(2, generators(0, 1), 3, "pt", eta=1.0).images
     assert torch.equal(by_seeds, by_generators)
 
 
@@ -108,6 +115,8 @@ def test_output_types_and_rectangular_images(pipe):
     as_pt = pipe(2, generators(1, 2), 3, output_type="pt").images
     (as_np,) = pipe(2, generators(1, 2), 3, output_type="np", return_dict=False)
     as_pil = pipe(2, generators(1, 2), 3).images
+    latents = pipe(2, generators(1, 2), 3, "latent").images
+    torch.testing.assert_close((latents / 2 + 0.5).clamp(0, 1), as_pt)
     assert as_pt.shape == (2, 3, 8, 8)
     assert 0 <= as_pt.min() <= as_pt.max() <= 1
     np.testing.assert_allclose(as_np, as_pt.permute(0, 2, 3, 1), atol=0)
@@ -177,6 +186,36 @@ def test_a_callback_sees_each_step_and_may_change_it(pipe):
         pipe(callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["sigma"])
 
 
+def test_a_callback_may_interrupt(v_pipe):
+    """As in diffusers' pipelines, and the next call is a whole one."""
+    shown = []
+
+    def watch(pipeline, index, timestep, tensors):
+        shown.append(tensors["latents"])
+        pipeline._interrupt = index == 2
+
+    call = {"seeds": [1], "num_inference_steps": 5, "output_type": "latent"}
+    interrupted = v_pipe(**call, callback_on_step_end=watch).images
+    assert len(shown) == 3
+    assert torch.equal(interrupted, shown[-1])
+    assert not torch.equal(v_pipe(**call).images, interrupted)
+    assert v_pipe.num_timesteps == 5
+    v_pipe.set_sampler("edm_heun")
+    with pytest.raises(ValueError, match="cannot interrupt in continuous time"):
+        v_pipe(**call, callback_on_step_end=watch)
+    assert v_pipe.num_timesteps == 9
+
+
+def test_from_and_to_pipelines_of_diffusers(v_pipe):
+    stock = DDIMPipeline.from_pipe(v_pipe, unet=v_pipe.unet.eval())
+    ours = quiet(CustomUNetPipeline.from_pipe(quiet(stock)))
+    assert ours.unet is stock.unet is v_pipe.unet
+    call = {"batch_size": 1, "num_inference_steps": 4, "output_type": "np"}
+    images = [pipe(**call, generator=generators(1)).images for pipe in (v_pipe, stock, ours)]
+    np.testing.assert_allclose(images[1:], [images[0]] * 2, atol=1e-5)
+    assert CustomUNetPipeline.model_cpu_offload_seq == DDPMPipeline.model_cpu_offload_seq
+
+
 def test_class_labels_reach_the_network():
     torch.manual_seed(0)
     pipe = quiet(CustomUNetPipeline(CustomUNet2DModel(**TINY, num_class_embeds=3), DDIMScheduler()))
@@ -210,9 +249,13 @@ def test_class_labels_reach_the_network():
         ({"num_inference_steps": 0}, "1 to 1000"),
         ({"num_inference_steps": 1001}, "1 to 1000"),
         ({"eta": 1.5}, r"eta is 1.5"),
-        ({"output_type": "latent"}, "latent"),
+        ({"output_type": "jpeg"}, "must be pil, np, pt or latent"),
         ({"class_labels": 1}, "no class embeddings"),
-        ({"sampler": "ddpm", "eta": 0.5}, "DDPMScheduler does not take it"),
+        ({"sampler": "ddpm", "eta": 0.5}, "eta is 0.5, but DDPMScheduler does not take it"),
+        (
+            {"sampler": "unipc", "use_clipped_model_output": True},
+            "use_clipped_model_output is set, but UniPC",
+        ),
     ],
 )
 def test_bad_arguments(pipe, arguments, message):
@@ -246,7 +289,8 @@ def test_samplers_by_name_keep_the_noise_schedule(pipe):
         (DDIMScheduler(prediction_type="eps"), "prediction_type is 'eps'"),
         (DDIMScheduler(beta_schedule="squaredcos_cap_v2"), "another noise schedule"),
         (DDIMScheduler(num_train_timesteps=100), "another noise schedule"),
-        (HeunDiscreteScheduler.from_config(DDIMScheduler().config), "another noise schedule"),
+        (HeunDiscreteScheduler(), "HeunDiscreteScheduler does not suit"),
+        (EulerDiscreteScheduler.from_config(DDIMScheduler().config, use_karras_sigmas=True), "has use_karras_sigmas"),
         (DDPMScheduler(variance_type="learned_range"), "variance_type is 'learned_range'"),
         (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "flow_prediction"),
         (UniPCMultistepScheduler(use_flow_sigmas=True, beta_end=0.02), "use_flow_sigmas"),
@@ -288,6 +332,16 @@ def test_components_and_keywords_of_from_pretrained(pipe, tmp_path):
     with pytest.raises(ValueError, match="takes no dropout, shceduler; without remote code it takes unet") as error:
         CustomUNetPipeline.from_pretrained(tmp_path, dropout=0.5, shceduler=scheduler)
     assert "\n" not in str(error.value)
+
+
+def test_a_sampler_that_cannot_be_saved_is_told(v_pipe, tmp_path, caplog):
+    v_pipe.set_sampler("unipc")
+    v_pipe.save_pretrained(tmp_path / "unipc")
+    assert type(CustomUNetPipeline.from_pretrained(tmp_path / "unipc").scheduler) is UniPCMultistepScheduler
+    assert caplog.messages == []
+    v_pipe.set_sampler("edm_heun")
+    v_pipe.save_pretrained(tmp_path / "edm_heun")
+    assert caplog.messages == ["the sampler edm_heun is not saved: set it again after loading"]
 
 
 def test_the_pipeline_that_is_shipped_has_diffusers_samplers(pipe):

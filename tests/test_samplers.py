@@ -176,7 +176,6 @@ def plant_missing_last_step(pipe: CustomUNetPipeline, monkeypatch) -> None:
     ("plant", "sampler"),
     [
         (plant_unscaled_input, "euler"),
-        (plant_unscaled_input, "heun"),
         (plant_unscaled_start, "euler"),
         (plant_wrong_variance, "ddpm"),
     ],
@@ -194,7 +193,6 @@ def test_a_planted_bug_is_found_by_the_mixture(plant, sampler, monkeypatch):
     [
         (plant_wrong_variance, "ddpm", "noise"),
         (plant_missing_last_step, "euler", "left"),
-        (plant_missing_last_step, "heun", "left"),
     ],
 )
 def test_a_planted_bug_is_found_by_the_noise_levels(plant, sampler, found, monkeypatch):

@@ -9,15 +9,12 @@ from pipelines.model_card import render_card
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "samples" / "celeba32_cpu" / "pipeline"
-EARLIER = MODEL.parent / "first_half" / "pipeline"
 
 
-@pytest.mark.parametrize("model", [MODEL, EARLIER])
-def test_the_card_is_that_of_its_files(model):
-    assert (model / "README.md").read_text() == render_card(model), "run `python -m pipelines.export card`"
+def test_the_card_is_that_of_its_files():
+    assert (MODEL / "README.md").read_text() == render_card(MODEL), "run `python -m pipelines.export card`"
 
 
-@pytest.mark.parametrize("model", [MODEL, EARLIER])
 @pytest.mark.parametrize(
     ("copy", "original"),
     [
@@ -25,8 +22,8 @@ def test_the_card_is_that_of_its_files(model):
         ("unet/custom_unet_2d.py", "custom_unet/custom_unet_2d.py"),
     ],
 )
-def test_the_code_is_that_of_the_repository(model, copy, original):
-    assert (model / copy).read_bytes() == (REPOSITORY / original).read_bytes()
+def test_the_code_is_that_of_the_repository(copy, original):
+    assert (MODEL / copy).read_bytes() == (REPOSITORY / original).read_bytes()
 
 
 def test_the_results_are_of_these_weights_and_the_evaluations():

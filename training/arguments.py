@@ -24,6 +24,18 @@ logger = logging.getLogger(__name__)
 DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 FOR_HUB = ("dataset_config_name", "dataset_revision", "streaming")  # which describe a data set on the Hub
 MOST_PARAMETERS = 10**10  # with gradients, moments and EMA 200 GB, which must fit into each device
+# Flags of diffusers' train_unconditional.py that are not flags here, and what to do instead
+OF_DIFFUSERS = {
+    "center_crop": "pass --crop center",
+    "enable_xformers_memory_efficient_attention": "leave it out, PyTorch's own efficient attention is always used",
+    "local_rank": "leave it out and start with accelerate launch or torchrun",
+    "logger": "pass --report_to",
+    "model_config_name_or_path": "pass the network's options, or --pretrained_model_name_or_path for its weights",
+    "preserve_input_precision": "leave it out, images are read with 8 bits per channel",
+    "save_images_epochs": "pass --save_images_steps",
+    "save_model_epochs": "pass --checkpointing_steps",
+    "use_ema": "leave it out, an EMA is always kept and used",
+}
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 TOKEN_HINT = "; the Hub's token is read from HF_TOKEN or from `hf auth login`"
 
@@ -52,7 +64,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
 
     Each entry of the file is turned into the flag of the same name, so that file and command line are read and checked
     by the same rules; flags of the command line come later and win. Images that are named on the command line take the
-    place of those of the file.
+    place of those of the file, and a number of epochs that of its number of steps.
 
     Raises:
         InputError: for an unreadable file, an unknown key or flag (naming the nearest known one), a bad value, an
@@ -77,7 +89,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     if not isinstance(values, dict):
         raise InputError(f"the configuration {path} is not a mapping of keys to values")
     flags_of_file = _flags(path, values)
-    for flag in ("dataset_name", "train_data_dir"):
+    for flag in ("dataset_name", "train_data_dir", "num_epochs"):
         displaced = _displaced(values, flag, getattr(known, flag))
         if displaced:
             logger.info("--%s replaces %s of %s", flag, ", ".join(displaced), path.name)
@@ -90,7 +102,9 @@ def parse_config(arguments: list[str]) -> TrainConfig:
 
 
 def _displaced(values: dict, flag: str, given: str | None) -> list[str]:
-    """The keys of a file that describe other images than those that a flag of the command line names."""
+    """The keys of a file that describe another length, or other images, than a flag of the command line does."""
+    if flag == "num_epochs":
+        return ["max_train_steps"] if given is not None and values.get("max_train_steps") is not None else []
     there = [key for key in ("dataset_name", "train_data_dir") if values.get(key) is not None]
     if not there or given is None or values.get(flag) == given:
         return []
@@ -137,7 +151,10 @@ def _is_optional(annotation) -> bool:
 def _nearest(name: str, prefix: str = "") -> str:
     if "token" in name.lower():
         return TOKEN_HINT
-    matches = difflib.get_close_matches(name.replace("-", "_"), [*TYPES, "config"], n=1, cutoff=0.4)
+    name = name.replace("-", "_")
+    if name in OF_DIFFUSERS:
+        return f"; {OF_DIFFUSERS[name]}"
+    matches = difflib.get_close_matches(name, [*TYPES, "config"], n=1, cutoff=0.4)
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""
 
 
