@@ -1,17 +1,22 @@
 """The main job as its users start it: whole runs, kills, resumes and refusals, and what one training step does."""
 
+import importlib.machinery
 import json
 import re
 import signal
 import subprocess
 import sys
 from functools import partial
+from types import ModuleType
+from unittest.mock import MagicMock
 
+import accelerate.tracking
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import (
     HANG_SECONDS,
     REPOSITORY,
@@ -69,6 +74,25 @@ def test_a_run_from_start_to_pipeline_and_the_same_command_again(start, tmp_path
     assert "step 9" in start(run, *flags).finish(0)
     assert (run / "log.jsonl").read_text() == log
     assert (run / "pipeline" / "results.json").exists(), "the weights that were measured are still these"
+
+
+def test_trackers_go_on_after_a_stop(train, tmp_path, monkeypatch):
+    """In the same run of W&B, inside the output folder; TensorBoard drops what came after the checkpoint."""
+    calls = []
+    wandb = ModuleType("wandb")
+    wandb.init = lambda **options: calls.append(options) or MagicMock()
+    wandb.config = wandb.Image = MagicMock()
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", ["tensorboard", "wandb"])
+    for name, checkpoint in (("run", "latest"), ("run", tmp_path / "run" / "checkpoint-6"), ("other", "latest")):
+        train(tmp_path / name, "--report_to", "all", "--resume_from_checkpoint", checkpoint)
+    first, second, other = calls
+    assert first == second
+    assert (first["dir"], first["resume"]) == (str(tmp_path / "run"), "allow")
+    assert first["id"] != other["id"]
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "unet")).Reload().Scalars("loss")
+    assert [event.step for event in events] == [*range(1, 10)]
 
 
 KILLS = {  # flags, processes, the step whose record is not written, the checkpoints then

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 from torch import Tensor
 
@@ -61,7 +62,19 @@ def start_or_resume(trainer) -> None:
         restore(trainer, folder)
         logger.info(f"resuming from {folder}")
     on_main_process(trainer.accelerator, partial(_prepare_output_dir, trainer))
-    trainer.accelerator.init_trackers(PROJECT, {k: str(v) for k, v in asdict(trainer.config).items()})
+    settings = {name: str(value) for name, value in asdict(trainer.config).items()}
+    trainer.accelerator.init_trackers(PROJECT, settings, tracker_options(trainer))
+
+
+def tracker_options(trainer) -> dict:
+    """Keyword arguments with which the trackers go on where they were: one W&B run, each step once in TensorBoard."""
+    folder = trainer.output_dir / trainer.config.logging_dir / PROJECT
+    path = folder / "wandb_id"
+    if trainer.accelerator.is_main_process and not path.exists() and trainer.config.report_to in ("wandb", "all"):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(path, uuid4().hex.encode())
+    wandb = {"dir": str(trainer.output_dir), "resume": "allow"} | ({"id": path.read_text()} if path.exists() else {})
+    return {"wandb": wandb, "tensorboard": {"purge_step": trainer.progress.step + 1}}
 
 
 def _take_output_dir(trainer) -> Path | None:
