@@ -101,26 +101,6 @@ def plot_curves(
     save_figure(figure, path)
 
 
-def plot_panels(panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str, path: Path) -> None:
-    """Panels below each other over the same axis, each with its lines; logarithmic if these span a factor of 3.
-
-    Args:
-        panels: the points (x, y) of each line by its label, by the panel's title; values must be positive.
-    """
-    size = (SIZE_INCHES[0], 2.2 * len(panels))
-    figure, all_axes = plt.subplots(len(panels), figsize=size, sharex=True, squeeze=False)
-    for axes, (title, lines) in zip(all_axes[:, 0], panels.items(), strict=True):
-        for label, points in lines.items():
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
-        axes.set_title(title, fontsize=10)
-        values = [y for points in lines.values() for _, y in points]
-        axes.set_yscale("log" if max(values) > 3 * min(values) else "linear")
-        if len(lines) > 1:
-            axes.legend(fontsize=8)
-    axes.set_xlabel(xlabel)
-    save_figure(figure, path)
-
-
 def plot_image_rows(rows: dict[str, list[Path | Image.Image]], path: Path) -> None:
     """Rows of images or image files, each under its label; small ones are enlarged by a whole number."""
     lines = {}

@@ -8,7 +8,8 @@ measured: mode, n, n_reference, dataset, split, crop, resolution, sampler, steps
     python -m eval.results README.md     renews each table between <!-- results: FILE FAMILY --> and <!-- end -->
 
 FILE FAMILY is `results.json` with one of `TABLES`; `FILE.md table`, which another command wrote; or `LOG.jsonl
-heldout`, the held-out losses of a training.
+heldout`, the held-out losses of a training. `FILE FAMILY [COLUMN; COLUMN] [ROW; ROW]` selects columns by their heading
+and rows by their first cell.
 """
 
 import json
@@ -23,7 +24,10 @@ from training.log import heldout_table, read_log
 from training.sde import CONTINUOUS_SAMPLERS
 
 SUMMARY = "fid kid precision recall memorisation_ratio bits_per_dim_bound_fixed_large bits_per_dim_ode".split()
-MARKED = re.compile(r"(<!-- results: (?P<file>\S+) (?P<family>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SELECTION = r"(?: \[(?P<columns>[^]]+)\](?: \[(?P<rows>[^]]+)\])?)?"
+MARKED = re.compile(
+    rf"(<!-- results: (?P<file>\S+) (?P<family>\S+){SELECTION} -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+)
 
 
 def result(family: str, name: str, metric: str, value: float | None, **settings) -> dict:
@@ -155,6 +159,21 @@ def cost_table(results: list[dict]) -> str:
 TABLES = {"quality": quality_table, "summary": summary_table, "cost": cost_table}
 
 
+def selected(lines: str, columns: list[str], rows: list[str] | None) -> str:
+    """Of a Markdown table the named columns, in the order of their names, and rows; what follows it is left out.
+
+    Raises:
+        InputError: for a name that the table does not have.
+    """
+    cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines.splitlines() if line.startswith("|")]
+    (heading, _, *body), first = cells, [row[0] for row in cells]
+    for name in columns + (rows or []):
+        if name not in heading + first:
+            raise InputError(f"the table has no {name!r}; it has {', '.join(heading + first[2:])}")
+    places = [heading.index(name) for name in columns]
+    return markdown_table(columns, [[row[i] for i in places] for row in body if rows is None or row[0] in rows])
+
+
 def with_tables(text: str, folder: Path) -> str:
     """The text with each marked table renewed from its results file, whose path is relative to the folder.
 
@@ -175,7 +194,10 @@ def with_tables(text: str, folder: Path) -> str:
                 lines = TABLES[family](read_results(path)["results"])
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the {family} of {match['file']}: {error}") from error
-        return f"{match[1]}{lines}\n{match[4]}"
+        if match["columns"]:
+            rows = match["rows"] and match["rows"].split("; ")
+            lines = selected(lines, match["columns"].split("; "), rows)
+        return f"{match[1]}{lines}\n{match['end']}"
 
     return MARKED.sub(renewed, text)
 

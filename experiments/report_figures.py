@@ -2,9 +2,9 @@
 
     python -m experiments.report_figures --out assets/report
 
-OUT/unet.png is drawn from the modules of the network of configs/celeba32_cpu.yaml; OUT/forward.png shows synthetic
-faces on the way to noise, OUT/schedules.png signal-to-noise ratios, OUT/weights.png what each target makes of the
-loss. Exit codes: 0 done, 2 bad input.
+OUT/unet.png is drawn from the modules of the network of configs/celeba32_cpu.yaml and OUT/time_embedding.png by its
+time_proj; OUT/forward.png shows synthetic faces on the way to noise, OUT/schedules.png signal-to-noise ratios,
+OUT/weights.png what each target makes of the loss. Exit codes: 0 done, 2 bad input.
 """
 
 import sys
@@ -19,8 +19,9 @@ from PIL import Image
 
 from common import Parser, make_folder, run_command
 from custom_unet import CustomUNet2DModel
-from custom_unet.custom_unet_2d import Downsample, ResidualBlock, SelfAttention, Upsample
-from eval.figures import plot_curves, plot_image_rows, plot_panels, save_figure
+from custom_unet.custom_unet_2d import Downsample, PositionalProjection, ResidualBlock, SelfAttention, Upsample
+from eval.figures import plot_curves, save_figure
+from experiments.gallery import labelled_grid
 from training.arguments import parse_config
 from training.data import to_model_range, to_uint8
 from training.diffusion import ddpm_regression, make_noise_scheduler
@@ -39,6 +40,7 @@ TARGETS = {  # prediction type and gamma of each line
     f"v with min-SNR, gamma {SNR_GAMMA:g}": ("v_prediction", SNR_GAMMA),
 }
 FACE_PIXELS = 64
+EMBEDDED_TIMESTEPS = 400
 KINDS = {  # of layers: colour and name
     "conv": ("#888888", "3x3 convolution"),
     "resnet": ("#4c78a8", "residual block"),
@@ -98,13 +100,13 @@ def layers_of(network: CustomUNet2DModel, side: int) -> list[Layer]:
 def draw_network(layers: list[Layer], path: Path) -> None:
     """Boxes from left to right, a row for each level; skip connections are arrows."""
     levels = 1 + max(layer.level for layer in layers)
-    figure, axes = plt.subplots(figsize=(11, 1.0 + 1.5 * levels))
+    figure, axes = plt.subplots(figsize=(8.5, 0.6 + 1.2 * levels))
     heights = [layer.side / layers[0].side * 0.45 + 0.25 for layer in layers]
     sources = [layer.skip_from for layer in layers]
     for place, (layer, height) in enumerate(zip(layers, heights, strict=True)):
         colour, top = KINDS[layer.kind][0], height / 2 - layer.level
         axes.add_patch(Rectangle((place - 0.32, top - height), 0.64, height, color=colour))
-        axes.text(place, -layer.level, layer.channels, ha="center", va="center", rotation=90, fontsize=8)
+        axes.text(place, -layer.level, layer.channels, ha="center", va="center", rotation=90, fontsize=9)
         if place in sources:  # over the boxes, each higher than those inside it
             end, inner = sources.index(place), [source for source in sources if source is not None and source > place]
             y = top + 0.06 + 0.06 * sum(layers[source].level == layer.level for source in inner)
@@ -113,13 +115,13 @@ def draw_network(layers: list[Layer], path: Path) -> None:
             axes.plot([place, end], [y, y], color=SKIP_COLOUR, linewidth=0.7)
     for level in range(levels):
         side = next(layer.side for layer in layers if layer.level == level)
-        axes.text(-1.1, -level, f"{side} x {side}", ha="right", va="center", fontsize=9)
+        axes.text(-1.1, -level, f"{side} x {side}", ha="right", va="center", fontsize=11)
     for colour, label in KINDS.values():
         axes.plot([], [], "s", color=colour, label=label)
     axes.plot([], [], color=SKIP_COLOUR, linewidth=0.7, label="skip connection, concatenated")
     axes.set(xlim=(-3.5, len(layers)), ylim=(-levels + 0.6, 0.65))
     axes.axis("off")
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    axes.legend(loc="lower right", fontsize=9, frameon=False)
     save_figure(figure, path)
 
 
@@ -146,6 +148,32 @@ def clean_error_weights(schedule: str, prediction_type: str, snr_gamma: float | 
     return (task.loss_weight / task.noise_weight).double().numpy() * signal_to_noise(schedule)
 
 
+def draw_schedules(path: Path) -> None:
+    """The share of the image and the logarithm of the signal-to-noise ratio of SCHEDULES, side by side."""
+    figure, (share, logarithm) = plt.subplots(1, 2, figsize=(8, 3))
+    for name in SCHEDULES:
+        ratio = signal_to_noise(name)
+        share.plot(np.sqrt(ratio / (1 + ratio)), label=name)
+        logarithm.plot(np.log(ratio), label=name)
+    share.set(xlabel="timestep", title="sqrt(abar), the share of the image")
+    logarithm.set(xlabel="timestep", title="ln(snr)", ylim=(-12, 12))
+    for axes in (share, logarithm):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    save_figure(figure, path)
+
+
+def draw_time_embedding(projection: PositionalProjection, path: Path) -> None:
+    """What becomes of the first timesteps, before the two linear layers; a column for each."""
+    codes = projection(torch.arange(EMBEDDED_TIMESTEPS)).T.numpy()  # (features, timesteps)
+    figure, axes = plt.subplots(figsize=(8, 2.8))
+    image = axes.imshow(codes, aspect="auto", cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
+    axes.axhline(len(codes) / 2 - 0.5, color="black", linewidth=1)
+    axes.set(xlabel="timestep", yticks=[len(codes) / 4, 3 * len(codes) / 4], yticklabels=["cosines", "sines"])
+    figure.colorbar(image, pad=0.01)
+    save_figure(figure, path)
+
+
 def noised_faces() -> dict[str, list[Image.Image]]:
     """A face and the same noise, at SHOWN_TIMESTEPS of each schedule."""
     rows = {}
@@ -154,8 +182,7 @@ def noised_faces() -> dict[str, list[Image.Image]]:
     timesteps = torch.tensor(SHOWN_TIMESTEPS)
     for name in SCHEDULES:
         noisy = noise_schedule(name).add_noise(face.expand(len(timesteps), -1, -1, -1), noise, timesteps)
-        pixels = to_uint8(noisy).permute(0, 2, 3, 1).numpy()
-        rows[f"{name}, t = {', '.join(map(str, SHOWN_TIMESTEPS))}"] = [Image.fromarray(image) for image in pixels]
+        rows[name] = [Image.fromarray(image) for image in to_uint8(noisy).permute(0, 2, 3, 1).numpy()]
     return rows
 
 
@@ -168,15 +195,12 @@ def write_figures(out: Path) -> None:
     make_folder(out)
     config = parse_config(["--config", str(DRAWN_CONFIG), "--dataset_name", "any"])
     with torch.device("meta"):
-        layers = layers_of(CustomUNet2DModel(**config.unet_kwargs()).eval(), config.resolution)
-    draw_network(layers, out / "unet.png")
-    plot_image_rows(noised_faces(), out / "forward.png")
-    ratios = {name: signal_to_noise(name) for name in SCHEDULES}
-    panels = {
-        "sqrt(abar), the share of the image": {name: [*enumerate(np.sqrt(r / (1 + r)))] for name, r in ratios.items()},
-        "snr = abar / (1 - abar)": {name: [*enumerate(ratio)] for name, ratio in ratios.items()},
-    }
-    plot_panels(panels, "timestep", out / "schedules.png")
+        network = CustomUNet2DModel(**config.unet_kwargs()).eval()
+    draw_network(layers_of(network, config.resolution), out / "unet.png")
+    draw_time_embedding(network.time_proj, out / "time_embedding.png")
+    columns = [f"t = {timestep}" for timestep in SHOWN_TIMESTEPS]
+    labelled_grid(noised_faces(), columns, FACE_PIXELS).save(out / "forward.png")
+    draw_schedules(out / "schedules.png")
     weights = {label: clean_error_weights("cosine", *target) for label, target in TARGETS.items()}
     labels = {"xlabel": "timestep, cosine schedule", "ylabel": "weight of the squared error of x_0"}
     labels |= {"yscale": "log", "ylim": (1e-3, 1e3)}

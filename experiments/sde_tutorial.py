@@ -100,32 +100,48 @@ def forward_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tenso
     return times, torch.stack(paths)[..., 0]
 
 
+def reverse_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The reverse SDE (eq. 6), or without noise the ODE (eq. 13), with the exact score of TWO_MODES: times, paths."""
+    times, paths, weight = solvers.sampling_times(sde, num_steps), [x], 0.5 if noise is None else 1
+    for now, later in itertools.pairwise(times):
+        dt, g, x = now - later, sde.diffusion(now), paths[-1]
+        x = x - (sde.drift(now) * x - weight * g**2 * TWO_MODES.at(sde, now).score(x)) * dt
+        paths.append(x if noise is None else x + g * dt.sqrt() * noise())
+    return times, torch.stack(paths)[..., 0]
+
+
 def forward(lesson: Lesson) -> dict:
-    """Simulated paths against the exact marginals p_t: with a linear drift, x_t = alpha x_0 + n epsilon (eq. 29)."""
+    """Simulated paths against the exact marginals p_t: with a linear drift, x_t = alpha x_0 + n epsilon (eq. 29).
+
+    The figure shows them above, and below the way back from a few draws of the prior.
+    """
     n = lesson.size.paths
     numbers = {"paths": n, "chance_level_95_percent": 1.358 / math.sqrt(n)}
-    figure, axes = plt.subplots(2, 3, figsize=(10, 6.6), height_ratios=[1.2, 1])
+    figure, axes = plt.subplots(2, 3, figsize=(9, 6), sharex=True)
     for (name, sde), (top, bottom) in zip(SDES.items(), axes.T, strict=True):
         times, paths = forward_paths(sde, TWO_MODES.sample(n, generator(2)), 1000, noise_source((n, 1), 3))
+        start, noise = sde.prior_std * torch.linspace(-1.8, 1.8, 6)[:, None].double(), noise_source((6, 1), 4)
         height = 2.4 * math.hypot(1, sde.prior_std)
         grid = torch.linspace(-height, height, 500, dtype=torch.float64)[:, None]
         density = torch.stack([TWO_MODES.at(sde, t).log_density(grid).exp() for t in times[::5]], 1)
         density /= density.amax(0)  # without this the colours of late times would be too faint
-        top.imshow(density, extent=(0, 1, -height, height), origin="lower", aspect="auto", cmap="Blues", alpha=0.9)
+        for panel in (top, bottom):
+            panel.imshow(
+                density, extent=(0, 1, -height, height), origin="lower", aspect="auto", cmap="Blues", alpha=0.9
+            )
+            panel.set(ylim=(-height, height))
         top.plot(times[::5], paths[::5, :6], color=ORANGE, linewidth=0.8)
-        top.set(title=name, xlabel="time t", ylim=(-height, height))
+        for source, color in ((noise, ORANGE), (None, "black")):
+            backwards, lines = reverse_paths(sde, start, 1000, source)
+            bottom.plot(backwards[::5], lines[::5], color=color, linewidth=0.8)
+        top.set(title=name)
+        bottom.set(xlabel="time t")
         numbers[name] = {}
-        for row, t in enumerate((0.1, 0.3, 0.5, 1.0)):
-            marginal, x, floor = TWO_MODES.at(sde, at(t)), paths[round(t * 1000)], -1.7 * row
+        for t in (0.1, 0.3, 0.5, 1.0):
+            marginal, x = TWO_MODES.at(sde, at(t)), paths[round(t * 1000)]
             numbers[name][f"distance_at_{t}"] = float(ks_1samp(x.double().numpy(), marginal.cdf).statistic)
-            std, grid = math.sqrt(marginal.variance()), torch.linspace(-3, 3, 400, dtype=torch.float64)
-            counts, edges = np.histogram(x / std, bins=60, range=(-3, 3), density=True)
-            bottom.stairs(counts + floor, edges, baseline=floor, fill=True, color=ORANGE, alpha=0.55)
-            bottom.plot(grid, std * marginal.log_density(std * grid[:, None]).exp() + floor, color=BLUE, linewidth=1.2)
-            bottom.text(2.95, 0.25 + floor, f"t = {t}", ha="right", fontsize=9)
-        bottom.set(xlabel="x / its standard deviation", yticks=[], xlim=(-3, 3))
-    axes[0, 0].set_ylabel("x: exact density (blue), paths")
-    axes[1, 0].set_ylabel("density: exact (line), paths (filled)")
+    axes[0, 0].set_ylabel("forward SDE")
+    axes[1, 0].set_ylabel("reverse SDE (orange), ODE (black)")
     return numbers | lesson.save(figure, "forward.png")
 
 
@@ -139,7 +155,7 @@ def learning(lesson: Lesson) -> dict:
     spacing; below, it pulls towards single points, and a smooth network is nearer to the truth. Relative errors rise
     towards time 0, where lambda forgives them.
     """
-    sde, data, learned, points = lesson.sde, lesson.data, lesson.network, lesson.training_points[:2000]
+    sde, data, points = lesson.sde, lesson.data, lesson.training_points[:2000]
     memory = GaussianMixture(torch.full((len(points),), 1 / len(points)).double(), points, 0.0)
     scores = lesson.scores | {"minimum of the loss on 2,000 points": exact_score(memory, sde)}
     times = torch.logspace(-3, 0, 16, dtype=torch.float64)
@@ -153,34 +169,39 @@ def learning(lesson: Lesson) -> dict:
             errors[name].append(float((score(x, t) - exact).norm() / exact.norm()))
             losses[name].append(float(denoising_loss(sde, score, x_0, t, noise)))
 
-    figure = plt.figure(figsize=(10, 6.6))
-    layout = figure.add_gridspec(2, 4, height_ratios=[1, 1.1])
-    lines, fine = (torch.linspace(-end, end, n, dtype=torch.float64) for end, n in ((1.6, 11), (1.8, 120)))
+    errors.pop("exact")
+    numbers = {"times": times.tolist(), "relative_rms_error": errors, "denoising_loss": losses}
+    return numbers | draw_learning(lesson, numbers)
+
+
+def draw_learning(lesson: Lesson, numbers: dict) -> dict[str, str]:
+    """The exact score at four times, above the errors and losses of `learning`."""
+    data, sde = lesson.data, lesson.sde
+    figure = plt.figure(figsize=(9, 6))
+    layout = figure.add_gridspec(2, 4, height_ratios=[1, 1.2])
+    lines, fine = (torch.linspace(-end, end, n, dtype=torch.float64) for end, n in ((1.5, 7), (1.9, 120)))
     points, pixels = torch.cartesian_prod(lines, lines), torch.cartesian_prod(fine, fine)
     for column, t in enumerate((0.02, 0.1, 0.25, 0.6)):
         marginal, n, axes = data.at(sde, at(t)), float(sde.noise_scale(at(t))), figure.add_subplot(layout[0, column])
         density = marginal.log_density(pixels).exp().view(120, 120)  # (x, y)
-        axes.imshow(density.T, extent=(-1.8, 1.8, -1.8, 1.8), origin="lower", cmap="Blues", alpha=0.7)
-        for score, color, width in ((marginal.score(points), "black", 0.014), (learned(points, at(t)), ORANGE, 0.006)):
-            arrows = n * score
-            shortened = 0.3 * arrows / (1 + arrows.norm(dim=1, keepdim=True))
-            axes.quiver(*points.T, *shortened.T, color=color, width=width, **ARROWS)
+        axes.imshow(density.T, extent=(-1.9, 1.9, -1.9, 1.9), origin="lower", cmap="Blues", alpha=0.7)
+        arrows = n * marginal.score(points)
+        shortened = 0.5 * arrows / (1 + arrows.norm(dim=1, keepdim=True))
+        axes.quiver(*points.T, *shortened.T, color="black", width=0.016, **ARROWS)
         axes.set(title=f"t = {t}", xticks=[], yticks=[])
-    errors.pop("exact")
     left, right = figure.add_subplot(layout[1, :2]), figure.add_subplot(layout[1, 2:])
-    for name, color in zip(losses, ("black", ORANGE, PURPLE), strict=True):
+    for name, color in zip(numbers["denoising_loss"], ("black", ORANGE, PURPLE), strict=True):
         style = {"color": color, "label": name, "marker": ".", "linestyle": "--" if name == "exact" else "-"}
-        if name in errors:
-            left.plot(times, errors[name], **style)
-        right.plot(times, losses[name], **style)
+        if name in numbers["relative_rms_error"]:
+            left.plot(numbers["times"], numbers["relative_rms_error"][name], **style)
+        right.plot(numbers["times"], numbers["denoising_loss"][name], **style)
     left.set(xscale="log", yscale="log", xlabel="time t", ylabel="relative RMS error of the score")
     right.set(xscale="log", xlabel="time t", ylabel="denoising loss on new data (eq. 7)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle("n times the score: exact (black), learned (orange); long arrows are shortened", fontsize=10)
-    numbers = {"times": times.tolist(), "relative_rms_error": errors, "denoising_loss": losses}
-    return numbers | lesson.save(figure, "score.png")
+    figure.suptitle("n times the exact score of the noisy data; long arrows are shortened", fontsize=10)
+    return lesson.save(figure, "score.png")
 
 
 # ---- 3. Samplers

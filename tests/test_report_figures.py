@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from custom_unet import CustomUNet2DModel
-from eval import figures
 from experiments.report_figures import SCHEDULES, clean_error_weights, layers_of, main, signal_to_noise
 
 
@@ -66,16 +65,8 @@ def test_weights_of_the_error_of_x_0(schedule):
 
 def test_the_command_writes_the_figures(tmp_path, capsys):
     assert main(["--out", str(tmp_path / "figures")]) == 0
-    figures = {f"{name}.png" for name in ("unet", "forward", "schedules", "weights")}
+    figures = {f"{name}.png" for name in ("unet", "time_embedding", "forward", "schedules", "weights")}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == figures
     (tmp_path / "file").touch()
     assert main(["--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_panels_are_logarithmic_from_a_factor_of_3_on(monkeypatch, tmp_path):
-    drawn = []
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
-    panels = {"a": {"line": [(0, 2.9), (1, 1.0)]}, "c": {"line": [(0, 3.1), (1, 1.0)]}}
-    figures.plot_panels(panels, "step", tmp_path / "a.png")
-    assert [(axes.get_title(), axes.get_yscale()) for axes in drawn[0].axes] == [("a", "linear"), ("c", "log")]

@@ -112,6 +112,17 @@ def test_tables_of_other_files(tmp_path):
             with_tables(marked(file, family), tmp_path)
 
 
+def test_columns_and_rows_of_a_table_are_selected(tmp_path, folder):
+    lines = "| name | a | b |\n|---|---|---|\n| x | 1 |  |\n| y | 3 | 4 |\n| x | 5 | 6 |\n\nA note.\n"
+    (tmp_path / "f.md").write_text(lines)
+    assert table_in(tmp_path, "f.md", "table [b; name]")[2:] == ["|  | x |", "| 4 | y |", "| 6 | x |"]
+    assert table_in(tmp_path, "f.md", "table [name; a] [x]") == ["| name | a |", "|---|---|", "| x | 1 |", "| x | 5 |"]
+    assert table_in(folder, "results.json", "quality [metric; value] [SWD, mean]")[2:] == ["| SWD, mean | 12.35 |"]
+    for selection in ("[name; c]", "[name] [z]"):
+        with pytest.raises(InputError, match=r"the table has no '[cz]'; it has name, a, b, x, y, x"):
+            with_tables(marked("f.md", f"table {selection}"), tmp_path)
+
+
 def test_the_command_renews_a_file_or_says_what_is_wrong(folder, capsys):
     readme = folder / "README.md"
     readme.write_text(marked("results.json", "quality"))
