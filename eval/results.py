@@ -23,7 +23,6 @@ from common import InputError, Parser, markdown_table, replace_file, run_command
 from training.log import heldout_table, read_log
 from training.sde import CONTINUOUS_SAMPLERS
 
-SUMMARY = "fid kid precision recall memorisation_ratio bits_per_dim_bound_fixed_large bits_per_dim_ode".split()
 SELECTION = r"(?: \[(?P<columns>[^]]+)\](?: \[(?P<rows>[^]]+)\])?)?"
 MARKED = re.compile(
     rf"(<!-- results: (?P<file>\S+) (?P<family>\S+){SELECTION} -->\n).*?(?P<end><!-- end -->)", re.DOTALL
@@ -121,20 +120,6 @@ def quality_table(results: list[dict]) -> str:
     return table(rows, columns | {"split": "split", "sampler": "sampler"})
 
 
-def summary_table(results: list[dict]) -> str:
-    """What a reader asks first: the distances to real images, copies, and the likelihood of held-out images."""
-    rows = [
-        entry | {"sampler": sampler_text(entry)}
-        for entry in results
-        if entry["metric"] in SUMMARY
-        and entry["family"] != "cost"
-        and entry["value"] is not None
-        and not entry["name"].endswith(("training", "DINOv2", "legacy_tensorflow)"))
-    ]
-    columns = {"name": "metric", "value": "value", "floor": "real against real", "n": "images", "sampler": "sampler"}
-    return table(sorted(rows, key=lambda entry: SUMMARY.index(entry["metric"])), columns)
-
-
 def cost_table(results: list[dict]) -> str:
     """A row for each sampler and number of steps: its quality, network evaluations and seconds.
 
@@ -156,7 +141,7 @@ def cost_table(results: list[dict]) -> str:
     return table([row for n in rows for row in [*rows[n].values(), floors[n]]], columns)
 
 
-TABLES = {"quality": quality_table, "summary": summary_table, "cost": cost_table}
+TABLES = {"quality": quality_table, "cost": cost_table}
 
 
 def selected(lines: str, columns: list[str], rows: list[str] | None) -> str:

@@ -9,7 +9,8 @@ from urllib.parse import urlparse
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "REPORT.md", "samples/README.md"]
+DOCUMENTS = ["README.md", "REPORT.md", "samples/README.md", "docs/errors.md", "docs/hub.md"]
+SHORT = ("docs/errors.md", "docs/hub.md")  # with few links, or without commands
 LINK = re.compile(r"!?\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^()\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FORMULA = re.compile(r"\$`(.+?)`\$", re.DOTALL)
@@ -46,7 +47,7 @@ def defined(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name):
     found = links(name)
-    assert len(found) > 5
+    assert len(found) > 5 or name in SHORT
     for text, target in found:
         address = urlparse(target)
         if address.scheme:
@@ -75,7 +76,7 @@ def test_functions_that_are_named_are_in_the_file(name):
 def test_commands_are_there(name):
     text = (REPOSITORY / name).read_text()
     modules = set(re.findall(r"python (?:-W \w+ )?-m ([\w.]+)", text)) | set(re.findall(r"`(eval\.\w+)", text))
-    assert modules
+    assert modules or name in SHORT
     for module in modules:
         assert importlib.util.find_spec(module) is not None, module
     rules = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))

@@ -14,7 +14,6 @@ from eval.results import (
     read_results,
     result,
     sampler_text,
-    summary_table,
     with_tables,
     write_results,
 )
@@ -63,14 +62,6 @@ def test_quality():
         "| Variational bound, held-out | 4 ± 0.032 |  | 256 | validation |  |",
     ]
     assert [number(value) for value in (None, 12345, 0.000123456, "x")] == ["", "12,345", "0.0001235", "x"]
-
-
-def test_the_summary_has_what_is_asked_first():
-    fid = result("features", "FID (clean)", "fid", 9.0, floor=2.0, n=10000)
-    training = result("likelihood", "Probability-flow ODE, training", "bits_per_dim_ode", 5.0)
-    heldout = training | {"name": "Probability-flow ODE, held-out", "value": 6.0}
-    lines = summary_table([*RESULTS, training, heldout, fid]).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| FID (clean)", "| Probability-flow ODE, held-out"]
 
 
 def test_costs(folder):
@@ -130,7 +121,7 @@ def test_the_command_renews_a_file_or_says_what_is_wrong(folder, capsys):
     assert "| SWD, mean | 12.35 |" in readme.read_text()
     readme.write_text(marked("results.json", "beauty"))
     assert main([str(readme)]) == 2
-    assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, summary, cost\n"
+    assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, cost\n"
 
 
 def test_what_cannot_be_written_or_read_is_refused(tmp_path):
