@@ -331,7 +331,8 @@ def orders(lesson: Lesson) -> dict:
     colors = iter(COLORS)
     for panel, lines in zip(axes, (of_sde, of_ode), strict=True):
         for name, found in lines.items():
-            label = f"{name}: order {found['order']:.1f}"
+            # steps that adapt have no order
+            label = name if "adaptive" in name else f"{name}: order {found['order']:.1f}"
             panel.loglog(found["evaluations"], found["error"], "o-", color=next(colors), label=label)
         panel.set(xlabel="evaluations of the score")
         panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
