@@ -3,12 +3,13 @@
 # make test        sets up and runs the tests
 # make inception   sets up and fetches the weights of Inception (87 MB), for FID and KID
 # make soak        kills a small training 100 times and compares it with one that was not (minutes)
+# make notebook    runs docs/from_noise_to_faces.ipynb and stores its outputs in it (minutes)
 # make report      writes the figures and tables of REPORT.md that need no training (minutes)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart faces test inception soak report setup
+.PHONY: quickstart faces test inception soak notebook report setup
 
 setup: $(VENV)/.installed
 
@@ -34,6 +35,12 @@ inception: setup
 
 soak: setup
 	$(BIN)/python -W ignore -m tests.soak --kills 100
+
+# Jupyter's parts that run a notebook; nothing else needs them
+notebook: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check nbconvert ipykernel ipywidgets
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+		docs/from_noise_to_faces.ipynb
 
 report: setup
 	$(BIN)/python -m experiments.report_figures --out assets/report

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 from pathlib import Path
 from urllib.parse import urlparse
@@ -11,9 +12,19 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "REPORT.md", "samples/README.md", "docs/errors.md", "docs/hub.md"]
 SHORT = ("docs/errors.md", "docs/hub.md")  # with few links, or without commands
+NOTEBOOK = "docs/from_noise_to_faces.ipynb"
 LINK = re.compile(r"!?\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^()\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FORMULA = re.compile(r"\$`(.+?)`\$", re.DOTALL)
+
+
+def text_of(name: str) -> str:
+    """Of a notebook, what is written between the code."""
+    text = (REPOSITORY / name).read_text(encoding="utf-8")
+    if not name.endswith(".ipynb"):
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
 def prose(text: str) -> str:
@@ -23,7 +34,7 @@ def prose(text: str) -> str:
 
 def links(name: str) -> list[tuple[str, str]]:
     """(text, target) of a document, of images too."""
-    text = prose((REPOSITORY / name).read_text())
+    text = prose(text_of(name))
     found = [(match["text"], match["target"]) for match in LINK.finditer(text)]
     return found + [("", target) for target in re.findall(r'<img src="([^"]+)"', text)]
 
@@ -44,7 +55,7 @@ def defined(path: Path) -> set[str]:
     return names | {target.id for target in targets if isinstance(target, ast.Name)}
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", [*DOCUMENTS, NOTEBOOK])
 def test_links_lead_somewhere(name):
     found = links(name)
     assert len(found) > 5 or name in SHORT
@@ -92,15 +103,18 @@ def test_python_blocks_can_be_parsed(name):
             ast.parse(code)
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", [*DOCUMENTS, NOTEBOOK])
 def test_formulas_are_closed(name):
     """Braces, `\\left` and `\\right`, and what GitHub takes for a formula; no line of it is taken for Markdown."""
-    text = (REPOSITORY / name).read_text()
+    text = text_of(name)
     outside = prose(text)
     assert "$`" not in outside
     assert "`$" not in outside
     assert text.count("\n```") % 2 == 0
     formulas = FORMULA.findall(text) + [code for language, code in FENCE.findall(text) if language == "math"]
+    if name == NOTEBOOK:  # Jupyter takes dollars alone
+        assert outside.count("$") % 2 == 0
+        formulas = re.split(r"\$\$?", outside)[1::2]
     for formula in formulas:
         depth = 0
         for brace in re.findall(r"(?<!\\)[{}]", formula):
