@@ -40,7 +40,7 @@ soak: setup
 notebook: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check nbconvert ipykernel ipywidgets
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
-		docs/from_noise_to_faces.ipynb
+		--ExecutePreprocessor.coalesce_streams=True docs/from_noise_to_faces.ipynb
 
 report: setup
 	$(BIN)/python -m experiments.report_figures --out assets/report
