@@ -21,7 +21,8 @@ SOLUTION = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def names():
     """What the cells and the solutions define, run from top to bottom with few steps."""
     names = {"__name__": "notebook"}
-    with pytest.MonkeyPatch.context() as patch:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, matplotlib.rc_context():
         patch.setenv("NOTEBOOK_QUICK", "1")
         patch.chdir(NOTEBOOK.parent)
         patch.setattr("sys.path", [*sys.path])
