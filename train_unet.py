@@ -36,12 +36,13 @@ from pipelines.pretrained import open_pretrained, take_weights
 from training.arguments import parse_config
 from training.checkpoint import find_checkpoint
 from training.config import TrainConfig
+from training.data import cache_root
 from training.diffusion import check_noise_levels, diffusion_loss, make_sampling_scheduler
 from training.log import Interval, recorded
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.post_hoc_ema import start_averages, update_averages
 from training.precision import settle_precision
-from training.processes import StoppedEarly, StopSignal, build_accelerator, on_any_process
+from training.processes import StoppedEarly, StopSignal, build_accelerator, check_shared, on_any_process
 from training.reports import facts, preflight_summary, record, record_interval, report_heldout_loss, save_samples
 from training.resumable import Progress, save_checkpoint, save_snapshot, start_or_resume
 from training.samples import list_grids
@@ -381,6 +382,8 @@ def run(
     """Trains as configured."""
     config = settle_precision(config, network_class)
     accelerator = build_accelerator(config)
+    check_shared(accelerator, Path(config.output_dir), "--output_dir")
+    check_shared(accelerator, cache_root(config.cache_dir), "--cache_dir")
     is_pushed = config.push_to_hub and not config.dry_run
     if is_pushed:  # before anything that takes long, so that the push does not fail for a name or a token
         on_main_process(accelerator, partial(check_account, config.hub_repo_id))

@@ -35,7 +35,7 @@ FLAGS = {
     "max_images": 64,
 }
 EVALUATION = {"num_images": NUM_IMAGES, "steps": 3, "heldout_images": 8}
-EDM = {"objective": "edm", "prediction_type": "epsilon", "ddpm_beta_schedule": "linear", "snr_gamma": None}
+EDM = {"objective": "edm", "ddpm_beta_schedule": "linear", "snr_gamma": None}
 REAL_STUDY = {
     "config": "configs/quickstart.yaml",
     "flags": FLAGS,

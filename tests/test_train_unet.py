@@ -2,11 +2,13 @@
 
 import importlib.machinery
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock
 
@@ -130,6 +132,23 @@ def test_two_processes_and_accumulation_change_neither_the_learning_rate_nor_the
     assert one == two
     assert one[9] > 0
     assert [records(tmp_path / name, "images_seen")[9] for name in ("one", "two")] == [9 * 28, 9 * 28]
+
+
+def on_a_machine_of_its_own(folders: list[Path]) -> None:
+    """As a process of torchrun with several nodes, in the folder for its rank."""
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    os.chdir(folders[int(os.environ["RANK"])])
+
+
+def test_several_machines_must_share_the_output_folder(start, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    apart, together = ([tmp_path / name for name in names] for names in ("ab", "aa"))
+    output = start(Path("run"), fault=partial(on_a_machine_of_its_own, apart), num_processes=2).finish(2)
+    assert "error: --output_dir run is not one folder that all machines share" in output
+    assert list((tmp_path / "a" / "run").iterdir()) == []
+    start(Path("run"), fault=partial(on_a_machine_of_its_own, together), num_processes=2).finish(0)
+    assert list(list_checkpoints(tmp_path / "a" / "run")) == [6, 9]
 
 
 def test_a_time_budget_then_the_same_command_goes_on(make_trainer):
@@ -294,8 +313,8 @@ def test_a_run_starts_from_the_weights_of_a_model(taught, make_trainer):
     ("flags", "message"),
     [
         ("--block_out_channels 8 24", "is another network (block_out_channels: [8, 16] -> [8, 24])"),
-        ("--prediction_type v_prediction", "predicts epsilon, this run v_prediction"),
-        ("--objective edm", "predicts epsilon, this run edm"),
+        ("--prediction_type epsilon", "predicts v_prediction, this run epsilon"),
+        ("--objective edm", "predicts v_prediction, this run edm"),
         ("--label_column hair_style", "num_class_embeds: None -> 8"),
     ],
 )

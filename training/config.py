@@ -106,7 +106,9 @@ class TrainConfig:
         "ddpm", "noise process and loss: DDPM, VP, sub-VP or VE SDE, EDM, or rectified flow"
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option(
-        "epsilon", "what the network predicts; ve: the score, edm: a mixture, flow: the velocity", only="ddpm vp subvp"
+        "v_prediction",
+        "what the network predicts, v being best in short runs; ve: the score, edm: a mixture, flow: the velocity",
+        only="ddpm vp subvp",
     )
     ddpm_num_steps: int = option(1000, "timesteps T of the forward process", min=1, max=100_000, only="ddpm")
     ddpm_beta_schedule: Literal[BETA_SCHEDULES] = option("linear", "noise schedule", only="ddpm")

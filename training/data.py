@@ -110,6 +110,15 @@ class ImageStore(Dataset):
         return np.array([positions.get(name, -1) for name in mine], np.int64)[self.labels]
 
 
+def cache_root(cache_dir: str | None) -> Path:
+    """The folder of the stores, by default in the user's cache; raises InputError if there is no home for that."""
+    cache_dir = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "train_unet")
+    root = Path(os.path.expanduser(cache_dir))
+    if root.parts[:1] == ("~",):
+        raise InputError(f"there is no home folder for the cache {root}; set --cache_dir")
+    return root
+
+
 def open_image_store(
     *,
     crop: str = "center",
@@ -140,10 +149,7 @@ def open_image_store(
         raise InputError(f"the resolution is {resolution}; it must be at least 1")
     if max_images is not None and max_images < 1:
         raise InputError(f"max_images is {max_images}; it must be at least 1")
-    cache_dir = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "train_unet")
-    root = Path(os.path.expanduser(cache_dir))
-    if root.parts[:1] == ("~",):
-        raise InputError(f"there is no home folder for the cache {root}; set --cache_dir")
+    root = cache_root(cache_dir)
     name, revision = which.get("dataset_name"), which.get("dataset_revision")
     last_commit = partial(_last_commit, root, name, revision)
     source = find_source(**which, max_images=max_images, label_column=label_column, last_commit=last_commit)

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import sys
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from accelerate.utils import (
     TorchDynamoPlugin,
 )
 
-from common import InputError, report_error
+from common import InputError, on_main_process, report_error
 from training.config import TrainConfig
 from training.workers import available_cores
 
@@ -163,6 +164,24 @@ def take_cpu_threads(config: TrainConfig) -> None:
     """`accelerate launch` without --cpu leaves a process one thread, however many cores there are."""
     share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(config.num_cpu_threads or max(share, 1))
+
+
+def check_shared(accelerator: Accelerator, folder: Path, flag: str) -> None:
+    """Raises InputError on every process if a run on several machines does not see the same folder on all of them."""
+    if accelerator.num_processes == int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)):
+        return
+
+    def leave_a_file() -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=".tmp-shared-", dir=folder)
+        os.close(descriptor)
+        return Path(name)
+
+    path = on_main_process(accelerator, leave_a_file)
+    is_missing = on_any_process(accelerator, not (folder / path.name).exists())
+    on_main_process(accelerator, path.unlink)
+    if is_missing:
+        raise InputError(f"{flag} {folder} is not one folder that all machines share; mount one on all of them")
 
 
 def on_any_process(accelerator: Accelerator, flag: bool) -> bool:
