@@ -1,13 +1,23 @@
 """Optimizer, learning rate and moving average against closed forms and diffusers."""
 
+import copy
 import math
 
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from tiny_network import TINY
 
+from custom_unet import CustomUNet2DModel
 from training.config import TrainConfig
-from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
+from training.optimization import (
+    Muon,
+    build_optimizer,
+    ema_decay,
+    learning_rate_schedule,
+    orthogonalize,
+    update_ema,
+)
 
 
 def config_of(**changes) -> TrainConfig:
@@ -55,3 +65,68 @@ def test_optimizer_takes_the_trainable_parameters_and_every_setting():
     (group,) = build_optimizer(config, network).param_groups
     assert group["params"] == [network.weight]
     assert (group["betas"], group["weight_decay"], group["eps"], group["lr"]) == ((0.8, 0.7), 0.6, 0.5, 0.4)
+
+
+def test_orthogonalize_maps_the_singular_values():
+    """Each by the same polynomial, whatever the scale; the singular vectors stay."""
+    torch.manual_seed(0)
+    for shape in ((2, 4, 7), (2, 7, 4), (1, 5, 5)):
+        matrices = torch.randn(shape, dtype=torch.float64) * 300
+        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+        s = s / s.norm(dim=-1, keepdim=True)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        torch.testing.assert_close(orthogonalize(matrices), u * s[:, None] @ vh)
+
+
+def test_muon_follows_that_of_torch_on_matrices_and_adamw_on_the_rest():
+    torch.manual_seed(0)
+    config = config_of(optimizer="muon", learning_rate=0.02, adam_weight_decay=0.1)
+    network = torch.nn.ModuleDict({"hidden": torch.nn.Linear(24, 12), "conv_out": torch.nn.Linear(6, 5)})
+    reference = copy.deepcopy(network)
+    optimizer = build_optimizer(config, network)
+    matrix = reference.hidden.weight
+    others = [parameter for parameter in reference.parameters() if parameter is not matrix]
+    settings = {"lr": config.learning_rate, "weight_decay": config.adam_weight_decay}
+    references = [
+        torch.optim.Muon([matrix], momentum=0.95, adjust_lr_fn="match_rms_adamw", **settings),
+        torch.optim.AdamW(others, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, **settings),
+    ]
+    for _ in range(5):
+        for mine, theirs in zip(network.parameters(), reference.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad.clone()
+        for each in (optimizer, *references):
+            each.step()
+    for (name, mine), theirs in zip(network.named_parameters(), reference.parameters(), strict=True):
+        atol = 0.01 if name == "hidden.weight" else 1e-6  # torch's own computes in bf16; five steps move by up to 0.1
+        torch.testing.assert_close(mine, theirs, atol=atol, rtol=0)
+
+
+def test_muon_takes_the_kernel_of_a_convolution_for_a_matrix():
+    torch.manual_seed(0)
+    kernel, matrix = torch.nn.Parameter(torch.randn(6, 4, 3, 3)), torch.nn.Parameter(torch.empty(6, 36))
+    matrix.data = kernel.detach().flatten(1).clone()
+    optimizer = Muon([kernel, matrix], [torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    kernel.grad = torch.randn_like(kernel)
+    matrix.grad = kernel.grad.flatten(1).clone()
+    optimizer.step()
+    torch.testing.assert_close(kernel.flatten(1), matrix)
+
+
+def test_muon_gets_the_hidden_matrices_of_the_network_alone():
+    network = CustomUNet2DModel(**TINY)
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    others, matrices = (
+        {names[parameter] for parameter in group["params"]}
+        for group in build_optimizer(config_of(optimizer="muon"), network).param_groups
+    )
+    assert matrices.isdisjoint(others)
+    assert matrices | others == set(names.values())
+    assert {
+        "conv_in.weight",
+        "conv_out.weight",
+        "time_embedding.linear_1.weight",
+        "conv_norm_out.weight",
+    } <= others
+    assert {"mid_block.resnets.0.conv1.weight", "mid_block.resnets.0.time_emb_proj.weight"} <= matrices

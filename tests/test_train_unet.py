@@ -103,6 +103,7 @@ KILLS = {  # flags, processes, the step whose record is not written, the checkpo
     "two processes": ("", 2, 6, [3]),
     "end of an epoch": ("--max_images 35 --checkpointing_steps 5", 1, 9, [5]),
     "edm with classes": ("--objective edm --label_column glasses --label_dropout 0.3", 1, 9, [3, 6]),
+    "muon": ("--optimizer muon", 1, 9, [3, 6]),
     "ve": ("--objective ve --time_embedding_type fourier --likelihood_weighting", 1, 9, [3, 6]),
 }
 

@@ -245,7 +245,7 @@ def difference(saved: dict, current: dict) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """The state of AdamW as `PARAMETER/KEY` -> tensor; the keys are step, exp_avg and exp_avg_sq."""
+    """The state as `PARAMETER/KEY` -> tensor: AdamW's step, exp_avg and exp_avg_sq, or Muon's momentum_buffer."""
     return {
         f"{name}/{key}": value
         for name, parameter in network.named_parameters()

@@ -135,6 +135,9 @@ class TrainConfig:
     # Optimisation
     train_batch_size: int = option(16, "images per process and micro-batch", min=1, max=2**20)
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer update", min=1)
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "AdamW, or Muon for the matrices of the hidden layers beside AdamW for all else"
+    )
     learning_rate: float = option(1e-4, "peak learning rate", above=0, max=100)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option("cosine", "schedule")
     lr_warmup_steps: int = option(500, "updates of linear warm-up", min=0)

@@ -1,5 +1,6 @@
 """The optimizer of a run, its learning rate and the moving average of the weights."""
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -9,17 +10,85 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from training.config import TrainConfig
 
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a X + b (X X^T) X + c (X X^T)^2 X, five times
+NEWTON_SCHULZ_STEPS = 5
+# Parameters that are no hidden layer's, by the beginnings of their names
+OUTER = ("conv_in", "conv_out", "time_proj", "time_embedding", "class_embedding")
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for the matrices of the hidden layers, AdamW for all else.
+
+    A matrix moves along its Nesterov momentum after all singular values of that are brought near 1; the kernel of a
+    convolution is the matrix (out, in * height * width). The step is as large as AdamW's usually are (Liu et al. 2025,
+    arXiv 2502.16982, section 2.2), so that both share the learning rate and the weight decay.
+
+    Args:
+        matrices: parameters of two or more dimensions.
+        others: parameters for AdamW.
+        momentum: of the matrices.
+        adamw: the arguments of AdamW.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], momentum: float = 0.95, **adamw):
+        super().__init__([{"params": others}, {"params": matrices, "momentum": momentum}], **adamw)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        adamw_group, group = self.param_groups
+        self.param_groups = [adamw_group]
+        super().step()
+        self.param_groups = [adamw_group, group]
+        by_shape = defaultdict(list)  # those of one shape are orthogonalized together
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape[parameter.flatten(1).shape].append(parameter)
+        for shape, parameters in by_shape.items():
+            directions = []
+            for parameter in parameters:
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                directions.append(parameter.grad.lerp(average, group["momentum"]).flatten(1))
+            size = group["lr"] * 0.2 * max(shape) ** 0.5
+            for parameter, update in zip(parameters, orthogonalize(torch.stack(directions)), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(update.view_as(parameter), alpha=size)
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Brings all singular values near 1 (0.7 to 1.2) by a Newton-Schulz iteration, in bf16 on a GPU.
+
+    Args:
+        matrices: shape (N, rows, columns), of any scale.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    is_tall = x.shape[1] > x.shape[2]
+    x = x.mT if is_tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return (x.mT if is_tall else x).to(matrices.dtype)
+
 
 def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the trainable parameters."""
-    return torch.optim.AdamW(
-        [parameter for parameter in network.parameters() if parameter.requires_grad],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+    """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the trainable parameters, or Muon beside it."""
+    adamw = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+        "fused": True,
+    }
+    trainable = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(trainable.values(), **adamw)
+    hidden = {name for name, parameter in trainable.items() if parameter.ndim > 1 and not name.startswith(OUTER)}
+    matrices, others = ([p for name, p in trainable.items() if (name in hidden) == is_hidden] for is_hidden in (1, 0))
+    return Muon(matrices, others, **adamw)
 
 
 def learning_rate_schedule(config: TrainConfig, total_steps: int | None) -> Callable[[int], float]:

@@ -42,7 +42,8 @@ class Progress:
 
 def identity(trainer) -> dict:
     """What a checkpoint and a run that resumes from it must have in common, as one flat dictionary."""
-    names = "train_batch_size gradient_accumulation_steps random_flip timestep_sampling seed post_hoc_ema label_column"
+    names = "train_batch_size gradient_accumulation_steps random_flip timestep_sampling optimizer seed post_hoc_ema"
+    names += " label_column"
     found = trainer.unet_kwargs() | {name: getattr(trainer.config, name) for name in [*OBJECTIVE, *names.split()]}
     found |= {"num_processes": trainer.accelerator.num_processes, "label_names": trainer.data.label_names}
     found["data_fingerprint"] = trainer.data.store.fingerprint
@@ -86,7 +87,9 @@ def _take_output_dir(trainer) -> Path | None:
     folder = checkpoint.find_checkpoint(trainer.output_dir, config.resume_from_checkpoint)
     if folder is None:
         return None
-    unsaid = {name: DEFAULTS[name] for name in [*OBJECTIVE, "post_hoc_ema"]} | {"snr_gamma": config.snr_gamma}
+    unsaid = {name: DEFAULTS[name] for name in [*OBJECTIVE, "optimizer", "post_hoc_ema"]} | {
+        "snr_gamma": config.snr_gamma
+    }
     difference = checkpoint.difference(unsaid | checkpoint.read_state(folder)["identity"], identity(trainer))
     if difference:
         raise Failed(
