@@ -10,7 +10,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from training.config import TrainConfig
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a X + b (X X^T) X + c (X X^T)^2 X, five times
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of a X + b (X X^T) X + c (X X^T)^2 X
 NEWTON_SCHULZ_STEPS = 5
 # Parameters that are no hidden layer's, by the beginnings of their names
 OUTER = ("conv_in", "conv_out", "time_proj", "time_embedding", "class_embedding")
@@ -58,20 +58,25 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Brings all singular values near 1 (0.7 to 1.2) by a Newton-Schulz iteration, in bf16 on a GPU.
+    """Brings all singular values near 1 (0.7 to 1.2) by a Newton-Schulz iteration.
+
+    The usual iteration multiplies X by P = a + b X X^T + c (X X^T)^2 each time. Here only X X^T, a small square, is
+    iterated, as P X X^T P, and X is multiplied once by the product of all P.
 
     Args:
         matrices: shape (N, rows, columns), of any scale.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    is_tall = x.shape[1] > x.shape[2]
-    x = x.mT if is_tall else x
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram, identity = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    product = identity
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
-    return (x.mT if is_tall else x).to(matrices.dtype)
+        factor = a * identity + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        product, gram = factor @ product, factor @ gram @ factor
+    x = product @ x
+    return x.mT if is_tall else x
 
 
 def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.AdamW:
