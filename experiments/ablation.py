@@ -61,6 +61,7 @@ COLUMNS = {  # key in a row: heading
     "sample_mse": "error of x_0",
     "epsilon_mse": "error of the noise",
 } | {quarter: quarter for quarter in QUARTERS}
+DISTANCES = ("fid", "kid", "swd")
 MEASURED = [key for key in COLUMNS if key not in ("variant", "changed", "parameters", "images_seen", "drawn_by")]
 
 
@@ -268,9 +269,12 @@ def values_of(run: Run, comparable_timesteps: bool) -> dict:
     """The results of one training; None for what was not measured."""
     (row,), model = rows_of(run), run.record["model"]
     found = row | {"fid": row.get("FID (clean)"), "kid": row.get("KID (clean)")}
-    measured = ("fid", "kid", "swd", "memorisation_ratio", "sample_mse")
+    measured = (*DISTANCES, "memorisation_ratio", "sample_mse")
     values = dict.fromkeys(MEASURED) | {name: found[name] and found[name]["value"] for name in measured}
-    values |= {"train_minutes": model["train_seconds"] / 60, "swd_floor": row["swd"]["floor"]}
+    floors = {name: found[name]["floor"] for name in DISTANCES if found[name] is not None}
+    if not floors:
+        raise ValueError("no distance between its images and real ones")
+    values |= {"train_minutes": model["train_seconds"] / 60, "floors": floors}
     curve = next((entry for entry in run.results if entry["name"] == TIMESTEPS), None)
     if curve is not None and comparable_timesteps:
         parts = np.array_split(np.array(curve["curve"]), len(QUARTERS))
@@ -319,10 +323,11 @@ def table_of(rows: list[dict]) -> str:
     shared = [key for key in columns if len({row[key] for row in cells}) == 1]
     same = ", ".join(f"{columns.pop(key)} {cells[0][key]}" for key in shared)
     first, seeds = rows[0], rows[0]["seeds"]
+    floors = ", ".join(f"{COLUMNS[name]} is {number(floor)}" for name, floor in first["floors"].items())
     spread = f" Means and standard deviations over {len(seeds)} trainings." if len(seeds) > 1 else ""
     return (
-        f"{table(cells, columns)}\n\nSWD of {number(first['n'])} images; of as many real ones it is"
-        f" {number(first['swd_floor'])}. Errors are mean squared errors on held-out images: of x_0 at noise levels"
+        f"{table(cells, columns)}\n\nDistances between {number(first['n'])} generated and as many real images; between"
+        f" two sets of real ones {floors}. Errors are mean squared errors on held-out images: of x_0 at noise levels"
         " that are the same for all, of the noise over the timesteps and by their quarters, q1 with the least noise"
         f" (–: other noise levels, which do not compare).{f' In all rows: {same}.' if same else ''}{spread}\n"
     )

@@ -148,8 +148,8 @@ def results_of(name: str, seed: int) -> dict:
             result("heldout", "Error of x_0, mean over log sigma, held-out", "sample_mse", **sigmas),
             result("swd", "SWD, mean", "swd", floor=0.625, **drawing),
             result("memorisation", nearest, "memorisation_ratio", **drawing),
-            result("features", "FID (clean)", "fid", **drawing),
-            result("features", "KID (clean)", "kid", std=0.1, **drawing),
+            result("features", "FID (clean)", "fid", floor=1.5, **drawing),
+            result("features", "KID (clean)", "kid", std=0.1, floor=0.25, **drawing),
         ],
     }
 
@@ -198,7 +198,7 @@ def test_the_table_has_means_and_standard_deviations_over_the_seeds(by_hand, rea
         assert linear[f"q{quarter + 1}"] == linear["error of the noise"] == "–"
     assert read_results(out / "ablation.json")["rows"][2]["swd"]["values"] == values("fast", "swd")
     text = (out / "ablation.md").read_text()
-    assert "of as many real ones it is 0.625" in text
+    assert "between two sets of real ones FID is 1.5, KID is 0.25, SWD is 0.625." in text
     assert "standard deviations over 3 trainings" in text
     assert {path.name for path in out.glob("*.png")} == {"ablation_errors.png"}  # there are no images
 
@@ -206,7 +206,12 @@ def test_the_table_has_means_and_standard_deviations_over_the_seeds(by_hand, rea
 def test_results_that_lack_what_is_compared_are_refused(by_hand, real, capsys):
     path = by_hand.parent / "out" / "linear" / "seed-1" / "evaluation" / "results.json"
     other = {"reference": REFERENCE | {"fingerprint": "b"}}
-    for change, message in (({"results": []}, "a result of linear lacks what"), (other, "have fingerprint b")):
+    no_distance = {"results": results_of("linear", 1)["results"][:2]}
+    for change, message in (
+        ({"results": []}, "a result of linear lacks what"),
+        (no_distance, "no distance between its images and real ones"),
+        (other, "have fingerprint b"),
+    ):
         write_results(path, results_of("linear", 1) | change)
         assert start(by_hand, real) == 2
         assert message in error_line(capsys)
