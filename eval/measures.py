@@ -1,4 +1,4 @@
-"""The metrics of an evaluation: each takes what it needs from it, yields its results and draws its figures."""
+"""The metrics of an evaluation: each takes the `Evaluation`, yields its results and draws its figures."""
 
 import math
 import time
@@ -28,16 +28,16 @@ from training.data import to_model_range
 
 PRDC = ("precision", "recall", "density", "coverage")
 PUBLISHED = ("inception", "dinov2", "clip")  # feature extractors
-COST_METRICS = ("fid", "kid")  # beside SWD and colours
+COST_METRICS = ("fid", "kid")  # in addition to SWD and colours
 LOG_LOG = {"xscale": "log", "yscale": "log"}
-NO_BOUND = "the bound is of discrete timesteps, but the model was trained in continuous time"
+NO_BOUND = "the bound needs discrete timesteps, but the model was trained in continuous time"
 
 
 def check_metrics(evaluation: Evaluation) -> None:
-    """Checks that what the metrics need is there, before anything is drawn.
+    """Checks that the metrics have everything they need, before any image is drawn.
 
     Raises:
-        InputError: if not.
+        InputError: if they lack anything.
     """
     options, metrics = evaluation.options, evaluation.options.metrics
     for name in ("memorisation", "heldout"):
@@ -46,7 +46,7 @@ def check_metrics(evaluation: Evaluation) -> None:
     size = evaluation.pipeline.unet.config.sample_size
     if size < SMALLEST_RESOLUTION and not {"swd", "cost"}.isdisjoint(metrics):
         raise InputError(
-            f"the images are {size} pixels wide, and swd and cost need {SMALLEST_RESOLUTION}; leave them out"
+            f"the images are {size} pixels wide, and swd and cost need {SMALLEST_RESOLUTION}; leave these metrics out"
         )
     if "cost" in metrics and not evaluation.has_floor(options.cost_images):
         needed, there = 2 * options.cost_images, len(evaluation.training)
@@ -80,7 +80,7 @@ def measure_colours(evaluation: Evaluation) -> Iterable[dict]:
 def _colour_results(
     family: str, evaluation: Evaluation, generated: dict[str, np.ndarray], real: dict[str, np.ndarray], about: dict
 ) -> Iterable[dict]:
-    """From the `colour_statistics` of generated and of as many real images."""
+    """Results from the `colour_statistics` of equally many generated and real images."""
     n = len(generated[COLOURS[0]])
     others = colour_statistics(evaluation.real(n, 1)) if evaluation.has_floor(n) else {}
     for name, values in generated.items():
@@ -97,13 +97,13 @@ def _colour_results(
 
 
 def feature_metrics(network: str) -> dict[str, str]:
-    """The names of the metrics in the feature space of a network.
+    """The metrics in a network's feature space, with their names in the tables.
 
     Args:
-        network: `inception`, `inception:MODE`, `dinov2`, `clip` or any other name that `open_extractor` takes.
+        network: `inception`, `inception:MODE`, `dinov2`, `clip` or any other name that `open_extractor` accepts.
 
     Returns:
-        by fid, kid, cmmd, precision, ...: the name in the tables.
+        The names in the tables by metric: fid, kid, cmmd, precision, ...
     """
     if network == "clip":
         return {"cmmd": "CMMD"}
@@ -116,7 +116,7 @@ def feature_metrics(network: str) -> dict[str, str]:
 
 
 def open_features(evaluation: Evaluation, network: str) -> FeatureExtractor:
-    """The extractor of a network; see `feature_metrics`. Raises InputError if its weights are not found."""
+    """Opens the extractor of a network, see `feature_metrics`. Raises InputError if its weights are not found."""
     name, _, mode = network.partition(":") if network.startswith("inception:") else (network, "", "")
     path = getattr(evaluation.options, f"{name}_path", None)
 
@@ -124,14 +124,14 @@ def open_features(evaluation: Evaluation, network: str) -> FeatureExtractor:
         return open_extractor(name, mode=mode or "clean", path=path, device=evaluation.state.device)
 
     if evaluation.state.num_processes > 1:
-        on_main_process(evaluation.state, lambda: bool(open_it()))  # it alone downloads weights
+        on_main_process(evaluation.state, lambda: bool(open_it()))  # the others find them downloaded
     return open_it()
 
 
 def measure_features(evaluation: Evaluation) -> Iterable[dict]:
-    """All metrics in feature spaces, on all processes.
+    """Computes the metrics in all feature spaces, on all processes.
 
-    Published networks whose weights are not found, if none was asked for by name, are reported as not measured.
+    Without --features, published networks whose weights are not found are reported as not measured.
     """
     options, n = evaluation.options, evaluation.options.num_images
     for network in options.features or PUBLISHED:
@@ -142,7 +142,7 @@ def measure_features(evaluation: Evaluation) -> Iterable[dict]:
             if options.features is not None:
                 raise
             mode = "clean" if network == "inception" else None
-            reason = str(error).replace(str(Path.home()), "~")  # results are shared, with the model's card
+            reason = str(error).replace(str(Path.home()), "~")  # results are published with the model card
             for metric, name in metrics.items():
                 yield result("features", name, metric, None, reason=reason, mode=mode)
             continue
@@ -165,7 +165,7 @@ def _features(evaluation: Evaluation, extractor: FeatureExtractor, images: Image
 
 
 def _real_features(evaluation: Evaluation, extractor: FeatureExtractor, n: int) -> list[np.ndarray]:
-    """Of two disjoint sets of n real images, or of one where there are no more."""
+    """Features of two disjoint sets of n real images, or of one set if there are fewer than 2n images."""
     sets = [images_of_store(evaluation.training, n, part) for part in range(1 + evaluation.has_floor(n))]
     return [_features(evaluation, extractor, images) for images in sets]
 
@@ -173,7 +173,7 @@ def _real_features(evaluation: Evaluation, extractor: FeatureExtractor, n: int) 
 def _distances(
     metrics: Iterable[str], real: np.ndarray, generated: np.ndarray, options: Namespace
 ) -> dict[str, tuple[float, dict]]:
-    """The value of each metric from features (N, D), and how it was measured."""
+    """Computes each metric from features (N, D); returns its value and how it was measured."""
     found = {}
     if "fid" in metrics:
         found["fid"] = frechet_distance(real, generated), {}
@@ -190,7 +190,7 @@ def _distances(
 def _feature_results(
     family: str, metrics: dict[str, str], extractor: FeatureExtractor, values: dict, floors: dict, about: dict
 ) -> Iterable[dict]:
-    """From the `_distances` to real images, and those between real images, which may be missing."""
+    """Results from `values`, the `_distances` to real images, and `floors`, those between real images or empty."""
     about = about | {"n_reference": about["n"], "mode": extractor.mode, "features": extractor.name}
     about |= {"features_file": getattr(extractor, "file", None), "features_sha256": extractor.sha256}
     for metric, name in metrics.items():
@@ -202,7 +202,7 @@ def _feature_results(
 
 
 def measure_memorisation(evaluation: Evaluation) -> Iterable[dict]:
-    """In pixels; `measure_features` does it in features."""
+    """Measures memorisation in pixels; `measure_features` measures it in features."""
     images = evaluation.generated, np.asarray(evaluation.heldout.images), evaluation.training.images
     facts = {"mode": "pixels", "duplicate_distance": evaluation.options.duplicate_distance}
     yield from _memorisation_results(evaluation, images, facts)
@@ -211,7 +211,7 @@ def measure_memorisation(evaluation: Evaluation) -> Iterable[dict]:
 def _memorisation_results(
     evaluation: Evaluation, sets: tuple[np.ndarray, np.ndarray, np.ndarray], facts: dict
 ) -> Iterable[dict]:
-    """From generated, held-out and training images or features."""
+    """Results from generated, held-out and training images, or from their features."""
     features = facts.get("features")
     report = memorisation(*sets, duplicate_distance=facts.get("duplicate_distance", 0.0))
     unit, where = features or "grey levels", f", {features}" if features else ""
@@ -223,7 +223,7 @@ def _memorisation_results(
     about = evaluation.describe_images() | evaluation.reference | facts | {"mirrored_too": features is None}
     about |= {"n": num_generated, "n_reference": num_training, "n_heldout": len(report.heldout_distances)}
     about |= {"heldout_duplicates_left_out": report.num_heldout_duplicates}
-    values = {  # value and, for a model that generalises, what to expect
+    values = {  # metric, value, and the value expected of a model that generalises
         "Nearest training image, generated / held-out (median)": ("memorisation_ratio", report.ratio, 1.0),
         "Share nearer than any held-out image": ("memorisation_share", *report.share_below_minimum),
         "Share nearer than 99 % of held-out images": ("memorisation_share_1", *report.share_below_percentile),
@@ -241,7 +241,7 @@ def _memorisation_results(
 
 
 def why_no_ode(evaluation: Evaluation) -> str | None:
-    """Why the model has no predictions in continuous time; None if it has."""
+    """Why the model cannot predict in continuous time; None if it can."""
     try:
         denoiser(evaluation.network, evaluation.pipeline.scheduler)
     except ValueError as error:
@@ -273,14 +273,14 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
         facts["draw_standard_error"] = ode.draw_standard_error if options.ode_draws > 1 else None
         facts |= {"network_evaluations": ode.num_evaluations, "first_sigma": denoiser(*model).sde.noise_levels[0]}
         yield result("likelihood", name, metric, ode.mean, unit="bits/dim", **facts, **about)
-    if terms:  # of timesteps 1 to T as in the paper, the first of them L_0
+    if terms:  # timesteps 1 to T as in the paper, starting with L_0
         timesteps = np.arange(1, len(evaluation.pipeline.scheduler.alphas_cumprod) + 1)
         labels = {"xlabel": "timestep, from 1", "ylabel": "term of the bound, bits/dim"}
         plot_curves(timesteps, terms, labels | LOG_LOG, evaluation.out / "bound_terms.png")
 
 
 def measure_heldout(evaluation: Evaluation) -> Iterable[dict]:
-    """Against the noise level, and for a model with discrete timesteps against these too."""
+    """Held-out errors by noise level and, for a model with discrete timesteps, also by timestep."""
     splits = evaluation.splits(evaluation.options.heldout_images)
     sets = {kind: (to_model_range(images), about) for kind, (images, about) in splits.items()}
     if not evaluation.pipeline.is_continuous:
@@ -305,7 +305,7 @@ def _errors_by_noise_level(evaluation: Evaluation, sets: dict) -> Iterable[dict]
         low, high = denoiser(*model).sde.noise_levels
         if not low <= SIGMAS[0] * (1 + 1e-6) or not SIGMAS[-1] <= high:
             reason = (
-                f"the model was trained with noise levels from {low:.3g} to {high:.3g}, and models are compared at"
+                f"the model was trained with noise levels from {low:.3g} to {high:.3g}, but models are compared at"
                 f" {SIGMAS[0]:g} to {SIGMAS[-1]:g}"
             )
     for kind, (images, about) in sets.items():
@@ -323,7 +323,7 @@ def _errors_by_noise_level(evaluation: Evaluation, sets: dict) -> Iterable[dict]
 
 
 def _mean_and_standard_error(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Over the images: (K, N) -> twice (K,)."""
+    """Mean and standard error over the images: (K, N) -> (K,) and (K,)."""
     return errors.mean(axis=1), errors.std(axis=1, ddof=1) / math.sqrt(errors.shape[1])
 
 
@@ -331,7 +331,7 @@ def _mean_and_standard_error(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
-    """Quality of each sampler, on all processes, beside network evaluations and seconds of one batch."""
+    """Measures each sampler: its quality, on all processes, and the network evaluations and seconds of one batch."""
     options, is_main, entries = evaluation.options, evaluation.state.is_main_process, []
     n, network, metrics = options.cost_images, (options.features or PUBLISHED)[0], {}
     try:
@@ -352,7 +352,7 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
         features = _features(evaluation, extractor, images) if metrics else None
         if not is_main:
             continue
-        if not entries:  # the first batch also sets the libraries up
+        if not entries:  # warm-up: the first batch also initialises the libraries
             _cost_of_one_batch(evaluation, pipeline, setting)
         about = evaluation.describe_images(setting, n) | evaluation.reference
         about |= _cost_of_one_batch(evaluation, pipeline, setting)
