@@ -1,11 +1,11 @@
-"""Lays the evaluations of several models side by side: a table, its numbers, and their images of the same seeds.
+"""Compares the evaluations of several models: a table, its numbers, and images from the same seeds.
 
     python -m eval.compare RUN_DIR... --out DIR --titles NAME...
 
-A RUN_DIR is what `python -m eval.run --out` wrote. DIR/comparison.md is a table with a row for each model and each way
-that its images were drawn, DIR/comparison.json has its numbers, DIR/comparison.png a row of images for each (where
-RUN_DIR still has them), DIR/comparison_errors.png the held-out errors against the noise level. Exit codes: 0 done, 1
-failed, 2 bad input.
+RUN_DIR is the output folder of `python -m eval.run`. DIR/comparison.md is a table with one row per model and sampler
+setting, DIR/comparison.json has its numbers, DIR/comparison.png shows images for each row (if RUN_DIR still has them),
+and DIR/comparison_errors.png plots the held-out errors against the noise level. Exit codes: 0 done, 1 failed, 2 bad
+input.
 """
 
 import sys
@@ -22,7 +22,7 @@ from eval.figures import plot_curves, plot_image_rows
 from eval.results import number, read_results, sampler_text, table, value_text, write_results
 from pipelines.image_folder import RECORD, image_path, missing_seeds
 
-DRAWN = ("swd", "features", "memorisation")  # families of results that are of generated images
+DRAWN = ("swd", "features", "memorisation")  # families of results about generated images
 SETTING = "sampler steps eta sampler_settings class_label guidance_scale seeds dtype".split()
 COLUMNS = {  # key in a row: heading
     "title": "model",
@@ -36,12 +36,12 @@ COLUMNS = {  # key in a row: heading
     "bits_per_dim_ode": "bits/dim by the ODE, held-out",
     "sample_mse": "error of x_0, held-out",
 }
-FEATURES = ("fid", "kid", "cmmd")  # a column of its own for each that was measured
-ABOUT = "name value std floor n n_reference split tolerance first_sigma".split()  # of a result, in comparison.json
+FEATURES = ("fid", "kid", "cmmd")  # one column for each that was measured
+ABOUT = "name value std floor n n_reference split tolerance first_sigma".split()  # keys kept in comparison.json
 
 
 class Run(NamedTuple):
-    """An evaluation: its folder, what it is called, its record, and those of its results that have a value."""
+    """An evaluation: its folder, its title, its record, and those results that have a value."""
 
     folder: Path
     title: str
@@ -50,7 +50,7 @@ class Run(NamedTuple):
 
     @property
     def settings(self) -> list[dict]:
-        """How its images were drawn: in one way, in several or not at all."""
+        """The sampler settings of its images: one, several or none."""
         found = []
         for entry in self.results:
             setting = {key: entry[key] for key in SETTING if key in entry}
@@ -60,10 +60,10 @@ class Run(NamedTuple):
 
 
 def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
-    """The evaluations, in this order.
+    """Reads the evaluations, in this order.
 
     Raises:
-        InputError: if a folder has no results, they are not of the same real images, or titles repeat.
+        InputError: if a folder has no results, the real images differ, or titles repeat.
     """
     if titles is not None and len(titles) != len(folders):
         raise InputError(f"there are {len(titles)} --titles for {len(folders)} folders; give one for each")
@@ -88,7 +88,7 @@ def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
 
 
 def rows_of(run: Run) -> Iterator[dict]:
-    """A row for each way that the images were drawn, one if they were not; None stands for not measured."""
+    """One row per sampler setting, or a single row without images; None means not measured."""
     model = run.record.get("model", {})
     row = {"title": run.title, "objective": None, "images_seen": model.get("images_seen")}
     if "objective" in model:
@@ -101,7 +101,7 @@ def rows_of(run: Run) -> Iterator[dict]:
         row["network_evaluations"] = (_newest(entries, "seconds_drawing") or {}).get("network_evaluations")
         row["n"] = max((entry["n"] for entry in entries if entry["family"] in DRAWN), default=None)
         row["swd"] = _newest(entries, "swd", "SWD, mean")
-        row["memorisation_ratio"] = _newest(entries, "memorisation_ratio", "(median)")  # that of pixels
+        row["memorisation_ratio"] = _newest(entries, "memorisation_ratio", "(median)")  # in pixels
         yield row | {entry["name"]: entry for entry in entries if entry["metric"] in FEATURES}
 
 
@@ -111,7 +111,7 @@ def _newest(results: list[dict], metric: str, end_of_name: str = "") -> dict | N
 
 
 def table_of(rows: list[dict]) -> str:
-    """Markdown; what was not measured says so."""
+    """Formats the rows as Markdown; missing values read "not measured"."""
     features = [key for row in rows for key, value in row.items() if isinstance(value, dict) and key not in COLUMNS]
     columns = COLUMNS | {name: name for name in features if name != "setting"}
     text = table([{key: _cell(row.get(key)) for key in columns} for row in rows], columns)
@@ -129,21 +129,21 @@ def _cell(value: dict | float | str | None) -> str:
         return "not measured"
     if not isinstance(value, dict):
         return number(value).replace("|", r"\|")
-    # the floor of a memorisation ratio is 1 for all
+    # a memorisation ratio always has the floor 1
     return value_text(value) + (f" ({number(value['floor'])})" if value["metric"] == "swd" else "")
 
 
 def _short(value):
-    """What comparison.json says of a result; the rest stays in the results of its model."""
+    """The part of a result that goes into comparison.json; the rest stays in its model's results."""
     is_result = isinstance(value, dict) and "metric" in value
     return {name: value[name] for name in ABOUT if name in value} if is_result else value
 
 
 def images_of(runs: list[Run], num_images: int) -> tuple[range, dict[str, list[Path]]]:
-    """Generated images of the same seeds.
+    """Finds generated images of the same seeds.
 
     Returns:
-        the seeds, and a label and the files of each model and way of drawing; those that lack one are left out.
+        The seeds, and the files by a label for model and sampler setting; settings with missing images are left out.
     """
     folders = {}
     for run in runs:
@@ -158,7 +158,7 @@ def images_of(runs: list[Run], num_images: int) -> tuple[range, dict[str, list[P
 
 
 def errors_by_noise_level(runs: list[Run]) -> tuple[list[float], dict[str, np.ndarray]]:
-    """The noise levels, and the held-out error of the noise at each of them by model; those without are left out."""
+    """The noise levels, and by model the held-out error of the noise at each; models without errors are left out."""
     found = {run.title: _newest(run.results, "sample_mse", ", held-out") for run in runs}
     sigmas = next((entry["sigmas"] for entry in found.values() if entry is not None), [])
     return sigmas, {
@@ -172,8 +172,8 @@ def compare(options: Namespace) -> None:
     """Writes the comparison.
 
     Raises:
-        InputError: as `open_runs`.
-        OSError: if it cannot be written.
+        InputError: if the evaluations cannot be compared.
+        OSError: if the comparison cannot be written.
     """
     try:
         runs, out = open_runs(options.run_dirs, options.titles), options.out
@@ -201,10 +201,10 @@ def compare(options: Namespace) -> None:
 def parse_options(arguments: list[str]) -> Namespace:
     """Raises InputError."""
     parser = Parser(prog="python -m eval.compare", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="an evaluation, by eval.run")
-    parser.add_argument("--out", type=Path, required=True, help="folder for table and figures")
-    parser.add_argument("--titles", nargs="+", help="what the models are called (default: the names of their folders)")
-    parser.add_argument("--num_images", type=int, default=8, help="of each model in the figure (default 8)")
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of eval.run")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the table and figures")
+    parser.add_argument("--titles", nargs="+", help="titles of the models (default: the names of their folders)")
+    parser.add_argument("--num_images", type=int, default=8, help="images per row of the figure (default 8)")
     options = parser.parse_args(arguments)
     check_numbers(options, {"num_images": 1}, {"num_images": 64})
     return options

@@ -1,16 +1,16 @@
-"""Does the model copy its training images? Nearest training neighbours of generated and of held-out images.
+"""Tests whether the model copies its training images, by the nearest training images of generated and held-out images.
 
-Held-out images come from the same distribution and cannot have been copied, so the distances from them to their
-nearest training images say what is usual. Generated images that are nearer than that are suspects, to be looked at.
+Held-out images come from the same distribution and cannot have been copied, so their distances to the nearest training
+images show what is normal. Inspect generated images that are nearer than that: they may be copies.
 
-Two biases to know. A smooth or blurred image is nearer in pixels to every other image than a sharp one, so a ratio
-below 1 may be blur; a copy shows in the shares and the pairs. And data sets hold near-copies of their own: a held-out
-image that nearly repeats a training image lowers the minimum, so that no generated image falls below it. Held-out
+Two biases matter. A smooth or blurred image is nearer in pixels to every other image than a sharp one, so a ratio
+below 1 may come from blur; copies show in the shares and the pairs. Data sets also contain near-copies: a held-out
+image that almost repeats a training image lowers the minimum, so that no generated image falls below it. Held-out
 images nearer than `duplicate_distance` are therefore left out and counted.
 
-What tells blur from copying is which real image is the nearest of all. To a model that generalises, training and
-held-out images are alike, however it blurs; a model that is drawn to what it saw has held-out images as its nearest
-ones too seldom. (Meehan, Chaudhuri and Dasgupta 2020, arXiv 2004.05675, compare the two kinds of distances for it.)
+To tell blur from copying, look at whether the nearest real image is a training or a held-out image. A model that
+generalises treats both alike, however much it blurs; for a model that reproduces its training data, the nearest image
+is a held-out one too rarely. (Meehan, Chaudhuri and Dasgupta 2020, arXiv 2004.05675, compare both distances for this.)
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import numpy as np
 
 from common import InputError
 
-NUM_PAIRS = 16  # suspects that are listed
+NUM_PAIRS = 16  # of possible copies that are listed
 
 
 class Pair(NamedTuple):
@@ -28,32 +28,32 @@ class Pair(NamedTuple):
 
     generated: int
     training: int
-    mirrored: bool  # the training image is nearest when mirrored left to right
+    mirrored: bool  # whether the training image is nearest when flipped horizontally
     distance: float
 
 
 class Share(NamedTuple):
-    """Of the generated images."""
+    """A share of the generated images, in [0, 1]."""
 
     value: float
-    expected: float  # for a model that generalises perfectly
+    expected: float  # of a model that generalises perfectly
 
 
 @dataclass(frozen=True)
 class MemorisationReport:
-    """Distances to the nearest training image, and what they say of the model.
+    """Distances to the nearest training image, and the statistics derived from them.
 
-    They are root mean squares over the pixels in grey levels (0..255) for images, L2 for features.
+    For images, distances are root mean squares over the pixels in grey levels (0..255); for features, L2 norms.
     """
 
     distances: np.ndarray  # (N,), of the generated images
     heldout_distances: np.ndarray  # (M,), of the held-out images, near-copies left out
     num_heldout_duplicates: int  # held-out images left out as near-copies of training images
-    share_below_minimum: Share  # of the held-out distances
-    share_below_percentile: Share  # the first of them
-    share_nearest_heldout: Share  # those with a held-out image nearer than any training image
-    std_share_nearest_heldout: float | None  # over as many training images in the place of the held-out ones
-    pairs: list[Pair]  # the nearest ones, nearest first
+    share_below_minimum: Share  # nearer than the smallest held-out distance
+    share_below_percentile: Share  # nearer than the first percentile of the held-out distances
+    share_nearest_heldout: Share  # nearer to a held-out image than to any training image
+    std_share_nearest_heldout: float | None  # over groups of training images that take the place of the held-out ones
+    pairs: list[Pair]  # the nearest pairs, nearest first
 
     @property
     def heldout_median(self) -> float:
@@ -61,21 +61,21 @@ class MemorisationReport:
 
     @property
     def ratio(self) -> float:
-        """Of the medians, generated to held-out: about 1 if the model generalises."""
+        """Median distance of generated images over that of held-out images: about 1 if the model generalises."""
         return float(np.median(self.distances)) / self.heldout_median
 
 
 def memorisation(
     generated: np.ndarray, heldout: np.ndarray, training: np.ndarray, *, duplicate_distance: float = 0.0
 ) -> MemorisationReport:
-    """Compares how near generated and held-out images come to the training images.
+    """Compares the distances of generated and held-out images to the training images.
 
-    Mirrored training images count as training images, as training flips them; features cannot be mirrored.
+    Mirrored training images count as training images, because training flips them; features cannot be mirrored.
 
     Args:
-        generated: uint8 images, shape (N, C, H, W), or features of them, shape (N, D).
-        heldout: images from the distribution of the training images that are not among them, the same kind.
-        training: the images that the model was trained on, the same kind.
+        generated: uint8 images, shape (N, C, H, W), or their features, shape (N, D).
+        heldout: images or features from the same distribution as the training images, but not among them.
+        training: the images that the model was trained on, or their features.
         duplicate_distance: held-out images nearer to a training image than this are left out, as near-copies in the
             data; in the unit of the report.
 
@@ -111,7 +111,7 @@ def memorisation(
 def shares_of_groups(indices: np.ndarray, num_images: int, group_size: int) -> np.ndarray:
     """Shares of the indices, each below `num_images`, that fall into consecutive groups of images.
 
-    The images that are left over at the end form no group.
+    Images left over at the end form no group.
 
     Returns:
         shape (num_images // group_size,).
@@ -121,7 +121,7 @@ def shares_of_groups(indices: np.ndarray, num_images: int, group_size: int) -> n
 
 
 def nearest_training(queries: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`nearest_distances`, and whether the training image is nearest mirrored: three arrays of shape (N,)."""
+    """`nearest_distances`, and whether the training image is nearest when mirrored: three arrays of shape (N,)."""
     distances, indices = nearest_distances(queries, training)
     mirrored = np.zeros(len(queries), bool)
     if training.ndim == 4:  # images; |query - mirrored reference| = |mirrored query - reference|
@@ -135,15 +135,15 @@ def nearest_training(queries: np.ndarray, training: np.ndarray) -> tuple[np.ndar
 def nearest_distances(
     queries: np.ndarray, references: np.ndarray, *, chunk: int = 2048
 ) -> tuple[np.ndarray, np.ndarray]:
-    """L2 distance of each query to its nearest reference, and the index of that one; the lowest index on a tie.
+    """L2 distance of each query to its nearest reference, and the index of that reference (the lowest if tied).
 
-    Matrix products in float64 find the nearest reference; of pixels they are sums of integers below 2^53 and exact.
-    The distance to it is then taken from the difference, so a copy is at exactly 0.
+    Matrix products in float64 find the nearest reference; for pixels they are exact, being sums of integers below
+    2^53. The distance is then computed from the difference, so that a copy has a distance of exactly 0.
 
     Args:
         queries: shape (N, ...), uint8 or floating.
-        references: shape (M, ...), uint8 or floating; may be mapped from the disk.
-        chunk: queries and references compared at once, in 8 bytes x chunk x (chunk + 2 D) of memory.
+        references: shape (M, ...), uint8 or floating; may be memory-mapped.
+        chunk: queries and references compared at once, which takes 8 bytes x chunk x (chunk + 2 D) of memory.
 
     Returns:
         Distances, float64, shape (N,), and indices, int64, shape (N,).

@@ -1,15 +1,16 @@
-"""results.json: every number that a README, a report or a model card quotes, and the tables made from it.
+"""results.json holds every number that a README, a report or a model card quotes; this module makes tables from it.
 
     {"pipeline": ..., "reference": {...}, "versions": {...}, "device": ..., "results": [RESULT, ...]}
 
-A RESULT has `name`, `metric` and `value` (null: not measured, with the `reason`), perhaps `std`, and how it was
-measured: mode, n, n_reference, dataset, split, crop, resolution, sampler, steps, eta, seeds, features and the like.
+A RESULT has `name`, `metric` and `value` (null if not measured, with the `reason`), optionally `std`, and the settings
+of the measurement, such as mode, n, n_reference, dataset, split, crop, resolution, sampler, steps, eta, seeds,
+features.
 
-    python -m eval.results README.md     renews each table between <!-- results: FILE FAMILY --> and <!-- end -->
+    python -m eval.results README.md     updates each table between <!-- results: FILE FAMILY --> and <!-- end -->
 
-FILE FAMILY is `results.json` with one of `TABLES`; `FILE.md table`, which another command wrote; or `LOG.jsonl
-heldout`, the held-out losses of a training. `FILE FAMILY [COLUMN; COLUMN] [ROW; ROW]` selects columns by their heading
-and rows by their first cell.
+FILE FAMILY is `results.json` with a key of `TABLES`, `FILE.md table` for a table that another command wrote, or
+`LOG.jsonl heldout` for the held-out losses of a training. `FILE FAMILY [COLUMN; COLUMN] [ROW; ROW]` selects columns by
+heading and rows by their first cell.
 """
 
 import json
@@ -30,14 +31,14 @@ MARKED = re.compile(
 
 
 def result(family: str, name: str, metric: str, value: float | None, **settings) -> dict:
-    """One RESULT; settings that are None are left out, and the `std` of a single value, which is NaN.
+    """One RESULT; settings that are None are left out, and so is a `std` of NaN (that of a single value).
 
     Args:
-        family: of metrics, the table it belongs to.
-        value: None if it was not measured, with a `reason` among the settings.
+        family: the family of metrics, which determines the table.
+        value: None if it was not measured; the settings then have a `reason`.
 
     Raises:
-        InputError: for a value that is not finite.
+        InputError: if the value is not finite.
     """
     if value is not None and not math.isfinite(value):
         raise InputError(f"{name} is {value}; it must be finite")
@@ -48,12 +49,12 @@ def result(family: str, name: str, metric: str, value: float | None, **settings)
 
 
 def write_results(path: Path, record: dict) -> None:
-    """Replaces the file at once, so that a crash leaves the old one."""
+    """Replaces the file atomically, so that a crash leaves the old one."""
     replace_file(path, f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def read_results(path: Path) -> dict:
-    """Raises InputError if there are none."""
+    """Reads a results.json; raises InputError if it is missing or invalid."""
     try:
         record = json.loads(path.read_text())
         return record | {"results": list(record["results"])}
@@ -62,7 +63,7 @@ def read_results(path: Path) -> dict:
 
 
 def number(value: float | int | str | None) -> str:
-    """As a table shows it: integers with separators, others with 4 significant digits."""
+    """Formats a value for a table: integers with separators, floats with 4 significant digits."""
     if value is None:
         return ""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -78,23 +79,23 @@ def value_text(entry: dict) -> str:
 
 
 def table(results: Iterable[dict], columns: dict[str, str]) -> str:
-    """Markdown, one row per result.
+    """Formats results as Markdown, one row each.
 
     Args:
-        columns: heading of each key; `value` is shown with its spread.
+        columns: headings by key; `value` is shown with its spread.
     """
     rows = [[value_text(entry) if key == "value" else number(entry.get(key)) for key in columns] for entry in results]
     return markdown_table(list(columns.values()), rows)
 
 
 def unusual_settings(entry: dict) -> dict[str, float]:
-    """The settings of a sampler in continuous time that are not its defaults."""
+    """The settings of a continuous-time sampler that differ from its defaults."""
     usual = CONTINUOUS_SAMPLERS.get(entry["sampler"], {})
     return {name: value for name, value in entry.get("sampler_settings", {}).items() if value != usual[name]}
 
 
 def sampler_text(entry: dict) -> str | None:
-    """The sampler with its steps and what else differs from its defaults; None for what was not drawn."""
+    """The sampler, its steps and its settings other than the defaults; None for a result without generated images."""
     if "sampler" not in entry:
         return None
     parts = [entry["sampler"]] + ([f"{entry['steps']} steps"] if "steps" in entry else [])
@@ -107,7 +108,7 @@ def sampler_text(entry: dict) -> str | None:
 
 
 def quality_table(results: list[dict]) -> str:
-    """All but costs and times; consecutive metrics that were not measured share a row."""
+    """All results except costs and times; consecutive metrics that were not measured share a row."""
     rows = []
     for entry in results:
         if entry["family"] in ("cost", "time"):
@@ -121,14 +122,14 @@ def quality_table(results: list[dict]) -> str:
 
 
 def cost_table(results: list[dict]) -> str:
-    """A row for each sampler and number of steps: its quality, network evaluations and seconds.
+    """One row per sampler and number of steps: quality, network evaluations and seconds.
 
-    The quality is FID and KID, or SWD where they were not measured.
+    Quality is FID and KID, or SWD if these were not measured.
     """
     entries = [entry for entry in results if entry["family"] == "cost"]
     if not entries:
         raise InputError("there is no cost curve among the results")
-    rows, floors = {}, {}  # by the number of images, since distances of different numbers do not compare
+    rows, floors = {}, {}  # by number of images, since distances depend on it
     for entry in entries:
         n, sampler = entry["n"], sampler_text(entry)
         facts = {key: entry[key] for key in ("network_evaluations", "seconds_per_image")} | {"sampler": sampler}
@@ -145,10 +146,10 @@ TABLES = {"quality": quality_table, "cost": cost_table}
 
 
 def selected(lines: str, columns: list[str], rows: list[str] | None) -> str:
-    """Of a Markdown table the named columns, in the order of their names, and rows; what follows it is left out.
+    """Selects named columns, in the given order, and rows of a Markdown table; drops any text after the table.
 
     Raises:
-        InputError: for a name that the table does not have.
+        InputError: if the table lacks a name.
     """
     cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines.splitlines() if line.startswith("|")]
     (heading, _, *body), first = cells, [row[0] for row in cells]
@@ -160,10 +161,10 @@ def selected(lines: str, columns: list[str], rows: list[str] | None) -> str:
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """The text with each marked table renewed from its results file, whose path is relative to the folder.
+    """Updates each marked table of a text from its results file, whose path is relative to the folder.
 
     Raises:
-        InputError: for an unknown family or an unreadable file.
+        InputError: if a family is unknown or a file unreadable.
     """
 
     def renewed(match: re.Match) -> str:
@@ -188,7 +189,7 @@ def with_tables(text: str, folder: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = Parser(prog="python -m eval.results", description="Renews the marked tables of a Markdown file.")
+    parser = Parser(prog="python -m eval.results", description="Updates the marked tables of a Markdown file.")
     parser.add_argument("file", type=Path, metavar="FILE.md")
 
     def renew() -> None:
