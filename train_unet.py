@@ -1,10 +1,10 @@
-"""The main job: trains a diffusion model, unconditional or of classes, and leaves it as a pipeline folder.
+"""Trains an unconditional or class-conditional diffusion model and saves it as a pipeline folder.
 
     accelerate launch train_unet.py --config configs/quickstart.yaml [--flag value ...]
 
-The same command started again resumes from the newest checkpoint. Exit codes: 0 trained, or the time budget is used
+Running the same command again resumes from the newest checkpoint. Exit codes: 0 trained, or the time budget is used
 up; 1 the run or its push to the Hub failed; 2 bad configuration or data; 130 and 143 stopped by SIGINT or SIGTERM,
-after a checkpoint if the training had begun. `accelerate launch` makes 1 of each of them that is not 0.
+after saving a checkpoint if training had begun. `accelerate launch` turns every nonzero code into 1.
 """
 
 import copy
@@ -56,11 +56,11 @@ MEMORY_SAVERS = "set --gradient_checkpointing true or --mixed_precision bf16"
 
 
 class Trainer:
-    """One run: its networks, data, optimizer and output folder, and the loop over them.
+    """A training run: its networks, data, optimizer and output folder, and the training loop.
 
     Args:
-        deadline_seconds: on the clock of `time.monotonic`, when the run stops in good order; may be infinite.
-        network_class: an experiment's variant of the network, see `experiments/unet_variants.py`.
+        deadline_seconds: `time.monotonic()` time at which the run stops gracefully; may be infinite.
+        network_class: network variant for an experiment, see `experiments/unet_variants.py`.
 
     Raises:
         InputError: if the data or the pretrained weights cannot be loaded or do not fit the network, the noise levels
@@ -122,7 +122,7 @@ class Trainer:
         self.averages = start_averages(self.network) if config.post_hoc_ema else {}
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
-        # `unet` is `network` under autocast, torch.compile and DistributedDataParallel, where they are asked for
+        # `unet` wraps `network` in autocast, torch.compile and DistributedDataParallel as configured
         self.unet, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(config, self.network))
         scheduler = self.noise_scheduler
         if config.objective == "ddpm":
@@ -134,7 +134,7 @@ class Trainer:
         return self.config.unet_kwargs(None if self.data.label_names is None else len(self.data.label_names))
 
     def open_batches(self) -> None:
-        """From the current position in the data."""
+        """Opens the batch stream at the current position in the data."""
         start_batch = self.progress.attempts * self.config.gradient_accumulation_steps
         self.data.open_batches(start_batch, self.is_to_stop)
         self.unet.train()
@@ -149,15 +149,15 @@ class Trainer:
         """One optimizer update of the network and its EMA.
 
         Returns:
-            this process's mean loss, the norm of the whole gradient before clipping, and whether the update was
-            applied: one whose gradient is not finite is skipped and leaves network, EMA and step as they were.
+            this process's mean loss, the global gradient norm before clipping, and whether the update was applied. An
+            update with a non-finite gradient is skipped and leaves network, EMA and step unchanged.
         """
         config, progress = self.config, self.progress
-        # 1. Everything random derives from (seed, attempt, rank), so that a resumed run repeats no and skips no number
+        # 1. All randomness derives from (seed, attempt, rank), so that a resumed run continues the same random stream
         entropy = np.random.SeedSequence((config.seed, progress.attempts, self.accelerator.process_index))
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
-        # 2. Gradient of the mean loss, summed over micro-batches; processes average it with the last one
+        # 2. Gradient of the mean loss, accumulated over micro-batches; processes average it at the last one
         mean_loss = 0.0
         for micro_batch in range(config.gradient_accumulation_steps):
             clean_images, labels = self.data.next_batch()
@@ -167,7 +167,7 @@ class Trainer:
                 self.accelerator.backward(loss / config.gradient_accumulation_steps)
             mean_loss += loss.detach() / config.gradient_accumulation_steps
 
-        # 3. The host waits for the device once: one NaN would ruin every weight, and the processes stop together
+        # 3. The only host sync: one NaN would ruin every weight, and all processes must stop together
         grad_norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.max_grad_norm)
         applied, self.is_stopping = self.agree(torch.isfinite(grad_norm))
 
@@ -177,7 +177,7 @@ class Trainer:
         if applied:
             self.optimizer.step()
         elif self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # fp16: lowers the scale of the loss
+            self.accelerator.scaler.update()  # fp16: lowers the loss scale
         self.optimizer.zero_grad()
         progress.attempts += 1
         if applied:
@@ -192,19 +192,19 @@ class Trainer:
         return diffusion_loss(unet, self.noise_scheduler, clean_images, **settings, class_labels=labels)
 
     def agree(self, is_finite: torch.Tensor) -> tuple[bool, bool]:
-        """Whether the gradient is finite on all processes, and whether one of them is to stop."""
+        """Whether the gradient is finite on all processes, and whether any process wants to stop."""
         if self.accelerator.num_processes == 1:
-            return bool(is_finite), False  # `train` looks whether it is to stop
+            return bool(is_finite), False  # `train` checks for a stop itself
         stopping = torch.tensor(self.is_to_stop(), device=is_finite.device)
         num_broken, num_stopping = self.accelerator.reduce(torch.stack([~is_finite, stopping]).float()).tolist()
         return num_broken == 0, num_stopping > 0
 
     def is_to_stop(self) -> bool:
-        """Whether a signal came or the deadline passed, on this process."""
+        """Whether this process received a signal or passed the deadline."""
         return self.stop.number is not None or time.monotonic() >= self.deadline_seconds
 
     def train(self) -> None:
-        """Trains until the last step, the deadline or a signal, and leaves a checkpoint and the pipeline folder.
+        """Trains until the last step, the deadline or a signal, then saves a checkpoint and the pipeline folder.
 
         Raises:
             Failed: after too many non-finite gradients in a row.
@@ -215,7 +215,7 @@ class Trainer:
             report_heldout_loss(self)
         self.stop.is_noted_only = True
         if progress.step and self.is_due(self.config.metric_steps):
-            self.measure()  # which a kill or a signal may have cut short
+            self.measure()  # a kill or a signal may have interrupted it
         bar = tqdm(
             desc="training",
             unit="step",
@@ -232,7 +232,7 @@ class Trainer:
             try:
                 loss, grad_norm, applied = self.training_step()
             except StoppedWaiting:
-                if self.accelerator.num_processes > 1:  # the others wait for this one
+                if self.accelerator.num_processes > 1:  # the other processes are waiting for this one
                     raise
                 break
             seconds = time.perf_counter() - started_at_seconds
@@ -253,11 +253,11 @@ class Trainer:
         self.finish()
 
     def is_due(self, steps: int) -> bool:
-        """Whether this step is one of every so many, but not the last one, after which `finish` does the same."""
+        """Whether this step is a multiple of `steps`; False for the last step, which `finish` handles."""
         return self.progress.step % steps == 0 and self.progress.step != self.total_steps
 
     def after_update(self, interval: Interval, bar: tqdm) -> Interval:
-        """Records, samples, checkpoint and metric, each when its turn has come; returns the interval to go on with."""
+        """Logs, samples, saves and measures when each is due; returns the interval to continue with."""
         config, step = self.config, self.progress.step
         if step % config.logging_steps == 0 or step == self.total_steps:
             record_interval(self, interval, bar)
@@ -267,7 +267,7 @@ class Trainer:
         if step % config.save_images_steps == 0:
             save_samples(self)
         if config.post_hoc_ema and step % config.post_hoc_ema_steps == 0:
-            save_snapshot(self)  # before the checkpoint: a run that resumes from it lacks no snapshot
+            save_snapshot(self)  # before the checkpoint, so that a run resumed from it has every snapshot
         if step % config.checkpointing_steps == 0:
             save_checkpoint(self)
             self.export()
@@ -276,7 +276,7 @@ class Trainer:
         return interval
 
     def report_skipped(self, grad_norm: torch.Tensor, skipped_in_a_row: int) -> None:
-        """Raises Failed if there are too many."""
+        """Logs a skipped update. Raises Failed after `max_nonfinite_steps` in a row."""
         step = self.progress.step + 1
         logger.info(f"step {step}: the gradient's norm is {grad_norm.item()}; update skipped")
         record(self, skipped_steps=self.progress.skipped_steps)
@@ -287,7 +287,7 @@ class Trainer:
             )
 
     def dry_run(self) -> None:
-        """One update, to see that everything fits; nothing is written."""
+        """Runs one update to check that everything fits; writes nothing."""
         self.open_batches()
         started_at_seconds = time.perf_counter()
         loss, grad_norm, _ = self.training_step()
@@ -295,7 +295,7 @@ class Trainer:
         logger.info(f"dry run: loss {loss:.4f}, gradient norm {grad_norm:.4f}, {seconds:.1f} s for one update")
 
     def finish(self) -> None:
-        """Checkpoint, last held-out loss and samples, export, metric; what the last step has done is not repeated."""
+        """Saves, samples, exports and measures for the last time, except for what the last step has already done."""
         step, config = self.progress.step, self.config
         is_new = step > self.first_step
         if is_new and step % config.checkpointing_steps:
@@ -323,18 +323,18 @@ class Trainer:
     # ---- The model
 
     def export(self) -> None:
-        """Writes the pipeline folder of the EMA network, with what is known of the run.
+        """Writes the pipeline folder of the EMA network, with the facts of the run.
 
         Raises:
-            Failed: if it cannot be written; an older one is untouched.
+            Failed: if it cannot be written; an existing folder is left unchanged.
         """
         on_main_process(self.accelerator, partial(self.write_pipeline, self.pipeline_dir))
 
     def write_pipeline(self, folder: Path, metric: dict | None = None) -> None:
-        """Main process: the same for any folder.
+        """Writes the pipeline into any folder, on the main process.
 
         Args:
-            metric: what the weights were chosen by, see `eval/training_metric.py`; None if they are the newest.
+            metric: the metric that selected these weights, see `eval/training_metric.py`; None for the newest weights.
         """
         step = self.progress.step
         grids = {number: path for number, path in list_grids(self.output_dir / "samples").items() if number <= step}
@@ -354,9 +354,10 @@ class Trainer:
             ) from error
 
     def measure(self) -> None:
-        """FID or KID of the EMA network, unless the run is to stop or the log has it; the best has its own folder.
+        """Measures FID or KID of the EMA network and keeps the best weights in a folder of their own.
 
-        A failure is reported and does not end the training.
+        Does nothing if the run is stopping or the log already has this step. A failed measurement is logged and does
+        not end the training.
 
         Raises:
             Failed: if that folder cannot be written.
@@ -385,7 +386,7 @@ def run(
     check_shared(accelerator, Path(config.output_dir), "--output_dir")
     check_shared(accelerator, cache_root(config.cache_dir), "--cache_dir")
     is_pushed = config.push_to_hub and not config.dry_run
-    if is_pushed:  # before anything that takes long, so that the push does not fail for a name or a token
+    if is_pushed:  # before any long work, so that a bad name or token is found now and not at the push
         on_main_process(accelerator, partial(check_account, config.hub_repo_id))
     deadline_seconds = started_at_seconds + 60 * (config.max_train_minutes or math.inf)
     trainer = Trainer(config, accelerator, deadline_seconds, stop, network_class)
@@ -403,7 +404,7 @@ def run(
             logger.info(f"pushed: {on_main_process(accelerator, push)}")
         accelerator.end_training()
     except BaseException:
-        with suppress(Exception):  # a tracker that never started cannot end; report the first error
+        with suppress(Exception):  # ending a tracker that never started raises; report the first error instead
             accelerator.end_training()
         raise
     finally:
