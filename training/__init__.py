@@ -1,1 +1,1 @@
-"""Everything the main job needs besides the network: configuration, data, diffusion mathematics, checkpoints."""
+"""Everything that training needs besides the network: configuration, data, diffusion mathematics, checkpoints."""

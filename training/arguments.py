@@ -22,9 +22,9 @@ from training.config import TYPES, TrainConfig, shortened, shown
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-FOR_HUB = ("dataset_config_name", "dataset_revision", "streaming")  # which describe a data set on the Hub
-MOST_PARAMETERS = 10**10  # with gradients, moments and EMA 200 GB, which must fit into each device
-# Flags of diffusers' train_unconditional.py that are not flags here, and what to do instead
+FOR_HUB = ("dataset_config_name", "dataset_revision", "streaming")  # keys that describe a data set on the Hub
+MOST_PARAMETERS = 10**10  # with gradients, moments and EMA 200 GB per device
+# Flags of diffusers' train_unconditional.py that do not exist here, and what to do instead
 OF_DIFFUSERS = {
     "center_crop": "pass --crop center",
     "enable_xformers_memory_efficient_attention": "leave it out, PyTorch's own efficient attention is always used",
@@ -53,7 +53,7 @@ class _Parser(HfArgumentParser):
         return super().add_argument(*flags, **settings)
 
     def error(self, message):
-        """Where argparse would print its usage and exit."""
+        """Raises InputError instead of printing the usage and exiting."""
         raise InputError(shortened(message))
 
 
@@ -62,13 +62,13 @@ def parse_config(arguments: list[str]) -> TrainConfig:
 
     `null` stands for no value, in the file and after a flag.
 
-    Each entry of the file is turned into the flag of the same name, so that file and command line are read and checked
-    by the same rules; flags of the command line come later and win. Images that are named on the command line take the
-    place of those of the file, and a number of epochs that of its number of steps.
+    Each entry of the file becomes the flag of the same name, so that the same rules apply to the file and the command
+    line; flags on the command line come later and win. A data set on the command line replaces the one in the file,
+    and a number of epochs replaces its number of steps.
 
     Raises:
         InputError: for an unreadable file, an unknown key or flag (naming the nearest known one), a bad value, an
-            output folder that cannot be made, or a network or noise schedule that cannot be built.
+            output folder that cannot be created, or a network or noise schedule that cannot be built.
     """
     for number, argument in enumerate(arguments, 1):
         if TOKEN.search(argument):
@@ -76,7 +76,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     parser = _Parser(TrainConfig, allow_abbrev=False, description="Trains an unconditional diffusion model of images.")
     parser.add_argument("--config", type=Path, help="YAML file whose keys are the flags below")
     known, unknown = parser.parse_known_args(arguments)
-    for token in unknown:  # a value may be a secret, so none is printed
+    for token in unknown:  # never print a value: it may be a secret
         if not token.startswith("--"):
             raise InputError(f"argument {arguments.index(token) + 1} belongs to no flag; write --name value")
         name = shortened(token.removeprefix("--").split("=")[0])
@@ -102,7 +102,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
 
 
 def _displaced(values: dict, flag: str, given: str | None) -> list[str]:
-    """The keys of a file that describe another length, or other images, than a flag of the command line does."""
+    """The keys of the file that a length or data flag on the command line replaces."""
     if flag == "num_epochs":
         return ["max_train_steps"] if given is not None and values.get("max_train_steps") is not None else []
     there = [key for key in ("dataset_name", "train_data_dir") if values.get(key) is not None]
@@ -113,7 +113,7 @@ def _displaced(values: dict, flag: str, given: str | None) -> list[str]:
 
 
 def _flags(path: Path, values: dict) -> dict[str, list[str]]:
-    """The entries of a YAML file as arguments of the command line, by their keys."""
+    """The entries of a YAML file as command-line arguments, by key."""
     arguments = {}
     for key, value in values.items():
         if key not in TYPES:
@@ -126,13 +126,13 @@ def _flags(path: Path, values: dict) -> dict[str, list[str]]:
             raise InputError(f"{key} in {path} is {shown(value)}; it should be {kind}{quotes}")
         if isinstance(value, list):
             arguments[key] = [f"--{key}", *map(str, value)]
-        else:  # "=" keeps a value that begins with a dash from being read as a flag
+        else:  # with "=", a value that begins with a dash is not read as a flag
             arguments[key] = [f"--{key}={'null' if value is None else value}"]
     return arguments
 
 
 def _suits(value, annotation) -> bool:
-    """Whether a value of a YAML file can be read as the type of an option; argparse then does so."""
+    """Whether argparse can convert a value from a YAML file to the type of an option."""
     if typing.get_origin(annotation) is list:
         (kind,) = typing.get_args(annotation)
         # an entry that begins with a dash would be read as a flag
@@ -159,7 +159,7 @@ def _nearest(name: str, prefix: str = "") -> str:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Refuses a duplicate key, of which PyYAML would take the last."""
+    """Refuses duplicate keys; PyYAML would silently use the last one."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -171,10 +171,10 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path):
-    """The content of a YAML file. Messages do not quote it, as a line may hold a secret.
+    """The content of a YAML file. Messages do not quote it, because a line may hold a secret.
 
     Raises:
-        InputError: if it cannot be read, or has a key twice.
+        InputError: if it cannot be read or has a duplicate key.
     """
     try:
         if not path.is_file():
@@ -191,16 +191,16 @@ def read_yaml(path: Path):
         reason = f"line {mark.line + 1 if mark else 1}: {shortened(error.problem)}"
     except RecursionError:
         reason = "it is nested too deep"
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError):  # PyYAML's own, as for 2026-99-99
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError):  # from PyYAML, as for 2026-99-99
         reason = "it is not YAML in UTF-8, or a value does not fit its type"
     raise InputError(f"cannot read the configuration {shown(str(path))}: {reason}")
 
 
 def check_model(config: TrainConfig) -> None:
-    """Builds the network without its memory, and the noise process.
+    """Builds the network on the meta device, and the noise process.
 
     Raises:
-        InputError: if one of them cannot be built or would be of no use.
+        InputError: if either cannot be built, the noise schedule is unusable, or the network is too large.
     """
     try:
         with torch.device("meta"):
@@ -217,7 +217,7 @@ def check_model(config: TrainConfig) -> None:
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Raises InputError unless the folder is there or can be made; nothing is made."""
+    """Raises InputError unless the folder exists or can be created; does not create it."""
     path = Path(output_dir).absolute()
     there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):

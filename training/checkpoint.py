@@ -2,12 +2,12 @@
 
     OUTPUT_DIR/checkpoint-STEP/
         NAME.safetensors   tensors by name: the network, its EMA, the optimizer's moments
-        state.json         numbers: progress, and what a resumed run must have in common with this one
+        state.json         numbers: progress, and the settings that a resumed run must share with this one
         manifest.json      size and SHA-256 of every other file; written last
 
-The averages of `--post_hoc_ema` are further tensors of a checkpoint; snapshots of them are kept in the same form, as
-OUTPUT_DIR/ema_snapshots/checkpoint-STEP, and follow the checkpoints where those are set aside or deleted by a new run.
-There is no file for random states: everything random in a step derives from (seed, step, rank). Nothing is pickled.
+With `--post_hoc_ema`, a checkpoint also has the moving averages; their snapshots have the same format, in
+OUTPUT_DIR/ema_snapshots/checkpoint-STEP, and a new run sets them aside or deletes them together with the checkpoints.
+No random state is saved: all randomness in a step derives from (seed, step, rank). Nothing is pickled.
 """
 
 import errno
@@ -39,10 +39,10 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def lock_output_dir(output_dir: Path) -> FileLock:
-    """Takes the folder for this process until it ends, however it ends, and clears what a crash left half-written.
+    """Locks the folder until this process ends, however it ends, and removes half-written files left by a crash.
 
     Raises:
-        Failed: if the folder cannot be made or another process is writing to it.
+        Failed: if the folder cannot be created or another process is writing to it.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def lock_output_dir(output_dir: Path) -> FileLock:
         raise Failed(f"{output_dir} is in use by another process; wait for it or take another folder") from error
     except OSError as error:
         raise Failed(f"cannot write to {output_dir}: {error.strerror}") from error
-    for old in output_dir.glob(f"{TEMPORARY_PREFIX}old-*"):  # a kill between the two renames of `export_pipeline`
+    for old in output_dir.glob(f"{TEMPORARY_PREFIX}old-*"):  # killed between the two renames of `export_pipeline`
         name = old.name.removeprefix(f"{TEMPORARY_PREFIX}old-")
         new = output_dir / f"{TEMPORARY_PREFIX}{name}"
         if not (output_dir / name).exists():
@@ -69,7 +69,7 @@ def lock_output_dir(output_dir: Path) -> FileLock:
 
 
 def list_checkpoints(output_dir: Path) -> dict[int, Path]:
-    """Step -> folder, by rising step, of the folders named checkpoint-STEP; other names are ignored."""
+    """Step -> folder of the folders named checkpoint-STEP, in ascending order; other names are ignored."""
     matches = {path: _NAME.fullmatch(path.name) for path in output_dir.glob("checkpoint-*") if path.is_dir()}
     return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
 
@@ -78,14 +78,14 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
     """The checkpoint to resume from.
 
     Args:
-        resume_from: `latest`: the newest one that verifies, after reporting each newer one that does not; or a path,
-            also one inside `output_dir`, which must verify.
+        resume_from: `latest` for the newest intact checkpoint, logging each newer one that is damaged; or the path of
+            a checkpoint, which may be relative to `output_dir`.
 
     Returns:
         its folder, or None if `latest` finds no checkpoint at all.
 
     Raises:
-        Failed: if the path is no complete checkpoint, or there are checkpoints but none verifies.
+        Failed: if the path is not an intact checkpoint, or there are checkpoints but none is intact.
     """
     there = list_checkpoints(output_dir).values()
     if resume_from != "latest":
@@ -107,7 +107,7 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
 
 
 def set_aside_newer(output_dir: Path, step: int) -> None:
-    """Renames checkpoints and snapshots beyond `step`, so that a run that resumes from there never uses them."""
+    """Renames checkpoints and snapshots beyond `step`, so that a run resumed from `step` never uses them."""
     for folder in (output_dir, output_dir / SNAPSHOTS):
         for path in (path for other, path in list_checkpoints(folder).items() if other > step):
             aside = path.with_name(f"abandoned-{path.name}")
@@ -118,7 +118,7 @@ def set_aside_newer(output_dir: Path, step: int) -> None:
 
 
 def delete_all(output_dir: Path) -> None:
-    """Deletes the checkpoints, those set aside and the folder of snapshots, and nothing else."""
+    """Deletes all checkpoints, including those set aside, and the snapshots, but nothing else."""
     for path in output_dir.iterdir():
         if path.is_dir() and re.fullmatch(rf"(abandoned-)?checkpoint-\d+|{SNAPSHOTS}", path.name):
             shutil.rmtree(path)
@@ -132,12 +132,12 @@ def save_checkpoint(
 ) -> Path:
     """Writes `checkpoint-STEP` and then deletes the oldest ones beyond `total_limit`.
 
-    The folder appears under its name only when every byte of it is on the disk.
+    The folder gets its final name only when every byte is on disk.
 
     Args:
         tensors: file stem -> tensors by name.
-        state: JSON-able numbers.
-        total_limit: newest checkpoints to keep; None keeps all.
+        state: JSON-serializable numbers.
+        total_limit: number of newest checkpoints to keep; None keeps all.
 
     Raises:
         Failed: naming the path, if the disk is full or cannot be written. Older checkpoints are untouched.
@@ -180,7 +180,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Removes a checkpoint so that a crash half-way leaves no folder with a checkpoint's name."""
+    """Renames and then removes a checkpoint, so that a crash leaves no partial folder with a checkpoint's name."""
     shutil.rmtree(folder.rename(folder.with_name(f"{TEMPORARY_PREFIX}deleted-{folder.name}")))
 
 
@@ -226,7 +226,7 @@ def load_tensors(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]
     """The tensors of the named files of a verified checkpoint, on the CPU.
 
     Raises:
-        Failed: naming a file that the checkpoint has not, before any is read.
+        Failed: naming a file that the checkpoint lacks, before any is read.
     """
     manifest = _read_manifest(folder)
     for name in names:
@@ -236,7 +236,7 @@ def load_tensors(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]
 
 
 def difference(saved: dict, current: dict) -> str:
-    """What differs between two flat dictionaries, as `key: saved -> current; ...`; empty if nothing."""
+    """The differences between two flat dictionaries, as `key: saved -> current; ...`; empty if they are equal."""
     keys = sorted({*saved, *current})
     return "; ".join(f"{k}: {saved.get(k)!r} -> {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k))
 
@@ -245,7 +245,7 @@ def difference(saved: dict, current: dict) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """The state as `PARAMETER/KEY` -> tensor: AdamW's step, exp_avg and exp_avg_sq, or Muon's momentum_buffer."""
+    """Optimizer state, `PARAMETER/KEY` -> tensor: AdamW's step, exp_avg and exp_avg_sq, or Muon's momentum_buffer."""
     return {
         f"{name}/{key}": value
         for name, parameter in network.named_parameters()

@@ -1,8 +1,8 @@
 """The training loss and the held-out loss of all objectives, with DDPM's noise schedule, targets and loss weights.
 
-The scheduler defines the noise process: one of diffusers' in discrete timesteps, or an `SDEScheduler` in continuous
-time. From a batch of images, noise and positions u in [0, 1), each makes a `Regression`: what the network sees, what
-it should predict, and how much that counts. A position is the quantile of the time; DDPM's timestep is floor(u T).
+The scheduler defines the noise process: a diffusers scheduler in discrete timesteps, or an `SDEScheduler` in
+continuous time. Both turn a batch of images, noise and positions u in [0, 1) into a `Regression`: the network's
+inputs, targets and weights. A position is a quantile of the time distribution; DDPM's timestep is floor(u T).
 
 Notation (Ho et al. 2020, arXiv 2006.11239; abar is `alphas_cumprod`):
 
@@ -35,13 +35,13 @@ def make_noise_scheduler(
     prediction_type: str,
     rescale_betas_zero_snr: bool,
 ) -> DDPMScheduler:
-    """The forward process of the run. Its posterior variance is the small one, beta-tilde of DDPM eq. 7.
+    """The forward process of the run. Its posterior variance is the smaller choice, beta-tilde of DDPM eq. 7.
 
-    Sampling starts at the last timestep, the only one that is (nearly) pure noise; but for epsilon prediction it keeps
-    DDIM's leading spacing, because there x_0 = (x_t - sqrt(1 - abar_t) epsilon) / sqrt(abar_t) is ill-conditioned.
+    Sampling starts at the last timestep, the only one that is (nearly) pure noise. Epsilon prediction keeps DDIM's
+    leading spacing instead, because x_0 = (x_t - sqrt(1 - abar_t) epsilon) / sqrt(abar_t) is ill-conditioned there.
 
     Raises:
-        ValueError: if in float32 a timestep has no noise, or one before a zero-SNR end has no signal.
+        ValueError: if in float32 a timestep has no noise, or a timestep other than a zero-SNR last one has no signal.
     """
     scheduler = DDPMScheduler(
         num_train_timesteps=num_train_timesteps,
@@ -71,13 +71,13 @@ def make_sampling_scheduler(noise_scheduler: DDPMScheduler, sampler: str) -> DDP
 def sample_positions(how: str, batch_size: int) -> Tensor:
     """Random positions in [0, 1) for a batch, each marginally uniform.
 
-    They are drawn on the CPU, where there is float64 whatever the device.
+    They are drawn on the CPU, which supports float64 whatever the device.
 
     Args:
-        how: `uniform`: independent. `stratified`: one from each of B equal strata with a common random shift
+        how: `uniform`: independent. `stratified`: one from each of B equal strata, with a shared random shift
             (Kingma et al. 2021, arXiv 2107.00630, appendix I.1), which lowers the variance of the loss.
-            `antithetic`: pairs u and 1 - u (DDPM's t and T - 1 - t; Song et al. 2021, arXiv 2010.02502, the authors'
-            code).
+            `antithetic`: pairs u and 1 - u (DDPM's t and T - 1 - t; authors' code of Song et al. 2021, arXiv
+            2010.02502).
 
     Returns:
         float64, shape (B,).
@@ -91,7 +91,7 @@ def sample_positions(how: str, batch_size: int) -> Tensor:
 
 
 def _uniform(count: int) -> Tensor:
-    """Midpoints of the 2^24 steps of float32 random numbers: never 0, symmetric, and on no border of timesteps."""
+    """Midpoints of the 2^24 float32 random steps: never 0, symmetric, and never on a timestep boundary."""
     return torch.rand(count).double() + 2**-25
 
 
@@ -102,19 +102,19 @@ def signal_and_noise_scale(scheduler, timesteps: Tensor) -> tuple[Tensor, Tensor
 
 
 def per_image_mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each image in float32: (B, C, H, W), (B, C, H, W) -> (B,)."""
+    """Mean squared error per image in float32: (B, C, H, W), (B, C, H, W) -> (B,)."""
     return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
 
 
 @dataclass(frozen=True)
 class Regression:
-    """What a network is to learn from one batch; the tensors are float32 but for timesteps."""
+    """The regression task of one batch; all tensors are float32 except timesteps."""
 
-    inputs: Tensor  # of the network, (B, C, H, W)
-    times: Tensor  # of the network, (B,): timesteps, or c_noise
-    target: Tensor  # what it should predict, (B, C, H, W)
-    loss_weight: Tensor  # of each image's squared error in the loss, (B,)
-    noise_weight: Tensor  # the squared error of epsilon as a multiple of the prediction's, (B,)
+    inputs: Tensor  # network input, (B, C, H, W)
+    times: Tensor  # time input of the network, (B,): timesteps, or c_noise
+    target: Tensor  # (B, C, H, W)
+    loss_weight: Tensor  # weight of each image's squared error in the loss, (B,)
+    noise_weight: Tensor  # squared error of epsilon / squared error of the prediction, (B,)
 
 
 def ddpm_regression(
@@ -125,14 +125,14 @@ def ddpm_regression(
     snr_gamma: float | None = None,
     snr_weighting: str = "min",
 ) -> Regression:
-    """Target and weight of a DDPM model, by the scheduler's `prediction_type`.
+    """Target and weight of a DDPM model, according to the scheduler's `prediction_type`.
 
-    Without `snr_gamma` every weight is 1: for epsilon the simple loss of DDPM eq. 14. With it the weight is one of the
-    squared error of x_0, carried over to the prediction by ||epsilon error||^2 = snr ||x_0 error||^2 and
-    ||v error||^2 = (snr + 1) ||x_0 error||^2.
+    Without `snr_gamma` every weight is 1, which for epsilon is the simple loss of DDPM eq. 14. With it, the squared
+    error of x_0 is weighted; ||epsilon error||^2 = snr ||x_0 error||^2 and ||v error||^2 = (snr + 1) ||x_0 error||^2
+    convert this weight to one of the prediction.
 
     Args:
-        positions: of the timesteps, float64 (B,), in [0, 1).
+        positions: quantiles of the timesteps, float64 (B,), in [0, 1).
         snr_weighting: the weight of x_0. `min`: min(snr, gamma), min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556,
             eq. 8 and section 3.4). `soft_min`: snr gamma / (snr + gamma), which has no kink (soft-min-SNR, Crowson
             et al. 2024, arXiv 2401.11605).
@@ -162,12 +162,12 @@ def score_regression(
 
     The network F learns (x_0 - c_skip x) / c_out from c_in x at the time c_noise (Karras et al. 2022, arXiv
     2206.00364, eq. 7 and 8). With x = alpha x_0 + n epsilon the target is
-    (1 - c_skip alpha) / c_out x_0 - c_skip n / c_out epsilon: so what cancels are the coefficients, in float64, and
-    not the images in float32.
+    (1 - c_skip alpha) / c_out x_0 - c_skip n / c_out epsilon. In this form the cancellation happens between the
+    float64 coefficients and not between float32 images.
 
     Args:
-        positions: of the times in their distribution, float64 (B,), in [0, 1).
-        likelihood_weighting: lambda = g^2 (arXiv 2101.09258) instead of n^2.
+        positions: quantiles of the time distribution, float64 (B,), in [0, 1).
+        likelihood_weighting: use lambda = g^2 (arXiv 2101.09258) instead of n^2.
     """
     times = scheduler.times(positions)
     alpha, n = scheduler.sde.signal_scale(times), scheduler.sde.noise_scale(times)
@@ -183,9 +183,9 @@ def score_regression(
 
 
 def drop_labels(class_labels: Tensor, null_class: int, probability: float) -> Tensor:
-    """Labels (B,) of which each is replaced by the null class with a probability, by the global random generator.
+    """Replaces each of the labels (B,) by the null class with a probability, using the global random generator.
 
-    So one network learns the images of each class and of all of them (Ho & Salimans 2022, arXiv 2207.12598, alg. 1).
+    One network then learns the conditional and the unconditional model (Ho & Salimans 2022, arXiv 2207.12598, alg. 1).
     """
     dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
     return class_labels.masked_fill(dropped, null_class)
@@ -204,11 +204,11 @@ def diffusion_loss(
     """The training objective on one batch, with noise and times from the global random generator.
 
     Args:
-        unet: called as `unet(inputs, times, class_labels).sample`, under the caller's autocast if it sets one up.
-        scheduler: one of diffusers' or an `SDEScheduler`.
+        unet: called as `unet(inputs, times, class_labels).sample`, under the caller's autocast, if any.
+        scheduler: a diffusers scheduler or an `SDEScheduler`.
         clean_images: float32 in [-1, 1], shape (B, 3, H, W).
-        snr_gamma, snr_weighting: of `ddpm_regression`.
-        likelihood_weighting: of `score_regression`; edm and flow have no such weight.
+        snr_gamma, snr_weighting: see `ddpm_regression`.
+        likelihood_weighting: see `score_regression`; has no effect for edm and flow.
         class_labels: int64 (B,), for a class-conditional network.
 
     Returns:
@@ -230,17 +230,17 @@ def heldout_loss(
 ) -> dict[str, float]:
     """Mean squared error of the predicted noise on fixed (image, time, noise) triples.
 
-    This is the simple loss of DDPM eq. 14 for every parametrisation, of an SDE model too, so that runs with other
-    prediction types compare; those with another distribution of times do not. Times are those of the midpoints of as
-    many equal strata as there are images, in a fixed random order.
+    This is the simple loss of DDPM eq. 14 for every parametrisation, including SDE models, so runs with different
+    prediction types are comparable; runs with different time distributions are not. The N times are the midpoints of
+    N equal strata, in a fixed random order.
 
     Args:
-        clean_images: float32 in [-1, 1], shape (N, 3, H, W); at least 4, one for each quarter of the times.
-        seed: of the order and the noise.
+        clean_images: float32 in [-1, 1], shape (N, 3, H, W); N is at least 4, one for each quarter of the times.
+        seed: seed of the order and the noise.
         class_labels: int64 (N,), for a class-conditional network.
 
     Returns:
-        `heldout_loss` over all triples and `heldout_loss_q1` (smallest times) to `heldout_loss_q4`.
+        `heldout_loss` over all triples, and `heldout_loss_q1` (smallest times) to `heldout_loss_q4` by quarter.
     """
     num_images = len(clean_images)
     generator = torch.Generator().manual_seed(seed)
@@ -261,16 +261,17 @@ def heldout_loss(
 
 
 def check_noise_levels(scheduler: SDEScheduler, clean_images: Iterable[Tensor]) -> None:
-    """Whether noise levels from sigma_min to sigma_max reach from nearly clean images to nearly pure noise.
+    """Checks that the noise levels from sigma_min to sigma_max range from nearly clean images to nearly pure noise.
 
-    The divergence of the last marginal from the prior is at most (rms / sigma_max)^2 / 2 per dimension, 0.00125 here.
+    With the bound on sigma_max, the divergence of the last marginal from the prior is at most (rms / sigma_max)^2 / 2
+    = 0.00125 per dimension.
 
     Args:
-        scheduler: of the objective ve or edm.
-        clean_images: in [-1, 1], any shapes, at least one.
+        scheduler: a scheduler with the objective ve or edm.
+        clean_images: at least one image in [-1, 1], of any shape.
 
     Raises:
-        InputError: one line, if they do not.
+        InputError: if they do not.
     """
     sde = scheduler.sde
     squares = [image.square().mean().item() for image in clean_images]

@@ -1,4 +1,4 @@
-"""What is known of a run: two properties of its network, the records of log.jsonl, and the facts of its model."""
+"""Facts about a run: two properties of its network, the records of log.jsonl, and the training.json of its model."""
 
 import json
 import platform
@@ -23,9 +23,9 @@ LIBRARIES = "torch diffusers accelerate datasets".split()
 
 
 def levels_without_time(config: TrainConfig) -> list[int]:
-    """Levels of the network where group norm with one channel per group cancels the time embedding.
+    """Levels of the network at which group norm with one channel per group cancels the time embedding.
 
-    The embedding is one number per channel, added before the second norm, which subtracts the mean of each group.
+    The embedding adds one number per channel before the second norm, which subtracts the mean of each group.
     """
     if config.resnet_time_scale_shift != "default":
         return []
@@ -36,7 +36,7 @@ def levels_without_time(config: TrainConfig) -> list[int]:
 
 
 def activation_bytes(compute_loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
-    """Bytes that autograd keeps for the backward pass, parameters left out; each storage counts once."""
+    """Bytes that autograd saves for the backward pass, excluding parameters; each storage counts once."""
     known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     total = 0
 
@@ -49,22 +49,22 @@ def activation_bytes(compute_loss: Callable[[], Tensor], parameters: list[nn.Par
         return tensor
 
     with saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = compute_loss()  # held until the end: a freed storage's address could be taken again
+        loss = compute_loss()  # kept alive: the address of a freed storage could be reused
     del loss
     return total
 
 
-# ---- During the training
+# ---- During training
 
 
 class RunLog:
-    """The records of a run, in memory and as lines of JSON in a file, each with the `step` it belongs to.
+    """The records of a run, in memory and as a JSON Lines file, each with the `step` it belongs to.
 
-    Records beyond `step` are dropped first: they belong to updates that were lost with their process, and a record of
-    how many there were takes their place. A last line that a crash cut short is dropped, too.
+    On opening, records beyond `step` are replaced by one with the number of lost steps: their updates were lost when
+    their process died. An incomplete last line, left by a crash, is dropped.
 
     Raises:
-        OSError: here and by `write`, naming the path, if it cannot be written; what it held before is still there.
+        OSError: here and in `write`, naming the path, if it cannot be written; its previous content is kept.
     """
 
     def __init__(self, path: Path, step: int):
@@ -84,12 +84,12 @@ class RunLog:
             raise unwritable(self.path, error) from error
 
     def newest(self, key: str) -> dict | None:
-        """The last record that has such a value."""
+        """The last record with this key; None if there is none."""
         return next((record for record in reversed(self.records) if key in record), None)
 
 
 def read_log(path: Path) -> list[dict]:
-    """The complete records of a log; empty if there is none."""
+    """The complete records of a log; empty if the file does not exist."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -101,14 +101,14 @@ def read_log(path: Path) -> list[dict]:
 
 @dataclass
 class Interval:
-    """Sums between two log records; what lies on the device stays there until it is read."""
+    """Sums between two log records; tensors stay on the device until they are read."""
 
     attempts: int = 0
     seconds: float = 0.0
     updates: int = 0
     loss_sum: Tensor | float = 0.0
     grad_norm: Tensor | float = 0.0  # of the last update
-    set_up_seconds: float | None = None  # of the first one: from the start of the process to its first update
+    set_up_seconds: float | None = None  # first interval only: from the start of the process to the training loop
 
     def add_update(self, loss: Tensor, grad_norm: Tensor) -> None:
         self.updates += 1
@@ -117,10 +117,10 @@ class Interval:
 
 
 def heldout_table(records: list[dict]) -> str:
-    """The first, the middle and the last held-out loss as a Markdown table, the speed, and what starts and kills cost.
+    """The first, middle and last held-out loss as a Markdown table, the speed, and the cost of starts and kills.
 
     Raises:
-        ValueError: if there is none among the records.
+        ValueError: if no record has a held-out loss.
     """
     heldout = [record for record in records if "heldout_loss" in record]
     if not heldout:
@@ -144,7 +144,7 @@ def heldout_table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-# ---- The facts that travel with the model, in the training.json of its folder
+# ---- The facts that are shipped with the model, in the training.json of its folder
 
 
 def machine_facts(device: torch.device) -> dict:
@@ -154,7 +154,7 @@ def machine_facts(device: torch.device) -> dict:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of the processor with the number of cores that this process may use."""
+    """The name of the GPU, or of the CPU with the number of cores that this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -166,7 +166,7 @@ def device_name(device: torch.device) -> str:
 
 
 def recorded(folder: Path, key: str):
-    """An entry of a model repository's `training.json`, as its `step`; None if there is none or it is damaged."""
+    """An entry of a model repository's `training.json`, such as `step`; None if it is missing or the file damaged."""
     try:
         return json.loads((folder / "training.json").read_text())[key]
     except (OSError, ValueError, KeyError, TypeError):
@@ -174,9 +174,9 @@ def recorded(folder: Path, key: str):
 
 
 def training_in_all(folder: Path) -> dict:
-    """`images_seen` and `train_seconds` of a model repository, with those of the weights that it started from.
+    """`images_seen` and `train_seconds` of a model, including those of the weights that it started from.
 
-    Both are None if it does not record its training.
+    Both are None if the model repository does not record its training.
     """
     before = recorded(folder, "pretrained") or {"images_seen": 0, "train_seconds": 0.0}
     try:

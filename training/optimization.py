@@ -12,22 +12,22 @@ from training.config import TrainConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of a X + b (X X^T) X + c (X X^T)^2 X
 NEWTON_SCHULZ_STEPS = 5
-# Parameters that are no hidden layer's, by the beginnings of their names
+# Name prefixes of the parameters that do not belong to a hidden layer
 OUTER = ("conv_in", "conv_out", "time_proj", "time_embedding", "class_embedding")
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for the matrices of the hidden layers, AdamW for all else.
+    """Muon (Jordan et al. 2024) for the weight matrices of hidden layers, AdamW for all other parameters.
 
-    A matrix moves along its Nesterov momentum after all singular values of that are brought near 1; the kernel of a
-    convolution is the matrix (out, in * height * width). The step is as large as AdamW's usually are (Liu et al. 2025,
-    arXiv 2502.16982, section 2.2), so that both share the learning rate and the weight decay.
+    Muon orthogonalizes the Nesterov momentum of a matrix, so that all singular values are near 1, and steps along the
+    result. A convolution kernel is reshaped to the matrix (out, in * height * width). The step has the usual size of
+    an AdamW step (Liu et al. 2025, arXiv 2502.16982, section 2.2), so both share learning rate and weight decay.
 
     Args:
-        matrices: parameters of two or more dimensions.
+        matrices: parameters for Muon, with two or more dimensions.
         others: parameters for AdamW.
-        momentum: of the matrices.
-        adamw: the arguments of AdamW.
+        momentum: Muon's momentum.
+        adamw: arguments of AdamW.
     """
 
     def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], momentum: float = 0.95, **adamw):
@@ -39,7 +39,7 @@ class Muon(torch.optim.AdamW):
         self.param_groups = [adamw_group]
         super().step()
         self.param_groups = [adamw_group, group]
-        by_shape = defaultdict(list)  # those of one shape are orthogonalized together
+        by_shape = defaultdict(list)  # matrices of the same shape are orthogonalized as a batch
         for parameter in group["params"]:
             if parameter.grad is not None:
                 by_shape[parameter.flatten(1).shape].append(parameter)
@@ -60,11 +60,11 @@ class Muon(torch.optim.AdamW):
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Brings all singular values near 1 (0.7 to 1.2) by a Newton-Schulz iteration.
 
-    The usual iteration multiplies X by P = a + b X X^T + c (X X^T)^2 each time. Here only X X^T, a small square, is
-    iterated, as P X X^T P, and X is multiplied once by the product of all P.
+    The usual iteration multiplies X by P = a + b X X^T + c (X X^T)^2 in each step. Here only the small Gram matrix
+    X X^T is iterated, as P X X^T P, and X is multiplied once by the product of all P.
 
     Args:
-        matrices: shape (N, rows, columns), of any scale.
+        matrices: shape (N, rows, columns), at any scale.
     """
     a, b, c = NEWTON_SCHULZ
     is_tall = matrices.shape[1] > matrices.shape[2]
@@ -80,7 +80,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the trainable parameters, or Muon beside it."""
+    """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) or Muon, for the trainable parameters."""
     adamw = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -97,10 +97,10 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Adam
 
 
 def learning_rate_schedule(config: TrainConfig, total_steps: int | None) -> Callable[[int], float]:
-    """The learning rate of the update after `step` updates.
+    """The learning rate as a function of the number of updates done.
 
-    A function of the step, not a scheduler object: those count calls, and Accelerate makes several per update
-    with several processes or accumulation.
+    Not a scheduler object, which counts its calls: with several processes or gradient accumulation, Accelerate calls
+    it several times per update.
     """
     placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
     (factor,) = get_scheduler(
@@ -113,7 +113,7 @@ def learning_rate_schedule(config: TrainConfig, total_steps: int | None) -> Call
 
 
 def ema_decay(step: int, inv_gamma: float, power: float, max_decay: float) -> float:
-    """Decay of the moving average at update `step`: min(1 - (1 + step / inv_gamma)^-power, max_decay)."""
+    """EMA decay at update `step`: min(1 - (1 + step / inv_gamma)^-power, max_decay)."""
     return min(1 - (1 + step / inv_gamma) ** -power, max_decay)
 
 

@@ -1,4 +1,4 @@
-"""The precision of `--mixed_precision auto`: that in which this machine trains this network faster, by measurement."""
+"""`--mixed_precision auto`: times float32 and half precision on this machine and uses the faster one."""
 
 import logging
 import math
@@ -27,10 +27,10 @@ WARM_UP_UPDATES, TIMED_UPDATES = 2, 5
 
 
 def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> TrainConfig:
-    """The configuration with `auto` replaced by a precision; all processes use that of the main process.
+    """The configuration with `auto` replaced by a precision, which the main process chooses for all processes.
 
-    It is the precision of the checkpoint to resume from, which is not timed again, or else the faster one. Call it
-    before the `Accelerator` is made, whose precision cannot be changed.
+    A resumed run keeps the precision of its checkpoint; a new run takes the faster one. Call this before building the
+    `Accelerator`, whose precision cannot be changed.
 
     Raises:
         Failed: if there are checkpoints but none is intact.
@@ -74,13 +74,13 @@ def candidates(device: torch.device) -> list[str]:
 def update_seconds(
     config: TrainConfig, network_class: type[nn.Module], device: torch.device, precisions: list[str]
 ) -> dict[str, float]:
-    """Median seconds per forward and backward pass on a batch of noise, for each precision, measured alternately.
+    """Median seconds per forward and backward pass on a batch of noise, per precision; passes alternate between them.
 
-    It builds a network of its own, without classes, and leaves the random generators as they were. The time is
-    infinite for a precision that runs out of memory.
+    Builds its own network, without classes, and restores the random generators. The time is infinite for a precision
+    that runs out of memory.
 
     Raises:
-        RuntimeError: if all of them run out of memory.
+        RuntimeError: if every precision runs out of memory.
     """
     seconds = {name: [] for name in precisions}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -111,6 +111,6 @@ def update_seconds(
 
 
 def under_autocast(network: nn.Module, dtype: torch.dtype, images: torch.Tensor, *arguments):
-    """As Accelerate prepares it: the network alone is under autocast, not the loss."""
+    """Autocasts the network but not the loss, as Accelerate does."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         return network(images, *arguments)

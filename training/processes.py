@@ -1,4 +1,4 @@
-"""The processes of a run: how Accelerate is set up, how its processes agree, and how they are stopped."""
+"""The processes of a run: setting up Accelerate, agreeing across processes, and stopping on signals."""
 
 import ctypes
 import importlib.util
@@ -25,23 +25,23 @@ from common import InputError, on_main_process, report_error
 from training.config import TrainConfig
 from training.workers import available_cores
 
-# Others keep a part of the network in each process; a checkpoint is written from one that has it whole.
+# Other types shard the network over the processes; checkpoints are written by one process that has all of it.
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StoppedEarly(BaseException):
-    """A signal came before the training began, so there is nothing to save. Not an Exception: nothing swallows it."""
+    """A signal came before training began: there is nothing to save. A BaseException, so that nothing swallows it."""
 
 
 class StopSignal:
-    """SIGINT and SIGTERM: at first they end the process where it stands, during training they request a graceful stop.
+    """SIGINT and SIGTERM: they end the process at once at first; during training they request a graceful stop.
 
     Attributes:
-        number: of the first signal that came; None if none did.
-        is_noted_only: set by the training when it begins: from then on it looks at `number` and ends in good order.
-            Also set when the process ends with an error: another process that ended with the same error earlier makes
-            torchrun stop this one before it has reported it.
+        number: the first signal received; None if there was none.
+        is_noted_only: set when training begins: from then on training polls `number` and stops gracefully. Also set
+            when the process ends with an error: if another process failed with the same error first, torchrun would
+            stop this one before it could report it.
     """
 
     def __init__(self):
@@ -49,12 +49,12 @@ class StopSignal:
         self.is_noted_only = False
 
     def listen(self) -> None:
-        """Takes over both signals; under `accelerate launch` also the end of the launcher counts as a SIGTERM."""
+        """Handles both signals; under `accelerate launch`, the death of the launcher also sends a SIGTERM."""
         self._before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
         end_with_launcher()
 
     def leave(self) -> None:
-        """Gives both signals back to who had them before."""
+        """Restores the previous handlers of both signals."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -62,29 +62,29 @@ class StopSignal:
         """Signal handler.
 
         Raises:
-            StoppedEarly: before the training.
+            StoppedEarly: before training begins.
         """
         self.number = self.number or number
         if not self.is_noted_only:
             raise StoppedEarly(f"stopped by {signal.Signals(number).name} before the training began")
 
     def fail(self, error: object, code: int) -> int:
-        """Reports what ends the process, during which no signal interrupts it; returns the exit code."""
+        """Reports the error that ends the process, uninterrupted by signals; returns the exit code."""
         self.is_noted_only = True
         report_error(error)
         return code
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + the signal's number as in a shell."""
+        """0, or 128 + signal number, as in a shell."""
         return 0 if self.number is None else 128 + self.number
 
 
 def end_with_launcher() -> None:
-    """On Linux, has SIGTERM sent to this process when the `accelerate launch` that started it dies.
+    """On Linux, arranges for a SIGTERM to this process when the `accelerate launch` that started it dies.
 
-    That launcher passes no signal on, and would leave its process running unseen. Any other parent may end: a run
-    started with nohup outlives its shell.
+    The launcher does not forward signals and would leave its process running unnoticed. Any other parent may end: a
+    run started with nohup outlives its shell.
     """
     parent = psutil.Process().parent()
     try:
@@ -98,7 +98,7 @@ def end_with_launcher() -> None:
 
 
 def is_accelerate_launch(command_line: list[str]) -> bool:
-    """Whether this is `accelerate launch`, `accelerate-launch` or `python -m accelerate.commands.launch`."""
+    """Whether the command is `accelerate launch`, `accelerate-launch` or `python -m accelerate.commands.launch`."""
     words = [os.path.basename(word) for word in command_line[:4]]
     pairs = [*itertools.pairwise(words)]
     return (
@@ -109,10 +109,10 @@ def is_accelerate_launch(command_line: list[str]) -> bool:
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate for this run.
+    """Builds the `Accelerator` of this run.
 
     Raises:
-        InputError: if the machine lacks what the configuration asks for, or Accelerate was told something else.
+        InputError: if the machine lacks what the configuration asks for, or the launcher's settings contradict it.
     """
     check_launcher(config)
     if config.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
@@ -123,7 +123,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / config.logging_dir)),
-            # accumulated by hand; an environment variable of Accelerate would divide every gradient once more
+            # gradients are accumulated by hand; Accelerate's environment variable would divide them once more
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_plugin=TorchDynamoPlugin(backend="inductor", fullgraph=True) if config.compile else None,
             # the other processes wait while the main one samples
@@ -135,16 +135,16 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         supported = ", ".join(kind.value for kind in SUPPORTED)
         raise InputError(f"the distributed type {accelerator.distributed_type.value} is not one of {supported}")
     if accelerator.device.type == "cpu":
-        if config.mixed_precision == "fp16":  # Accelerate would go on in float32
+        if config.mixed_precision == "fp16":  # Accelerate would silently use float32
             raise InputError("--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no")
         take_cpu_threads(config)
     return accelerator
 
 
 def check_launcher(config: TrainConfig) -> None:
-    """Raises InputError if `accelerate launch` or its file asks for something else than the run's configuration.
+    """Raises InputError if `accelerate launch` or its configuration file contradicts the run's configuration.
 
-    They hand it on in the environment. Their defaults, which a file always has, ask for nothing.
+    Both pass their settings through the environment. Default values are ignored, because the file always has them.
     """
     ours = {
         "MIXED_PRECISION": ("no", config.mixed_precision, "--mixed_precision"),
@@ -161,13 +161,13 @@ def check_launcher(config: TrainConfig) -> None:
 
 
 def take_cpu_threads(config: TrainConfig) -> None:
-    """`accelerate launch` without --cpu leaves a process one thread, however many cores there are."""
+    """Sets the number of threads: without --cpu, `accelerate launch` gives each process only one."""
     share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(config.num_cpu_threads or max(share, 1))
 
 
 def check_shared(accelerator: Accelerator, folder: Path, flag: str) -> None:
-    """Raises InputError on every process if a run on several machines does not see the same folder on all of them."""
+    """Raises InputError on every process unless all machines of the run see the same folder."""
     if accelerator.num_processes == int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)):
         return
 
@@ -185,7 +185,7 @@ def check_shared(accelerator: Accelerator, folder: Path, flag: str) -> None:
 
 
 def on_any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is up on at least one process."""
+    """Whether the flag is set on at least one process."""
     if accelerator.num_processes == 1:
         return flag
     return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item() > 0

@@ -1,4 +1,4 @@
-"""What a training shows of itself: the summary before it starts, records, held-out losses, sample grids, facts.
+"""Reports of a training run: the summary before it starts, log records, held-out losses, sample grids and facts.
 
 `trainer` is a `train_unet.Trainer`.
 """
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def preflight_summary(trainer) -> str:
-    """Sizes, length and memory of the training as a table."""
+    """A table of the run's sizes, length and memory."""
     config, network, data = trainer.config, trainer.network, trainer.data
     num_processes, total_steps = trainer.accelerator.num_processes, trainer.total_steps
     parameters = list(network.parameters())
@@ -64,14 +64,14 @@ def preflight_summary(trainer) -> str:
 
 
 def record(trainer, **values: float) -> None:
-    """One record in log.jsonl and the trackers."""
+    """Writes one record to log.jsonl and the trackers."""
     if trainer.accelerator.is_main_process:
         trainer.log.write(trainer.progress.step, images_seen=trainer.images_seen, **values)
         trainer.accelerator.log(values, step=trainer.progress.step)
 
 
 def record_interval(trainer, interval: Interval, bar: tqdm) -> None:
-    """Means since the last record, in a record and in the progress bar."""
+    """Logs the means since the last record and shows them in the progress bar."""
     values = {
         "loss": trainer.accelerator.reduce(interval.loss_sum / interval.updates, "mean").item(),
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
@@ -88,9 +88,9 @@ def record_interval(trainer, interval: Interval, bar: tqdm) -> None:
 
 
 def report_heldout_loss(trainer) -> None:
-    """Of the EMA network; nothing without a validation split."""
+    """Logs the held-out loss of the EMA network; does nothing without a validation split."""
     data = trainer.data
-    if data.heldout_images is None:  # as on all processes but the main one
+    if data.heldout_images is None:  # or on a process other than the main one
         return
     with trainer.accelerator.autocast():
         losses = heldout_loss(
@@ -109,9 +109,9 @@ def report_heldout_loss(trainer) -> None:
 
 
 def save_samples(trainer) -> None:
-    """A grid from fixed noise, one seed per image, the classes in turn.
+    """Saves a sample grid from fixed noise, one seed per image, cycling through the classes.
 
-    A failure is reported and does not end the training.
+    A failure is logged and does not end the training.
     """
     if not trainer.accelerator.is_main_process:
         return
@@ -133,12 +133,12 @@ def save_samples(trainer) -> None:
             tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
     except SamplingStopped:
         logger.info(f"step {step}: sampling given up, the run is to stop")
-    except Exception as error:  # whatever it is, the training does not depend on it
+    except Exception as error:  # training does not depend on samples
         logger.info(f"step {step}: sampling failed, training goes on: {error}")
 
 
 def facts(trainer) -> dict:
-    """What `training.json` of the model repository says, JSON-able and without any path of this machine."""
+    """The content of the model repository's `training.json`: JSON-serializable, without paths of this machine."""
     config, progress, store = trainer.config, trainer.progress, trainer.data.store
     heldout = None
     if config.validation_split is not None and (newest := trainer.log.newest("heldout_loss")) is not None:

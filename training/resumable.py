@@ -1,4 +1,4 @@
-"""How a training goes on after it was stopped: its progress, its checkpoints and its output folder.
+"""Resuming a training run after it was stopped: its progress, its checkpoints and its output folder.
 
 `trainer` is a `train_unet.Trainer`.
 """
@@ -21,19 +21,19 @@ from training.samples import list_grids
 
 logger = logging.getLogger(__name__)
 
-PROJECT = "unet"  # what the trackers call the run; TensorBoard's folder
-# What the loss and the noise process depend on; older checkpoints lack some of it, and had the defaults then
+PROJECT = "unet"  # project name for the trackers; TensorBoard's folder
+# Settings of the loss and the noise process; those that an older checkpoint lacks had their defaults
 OBJECTIVE = ["objective", "label_dropout", *(name for name, limits in LIMITS.items() if "only" in limits)]
 OBJECTIVE.remove("sampler")
 
 
 @dataclass
 class Progress:
-    """How far a run is. Weights, EMA, learning rate and `step` move together; a skipped one moves only `attempts`."""
+    """How far a run is. An update advances weights, EMA, learning rate and `step`; a skipped one only `attempts`."""
 
     step: int = 0  # optimizer updates applied
-    attempts: int = 0  # updates tried: the position in the data stream
-    train_seconds: float = 0.0  # spent in updates, over all starts
+    attempts: int = 0  # updates attempted: the position in the data stream
+    train_seconds: float = 0.0  # time spent in updates, over all starts
 
     @property
     def skipped_steps(self) -> int:
@@ -41,21 +41,21 @@ class Progress:
 
 
 def identity(trainer) -> dict:
-    """What a checkpoint and a run that resumes from it must have in common, as one flat dictionary."""
+    """The settings that a resumed run must share with its checkpoint, as a flat dictionary."""
     names = "train_batch_size gradient_accumulation_steps random_flip timestep_sampling optimizer seed post_hoc_ema"
     names += " label_column"
     found = trainer.unet_kwargs() | {name: getattr(trainer.config, name) for name in [*OBJECTIVE, *names.split()]}
     found |= {"num_processes": trainer.accelerator.num_processes, "label_names": trainer.data.label_names}
     found["data_fingerprint"] = trainer.data.store.fingerprint
-    return json.loads(json.dumps(found))  # tuples become lists, as in the file
+    return json.loads(json.dumps(found))  # turns tuples into lists, as in the file
 
 
 def start_or_resume(trainer) -> None:
-    """Takes the output folder and restores the checkpoint to resume from, if any.
+    """Locks the output folder and restores the checkpoint to resume from, if any.
 
     Raises:
-        Failed: before anything is changed, if the folder is in use, if a checkpoint that should be there is not or is
-            damaged, or if it belongs to another run.
+        Failed: before anything is changed, if the folder is in use, or if the checkpoint is missing, damaged or from
+            another run.
         OSError: if the folder cannot be written.
     """
     folder = on_main_process(trainer.accelerator, partial(_take_output_dir, trainer))
@@ -68,7 +68,7 @@ def start_or_resume(trainer) -> None:
 
 
 def tracker_options(trainer) -> dict:
-    """Keyword arguments with which the trackers go on where they were: one W&B run, each step once in TensorBoard."""
+    """Arguments with which the trackers continue: one W&B run over all starts, and each step once in TensorBoard."""
     folder = trainer.output_dir / trainer.config.logging_dir / PROJECT
     path = folder / "wandb_id"
     if trainer.accelerator.is_main_process and not path.exists() and trainer.config.report_to in ("wandb", "all"):
@@ -79,7 +79,7 @@ def tracker_options(trainer) -> dict:
 
 
 def _take_output_dir(trainer) -> Path | None:
-    """Main process: locks the folder; returns the checkpoint to resume from, if any."""
+    """On the main process, locks the folder and returns the checkpoint to resume from, if any."""
     config = trainer.config
     trainer.lock = checkpoint.lock_output_dir(trainer.output_dir)
     if config.overwrite_output_dir:
@@ -100,7 +100,7 @@ def _take_output_dir(trainer) -> Path | None:
 
 
 def _prepare_output_dir(trainer) -> None:
-    """Main process: clears away what the run does not build on, and begins the log and config.yaml."""
+    """On the main process, removes outputs that the run does not build on, and starts the log and config.yaml."""
     output_dir, step = trainer.output_dir, trainer.progress.step
     if trainer.config.overwrite_output_dir:
         checkpoint.delete_all(output_dir)
@@ -113,15 +113,15 @@ def _prepare_output_dir(trainer) -> None:
         if grid_step > step:
             grid.unlink()
     trainer.log = RunLog(output_dir / "log.jsonl", step)
-    again = replace(trainer.config, overwrite_output_dir=False)  # so that a start from the file resumes
+    again = replace(trainer.config, overwrite_output_dir=False)  # so that a run started from this file resumes
     replace_file(output_dir / "config.yaml", again.to_yaml().encode())
 
 
 def restore(trainer, folder: Path) -> None:
-    """Takes over a checkpoint that verifies, once all of it is read; of a run of the same identity all of it fits.
+    """Restores a verified checkpoint of a run with the same identity, after reading all of it.
 
     Raises:
-        Failed: before anything is changed, if it lacks a file.
+        Failed: before anything is changed, if the checkpoint lacks a file.
     """
     network, averages, scaler = trainer.network, trainer.averages, trainer.accelerator.scaler
     tensors = checkpoint.load_tensors(folder, ["unet", "ema_unet", "optimizer", *averages])
@@ -138,14 +138,14 @@ def restore(trainer, folder: Path) -> None:
 
 
 def save_checkpoint(trainer) -> None:
-    """Raises Failed, naming the path, if it cannot be written."""
+    """Saves the training state. Raises Failed, naming the path, if it cannot be written."""
     tensors = {"unet": trainer.network.state_dict(), "ema_unet": trainer.ema_network.state_dict()} | trainer.averages
     tensors["optimizer"] = checkpoint.optimizer_tensors(trainer.optimizer, trainer.network)
     _write(trainer, trainer.output_dir, tensors, trainer.config.checkpoints_total_limit)
 
 
 def save_snapshot(trainer) -> None:
-    """The averages of `--post_hoc_ema` in half precision, kept for good."""
+    """Saves the averages of `--post_hoc_ema` in half precision; snapshots are never deleted."""
     halves = {stem: {name: t.half() for name, t in average.items()} for stem, average in trainer.averages.items()}
     _write(trainer, trainer.output_dir / checkpoint.SNAPSHOTS, halves, None)
 

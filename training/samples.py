@@ -15,20 +15,20 @@ from common import replace_file
 
 
 class SamplingStopped(RuntimeError):
-    """The sampling was given up because the run is to stop."""
+    """Sampling was abandoned because the run is stopping."""
 
 
 def draw_grid(
     pipeline, num_images: int, num_inference_steps: int, should_stop: Callable[[], bool] = lambda: False
 ) -> Image.Image:
-    """A square grid of images of the seeds 0 to `num_images` - 1, always the same noise.
+    """A square grid of the images of seeds 0 to `num_images` - 1, always from the same noise.
 
     Args:
-        should_stop: asked after each step of the sampler.
+        should_stop: called after each sampling step.
 
     Raises:
-        RuntimeError, ValueError: where the pipeline does, as for weights that are not finite.
-        SamplingStopped: once `should_stop` says so.
+        RuntimeError, ValueError: as the pipeline, for example for non-finite weights.
+        SamplingStopped: once `should_stop` returns True.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)]
     images = pipeline(
@@ -38,7 +38,7 @@ def draw_grid(
 
 
 def stop_callback(should_stop: Callable[[], bool]) -> Callable:
-    """A pipeline's `callback_on_step_end` that raises SamplingStopped once `should_stop` says so."""
+    """A `callback_on_step_end` for pipelines that raises SamplingStopped once `should_stop` returns True."""
 
     def look_for_stop(pipeline, index, timestep, tensors) -> None:
         if should_stop():
@@ -56,6 +56,6 @@ def save_grid(grid: Image.Image, folder: Path, step: int) -> None:
 
 
 def list_grids(folder: Path) -> dict[int, Path]:
-    """Step -> file of the grids in a folder, by rising step; files of other names are none."""
+    """Step -> file of the grids in a folder, in ascending order; other files are ignored."""
     found = {path: re.fullmatch(r"step-(\d{7,})\.png", path.name) for path in folder.glob("step-*.png")}
     return dict(sorted((int(match[1]), path) for path, match in found.items() if match))

@@ -1,4 +1,4 @@
-"""The images of a run: those that it learns from, batch by batch, and those of the held-out loss."""
+"""The data of a run: batches of training images, and the images of the held-out loss."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ class TrainingData:
             self.open_heldout(self.open_store(config.validation_split, config.validation_images))
 
     def open_store(self, split: str, max_images: int | None) -> ImageStore:
-        """The main process decodes the images, or finds them decoded; the others read the same store."""
+        """The main process decodes the images, unless they are cached; the other processes read the same store."""
         open_it = partial(open_image_store, **self.config.data_source(), split=split, max_images=max_images)
 
         def find() -> tuple[Path, int | None]:
@@ -73,11 +73,11 @@ class TrainingData:
             self.heldout_images = to_model_range(store.__getitems__(range(len(store))))
 
     def first_images(self, count: int) -> Iterator[torch.Tensor]:
-        """Training images one by one, float32 (3, H, W) in [-1, 1]."""
+        """The first `count` training images, each float32 (3, H, W) in [-1, 1]."""
         return (to_model_range(self.store[index]) for index in range(min(count, len(self.store))))
 
     def open_batches(self, start_batch: int, should_stop: Callable[[], bool]) -> None:
-        """Begins the endless stream of this process's batches at one of its positions; see `load_batches`."""
+        """Opens this process's endless stream of batches at batch number `start_batch`; see `load_batches`."""
         order = shuffled_batches(
             len(self.store),
             self.config.train_batch_size,
@@ -90,7 +90,7 @@ class TrainingData:
         self.batches = make_loader(self.store, order, self.config.dataloader_num_workers, pin_memory, should_stop)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Clean images, float32 (B, 3, H, W) in [-1, 1], flipped at random, and labels (B,), dropped at random."""
+        """Randomly flipped clean images, float32 (B, 3, H, W) in [-1, 1], and randomly dropped labels (B,)."""
         config, device = self.config, self.accelerator.device
         clean_images, labels = next(self.batches)
         clean_images = clean_images.to(device, non_blocking=True)

@@ -10,12 +10,12 @@ from torch.utils.data import DataLoader
 
 from common import Failed, one_line
 
-CHUNK = 64  # images that a decoding process hands over at a time
-POLL_SECONDS = 1  # between two looks at `should_stop` while the workers have nothing ready
+CHUNK = 64  # images per item of a decoding process
+POLL_SECONDS = 1  # how often `should_stop` is polled while no batch is ready
 
 
 class StoppedWaiting(Failed):
-    """`should_stop` was true while no batch was ready."""
+    """`should_stop` returned True while no batch was ready."""
 
 
 def available_cores() -> int:
@@ -26,16 +26,16 @@ def available_cores() -> int:
 
 
 def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = lambda: False, **settings) -> Iterator:
-    """What `dataset` returns for each item or batch of indices, in order, as a `DataLoader` reads it.
+    """Yields what `dataset` returns for each index or batch of indices, in order, loaded by a `DataLoader`.
 
-    Let the items be NumPy arrays: tensors would travel through /dev/shm, of which a container has little, and those
-    that do not fit are lost. The workers leave SIGINT and SIGTERM to their parent, which a signal to the whole group,
-    such as Ctrl-C, reaches as well. When the parent ends they are killed: multiprocessing would ask them by SIGTERM
-    and wait.
+    Items should be NumPy arrays: tensors would go through /dev/shm, which is small in a container, and those that do
+    not fit are lost. The workers ignore SIGINT and SIGTERM; a signal to the whole process group, such as Ctrl-C, also
+    reaches their parent, which handles it. They are killed when the parent ends, because multiprocessing would send
+    them a SIGTERM and wait.
 
     Raises:
-        Failed: if the workers cannot be started, or, from the iterator, if one of them dies.
-        StoppedWaiting: from the iterator, see there.
+        Failed: if the workers cannot be started, or, while iterating, if one of them dies.
+        StoppedWaiting: while iterating, if `should_stop` returns True while no batch is ready.
     """
     before, on_child = {*multiprocessing.active_children()}, _child_handler()
     settings |= {"timeout": POLL_SECONDS} if num_workers else {}
@@ -49,10 +49,10 @@ def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = la
             f"cannot start {num_workers} worker processes: {error.strerror or error}; lower --dataloader_num_workers,"
             " or in a container give /dev/shm more space (docker run --shm-size 1g)"
         ) from error
-    if _child_handler() is not on_child:  # torch's would raise wherever the main thread happens to be
+    if _child_handler() is not on_child:  # torch's handler would raise at any point in the main thread
         signal.signal(signal.SIGCHLD, on_child)
     for worker in {*multiprocessing.active_children()} - before:
-        Finalize(None, worker.kill, exitpriority=0)  # before multiprocessing asks it
+        Finalize(None, worker.kill, exitpriority=0)  # before multiprocessing sends SIGTERM
     return _received(batches, should_stop)
 
 
@@ -90,7 +90,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 class _Chunks:
-    """Item i is what `decode` returns for the i-th slice, for a worker process."""
+    """A data set for worker processes, whose item i is `decode` of the i-th slice."""
 
     def __init__(self, decode: Callable[[slice], list], num_images: int):
         self.decode, self.num_images = decode, num_images
@@ -103,8 +103,8 @@ class _Chunks:
 
 
 def on_all_cores(decode: Callable[[slice], list], num_images: int) -> Iterator:
-    """What `decode` returns for the slices of `range(num_images)`, on all cores and in order."""
+    """Yields the images that `decode` returns for the slices of `range(num_images)`, on all cores and in order."""
     chunks = _Chunks(decode, num_images)
-    num_workers = min(available_cores(), len(chunks) - 1)  # not worth a process for a single chunk
+    num_workers = min(available_cores(), len(chunks) - 1)  # no process for a single chunk
     for chunk in load_batches(chunks, num_workers, batch_size=None):
         yield from chunk
