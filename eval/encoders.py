@@ -1,4 +1,4 @@
-"""Feature spaces beside Inception: DINOv2 for FD-DINOv2, CLIP for CMMD, and networks given by path."""
+"""Feature spaces other than Inception: DINOv2 for FD-DINOv2, CLIP for CMMD, and networks given by path."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ SAFETENSORS = "model*.safetensors"
 
 
 class Published(NamedTuple):
-    """A network on the Hub; weights with another sha256 do not get its name."""
+    """A network on the Hub; only weights with this sha256 get its name."""
 
     hub_id: str
     commit: str
@@ -32,13 +32,13 @@ class Published(NamedTuple):
 
 
 PUBLISHED = {
-    "dinov2": Published(  # ViT-L/14, as Stein et al. 2023 (arXiv 2306.04675)
+    "dinov2": Published(  # ViT-L/14, as in Stein et al. 2023 (arXiv 2306.04675)
         "facebook/dinov2-large",
         "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c",
         "model.safetensors",
         "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
     ),
-    "clip": Published(  # ViT-L/14 for 336 pixels, as Jayasumana et al. 2024 (arXiv 2401.09603)
+    "clip": Published(  # ViT-L/14 at 336 pixels, as in Jayasumana et al. 2024 (arXiv 2401.09603)
         "openai/clip-vit-large-patch14-336",
         "ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
         "pytorch_model.bin",
@@ -51,15 +51,15 @@ DINOV2_PIXELS = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # size, mea
 def open_extractor(
     name: str, *, mode: str = "clean", path: Path | None = None, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """The extractor of a name: `inception`, `dinov2`, `clip`, a TorchScript file, a transformers folder or Hub id.
+    """Opens a feature extractor: `inception`, `dinov2`, `clip`, a TorchScript file, a transformers folder or Hub id.
 
     Args:
-        mode: of Inception.
-        path: local weights of `inception` (a file), `dinov2` or `clip` (a folder); under these names only the
-            published weights are accepted.
+        mode: how Inception resizes images, see `open_inception`.
+        path: local weights of `inception` (a file), `dinov2` or `clip` (a folder); these names accept only the
+            published weights.
 
     Raises:
-        InputError: if it is not available.
+        InputError: if the extractor is not available.
     """
     if name == "inception":
         return open_inception(mode, path=path, device=device)
@@ -71,7 +71,7 @@ def open_extractor(
 
 
 def open_torchscript(path: Path, *, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """Any TorchScript file that maps float32 (B, 3, H, W) in 0..255 to (B, D). Loading it runs its code."""
+    """Opens any TorchScript file that maps float32 (B, 3, H, W) in 0..255 to (B, D). Loading it runs its code."""
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
@@ -82,24 +82,26 @@ def open_torchscript(path: Path, *, device: torch.device | str = "cpu") -> Featu
 def open_transformers(
     source: str, published: Published | None = None, *, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """A vision network of transformers, for square images. It runs no code of the folder or repository.
+    """Opens a vision network from transformers, for square images. No code from the folder or repository is run.
 
-    DINOv2: the class token after the last norm, of images resized to 224 (antialiased bicubic, rounded to uint8) and
-    normalised as ImageNet, as in the code of Stein et al. (dgm-eval). One difference remains: transformers resizes the
-    position embeddings from 518 to 224 pixels by size, Meta's code by a factor with an offset of 0.1.
+    DINOv2: the class token after the last norm, for images resized to 224 (antialiased bicubic, rounded to uint8) and
+    normalised with ImageNet statistics, as in the code of Stein et al. (dgm-eval). One difference remains:
+    transformers resizes the position embeddings from 518 to 224 pixels by size, Meta's code by a factor with an offset
+    of 0.1.
 
-    CLIP: the projected image embedding divided by its length, of images resized to the network's size in the same way
-    and normalised as CLIP's, as in the code of Jayasumana et al. (google-research/cmmd).
+    CLIP: the projected image embedding divided by its norm, for images resized in the same way to the network's size
+    and normalised with CLIP's statistics, as in the code of Jayasumana et al. (google-research/cmmd).
 
-    Other networks: the pooled output or the class token, with the size of their configuration and the mean and
-    standard deviation of their `preprocessor_config.json`.
+    Other networks: the pooled output or the class token, with the image size from their configuration and the mean and
+    standard deviation from their `preprocessor_config.json`.
 
     Args:
         source: a folder with config.json and weights, or a Hub id.
-        published: what it must be; by default anything in safetensors. Pickles are read as weights only.
+        published: the network that it must be; by default, any network in safetensors. Pickles are read with
+            weights_only.
 
     Raises:
-        InputError: if it is not available, is another network, or the weights do not fill the network.
+        InputError: if the network is not available or not the published one, or if its weights are incomplete.
     """
     weights = published.weights if published else SAFETENSORS
     is_local = Path(source).is_dir()
@@ -122,7 +124,7 @@ def open_transformers(
     if missing:
         raise InputError(
             f"the weights of {source} lack {len(missing)} of the network's parameters, such as {missing[0]};"
-            " take another file"
+            " use another file"
         )
     network.eval().to(device)
     size, mean, std = _pixels(folder, network.config)
@@ -144,7 +146,7 @@ def open_transformers(
 
 
 def _pixels(folder: Path, config) -> tuple[int, tuple, tuple]:
-    """Size, mean and standard deviation that a network wants its images in."""
+    """The image size, mean and standard deviation that a network expects."""
     if config.model_type == "dinov2":
         return DINOV2_PIXELS
     try:
@@ -152,13 +154,13 @@ def _pixels(folder: Path, config) -> tuple[int, tuple, tuple]:
         return int(config.image_size), tuple(facts["image_mean"]), tuple(facts["image_std"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(
-            f"{folder} does not say how images are prepared: {error}; it needs a"
+            f"{folder} does not say how to prepare images: {error}; it needs a"
             " preprocessor_config.json with image_mean and image_std, and a configuration with image_size"
         ) from error
 
 
 def _download(hub_id: str, weights: str, revision: str | None) -> Path:
-    """The folder in the cache of a network on the Hub."""
+    """Downloads a network from the Hub and returns its folder in the cache."""
     wanted = ["config.json", "preprocessor_config.json", weights, f"{weights}.index.json"]
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
@@ -172,7 +174,7 @@ def _download(hub_id: str, weights: str, revision: str | None) -> Path:
 
 
 def _sha256_of(folder: Path, weights: str) -> str:
-    """Of the file of weights; of several, of their hashes in order."""
+    """The sha256 of the weights file; of several files, the sha256 of their hashes in order."""
     digests = [sha256_of(file) for file in sorted(folder.glob(weights))]
     if not digests:
         raise InputError(f"{folder} has no weights ({weights}); give the folder of a network")

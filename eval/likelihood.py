@@ -1,15 +1,15 @@
-"""How likely images are under a model, in bits per dimension (a dimension is one of the C x H x W pixel values).
+"""The likelihood of images under a model, in bits per dimension (a dimension is one of the C x H x W pixel values).
 
-Two likelihoods of two readings of the same network; both are code lengths of 8-bit images, so less is better:
+Two likelihoods for two interpretations of the same network; both are code lengths of 8-bit images, so lower is better:
 
     variational_bound   of the stochastic sampler, term by term (DDPM: Ho et al. 2020, arXiv 2006.11239)
-    ode_likelihood      of the probability-flow ODE (Song et al. 2021, arXiv 2011.13456), of DDPM and SDE models alike
+    ode_likelihood      of the probability-flow ODE (Song et al. 2021, arXiv 2011.13456), for DDPM and SDE models
 
 Notation: abar is `alphas_cumprod`, D = C x H x W, and with alpha = sqrt(abar), n = sqrt(1 - abar), sigma = n / alpha
 
     x_t = alpha x_0 + n epsilon                              DDPM eq. 4
 
-Timesteps count from 0 as in diffusers: timestep t here is t + 1 in the paper, and abar before timestep 0 is 1. An SDE
+Timesteps start at 0 as in diffusers: timestep t here is t + 1 in the paper, and abar before timestep 0 is 1. An SDE
 model has its own alpha(t) and n(t), see training/sde.py.
 """
 
@@ -27,20 +27,20 @@ from pipelines.continuous import denoiser
 from pipelines.custom_unet_pipeline import clean_images_and_noise
 from training.data import to_model_range
 
-VARIANCES = ("fixed_small", "fixed_large")  # as diffusers' DDPMScheduler calls them
+VARIANCES = ("fixed_small", "fixed_large")  # names from diffusers' DDPMScheduler
 
-# The model's range, which training/data.py owns: [-1, 1], and the distance of neighbouring pixel values in it, 2/255
+# The model's range [-1, 1], defined in training/data.py, and the spacing of pixel values in it, 2/255
 BLACK, WHITE = to_model_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist()
 BIN_WIDTH = (WHITE - BLACK) / 255
 
 
 def to_float64_range(images: Tensor) -> Tensor:
-    """`to_model_range` in float64, so that bins of neighbouring pixel values meet exactly."""
+    """`to_model_range` in float64, so that the bins of adjacent pixel values meet exactly."""
     return BLACK + BIN_WIDTH * images.double()
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of independent values (N,); NaN for a single one."""
+    """Standard error of the mean of independent values (N,); NaN for a single value."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
@@ -53,15 +53,15 @@ def to_bits_per_dim(nats: np.ndarray, num_dims: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class VariationalBound:
-    """Upper bound of the code length of each image; bits/dim, float64.
+    """Upper bound on the code length of each image; bits/dim, float64.
 
     Attributes:
         bits_per_dim: the bound L_0 + L_1 + ... + L_T (DDPM eq. 5), shape (N,).
-        decoder: L_0 of each image, its reconstruction from x_1 of the paper, shape (N,).
-        prior: L_T of each image, what x_T still tells of it, shape (N,).
-        terms: mean over the images of each timestep's term, shape (T,): `terms[0]` is L_0, `terms[t]` is L_t. NaN for
-            a timestep that no image was evaluated at.
-        num_evaluations: network evaluations for each image.
+        decoder: L_0 of each image, its reconstruction from the paper's x_1, shape (N,).
+        prior: L_T of each image, the information about it that remains in x_T, shape (N,).
+        terms: each timestep's term, averaged over the images, shape (T,): `terms[0]` is L_0, `terms[t]` is L_t. NaN
+            for timesteps at which no image was evaluated.
+        num_evaluations: network evaluations per image.
     """
 
     bits_per_dim: np.ndarray
@@ -76,7 +76,7 @@ class VariationalBound:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean over images, with that of the Monte-Carlo estimates in it."""
+        """Standard error of the mean over images, including that of the Monte Carlo estimates."""
         return standard_error(self.bits_per_dim)
 
 
@@ -84,11 +84,11 @@ class Posterior(NamedTuple):
     """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7, and the reverse process, at every timestep; float64, shape (T,).
 
     Attributes:
-        clean_weight: of x_0 in its mean, sqrt(abar_{t-1}) beta_t / (1 - abar_t). The weight of x_t is not needed: the
-            mean of the model is that of the posterior with the predicted x_0 in place of x_0.
+        clean_weight: weight of x_0 in its mean, sqrt(abar_{t-1}) beta_t / (1 - abar_t). The weight of x_t is not
+            needed, because the model's mean is the posterior mean with the predicted x_0 in place of x_0.
         variance: beta-tilde_t, 0 at timestep 0.
         model_variance: sigma_t^2 of the reverse process: beta-tilde_t or beta_t (DDPM section 3.2). At timestep 0,
-            where beta-tilde is 0, both take beta-tilde of the next one, as the authors' code does.
+            where beta-tilde is 0, both use beta-tilde of the next timestep, as the authors' code does.
     """
 
     clean_weight: Tensor
@@ -97,7 +97,7 @@ class Posterior(NamedTuple):
 
 
 def posterior_of(alphas_cumprod: Tensor, variance: str) -> Posterior:
-    """From float64, shape (T,), and one of `VARIANCES`."""
+    """Computes the posterior from float64 `alphas_cumprod` (T,) and a variance from `VARIANCES`."""
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     beta = 1 - alphas_cumprod / previous
     posterior_variance = (1 - previous) / (1 - alphas_cumprod) * beta
@@ -107,18 +107,18 @@ def posterior_of(alphas_cumprod: Tensor, variance: str) -> Posterior:
 
 
 def discrete_decoder(images: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:
-    """Log-probability (nats) of each pixel value under a Gaussian cut into 256 bins, DDPM eq. 13.
+    """Log-probability (nats) of each pixel value under a Gaussian discretised into 256 bins, DDPM eq. 13.
 
-    The bins lie around the pixel values in the model's range; the outermost ones reach to infinity.
+    The bins are centred on the pixel values in the model's range; the outermost ones extend to infinity.
 
     Args:
         images: uint8.
-        mean, std: of the Gaussian, float64, shapes that broadcast with `images`.
+        mean, std: mean and standard deviation of the Gaussian, float64, broadcastable with `images`.
     """
     centre = to_float64_range(images)
     lower = torch.where(images == 0, -math.inf, (centre - mean - BIN_WIDTH / 2) / std)
     upper = torch.where(images == 255, math.inf, (centre - mean + BIN_WIDTH / 2) / std)
-    # In the lower tail Phi keeps its relative precision, so an interval of the upper one is mirrored
+    # Phi keeps its relative precision in the lower tail, so intervals in the upper tail are mirrored
     lower, upper = torch.where(lower > 0, -upper, lower), torch.where(lower > 0, -lower, upper)
     log_upper = torch.special.log_ndtr(upper)
     return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
@@ -143,20 +143,19 @@ def variational_bound(
 ) -> VariationalBound:
     """The variational bound of DDPM, eq. 5, in bits/dim.
 
-    Each image's sum over timesteps is taken in full, with one noise sample for each timestep, or estimated without
-    bias from a few of them. L_0 and L_T are always taken.
+    For each image, the sum over timesteps is computed in full, with one noise sample per timestep, or estimated
+    without bias from a few timesteps. L_0 and L_T are always included.
 
     Args:
         unet: called as `unet(noisy_images, timesteps).sample`; in evaluation mode.
-        scheduler: the noise schedule it was trained with; its `alphas_cumprod` and `prediction_type` count.
+        scheduler: the noise schedule that it was trained with; only `alphas_cumprod` and `prediction_type` are used.
         images: uint8, shape (N, C, H, W).
-        num_evaluations: network evaluations for each image, one of them for L_0; None for all T timesteps.
+        num_evaluations: network evaluations per image, one of them for L_0; None for all T timesteps.
         variance: of the reverse process, `fixed_small` (beta-tilde) or `fixed_large` (beta).
-        seed: of the noise and the timesteps; neither depends on the batch size.
+        seed: seed of the noise and the timesteps; neither depends on the batch size.
 
     Raises:
-        InputError: for a network whose output is not finite, or epsilon prediction where the schedule ends at zero
-            signal.
+        InputError: if the network's output is not finite, or it predicts epsilon but the schedule ends at zero signal.
     """
     alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
     num_images, num_timesteps, num_dims = len(images), len(alphas_cumprod), images[0].numel()
@@ -164,7 +163,7 @@ def variational_bound(
         raise InputError(
             "the schedule ends at zero signal, where epsilon does not determine x_0; the bound is infinite"
         )
-    rng = np.random.default_rng(seed)  # not torch's, by which images that a model drew may have the same noise
+    rng = np.random.default_rng(seed)  # torch's could repeat the noise that generated the images
     timesteps, weights = draw_timesteps(alphas_cumprod, num_images, num_evaluations, rng)  # (N, K) each
     posterior = posterior_of(alphas_cumprod, variance)
     owners = torch.arange(num_images).repeat_interleave(timesteps.shape[1])
@@ -190,13 +189,13 @@ def variational_bound(
 def draw_timesteps(
     alphas_cumprod: Tensor, num_images: int, num_evaluations: int | None, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The timesteps that each image is evaluated at, and weights with which its terms add up to the whole sum.
+    """Draws the timesteps at which each image is evaluated, and the weights of their terms in the sum.
 
-    Without a number these are all T, with weight 1. Else timestep 0, and of the others K - 1 by stratified importance
-    sampling: one from each of K - 1 equal parts of the mass of a proposal p(t), with the weight 1 / ((K - 1) p(t)),
-    which is unbiased whatever the proposal. For white data of unit variance and many timesteps, L_t is proportional
-    to log((1 - abar_t) / (1 - abar_{t-1})), the decrease of log(1 + snr). Half of p is that and half is uniform, so
-    that no weight exceeds 2 (T - 1) / (K - 1).
+    If `num_evaluations` is None, these are all T timesteps with weight 1. Otherwise they are timestep 0 and K - 1
+    others by stratified importance sampling: one from each of K - 1 equal parts of the mass of a proposal p(t), with
+    the weight 1 / ((K - 1) p(t)), which is unbiased for any proposal. For white data of unit variance and many
+    timesteps, L_t is proportional to log((1 - abar_t) / (1 - abar_{t-1})), the decrease of log(1 + snr). p mixes this
+    with a uniform distribution in equal parts, so that no weight exceeds 2 (T - 1) / (K - 1).
 
     Returns:
         int64 and float64, shape (N, K); column 0 is timestep 0.
@@ -217,9 +216,9 @@ def draw_timesteps(
 
 
 def _terms(unet, scheduler, posterior, images, noise, timesteps) -> Tensor:
-    """The term of each image (B, C, H, W) at its timestep, nats, shape (B,): L_0 at timestep 0, else L_t.
+    """The term of each image (B, C, H, W) at its timestep, nats, shape (B,): L_0 at timestep 0, otherwise L_t.
 
-    L_t is the KL divergence of two Gaussians, the posterior N(mu-tilde, beta-tilde I) from the model's N(mu, s^2 I):
+    L_t is the KL divergence of the posterior N(mu-tilde, beta-tilde I) from the model's Gaussian N(mu, s^2 I):
     (D (log(s^2 / beta-tilde) - 1 + beta-tilde / s^2) + ||mu-tilde - mu||^2 / s^2) / 2, eq. 8 with its constant.
 
     Raises:
@@ -232,7 +231,7 @@ def _terms(unet, scheduler, posterior, images, noise, timesteps) -> Tensor:
     parameter = next(unet.parameters())
     model_output = unet(noisy_images.to(parameter), timesteps.to(parameter.device)).sample.cpu().double()
     if not model_output.isfinite().all():
-        raise InputError("the network's output is not finite; look at its weights")
+        raise InputError("the network's output is not finite; check its weights")
     kind = scheduler.config.prediction_type
     predicted, _ = clean_images_and_noise(kind, model_output, noisy_images, signal, noise_scale)
     s2 = posterior.model_variance[timesteps]
@@ -250,12 +249,12 @@ def _terms(unet, scheduler, posterior, images, noise, timesteps) -> Tensor:
 
 @dataclass(frozen=True)
 class ODELikelihood:
-    """Code length of each image by the density of the probability-flow ODE; bits/dim, float64.
+    """Code length of each image under the probability-flow ODE; bits/dim, float64.
 
     Attributes:
-        draws: of each draw of dequantisation and probe, shape (num_draws, N).
-        num_evaluations: network evaluations of each draw of an image, each with its vector-Jacobian product; the
-            mean over the batches.
+        draws: the code length for each draw of dequantisation noise and probe, shape (num_draws, N).
+        num_evaluations: network evaluations per draw and image, each with a vector-Jacobian product, averaged over the
+            batches.
     """
 
     draws: np.ndarray
@@ -263,7 +262,7 @@ class ODELikelihood:
 
     @property
     def bits_per_dim(self) -> np.ndarray:
-        """Of each image, mean over its draws, shape (N,)."""
+        """Code length of each image, averaged over its draws, shape (N,)."""
         return self.draws.mean(0)
 
     @property
@@ -272,27 +271,27 @@ class ODELikelihood:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean as an estimate for the distribution that the images come from: by images and draws."""
+        """Standard error of the mean as an estimate for the distribution of the images: from images and draws."""
         return standard_error(self.bits_per_dim)
 
     @property
     def draw_standard_error(self) -> float:
-        """Of the mean as an estimate for these very images: by the draws alone; NaN for a single draw."""
+        """Standard error of the mean as an estimate for these images: from the draws alone; NaN for a single draw."""
         if len(self.draws) == 1:
             return math.nan
         return float(math.sqrt(self.draws.var(0, ddof=1).mean() / self.draws.size))
 
 
 def bits_of_a_bin() -> float:
-    """What turns the -log2 of a density into bits, per dimension.
+    """The constant that converts the -log2 of a density into code length, bits per dimension.
 
     A pixel value k stands for the bin of width w around it: x = to_model_range(k) + w (u - 1/2), u uniform in [0, 1).
     The model's probability of an image is the integral of its density p over D bins,
 
         P = w^D E_u p(x),   hence   -log2 P / D <= -E_u log2 p(x) / D - log2 w     (Jensen)
 
-    and the right-hand side is what is estimated. With w = 2/255 its constant is log2(255/2) = 6.994; it is 7 in papers
-    that spread 256 bins over [-1, 1].
+    and we estimate the right-hand side. With w = 2/255 its constant is log2(255/2) = 6.994; papers that spread 256
+    bins over [-1, 1] use 7.
     """
     return -math.log2(BIN_WIDTH)
 
@@ -307,20 +306,20 @@ def ode_likelihood(
     seed: int = 0,
     batch_size: int = 16,
 ) -> ODELikelihood:
-    """The likelihood of the probability-flow ODE in bits/dim, with uniform dequantisation, see `bits_of_a_bin`.
+    """The likelihood under the probability-flow ODE in bits/dim, with uniform dequantisation, see `bits_of_a_bin`.
 
     Args:
-        unet: called as `unet(noisy_images, timestep).sample`, also with fractions of a timestep; in evaluation mode.
-        scheduler: what it was trained with, a noise schedule of DDPM or an `SDEScheduler`.
+        unet: called as `unet(noisy_images, timestep).sample`, also with fractional timesteps; in evaluation mode.
+        scheduler: the DDPM noise schedule or `SDEScheduler` that it was trained with.
         images: uint8, shape (N, C, H, W).
-        num_draws: of u and of a probe for each image: a vector of random signs (Skilling-Hutchinson, arXiv 2011.13456
-            eq. 40), whose variance is smaller than that of normal numbers.
+        num_draws: draws per image of u and of a probe, which is a vector of random signs (Skilling-Hutchinson, arXiv
+            2011.13456 eq. 40); signs have a smaller variance than Gaussian noise.
         tolerance: of the solver, see `log_density`.
-        seed: of u and probes. They do not depend on the batch size; the result does, by as much as the tolerance
-            allows, as the images of a batch share the solver's steps.
+        seed: seed of u and the probes. They do not depend on the batch size, but the result does within the tolerance,
+            because the images of a batch share the solver's steps.
 
     Raises:
-        InputError: as `log_density`.
+        InputError: see `log_density`.
     """
     rng = np.random.default_rng(seed)
     nats, evaluations = [], []
@@ -338,38 +337,38 @@ def ode_likelihood(
 def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: float) -> tuple[Tensor, int]:
     """Log-density (nats) of points in the model's range, by the instantaneous change of variables.
 
-    The probability-flow ODE (arXiv 2011.13456, eq. 13) of any linear SDE is, for y = x_t / alpha = x_0 + sigma epsilon
-    with the noise level sigma for a time, one and the same: dy/dsigma = epsilon(y, sigma), with what the network takes
-    for epsilon. It is solved in s = log sigma for x = y / sqrt(1 + sigma^2), which is x_t of a VP SDE and has unit
-    size all the way; with n = sigma / sqrt(1 + sigma^2)
+    With y = x_t / alpha = x_0 + sigma epsilon and the noise level sigma as time, the probability-flow ODE (arXiv
+    2011.13456, eq. 13) is the same for every linear SDE: dy/dsigma = epsilon(y, sigma), where the network predicts
+    epsilon. It is solved in s = log sigma for x = y / sqrt(1 + sigma^2), which is x_t of a VP SDE and has unit size
+    throughout; with n = sigma / sqrt(1 + sigma^2)
 
         dx/ds = n (epsilon(x, sigma) - n x)        d log p(x)/ds = -div(dx/ds) = -n (div epsilon - n D)     eq. 39
 
-    from sigma of the SDE's first time to that of its last one, where x_t is taken for normal with the standard
-    deviation that samplers start with. The network of a DDPM model knows discrete timesteps; between two of them sigma
-    is linear in the timestep, as in the sigma-type schedulers of diffusers.
+    from sigma at the SDE's first time to sigma at its last time, where x_t is assumed Gaussian with the standard
+    deviation that samplers start from. A DDPM network knows discrete timesteps; between them, sigma is interpolated
+    linearly in the timestep, as in the sigma-based schedulers of diffusers.
 
-    What this is the density of: x_0 + sigma_0 epsilon, as the ODE stops at sigma_0, the least noise that the network
-    knows, see `SDE.noise_levels` (0.006 in the cosine schedule with 1,000 timesteps and 0.010 in the linear one, where
-    neighbouring pixel values are 0.008 apart; 0.001 for vp and 0.02 for ve). It is a density by itself, and so a valid
-    code, of a model whose images have that noise left. For data smoother than this noise it costs about
-    log2(1 + sigma_0^2 / variance) / 2 bits/dim beside the density at sigma 0.
+    The result is the density of x_0 + sigma_0 epsilon, because the ODE stops at sigma_0, the lowest noise level that
+    the network knows, see `SDE.noise_levels` (0.006 for the cosine schedule with 1,000 timesteps and 0.010 for the
+    linear one, where adjacent pixel values are 0.008 apart; 0.001 for vp and 0.02 for ve). This is a proper density,
+    and hence a valid code, of a model whose images keep that noise. For data smoother than this noise, it costs about
+    log2(1 + sigma_0^2 / variance) / 2 bits/dim more than the density at sigma 0.
 
     Args:
         points: float64, shape (B, C, H, W); x_0 + sigma_0 epsilon, not scaled by alpha.
-        probes: vectors e whose e^T J e add up to the trace of a matrix J, in expectation or (the D unit vectors)
+        probes: vectors e whose e^T J e sum to the trace of a matrix J, in expectation or (for the D unit vectors)
             exactly; float64, shape (K, B, C, H, W).
-        tolerance: largest local error of a step of the solver (Runge-Kutta 5(4)): the root mean square error of all
-            pixel values of the batch and, with equal weight, of log p / D. On a Gaussian with the spectrum of 32x32
-            images 1e-3 takes 50 network evaluations and errs by up to 0.002 bits/dim, 1e-5 by 0.0001 with 120. With
-            1e-2 a step can leap over the noise levels where the data have their structure.
+        tolerance: largest local error per step of the solver (Runge-Kutta 5(4)): the root mean square error over all
+            pixel values of the batch and, with equal weight, of log p / D. For a Gaussian with the spectrum of 32x32
+            images, 1e-3 takes 50 network evaluations and errs by up to 0.002 bits/dim; 1e-5 takes 120 and errs by
+            0.0001. With 1e-2, a step can skip the noise levels where the data have their structure.
 
     Returns:
         float64 log-densities (B,), and the number of network evaluations.
 
     Raises:
-        InputError: for a network whose values are not finite, or an ODE that cannot be solved.
-        ValueError: for a network that knows whole timesteps alone.
+        InputError: if the network's values are not finite or the ODE cannot be solved.
+        ValueError: if the network accepts only whole timesteps.
     """
     denoise = denoiser(unet, scheduler)
     sde, (first_sigma, last_sigma) = denoise.sde, denoise.sde.noise_levels
@@ -391,7 +390,7 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
     first_scale, last_scale = (1 / math.sqrt(1 + sigma**2) for sigma in (first_sigma, last_sigma))
     start = torch.cat([first_scale * points.flatten(), torch.zeros(len(points), dtype=torch.float64)])
     span = (math.log(first_sigma), math.log(last_sigma))
-    # absolute errors alone: x has unit size all the way
+    # absolute errors only, since x has unit size throughout
     solution = solve_ivp(flow, span, start.numpy(), t_eval=span[1:], atol=tolerance, rtol=1e-13)
     if not solution.success:
         raise InputError(f"the ODE could not be solved with --ode_tolerance {tolerance}: {solution.message}")
@@ -400,15 +399,15 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
     last_signal = float(sde.signal_scale(torch.tensor(sde.last_time, dtype=torch.float64)))
     std = sde.prior_std * last_scale / last_signal  # of x; 1 for VP
     log_prior = -((last / std).square().sum(dim=(1, 2, 3)) + num_dims * math.log(2 * math.pi * std**2)) / 2
-    # log_prior - change is that of x at sigma_0, and x = scale point: p(point) = p(x) scale^D
+    # log_prior - change is the log-density of x at sigma_0, and x = scale point: p(point) = p(x) scale^D
     return log_prior - change + num_dims * math.log(first_scale), solution.nfev
 
 
 def _noise_and_divergence(predict, x: Tensor, sigma: float, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """epsilon (B, C, H, W) at x = y / sqrt(1 + sigma^2), and its divergence in x (B,) as the probes estimate it.
+    """epsilon (B, C, H, W) at x = y / sqrt(1 + sigma^2), and its divergence in x (B,), estimated with the probes.
 
     Args:
-        predict: the x_0 that the network predicts of y with noise of the scale sigma.
+        predict: predicts x_0 from y and its noise level sigma.
 
     Raises:
         InputError: if epsilon is not finite.
@@ -419,7 +418,7 @@ def _noise_and_divergence(predict, x: Tensor, sigma: float, probes: Tensor) -> t
         y = math.sqrt(1 + sigma**2) * x
         noise = (y - predict(y, sigma)) / sigma
         if not noise.isfinite().all():
-            raise InputError(f"the network's output is not finite (sigma {sigma:.4g}); look at its weights")
+            raise InputError(f"the network's output is not finite (sigma {sigma:.4g}); check its weights")
         for probe in probes:
             (product,) = torch.autograd.grad(noise, x, probe, retain_graph=len(probes) > 1)
             divergence += (product * probe).sum(dim=(1, 2, 3))
