@@ -1,25 +1,25 @@
 """Brightness, contrast and saturation of images: a check of their colours that needs no network.
 
-SWD normalises each colour channel, so that it overlooks a tint that a person sees at once. Here each image is three
-numbers, and a set of images three distributions.
+SWD normalises each colour channel and so overlooks a tint that a person sees at once. Here each image is reduced to
+three numbers, and a set of images to three distributions.
 """
 
 import numpy as np
 
 COLOURS = ("brightness", "contrast", "saturation")
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B: ITU-R BT.601
-TAILS_PERCENT = 0.5  # of the real images on each side that count as extreme
-BLOCK = 512  # images at once
+TAILS_PERCENT = 0.5  # share of the real images on each side that counts as extreme
+BLOCK = 512  # images processed at once
 
 
 def colour_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
-    """The distributions, each (N,) in grey levels 0..255.
+    """Computes three numbers per image, each (N,) in grey levels 0..255.
 
     Args:
         images: uint8, shape (N, 3, H, W).
 
     Returns:
-        by name: `brightness`, the mean luma of an image; `contrast`, the standard deviation of its luma;
+        By name: `brightness`, the mean luma of an image; `contrast`, the standard deviation of its luma; and
         `saturation`, the mean of max(R, G, B) - min(R, G, B).
     """
     blocks = []
@@ -32,6 +32,6 @@ def colour_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def share_of_extremes(values: np.ndarray, real: np.ndarray) -> float:
-    """Share of the values outside the central 99 % of the real ones; (N,) and (M,)."""
+    """Share of the values (N,) that lie outside the central 99 % of the real values (M,)."""
     low, high = np.percentile(real, [TAILS_PERCENT, 100 - TAILS_PERCENT])
     return float(np.mean((values < low) | (values > high)))

@@ -1,7 +1,7 @@
 """Distances between two sets of images, from their features: FID, KID, CMMD, precision and recall.
 
-Features are arrays of shape (N, D) and finite, see `eval.features`. Except KID, each of these figures depends on the
-number of images: compare it at equal n only.
+Features are finite arrays of shape (N, D), see `eval.features`. All of these metrics except KID depend on the number
+of images; compare them only at equal n.
 """
 
 from typing import NamedTuple
@@ -13,18 +13,18 @@ from torch import Tensor
 
 CMMD_SIGMA = 10.0
 CMMD_SCALE = 1000.0
-BLOCK = 1024  # rows of a distance matrix in memory at once
+BLOCK = 1024  # rows of a distance matrix that are in memory at once
 
 
 def frechet_distance(features1: np.ndarray, features2: np.ndarray) -> float:
-    """FID in Inception's features, FD-DINOv2 in DINOv2's: the squared Frechet distance of two Gaussians, in float64.
+    """FID (Inception features) or FD-DINOv2 (DINOv2 features): squared Frechet distance of two Gaussians, in float64.
 
         d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))        Heusel et al. 2017 (arXiv 1706.08500), equation 6
 
-    with the means m and the covariances S (over N - 1) of the features, (N, D) and (M, D). For factors S = R^T R the
-    eigenvalues of S1 S2 are the squared singular values of R1 R2^T, so the trace of the root is the sum of these. R is
-    that of the QR decomposition of the centred features: no covariance is formed, it may be singular, and no rounding
-    error is magnified by the root of a number near 0.
+    with the means m and the covariances S (over N - 1) of the features, (N, D) and (M, D). For S = R^T R, the
+    eigenvalues of S1 S2 are the squared singular values of R1 R2^T, so the trace of the root is the sum of the
+    singular values. R comes from the QR decomposition of the centred features: the covariance is never formed and may
+    be singular, and no square root magnifies rounding errors near 0.
     """
     means = [features.mean(axis=0, dtype=np.float64) for features in (features1, features2)]
     roots = []
@@ -32,14 +32,14 @@ def frechet_distance(features1: np.ndarray, features2: np.ndarray) -> float:
         roots.append(linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r")[0][: len(mean)])
     trace_of_root = linalg.svdvals(roots[0] @ roots[1].T).sum()
     squared = ((means[0] - means[1]) ** 2).sum() + sum((root**2).sum() for root in roots) - 2 * trace_of_root
-    return max(float(squared), 0.0)  # rounding may take it below
+    return max(float(squared), 0.0)  # rounding can make it negative
 
 
 class KernelDistance(NamedTuple):
     """Attributes:
-    mean: KID; unbiased, so it is sometimes below 0 where the distributions are equal.
-    std: standard deviation over the subsets, the spread that the literature gives; of subsets, not of the mean. None
-        if every subset is the whole of both sets and nothing varies.
+    mean: KID; unbiased, so it can be negative if the distributions are equal. std: standard deviation over the
+    subsets, as reported in the literature; not the standard error of the mean. None if
+        every subset is the full set and nothing varies.
     num_subsets, subset_size: how it was measured.
     """
 
@@ -55,12 +55,12 @@ def kernel_distance(
     """KID (Binkowski et al. 2018, arXiv 1801.01401, section 4), in float64.
 
     The unbiased estimate of MMD^2 with the kernel k(x, y) = (x^T y / D + 1)^3, over random subsets of equal size m
-    without replacement. They are drawn as clean-fid 0.1.35 does, so this is its figure after `np.random.seed(seed)`.
+    without replacement. They are drawn as in clean-fid 0.1.35, so this is its value after `np.random.seed(seed)`.
 
     Args:
-        features1: shape (N, D); in clean-fid the reference.
+        features1: shape (N, D); the reference in clean-fid.
         features2: shape (M, D).
-        max_subset_size: m is this, or N or M if that is less.
+        max_subset_size: m is the minimum of this, N and M.
     """
     size = min(len(features1), len(features2), max_subset_size)
     draws, values = np.random.RandomState(seed), []
@@ -73,7 +73,7 @@ def kernel_distance(
 
 
 def _unbiased_polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """MMD_u^2 of Gretton et al. 2012 (JMLR 13), equation 3: an image is not compared with itself; both (m, D)."""
+    """MMD_u^2 of Gretton et al. 2012 (JMLR 13), equation 3, without comparing an image to itself; both (m, D)."""
     size, dimensions = x.shape
     within = (x @ x.T / dimensions + 1) ** 3 + (y @ y.T / dimensions + 1) ** 3
     between = (x @ y.T / dimensions + 1) ** 3
@@ -84,12 +84,12 @@ def cmmd(embeddings1: np.ndarray, embeddings2: np.ndarray) -> float:
     """CMMD (Jayasumana et al. 2024, arXiv 2401.09603), in float64.
 
     MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y) with the kernel exp(-|x - y|^2 / (2 sigma^2)), sigma 10, times 1000.
-    The paper's code takes the biased estimate (Gretton et al. 2012, equation 5: every pair counts, an image with
-    itself too), and so does this: it is never negative, 0 on identical sets, and above 0 by about 1/n on equal
+    Like the paper's code, this is the biased estimate (Gretton et al. 2012, equation 5: it counts every pair,
+    including an image with itself): it is never negative, 0 for identical sets, and about 1/n above 0 for equal
     distributions.
 
     Args:
-        embeddings1: shape (N, D): image embeddings of CLIP, each of length 1.
+        embeddings1: shape (N, D): CLIP image embeddings, each of norm 1.
         embeddings2: shape (M, D).
     """
     x, y = (torch.from_numpy(np.asarray(embeddings, np.float64)) for embeddings in (embeddings1, embeddings2))
@@ -102,9 +102,9 @@ def cmmd(embeddings1: np.ndarray, embeddings2: np.ndarray) -> float:
 
 
 def prdc(real: np.ndarray, generated: np.ndarray, *, k: int = 5) -> dict[str, float]:
-    """Precision and recall, density and coverage: fidelity and diversity apart.
+    """Precision and recall, density and coverage: they measure fidelity and diversity separately.
 
-    Each set stands for its support by balls, one around every sample, that reach to its k-th nearest other sample:
+    The support of each set is estimated by a ball around every sample that reaches to its k-th nearest other sample:
 
         precision  share of generated samples in a ball of a real one       Kynkaanniemi et al. 2019
         recall     share of real samples in a ball of a generated one       (arXiv 1904.06991), eq. 1 and 2; k = 3
@@ -113,14 +113,14 @@ def prdc(real: np.ndarray, generated: np.ndarray, *, k: int = 5) -> dict[str, fl
 
     All but density are in [0, 1]. For equal distributions the expected density is 1 and the expected coverage
     1 - (N-1)...(N-k) / ((M+N-1)...(M+N-k)); precision and recall depend on the distribution. Balls are closed, as in
-    equation 1 of the first paper. (The package `prdc` takes open ones, which differs only where distances tie: of two
+    equation 1 of the first paper. (The package `prdc` uses open balls, which differs only for tied distances: for two
     identical sets the density is (k + 1)/k here and 1 there.)
 
     Args:
-        real: shape (N, D), any real type; N above k.
-        generated: shape (M, D); M above k.
+        real: shape (N, D), any real type; N > k.
+        generated: shape (M, D); M > k.
     """
-    centre = real.mean(axis=0, dtype=np.float64)  # far from the origin, differences would drown in rounding
+    centre = real.mean(axis=0, dtype=np.float64)  # far from the origin, rounding would swamp the differences
     real, generated = (torch.from_numpy(features - centre) for features in (real, generated))
     longest = max(features.square().sum(1).max() for features in (real, generated))
     slack = 4 * (real.shape[1] + 8) * 2.0**-53 * longest  # rounding of two squared distances: a tie is a tie
@@ -144,6 +144,6 @@ def prdc(real: np.ndarray, generated: np.ndarray, *, k: int = 5) -> dict[str, fl
 
 
 def squared_radii(points: Tensor, k: int) -> Tensor:
-    """Squared distance of each point to its k-th nearest other point, of which it is the 0-th; (N, D) -> (N,)."""
+    """Squared distance of each point to its k-th nearest other point (the 0-th is itself); (N, D) -> (N,)."""
     distances = (torch.cdist(rows, points) for rows in points.split(BLOCK))
     return torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in distances]).square()

@@ -1,4 +1,4 @@
-"""Features of images: of which images, through which network, shared by all processes, cached on disk."""
+"""Features of images: they are computed from an image set by an extractor, on all processes, and cached on disk."""
 
 import hashlib
 import json
@@ -26,11 +26,11 @@ class FeatureExtractor:
     """A network that maps each image to a vector.
 
     Attributes:
-        name: of the network; a published name only with the published weights, whatever the file is called.
-        mode: how images are resized and scaled for it.
+        name: of the network; only published weights get a published name, whatever the file is called.
+        mode: how images are resized and scaled for the network.
         sha256: of its weights.
-        network: takes uint8 images (B, 3, H, W), prepares them and returns their features.
-        file: the published file that the weights are from, where there are several.
+        network: preprocesses uint8 images (B, 3, H, W) and returns their features.
+        file: the published file that the weights come from, if there are several.
     """
 
     name: str
@@ -44,8 +44,8 @@ class FeatureExtractor:
         """uint8 (B, 3, H, W) -> float32 (B, D).
 
         Raises:
-            ValueError: for images of another type or shape: pixels in [-1, 1] would pass for black images.
-            InputError: if the network returns something else.
+            ValueError: if the images have another type or shape; pixels in [-1, 1] would pass as black images.
+            InputError: if the network returns anything else.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, 3, H, W)")
@@ -58,11 +58,11 @@ class FeatureExtractor:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one size, read when they are needed.
+    """Images of one size, read on demand.
 
     Attributes:
-        read: positions -> uint8 (B, 3, H, W).
-        fingerprint: of the pixels or files.
+        read: maps positions to uint8 images (B, 3, H, W).
+        fingerprint: identifies the pixels or files.
     """
 
     read: Callable[[Sequence[int]], np.ndarray]
@@ -71,13 +71,13 @@ class ImageSet:
 
 
 def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
-    """Ascending positions of `count` images, always the same ones, at random: a folder may be sorted by class.
+    """Ascending positions of `count` images, drawn at random (folders may be sorted by class) with a fixed seed.
 
     Args:
-        part: 0, 1, ...: subsets of the same count and different parts have no image in common.
+        part: 0, 1, ...; subsets with the same count and different parts are disjoint.
 
     Raises:
-        InputError: if there are fewer.
+        InputError: if there are too few images.
     """
     if not 1 <= count * (part + 1) <= num_images:
         raise InputError(f"{count * (part + 1)} images are asked of {num_images}; ask for fewer (--num_images)")
@@ -85,17 +85,17 @@ def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
 
 
 def images_of_store(store: ImageStore, count: int | None = None, part: int = 0) -> ImageSet:
-    """All images of a store, or the `count` of `subset`, which raises InputError if there are fewer."""
+    """All images of a store, or `count` of them chosen by `subset`, which raises InputError if there are too few."""
     positions = subset(len(store), len(store) if count is None else count, part)
     fingerprint = f"{store.fingerprint}, part {part}" if part else store.fingerprint
     return ImageSet(lambda indices: store.images[positions[np.asarray(indices)]], len(positions), fingerprint)
 
 
 def images_of_files(paths: Sequence[Path]) -> ImageSet:
-    """One or more image files of one size in the given order, as RGB.
+    """Image files of one size in the given order, as RGB; at least one.
 
     Raises:
-        InputError: if one cannot be read, or (when read) has another size than the first.
+        InputError: if a file cannot be read, or (on reading) its size differs from the first.
     """
     digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
     first = _read_file(paths[0])
@@ -124,13 +124,13 @@ def _read_file(path: Path) -> np.ndarray:
 
 
 def resize_each(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    """Applies a function (H, W, 3) -> (R, R, 3) to each image; uint8 (B, 3, H, W) -> (B, 3, R, R) of its type."""
+    """Applies a function (H, W, 3) -> (R, R, 3) to each image: uint8 (B, 3, H, W) -> (B, 3, R, R) of its type."""
     resized = _in_threads(resize, [image.permute(1, 2, 0).numpy() for image in images.cpu()])
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
 
 
 def _in_threads(function: Callable, items: Sequence) -> list:
-    """Applies a function that releases Python's lock (decoding, resizing) to each item, on all cores."""
+    """Applies a function that releases the GIL (decoding, resizing) to each item, on all cores."""
     with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
         return list(pool.map(function, items))
 
@@ -138,9 +138,9 @@ def _in_threads(function: Callable, items: Sequence) -> list:
 def extract_features(
     images: ImageSet, extractor: FeatureExtractor, state: PartialState, *, batch_size: int = 64
 ) -> np.ndarray:
-    """Features of all images in their order, float32 (N, D), on every process; each takes a part of the images.
+    """Features of all images in order, float32 (N, D), on every process; each process computes a part.
 
-    Raises InputError if an image cannot be read, or a feature is not finite.
+    Raises InputError if an image cannot be read or a feature is not finite.
     """
     part = np.array_split(np.arange(images.count), state.num_processes)[state.process_index]
     starts, features = range(0, len(part), batch_size), []
@@ -162,10 +162,10 @@ def cached_features(
     cache_dir: Path | None = None,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """`extract_features`, or what was cached of the same images through the same network.
+    """`extract_features`, or the cached features of the same images from the same network.
 
     Args:
-        cache_dir: by default a folder in the user's cache. A damaged file there is reported and replaced.
+        cache_dir: by default, a folder in the user's cache. Damaged files there are reported and replaced.
 
     Raises:
         OSError: if the features cannot be written.
@@ -182,7 +182,7 @@ def cached_features(
 
 
 def _read_cached(path: Path, key: str) -> np.ndarray | None:
-    """The cached features; None if the file is missing or damaged, which the checksums of the zip file reveal."""
+    """The cached features; None if the file is missing, or damaged according to the checksums of the zip file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["key"]) != key:
@@ -190,13 +190,13 @@ def _read_cached(path: Path, key: str) -> np.ndarray | None:
             return file["features"]
     except FileNotFoundError:
         return None
-    except Exception as error:  # numpy raises nearly anything for a damaged file
+    except Exception as error:  # numpy raises almost anything for a damaged file
         print(f"{path} is damaged or not of this kind ({one_line(error)}) and is replaced", flush=True)
         return None
 
 
 def _write_cached(path: Path, key: str, features: np.ndarray) -> None:
-    """Under its name only when complete; several evaluations may write the same file at once."""
+    """Writes the file atomically; several evaluations may write the same file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as folder:
         np.savez(f"{folder}/features.npz", key=np.array(key), features=features)

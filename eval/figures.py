@@ -1,4 +1,4 @@
-"""Figures of an evaluation, from arrays and results; none of them shows an image of the reference data."""
+"""Figures of an evaluation, from arrays and results; no figure shows a reference image."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
-NUM_COLOURS = 10  # of matplotlib's cycle; beyond them lines are dashed
-FEW_CURVES = 5  # the legend of more stands beside them
-IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS = 96, 4, 26  # of a sheet of images
+NUM_COLOURS = 10  # in matplotlib's colour cycle; further lines are dashed
+FEW_CURVES = 5  # with more curves, the legend is placed beside the plot
+IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS = 96, 4, 26  # in rows of images
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -24,7 +24,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def plot_cost_curve(entries: list[dict], path: Path) -> None:
-    """FID, or SWD where there is none, against network evaluations, a line for each sampler.
+    """Plots FID, or SWD without FID, against network evaluations, with one line per sampler.
 
     Args:
         entries: the results of the family `cost`.
@@ -46,10 +46,10 @@ def plot_cost_curve(entries: list[dict], path: Path) -> None:
 
 
 def plot_colours(sets: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Histograms of brightness, contrast and saturation side by side.
+    """Plots histograms of brightness, contrast and saturation side by side.
 
     Args:
-        sets: by label, `eval.colours.colour_statistics`.
+        sets: the `eval.colours.colour_statistics` of each set, by label.
     """
     names = list(next(iter(sets.values())))
     figure, all_axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3))
@@ -63,10 +63,10 @@ def plot_colours(sets: dict[str, dict[str, np.ndarray]], path: Path) -> None:
 
 
 def plot_nearest_distances(distances: dict[str, np.ndarray], unit: str, path: Path) -> None:
-    """Histograms of nearest-neighbour distances from 0 on.
+    """Plots histograms of nearest-neighbour distances, starting at 0.
 
     Args:
-        distances: by label, those of its images.
+        distances: the distances of each set of images, by label.
     """
     figure, axes = plt.subplots(figsize=SIZE_INCHES)
     _histograms(axes, distances, np.linspace(0, max(values.max() for values in distances.values()), 51))
@@ -76,7 +76,7 @@ def plot_nearest_distances(distances: dict[str, np.ndarray], unit: str, path: Pa
 
 
 def _histograms(axes: plt.Axes, sets: dict[str, np.ndarray], edges: np.ndarray) -> None:
-    """One above the other, each normalised to shares of its values."""
+    """Overlays the histograms, each normalised to the share of its values."""
     for label, values in sets.items():
         axes.stairs(np.histogram(values, edges)[0] / len(values), edges, label=label, fill=True, alpha=0.5)
 
@@ -84,11 +84,11 @@ def _histograms(axes: plt.Axes, sets: dict[str, np.ndarray], edges: np.ndarray) 
 def plot_curves(
     x: np.ndarray, curves: dict[str, tuple[np.ndarray, np.ndarray | None]], labels: dict, path: Path
 ) -> None:
-    """Lines with bands of one standard error.
+    """Plots lines with bands of one standard error.
 
     Args:
-        curves: mean (len(x),) and standard error or None, by their label.
-        labels: `xlabel`, `ylabel` and perhaps scales, as matplotlib's `Axes.set` takes them.
+        curves: mean (len(x),) and standard error or None, by label.
+        labels: `xlabel`, `ylabel` and other arguments of matplotlib's `Axes.set`, such as scales.
     """
     many = len(curves) > FEW_CURVES
     figure, axes = plt.subplots(figsize=(SIZE_INCHES[0] + 2 * many, SIZE_INCHES[1]))
@@ -102,7 +102,7 @@ def plot_curves(
 
 
 def plot_image_rows(rows: dict[str, list[Path | Image.Image]], path: Path) -> None:
-    """Rows of images or image files, each under its label; small ones are enlarged by a whole number."""
+    """Draws rows of images or image files, each under its label; small images are enlarged by an integer factor."""
     lines = {}
     for label, entries in rows.items():
         opened = [entry if isinstance(entry, Image.Image) else Image.open(entry) for entry in entries]

@@ -1,23 +1,23 @@
-"""Evaluates a model: how good its images are, how likely real ones are under it, what it copies, what it costs.
+"""Evaluates a model: image quality, likelihood of real images, memorisation and sampling cost.
 
     python -m eval.run --pipeline DIR_OR_HUB_ID --reference DATA --num_images 10000 --out runs/eval/NAME
 
-DATA is a folder, a Hub id or `synthetic-faces`, cropped as in the training. OUT/results.json has every value with how
-it was measured, OUT/results.md a table, and OUT/*.png the figures. The images in OUT/images are used again by a second
-start, as are features in the user's cache. `--write_card` puts the results into the model's card, `python -m
-eval.compare` lays the results of several models side by side. DDPM and SDE models are measured in the same way, except
-for what only discrete timesteps have.
+DATA is a folder, a Hub id or `synthetic-faces`, cropped as in training. OUT/results.json has every value and how it
+was measured, OUT/results.md a table, OUT/*.png the figures. A second start reuses the images in OUT/images and the
+features in the user's cache. `--write_card` adds the results to the model card; `python -m eval.compare` compares the
+results of several models. DDPM and SDE models are measured in the same way, except for metrics that need discrete
+timesteps.
 
-    swd            sliced Wasserstein distance, with the floor of real against real       eval/swd.py
+    swd            sliced Wasserstein distance, with the floor (real against real)        eval/swd.py
     colours        brightness, contrast and saturation                                   eval/colours.py
     features       FID, KID, precision and recall, FD-DINOv2, CMMD                        eval/distances.py
     memorisation   nearest training images of generated and of held-out images            eval/memorisation.py
     likelihood     bits/dim by the variational bound and by the probability-flow ODE      eval/likelihood.py
-    heldout        loss against timestep and noise level, held-out and training images    eval/heldout.py
-    cost           quality, network evaluations and seconds of samplers and steps         eval/measures.py
+    heldout        loss by timestep and noise level, held-out and training images         eval/heldout.py
+    cost           quality, network evaluations and seconds by sampler and steps          eval/measures.py
 
 Several processes (`accelerate launch -m eval.run`, torchrun) share generation and features. Exit codes: 0 done, 1
-failed, 2 bad input, 130 stopped by Ctrl-C; what was measured by then is in results.json.
+failed, 2 bad input, 130 stopped by Ctrl-C; results measured so far are in results.json.
 """
 
 import argparse
@@ -44,57 +44,55 @@ from pipelines.model_card import write_card
 from training.sde import CONTINUOUS_SAMPLERS
 
 LIBRARIES = "torch diffusers accelerate clean-fid scipy".split()
-FEWEST_IMAGES = 2048  # below the 2,048 dimensions of Inception's features their covariance is singular
+FEWEST_IMAGES = 2048  # with fewer, the covariance of Inception's 2,048 features is singular
 NEED_IMAGES = {"swd", "colours", "features", "memorisation"}
-ON_ALL_PROCESSES = {"features", "cost"}  # the other metrics are measured by the main process alone
+ON_ALL_PROCESSES = {"features", "cost"}  # the main process alone measures the other metrics
 ON_THE_CARD = {"swd", "features", "memorisation", "likelihood"}
-# What makes two results the same measurement
+# Two results with the same values for these keys are the same measurement
 IDENTITY = "family name split sampler steps eta sampler_settings class_label guidance_scale n".split()
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """Raises InputError."""
+    """Parses and checks the arguments; raises InputError."""
     parser = Parser(prog="python -m eval.run", description=__doc__.splitlines()[0], allow_abbrev=False)
     generate.add_drawing_flags(parser, num_images=10000, batch_size=64)
     add = parser.add_argument
     samplers = [*SAMPLERS, *CONTINUOUS_SAMPLERS]
-    add("--sampler", choices=samplers, help="default: ddim, or the one of a model in continuous time")
+    add("--sampler", choices=samplers, help="default: ddim, or the model's own in continuous time")
     add("--reference", required=True, help="real images: a folder, a Hub id or synthetic-faces")
     add("--split", default="train", help="split that the model was trained on (default train)")
     add("--heldout_split", default="validation", help="split that it was not trained on; '' for none")
-    add("--crop", help="crop by name (default: that of the training)")
+    add("--crop", help="name of the crop (default: as in training)")
     add("--image_column", default="image")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
     add("--out", type=Path, required=True, help="folder for results.json and figures")
     add("--images_dir", type=Path, help="folder for generated images (default OUT/images)")
     add("--allow_few", action="store_true", help=f"allow fewer than {FEWEST_IMAGES} images for FID and the like")
-    features = "inception[:legacy_tensorflow], dinov2, clip or a path (default: of these three, those with weights)"
+    features = "inception[:legacy_tensorflow], dinov2, clip or a path (default: those of the three with weights)"
     add("--features", nargs="+", help=features)
     for name in PUBLISHED:
-        add(f"--{name}_path", type=Path, help="local weights, where they cannot be downloaded")
-    add("--k", type=int, default=5, help="nearest neighbours of precision, recall, density, coverage")
-    add("--likelihood_images", type=int, default=256, help="of each split, for the variational bound")
-    add("--bound_evaluations", type=int, default=20, help="network evaluations per image of the bound")
-    add("--ode_images", type=int, default=32, help="of each split, for the ODE")
-    add("--ode_draws", type=int, default=1, help="dequantisations and probes per image")
+        add(f"--{name}_path", type=Path, help="local weights, if they cannot be downloaded")
+    add("--k", type=int, default=5, help="nearest neighbours for precision, recall, density and coverage")
+    add("--likelihood_images", type=int, default=256, help="images per split for the variational bound")
+    add("--bound_evaluations", type=int, default=20, help="network evaluations per image for the bound")
+    add("--ode_images", type=int, default=32, help="images per split for the ODE likelihood")
+    add("--ode_draws", type=int, default=1, help="draws of dequantisation noise and probe per image")
     add("--ode_tolerance", type=float, default=1e-3)
-    duplicates = (
-        "RMS in grey levels: held-out images nearer to a training image are left out as near-copies in the data"
-    )
+    duplicates = "RMS in grey levels; held-out images nearer than this to a training image are left out as near-copies"
     add("--duplicate_distance", type=float, default=15.0, help=duplicates)
-    add("--heldout_images", type=int, default=512, help="of each split, for the held-out errors")
-    add("--cost_images", type=int, default=FEWEST_IMAGES, help="of each sampler")
+    add("--heldout_images", type=int, default=512, help="images per split for the held-out errors")
+    add("--cost_images", type=int, default=FEWEST_IMAGES, help="images per sampler setting for the cost curve")
     usual = f"default: {' '.join(COST_SAMPLERS)}; in continuous time {' '.join(COST_SAMPLERS_IN_CONTINUOUS_TIME)}"
     how = {"nargs": "+", "type": parse_sampler, "metavar": "NAME[:STEPS[:ETA]]", "help": usual}
     add("--cost_samplers", **how)
-    add("--write_card", action="store_true", help="put results.json into the pipeline's folder and renew its card")
+    add("--write_card", action="store_true", help="copy results.json to the pipeline's folder and update its card")
     options = parser.parse_args(arguments)
     check_options(options)
     return options
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises InputError."""
+    """Raises InputError for invalid options."""
     counts = "num_images batch_size num_cpu_threads k likelihood_images ode_images ode_draws cost_images steps".split()
     least = dict.fromkeys(counts, 1) | {"ode_tolerance": 1e-12, "bound_evaluations": 2, "heldout_images": 2}
     least |= dict.fromkeys(("seed", "eta", "duplicate_distance", *generate.SAMPLER_SETTINGS), 0)
@@ -103,11 +101,11 @@ def check_options(options: argparse.Namespace) -> None:
     for metric, flag in {"features": "num_images", "cost": "cost_images"}.items():
         count = getattr(options, flag)
         if metric in options.metrics and count < 2:
-            raise InputError(f"--{flag} is {count}; a distance between distributions needs 2 or more")
+            raise InputError(f"--{flag} is {count}; a distance between distributions needs at least 2")
         if metric in options.metrics and count < FEWEST_IMAGES and not options.allow_few:  # FID falls by about 1/n
             raise InputError(
-                f"{count} images are too few for a figure that others can compare with; take {FEWEST_IMAGES} or"
-                f" more (--{flag}), or pass --allow_few"
+                f"{count} images are too few for a comparable value; use at least {FEWEST_IMAGES} (--{flag}), or pass"
+                " --allow_few"
             )
     if "features" in options.metrics and options.k >= options.num_images:
         raise InputError(f"--k is {options.k}; it must be below --num_images {options.num_images}")
@@ -116,7 +114,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace, command: str, network_class: type[ModelMixin]) -> None:
-    """Measures what was asked for and writes results.json after each result; see `ON_ALL_PROCESSES`."""
+    """Measures the requested metrics and writes results.json after each result; see `ON_ALL_PROCESSES`."""
     state = generate.set_up_process(options.num_cpu_threads)
     path = options.out / "results.json"
     evaluation = Evaluation(options, state, command, network_class)
@@ -155,7 +153,7 @@ def run(options: argparse.Namespace, command: str, network_class: type[ModelMixi
 
 
 def drawing_time(starts: list[dict], about: dict) -> Iterator[dict]:
-    """How long the images took, over all starts that finished; none if these drew no image."""
+    """The time to draw the images, summed over all starts that finished; yields nothing if they drew no image."""
     done = [start for start in starts if "seconds" in start]
     drawn, seconds = sum(start["generated"] for start in done), sum(start["seconds"] for start in done)
     if drawn:
@@ -167,7 +165,7 @@ def drawing_time(starts: list[dict], about: dict) -> Iterator[dict]:
 
 
 def open_record(evaluation: Evaluation, path: Path) -> dict:
-    """The record in the output folder if it is of the same weights and real images, or a new one."""
+    """The record in the output folder if its weights and real images are the same, otherwise a new one."""
     header = {
         "pipeline": Path(evaluation.options.pipeline).name,
         "revision": evaluation.commit,
@@ -182,17 +180,17 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
     }
     results, there = [], read_results(path) if path.exists() else {}
     if all(there.get(key) == value for key, value in header.items()):
-        moved = {key: there.get(key) for key in now if there.get(key) != now[key]}  # of another machine or day
+        moved = {key: there.get(key) for key in now if there.get(key) != now[key]}  # from another machine or day
         results = [moved | entry for entry in there["results"]]
     elif there:
-        print(f"{path} is of other weights or real images and is replaced", flush=True)
+        print(f"{path} is for other weights or real images and is replaced", flush=True)
     return header | {"model": evaluation.describe_model()} | now | {"results": results}
 
 
 def keep(record: dict, entry: dict) -> None:
-    """Adds a result in place of that of an earlier start that measured the same.
+    """Adds a result, which replaces the same measurement from an earlier start.
 
-    A measured value replaces the note that there is none, and is never replaced by it.
+    A measured value replaces a "not measured" entry, never the other way round.
     """
     same_name = [old for old in record["results"] if (old["family"], old["name"]) == (entry["family"], entry["name"])]
     if entry["value"] is None and any(old["value"] is not None for old in same_name):

@@ -1,13 +1,13 @@
 """Sliced Wasserstein distance between the patches of two sets of images, one number per scale; it needs no network.
 
-Karras et al. 2018, "Progressive Growing of GANs" (arXiv 1710.10196), section 5: each image becomes a Laplacian
-pyramid; of every level 7x7x3 patches are drawn at random, normalised by the mean and standard deviation of each colour
-channel over all patches of their set, and compared along random directions. Projected on one direction, the two sets
-of M patches have the Wasserstein distance of order 1: the mean |difference| of the sorted projections.
+Karras et al. 2018, "Progressive Growing of GANs" (arXiv 1710.10196), section 5: each image is decomposed into a
+Laplacian pyramid. Random 7x7x3 patches from every level are normalised by the mean and standard deviation of each
+colour channel over all patches of their set, and compared along random directions. Along one direction, the
+Wasserstein distance of order 1 between two sets of M patches is the mean |difference| of the sorted projections.
 
-Two things to know before you read the numbers. Each set is normalised by itself, so a shift or a scaling of a colour
-channel that all its images share is not seen. And two finite sets of the same distribution are not at distance 0;
-`swd_floor` measures how far apart they are.
+Two caveats. Each set is normalised by itself, so a shift or scaling of a colour channel that is common to all its
+images goes unnoticed. And two finite sets from the same distribution are not at distance 0; `swd_floor` measures how
+far apart they are.
 """
 
 import numpy as np
@@ -19,8 +19,8 @@ from common import InputError
 
 PATCH_SIZE = 7
 SMALLEST_RESOLUTION = 16  # of a pyramid level
-PAPER_SCALE = 1000  # the paper's tables print 1000 times the distance
-DIRECTIONS_AT_ONCE = 16  # bounds the memory: 4 x 16 x M floats
+PAPER_SCALE = 1000  # the paper's tables show 1000 times the distance
+DIRECTIONS_AT_ONCE = 16  # limits memory to 4 x 16 x M floats
 BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 
@@ -33,25 +33,26 @@ def sliced_wasserstein(
     num_projections: int = 512,
     batch_size: int = 32,
 ) -> dict[int, float]:
-    """Distance of two sets of images at each level of the pyramid, times 1000 as in the paper.
+    """Distance between two sets of images at each level of the pyramid, times 1000 as in the paper.
 
-    The random patch positions and directions follow from the seed and are the same for both sets. The patches of one
-    level are in memory at once: 1,176 bytes x N x num_patches_per_image for both sets.
+    The random patch positions and directions depend only on the seed and are the same for both sets. The patches of
+    one level are in memory at once: 1,176 bytes x N x num_patches_per_image for both sets.
 
     Args:
-        images1: uint8, shape (N, 3, R, R), R at least 16; may be mapped from the disk.
-        images2: the same shape. The distance depends on N: compare it at equal N only.
-        num_patches_per_image: M/N; the paper takes 128, of 16,384 images.
-        num_projections: random directions; the paper's code takes 512.
-        batch_size: images whose pyramids are computed at once, few enough for the cache; the result does not depend
-            on it.
+        images1: uint8, shape (N, 3, R, R), R at least 16; may be memory-mapped.
+        images2: the same shape. The distance depends on N; compare it only at equal N.
+        num_patches_per_image: M/N; the paper uses 128, with 16,384 images.
+        num_projections: number of random directions; the paper's code uses 512.
+        batch_size: images whose pyramids are computed at once, few enough to fit the cache; it does not affect the
+            result.
 
     Returns:
-        Distance by the resolution of the level: R, R/2, ... while it is whole and at least 16. The last level is the
-        low-pass image, the others are differences.
+        Distance by level resolution: R, R/2, ... as long as it is whole and at least 16. The last level is the
+            low-pass
+        image, the others are differences.
 
     Raises:
-        InputError: if all patches of a set are one colour.
+        InputError: if all patches of a set have one value in a channel.
     """
     distances, corners_shape = {}, (len(images1), num_patches_per_image, 2)
     for level, resolution in enumerate(pyramid_resolutions(images1.shape[-1])):
@@ -65,14 +66,15 @@ def sliced_wasserstein(
 
 
 def swd_floor(images: np.ndarray, *, seed: int = 0, **settings: int) -> dict[int, float]:
-    """Distance of two random disjoint halves of one set: what a perfect model would get.
+    """Distance between two random disjoint halves of one set, which is what a perfect model would score.
 
     Args:
-        images: uint8, shape (2N, 3, R, R), of real images; the floor is that of distances between sets of N images.
-        seed: of the halves too; it and the settings are those of `sliced_wasserstein`.
+        images: real images, uint8, shape (2N, 3, R, R), for the floor of distances between sets of N images.
+        seed: seed of the halves, and of `sliced_wasserstein`.
+        settings: further arguments of `sliced_wasserstein`.
 
     Raises:
-        InputError: as `sliced_wasserstein`.
+        InputError: see `sliced_wasserstein`.
     """
     half = len(images) // 2
     order = np.random.default_rng(seed).permutation(len(images))
@@ -80,7 +82,7 @@ def swd_floor(images: np.ndarray, *, seed: int = 0, **settings: int) -> dict[int
 
 
 def pyramid_resolutions(resolution: int) -> list[int]:
-    """The resolutions of the levels, e.g. 64, 32, 16 of 64, and 32, 16 of 32."""
+    """The resolutions of the levels, e.g. 64, 32, 16 for 64, and 32, 16 for 32."""
     resolutions = [resolution]
     while resolutions[-1] % 2 == 0 and resolutions[-1] // 2 >= SMALLEST_RESOLUTION:
         resolutions.append(resolutions[-1] // 2)
@@ -88,7 +90,7 @@ def pyramid_resolutions(resolution: int) -> list[int]:
 
 
 def laplacian_pyramid(images: Tensor, num_levels: int) -> list[Tensor]:
-    """Each level is what the next coarser one lacks; the last is the low-pass image (Burt and Adelson 1983).
+    """Each level holds what the next coarser one lacks; the last is the low-pass image (Burt and Adelson 1983).
 
     Args:
         images: float32, shape (N, C, R, R), R divisible by 2^(num_levels - 1).
@@ -117,11 +119,11 @@ def _blur(images: Tensor) -> Tensor:
 
 
 def normalised_patches(images: np.ndarray, level: int, corners: Tensor, batch_size: int) -> np.ndarray:
-    """Patches of a level of the pyramid; each channel has mean 0 and standard deviation 1 over all of them.
+    """Patches from one pyramid level; each channel has mean 0 and standard deviation 1 over all patches.
 
     Args:
         images: uint8, shape (N, 3, R, R).
-        corners: shape (N, P, 2), y and x of the patches' upper left corners in the level.
+        corners: shape (N, P, 2), y and x of the patches' upper left corners at this level.
 
     Returns:
         float32, shape (N P, 147).
@@ -142,17 +144,17 @@ def normalised_patches(images: np.ndarray, level: int, corners: Tensor, batch_si
 
 
 def random_directions(count: int, num_dimensions: int, generator: np.random.Generator) -> np.ndarray:
-    """Uniform on the unit sphere; float32, shape (count, num_dimensions)."""
+    """Directions drawn uniformly from the unit sphere; float32, shape (count, num_dimensions)."""
     directions = generator.standard_normal((count, num_dimensions))
     return (directions / np.linalg.norm(directions, axis=1, keepdims=True)).astype(np.float32)
 
 
 def projected_distances(points1: np.ndarray, points2: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Wasserstein distance of order 1 of two sets of points (M, D), along each direction; float64, shape (K,).
+    """Wasserstein distance of order 1 between two sets of points (M, D) along each direction; float64, shape (K,).
 
     Args:
         points1, points2: float32, of equal shape.
-        directions: float32, shape (K, D), of length 1.
+        directions: unit vectors, float32, shape (K, D).
     """
     distances = []
     for start in range(0, len(directions), DIRECTIONS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""FID or KID of the EMA network during training, from few images of a fast sampler, to keep the best step."""
+"""FID or KID of the EMA network during training, from a few images by a fast sampler, to keep the best step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,18 +22,18 @@ from training.processes import on_any_process
 from training.samples import SamplingStopped, stop_callback
 
 UNIPC_STEPS, HEUN_STEPS = 20, 18
-LARGEST_BATCH = 64  # images that are drawn at once; fewer if the training has smaller batches
+LARGEST_BATCH = 64  # images drawn at once; fewer if the training batches are smaller
 
 
 class TrainingMetric:
-    """FID or KID of n images of the pipeline's network, of the seeds 0 to n - 1, against n of the training images.
+    """FID or KID of n images by the pipeline's network, with seeds 0 to n - 1, against n training images.
 
     Attributes:
         name, title: `fid` and `FID`, or `kid` and `KID`.
-        identity: what two values must have in common to compare.
+        identity: settings that must agree for two values to be comparable.
 
     Raises:
-        InputError: if Inception's weights are not found, or there are fewer than `config.metric_images`.
+        InputError: if Inception's weights are not found, or there are fewer than `config.metric_images` images.
     """
 
     def __init__(self, config: TrainConfig, store: ImageStore, pipeline: CustomUNetPipeline, accelerator: Accelerator):
@@ -43,7 +43,7 @@ class TrainingMetric:
             )
         self.name, self.title, self.accelerator = config.metric, config.metric.upper(), accelerator
         path = None if config.inception_path is None else Path(config.inception_path)
-        on_main_process(accelerator, lambda: find_weights(path))  # fetches them once, for all processes
+        on_main_process(accelerator, lambda: find_weights(path))  # downloads them once for all processes
         self.extractor = open_inception(path=path, device=accelerator.device)
         if not config.dry_run:
             images = images_of_store(store, config.metric_images)
@@ -51,7 +51,7 @@ class TrainingMetric:
         sampler, steps = "unipc", min(UNIPC_STEPS, config.ddpm_num_steps)
         if pipeline.is_continuous:
             sampler, steps = pipeline.scheduler.default_sampler.name, HEUN_STEPS
-        self.pipeline = CustomUNetPipeline(pipeline.unet, pipeline.scheduler)  # the given one keeps its sampler
+        self.pipeline = CustomUNetPipeline(pipeline.unet, pipeline.scheduler)  # the given pipeline keeps its sampler
         self.pipeline.set_sampler(sampler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.batch_size = min(config.train_batch_size, LARGEST_BATCH)
@@ -59,18 +59,19 @@ class TrainingMetric:
             "name": self.name,
             "num_images": config.metric_images,
             "data": store.fingerprint,
-            "features": self.extractor.name,  # by construction the published weights, whichever file has them
+            "features": self.extractor.name,  # implies the published weights, from whichever file
             "sampler": sampler,
             "steps": steps,
         }
 
     def measure(self, step: int, should_stop: Callable[[], bool], tell: Callable[[str], None]) -> float | None:
-        """The value, on every process; None, and one line that says why, if it was given up or failed on one of them.
+        """The value, on every process; None, with a line that says why, if any process gave up or failed.
 
         Args:
-            should_stop: asked after each step of the sampler.
+            should_stop: called after each sampling step.
+            tell: called with the line.
         """
-        # Each process draws its share of the seeds; after each batch the processes agree whether to go on
+        # Each process draws its share of the seeds; after each batch, the processes agree whether to continue
         shares = np.array_split(np.arange(self.identity["num_images"]), self.accelerator.num_processes)
         share, starts = shares[self.accelerator.process_index], range(0, len(shares[0]), self.batch_size)
         features, failure = [], None
@@ -81,11 +82,11 @@ class TrainingMetric:
                 features += [self.features(seeds, should_stop)] if len(seeds) else []
             except SamplingStopped:
                 failure = "given up, the run is to stop"
-            except Exception as error:  # whatever it is, the training does not depend on it
+            except Exception as error:  # training does not depend on the metric
                 failure = failed(error)
             if on_any_process(self.accelerator, failure is not None):
                 break
-        outcomes = gather_object([(features, failure)])  # in the order of the processes, which is that of the seeds
+        outcomes = gather_object([(features, failure)])  # in process order, which is seed order
         failure = next((failure for _, failure in outcomes if failure is not None), None)
         if failure is None:
             generated = [batch for features, _ in outcomes for batch in features]
@@ -97,10 +98,10 @@ class TrainingMetric:
         return None
 
     def features(self, seeds: np.ndarray, should_stop: Callable[[], bool]) -> np.ndarray:
-        """Features of the images of B seeds, float32 (B, D); the classes in turn. Raises SamplingStopped."""
+        """Features of the images from B seeds, float32 (B, D); the classes take turns. Raises SamplingStopped."""
         if should_stop():
             raise SamplingStopped
-        num_classes = (self.pipeline.unet.config.num_class_embeds or 1) - 1  # the last embedding is that of no class
+        num_classes = (self.pipeline.unet.config.num_class_embeds or 1) - 1  # the last embedding is the null class
         with self.accelerator.autocast():
             images = self.pipeline(
                 seeds=seeds.tolist(),
@@ -112,21 +113,21 @@ class TrainingMetric:
         return self.extractor((images * 255).round().to(torch.uint8)).float().cpu().numpy()
 
     def distance(self, generated: np.ndarray) -> float:
-        """From features (n, D). Raises ValueError if they are not finite."""
+        """The metric from features (n, D). Raises ValueError if they are not finite."""
         if self.name == "fid":
             return frechet_distance(self.training_features, generated)
         return kernel_distance(self.training_features, generated, seed=0).mean
 
     def keep_best(self, value: float, step: int, folder: Path, write: Callable[[Path, dict], object]) -> str:
-        """Main process: has the network written if its value is below that of the pipeline in the folder.
+        """Writes the network if its value is below that of the pipeline in the folder; main process only.
 
         A pipeline that was chosen by another measurement is replaced.
 
         Args:
-            write: takes the folder and the facts of the measurement, for the `metric` of its `training.json`.
+            write: takes the folder and the measurement, which goes into `metric` of `training.json`.
 
         Returns:
-            the line to tell.
+            The line to log.
         """
         best, note = self.best_in(folder), ""
         if best is None and (folder / "training.json").exists():
@@ -139,7 +140,7 @@ class TrainingMetric:
         return f"step {step}: {self.title} {value:.4g} (best {best['value']:.4g} at step {best['step']}){note}"
 
     def best_in(self, folder: Path) -> dict | None:
-        """`identity`, `value` and `step` of the pipeline in the folder; None if there is none to compare with."""
+        """`identity`, `value` and `step` of the pipeline in the folder; None if no comparable pipeline is there."""
         facts = recorded(folder, "metric") or {}
         return facts if self.identity.items() <= facts.items() else None
 
