@@ -1,1 +1,1 @@
-"""Measuring: what a trained model and the code that trains it are worth, in numbers."""
+"""Evaluation of trained models."""

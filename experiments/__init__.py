@@ -1,1 +1,1 @@
-"""The studies behind the REPORT: what is compared there, and what draws its figures."""
+"""The studies behind the REPORT: its comparisons, and the code that draws its figures."""

@@ -2,12 +2,12 @@
 
     python -m experiments.ablation configs/ablations/settings.yaml --data DATA --out runs/ablations/settings [--jobs 2]
 
-DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; experiments/study.py says what a study is.
+DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; experiments/study.py describes studies.
 
 OUT/ablation.md is the table, OUT/ablation.json its numbers; ablation_errors.png shows the held-out errors by noise
 level, ablation_images.png images of the same seeds. The trainings are in OUT/VARIANT/seed-S.
-For a study of equal time OUT/speeds.json has the images/s, measured before the first training: leave the machine
-alone for that minute. The same command resumes a study that was stopped, and repeats what was made with other flags.
+In a study with equal training time, OUT/speeds.json has the images/s, measured before the first training; keep the
+machine idle for that minute. The same command resumes a study, and repeats the runs whose flags have changed.
 Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
 """
 
@@ -42,8 +42,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 NEVER = PLACEHOLDER_STEPS = 10**9
 POLL_SECONDS = 0.5
 IMAGES_OF_A_VARIANT = 8  # in the figure
-SHOWN_ERRORS = (0.5, 2.0)  # of the first variant's
-UNWATCHED = {"report_to": "none", "save_images_steps": NEVER, "eval_batch_size": 1}  # a grid is drawn at the end
+SHOWN_ERRORS = (0.5, 2.0)  # range of the axis, relative to the first variant
+UNWATCHED = {"report_to": "none", "save_images_steps": NEVER, "eval_batch_size": 1}  # a grid is drawn only at the end
 QUARTERS = ("q1", "q2", "q3", "q4")
 TIMESTEPS = "Error of the noise, mean over timesteps, held-out"
 SCHEDULE = "objective ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr".split()
@@ -73,8 +73,8 @@ class Job:
     """The training and the evaluation of one variant with one seed.
 
     Attributes:
-        commands: the arguments of Python to `train` and to `evaluate`.
-        record: the settings of training and evaluation without their folders; kept in `job.json`.
+        commands: the arguments of Python for `train` and for `evaluate`.
+        record: the settings of training and evaluation without their folders; stored in `job.json`.
     """
 
     variant: Variant
@@ -86,64 +86,64 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether it was finished with the same flags."""
+        """Whether the job has finished with the same flags."""
         return read_json(self.folder / "job.json") == self.record | {"is_done": True}
 
     def begin(self) -> None:
-        """Removes what was made with other flags, from which a training would resume."""
+        """Removes the output of other flags, from which the training would otherwise resume."""
         path, earlier = self.folder / "job.json", read_json(self.folder / "job.json")
         self.folder.mkdir(parents=True, exist_ok=True)
         if earlier and any(earlier.get(key) != value for key, value in self.record.items()):
-            write_results(path, dict.fromkeys(self.record))  # if stopped now, what is left belongs to no record
+            write_results(path, dict.fromkeys(self.record))  # if stopped here, leftovers match no record
             stale = ["evaluation"] if earlier.get("training") == self.record["training"] else ["evaluation", "run"]
             for folder in [self.folder / name for name in stale if (self.folder / name).exists()]:
                 shutil.rmtree(folder)
         write_results(path, self.record)
 
     def start(self, task: str, num_threads: int) -> subprocess.Popen:
-        """Starts the task, `train` or `evaluate`, in a process of its own whose output goes to `log.txt`."""
-        search = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])  # from whatever folder it is started
+        """Starts the task, `train` or `evaluate`, in a subprocess whose output goes to `log.txt`."""
+        search = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])  # works from any folder
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "OMP_NUM_THREADS": str(num_threads)}
         command = [sys.executable, *self.commands[task], f"--num_cpu_threads={num_threads}"]
         with (self.folder / "log.txt").open("w") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def failure(self, exit_code: int) -> Failed:
-        """With the last line that the process wrote."""
+        """The error for a failed process, with the last line of its output."""
         log = self.folder / "log.txt"
         last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
         return Failed(f"{self.variant.name}, {self.folder.name} failed with exit code {exit_code}: {last} (see {log})")
 
 
 def read_json(path: Path) -> dict:
-    """The content of a file, empty if there is none.
+    """The content of a JSON file, empty if the file does not exist.
 
     Raises:
-        Failed: if it is damaged.
+        Failed: if the file is damaged.
     """
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise Failed(f"{path} is damaged; delete it to start again from nothing") from error
+        raise Failed(f"{path} is damaged; delete it to start from scratch") from error
 
 
 def jobs_of(
     study: Study, data: str, crop: str | None, out: Path, num_steps: dict[str, int] | None = None
 ) -> list[Job]:
-    """All of them, checked before the first begins.
+    """Builds all jobs, checked before the first one starts.
 
     Args:
-        num_steps: updates of each variant in a study of equal time; without it they have a placeholder.
+        num_steps: updates of each variant in a study with equal training time; None sets a placeholder.
 
     Raises:
-        InputError: if the arguments of a training or of an evaluation are bad.
+        InputError: if the arguments of a training or an evaluation are invalid.
     """
     path, is_folder = REPOSITORY / study.config, os.path.isdir(data)
     content = read_yaml(path)
     data = os.path.abspath(data) if is_folder else data
     where = {"train_data_dir": data if is_folder else None, "dataset_name": None if is_folder else data}
     where |= {} if crop is None else {"crop": crop}
-    # other images than those of the configuration displace its split of held-out images, unless it is given as a flag
+    # other data than the configuration's would drop its validation split, so it is passed as a flag
     split = content.get("validation_split") if isinstance(content, dict) else None
     shared = UNWATCHED | ({} if split is None else {"validation_split": split}) | study.flags | where
     jobs = []
@@ -174,7 +174,7 @@ def jobs_of(
 
 
 def check_fits(config: TrainConfig, options: Namespace, first: TrainConfig) -> None:
-    """Raises InputError if a training does not suit its evaluation, or the images of the first one's."""
+    """Raises InputError if a training does not match its evaluation, or the images of the first training."""
     if config.validation_split is None:
         raise InputError("there is no --validation_split, but held-out images are compared; give one")
     samplers = [*(SAMPLERS if config.objective == "ddpm" else ()), *continuous_samplers(config.objective)]
@@ -189,16 +189,16 @@ def check_fits(config: TrainConfig, options: Namespace, first: TrainConfig) -> N
 
 
 def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
-    """How many updates each variant makes in this many minutes, by speeds that are kept in a file.
+    """The number of updates that each variant makes in this many minutes, from speeds stored in a file.
 
-    Missing speeds are measured together with that of the first variant, and scaled by its speed in the file.
+    Missing speeds are measured together with the first variant's, and scaled by its speed in the file.
 
     Args:
-        jobs: one for each variant; the first is what the others are compared with.
+        jobs: one per variant; the first is the baseline.
 
     Raises:
         Failed: if the file is damaged.
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     known, first = read_json(path), jobs[0].variant.name
     missing = [job for job in jobs if job.variant.name not in known]
@@ -219,17 +219,17 @@ def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
 
 
 def do_all(jobs: list[Job], at_once: int) -> None:
-    """Runs what is not done yet, `at_once` at a time; after a failure the running ones finish and no other begins.
+    """Runs the unfinished jobs, `at_once` at a time; after a failure, running jobs finish but no others start.
 
     Raises:
-        Failed: for the first that failed.
+        Failed: for the first job that failed.
         KeyboardInterrupt: after SIGINT or SIGTERM, which ends the processes.
     """
     left = [job for job in jobs if not job.is_done]
     print(f"{len(jobs)} trainings and evaluations, {len(jobs) - len(left)} of them done before", flush=True)
     num_threads = max(1, torch.get_num_threads() // at_once)
     failures, running, stopped_by = [], {}, []  # `running` has the task and the process of each job
-    for kind in (signal.SIGINT, signal.SIGTERM):  # an exception might come before a process is among `running`
+    for kind in (signal.SIGINT, signal.SIGTERM):  # an exception might strike before a process is in `running`
         signal.signal(kind, lambda number, frame: stopped_by.append(number))
     try:
         while running or (left and not failures):
@@ -266,7 +266,7 @@ def do_all(jobs: list[Job], at_once: int) -> None:
 
 
 def values_of(run: Run, comparable_timesteps: bool) -> dict:
-    """The results of one training; None for what was not measured."""
+    """The results of one training; None for values that were not measured."""
     (row,), model = rows_of(run), run.record["model"]
     found = row | {"fid": row.get("FID (clean)"), "kid": row.get("KID (clean)")}
     measured = (*DISTANCES, "memorisation_ratio", "sample_mse")
@@ -284,10 +284,10 @@ def values_of(run: Run, comparable_timesteps: bool) -> dict:
 
 
 def rows_of_study(study: Study, jobs: list[Job]) -> list[dict]:
-    """One row per variant: the mean of each value over the seeds, its standard deviation, and the values.
+    """One row per variant: for each value, its mean and standard deviation over the seeds, and the values.
 
     Raises:
-        InputError: if there are no results, or not those that are compared.
+        InputError: if results are missing.
     """
     rows = []
     for variant in study.variants:
@@ -311,7 +311,7 @@ def rows_of_study(study: Study, jobs: list[Job]) -> list[dict]:
 
 
 def table_of(rows: list[dict]) -> str:
-    """Markdown. What is the same in all rows stands below instead of in a column."""
+    """Formats the rows as Markdown. Values that are the same in all rows go below the table instead of in a column."""
 
     def cell(value) -> str:
         if value is None:
@@ -334,11 +334,11 @@ def table_of(rows: list[dict]) -> str:
 
 
 def write_study(study: Study, jobs: list[Job], out: Path) -> None:
-    """The table and the figures.
+    """Writes the table and the figures.
 
     Raises:
-        InputError: if results of a variant are not what they must be.
-        OSError: if something cannot be written.
+        InputError: if results of a variant are missing or invalid.
+        OSError: if a file cannot be written.
     """
     rows, base = rows_of_study(study, jobs), study.variants[0].name
     first_seed = jobs[: len(study.variants)]
@@ -350,7 +350,7 @@ def write_study(study: Study, jobs: list[Job], out: Path) -> None:
     if base in curves:
         bands = {name: (curve / curves[base], None) for name, curve in curves.items()}
         labels = {"xlabel": "noise level sigma", "ylabel": f"held-out error of x_0, of {base} = 1"}
-        labels |= {"xscale": "log", "ylim": SHOWN_ERRORS}  # one bad variant would hide how the others differ
+        labels |= {"xscale": "log", "ylim": SHOWN_ERRORS}  # one bad variant would hide the other differences
         plot_curves(np.array(sigmas), bands, labels, out / "ablation_errors.png")
     _, images = images_of(runs, IMAGES_OF_A_VARIANT)
     if images:
@@ -363,9 +363,9 @@ def run(arguments: list[str]) -> None:
     parser = Parser(prog="python -m experiments.ablation", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("study", type=Path, help="YAML file of the study")
     parser.add_argument("--data", required=True, help="images: a folder, a Hub id or synthetic-faces")
-    parser.add_argument("--crop", help="crop by name (default: that of the study's configuration)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for trainings, table and figures")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at once, which share the cores (default 1)")
+    parser.add_argument("--crop", help="name of the crop (default: from the study's configuration)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the trainings, table and figures")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel trainings, which share the cores (default 1)")
     options = parser.parse_args(arguments)
     check_numbers(options, {"jobs": 1}, {"jobs": 64})
     study = read_study(options.study)

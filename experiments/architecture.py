@@ -1,12 +1,12 @@
-"""What each level of a U-Net costs and sees: parameters, multiplications and additions, attention, receptive field.
+"""The cost and the reach of each U-Net level: parameters, floating-point operations, attention, receptive field.
 
     python -m experiments.architecture --config configs/celeba64.yaml --out FOLDER
 
-A row of FOLDER/architecture.md and .json is a level of the contracting path, the bottleneck or a level of the
-expanding path. Operations are those of one forward pass of one image, counted by PyTorch on tensors without memory; a
-multiplication and an addition are two. The receptive field is that of the convolutions: the side of the square of
-input pixels on which a pixel of the row's output depends. It is measured, by the gradient, in a narrow copy of the
-network without attention and group norm, which see the whole image. Exit codes: 0 done, 2 bad input.
+Each row of FOLDER/architecture.md and .json is a level of the contracting path, the bottleneck or a level of the
+expanding path. PyTorch counts the operations of a forward pass for one image on the meta device; a multiplication and
+an addition count as two. The receptive field is the side of the square of input pixels on which one output pixel
+depends through the convolutions. It is measured by the gradient in a narrow copy of the network without attention and
+group norm, which see the whole image. Exit codes: 0 done, 2 bad input.
 """
 
 import sys
@@ -24,8 +24,8 @@ from experiments.unet_variants import remove_layers
 from training.arguments import parse_config
 from training.config import TrainConfig
 
-ANY_DATA = ["--train_data_dir", "null", "--dataset_name", "synthetic-faces"]  # whatever the configuration says
-NARROW, NARROW_NCSNPP = 4, 32  # channels; the groups of NCSN++ need more
+ANY_DATA = ["--train_data_dir", "null", "--dataset_name", "synthetic-faces"]  # overrides the configuration
+NARROW, NARROW_NCSNPP = 4, 32  # channels; NCSN++ needs more for its groups
 ATTENTION_OPERATORS = ("bmm", "baddbmm", "scaled_dot_product")
 COLUMNS = {
     "part": "part",
@@ -40,7 +40,7 @@ COLUMNS = {
 
 
 def parts_of(network: CustomUNet2DModel) -> dict[str, str]:
-    """The names of the modules by what they are called in the table, in the order of the forward pass."""
+    """The module names by their names in the table, in the order of the forward pass."""
     levels = range(len(network.down_blocks))
     parts = {"first convolution": "conv_in"} | {f"contracting, level {i}": f"down_blocks.{i}" for i in levels}
     parts |= {} if network.mid_block is None else {"bottleneck": "mid_block"}
@@ -49,7 +49,7 @@ def parts_of(network: CustomUNet2DModel) -> dict[str, str]:
 
 
 def outputs_of(network: CustomUNet2DModel) -> dict[str, torch.Tensor]:
-    """Is filled with the features (1, C, side, side) that leave each part, whenever the network is called."""
+    """A dictionary that each forward pass fills with the output (1, C, side, side) of each part."""
     outputs = {}
     for part, name in parts_of(network).items():
 
@@ -61,7 +61,7 @@ def outputs_of(network: CustomUNet2DModel) -> dict[str, torch.Tensor]:
 
 
 def costs(config: TrainConfig) -> list[dict]:
-    """Resolution, channels, parameters and operations of each part and of the whole."""
+    """Resolution, channels, parameters and operations of each part and of the whole network."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         network = CustomUNet2DModel(**config.unet_kwargs()).eval()
         outputs = outputs_of(network)
@@ -81,10 +81,10 @@ def costs(config: TrainConfig) -> list[dict]:
 
 
 def receptive_fields(config: TrainConfig) -> dict[str, int]:
-    """Side of the receptive field of each part's output in the input's pixels, of the convolutions alone.
+    """Receptive field of each part's output through the convolutions, as the side of a square in input pixels.
 
     All weights are positive, so that nothing cancels: an input pixel counts if the gradient of the output's central
-    pixel is not zero there.
+    pixel with respect to it is not zero.
     """
     levels = len(config.block_out_channels)
     has_skip_blocks = any("Skip" in block for block in (*config.down_block_types, *config.up_block_types))
@@ -105,7 +105,7 @@ def receptive_fields(config: TrainConfig) -> dict[str, int]:
             (gradient,) = torch.autograd.grad(centre, image, retain_graph=True)
             columns = (gradient[0] != 0).any(0).any(0).nonzero()
             fields[part] = int(columns.max() - columns.min() + 1)
-        if max(fields.values()) <= side // 2:  # else it may be cut off at the border
+        if max(fields.values()) <= side // 2:  # otherwise the border may cut it off
             return fields
         side *= 2
 
@@ -113,7 +113,7 @@ def receptive_fields(config: TrainConfig) -> dict[str, int]:
 def run(arguments: list[str]) -> None:
     """Raises InputError for bad arguments."""
     parser = Parser(prog="python -m experiments.architecture", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of a training")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of a training configuration")
     parser.add_argument("--out", type=Path, required=True, help="folder for the table and its numbers")
     options = parser.parse_args(arguments)
     config = parse_config(["--config", str(options.config), *ANY_DATA])

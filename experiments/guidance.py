@@ -1,16 +1,16 @@
-"""Measures class-conditional sampling: how often an image is of the class asked for, and what guidance costs.
+"""Measures class-conditional sampling: how often an image shows the requested class, and what guidance costs.
 
     python -m experiments.guidance --pipeline DIR --judge DIR [--classifier DIR] --scales 0 1 2 4 --num_images 700
         --out DIR
 
-A class-conditional model is guided without a classifier (arXiv 2207.12598): scale 0 is its null class, 1 plain
-conditional sampling. With --classifier an unconditional model is guided by the gradient of that classifier (arXiv
-2011.13456, section 5): scale 0 is sampling without it. The judge classifies the generated images; it must be
-another classifier of the same classes. Both are folders that `python -m experiments.classifier` wrote.
+A class-conditional model uses classifier-free guidance (arXiv 2207.12598): scale 0 is its null class, 1 plain
+conditional sampling. With --classifier, the gradient of that classifier guides an unconditional model (arXiv
+2011.13456, section 5): scale 0 is sampling without it. The judge classifies the generated images; it must be a
+different classifier of the same classes. Both are output folders of `python -m experiments.classifier`.
 
-    OUT/guidance.json   for each scale: the share of the images in the class asked for, SWD, evaluations, seconds
+    OUT/guidance.json   for each scale: the share of images in the requested class, SWD, evaluations, seconds
     OUT/guidance.md     the same as a table
-    OUT/guidance.png    images of the same seeds: a row for each class, some images of each scale in turn
+    OUT/guidance.png    images of the same seeds: one row per class, with some images at each scale in turn
 
 Image i has seed i and class i mod K. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
@@ -41,22 +41,22 @@ from training.data import ImageStore, open_image_store
 from training.log import device_name
 from training.sde import CONTINUOUS_SAMPLERS
 
-SPLIT = "train"  # of the synthetic faces that SWD compares with
+SPLIT = "train"  # of the synthetic faces, the reference for SWD
 BATCH_SIZE = 64
-SHOWN_OF_A_CLASS = 3  # at each scale
+SHOWN_OF_A_CLASS = 3  # images per class and scale in the figure
 
 
 # ---- Models
 
 
 def load_classifier(folder: Path) -> tuple[NoisyImageClassifier, dict]:
-    """A classifier, and a record of which one it is and how often it is right on real images without noise.
+    """Loads a classifier, and a record that identifies it and has its accuracy on real images without noise.
 
     Raises:
-        InputError: if it cannot be read.
+        InputError: if the classifier cannot be read.
     """
     try:
-        sha256 = sha256_of(folder / WEIGHTS)  # diffusers would look for what is not a folder on the Hub
+        sha256 = sha256_of(folder / WEIGHTS)  # diffusers would look for a missing folder on the Hub
         network = NoisyImageClassifier.from_pretrained(folder, use_safetensors=True).requires_grad_(False)
         validation = json.loads((folder / RECORD).read_text())["validation"]
         accuracy = {row["sigma"]: row["accuracy"] for row in validation["by_noise"]}[0.0]
@@ -67,13 +67,13 @@ def load_classifier(folder: Path) -> tuple[NoisyImageClassifier, dict]:
 
 
 def check_fit(unet, judge: NoisyImageClassifier, classifier: NoisyImageClassifier | None, data: dict) -> None:
-    """Whether model, judge and classifier are of the same images and classes.
+    """Checks that model, judge and classifier have the same image format and classes.
 
     Args:
-        data: what the model repository says of its training images; empty if nothing.
+        data: the model repository's record of its training images; empty if there is no record.
 
     Raises:
-        InputError: if not.
+        InputError: if they differ.
     """
     num_embeds, num_classes = unet.config.get("num_class_embeds"), len(judge.config.label_names)
     if (num_embeds is None) == (classifier is None):
@@ -91,10 +91,10 @@ def check_fit(unet, judge: NoisyImageClassifier, classifier: NoisyImageClassifie
 
 
 def open_models(options: Namespace) -> tuple:
-    """Pipeline, judge, classifier or None, and a record of what they are.
+    """Opens the pipeline, the judge and the classifier (or None), and returns them with a record of what they are.
 
     Raises:
-        InputError: unless they suit each other and the options.
+        InputError: if they do not match each other or the options.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if options.num_cpu_threads is not None:
@@ -123,9 +123,9 @@ def open_models(options: Namespace) -> tuple:
 def draw(
     pipeline: CustomUNetPipeline, scale: float, num_images: int, steps: int, num_classes: int, classifier=None
 ) -> tuple[np.ndarray, float]:
-    """uint8 images (N, 3, R, R) and network evaluations per image.
+    """Draws uint8 images (N, 3, R, R); returns them with the network evaluations per image.
 
-    At scale 0 the classes asked for play no part.
+    At scale 0, the requested classes have no effect.
     """
     images, evaluations = [], 0
     for first in range(0, num_images, BATCH_SIZE):
@@ -140,10 +140,10 @@ def draw(
 
 
 def real_sets(store: ImageStore, names: Sequence[str], labels: Sequence[int]) -> list[np.ndarray]:
-    """Two disjoint sets of real images, uint8 (N, 3, R, R), each with as many of every class as the labels.
+    """Two disjoint sets of real images, uint8 (N, 3, R, R), each with the class counts of the labels.
 
     Raises:
-        InputError: if there are too few of a class.
+        InputError: if a class has too few images.
     """
     known, chosen = store.labels_among(names), ([], [])
     order = np.random.default_rng(0).permutation(len(known))
@@ -158,12 +158,12 @@ def real_sets(store: ImageStore, names: Sequence[str], labels: Sequence[int]) ->
 
 
 def swd(images: np.ndarray, real: np.ndarray) -> float:
-    """Mean over the levels of the pyramid."""
+    """Sliced Wasserstein distance, averaged over the pyramid levels."""
     return float(np.mean([*sliced_wasserstein(images, real).values()]))
 
 
 def class_shares(found: np.ndarray, asked: np.ndarray, names: Sequence[str]) -> dict:
-    """The share of images in the class asked for with its binomial standard error, overall and for each class."""
+    """The share of images in the requested class with its binomial standard error, overall and per class."""
 
     def share(right: np.ndarray) -> dict:
         p = float(right.mean())
@@ -177,7 +177,7 @@ def class_shares(found: np.ndarray, asked: np.ndarray, names: Sequence[str]) -> 
 
 
 def summary(record: dict) -> str:
-    """Markdown: a row for each scale, and what one must know to read it."""
+    """Formats the results as a Markdown table, one row per scale, with a note on how to read it."""
     rows, results, judge = [], record["results"], record["judge"]
     for entry in results:
         shares = {f"class {k}": of_class["value"] for k, of_class in enumerate(entry["classes"])}
@@ -196,15 +196,15 @@ def summary(record: dict) -> str:
 
 
 def parse_options(arguments: list[str]) -> Namespace:
-    """Raises InputError."""
+    """Parses and checks the arguments; raises InputError."""
     parser = Parser(prog="python -m experiments.guidance", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     add("--judge", required=True, type=Path, help="folder of the classifier that classifies the generated images")
     add("--classifier", type=Path, help="folder of the classifier that guides an unconditional model")
-    add("--scales", required=True, nargs="+", type=float, help="of guidance; 0 is without")
-    add("--out", required=True, type=Path, help="folder for numbers, table and figure")
-    add("--num_images", type=int, default=256, help="of each scale; the classes take turns (default 256)")
+    add("--scales", required=True, nargs="+", type=float, help="guidance scales; at 0 the class has no effect")
+    add("--out", required=True, type=Path, help="folder for the numbers, table and figure")
+    add("--num_images", type=int, default=256, help="images per scale; the classes take turns (default 256)")
     add("--scheduler", choices=[*SAMPLERS, *CONTINUOUS_SAMPLERS], help="sampler (default: the repository's own)")
     add("--num_inference_steps", type=int, default=50, dest="steps", help="default 50; ode chooses its own")
     add("--num_cpu_threads", type=int)
@@ -214,11 +214,11 @@ def parse_options(arguments: list[str]) -> Namespace:
 
 
 def run(arguments: list[str]) -> None:
-    """Checks everything, then draws and measures; the results are written after each scale.
+    """Checks the input, then draws and measures images; writes the results after each scale.
 
     Raises:
         InputError: for bad input.
-        Failed: if sampling breaks down at a scale.
+        Failed: if sampling fails at a scale.
     """
     options = parse_options(arguments)
     pipeline, judge, classifier, record = open_models(options)
@@ -262,7 +262,7 @@ def run(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    return run_command(lambda: run(arguments), "stopped; the scales that were measured are in guidance.json")
+    return run_command(lambda: run(arguments), "stopped; the scales measured so far are in guidance.json")
 
 
 if __name__ == "__main__":

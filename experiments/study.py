@@ -1,18 +1,18 @@
-"""What an ablation study compares: a YAML file.
+"""An ablation study is described by a YAML file.
 
-config: configs/celeba32_cpu.yaml    what all variants share, a file of configs/
+config: configs/celeba32_cpu.yaml    base configuration of all variants, a file in configs/
 flags: {max_train_steps: 500}        further flags of train_unet.py, for all variants
-minutes: 30                          instead of max_train_steps: the training time of each, see below
-evaluation: {num_images: 1024}       flags of eval.run; its metrics are swd, memorisation and heldout unless named
-seeds: [0, 1]                        of the trainings
-variants:                            the first is what the others are compared with
+minutes: 30                          instead of max_train_steps: the training time of each variant, see below
+evaluation: {num_images: 1024}       flags of eval.run; the default metrics are swd, memorisation and heldout
+seeds: [0, 1]                        seeds of the trainings
+variants:                            the first one is the baseline
   base: {}
   edm: {flags: {objective: edm}, evaluation: {sampler: edm_heun}}
   no_skips: {network: no_skips}      a network of experiments.unet_variants
 
-With `minutes` all variants get equal time, not equal images: the speeds of their updates are measured side by side,
-and each trains for as many updates as it makes in that time on an otherwise idle machine. Other work on the machine
-during the trainings then makes no difference.
+With `minutes`, all variants get equal time instead of equal images: the speeds of their updates are measured side by
+side, and each trains for the number of updates that it makes in that time on an otherwise idle machine. Other load
+during the trainings therefore makes no difference.
 """
 
 import math
@@ -32,23 +32,23 @@ EVALUATION_FLAGS_SET = set("pipeline reference out images_dir num_cpu_threads".s
 
 @dataclass(frozen=True)
 class Variant:
-    """What one variant changes: flags of the trainer and of eval.run, and the network."""
+    """The changes in one variant: flags of the trainer and of eval.run, and the network."""
 
     name: str
     flags: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
-    network: str = "plain"  # one of `experiments.unet_variants`
+    network: str = "plain"  # a key of `experiments.unet_variants.VARIANTS`
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study as its file has it."""
+    """The content of a study file."""
 
     config: str
-    variants: list[Variant]  # the first is what the others are compared with
+    variants: list[Variant]  # the first one is the baseline
     flags: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
-    minutes: float | None = None  # of training at full speed, for each variant
+    minutes: float | None = None  # training time per variant at full speed
     seeds: list[int] = field(default_factory=lambda: [0])
 
 
@@ -56,7 +56,7 @@ def read_study(path: Path) -> Study:
     """Reads a study.
 
     Raises:
-        InputError: if it cannot be read or is not as described above.
+        InputError: if the file cannot be read or does not follow the format above.
     """
     content = read_yaml(path)
     try:
@@ -64,7 +64,7 @@ def read_study(path: Path) -> Study:
         variants = [Variant(name, **(changes or {})) for name, changes in content.pop("variants").items()]
         study = Study(variants=variants, **content)
         _check(study)
-    except (TypeError, KeyError, AttributeError) as error:  # a key is unknown or missing, or a value of another kind
+    except (TypeError, KeyError, AttributeError) as error:  # an unknown or missing key, or a value of the wrong type
         raise InputError(f"{path} is not a study as experiments/study.py describes it: {error}") from error
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
@@ -91,7 +91,7 @@ def _check(study: Study) -> None:
 
 
 def flags_as_arguments(flags: dict) -> list[str]:
-    """As a command line has them; None is `null`."""
+    """Formats flags as command-line arguments; None becomes `null`."""
     arguments = []
     for name, value in flags.items():
         if isinstance(value, list):

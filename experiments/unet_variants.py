@@ -1,16 +1,16 @@
-"""The U-Net with one part removed or replaced, to see what the part does. `experiments.ablation` compares them.
+"""The U-Net with one part removed or replaced, to see what that part does. `experiments.ablation` compares them.
 
     python -m experiments.unet_variants VARIANT train --config configs/quickstart.yaml ...      flags of train_unet.py
     python -m experiments.unet_variants VARIANT evaluate --pipeline DIR --reference DATA ...    flags of eval.run
 
     plain           the U-Net as it is
-    no_skips        no skip connections: the expanding path sees the bottleneck alone
+    no_skips        no skip connections: the expanding path sees only the bottleneck
     added_skips     skip connections are added to the features (after a 1x1 convolution where the widths differ),
                     not concatenated
-    no_time         the network is not told the noise level
-    no_group_norm   no normalisation at all
+    no_time         no time embedding: the network does not know the noise level
+    no_group_norm   no normalisation
 
-Other parts are options of the network: attention, levels, width. Exit codes as those of the two commands.
+Other parts are options of the network: attention, levels, width. Exit codes: as for the two commands.
 """
 
 import functools
@@ -26,10 +26,10 @@ from train_unet import main as train
 
 
 class VariantUNet(CustomUNet2DModel):
-    """A network of which parts are replaced once it is built; its configuration is that of the unchanged one."""
+    """A network with parts replaced after construction; its configuration is the same as without the changes."""
 
-    up_block_class: type[UpBlock] | None = None  # of the expanding path, in place of UpBlock
-    removed: tuple[type[nn.Module], ...] = ()  # kinds of layers
+    up_block_class: type[UpBlock] | None = None  # replaces UpBlock in the expanding path
+    removed: tuple[type[nn.Module], ...] = ()  # types of layers
 
     @functools.wraps(CustomUNet2DModel.__init__)  # diffusers reads the options from the signature
     def __init__(self, *args, **kwargs):
@@ -39,7 +39,7 @@ class VariantUNet(CustomUNet2DModel):
         remove_layers(self, *self.removed)
 
     def rebuild_up_blocks(self) -> None:
-        """Builds the expanding path again, from blocks of the other class with the same widths."""
+        """Rebuilds the expanding path from `up_block_class` with the same widths."""
         channels, blocks = self.config.block_out_channels[-1], nn.ModuleList()
         for block, block_type in zip(self.up_blocks, self.config.up_block_types, strict=True):
             if block_type not in ("UpBlock2D", "AttnUpBlock2D"):
@@ -55,7 +55,7 @@ class VariantUNet(CustomUNet2DModel):
 
 
 class UpBlockWithoutSkips(UpBlock):
-    """Ignores the skip connections: its residual blocks see the features alone."""
+    """Ignores the skip connections: its residual blocks see only the features."""
 
     def __init__(self, in_channels, skip_channels, *args):
         super().__init__(in_channels, [0] * len(skip_channels), *args)
@@ -97,14 +97,14 @@ class WithoutGroupNorm(VariantUNet):
 
 
 class WithoutTime(CustomUNet2DModel):
-    """Every noise level is embedded as timestep 0, so that the number of parameters stays."""
+    """Embeds every noise level as timestep 0, which keeps the number of parameters."""
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
         return super().forward(sample, torch.zeros_like(torch.as_tensor(timestep)), class_labels, return_dict)
 
 
 def remove_layers(network: nn.Module, *kinds: type[nn.Module]) -> None:
-    """Replaces every layer of these kinds by the identity."""
+    """Replaces every layer of these types by the identity."""
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, kinds):
