@@ -1,25 +1,25 @@
-"""Diffusion in continuous time: the stochastic differential equations (SDEs) that carry images to noise and back, what
-a network is trained with there, and the samplers.
+"""Diffusion in continuous time: the stochastic differential equations (SDEs) that turn images into noise and back, the
+training targets and weights, and the samplers.
 
-The folder of a model that was trained with an SDE has a copy of this file, so it depends on torch and diffusers only.
+Models that were trained with an SDE are shipped with a copy of this file, so it depends on torch and diffusers only.
 
 Notation (Song et al. 2021, arXiv 2011.13456; equation numbers are theirs unless another paper is named):
 
-    dx = f(t) x dt + g(t) dw                                            eq. 5, t from 0 to 1, with a linear drift
+    dx = f(t) x dt + g(t) dw                                            eq. 5 with linear drift, t from 0 to 1
     x_t = alpha(t) x_0 + n(t) epsilon                                   eq. 29, its perturbation kernel
     dx = (f(t) x - g(t)^2 score(x, t)) dt + g(t) dw                     eq. 6, the reverse SDE, t from 1 to 0
     dx = (f(t) x - g(t)^2 score(x, t) / 2) dt                           eq. 13, the probability-flow ODE
 
-DDPM's sqrt(abar_t) is alpha, its sqrt(1 - abar_t) is n. sigma(t) = n(t) / alpha(t) is the noise level of x / alpha: in
-these coordinates all of them are one process that runs at different speeds (Karras et al. 2022, arXiv 2206.00364,
-appendix B), and f and g follow from alpha and n:
+DDPM's sqrt(abar_t) is alpha and its sqrt(1 - abar_t) is n. sigma(t) = n(t) / alpha(t) is the noise level of x / alpha.
+In this coordinate all SDEs are the same process at different speeds (Karras et al. 2022, arXiv 2206.00364, appendix
+B). f and g follow from alpha and n:
 
     f = alpha' / alpha        g^2 = 2 n^2 (n' / n - alpha' / alpha) = 2 n^2 sigma' / sigma
 
-Times are tensors of any shape; what a function returns has that shape, in the type of the time. Use float64 times
-where differences of nearly equal numbers matter (sub-VP and VP near 0).
+Times are tensors of any shape; results have the shape and dtype of the time. Use float64 times where nearly equal
+numbers are subtracted (VP and sub-VP near 0).
 
-Samplers and likelihoods take a network as a `Denoiser`.
+Samplers and likelihoods take the network as a `Denoiser`.
 """
 
 import itertools
@@ -42,30 +42,30 @@ PREDICTION_TYPES = {
     "flow": ("flow_prediction",),
 }
 TIME_DENSITIES = ("uniform", "logit_normal")
-# The samplers in continuous time, with the defaults of their settings
+# Samplers in continuous time, with the defaults of their settings
 CONTINUOUS_SAMPLERS: dict[str, dict[str, float]] = {
     "euler_maruyama": {},
     "reverse_diffusion": {},
-    # r of the Langevin steps, and their number at each noise level
+    # r of the Langevin steps, and the number of steps per noise level
     "predictor_corrector": {"snr": 0.16, "corrector_steps": 1},
-    # Largest error of a step, relative to 1 + |x|, as root mean square over the batch
+    # Maximum error per step: root mean square over the batch, relative to 1 + |x|
     "ode": {"tolerance": 1e-3},
     # S_churn, S_tmin, S_tmax and S_noise of Karras et al. 2022, algorithm 2
     "edm_heun": {"churn": 0.0, "churn_min": 0.0, "churn_max": math.inf, "noise_factor": 1.0},
-    "flow_euler": {},  # this and the next are for rectified flow only
+    "flow_euler": {},  # flow_euler and flow_heun are for rectified flow only
     "flow_heun": {},
 }
 MOST_STEPS, MOST_EVALUATIONS = 10_000, 100_000
 
-Noise = Callable[[], Tensor]  # draws standard normal noise of the shape of x
+Noise = Callable[[], Tensor]  # draws standard normal noise in the shape of x
 
 
 class SDE(ABC):
     """A diffusion with a linear drift.
 
     Attributes:
-        first_time: where sampling and likelihoods end, above 0 where n(0) = 0.
-        prior_std: standard deviation of the Gaussian that x is taken for at the last time.
+        first_time: time at which sampling and likelihoods end; above 0 if n(0) = 0.
+        prior_std: standard deviation of the Gaussian prior, the approximate distribution of x at the last time.
     """
 
     first_time: float = 0.0
@@ -74,7 +74,7 @@ class SDE(ABC):
 
     @abstractmethod
     def drift(self, t: Tensor) -> Tensor:
-        """f(t), which multiplies x."""
+        """f(t), the coefficient of x."""
 
     @abstractmethod
     def diffusion(self, t: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class SDE(ABC):
 
     @abstractmethod
     def time_of(self, sigma: Tensor) -> Tensor:
-        """The time of a noise level n / alpha; the inverse of `sigma`."""
+        """The time at a noise level n / alpha; the inverse of `sigma`."""
 
     def sigma(self, t: Tensor) -> Tensor:
         """n(t) / alpha(t)."""
@@ -98,14 +98,14 @@ class SDE(ABC):
 
     @property
     def noise_levels(self) -> tuple[float, float]:
-        """The lowest and the highest sigma, those of the first and the last time."""
+        """The lowest and the highest sigma, at the first and the last time."""
         low, high = self.sigma(torch.tensor([self.first_time, self.last_time], dtype=torch.float64)).tolist()
         return low, high
 
 
 @dataclass(frozen=True)
 class _SigmaSDE(SDE):
-    """What VE and EDM have in common: alpha = 1, and so f = 0, with noise levels from sigma_min to sigma_max.
+    """Base class of VE and EDM: alpha = 1, hence f = 0, and noise levels from sigma_min to sigma_max.
 
     Raises:
         ValueError: unless 0 < sigma_min < sigma_max.
@@ -133,7 +133,7 @@ class _SigmaSDE(SDE):
 class VESDE(_SigmaSDE):
     """Variance exploding, the limit of NCSN (eq. 9 and 30): n(t) = sigma_min (sigma_max / sigma_min)^t, alpha = 1.
 
-    At time 0 the images have the noise sigma_min already, as in the paper (eq. 31)."""
+    At time 0 the images already have noise of level sigma_min, as in the paper (eq. 31)."""
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
@@ -154,7 +154,7 @@ class VESDE(_SigmaSDE):
 
 @dataclass(frozen=True)
 class _BetaSDE(SDE):
-    """What VP and sub-VP have in common: beta(t) = beta_min + t (beta_max - beta_min), and f = -beta / 2.
+    """Base class of VP and sub-VP: beta(t) = beta_min + t (beta_max - beta_min), and f = -beta / 2.
 
     Raises:
         ValueError: unless 0 < beta_min <= beta_max.
@@ -162,7 +162,7 @@ class _BetaSDE(SDE):
 
     beta_min: float = 0.1
     beta_max: float = 20.0
-    first_time = 1e-5  # the paper's, below which the score has no bound
+    first_time = 1e-5  # as in the paper: the score is unbounded towards 0
 
     def __post_init__(self):
         if not 0 < self.beta_min <= self.beta_max < math.inf:
@@ -176,7 +176,7 @@ class _BetaSDE(SDE):
         return self.beta_min * t + (self.beta_max - self.beta_min) * t.square() / 2
 
     def time_of_integral(self, integral: Tensor) -> Tensor:
-        """The t with B(t) = integral: the positive root, in the form that does not cancel."""
+        """The t with B(t) = integral: the positive root, in the form without cancellation."""
         slope = self.beta_max - self.beta_min
         return 2 * integral / (self.beta_min + (self.beta_min**2 + 2 * slope * integral).sqrt())
 
@@ -203,7 +203,7 @@ class VPSDE(_BetaSDE):
 
 @dataclass(frozen=True)
 class SubVPSDE(_BetaSDE):
-    """Sub-VP (eq. 12 and 29): the drift of VP with less noise, n = 1 - exp(-B), so that its likelihoods are better."""
+    """Sub-VP (eq. 12 and 29): the drift of VP with less noise, n = 1 - exp(-B), for better likelihoods."""
 
     def diffusion(self, t):
         return (self.beta(t) * -torch.expm1(-2 * self.beta_integral(t))).sqrt()
@@ -217,7 +217,7 @@ class SubVPSDE(_BetaSDE):
 
 @dataclass(frozen=True)
 class EDMSDE(_SigmaSDE):
-    """The process of Karras et al. 2022: alpha = 1 and n(t) = t, where time is the noise level itself."""
+    """The process of Karras et al. 2022: alpha = 1 and n(t) = t, so that time is the noise level."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -244,8 +244,8 @@ class FlowSDE(SDE):
     """The SDE with the marginals of rectified flow: alpha = 1 - t and n = t (Liu et al. 2022, arXiv 2209.03003; Lipman
     et al. 2022, arXiv 2210.02747; time as in Esser et al. 2024, arXiv 2403.03206, 0 for images and 1 for noise).
 
-    The velocity of the straight path from x_0 to epsilon is dx/dt = epsilon - x_0. It is finite at time 1, where f, g
-    and sigma are not: likelihoods and samplers that need them start at sigma = 99, near VE's 100 and EDM's 80.
+    The velocity of the straight path from x_0 to epsilon is dx/dt = epsilon - x_0. It is finite at time 1, but f, g
+    and sigma are not. Likelihoods and samplers that need them start at sigma = 99, near VE's 100 and EDM's 80.
     """
 
     first_time, last_time, prior_std = 1e-3, 0.99, 0.99
@@ -266,18 +266,18 @@ class FlowSDE(SDE):
         return sigma / (1 + sigma)
 
 
-# ---- What a network predicts, and sampling with it
+# ---- Network predictions and denoisers
 
 
 def clean_image_coefficients(
     prediction_type: str, alpha: Tensor, n: Tensor, sigma_data: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out of x_0 = c_skip x_t + c_out F, for the prediction F of a network; shapes of alpha and n.
+    """c_skip and c_out of x_0 = c_skip x_t + c_out F for a network prediction F; both have the shape of alpha and n.
 
-    With x_t = alpha x_0 + n epsilon these are the conversions from all `PREDICTION_TYPES` to x_0: v = alpha epsilon -
-    n x_0 over sqrt(alpha^2 + n^2) (Salimans & Ho 2022, arXiv 2202.00512), the velocity epsilon - x_0 where alpha + n
-    is 1, the score -epsilon / n (Tweedie's formula; Efron 2011), and EDM's mixture of epsilon and x_0 where alpha is
-    1, whose target has unit variance for pixel values of the standard deviation `sigma_data`.
+    They convert all `PREDICTION_TYPES` to x_0, given x_t = alpha x_0 + n epsilon: epsilon; x_0 itself; v = (alpha
+    epsilon - n x_0) / sqrt(alpha^2 + n^2) (Salimans & Ho 2022, arXiv 2202.00512); the velocity epsilon - x_0, if alpha
+    + n = 1; the score -epsilon / n (Tweedie's formula; Efron 2011); and EDM's mixture of epsilon and x_0, if alpha =
+    1, whose target has unit variance for pixel values of standard deviation `sigma_data`.
     """
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
     if prediction_type == "epsilon":
@@ -296,12 +296,12 @@ def clean_image_coefficients(
 
 @dataclass(frozen=True)
 class Denoiser:
-    """E[x_0 | x_t = x] as a network predicts it: called with x (B, ...) and a time, one for the batch.
+    """A network's prediction of E[x_0 | x_t = x], called with x (B, ...) and one time for the batch.
 
-    It goes by the time and not by sigma, which is infinite at time 1 of a rectified flow, where its samplers start.
+    It takes the time and not sigma, which is infinite at time 1 of rectified flow, where its samplers start.
 
     Args:
-        predict: x_0 of x and t.
+        predict: function of x and t that returns x_0.
     """
 
     sde: SDE
@@ -313,11 +313,11 @@ class Denoiser:
     def of_noise_level(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """E[x_0 | y] for y = x_0 + sigma epsilon, which is x_t / alpha at some time of every SDE."""
         t = self.sde.time_of(torch.as_tensor(sigma, dtype=torch.float64))
-        t = t.clamp(self.sde.first_time, self.sde.last_time)  # beyond which rounding may have put it
+        t = t.clamp(self.sde.first_time, self.sde.last_time)  # in case rounding put it outside
         return self(self.sde.signal_scale(t) * y, t)
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
-        """(alpha x_0 - x) / n^2 of the predicted x_0."""
+        """The score (alpha x_0 - x) / n^2, with the predicted x_0."""
         return (self.sde.signal_scale(t) * self(x, t) - x) / self.sde.noise_scale(t) ** 2
 
     def pf_ode(self, x: Tensor, t: Tensor) -> Tensor:
@@ -326,19 +326,19 @@ class Denoiser:
 
 
 class ContinuousSampler(NamedTuple):
-    """One of `CONTINUOUS_SAMPLERS` with all of its settings."""
+    """One of `CONTINUOUS_SAMPLERS` with all its settings."""
 
     name: str
     settings: dict[str, float]
 
 
 def continuous_samplers(objective: str) -> tuple[str, ...]:
-    """The names of the samplers in continuous time for a model of an objective of `PREDICTION_TYPES`, or of ddpm."""
+    """The names of the continuous-time samplers for an objective: a key of `PREDICTION_TYPES`, or ddpm."""
     return tuple(name for name in CONTINUOUS_SAMPLERS if objective == "flow" or not name.startswith("flow_"))
 
 
 def check_settings(settings: dict[str, float]) -> None:
-    """Raises ValueError for a setting of one of `CONTINUOUS_SAMPLERS` that makes no sense."""
+    """Raises ValueError if a setting of one of `CONTINUOUS_SAMPLERS` is out of range."""
     for name in {"snr", "tolerance", "noise_factor"} & settings.keys():
         if not 0 < settings[name] < math.inf:
             raise ValueError(f"{name} is {settings[name]}; it must be positive")
@@ -352,25 +352,24 @@ def check_settings(settings: dict[str, float]) -> None:
 
 
 class SDEScheduler(SchedulerMixin, ConfigMixin):
-    """What a network was trained with in continuous time: the SDE, its training times, and what the network predicts.
-
-    It is the scheduler of a model repository, and has the samplers of such models.
+    """Scheduler of a model trained in continuous time: the SDE, the training times, the prediction and the samplers.
 
     Args:
         objective: vp, subvp, ve, edm or flow.
         prediction_type: what the network predicts, see `clean_image_coefficients`: epsilon, sample or v_prediction for
             vp and subvp; score for ve; edm for edm; flow_prediction for flow (named as in diffusers).
-        beta_min, beta_max: of vp and subvp.
-        sigma_min, sigma_max: of ve and edm, for images in [-1, 1]; by default 0.02 and 100 for ve (twice the paper's,
-            which are for [0, 1]), 0.002 and 80 for edm.
+        beta_min, beta_max: noise schedule of vp and subvp.
+        sigma_min, sigma_max: noise levels of ve and edm, for images in [-1, 1]; by default 0.02 and 100 for ve (twice
+            the paper's, which are for [0, 1]), 0.002 and 80 for edm.
         sigma_data: standard deviation of the pixel values, for edm.
-        noise_mean, noise_std: of ln(sigma) in the training of edm, P_mean and P_std of the paper.
-        time_density: of the times in the training of flow: uniform, or logit_normal, with ln(t / (1 - t)) ~ N(0, 1)
+        noise_mean, noise_std: mean and standard deviation of ln(sigma) when training edm, P_mean and P_std of the
+            paper.
+        time_density: density of the training times of flow: uniform, or logit_normal, with ln(t / (1 - t)) ~ N(0, 1)
             (Esser et al. 2024, arXiv 2403.03206, section 3.1).
         clip_sample, clip_sample_range: whether, and to which size, samplers clip the predicted x_0; see DDPMScheduler.
 
     Raises:
-        ValueError: for values that make no SDE, or a prediction type that does not suit the objective.
+        ValueError: for values that do not define an SDE, or a prediction type that does not suit the objective.
     """
 
     order = 1
@@ -414,11 +413,11 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             self.sde = cls(low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
 
     def preconditioning(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """c_skip, c_out, c_in and c_noise at times of any shape, in their type.
+        """c_skip, c_out, c_in and c_noise, with the shape and dtype of the times.
 
         With the network F, the prediction of x_0 is c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, eq. 7).
-        c_noise, the network's own measure of time, is 999 t for vp and subvp and sigma for ve as in the code of Song
-        et al., ln(sigma) / 4 for edm, and 1000 t for flow as in diffusers.
+        c_noise, the time input of the network, is 999 t for vp and subvp and sigma for ve, as in the code of Song et
+        al., ln(sigma) / 4 for edm, and 1000 t for flow, as in diffusers.
         """
         alpha, n, config = self.sde.signal_scale(times), self.sde.noise_scale(times), self.config
         c_skip, c_out = clean_image_coefficients(config.prediction_type, alpha, n, config.sigma_data)
@@ -430,10 +429,10 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
     # ---- Training
 
     def times(self, positions: Tensor) -> Tensor:
-        """Quantiles of the times of training, for positions in [0, 1); float64.
+        """Quantiles of the training times at positions in [0, 1); float64.
 
-        They are uniform for vp, subvp and ve (eq. 7); for edm ln(sigma) is normal (Karras et al., table 1), between
-        sigma_min and sigma_max. For flow they have the density `time_density` over the whole of (0, 1).
+        Times are uniform for vp, subvp and ve (eq. 7). For edm, ln(sigma) is normal (Karras et al., table 1), clamped
+        to sigma_min and sigma_max. For flow, times have the density `time_density` on (0, 1).
         """
         positions = positions.double()
         if self.config.objective == "flow":
@@ -446,16 +445,16 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         return log_sigma.exp().clamp(self.sde.sigma_min, self.sde.sigma_max)
 
     def add_noise(self, clean_images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """x_t = alpha x_0 + n epsilon (eq. 29) for times (B,), in the type of the images."""
+        """x_t = alpha x_0 + n epsilon (eq. 29) for times (B,), in the dtype of the images."""
         signal, noise_scale = self.sde.signal_scale(times), self.sde.noise_scale(times)
         return spread(signal, clean_images) * clean_images + spread(noise_scale, noise) * noise
 
     def loss_weight(self, times: Tensor, likelihood_weighting: bool = False) -> Tensor:
         """Weight (B,) of the squared error of F, whose target is (x_0 - c_skip x) / c_out.
 
-        It makes lambda(t) the weight of the squared error of the score (eq. 7): lambda = n^2, the paper's choice, or
-        g^2, with which the loss bounds the likelihood (Song et al. 2021, arXiv 2101.09258, theorem 1). For edm and
-        flow all weights are 1 (Karras et al., section 5; Liu et al., eq. 1).
+        It weights the squared error of the score by lambda(t) (eq. 7): n^2, the paper's choice, or g^2, with which the
+        loss bounds the likelihood (Song et al. 2021, arXiv 2101.09258, theorem 1). For edm and flow all weights are 1
+        (Karras et al., section 5; Liu et al., eq. 1).
         """
         if self.config.objective in ("edm", "flow"):
             return torch.ones_like(times)
@@ -468,7 +467,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """The names of the samplers that suit it."""
+        """The names of the samplers that suit the model."""
         return continuous_samplers(self.config.objective)
 
     @property
@@ -476,13 +475,13 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         return self.sampler("flow_heun" if self.config.objective == "flow" else "edm_heun")
 
     def sampler(self, name: str, **settings: float) -> ContinuousSampler:
-        """One of `samplers`, with settings in place of its defaults.
+        """One of `samplers`, with settings that replace its defaults.
 
-        The default of `churn` is 10 for a network that predicts the score of unscaled x: it errs at large sigma, and
-        without new noise these errors add up.
+        `churn` defaults to 10 for a network that predicts the score of unscaled x: such a network errs at large sigma,
+        and without fresh noise its errors add up.
 
         Raises:
-            ValueError: for a sampler that does not suit, or a setting that it does not have or that makes no sense.
+            ValueError: for a sampler that does not suit the model, or a setting that is unknown or out of range.
         """
         if name not in self.samplers:
             raise ValueError(f"there is no sampler {name!r}; there are {', '.join(self.samplers)}")
@@ -496,10 +495,10 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         return ContinuousSampler(name, known | settings)
 
     def num_evaluations(self, sampler: ContinuousSampler, num_steps: int) -> int | None:
-        """How often a sampler calls the denoiser; None for `ode`, which takes as many steps as its tolerance asks.
+        """Number of denoiser calls of a sampler; None for `ode`, which chooses its steps by its tolerance.
 
         Raises:
-            ValueError: for a number of steps out of range.
+            ValueError: if the number of steps is out of range.
         """
         if not 2 <= num_steps <= MOST_STEPS:
             raise ValueError(f"num_inference_steps is {num_steps}; it must be 2 to {MOST_STEPS}")
@@ -516,14 +515,14 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         bound: float = math.inf,
         tell: Callable[[Tensor, Tensor, Tensor], None] = lambda t, x, clean_images: None,
     ) -> Denoiser:
-        """The denoiser of a network; for times () or (B,), and differentiable in x.
+        """The denoiser of a network, for times () or (B,); differentiable in x.
 
         Args:
             model_output: the network, called with x (B, C, H, W) and c_noise, () or (B,).
-            gradient: of a classifier's log p(y | x_t), called with x, alpha and n; it shifts x_0 by n^2 / alpha times
-                the gradient (Dhariwal & Nichol 2021, arXiv 2105.05233).
-            bound: x_0 is clipped to [-bound, bound]. An expectation of images lies there, so this takes it nearer to
-                the truth; at large sigma it matters, as a small error of epsilon is one of sigma times its size there.
+            gradient: gradient of a classifier's log p(y | x_t), called with x, alpha and n; shifts x_0 by n^2 / alpha
+                times the gradient (Dhariwal & Nichol 2021, arXiv 2105.05233).
+            bound: x_0 is clipped to [-bound, bound]. The true expectation lies there, so clipping only reduces the
+                error. It matters at large sigma, where an error of epsilon becomes one of sigma times its size in x_0.
             tell: called after each evaluation with t, x and x_0.
         """
 
@@ -533,7 +532,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             output = model_output(spread(c_in, x) * x, c_noise.to(x.device, torch.float32)).to(x.dtype)
             clean_images = spread(c_skip, x) * x + spread(c_out, x) * output
             if gradient is not None:
-                known = t.clamp(max=self.sde.last_time)  # `straight_flow` starts beyond it, where there is no signal
+                known = t.clamp(max=self.sde.last_time)  # `straight_flow` starts beyond it, where alpha is 0
                 alpha, n = self.sde.signal_scale(known), self.sde.noise_scale(known)
                 clean_images = clean_images + n**2 / alpha * gradient(x, alpha, n)
             if bound < math.inf:
@@ -544,7 +543,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         return Denoiser(self.sde, predict)
 
     def sample(self, sampler: ContinuousSampler, denoise: Denoiser, latents: Tensor, num_steps: int, noise: Noise):
-        """From latents of unit variance to images, both float32 (B, C, H, W). Raises ValueError if `ode` fails."""
+        """Turns latents of unit variance into images, both float32 (B, C, H, W). Raises ValueError if `ode` fails."""
         sde, (name, settings) = self.sde, sampler
         x, times = sde.prior_std * latents, sampling_times(sde, num_steps)
         if name == "ode":
@@ -556,35 +555,35 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             return straight_flow(denoise, latents, num_steps, heun=name == "flow_heun")
         if name == "edm_heun":
             low, high = sde.noise_levels
-            # schedules end at up to 20,000; where sigma is 4 sqrt(D), no image of [-1, 1] is left to see
+            # schedules reach up to sigma = 20,000; at 4 sqrt(D) an image in [-1, 1] is already invisible
             high = min(high, 4 * math.sqrt(x[0].numel()))
             return edm_heun(
                 denoise, high * latents, karras_sigmas(num_steps, max(low, 0.002), high), noise, **settings
             )
-        settings = settings or {"snr": 0.0, "corrector_steps": 0}  # reverse diffusion is the predictor alone
+        settings = settings or {"snr": 0.0, "corrector_steps": 0}  # reverse_diffusion is the predictor alone
         return predictor_corrector(denoise, x, times, noise, **settings, per_image=True)
 
 
 def spread(values: Tensor, x: Tensor) -> Tensor:
-    """() or (B,) -> a shape that multiplies x (B, ...), in its type."""
+    """() or (B,) -> a shape that broadcasts with x (B, ...), in the dtype of x."""
     return values.to(x).view(-1, *(1,) * (x.ndim - 1))
 
 
 # ---- The samplers (equations and algorithms are those of Song et al. 2021 unless another paper is named)
 #
-# `x` is a draw from the prior, and the times fall from the last one of the SDE to the first. All end with the
-# expectation of x_0 at the first time: without it the noise that is left there would stay (appendix G).
+# `x` is a draw from the prior, and the times fall from the last one of the SDE to the first. Every sampler returns the
+# expectation of x_0 at the first time, which removes the remaining noise (appendix G).
 
 
 def sampling_times(sde: SDE, num_steps: int) -> Tensor:
-    """From the last time to the first, (num_steps + 1,), float64: even, or `karras_sigmas` if t is sigma."""
+    """Times from the last to the first, (num_steps + 1,), float64: evenly spaced, or `karras_sigmas` if t is sigma."""
     if sde.last_time > 1:
         return karras_sigmas(num_steps + 1, sde.first_time, sde.last_time)[:-1]
     return torch.linspace(sde.last_time, sde.first_time, num_steps + 1, dtype=torch.float64)
 
 
 def euler_maruyama(denoise: Denoiser, x: Tensor, times: Tensor, noise: Noise) -> Tensor:
-    """The reverse SDE (eq. 6) by Euler-Maruyama; the last step is taken without its noise."""
+    """Euler-Maruyama on the reverse SDE (eq. 6); the last step adds no noise."""
     for i, (now, later) in enumerate(itertools.pairwise(times)):
         dt = now - later
         f, g = denoise.sde.drift(now), denoise.sde.diffusion(now)
@@ -595,13 +594,13 @@ def euler_maruyama(denoise: Denoiser, x: Tensor, times: Tensor, noise: Noise) ->
 
 
 def transition(sde: SDE, early: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
-    """a and v of x_late = a x_early + sqrt(v) z, the forward process over a step."""
+    """a and v of x_late = a x_early + sqrt(v) z, the forward process over one step."""
     a = sde.signal_scale(late) / sde.signal_scale(early)
     return a, sde.noise_scale(late) ** 2 - (a * sde.noise_scale(early)) ** 2
 
 
 def reverse_diffusion_step(denoise: Denoiser, x: Tensor, now: Tensor, later: Tensor, noise: Tensor | None) -> Tensor:
-    """The reverse of the forward process's own step (eq. 46)."""
+    """One step of the reverse diffusion sampler, which discretizes like the forward process (eq. 46)."""
     a, v = transition(denoise.sde, later, now)
     x = (2 - a) * x + v * denoise.score(x, now)
     return x if noise is None else x + v.sqrt() * noise
@@ -613,10 +612,10 @@ def langevin_step(
     """One step of annealed Langevin dynamics at a noise level (algorithms 4 and 5).
 
     Args:
-        snr: r, which sets the step by the norms of noise and score.
+        snr: r, which with the norms of noise and score sets the step size.
         step_scale: alpha of the algorithm: 1 for VE, alpha_i = 1 - beta_i for VP.
-        per_image: whether to take the norms of each x, so that no image depends on the others, or, as in the authors'
-            code, their means over the batch. For x of many dimensions the norm of the noise hardly varies.
+        per_image: whether to use the norms of each image, so that images do not depend on each other, or their batch
+            means, as in the authors' code. In many dimensions the norm of the noise hardly varies.
     """
     score = denoise.score(x, now)
     norms = [values.flatten(1).norm(dim=1) for values in (noise, score)]
@@ -636,11 +635,11 @@ def predictor_corrector(
     per_image: bool = False,
     impose: Callable[[Tensor, Tensor], Tensor] = lambda x, t: x,
 ) -> Tensor:
-    """Reverse diffusion, after each step Langevin steps at the new noise level (algorithms 2 and 3).
+    """Reverse diffusion steps, each followed by Langevin steps at the new noise level (algorithms 2 and 3).
 
     Args:
-        snr, per_image: of `langevin_step`.
-        impose: puts what is known into x at a time, after each step.
+        snr, per_image: see `langevin_step`.
+        impose: called with x and its time after each step; returns x with the known values put in.
     """
     last = len(times) - 2
     for i, (now, later) in enumerate(itertools.pairwise(times)):
@@ -655,10 +654,10 @@ def predictor_corrector(
 def straight_flow(denoise: Denoiser, x: Tensor, num_steps: int, heun: bool = False) -> Tensor:
     """Euler's or Heun's method on the ODE of rectified flow, dx/dt = epsilon - x_0 = (x - x_0) / t (arXiv 2209.03003).
 
-    The times are those of diffusers' `FlowMatchEulerDiscreteScheduler`: even from 1 to the first time, and then 0.
+    Times are those of diffusers' `FlowMatchEulerDiscreteScheduler`: evenly spaced from 1 to the first time, then 0.
 
     Args:
-        x: pure noise, of unit variance.
+        x: pure noise of unit variance.
     """
     times = torch.linspace(1, denoise.sde.first_time, num_steps, dtype=torch.float64)
     for now, later in itertools.pairwise([*times, torch.zeros_like(times[0])]):
@@ -671,7 +670,7 @@ def straight_flow(denoise: Denoiser, x: Tensor, num_steps: int, heun: bool = Fal
 
 
 def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """Noise levels of Karras et al. 2022, eq. 5, and 0 at the end, (num_steps + 1,), float64."""
+    """Noise levels of Karras et al. 2022, eq. 5, followed by 0, (num_steps + 1,), float64."""
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
@@ -690,15 +689,15 @@ def edm_heun(
     """Heun's method with churn (Karras et al. 2022, algorithm 2) on y = x / alpha, whose noise level is sigma.
 
     Args:
-        y: noise of the first level.
-        sigmas: falling, 0 at the end.
+        y: noise with standard deviation `sigmas[0]`.
+        sigmas: decreasing noise levels that end with 0.
         churn, churn_min, churn_max, noise_factor: S_churn, S_tmin, S_tmax, S_noise.
     """
     num_steps = len(sigmas) - 1
     for sigma, later in itertools.pairwise(sigmas):
         if churn > 0 and churn_min <= sigma <= churn_max:
             raised = sigma * (1 + min(churn / num_steps, math.sqrt(2) - 1))
-            raised = raised.clamp(max=float(sigmas[0]))  # the network knows no more noise than at the start
+            raised = raised.clamp(max=float(sigmas[0]))  # never above the initial noise level
             y = y + (raised**2 - sigma**2).sqrt() * noise_factor * noise()
             sigma = raised
         slope = (y - denoise.of_noise_level(y, sigma)) / sigma
@@ -709,7 +708,7 @@ def edm_heun(
     return y
 
 
-# Dormand & Prince (1980): nodes, stages, 5th-order weights and their difference from the 4th-order ones
+# Dormand & Prince (1980): nodes, stages, 5th-order weights, and their difference from the 4th-order weights
 _NODES = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1)
 _STAGES = (
     (),
@@ -726,17 +725,17 @@ _ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 /
 def solve_ode(
     rate: Callable[[Tensor, Tensor], Tensor], x: Tensor, start: float, end: float, tolerance: float
 ) -> tuple[Tensor, int]:
-    """Dormand-Prince 5(4) with adaptive steps for the whole batch, in float64.
+    """Dormand-Prince 5(4) in float64, with adaptive steps shared by the whole batch.
 
     Args:
-        rate: dx/dt of (x, t).
-        tolerance: of the root mean square over the batch of each step's error, relative to 1 + |x|.
+        rate: dx/dt as a function of x and t.
+        tolerance: maximum error per step: root mean square over the batch, relative to 1 + |x|.
 
     Returns:
         x at the end, and the number of evaluations.
 
     Raises:
-        ValueError: if the step becomes too small, the values are not finite, or it takes too many evaluations.
+        ValueError: if the step becomes too small, values are not finite, or it takes too many evaluations.
     """
     x, t, sign = x.double(), start, math.copysign(1.0, end - start)
     first = rate(x, _time(t))

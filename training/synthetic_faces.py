@@ -1,9 +1,9 @@
-"""Synthetic faces: the embedded data set, drawn by procedure from factors that are known.
+"""Synthetic faces: the embedded data set, drawn procedurally from known factors.
 
-Face `index` of `seed` is a pure function of the two: `Philox(key=(index, seed))` gives one uniform number per factor
-(`face_factors`), and the factors give the picture (`draw_faces`). Every factor is independent of every other; the
-tables below are its ranges, classes and odds. Pixels use only operations that IEEE 754 rounds exactly (+ - * / sqrt,
-min, max), each elementwise, so a face has the same pixels in any batch and on any machine.
+A face is a pure function of `index` and `seed`: `Philox(key=(index, seed))` gives one uniform number per factor
+(`face_factors`), and the factors give the picture (`draw_faces`). All factors are independent; the tables below list
+their ranges, classes and odds. Pixels use only operations that IEEE 754 rounds exactly (+ - * / sqrt, min, max), all
+elementwise, so a face has the same pixels in any batch and on any machine.
 
 Shapes are signed distance fields (Inigo Quilez, https://iquilezles.org/articles/distfunctions2d), negative inside, in
 head units: origin between the eyes and the nose, x to the right, y down, crown near -1 and chin near +1.
@@ -17,9 +17,9 @@ import numpy as np
 from common import InputError
 
 SYNTHETIC_FACES = "synthetic-faces"
-VERSION = 1  # part of the cache key of stored pixels: raise it whenever a pixel of any face changes
+VERSION = 1  # part of the pixel cache's key: increment it whenever a pixel of any face changes
 SPLIT_SIZES = {"train": 10_000, "validation": 1_000}
-SPLIT_STARTS = {"train": 0, "validation": 2**40}  # either split may grow to 2**40 faces before it meets the other
+SPLIT_STARTS = {"train": 0, "validation": 2**40}  # splits of up to 2**40 faces do not overlap
 
 # Uniform on [low, high).
 CONTINUOUS = {
@@ -27,7 +27,7 @@ CONTINUOUS = {
     "roll": (-0.14, 0.14),  # radians, clockwise
     "yaw": (-1.0, 1.0),  # -1 looks to the left of the picture, +1 to its right
     "scale": (0.62, 0.70),  # half the head's height as a fraction of half the picture's
-    "shift_x": (-0.05, 0.05),  # of the head's centre, in half pictures
+    "shift_x": (-0.05, 0.05),  # of the head's centre, in half picture widths
     "shift_y": (0.02, 0.10),  # a little low, to leave room for hair
     # head
     "skin_tone": (0.0, 1.0),  # light to dark
@@ -38,15 +38,15 @@ CONTINUOUS = {
     # hair
     "hair_shade": (0.8, 1.2),  # multiplies the hair's colour
     "fringe": (0.0, 1.0),  # high forehead to full fringe
-    "parting": (-1.0, 1.0),  # the side to which the fringe falls
+    "parting": (-1.0, 1.0),  # side to which the fringe falls
     # eyes and brows
     "eye_size": (0.19, 0.24),  # head units, half the width
-    "eye_openness": (0.6, 0.95),  # height by width
+    "eye_openness": (0.6, 0.95),  # height / width
     "eye_spacing": (0.32, 0.38),  # head units, half the distance between the pupils
     "gaze": (-1.0, 1.0),
     "brow_height": (0.0, 1.0),
     "brow_tilt": (-1.0, 1.0),  # -1 worried, +1 stern
-    "brow_thickness": (0.025, 0.055),  # head units, half of it
+    "brow_thickness": (0.025, 0.055),  # head units, half the thickness
     # nose and mouth
     "nose_length": (0.30, 0.40),  # head units, y of the tip
     "nose_width": (0.10, 0.17),
@@ -57,7 +57,7 @@ CONTINUOUS = {
     # surroundings
     "clothes_colour": (0.0, 1.0),  # position on the cyclic palette
     "background_colour": (0.0, 1.0),  # position on the cyclic palette
-    "light": (-1.0, 1.0),  # the side from which it comes
+    "light": (-1.0, 1.0),  # side from which the light comes
 }
 # {class: odds}
 CATEGORICAL = {
@@ -68,7 +68,7 @@ CATEGORICAL = {
 }
 BINARY = {"glasses": 0.25}  # probability
 FACTORS = (*CONTINUOUS, *CATEGORICAL, *BINARY)
-NO_YES = ["no", "yes"]  # the classes of a factor that is false or true
+NO_YES = ["no", "yes"]  # classes of a binary factor
 LABEL_NAMES = {name: list(odds) for name, odds in CATEGORICAL.items()} | dict.fromkeys(BINARY, NO_YES)
 
 # Colours in sRGB, 0 to 255.
@@ -92,7 +92,7 @@ IRIS = {
     "blue": (66, 122, 180),
     "grey": (118, 132, 146),
 }
-# How far the hair stands off the skull, falls straight down, the height of its cut (head units); 1 for a bun on top.
+# How far the hair stands off the skull, how far it falls straight down, height of its cut (head units), 1 for a bun.
 HAIR_STYLE = {
     "bald": (0.0, 0.0, -2.0, 0),
     "cropped": (0.05, 0.0, -0.05, 0),
@@ -109,9 +109,9 @@ PIXELS_PER_CHUNK = 2**16  # a float32 plane of 256 KiB stays in the cache
 
 
 def split_indices(split: str, num_images: int | None = None) -> range:
-    """The face indices of a split: its first `num_images`, by default as many as SPLIT_SIZES says.
+    """The indices of the first `num_images` faces of a split, by default as many as in SPLIT_SIZES.
 
-    Raises InputError for a split that does not exist and for a count outside [1, 2**40].
+    Raises InputError for an unknown split and for a count outside [1, 2**40].
     """
     if split not in SPLIT_SIZES:
         raise InputError(f"{SYNTHETIC_FACES} has no split {split!r}; it has {', '.join(SPLIT_SIZES)}")
@@ -141,7 +141,7 @@ def render_faces(indices: Sequence[int], resolution: int, seed: int = 0) -> np.n
 
 
 def draw_faces(factors: dict[str, np.ndarray], resolution: int) -> np.ndarray:
-    """The pictures of n faces given their factors (all of FACTORS): (n, resolution, resolution, 3) uint8, RGB."""
+    """The pictures of n faces from all their FACTORS: (n, resolution, resolution, 3) uint8, RGB."""
     num_images = len(factors[FACTORS[0]])
     images = np.empty((num_images, resolution, resolution, 3), np.uint8)
     chunk = max(1, PIXELS_PER_CHUNK // resolution**2)
@@ -155,7 +155,7 @@ def draw_faces(factors: dict[str, np.ndarray], resolution: int) -> np.ndarray:
 
 
 def ellipse(point, centre, radii, fall=0.0):
-    """Distance to an ellipse whose lower half is pulled down by `fall`: an arch, a pill (first-order estimate)."""
+    """Distance to an ellipse whose lower half is moved down by `fall`, an arch or a pill (first-order estimate)."""
     x, y = point[0] - centre[0], point[1] - centre[1]
     y = y - np.clip(y, 0.0, fall)
     u, v = x / radii[0], y / radii[1]
@@ -188,7 +188,7 @@ def smooth_union(a, b, radius):
     return np.minimum(a, b) - overlap * overlap / (4.0 * radius)
 
 
-# Colours, each (3, n, 1, 1), or (3, n, R, R) once it is lit.
+# Colours, each (3, n, 1, 1), or (3, n, R, R) after lighting.
 
 
 def rgb(colour):
@@ -212,12 +212,12 @@ def lit(colour, f, point):
     return colour * (1.0 + 0.16 * f.light * point[0])
 
 
-# Painting, from back to front. `f` holds the factors, colours, coordinates and outlines of a chunk of faces, and the
-# pictures in the making: `pixels` (3, n, R, R) float32, sRGB 0 to 255; `pixel` is a pixel's width in head units.
+# Painting, from back to front. `f` holds the factors, colours, coordinates and outlines of a chunk of faces and their
+# unfinished pictures: `pixels` (3, n, R, R) float32, sRGB 0 to 255; `pixel` is a pixel's width in head units.
 
 
 def paint(f, distance, colour, opacity=1.0, softness=0.0):
-    """Cover what lies inside a shape; its edge is as wide as a pixel, and wider by `softness` (head units)."""
+    """Fills a shape with a colour; its edge is one pixel wide plus `softness` (head units)."""
     coverage = np.clip(0.5 - distance / (f.pixel + softness), 0.0, 1.0)
     coverage *= opacity * coverage * (3.0 - 2.0 * coverage)
     f.pixels += coverage * (colour - f.pixels)
@@ -257,20 +257,20 @@ def place(f, resolution):
     f.body = x, y = (f.frame[0] - f.shift_x) / f.scale, (f.frame[1] - f.shift_y) / f.scale
     cos, sin = (turn(f.roll.astype(np.float64)).astype(np.float32) for turn in (np.cos, np.sin))
     f.head = x, y = cos * x + sin * y, cos * y - sin * x
-    bulge = np.maximum(1.0 - np.square(x / f.face_width), 0.0)  # parallax: what stands out moves more
+    bulge = np.maximum(1.0 - np.square(x / f.face_width), 0.0)  # parallax: protruding parts move more
     f.face = x - 0.11 * f.yaw * bulge, y
     f.mirrored = np.abs(f.face[0]), y  # both eyes, brows, cheeks and lenses at once
     f.side = np.sign(f.face[0])
 
 
 def outline(f):
-    """Distances to the head and to the silhouette of the hair, as if each were alone."""
+    """Distances to the outline of the head and to that of the hair, each on its own."""
     skull = ellipse(f.head, (0.0, -0.12), (f.face_width, 0.86))
     jaw = ellipse(f.head, (0.04 * f.yaw, 0.38), (f.face_width * f.jaw_width, f.chin_length))
     f.head_outline = smooth_union(skull, jaw, 0.2)
     volume, fall, cut, f.bun = look_up(HAIR_STYLE, f, "hair_style")
     hair = ellipse(f.head, (0.0, -0.14), (f.face_width + volume, 0.86 + volume), fall)
-    f.hair_outline = -smooth_union(-hair, cut - f.head[1], 0.12)  # what is inside and above the cut
+    f.hair_outline = -smooth_union(-hair, cut - f.head[1], 0.12)  # inside the hair and above its cut
 
 
 def background(f):
