@@ -1,9 +1,9 @@
-"""The sampling pipeline: an unconditional diffusion model as a `DiffusionPipeline`.
+"""The sampling pipeline: a diffusion model of images as a `DiffusionPipeline`.
 
-This file is shipped inside every model repository, so it depends on torch and diffusers only. A model that was trained
-in continuous time brings its samplers with its scheduler (`scheduler/sde.py`).
+This file is shipped with every model repository, so it depends on torch and diffusers only. The samplers of a model
+that was trained in continuous time come with its scheduler (`scheduler/sde.py`).
 
-Notation (Ho et al. 2020, arXiv 2006.11239): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon, abar: `alphas_cumprod`.
+Notation (Ho et al. 2020, arXiv 2006.11239): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon; abar: `alphas_cumprod`.
 """
 
 import inspect
@@ -28,8 +28,8 @@ from torch import Tensor
 
 logger = logging.get_logger(__name__)
 
-# The samplers by name: class and settings. With leading spacing the multistep solvers start far from the last timestep
-# when there are many steps.
+# Samplers by name: class and settings. The multistep solvers use trailing spacing, because with leading spacing and
+# many steps they start far from the last timestep.
 TRAILING = {"timestep_spacing": "trailing"}
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict]] = {
     "ddpm": (diffusers.DDPMScheduler, {}),
@@ -42,36 +42,36 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict]] = {
     "deis": (diffusers.DEISMultistepScheduler, {"solver_order": 2} | TRAILING),
 }
 SUITABLE = tuple({cls: None for cls, _ in SAMPLERS.values()})
-# These follow x_t / sqrt(abar_t), whose noise has the scale sigma = sqrt(1 / abar_t - 1); the others follow x_t
+# These solve for x_t / sqrt(abar_t), whose noise has the scale sigma = sqrt(1 / abar_t - 1); the others solve for x_t
 SIGMA_TYPE = tuple(SAMPLERS[name][0] for name in ("euler", "euler_ancestral"))
 MULTISTEP = tuple(SAMPLERS[name][0] for name in ("dpmsolver++2m", "unipc", "deis"))
-# Options of these schedulers that put the noise levels elsewhere than at the timesteps that they tell the network
+# Scheduler options with which the noise levels do not match the timesteps passed to the network
 OTHER_LEVELS = "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas".split()
-# The keyword arguments of `from_pretrained` that go to the loading of the network
+# Keyword arguments of `from_pretrained` for loading the network
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 NETWORK_ARGUMENTS = (*HUB_ARGUMENTS, "device_map", "low_cpu_mem_usage", "torch_dtype", "variant")
 
 
 @dataclass
 class GeneratedImages(ImagePipelineOutput):
-    """Images in the form of `output_type`, and how often the network was evaluated for each of them."""
+    """Images in the format `output_type`, and the number of network evaluations per image."""
 
     network_evaluations: int | None = None
 
 
 class CustomUNetPipeline(DiffusionPipeline):
-    """Draws images by reversing the diffusion of a noise schedule with a U-Net.
+    """Generates images by reversing a diffusion process with a U-Net.
 
     Args:
-        unet: network called as `unet(sample, timestep).sample`: a `CustomUNet2DModel` or a `UNet2DModel`, also as
-            `torch.compile` returns it.
-        scheduler: the noise schedule that the network was trained with and the sampler: one of the classes in
-            `SAMPLERS`. Another sampler of the same noise schedule is set by `set_sampler(name)` or as usual by
-            `pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)`.
-            Or an `SDEScheduler`, for a network that was trained in continuous time.
+        unet: network called as `unet(sample, timestep).sample`: a `CustomUNet2DModel` or a `UNet2DModel`, optionally
+            compiled with `torch.compile`.
+        scheduler: the sampler, with the noise schedule that the network was trained with: one of the classes in
+            `SAMPLERS`. To change the sampler and keep the noise schedule, call `set_sampler(name)` or, as usual,
+            set `pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)`.
+            For a network that was trained in continuous time, an `SDEScheduler`.
     """
 
-    # The classes that `from_pretrained` builds where it may not run code from the model repository
+    # Classes that `from_pretrained` builds when it does not run code from the model repository
     unet_class: type[ModelMixin] = UNet2DModel
     scheduler_classes: tuple[type[SchedulerMixin], ...] = SUITABLE
     model_cpu_offload_seq = "unet"
@@ -80,26 +80,26 @@ class CustomUNetPipeline(DiffusionPipeline):
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        # What the network was trained with: other samplers are made from it, and one that does not fit is noticed
+        # How the network was trained: other samplers are built from it, and those that do not match it are refused
         self._trained_config = scheduler.config
         self._prediction_type = scheduler.config.get("prediction_type")
         self._alphas_cumprod = scheduler.alphas_cumprod.cpu() if hasattr(scheduler, "alphas_cumprod") else None
-        self._continuous: tuple | None = None  # a sampler in continuous time, and the scheduler that it was set for
+        self._continuous: tuple | None = None  # continuous-time sampler, and the scheduler that it was set for
         color = "do_convert_grayscale" if unet.config.in_channels == 1 else "do_convert_rgb"
         self.image_processor = VaeImageProcessor(do_resize=False, **{color: True})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *, trust_remote_code: bool = False, **kwargs):
-        """Loads a model repository. Without `trust_remote_code=True` none of its code is run.
+        """Loads a model repository. Runs no code from it unless `trust_remote_code=True`.
 
         Weights are read from safetensors only, never from pickles.
 
         Args:
-            kwargs: `unet` and `scheduler` to take in place of the repository's own, and those of
-                `NETWORK_ARGUMENTS`; with `trust_remote_code=True` those of `DiffusionPipeline.from_pretrained`.
+            kwargs: `unet` and `scheduler`, to replace the repository's own, and `NETWORK_ARGUMENTS`; with
+                `trust_remote_code=True`, the arguments of `DiffusionPipeline.from_pretrained`.
 
         Raises:
-            ValueError: for other keyword arguments, or if the repository's scheduler is none of `scheduler_classes`.
+            ValueError: for other keyword arguments, or if the repository's scheduler is not in `scheduler_classes`.
         """
         path = pretrained_model_name_or_path
         if trust_remote_code:
@@ -113,7 +113,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             unet = cls.unet_class.from_pretrained(path, subfolder="unet", use_safetensors=True, **kwargs)
         if scheduler is None:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            # every scheduler reads the same file, which names the class that wrote it
+            # all schedulers use the same file name; the config names the class that wrote it
             config = diffusers.DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
             classes, name = {known.__name__: known for known in cls.scheduler_classes}, config["_class_name"]
             if name not in classes:
@@ -124,19 +124,19 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
-        """As in diffusers, which would refuse a network whose class is not exactly the one of the annotation."""
+        """As in diffusers, which alone would refuse a network of any other class than the annotated one."""
         return super().from_pipe(pipeline, **{"unet": pipeline.unet} | kwargs)
 
     def save_config(self, save_directory, **kwargs) -> None:
-        """The last step of `save_pretrained`: writes `model_index.json` and the code that it names.
+        """The last step of `save_pretrained`: writes `model_index.json` and the code that it refers to.
 
-        diffusers alone names the modules by their paths in this process, and leaves their code behind.
+        diffusers alone would write the module paths of this process and not copy the code.
         """
         super().save_config(save_directory, **kwargs)
         if self._continuous is not None and self._continuous[1] is self.scheduler:
             logger.warning(f"the sampler {self._continuous[0].name} is not saved: set it again after loading")
         folder = Path(save_directory)
-        unet = getattr(self.unet, "_orig_mod", self.unet)  # of torch.compile
+        unet = getattr(self.unet, "_orig_mod", self.unet)  # unwraps torch.compile
         parts = {"unet": unet, "scheduler": self.scheduler}
         index = {name: ship_code(type(part), folder / name) for name, part in parts.items()}
         index["_class_name"] = ship_code(__class__, folder)
@@ -144,12 +144,12 @@ class CustomUNetPipeline(DiffusionPipeline):
             index["auto_map"] = {"AutoModel": ".".join(index["unet"])}
         for name, changes in {"model_index.json": index, "unet/config.json": {}}.items():
             values = json.loads((folder / name).read_text()) | changes
-            values.pop("_name_or_path", None)  # reveals where on the author's machine the weights were loaded from
+            values.pop("_name_or_path", None)  # a path on the author's machine
             (folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """Leaves out `auto_map`, which is for `AutoModel`: diffusers would warn of it at every load."""
+        """Drops `auto_map`, which is for `AutoModel`; diffusers would warn about it at every load."""
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @property
@@ -159,17 +159,17 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     @property
     def process(self):
-        """The SDE that samplers in continuous time reverse."""
+        """The `SDEScheduler` of the SDE that continuous-time samplers reverse."""
         return self.scheduler
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """The names that `set_sampler` takes for this model."""
+        """The names that `set_sampler` accepts for this model."""
         return self.scheduler.samplers if self.is_continuous else tuple(SAMPLERS)
 
     @property
     def continuous_sampler(self):
-        """The sampler in continuous time that is set, with its `name` and `settings`; None if it is the scheduler."""
+        """The current continuous-time sampler, with `name` and `settings`; None if the scheduler is the sampler."""
         if self._continuous is not None and self._continuous[1] is self.scheduler:  # not replaced since
             return self._continuous[0]
         return self.scheduler.default_sampler if self.is_continuous else None
@@ -179,10 +179,10 @@ class CustomUNetPipeline(DiffusionPipeline):
 
         Args:
             name: one of `samplers`.
-            settings: of a sampler in continuous time, see `CONTINUOUS_SAMPLERS` of the scheduler's file.
+            settings: settings of a continuous-time sampler, see `CONTINUOUS_SAMPLERS` in the scheduler's file.
 
         Raises:
-            ValueError: if there is no such sampler for this model, or no such setting of it.
+            ValueError: if the model has no such sampler, or the sampler no such setting.
         """
         if name not in self.samplers:
             why = "; the network was trained in continuous time" if name in SAMPLERS else ""
@@ -220,35 +220,35 @@ class CustomUNetPipeline(DiffusionPipeline):
         """Generates images.
 
         Args:
-            batch_size: B, 1 unless seeds, generators or latents tell.
+            batch_size: number of images B; by default that of the seeds, generators or latents, or 1.
             generator: one for the whole batch, or a list with one for each image.
-            num_inference_steps: sampling steps, at most the scheduler's `num_train_timesteps`. One network evaluation
-                each. In continuous time N steps take N + 1 evaluations, with c corrector steps N + (N - 1) c + 1, with
-                the two of Heun 2 N - 1, with `flow_euler` N; `ode` chooses its own.
+            num_inference_steps: number of sampling steps, at most the scheduler's `num_train_timesteps`, with one
+                network evaluation each. In continuous time N steps take N + 1 evaluations; with c corrector steps
+                N + (N - 1) c + 1; 2 N - 1 for both Heun samplers; N for `flow_euler`. `ode` chooses its own steps.
             output_type: `pil`, `np` (float32, shape (B, H, W, C), range [0, 1]), `pt` (shape (B, C, H, W), [0, 1]) or
                 `latent` (shape (B, C, H, W), the network's range, not clipped).
             return_dict: whether to return an `ImagePipelineOutput` instead of a tuple.
-            eta: 0 (deterministic) to 1 (DDPM's variance), eq. 16 of DDIM (arXiv 2010.02502); only DDIM takes it.
-            use_clipped_model_output: whether DDIM computes the noise again from the clipped x_0.
-            seeds: one for each image, instead of generators. With seeds or a list of generators an image depends on
-                its own one alone, not on the images beside it, and the same seed gives it on every device; but `ode`
-                chooses its steps for the batch, on which an image then depends by as much as the tolerance allows.
+            eta: 0 (deterministic) to 1 (DDPM's variance), eq. 16 of DDIM (arXiv 2010.02502); for DDIM only.
+            use_clipped_model_output: whether DDIM recomputes the noise from the clipped x_0.
+            seeds: one for each image, instead of generators. With seeds or a list of generators, an image depends only
+                on its own seed, not on the rest of the batch, and is the same on every device. Exception: `ode`
+                chooses its steps for the whole batch, so an image depends on the others up to its tolerance.
             latents: x_T to start from instead of random noise, shape (B, C, H, W), of unit variance.
-            class_labels: for a network with class embeddings or with a classifier, one for all images or one for each.
-            guidance_scale: w. For a network with class embeddings of which the last is the null class, the output is
-                null + w (conditional - null) (classifier-free guidance, arXiv 2207.12598); 1 is without guidance. With
-                a classifier, the factor of its gradient.
-            classifier: p(y | x_t) as logits (B, K) of `classifier(x_t, alpha, n)` with alpha and n of shape (B,), for
-                guidance by the gradient of its logarithm (arXiv 2011.13456, eq. 14; 2105.05233, section 4).
+            class_labels: one for all images or one for each, for a network with class embeddings or a classifier.
+            guidance_scale: w. For a network whose last class embedding is the null class, the output is
+                null + w (conditional - null) (classifier-free guidance, arXiv 2207.12598); 1 means no guidance. With a
+                classifier, the factor of its gradient.
+            classifier: `classifier(x_t, alpha, n)` returns logits (B, K) of p(y | x_t), with alpha and n (B,); guides
+                by the gradient of log p(y | x_t) (arXiv 2011.13456, eq. 14; 2105.05233, section 4).
             callback_on_step_end: called after each network evaluation as `callback(pipeline, index, timestep,
-                tensors)`; it may return a dictionary with new `latents`, and end the loop after this step by
-                `pipeline._interrupt = True`, but neither in continuous time.
-            callback_on_step_end_tensor_inputs: which `tensors` it gets: `latents` (after the step, as the scheduler
-                keeps them; in continuous time those that the network saw), `noisy_images` (x_t that the network saw)
-                and `pred_original_sample` (x_0 predicted from it), each float32 of shape (B, C, H, W).
+                tensors)`. It may return a dictionary with new `latents`, or end the loop after this step by setting
+                `pipeline._interrupt = True`; neither is possible in continuous time.
+            callback_on_step_end_tensor_inputs: names of the `tensors` passed to the callback: `latents` (after the
+                step, in the scheduler's scaling; in continuous time, the network's input), `noisy_images` (x_t, the
+                network's input) and `pred_original_sample` (the x_0 predicted from it), each float32 (B, C, H, W).
 
         Raises:
-            ValueError: for an argument out of range, a scheduler that does not suit, or a result that is not finite.
+            ValueError: for an argument out of range, an unsuitable scheduler, or a result that is not finite.
         """
         self.check_inputs(num_inference_steps, eta, output_type, use_clipped_model_output)
         self._interrupt = False
@@ -259,12 +259,12 @@ class CustomUNetPipeline(DiffusionPipeline):
             )
         batch_size, generator = self.batch_and_generator(batch_size, generator, seeds, latents)
         guidance = self.guidance(class_labels, batch_size, guidance_scale, classifier)
-        # The latents stay float32 whatever the network's type: a step changes them by little.
+        # The latents stay float32 whatever the network's dtype: each step changes them only a little.
         noise = self.draw_noise(batch_size, generator) if latents is None else latents
         latents = noise.to(self._execution_device, torch.float32)
 
         def tell(index: int, timestep: Tensor, **tensors: Tensor) -> dict:
-            """What the caller's function returns."""
+            """Calls the caller's callback and returns its result."""
             if callback_on_step_end is None:
                 return {}
             chosen = {name: tensors[name].float() for name in callback_on_step_end_tensor_inputs}
@@ -284,10 +284,10 @@ class CustomUNetPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     def _reverse_timesteps(self, latents, num_inference_steps, ddim_options, generator, guidance, tell) -> Tensor:
-        """By one of diffusers' schedulers."""
+        """Samples with a diffusers scheduler."""
         scheduler, step_type = self.scheduler, self._prediction_type
         if step_type == "sample" and isinstance(scheduler, SIGMA_TYPE):
-            step_type = "v_prediction"  # two of them do not take x_0
+            step_type = "v_prediction"  # not all of these schedulers support x_0 prediction
             scheduler = scheduler_like(scheduler.config, type(scheduler), prediction_type=step_type)
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
         if isinstance(scheduler, MULTISTEP) and len(scheduler.timesteps.unique()) < num_inference_steps:
@@ -301,13 +301,13 @@ class CustomUNetPipeline(DiffusionPipeline):
         self._num_timesteps = len(scheduler.timesteps)
 
         latents = latents * scheduler.init_noise_sigma
-        # abar of every step, read once: asking the device for a number in each step would make it wait
+        # abar of every step, read once: reading a number from the device in each step would be a sync
         levels = noise_levels(scheduler, scheduler.timesteps.tolist())
         with self.evaluation_mode():
             for index, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
                 if self._interrupt:
                     break
-                # 1. What the network says of x_t
+                # 1. Predict x_0 and epsilon
                 noisy_images = scheduler.scale_model_input(latents, timestep)
                 signal, sigma = scales(levels[index])
                 model_output = guidance.model_output(self.unet, noisy_images, timestep)
@@ -317,7 +317,7 @@ class CustomUNetPipeline(DiffusionPipeline):
                 if guidance.classifier is not None:
                     gradient = guidance.gradient(noisy_images, signal, sigma)
                     clean_images, noise = clean_images + sigma**2 / signal * gradient, noise - sigma * gradient
-                # 2. The step
+                # 2. Take a step of the sampler
                 if isinstance(scheduler, diffusers.DDIMScheduler):
                     pair = levels[index : index + 2]
                     latents = ddim_step(scheduler, clean_images, noise, *pair, draw_noise, **ddim_options)
@@ -325,13 +325,13 @@ class CustomUNetPipeline(DiffusionPipeline):
                     velocity = signal * noise - sigma * clean_images
                     model_output = {"epsilon": noise, "sample": clean_images, "v_prediction": velocity}[step_type]
                     latents = scheduler.step(model_output, timestep, latents, **step_kwargs).prev_sample
-                # 3. The caller's own
+                # 3. Call the caller's callback
                 seen = {"noisy_images": noisy_images, "pred_original_sample": clean_images}
                 latents = tell(index, timestep, latents=latents, **seen).get("latents", latents)
         return latents
 
     def _reverse_process(self, latents, num_inference_steps, generator, guidance, tell) -> Tensor:
-        """By a sampler in continuous time."""
+        """Samples with a continuous-time sampler."""
         process, sampler = self.process, self.continuous_sampler
         total = process.num_evaluations(sampler, num_inference_steps)
         draw_noise = partial(self.draw_noise, len(latents), generator)
@@ -340,15 +340,15 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     @contextmanager
     def denoising(self, process, guidance: "Guidance", total: int | None, tell=None, clip: bool = True) -> Iterator:
-        """The `Denoiser` that samplers in continuous time take, in evaluation mode and with a progress bar.
+        """The `Denoiser` for continuous-time samplers, with the network in evaluation mode and a progress bar.
 
         Args:
-            process: what the network was trained with, as an `SDEScheduler`.
-            total: evaluations of the denoiser; None if their number is not known beforehand.
-            tell: called after each of them, as in `_reverse_timesteps`.
-            clip: whether to clip x_0 where the scheduler's configuration says so.
+            process: the `SDEScheduler` that the network was trained with.
+            total: number of denoiser evaluations; None if it is not known beforehand.
+            tell: called after each evaluation, as in `_reverse_timesteps`.
+            clip: whether to clip x_0 if the scheduler's configuration says so.
         """
-        config = self.scheduler.config  # schedulers hand on what they do not know themselves
+        config = self.scheduler.config  # schedulers also keep settings that are not their own
         bound = config.get("clip_sample_range", 1.0) if clip and config.get("clip_sample") else math.inf
         gradient, indices = None if guidance.classifier is None else guidance.gradient, itertools.count()
         self._num_timesteps = total
@@ -382,7 +382,7 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """Without it, dropout in the samples of a fresh network."""
+        """Turns off dropout in the network, and restores its mode afterwards."""
         was_training = self.unet.training
         self.unet.eval()
         try:
@@ -391,7 +391,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             self.unet.train(was_training)
 
     def batch_and_generator(self, batch_size, generator, seeds, latents=None) -> tuple:
-        """The number of images, and the generator or the list of one for each; raises ValueError if they disagree."""
+        """The number of images, and their generator or list of generators; raises ValueError if they disagree."""
         if seeds is not None and generator is not None:
             raise ValueError("give either seeds or generator, not both")
         if seeds is not None:
@@ -409,7 +409,7 @@ class CustomUNetPipeline(DiffusionPipeline):
         return batch_size, generator
 
     def guidance(self, class_labels=None, batch_size: int = 1, scale: float = 1.0, classifier=None) -> "Guidance":
-        """Labels of a batch and how they guide, see a call; raises ValueError if they do not suit the network."""
+        """The `Guidance` of a batch, arguments as in `__call__`; raises ValueError if they do not suit the network."""
         config = self.unet.config
         num_classes = config.get("num_class_embeds")
         has_classes = num_classes is not None or config.get("class_embed_type") is not None
@@ -438,13 +438,13 @@ class CustomUNetPipeline(DiffusionPipeline):
         return Guidance(labels, scale, num_classes - 1 if classifier is None and scale != 1 else None, classifier)
 
     def to_output(self, images: Tensor, output_type: str):
-        """Images in the model's range as the caller wants them; raises ValueError if they are not finite."""
+        """Converts images from the model's range to `output_type`; raises ValueError if they are not finite."""
         return self.image_processor.postprocess(finite(images), output_type)
 
     def check_inputs(
         self, num_inference_steps: int, eta: float = 0.0, output_type: str = "pil", use_clipped: bool = False
     ) -> None:
-        """Whether the scheduler suits the network, and the arguments the scheduler; raises ValueError if not."""
+        """Raises ValueError unless the scheduler suits the network and the arguments suit the scheduler."""
         scheduler, config, sampler = self.scheduler, self.scheduler.config, self.continuous_sampler
         name = type(scheduler).__name__ if sampler is None else sampler.name
         check_output_type(output_type)
@@ -468,7 +468,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{name} has prediction_type {kind!r}, the network was trained with {self._prediction_type!r}"
             )
-        if known.shape != new.shape or (known - new).abs().max() > 1e-4:  # some bound the last one away from 0
+        if known.shape != new.shape or (known - new).abs().max() > 1e-4:  # some schedulers keep the last one above 0
             raise ValueError(
                 f"{name} has another noise schedule than the network was trained with; take set_sampler(NAME)"
             )
@@ -491,7 +491,7 @@ def check_output_type(output_type: str) -> None:
 
 
 def check_fractional_timesteps(unet) -> None:
-    """Raises ValueError for a network that knows whole timesteps only."""
+    """Raises ValueError for a network that only takes integer timesteps."""
     if unet.config.get("time_embedding_type") == "learned":
         raise ValueError("the network has a learned time embedding, which has no rows for fractions of a timestep")
 
@@ -507,16 +507,16 @@ def finite(images: Tensor) -> Tensor:
 
 
 def scheduler_like(config, cls: type[SchedulerMixin], **settings) -> SchedulerMixin:
-    """A scheduler with the configuration of another one, and so with the same noise schedule.
+    """A scheduler with the configuration, and hence the noise schedule, of another one.
 
-    `from_config` alone leaves out what were defaults of the other class and takes its own, such as other betas.
+    `from_config` alone would replace values that were defaults of the other class by its own, such as other betas.
     """
     return cls.from_config({key: value for key, value in config.items() if key != "_use_default_values"}, **settings)
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """On the CPU, so that a seed means the same image on every device."""
-    if not all(0 <= seed < 2**32 and seed == int(seed) for seed in seeds):  # torch takes them modulo 2^32
+    """CPU generators, so that a seed gives the same image on every device."""
+    if not all(0 <= seed < 2**32 and seed == int(seed) for seed in seeds):  # torch takes seeds modulo 2^32
         raise ValueError(f"seeds are {min(seeds)} to {max(seeds)}; they must be whole numbers from 0 to {2**32 - 1}")
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
@@ -527,15 +527,15 @@ def scales(alpha_cumprod: float) -> tuple[float, float]:
 
 
 def noise_levels(scheduler: SchedulerMixin, timesteps: list[float]) -> list[float]:
-    """abar of what the network sees at descending timesteps, and after them that of the clean image."""
-    if isinstance(scheduler, SIGMA_TYPE):  # one sigma for each evaluation, and 0 for the end
+    """abar of the network's input at descending timesteps, followed by that of the final image."""
+    if isinstance(scheduler, SIGMA_TYPE):  # one sigma per evaluation, and 0 at the end
         return (1 / (1 + scheduler.sigmas.double() ** 2)).tolist()
     last = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0)).item()
     return [*scheduler.alphas_cumprod[[int(timestep) for timestep in timesteps]].tolist(), last]
 
 
 def clean_images_and_noise(prediction_type, model_output, noisy_images, signal, sigma) -> tuple[Tensor, Tensor]:
-    """x_0 and epsilon that a model output stands for."""
+    """x_0 and epsilon from a model output."""
     if prediction_type == "epsilon":
         return (noisy_images - sigma * model_output) / signal, model_output
     if prediction_type == "sample":
@@ -555,8 +555,8 @@ def ddim_step(
 ) -> Tensor:
     """Eq. 12 of DDIM with the variance of eq. 16, from abar `level` to the higher `next_level`.
 
-    `DDIMScheduler.step` takes all steps for equally long and so errs where their number does not divide that of the
-    timesteps; this is the same where it does. x_0 is clipped as the scheduler says.
+    `DDIMScheduler.step` assumes steps of equal length, which is wrong if their number does not divide the number of
+    timesteps; otherwise this is the same. x_0 is clipped as the scheduler's configuration says.
     """
     config, unclipped = scheduler.config, clean_images
     if config.thresholding:
@@ -571,7 +571,7 @@ def ddim_step(
 
 
 def ship_code(cls: type, folder: Path) -> list[str]:
-    """Copies the one file that defines a class; returns [module, class] as `model_index.json` wants it."""
+    """Copies the file that defines a class; returns [module, class] for `model_index.json`."""
     if cls.__module__.split(".")[0] == "diffusers":
         return ["diffusers", cls.__name__]
     source = Path(sys.modules[cls.__module__].__file__)
@@ -581,7 +581,7 @@ def ship_code(cls: type, folder: Path) -> list[str]:
 
 @dataclass
 class Guidance:
-    """What the network is asked for: labels, the scale of guidance, and how; it counts the evaluations."""
+    """Class labels, guidance scale and guidance method of a batch; counts the network evaluations."""
 
     class_labels: Tensor | None = None
     scale: float = 1.0
@@ -590,7 +590,7 @@ class Guidance:
     evaluations: int = 0
 
     def model_output(self, unet, x: Tensor, timesteps: Tensor) -> Tensor:
-        """float32, shape (B, C, H, W); timesteps for all or for each image."""
+        """The guided network output, float32 (B, C, H, W); one timestep for all images or one for each."""
         x = x.to(unet.dtype)
         if self.class_labels is None or self.classifier is not None:
             self.evaluations += 1
@@ -606,7 +606,7 @@ class Guidance:
 
     @torch.enable_grad()
     def gradient(self, x: Tensor, signal: float | Tensor, noise_scale: float | Tensor) -> Tensor:
-        """The classifier's scaled gradient of log p(y | x), shape of x (B, C, H, W); scales for all images."""
+        """The scaled gradient of the classifier's log p(y | x), (B, C, H, W); one signal and noise scale for all."""
         x = x.detach().requires_grad_()
         scales = (torch.full((len(x),), float(scale), device=x.device) for scale in (signal, noise_scale))
         log_probabilities = self.classifier(x, *scales).log_softmax(-1)
