@@ -1,4 +1,4 @@
-"""Sampling and sharing: the pipeline, and the model repository that it is loaded from."""
+"""Sampling from models and sharing them: the pipeline and its model repository."""
 
 from custom_unet import CustomUNet2DModel
 from pipelines import custom_unet_pipeline as shipped
@@ -7,10 +7,10 @@ from training.sde import SDEScheduler, continuous_samplers
 
 
 class CustomUNetPipeline(shipped.CustomUNetPipeline):
-    """The pipeline that is shipped with a model, where the code of this repository is at hand.
+    """The shipped pipeline, for use within this repository.
 
-    `from_pretrained` builds the classes of this repository, so it needs no code from the model repository, and a model
-    of discrete timesteps has the samplers in continuous time too.
+    `from_pretrained` builds the classes of this repository and needs no code from the model repository. Models with
+    discrete timesteps also have the continuous-time samplers.
     """
 
     unet_class = CustomUNet2DModel

@@ -1,9 +1,10 @@
-"""What people write into a model card stays there when the card is written again.
+"""Keeps manual edits of a model card when the card is regenerated.
 
-A card is a list of blocks: the entries of its metadata and its paragraphs, tables and pieces of code. Its last line, a
-comment, has a checksum of each block that was generated; any other block is a person's and stays where it is. A
-generated block that a person replaced or deleted stays away until the model changes it; an edit of it is then shown
-below it. Cards of earlier versions have no checksums: sections and metadata that are not in a generated card are kept.
+A card is a list of blocks: the entries of its metadata, and its paragraphs, tables and code blocks. A comment on its
+last line has a checksum of each generated block; every other block was written by a person and stays where it is. A
+generated block that a person replaced or deleted does not come back until the model changes it; it then stands above
+the person's version. Cards of earlier versions have no checksums: sections and metadata that a generated card does not
+have are kept.
 """
 
 import hashlib
@@ -11,21 +12,21 @@ import re
 from collections import defaultdict
 from difflib import SequenceMatcher
 
-# Comments at the end of a card: checksums, with a plus those of edits that were pushed with it; files that were pushed
+# Comments at the end of a card: checksums of its blocks, with a plus for pushed edits; files that were pushed
 BLOCKS = "<!-- Checksums of what pipelines.export wrote; it keeps everything else: {} -->"
 FILES = "<!-- Files that pipelines.export pushed; its next push deletes those that it lacks: {} -->"
-# What diffusers' own `push_to_hub` writes where there is no card
+# What diffusers' own `push_to_hub` writes if there is no card
 AUTOMATIC = re.compile("has been (generated automatically|automatically generated)")
 
 
 def keep_edits(card: str, previous: str, is_on_hub: bool = False) -> str:
-    """The new card with what people wrote into the one that it replaces.
+    """The new card with the manual edits of the card that it replaces.
 
     Args:
-        card: as generated, or as this function returned it for another copy.
-        previous: the card that is replaced; empty if there is none.
-        is_on_hub: whether that card is on the Hub. What an earlier push took there from the local card is then
-            replaced by what the local card says now; elsewhere it is kept like all other edits.
+        card: the new card as generated, or as returned by this function for another copy.
+        previous: the card to replace; empty if there is none.
+        is_on_hub: whether `previous` is on the Hub. Edits that an earlier push copied there from the local card are
+            then replaced by the current ones of the local card; otherwise they are kept like all other edits.
     """
     metadata, body = _split(card)
     checksums = [_checksum(block) for block in (*metadata.values(), *body)]
@@ -45,7 +46,7 @@ def keep_edits(card: str, previous: str, is_on_hub: bool = False) -> str:
 
 
 def _split(card: str) -> tuple[dict[str, str], list[str]]:
-    """The entries of the metadata by their keys, and the blocks of the text."""
+    """The entries of the metadata by key, and the blocks of the text."""
     card = re.sub(f"{_pattern(BLOCKS)}|{_pattern(FILES)}", "", card.replace("\r\n", "\n"))
     match = re.match(r"---\n(.*?\n)?---\n", card, re.DOTALL)
     entries = re.split(r"\n(?=[^\s#-])", (match[1] or "").strip("\n")) if match else []
@@ -65,7 +66,7 @@ def _checksum(block: str) -> str:
 
 
 def recorded(comment: str, card: str) -> list[str] | None:
-    """What the comment BLOCKS or FILES of a card lists; None if it has none."""
+    """The items listed in the BLOCKS or FILES comment of a card; None if the card has no such comment."""
     match = re.search(_pattern(comment), card)
     return match and match[1].split()
 
@@ -75,7 +76,7 @@ def _pattern(comment: str) -> str:
 
 
 def _recognised(old_metadata: dict, old_body: list[str], metadata: dict, body: list[str]) -> list[str]:
-    """The checksums of what was generated in a card without a record, by diffusers or an earlier version."""
+    """Checksums of the generated blocks in a card without checksums, written by diffusers or an earlier version."""
     found = [entry for key, entry in old_metadata.items() if key in metadata]
     headings = [block for block in body if block.startswith("## ")]
     if any(AUTOMATIC.search(block) for block in old_body):
@@ -90,10 +91,10 @@ def _recognised(old_metadata: dict, old_body: list[str], metadata: dict, body: l
 
 
 def _merge(base: list[str], old: list[str], new: list[str]) -> list[str]:
-    """The new blocks with the changes that people made to the old ones: a merge of three versions, by blocks.
+    """The new blocks with the changes that people made to the old ones: a three-way merge of blocks.
 
     Args:
-        base: checksums of the old blocks as they were generated.
+        base: checksums of the old blocks as generated.
     """
     old_checksums, new_checksums = [_checksum(block) for block in old], [_checksum(block) for block in new]
     removed, inserted = set(), defaultdict(list)  # by position in `base`
@@ -112,7 +113,7 @@ def _merge(base: list[str], old: list[str], new: list[str]) -> list[str]:
     merged += inserted.pop(len(base), [])
     titles = [block for block in old if block.startswith("# ")]
     if titles and not any(_checksum(title) in (*base, *new_checksums) for title in titles):
-        # a person chose another title; that of a card to be pushed differs from the local one, as if it had changed
+        # keep a person's title; a pushed card's generated title differs from the local one, as if the model changed it
         merged = [block for block in merged if not block.startswith("# ") or block in titles]
     return merged
 

@@ -1,7 +1,7 @@
-"""DDPM models in continuous time: their noise schedule is read as an SDE, so they need no further training.
+"""DDPM models in continuous time, without further training: their noise schedule is interpreted as an SDE.
 
-This is for use in this repository. The folder of a DDPM model does not have this file, and outside the repository such
-a model samples with diffusers' schedulers.
+This works within this repository only. DDPM models are not shipped with this file; elsewhere they sample with
+diffusers' schedulers.
 """
 
 import torch
@@ -12,17 +12,17 @@ from training.sde import SDE, Denoiser, SDEScheduler
 
 
 class DiscreteVPSDE(SDE):
-    """A DDPM noise schedule read as a VP SDE.
+    """A DDPM noise schedule interpreted as a VP SDE.
 
-    Time is t = timestep / (T - 1). Between two timesteps sigma is linear in the timestep, as in diffusers' sigma-type
-    schedulers; so at the timesteps alpha^2 is exactly abar.
+    Time is t = timestep / (T - 1). At the timesteps alpha^2 equals abar; in between, sigma is interpolated linearly,
+    as in diffusers' sigma-type schedulers.
 
     Args:
-        alphas_cumprod: abar of the T timesteps, falling, in (0, 1); the last one may be 0 and is then taken for 2^-24,
-            as diffusers does.
+        alphas_cumprod: abar of the T timesteps, decreasing, in (0, 1); the last one may be 0 and is then replaced by
+            2^-24, as in diffusers.
 
     Raises:
-        ValueError: for another sequence.
+        ValueError: for any other sequence.
     """
 
     def __init__(self, alphas_cumprod: Tensor):
@@ -33,7 +33,7 @@ class DiscreteVPSDE(SDE):
         self.sigmas = ((1 - abar) / abar).sqrt()
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Slope of sigma in t, sigma at the segment's start, and how far behind it t is."""
+        """Slope of sigma in t, sigma at the segment's start, and the time since that start."""
         sigmas, steps = self.sigmas.to(t), len(self.sigmas) - 1
         index = (t * steps).long().clamp(0, steps - 1)
         return (sigmas[index + 1] - sigmas[index]) * steps, sigmas[index], t - index.to(t) / steps
@@ -62,30 +62,30 @@ class DiscreteVPSDE(SDE):
 
 
 class DiscreteVPScheduler(SDEScheduler):
-    """What a DDPM network was trained with, as an `SDEScheduler`; the arguments are those of its own scheduler."""
+    """The scheduler of a DDPM network as an `SDEScheduler`; arguments as in its own scheduler."""
 
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str):
         super().__init__(objective="vp", prediction_type=prediction_type)
         self.sde = DiscreteVPSDE(alphas_cumprod)
 
     def preconditioning(self, times):
-        """As those of the VP SDE, but c_noise is the timestep, with its fraction."""
+        """As for the VP SDE, but c_noise is the fractional timestep."""
         *coefficients, _ = super().preconditioning(times)
         return *coefficients, times * (len(self.sde.sigmas) - 1)
 
 
 def process_of(scheduler) -> SDEScheduler:
-    """What a network was trained with, in continuous time, from one of diffusers' schedulers or an `SDEScheduler`."""
+    """The continuous-time process of a diffusers scheduler or an `SDEScheduler`."""
     if hasattr(scheduler, "sde"):
         return scheduler
     return DiscreteVPScheduler(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
 
 def denoiser(unet, scheduler) -> Denoiser:
-    """The denoiser of a network, called as `unet(sample, timestep).sample`, that was trained with a scheduler.
+    """The denoiser of a network, called as `unet(sample, timestep).sample`, and the scheduler it was trained with.
 
     Raises:
-        ValueError: for a network that knows whole timesteps only.
+        ValueError: for a network that only takes integer timesteps.
     """
     check_fractional_timesteps(unet)
     return process_of(scheduler).denoiser(lambda x, timesteps: Guidance().model_output(unet, x, timesteps))

@@ -1,4 +1,4 @@
-"""A web page for a trained model: images, how they come about, interpolations, inpainting.
+"""A web page for a trained model: generation, denoising, interpolation and inpainting.
 
     python -m pipelines.demo --pipeline DIR_OR_HUB_ID [--port P] [--share]
 
@@ -24,22 +24,22 @@ from pipelines.loading import find_pipeline, load_pipeline
 
 MAX_IMAGES = 16
 MAX_SEED = 2**31 - 1
-AS_SHARED = "as shared"  # the repository's own sampler, where no name in SAMPLERS has its settings
-SHOWN_SIZE, STRIP_SIZE = 512, 128  # pixels that the longer side of an image is enlarged to, about; the same in a strip
+AS_SHARED = "as shared"  # the repository's own sampler, if no entry of SAMPLERS has its settings
+SHOWN_SIZE, STRIP_SIZE = 512, 128  # approximate longer side of an enlarged image, alone and in a strip, in pixels
 MAX_STEPS_OF_AN_SDE = 1000
 FILES_KEPT_SECONDS = 3600
-PROGRESS = gr.Progress(track_tqdm=True)  # shows the progress bar of the pipeline on the page
-ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "network"}  # one queue for all that runs the network
+PROGRESS = gr.Progress(track_tqdm=True)  # shows the pipeline's progress bar on the page
+ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "network"}  # one queue for everything that runs the network
 
 
 def build_demo(pipeline: CustomUNetPipeline, name: str = "An unconditional diffusion model") -> gr.Blocks:
-    """The page, for `build_demo(pipeline).launch()`.
+    """Builds the page; call `build_demo(pipeline).launch()`.
 
     Args:
-        name: of the model, the title of the page.
+        name: name of the model, used as the page title.
 
     Raises:
-        ValueError: if the network has class embeddings, which the page has no input for.
+        ValueError: if the network has class embeddings, for which the page has no input.
     """
     config = pipeline.unet.config
     if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
@@ -67,9 +67,9 @@ training data allow: those of a model trained on CelebA for non-commercial resea
 
 
 class Page:
-    """The tabs, each a layout and under it what its buttons do.
+    """The tabs of the page, each with its layout and, below it, the actions of its buttons.
 
-    Visitors share the weights and nothing else: each call has a sampler of its own.
+    Visitors share only the weights: every call has its own sampler.
     """
 
     def __init__(self, pipeline: CustomUNetPipeline):
@@ -93,7 +93,7 @@ class Page:
         with gr.Row():
             with gr.Column(min_width=280):
                 seed = seed_input("Seed of the first image")
-                number = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Images", info="Each one's seed is one higher.")
+                number = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Images", info="Each image's seed is one higher.")
                 sampler, steps, eta = self.sampler_inputs()
                 button = gr.Button("Generate", variant="primary")
             with gr.Column(scale=3):
@@ -130,7 +130,7 @@ class Page:
             result = denoising_strip(pipeline, frames, steps, seeds=seeds, eta=eta)
         times = [f"{time:.3g}" if isinstance(time, float) else str(time) for time in result.timesteps]
         levels = f"From left to right: t = {', '.join(times)}, and the result."
-        with tempfile.TemporaryDirectory() as folder:  # Gradio has taken its copy when it comes back after the yield
+        with tempfile.TemporaryDirectory() as folder:  # Gradio has copied the file when it resumes after the yield
             path = f"{folder}/denoising.gif"
             result.save_gif(path, scale=self.factor(SHOWN_SIZE // 2), frame_milliseconds=400)
             yield result.to_image(self.factor(STRIP_SIZE)), levels, path
@@ -171,7 +171,7 @@ class Page:
                 seed = seed_input("3. Seed of the first result")
                 number = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Results")
                 steps = self.steps_input()
-                info, is_used = "More agree better with the rest and take longer.", not self.pipeline.is_continuous
+                info, is_used = "More blend better with the rest but take longer.", not self.pipeline.is_continuous
                 resamples = gr.Slider(1, 20, 5, step=1, label="Resamplings", info=info, visible=is_used)
                 button = gr.Button("Paint anew", variant="primary")
             with gr.Column(scale=4):
@@ -201,14 +201,14 @@ class Page:
         return image, enlarged(image, self.factor(SHOWN_SIZE))
 
     def image_of_upload(self, upload) -> tuple:
-        """The largest central part of the network's shape, in its size."""
+        """The largest central crop with the network's aspect ratio, resized to its resolution."""
         if upload is None:
             return None, None
         image = ImageOps.fit(upload, self.size, method=Image.Resampling.BICUBIC)
         return image, enlarged(image, self.factor(SHOWN_SIZE))
 
     def inpaint(self, image, drawing, seed, number, steps, resamples, progress=PROGRESS) -> list:
-        if image is None or drawing is None or drawing["background"] is None:  # the last two: the editor was emptied
+        if image is None or drawing is None or drawing["background"] is None:  # the last two: the editor was cleared
             raise error_shown("there is no image; take that of a seed or upload one")
         mask, seeds = self.drawn_mask(drawing), consecutive_seeds(seed, number)
         with self.sampling() as pipeline:
@@ -219,7 +219,7 @@ class Page:
         return self.with_captions(images, [f"seed {seed}" for seed in seeds])
 
     def drawn_mask(self, drawing: dict) -> Image.Image:
-        """White where a pixel of the network was drawn on at all.
+        """A mask that is white where the drawing touches any part of a pixel of the image.
 
         Raises:
             gr.Error: if nothing was drawn.
@@ -248,7 +248,7 @@ class Page:
 
     @contextmanager
     def sampling(self, sampler: str = AS_SHARED) -> Iterator[CustomUNetPipeline]:
-        """The same network with a fresh sampler. What it says of its arguments is shown on the page."""
+        """The same network with a fresh sampler. Errors about its arguments are shown on the page."""
         scheduler = self.pipeline.scheduler
         pipeline = type(self.pipeline)(self.pipeline.unet, type(scheduler).from_config(scheduler.config))
         try:
@@ -263,7 +263,7 @@ class Page:
         return [(enlarged(image, factor), caption) for image, caption in zip(images, captions, strict=True)]
 
     def factor(self, shown_size: int) -> int:
-        """What images are enlarged by, to about the size."""
+        """The integer factor that enlarges images to about the given size."""
         return max(1, round(shown_size / max(self.size)))
 
 
@@ -297,7 +297,7 @@ def enlarged(image: Image.Image, factor: int) -> Image.Image:
 
 
 def error_shown(message: str) -> gr.Error:
-    """For the page alone: no traceback in the terminal."""
+    """An error that is shown on the page, without a traceback in the terminal."""
     return gr.Error(message, print_exception=False)
 
 
@@ -305,7 +305,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     """Raises InputError."""
     parser = Parser(prog="python -m pipelines.demo", description="A web page for a trained model.", allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder or Hub id of the model")
-    parser.add_argument("--port", type=int, help="the first free one from 7860 if not given")
+    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="a public link through Gradio's servers, for a week")
     options = parser.parse_args(arguments)
     check_numbers(options, {"port": 1}, {"port": 65535})

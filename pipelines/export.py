@@ -1,20 +1,20 @@
-"""The model repository: a folder that strangers load with one line, because its code travels with it.
+"""The model repository: a folder that anyone can load with one line, because it contains its code.
 
     FOLDER/README.md                     the model card, written from the files below
-    FOLDER/model_index.json              names the pipeline class and its components
+    FOLDER/model_index.json              names of the pipeline class and its components
     FOLDER/custom_unet_pipeline.py       code of the pipeline
     FOLDER/unet/                         weights (safetensors), config.json, custom_unet_2d.py (code of the network)
     FOLDER/scheduler/                    the sampler's configuration; for an SDE also sde.py, with its samplers
-    FOLDER/training.json                 facts of the run
+    FOLDER/training.json                 facts of the training run
     FOLDER/training_config.yaml          its configuration
     FOLDER/samples.png                   a grid of samples
     FOLDER/results.json                  measurements, once there are any
 
-It loads three ways: `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` anywhere,
+There are three ways to load it: `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` anywhere,
 `CustomUNetPipeline.from_pretrained(FOLDER)` in this repository, and `UNet2DModel.from_pretrained(FOLDER,
-subfolder="unet")` without any code but diffusers', which samples no SDE.
+subfolder="unet")` with diffusers' code only, which cannot sample from an SDE.
 
-    python -m pipelines.export card --pipeline DIR                    write the model card again
+    python -m pipelines.export card --pipeline DIR                    regenerate the model card
     python -m pipelines.export push --pipeline DIR --repo_id NAME     push it to the Hub
 
 Exit codes: 0 done, 1 failed, 2 bad input.
@@ -41,26 +41,26 @@ def export_pipeline(
     sample_grid: Path | None = None,
     max_shard_size: int | str | None = None,
 ) -> Path:
-    """Writes the model repository; an existing one is replaced only once the new one is complete.
+    """Writes the model repository; an existing one is replaced only when the new one is complete.
 
-    What people wrote into the existing one's card is in the new card, too.
+    Manual edits of the existing model card are kept.
 
     Args:
-        facts: of the run, for `training.json`; see `facts` in `training/reports.py`.
-        training_config: of the run, as YAML.
-        sample_grid: picture that becomes `samples.png`.
-        max_shard_size: of a weights file, in bytes or as "15MB".
+        facts: facts of the run for `training.json`; see `facts` in `training/reports.py`.
+        training_config: configuration of the run, as YAML.
+        sample_grid: picture to copy to `samples.png`.
+        max_shard_size: maximum size of a weights file, in bytes or as a string like "15MB".
 
     Raises:
         InputError: if the folder is a file, or holds something other than a model repository.
-        OSError: if the folder cannot be written; an existing one is untouched.
+        OSError: if the folder cannot be written; an existing one is left unchanged.
     """
     if folder.is_file():
         raise InputError(f"{folder} is a file; choose another folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
         raise InputError(f"{folder} is not a model repository and would be replaced; choose another folder")
     temporary, old = (folder.with_name(f".tmp-{prefix}{folder.name}") for prefix in ("", "old-"))
-    previous_card = read_card(folder if folder.exists() else old)  # the old one is there after a kill
+    previous_card = read_card(folder if folder.exists() else old)  # `old` is left over after a kill
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -82,15 +82,15 @@ def export_pipeline(
 
 
 def export_variant(pipeline: CustomUNetPipeline, source: Path, folder: Path, changes: dict) -> Path:
-    """Writes a model repository of the same training as `source` with other weights, those of the pipeline.
+    """Writes a model repository with the training facts of `source` and the weights of `pipeline`.
 
-    What was measured and drawn with the weights of `source` stays behind: held-out losses, samples and results.
+    Held-out losses, samples and results of `source` belong to its weights and are left out.
 
     Args:
-        changes: to the facts of the run, such as `step`.
+        changes: changed facts of the run, such as `step`.
 
     Raises:
-        OSError: if a file of `source` is missing, and as `export_pipeline`.
+        OSError: if a file of `source` is missing, and as in `export_pipeline`.
     """
     facts = json.loads((source / "training.json").read_text()) | {"heldout": None, "samples_step": None} | changes
     training_config = (source / "training_config.yaml").read_text()
@@ -101,13 +101,13 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     """Raises InputError."""
     parser = Parser(prog="python -m pipelines.export", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    card = commands.add_parser("card", help="write the model card again", allow_abbrev=False)
+    card = commands.add_parser("card", help="regenerate the model card", allow_abbrev=False)
     push = commands.add_parser("push", help="push the folder to the Hub", allow_abbrev=False)
     for command in (card, push):
         command.add_argument("--pipeline", type=Path, required=True, help="folder of the model repository")
     push.add_argument("--repo_id", required=True, help="name on the Hub, with or without the user's name before it")
-    push.add_argument("--private", action="store_true", help="create the repository as a private one")
-    push.add_argument("--revision", help="branch to push to, created if there is none (default main)")
+    push.add_argument("--private", action="store_true", help="create a private repository")
+    push.add_argument("--revision", help="branch to push to, created if it does not exist (default main)")
     return parser.parse_args(arguments)
 
 

@@ -1,15 +1,15 @@
-"""Generates a folder of images: one PNG per seed, a contact sheet, and what is needed to make them again.
+"""Generates a folder of images: one PNG per seed, a contact sheet, and a record to reproduce them.
 
     python -m pipelines.generate --pipeline DIR_OR_HUB_ID --num_images N --seed S --scheduler NAME --steps K --out DIR
 
-    DIR/seed-0000123.png   the image of seed 123; it depends on no other image, batch size or number of processes, but
-                           of the sampler ode as much as its tolerance allows
-    DIR/contact_sheet.png  the first images in order of the seeds, at most 256
+    DIR/seed-0000123.png   the image of seed 123, independent of other images, batch size and number of processes,
+                           except with the sampler ode, up to its tolerance
+    DIR/contact_sheet.png  the first images in order of their seeds, at most 256
     DIR/generate.json      the settings, and every start that generated images: command, versions, device, speed
 
-The same command started again resumes where it stopped, also with more images; other settings are refused. Several
-processes (`accelerate launch -m pipelines.generate`, torchrun) share the work. Exit codes: 0 all images are there, 1
-failed, 2 bad input, 130 stopped by Ctrl-C; what is there is kept.
+Running the same command again resumes where it stopped, even with a larger --num_images; other settings are refused.
+Several processes (`accelerate launch -m pipelines.generate`, torchrun) share the work. Exit codes: 0 all images exist,
+1 failed, 2 bad input, 130 stopped by Ctrl-C; finished images are kept.
 """
 
 import argparse
@@ -38,36 +38,36 @@ from pipelines.image_folder import fill_folder
 from pipelines.loading import DTYPES, check_schedule, find_pipeline, load_pipeline
 from training.sde import CONTINUOUS_SAMPLERS
 
-# Settings of the samplers in continuous time, as flags: type and help
+# Flags for the settings of the continuous-time samplers: type and help
 SAMPLER_SETTINGS = {
-    "snr": (float, "of predictor_corrector: signal-to-noise ratio r of a Langevin step"),
-    "corrector_steps": (int, "of predictor_corrector: Langevin steps at each noise level"),
-    "tolerance": (float, "of ode: error per step"),
-    "churn": (float, "of edm_heun: S_churn, 0 is deterministic"),
-    "churn_min": (float, "of edm_heun: S_tmin, the smallest noise level with churn"),
-    "churn_max": (float, "of edm_heun: S_tmax, the largest noise level with churn"),
-    "noise_factor": (float, "of edm_heun: S_noise, standard deviation of the noise that churn adds"),
+    "snr": (float, "for predictor_corrector: signal-to-noise ratio r of the Langevin steps"),
+    "corrector_steps": (int, "for predictor_corrector: Langevin steps per noise level"),
+    "tolerance": (float, "for ode: maximum relative error per step"),
+    "churn": (float, "for edm_heun: S_churn; 0 is deterministic"),
+    "churn_min": (float, "for edm_heun: S_tmin, the lowest noise level with churn"),
+    "churn_max": (float, "for edm_heun: S_tmax, the highest noise level with churn"),
+    "noise_factor": (float, "for edm_heun: S_noise, standard deviation of the noise added by churn"),
 }
 
 
 def add_drawing_flags(parser: Parser, **defaults: int) -> None:
-    """Adds the flags of all commands that draw images from a model, but for the sampler's name."""
+    """Adds the flags that all commands that sample from a model share; not the sampler's name."""
     add = parser.add_argument
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub (owner/name)")
     add("--revision", help="branch, tag or commit on the Hub")
     add("--num_images", type=int, help="image i has the seed --seed + i (default %(default)s)")
-    add("--seed", type=int, default=0, help="of the first image (default 0)")
-    add("--steps", type=int, default=50, help="sampling steps (default 50); ode takes its own")
-    add("--eta", type=float, default=0.0, help="of DDIM: 0 is deterministic, 1 as random as DDPM")
+    add("--seed", type=int, default=0, help="seed of the first image (default 0)")
+    add("--steps", type=int, default=50, help="sampling steps (default 50); ode chooses its own")
+    add("--eta", type=float, default=0.0, help="for DDIM: 0 is deterministic, 1 as random as DDPM")
     for name, (kind, text) in SAMPLER_SETTINGS.items():
         add(f"--{name}", type=kind, help=text)
-    labels = "class of all images, or several that the seeds take in turn; for a network with class embeddings"
+    labels = "class of all images, or several to cycle through; for a network with class embeddings"
     add("--class_label", type=int, nargs="+", help=labels)
-    add("--guidance_scale", type=float, default=1.0, help="of classifier-free guidance (default 1: without)")
-    add("--batch_size", type=int, help="images at once, in each process (default %(default)s)")
-    dtype = "of the network while sampling (default fp32); bf16 is not faster on every CPU"
+    add("--guidance_scale", type=float, default=1.0, help="scale of classifier-free guidance (default 1: no guidance)")
+    add("--batch_size", type=int, help="images per batch in each process (default %(default)s)")
+    dtype = "precision of the network while sampling (default fp32); bf16 is not faster on every CPU"
     add("--dtype", choices=DTYPES, default="fp32", help=dtype)
-    add("--num_cpu_threads", type=int, help="per process on the CPU (default: its share of the cores)")
+    add("--num_cpu_threads", type=int, help="threads per process on the CPU (default: its share of the cores)")
     parser.set_defaults(**defaults)
 
 
@@ -99,9 +99,9 @@ def check_arguments(pipeline: CustomUNetPipeline, options: argparse.Namespace) -
 
 
 def set_up_process(num_cpu_threads: int | None) -> PartialState:
-    """Accelerate, and threads: `accelerate launch` leaves a process on the CPU one, however many cores there are."""
+    """Sets up Accelerate, and the number of threads: on the CPU, `accelerate launch` gives each process only one."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu, timeout=timedelta(hours=2))  # the first process to be ready waits for the last one
+    state = PartialState(cpu, timeout=timedelta(hours=2))  # the fastest process waits for the slowest one
     if state.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -110,7 +110,7 @@ def set_up_process(num_cpu_threads: int | None) -> PartialState:
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> None:
-    """Generates what is missing, on all processes."""
+    """Generates the missing images on all processes."""
     state = set_up_process(options.num_cpu_threads)
     commit = on_main_process(state, lambda: find_pipeline(options.pipeline, options.revision)[1])
     source, commit = find_pipeline(options.pipeline, commit)

@@ -1,4 +1,4 @@
-"""Pushing a model repository to the Hub: its own files and nothing else, in one commit.
+"""Pushes a model repository to the Hub: only its own files, in one commit.
 
 The token comes from the environment (HF_TOKEN) or from `hf auth login`, and is never printed.
 """
@@ -11,27 +11,27 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HTTPError  # of the HTTP library in use, which differs between releases
+from huggingface_hub.errors import HTTPError  # from the HTTP library in use, which differs between releases
 from huggingface_hub.utils import get_session, validate_repo_id
 
 from common import Failed, InputError, one_line
 from pipelines.card_edits import FILES, keep_edits, recorded
 from pipelines.model_card import read_card, read_mapping, render_card
 
-TIMEOUT_SECONDS = 60  # of one connection, read or write; the library itself waits for ever
+TIMEOUT_SECONDS = 60  # per connect, read or write; the library's default is to wait forever
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 OPTIONAL = ("README.md", "training.json", "training_config.yaml", "samples.png", "results.json")
 WEIGHTS = re.compile(r"unet/diffusion_pytorch_model[\w.-]*\.safetensors(\.index(\.\w+)?\.json)?")
-# Where a repository has no record of its files: these would be loaded in place of the new ones
+# Deleted if a repository has no record of its files: these would be loaded in place of the new ones
 STALE_WEIGHTS = re.compile(r"unet/diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def model_files(folder: Path) -> list[str]:
-    """The files of a model repository, relative to its folder; others that lie there are left out.
+    """The files of a model repository, relative to its folder; other files in the folder are left out.
 
     Raises:
-        InputError: if one is missing or broken, if a name or a link leads out of the folder, or if weights
-            are pickled: reading a pickle can run any code.
+        InputError: if a file is missing or broken, if a name or a link leads out of the folder, or if weights are
+            pickled, because loading a pickle can run arbitrary code.
     """
     if (folder / "config.json").is_file() and not (folder / "unet").exists():
         copy = "from pipelines import *; CustomUNetPipeline.from_pretrained({!r}).save_pretrained('NEW')"
@@ -72,7 +72,7 @@ def model_files(folder: Path) -> list[str]:
 
 @contextmanager
 def _asking_the_hub(repo_id: str) -> Iterator[HfApi]:
-    """Raises InputError for what goes wrong: no token or a wrong one, a bad name, no permission, no answer."""
+    """Turns errors into InputError: missing or invalid token, bad name, no permission, no answer."""
     if get_token() is None:
         raise InputError("there is no token for the Hub: set HF_TOKEN or log in with `hf auth login`")
     get_session().timeout = TIMEOUT_SECONDS
@@ -83,10 +83,10 @@ def _asking_the_hub(repo_id: str) -> Iterator[HfApi]:
 
 
 def check_account(repo_id: str) -> None:
-    """Whether there is a token, and of whom the repository would be; nothing is created.
+    """Checks that there is a token and that its user may own the repository; creates nothing.
 
     Raises:
-        InputError: for no token or a wrong one, a name that is not allowed or is another's, no answer.
+        InputError: for a missing or invalid token, a name that is not allowed or belongs to another user, no answer.
     """
     with _asking_the_hub(repo_id) as api:
         validate_repo_id(repo_id)
@@ -98,19 +98,19 @@ def check_account(repo_id: str) -> None:
 
 
 def open_repository(repo_id: str, private: bool = False, branch: str | None = None) -> str:
-    """Creates the repository on the Hub if there is none, and checks that this user may write to it.
+    """Creates the repository on the Hub if it does not exist, and checks that this user may write to it.
 
     Args:
-        repo_id: with or without the user's name before a slash.
+        repo_id: repository name, with or without the user's name and a slash in front.
 
     Returns:
-        the whole id, with the user's name.
+        the full id, with the user's name.
 
     Raises:
-        InputError: for no token or a wrong one, a name that is not allowed, no permission, no answer.
+        InputError: for a missing or invalid token, a name that is not allowed, no permission, no answer.
     """
     with _asking_the_hub(repo_id) as api:
-        # None leaves an existing repository as it is; it is public where it has to be created
+        # None keeps the visibility of an existing repository; a new one is public
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
         if branch is not None:
@@ -119,18 +119,18 @@ def open_repository(repo_id: str, private: bool = False, branch: str | None = No
 
 
 def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str | None = None) -> str:
-    """Pushes a model repository in one commit, which also deletes what an earlier push wrote and this one does not.
+    """Pushes a model repository in one commit, which also deletes files that only earlier pushes wrote.
 
-    The card that goes up names the repository on the Hub in its examples, and keeps what people wrote into it here
-    and there; the local folder is only read. Where the Hub does not answer, the library tries again for about half a
-    minute.
+    The examples in the pushed card use the repository's id on the Hub; manual edits of the local card and of the card
+    on the Hub are kept. The local folder is only read. If the Hub does not answer, the library retries for about half
+    a minute.
 
     Returns:
-        the address of the commit.
+        the URL of the commit.
 
     Raises:
-        InputError: if the folder is not fit to be pushed; nothing is asked of the Hub then.
-        Failed: if the push fails, with the command to try it again.
+        InputError: if the folder is not valid; the Hub is not contacted then.
+        Failed: if the push fails, with the command to retry it.
     """
     names = model_files(folder)
     render_card(folder)
@@ -155,14 +155,14 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str |
     except InputError as error:
         words = ["python", "-m", "pipelines.export", "push", "--pipeline", str(folder), "--repo_id", repo_id]
         words += ["--private"] * private + (["--revision", branch] if branch else [])
-        raise Failed(f"{error}; {folder} is as it was, push it again with: {shlex.join(words)}") from error
+        raise Failed(f"{error}; {folder} is unchanged, push it again with: {shlex.join(words)}") from error
 
 
 def _reason(error: Exception) -> str:
-    """One line that says why a request failed, with what to do where that is known, and without the token."""
+    """One line that says why a request failed and, if known, what to do; never shows the token."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "error while uploading FILE"
         error = error.__cause__
     text = one_line(error) or type(error).__name__
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        text += "; take a token that may write there, in HF_TOKEN or by `hf auth login`"
+        text += "; take a token that may write there, with HF_TOKEN or `hf auth login`"
     return text.replace(get_token(), "***")[:500]

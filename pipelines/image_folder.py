@@ -1,4 +1,4 @@
-"""A folder of generated images: one PNG per seed, a contact sheet, and a record from which they can be made again."""
+"""A folder of generated images: one PNG per seed, a contact sheet, and a record to reproduce them."""
 
 import argparse
 import io
@@ -44,12 +44,12 @@ def image_path(folder: Path, seed: int) -> Path:
 
 
 def missing_seeds(folder: Path, seeds: Iterable[int]) -> list[int]:
-    """Those without an intact image in the folder."""
+    """The seeds that have no intact image in the folder."""
     return [seed for seed in seeds if not _is_intact(image_path(folder, seed))]
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether it is a PNG with all of its chunks and the right checksums."""
+    """Whether the file is a complete PNG with valid checksums."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.verify()
@@ -68,17 +68,17 @@ def generate_images(
     show_progress: bool = False,
     **arguments,
 ) -> int:
-    """Writes the image of each seed, which appears under its name only when it is complete.
+    """Writes the image of each seed; a file gets its final name only when it is complete.
 
     Args:
-        class_label: for a network with class embeddings; of K labels seed s has the label s mod K of them.
-        arguments: further ones of the pipeline's call.
+        class_label: K labels for a network with class embeddings; seed s gets label number s mod K.
+        arguments: further arguments of the pipeline's call.
 
     Returns:
-        the network evaluations that all images took together.
+        the total number of network evaluations.
 
     Raises:
-        Failed: for arguments that the pipeline refuses, or images that are not finite.
+        Failed: for arguments that the pipeline refuses, or non-finite images.
         OSError: if an image cannot be written.
     """
     evaluations = 0
@@ -89,7 +89,7 @@ def generate_images(
             result = pipeline(seeds=batch, class_labels=labels, **arguments)
         except ValueError as error:
             raise Failed(str(error)) from error
-        except (ArithmeticError, RuntimeError) as error:  # a configuration from a stranger may hold any numbers
+        except (ArithmeticError, RuntimeError) as error:  # an untrusted configuration may hold any numbers
             if is_out_of_memory(error):
                 raise
             raise Failed(f"the model cannot be run: {error}") from error
@@ -100,7 +100,7 @@ def generate_images(
 
 
 def draw_contact_sheet(folder: Path) -> None:
-    """Of the first images in the folder, in order of their seeds."""
+    """Draws the contact sheet of the first images in the folder, in order of their seeds."""
     paths = sorted(folder.glob("seed-*.png"), key=lambda path: (len(path.name), path.name))
     paths = itertools.islice(filter(_is_intact, paths), CONTACT_SHEET_IMAGES)
     images = [pil_to_tensor(Image.open(path)) for path in paths]
@@ -122,18 +122,18 @@ def fill_folder(
     state: PartialState,
     command: str,
 ) -> None:
-    """Generates the images that the folder `options.out` lacks, on all processes, and writes its record.
+    """Generates the images that are missing in `options.out`, on all processes, and writes the record.
 
     Args:
-        pipeline: with its sampler set.
-        source, commit: by `find_pipeline`.
-        options: the flags of `pipelines.generate`, checked.
-        command: that is recorded.
+        pipeline: pipeline with its sampler set.
+        source, commit: results of `find_pipeline`.
+        options: the checked flags of `pipelines.generate`.
+        command: command line to record.
 
     Raises:
-        InputError: if the folder holds images of other settings, or of unknown ones.
-        Failed: as `generate_images`.
-        OSError: likewise, or if another process is filling the folder.
+        InputError: if the folder holds images with other or unknown settings.
+        Failed: as in `generate_images`.
+        OSError: as in `generate_images`, or if another process is filling the folder.
     """
     lock = FileLock(options.out / ".lock")
     start = describe_start(options, command, state)
@@ -143,7 +143,7 @@ def fill_folder(
         try:
             lock.acquire(timeout=0)  # until this process ends, however it ends
         except Timeout as error:
-            raise OSError(f"{options.out} is in use by another start; wait for it or take another --out") from error
+            raise OSError(f"{options.out} is in use by another start; wait for it or choose another --out") from error
         record = open_record(options.out, describe(pipeline, source, options, commit))
         missing = missing_seeds(options.out, range(options.seed, options.seed + options.num_images))
         if missing:
@@ -175,7 +175,7 @@ def fill_folder(
             record["starts"][-1] = start
             write_record(options.out, record)
         there = options.num_images - len(missing)
-        print(f"{options.out}: {len(missing)} images generated in {seconds:.1f} s, {there} were there")
+        print(f"{options.out}: {len(missing)} images generated in {seconds:.1f} s, {there} already existed")
     lock.release()
 
 
@@ -183,7 +183,7 @@ def fill_folder(
 
 
 def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Namespace, commit: str | None) -> dict:
-    """What makes the images what they are; images of the same `settings` belong in one folder."""
+    """Everything that determines the images; images in one folder must have the same `settings`."""
     scheduler = json.loads(pipeline.scheduler.to_json_string())
     del scheduler["_diffusers_version"]
     size, sampler, labels = pipeline.unet.config.sample_size, pipeline.continuous_sampler, options.class_label
@@ -210,7 +210,7 @@ def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Names
 
 
 def describe_start(options: argparse.Namespace, command: str, state: PartialState) -> dict:
-    """What was asked for, and what draws it."""
+    """The request of one start, and the machine and software that run it."""
     return {
         "command": command,
         "first_seed": options.seed,
@@ -230,7 +230,7 @@ def open_record(folder: Path, description: dict) -> dict:
     """The record in the folder, or a new one.
 
     Raises:
-        InputError: if the folder holds images of other settings than the description, or of unknown ones.
+        InputError: if the folder holds images with unknown settings, or with others than in the description.
     """
     path = folder / RECORD
     if not path.exists():
@@ -238,7 +238,7 @@ def open_record(folder: Path, description: dict) -> dict:
         if images:
             raise InputError(
                 f"{folder} holds {len(images)} PNG files, {images[0]} for one, but no {RECORD} that"
-                " tells how they were made; take another --out"
+                " records how they were made; choose another --out"
             )
         return description | {"starts": []}
     try:
@@ -246,10 +246,10 @@ def open_record(folder: Path, description: dict) -> dict:
         there, here = _flat(record["settings"]), _flat(description["settings"])
         record["starts"] = list(record["starts"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged; take another --out, or delete {folder} to start anew") from error
+        raise InputError(f"{path} is damaged; choose another --out, or delete {folder} to start over") from error
     different = difference(there, here)
     if different:
-        raise InputError(f"{folder} holds images of other settings ({different}); take another --out")
+        raise InputError(f"{folder} holds images with other settings ({different}); choose another --out")
     return record
 
 

@@ -1,4 +1,4 @@
-"""Finding a model repository and loading it; it may be damaged or come from a stranger."""
+"""Finds and loads a model repository, which may be damaged or untrusted."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from training.sde import PREDICTION_TYPES, SDEScheduler
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS, WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
 SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
-# What is fetched from the Hub: no code and no pickles
+# Files to download from the Hub: no code and no pickles
 NEEDED_FILES = [
     *(f"{folder}{name}" for folder in ("unet/", "") for name in ("config.json", WEIGHTS, WEIGHTS_INDEX, SHARDS)),
     *("scheduler/*.json", "scheduler_config.json", "training.json"),
@@ -33,13 +33,13 @@ NUM_TIMES_CHECKED = 1001
 
 
 def find_pipeline(name: str, revision: str | None, flag: str = "--pipeline") -> tuple[Path, str | None]:
-    """The folder of a model repository, fetched from the Hub if need be, and its commit there.
+    """The folder of a model repository, downloaded from the Hub if it is not local, and its commit there.
 
     Args:
-        flag: by which the name was given, for the messages.
+        flag: flag that gave the name, for error messages.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is no such repository.
     """
     if Path(name).is_dir():
         if revision is not None:
@@ -57,12 +57,12 @@ def find_pipeline(name: str, revision: str | None, flag: str = "--pipeline") -> 
 
 
 def part_folder(source: Path, name: str) -> Path:
-    """Of the `unet` or the `scheduler`: the repository itself where it is flat, as google/ddpm-* are."""
+    """The folder of the `unet` or the `scheduler`: the repository itself if it is flat, like google/ddpm-*."""
     return source / name if (source / name).is_dir() else source
 
 
 def weight_files(source: Path) -> list[Path]:
-    """The files that the network's weights are read from.
+    """The weights files of the network.
 
     Raises:
         InputError: if there are none.
@@ -81,15 +81,15 @@ def load_pipeline(
     network_class: type[ModelMixin] = CustomUNet2DModel,
     **settings: float,
 ) -> CustomUNetPipeline:
-    """Loads a model repository without running its code, in channels-last format, without a progress bar of its own.
+    """Loads a model repository without running its code, in channels-last format, with the progress bar disabled.
 
     Args:
-        sampler: name of the sampler to set; None for that of the repository.
-        network_class: that its weights are loaded into.
-        settings: of a sampler in continuous time.
+        sampler: name of the sampler to set; None for the repository's own.
+        network_class: class of the network to load the weights into.
+        settings: settings of a continuous-time sampler.
 
     Raises:
-        InputError: if it is damaged, or the sampler or a setting does not suit.
+        InputError: if the repository is damaged, or the sampler or a setting does not suit it.
     """
     pipeline = load_folder(source, weight_files(source), DTYPES[dtype], network_class)
     pipeline.set_progress_bar_config(disable=True)
@@ -111,22 +111,21 @@ def load_folder(
 ) -> CustomUNetPipeline:
     """Loads a model repository without running its code, and checks what diffusers does not.
 
-    diffusers fills the network with what the weights have, says in a warning what they lack or have too much, and
-    takes numbers of any type.
+    diffusers only warns about missing and unexpected weights, and accepts numbers of any type.
 
     Args:
-        weight_files: what the network's weights are read from.
+        weight_files: weights files of the network.
 
     Raises:
-        InputError: if a file is missing or damaged, the weights are not those of the network, or a number in the
-            configurations makes no sense.
+        InputError: if a file is missing or damaged, the weights do not match the network, or a number in a
+            configuration is invalid.
     """
     logger = logging.getLogger("diffusers.models.modeling_utils")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # what it warns of is an error here
+    logger.setLevel(logging.ERROR)  # its warnings are errors here
     try:
         source = part_folder(folder, "unet")
-        _read_object(source / "config.json")  # diffusers takes a mere string for an id on the Hub
+        _read_object(source / "config.json")  # diffusers would take a plain string for an id on the Hub
         _check_scheduler_config(_read_object(part_folder(folder, "scheduler") / "scheduler_config.json"))
         unet = network_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
         pipeline = CustomUNetPipeline.from_pretrained(folder, unet=unet)
@@ -134,7 +133,7 @@ def load_folder(
         _check_numbers(pipeline)
     except InputError as error:
         raise InputError(f"{folder} could not be loaded: {error}") from error
-    except Exception as error:  # damaged files make the libraries raise nearly anything
+    except Exception as error:  # with damaged files, the libraries raise almost anything
         reason = one_line(error) or type(error).__name__
         raise InputError(f"{folder} could not be loaded: {reason}") from error
     finally:
@@ -153,7 +152,7 @@ def _read_object(path: Path) -> dict:
 
 
 def _check_scheduler_config(config: dict) -> None:
-    """Before a scheduler makes tables of a length that is written there, or takes text for a number."""
+    """Checks a configuration before a scheduler allocates tables of its length or takes text for a number."""
     if config.get("_class_name") != SDEScheduler.__name__:
         number = config.get("num_train_timesteps", 1000)
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MOST_TIMESTEPS:
@@ -180,7 +179,7 @@ def _check_weights(pipeline: CustomUNetPipeline, weight_files: list[Path]) -> No
         with safe_open(path, framework="pt") as file:
             stored |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no dictionary)
     missing = [name for name, tensor in network.items() if tensor.is_meta]
-    # names alone do not tell, as those of old releases of diffusers are translated
+    # the names alone do not tell, because diffusers translates those of its old releases
     unknown = sorted(stored.keys() - network.keys()) if len(stored) > len(network) else []
     for count, name, verb in ((len(missing), missing[:1], "lack"), (len(unknown), unknown[:1], "have")):
         if count:
@@ -199,32 +198,32 @@ def _check_numbers(pipeline: CustomUNetPipeline) -> None:
     if isinstance(scheduler, SDEScheduler):
         check_fractional_timesteps(pipeline.unet)
         return _check_noise_levels(scheduler)
-    levels = scheduler.alphas_cumprod  # the variance of the signal in x_t: of DDPM, above 0 but at zero terminal SNR
+    levels = scheduler.alphas_cumprod  # signal variance in x_t, for DDPM: above 0 except at zero terminal SNR
     steps = scheduler.config.num_train_timesteps
     if tuple(levels.shape) != (steps,) or not (torch.isfinite(levels) & (levels >= 0) & (levels < 1)).all():
-        raise InputError(f"the noise schedule of its scheduler is none: {steps} numbers from below 1 to 0 or more")
+        raise InputError(f"the noise schedule of its scheduler is not {steps} numbers from below 1 to 0 or more")
     bound = scheduler.config.get("clip_sample_range", 1.0)
     if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < 1e6:
         raise InputError(f"clip_sample_range of its scheduler is {bound!r}; it must be a positive number")
 
 
 def _check_noise_levels(scheduler: SDEScheduler) -> None:
-    """That they rise, and that what the network is given and multiplied by are numbers."""
+    """Checks that the noise levels increase, and that the network's inputs and coefficients are finite."""
     sde = scheduler.sde
     times = torch.linspace(sde.first_time, sde.last_time, NUM_TIMES_CHECKED, dtype=torch.float64)
     sigmas = sde.sigma(times)
     if not (torch.isfinite(sigmas) & (sigmas > 0)).all() or not (sigmas.diff() > 0).all():
-        raise InputError("the noise levels of its SDE do not rise between positive numbers")
+        raise InputError("the noise levels of its SDE are not positive and increasing")
     values = (*scheduler.preconditioning(times), sde.drift(times), sde.diffusion(times))
     if not all(torch.isfinite(value.float()).all() for value in values):
         raise InputError("the numbers of its SDE are too large or too small for this network")
 
 
 def check_schedule(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Raises InputError if the scheduler cannot make a schedule of so many steps."""
+    """Raises InputError if the scheduler cannot make a schedule of `num_inference_steps` steps."""
     try:
         scheduler.set_timesteps(num_inference_steps)
         noise_levels(scheduler, scheduler.timesteps.tolist())
-    except Exception as error:  # of settings of the wrong type, numpy and torch raise nearly anything
+    except Exception as error:  # with settings of the wrong type, numpy and torch raise almost anything
         reason = one_line(error) or type(error).__name__
-        raise InputError(f"the scheduler makes no schedule of {num_inference_steps} steps: {reason}") from error
+        raise InputError(f"the scheduler cannot make a schedule of {num_inference_steps} steps: {reason}") from error

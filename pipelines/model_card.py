@@ -1,20 +1,20 @@
-"""The model card: the README.md of a model repository, written from the other files that lie in it.
+"""The model card: the README.md of a model repository, generated from its other files.
 
     model_index.json, unet/config.json, scheduler/    what the model is
-    training.json          facts of the run: steps, images, time, data, hardware, held-out losses
+    training.json          facts of the training run: steps, images, time, data, hardware, held-out losses
     training_config.yaml   its resolved configuration
     samples.png            a grid of samples
     results.json           measurements, {"results": [RESULT, ...]}, where a RESULT has
 
-        name    what a table calls it, such as "FID (clean)"
-        metric  its identifier in the metadata, such as "fid"
+        name    name in tables, such as "FID (clean)"
+        metric  identifier in the metadata, such as "fid"
         value   a finite number, or null if it was not measured
-        std     its standard deviation, and any of mode, n, n_reference, dataset, split, sampler, steps and eta, which
-                say how it was measured; further keys are ignored
+        std     standard deviation, and any of mode, n, n_reference, dataset, split, sampler, steps and eta, which say
+                how it was measured; other keys are ignored
 
 training.json, training_config.yaml, samples.png and results.json may be missing; the card then says what is not known.
-CelebA is recognised by its name in that of the data, or by one of its crops. The text of the card is in
-`model_card_template.md`, and the works that it cites are in `citations.bib`.
+CelebA is recognised by its name in the name of the data, or by one of its crops. The text of the card is in
+`model_card_template.md`, and its references are in `citations.bib`.
 """
 
 import json
@@ -39,7 +39,7 @@ SETTINGS = "mode floor n n_reference dataset split sampler steps eta".split()  #
 
 
 def write_card(folder: Path, name: str | None = None, previous: str | None = None) -> None:
-    """Writes FOLDER/README.md; what people wrote into the previous card, by default the one that is there, stays."""
+    """Writes FOLDER/README.md and keeps manual edits of the previous card, by default the one in the folder."""
     previous = read_card(folder) if previous is None else previous
     (folder / "README.md").write_text(render_card(folder, name, previous), encoding="utf-8", errors="surrogateescape")
 

@@ -1,10 +1,10 @@
-"""The model of a training with its weights averaged over another length, chosen afterwards.
+"""The model of a training run with an EMA length that is chosen after training.
 
     python -m pipelines.post_hoc_ema --run RUN_DIR --sigma_rel 0.075 [--step S] --out DIR
 
-RUN_DIR is the output folder of a training with `--post_hoc_ema true`. The average at step S, by default the newest
-one, is put together from those in RUN_DIR/ema_snapshots and in the checkpoints (`training/post_hoc_ema.py`) and
-written as a model repository. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
+RUN_DIR is the output folder of a run with `--post_hoc_ema true`. The average at step S, by default the newest one, is
+reconstructed from the snapshots in RUN_DIR/ema_snapshots and the checkpoints (`training/post_hoc_ema.py`) and written
+as a model repository. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
 import math
@@ -22,11 +22,11 @@ from training.post_hoc_ema import LARGEST_SIGMA_REL, STORED, combine_profiles
 
 
 def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
-    """Step -> folder of the snapshots and checkpoints of a run up to `step`, by rising step.
+    """Step -> folder of the snapshots and checkpoints of a run up to `step`, in ascending order.
 
     Raises:
-        InputError: if there is none of that step, or the run has kept no averages.
-        Failed: naming one that is damaged.
+        InputError: if there is none of that step, or the run kept no averages.
+        Failed: naming a damaged one.
     """
     found = dict(sorted((list_checkpoints(run / SNAPSHOTS) | list_checkpoints(run)).items()))
     if step is not None and step not in found:
@@ -43,10 +43,10 @@ def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
 def reconstruct(
     snapshots: dict[int, Path], sigma_rel: float, parameters: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """The average of `sigma_rel` at the last of the snapshots, summed in float64, and its profile's relative error.
+    """The average of length `sigma_rel` at the last snapshot, summed in float64, and its profile's relative error.
 
     Args:
-        parameters: of the network, by name.
+        parameters: parameters of the network by name.
     """
     factors, error = combine_profiles([*snapshots], max(snapshots), sigma_rel)
     sums = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in parameters.items()}
@@ -54,12 +54,12 @@ def reconstruct(
         averages = load_tensors(folder, [*STORED])
         for stem, factor in zip(STORED, row, strict=True):
             for name, total in sums.items():
-                total.add_(averages[stem][name].float(), alpha=factor)  # those of a snapshot are float16
+                total.add_(averages[stem][name].float(), alpha=factor)  # snapshots are float16
     return {name: total.float() for name, total in sums.items()}, error
 
 
 def progress_facts(state: dict) -> dict:
-    """`step`, `train_seconds` and `images_seen` of a checkpoint, by its state."""
+    """`step`, `train_seconds` and `images_seen` of a checkpoint, from its state."""
     progress, identity = state["progress"], state["identity"]
     sizes = [identity[name] for name in ("train_batch_size", "gradient_accumulation_steps", "num_processes")]
     facts = {name: progress[name] for name in ("step", "train_seconds")}
@@ -69,11 +69,11 @@ def progress_facts(state: dict) -> dict:
 def parse_options(arguments: list[str]) -> Namespace:
     """Raises InputError."""
     parser = Parser(prog="python -m pipelines.post_hoc_ema", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--run", type=Path, required=True, help="output folder of a training with --post_hoc_ema true")
+    parser.add_argument("--run", type=Path, required=True, help="output folder of a run with --post_hoc_ema true")
     parser.add_argument(
-        "--sigma_rel", type=float, required=True, help="length: standard deviation / step, 0.01 to 0.28"
+        "--sigma_rel", type=float, required=True, help="EMA length: standard deviation / step, 0.01 to 0.28"
     )
-    parser.add_argument("--step", type=int, help="one with a snapshot (default: the newest)")
+    parser.add_argument("--step", type=int, help="step of a snapshot (default: the newest)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new model repository")
     options = parser.parse_args(arguments)
     check_numbers(options, {"sigma_rel": 0.01, "step": 1}, {"sigma_rel": LARGEST_SIGMA_REL})

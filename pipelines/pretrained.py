@@ -1,4 +1,4 @@
-"""The model whose weights a training starts from."""
+"""Pretrained models as the starting point of a training run."""
 
 import json
 from pathlib import Path
@@ -12,39 +12,39 @@ from pipelines.loading import find_pipeline, load_pipeline
 from training.checkpoint import difference
 from training.log import training_in_all
 
-FREE = ("dropout", "sample_size")  # in which the network may differ from the pretrained one
+FREE = ("dropout", "sample_size")  # options in which the network may differ from the pretrained one
 
 
 def open_pretrained(name: str, prediction_type: str, accelerator: Accelerator) -> tuple[CustomUNetPipeline, dict]:
-    """The pipeline of a folder or Hub id, and what its training took in all.
+    """The pipeline of a folder or Hub id, and its total images seen and training time.
 
     Raises:
-        InputError: if there is none, or its network predicts something else.
+        InputError: if there is no such model, or its network has another prediction type.
     """
 
     def find() -> Path:
         return find_pipeline(name, None, "--pretrained_model_name_or_path")[0]
 
-    on_main_process(accelerator, find)  # downloads it once, for all processes
+    on_main_process(accelerator, find)  # downloads once for all processes
     folder = find()
     pipeline = load_pipeline(folder, "fp32", None)
     theirs = pipeline.scheduler.config["prediction_type"]
     if theirs != prediction_type:
         raise InputError(
             f"--pretrained_model_name_or_path {name} predicts {theirs}, this run {prediction_type}; set"
-            " --prediction_type or --objective as they were there"
+            " --prediction_type or --objective to match"
         )
     return pipeline, training_in_all(folder)
 
 
 def take_weights(name: str, pretrained: nn.Module, network: nn.Module, unet_kwargs: dict) -> None:
-    """Copies the weights into the network.
+    """Copies the pretrained weights into the network.
 
     Raises:
         InputError: if the two networks differ in more than dropout and resolution.
     """
     wanted = {"num_class_embeds": None} | {key: value for key, value in unet_kwargs.items() if key not in FREE}
-    wanted = json.loads(json.dumps(wanted))  # tuples become lists
+    wanted = json.loads(json.dumps(wanted))  # turns tuples into lists
     found = json.loads(json.dumps({key: pretrained.config.get(key) for key in wanted}))
     differs = difference(found, wanted)
     if differs:

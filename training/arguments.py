@@ -73,7 +73,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     for number, argument in enumerate(arguments, 1):
         if TOKEN.search(argument):
             raise InputError(f"argument {number} holds a token{_nearest('token')}, where no log or model can show it")
-    parser = _Parser(TrainConfig, allow_abbrev=False, description="Trains an unconditional diffusion model of images.")
+    parser = _Parser(TrainConfig, allow_abbrev=False, description="Trains a diffusion model of images.")
     parser.add_argument("--config", type=Path, help="YAML file whose keys are the flags below")
     known, unknown = parser.parse_known_args(arguments)
     for token in unknown:  # never print a value: it may be a secret
@@ -221,4 +221,4 @@ def check_output_dir(output_dir: str) -> None:
     path = Path(output_dir).absolute()
     there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--output_dir {shown(output_dir)}: {there} is not a folder to write to; take another one")
+        raise InputError(f"--output_dir {shown(output_dir)}: {there} is not a writable folder; choose another one")

@@ -49,7 +49,7 @@ def lock_output_dir(output_dir: Path) -> FileLock:
         lock = FileLock(output_dir / ".lock")
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise Failed(f"{output_dir} is in use by another process; wait for it or take another folder") from error
+        raise Failed(f"{output_dir} is in use by another process; wait for it or choose another folder") from error
     except OSError as error:
         raise Failed(f"cannot write to {output_dir}: {error.strerror}") from error
     for old in output_dir.glob(f"{TEMPORARY_PREFIX}old-*"):  # killed between the two renames of `export_pipeline`
@@ -100,7 +100,7 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
             verify_checkpoint(folder)
             return folder
         except Failed as error:
-            logger.info(f"passing over a damaged checkpoint: {error}")
+            logger.info(f"skipping a damaged checkpoint: {error}")
     if there:
         raise Failed(f"none of the {len(there)} checkpoints in {output_dir} is intact; nothing was changed")
     return None
@@ -205,7 +205,7 @@ def verify_checkpoint(folder: Path) -> None:
         except OSError as error:
             raise Failed(f"{path} cannot be read: {error.strerror}") from error
         if found != entry:
-            raise Failed(f"{path} is damaged: its size or its checksum is not that in {MANIFEST}")
+            raise Failed(f"{path} is damaged: its size or checksum does not match {MANIFEST}")
 
 
 def _read_manifest(folder: Path) -> dict:

@@ -28,7 +28,7 @@ def preflight_summary(trainer) -> str:
     copies = 7 if config.post_hoc_ema else 5  # weights, gradients, two moments, EMAs
     state_bytes = sum(p.numel() * p.element_size() for p in parameters) * copies
     batch_bytes = activation_bytes(lambda: trainer.loss(network, image, label), parameters) * config.train_batch_size
-    length = "no last step"
+    length = "open-ended"
     if total_steps:
         epochs = total_steps * trainer.images_per_update / len(data.store)
         length = f"{total_steps:,} updates = {epochs:.1f} epochs"
