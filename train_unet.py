@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -89,7 +90,10 @@ class Trainer:
             prediction_type = self.noise_scheduler.config["prediction_type"]
             pretrained, history = open_pretrained(config.pretrained_model_name_or_path, prediction_type, accelerator)
             self.pretrained_facts = {"name": config.pretrained_name, **history}
+            if config.in_channels is None:
+                config = replace(config, in_channels=pretrained.unet.config.in_channels)
         self.data = TrainingData(config, accelerator)
+        self.config = config = self.data.config  # with the channels of the images
         if config.objective in ("ve", "edm"):
             check_noise_levels(self.noise_scheduler, self.data.first_images(RANGE_IMAGES))
         self.build_networks(network_class, pretrained)
@@ -397,7 +401,7 @@ def run(
             find_checkpoint(trainer.output_dir, config.resume_from_checkpoint)
         if is_pushed:
             on_main_process(accelerator, partial(open_repository, config.hub_repo_id, config.hub_private_repo))
-        accelerator.print(f"{config.to_yaml()}\n{preflight_summary(trainer)}\n", flush=True)
+        accelerator.print(f"{trainer.config.to_yaml()}\n{preflight_summary(trainer)}\n", flush=True)
         trainer.dry_run() if config.dry_run else trainer.train()
         if is_pushed and stop.number is None and trainer.progress.step:
             push = partial(push_to_hub, trainer.pipeline_dir, config.hub_repo_id, config.hub_private_repo)

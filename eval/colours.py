@@ -16,19 +16,20 @@ def colour_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
     """Computes three numbers per image, each (N,) in grey levels 0..255.
 
     Args:
-        images: uint8, shape (N, 3, H, W).
+        images: uint8, shape (N, C, H, W), C being 3 or, for grey images, 1.
 
     Returns:
         By name: `brightness`, the mean luma of an image; `contrast`, the standard deviation of its luma; and
-        `saturation`, the mean of max(R, G, B) - min(R, G, B).
+        `saturation`, the mean of max(R, G, B) - min(R, G, B), unless the images are grey.
     """
-    blocks = []
+    blocks, is_grey = [], images.shape[1] == 1
     for first in range(0, len(images), BLOCK):
         block = images[first : first + BLOCK]
-        luma = np.einsum("nchw,c->nhw", block, np.asarray(LUMA))
+        luma = block[:, 0].astype(float) if is_grey else np.einsum("nchw,c->nhw", block, np.asarray(LUMA))
         spread = block.max(axis=1) - block.min(axis=1)  # (B, H, W)
         blocks.append([luma.mean(axis=(1, 2)), luma.std(axis=(1, 2)), spread.mean(axis=(1, 2))])
-    return dict(zip(COLOURS, np.concatenate(blocks, axis=1), strict=True))
+    statistics = dict(zip(COLOURS, np.concatenate(blocks, axis=1), strict=True))
+    return {name: values for name, values in statistics.items() if not (is_grey and name == "saturation")}
 
 
 def share_of_extremes(values: np.ndarray, real: np.ndarray) -> float:

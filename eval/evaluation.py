@@ -152,16 +152,14 @@ class Evaluation:
         return {name: value for name, value in given.items() if value is not None}
 
     def _open_store(self, split: str) -> ImageStore:
-        options, size = self.options, self.pipeline.unet.config.sample_size
+        options, (channels, *sides) = self.options, self.pipeline.image_shape
         trained_on = recorded(self.source, "data") or {}
         crop = options.crop or trained_on.get("crop")
         if crop is None:
             raise InputError(f"{self.source} does not say what crop it was trained on; give --crop")
-        if not isinstance(size, int):
-            raise InputError(f"the model draws images of {size} pixels, but the reference images are square")
         where = "train_data_dir" if os.path.isdir(options.reference) else "dataset_name"
-        data = {where: options.reference, "split": split, "crop": crop, "resolution": size}
-        data["image_column"] = options.image_column
+        data = {where: options.reference, "split": split, "crop": crop, "resolution": sides}
+        data |= {"image_column": options.image_column, "in_channels": channels}
         on_main_process(self.state, lambda: len(open_image_store(**data)))  # the others find them decoded
         store = open_image_store(**data)
         if split == options.split and trained_on.get("fingerprint") not in (None, store.fingerprint):
@@ -227,15 +225,16 @@ class Evaluation:
         fill_folder(pipeline, self.source, self.commit, drawing, self.state, self.command)
         seeds = range(options.seed, options.seed + num_images)
         starts = json.loads((folder / RECORD).read_text())["starts"]
-        return images_of_files([image_path(folder, seed) for seed in seeds]), starts, pipeline
+        mode = "L" if pipeline.image_shape[0] == 1 else "RGB"
+        return images_of_files([image_path(folder, seed) for seed in seeds], mode), starts, pipeline
 
     @cached_property
     def generated(self) -> np.ndarray:
-        """uint8 (n, 3, R, R), in seed order; `generated_set` must be drawn first."""
+        """uint8 (n, C, H, W), in seed order; `generated_set` must be drawn first."""
         return self.generated_set.read(range(self.generated_set.count))
 
     def real(self, count: int, part: int = 0) -> np.ndarray:
-        """A fixed random subset of the training images, uint8 (count, 3, R, R); different parts are disjoint."""
+        """A fixed random subset of the training images, uint8 (count, C, H, W); different parts are disjoint."""
         return np.asarray(self.training.images[subset(len(self.training), count, part)])
 
     def has_floor(self, count: int) -> bool:
@@ -246,7 +245,7 @@ class Evaluation:
         """A fixed random subset of each split, or the whole split if it has fewer images.
 
         Returns:
-            For `training` and `held-out`: the images, uint8 (N, 3, R, R), and their description for a result.
+            For `training` and `held-out`: the images, uint8 (N, C, H, W), and their description for a result.
         """
         found = {}
         for kind, store in {"training": self.training, "held-out": self.heldout}.items():

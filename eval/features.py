@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,15 +42,15 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 (B, D).
+        """uint8 (B, 3, H, W), or grey (B, 1, H, W) -> float32 (B, D).
 
         Raises:
             ValueError: if the images have another type or shape; pixels in [-1, 1] would pass as black images.
             InputError: if the network returns anything else.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, 3, H, W)")
-        features = self.network(images)
+        features = self.network(images.expand(-1, 3, -1, -1))
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise InputError(f"{self.name} returns {shape} for {len(images)} images; it must be a tensor (B, D)")
@@ -61,7 +62,7 @@ class ImageSet:
     """Images of one size, read on demand.
 
     Attributes:
-        read: maps positions to uint8 images (B, 3, H, W).
+        read: maps positions to uint8 images (B, C, H, W).
         fingerprint: identifies the pixels or files.
     """
 
@@ -91,18 +92,19 @@ def images_of_store(store: ImageStore, count: int | None = None, part: int = 0) 
     return ImageSet(lambda indices: store.images[positions[np.asarray(indices)]], len(positions), fingerprint)
 
 
-def images_of_files(paths: Sequence[Path]) -> ImageSet:
-    """Image files of one size in the given order, as RGB; at least one.
+def images_of_files(paths: Sequence[Path], mode: str = "RGB") -> ImageSet:
+    """Image files of one size in the given order, as RGB or, in mode `L`, grey; at least one.
 
     Raises:
         InputError: if a file cannot be read, or (on reading) its size differs from the first.
     """
     digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
-    first = _read_file(paths[0])
+    read_file = partial(_read_file, mode=mode)
+    first = read_file(paths[0])
 
     def read(indices: Sequence[int]) -> np.ndarray:
         wanted = [paths[index] for index in indices]
-        images = _in_threads(_read_file, wanted)
+        images = _in_threads(read_file, wanted)
         for path, image in zip(wanted, images, strict=True):
             if image.shape != first.shape:
                 sizes = [f"{width}x{height}" for height, width, _ in (image.shape, first.shape)]
@@ -114,11 +116,11 @@ def images_of_files(paths: Sequence[Path]) -> ImageSet:
     return ImageSet(read, len(paths), digest[:16])
 
 
-def _read_file(path: Path) -> np.ndarray:
-    """uint8 (H, W, 3)."""
+def _read_file(path: Path, mode: str) -> np.ndarray:
+    """uint8 (H, W, C)."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path} cannot be read as an image: {error}") from error
 

@@ -43,10 +43,11 @@ def check_metrics(evaluation: Evaluation) -> None:
     for name in ("memorisation", "heldout"):
         if name in metrics and evaluation.heldout is None:
             raise InputError(f"the metric {name} needs held-out images; give --heldout_split or other --metrics")
-    size = evaluation.pipeline.unet.config.sample_size
-    if size < SMALLEST_RESOLUTION and not {"swd", "cost"}.isdisjoint(metrics):
+    height, width = evaluation.pipeline.image_shape[1:]
+    if min(height, width) < SMALLEST_RESOLUTION and not {"swd", "cost"}.isdisjoint(metrics):
         raise InputError(
-            f"the images are {size} pixels wide, and swd and cost need {SMALLEST_RESOLUTION}; leave these metrics out"
+            f"the images are {height}x{width} pixels, and swd and cost need {SMALLEST_RESOLUTION}; leave these metrics"
+            " out"
         )
     if "cost" in metrics and not evaluation.has_floor(options.cost_images):
         needed, there = 2 * options.cost_images, len(evaluation.training)
@@ -65,8 +66,9 @@ def measure_swd(evaluation: Evaluation) -> Iterable[dict]:
     floors = swd_floor(evaluation.real(2 * n))
     about = evaluation.describe_images() | evaluation.reference | {"n": n, "n_reference": n}
     yield result("swd", "SWD, mean", "swd", fmean(distances.values()), floor=fmean(floors.values()), **about)
+    height, width = evaluation.pipeline.image_shape[1:]
     for level, distance in distances.items():
-        name = f"SWD, level {level}x{level}"
+        name = f"SWD, level {level}x{level * width // height}"
         yield result("swd", name, f"swd_{level}", distance, floor=floors[level], **about)
 
 
@@ -74,6 +76,9 @@ def measure_colours(evaluation: Evaluation) -> Iterable[dict]:
     real = colour_statistics(evaluation.real(evaluation.options.num_images))
     generated = colour_statistics(evaluation.generated)
     yield from _colour_results("colours", evaluation, generated, real, evaluation.describe_images())
+    if "saturation" not in real:
+        name = "Saturation, Wasserstein distance in grey levels"
+        yield result("colours", name, "saturation", None, reason="the images are grey")
     plot_colours({"generated": generated, "real": real}, evaluation.out / "colours.png")
 
 

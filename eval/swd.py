@@ -1,7 +1,7 @@
 """Sliced Wasserstein distance between the patches of two sets of images, one number per scale; it needs no network.
 
 Karras et al. 2018, "Progressive Growing of GANs" (arXiv 1710.10196), section 5: each image is decomposed into a
-Laplacian pyramid. Random 7x7x3 patches from every level are normalised by the mean and standard deviation of each
+Laplacian pyramid. Random 7x7 patches from every level are normalised by the mean and standard deviation of each
 colour channel over all patches of their set, and compared along random directions. Along one direction, the
 Wasserstein distance of order 1 between two sets of M patches is the mean |difference| of the sorted projections.
 
@@ -36,10 +36,10 @@ def sliced_wasserstein(
     """Distance between two sets of images at each level of the pyramid, times 1000 as in the paper.
 
     The random patch positions and directions depend only on the seed and are the same for both sets. The patches of
-    one level are in memory at once: 1,176 bytes x N x num_patches_per_image for both sets.
+    one level are in memory at once: 392 bytes x C x N x num_patches_per_image for both sets.
 
     Args:
-        images1: uint8, shape (N, 3, R, R), R at least 16; may be memory-mapped.
+        images1: uint8, shape (N, C, H, W), H and W at least 16; may be memory-mapped.
         images2: the same shape. The distance depends on N; compare it only at equal N.
         num_patches_per_image: M/N; the paper uses 128, with 16,384 images.
         num_projections: number of random directions; the paper's code uses 512.
@@ -47,20 +47,20 @@ def sliced_wasserstein(
             result.
 
     Returns:
-        Distance by level resolution: R, R/2, ... as long as it is whole and at least 16. The last level is the
-            low-pass
-        image, the others are differences.
+        Distance by the level's height, see `pyramid_heights`. The last level is the low-pass image, the others are
+        differences.
 
     Raises:
         InputError: if all patches of a set have one value in a channel.
     """
-    distances, corners_shape = {}, (len(images1), num_patches_per_image, 2)
-    for level, resolution in enumerate(pyramid_resolutions(images1.shape[-1])):
-        generator = np.random.default_rng((seed, resolution))
-        corners = torch.from_numpy(generator.integers(resolution - PATCH_SIZE + 1, size=corners_shape))
-        directions = random_directions(num_projections, 3 * PATCH_SIZE**2, generator)
+    distances, (num_images, channels, *sides) = {}, images1.shape
+    for level, height in enumerate(pyramid_heights(*sides)):
+        generator = np.random.default_rng((seed, height))
+        num_corners = np.array(sides) // 2**level - PATCH_SIZE + 1  # along y and x
+        corners = torch.from_numpy(generator.integers(num_corners, size=(num_images, num_patches_per_image, 2)))
+        directions = random_directions(num_projections, channels * PATCH_SIZE**2, generator)
         patches1, patches2 = (normalised_patches(images, level, corners, batch_size) for images in (images1, images2))
-        distances[resolution] = PAPER_SCALE * float(projected_distances(patches1, patches2, directions).mean())
+        distances[height] = PAPER_SCALE * float(projected_distances(patches1, patches2, directions).mean())
         del patches1, patches2  # before those of the next level are allocated
     return distances
 
@@ -69,7 +69,7 @@ def swd_floor(images: np.ndarray, *, seed: int = 0, **settings: int) -> dict[int
     """Distance between two random disjoint halves of one set, which is what a perfect model would score.
 
     Args:
-        images: real images, uint8, shape (2N, 3, R, R), for the floor of distances between sets of N images.
+        images: real images, uint8, shape (2N, C, H, W), for the floor of distances between sets of N images.
         seed: seed of the halves, and of `sliced_wasserstein`.
         settings: further arguments of `sliced_wasserstein`.
 
@@ -81,19 +81,20 @@ def swd_floor(images: np.ndarray, *, seed: int = 0, **settings: int) -> dict[int
     return sliced_wasserstein(images[order[:half]], images[order[half : 2 * half]], seed=seed, **settings)
 
 
-def pyramid_resolutions(resolution: int) -> list[int]:
-    """The resolutions of the levels, e.g. 64, 32, 16 for 64, and 32, 16 for 32."""
-    resolutions = [resolution]
-    while resolutions[-1] % 2 == 0 and resolutions[-1] // 2 >= SMALLEST_RESOLUTION:
-        resolutions.append(resolutions[-1] // 2)
-    return resolutions
+def pyramid_heights(height: int, width: int) -> list[int]:
+    """The heights of the levels: H, H/2, ... while both sides are whole and at least 16, e.g. 64, 32, 16 for 64x64."""
+    heights = [height]
+    while height % 2 == width % 2 == 0 and min(height, width) // 2 >= SMALLEST_RESOLUTION:
+        height, width = height // 2, width // 2
+        heights.append(height)
+    return heights
 
 
 def laplacian_pyramid(images: Tensor, num_levels: int) -> list[Tensor]:
     """Each level holds what the next coarser one lacks; the last is the low-pass image (Burt and Adelson 1983).
 
     Args:
-        images: float32, shape (N, C, R, R), R divisible by 2^(num_levels - 1).
+        images: float32, shape (N, C, H, W), both sides divisible by 2^(num_levels - 1).
     """
     pyramid = [images]
     for _ in range(num_levels - 1):
@@ -104,7 +105,7 @@ def laplacian_pyramid(images: Tensor, num_levels: int) -> list[Tensor]:
 
 
 def upsample(images: Tensor) -> Tensor:
-    """(N, C, R, R) -> (N, C, 2R, 2R): zeros between the pixels, blurred, times 4 to keep the mean."""
+    """(N, C, H, W) -> (N, C, 2H, 2W): zeros between the pixels, blurred, times 4 to keep the mean."""
     spread = images.new_zeros(*images.shape[:2], 2 * images.shape[2], 2 * images.shape[3])
     spread[:, :, ::2, ::2] = images
     return 4 * _blur(spread)
@@ -122,21 +123,21 @@ def normalised_patches(images: np.ndarray, level: int, corners: Tensor, batch_si
     """Patches from one pyramid level; each channel has mean 0 and standard deviation 1 over all patches.
 
     Args:
-        images: uint8, shape (N, 3, R, R).
+        images: uint8, shape (N, C, H, W).
         corners: shape (N, P, 2), y and x of the patches' upper left corners at this level.
 
     Returns:
-        float32, shape (N P, 147).
+        float32, shape (N P, 49 C).
     """
     num_images, num_patches = corners.shape[:2]
-    num_levels = min(level + 2, len(pyramid_resolutions(images.shape[-1])))
-    patches = torch.empty(num_images, num_patches, 3, PATCH_SIZE, PATCH_SIZE)
+    num_levels = min(level + 2, len(pyramid_heights(*images.shape[2:])))
+    patches = torch.empty(num_images, num_patches, images.shape[1], PATCH_SIZE, PATCH_SIZE)
     for start in range(0, num_images, batch_size):
         batch = torch.from_numpy(np.array(images[start : start + batch_size])).float()
         pixels = laplacian_pyramid(batch, num_levels)[level]
-        windows = pixels.unfold(2, PATCH_SIZE, 1).unfold(3, PATCH_SIZE, 1)  # (B, 3, y, x, 7, 7)
+        windows = pixels.unfold(2, PATCH_SIZE, 1).unfold(3, PATCH_SIZE, 1)  # (B, C, y, x, 7, 7)
         y, x = corners[start : start + batch_size].unbind(-1)  # (B, P) each
-        patches[start : start + batch_size] = windows[torch.arange(len(batch))[:, None], :, y, x]  # (B, P, 3, 7, 7)
+        patches[start : start + batch_size] = windows[torch.arange(len(batch))[:, None], :, y, x]  # (B, P, C, 7, 7)
     variance, mean = torch.var_mean(patches, dim=(0, 1, 3, 4), correction=0, keepdim=True)
     if not (variance > 0).all():
         raise InputError(f"all patches of level {level} have one value in a channel; look at the images")

@@ -65,7 +65,7 @@ def costs(config: TrainConfig) -> list[dict]:
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         network = CustomUNet2DModel(**config.unet_kwargs()).eval()
         outputs = outputs_of(network)
-        network(torch.empty(1, 3, config.resolution, config.resolution), torch.ones(1))
+        network(torch.empty(1, *config.image_shape), torch.ones(1))
     counts, total = counter.get_flop_counts(), counter.get_total_flops()
     rows = []
     for part, name in parts_of(network).items():

@@ -79,7 +79,7 @@ def training_update(
     if config.compile:
         unet.compile(fullgraph=True)
     optimizer, scheduler = build_optimizer(config, unet), config.noise_scheduler()
-    shape = (config.train_batch_size, 3, config.resolution, config.resolution)
+    shape = (config.train_batch_size, *config.image_shape)
     clean_images = torch.rand(shape, device=device).mul_(2).sub_(1).to(memory_format=memory_format)
     called = partial(under_autocast, unet, DTYPES[config.mixed_precision])
 
@@ -114,7 +114,7 @@ def flops_per_image(config: TrainConfig) -> int:
     """Floating-point operations of forward and backward for one image, counted on tensors without memory."""
     with torch.device("meta"):
         unet = CustomUNet2DModel(**config.unet_kwargs())
-        image = torch.zeros(1, 3, config.resolution, config.resolution)
+        image = torch.zeros(1, *config.image_shape)
     with FlopCounterMode(display=False) as counter:
         diffusion_loss(unet, config.noise_scheduler(), image, **config.loss_settings()).backward()
     return counter.get_total_flops()

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from common import InputError, one_line
 from pipelines.card_edits import keep_edits
 from pipelines.custom_unet_pipeline import SAMPLERS
+from training.images import height_and_width
 from training.sde import SDEScheduler, continuous_samplers
 
 TASK = "unconditional-image-generation"
@@ -154,7 +155,9 @@ def _derived(name: str, unet: dict, scheduler: dict, facts: dict, config: dict, 
         "sde": sde,  # empty unless it was trained in continuous time
         "is_flow": sde.get("objective") == "flow",
         "num_classes": max((unet.get("num_class_embeds") or 1) - 1, 0),  # the last embedding is that of no class
-        "resolution": "x".join(map(str, size if isinstance(size, list) else [size, size])),
+        "resolution": "x".join(map(str, height_and_width(size))),
+        "is_square": len({*height_and_width(size)}) == 1,
+        "is_grey": unet.get("in_channels") == 1,
         "sampler_names": continuous_samplers(sde["objective"]) if sde else tuple(SAMPLERS),
         "columns": [key for key in SETTINGS if any(result.get(key) is not None for result in results)],
         "bibtex": {key: entry for entry, key in entries},

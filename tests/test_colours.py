@@ -16,6 +16,8 @@ def test_statistics_of_images_known_by_hand():
     np.testing.assert_allclose(found["brightness"], [100, 0.299 * 100])
     np.testing.assert_allclose(found["contrast"], [0, 0.299 * 100], atol=1e-9)
     np.testing.assert_allclose(found["saturation"], [0, 100])
+    grey = colour_statistics(images[:, :1])  # 100 everywhere; half 200, half 0
+    assert {name: values.tolist() for name, values in grey.items()} == {"brightness": [100, 100], "contrast": [0, 100]}
 
 
 def test_a_large_set_is_taken_in_blocks():

@@ -152,7 +152,7 @@ def test_the_repository_on_the_hub_is_named_after_the_run(parse, tmp_path, monke
     [
         (BASE, ["--hub_token=hf_secret"], "unknown flag --hub_token; the Hub's token is read from HF_TOKEN"),
         (BASE, ["--hub_token", "hf_secret"], "unknown flag --hub_token; the Hub's token is read from HF_TOKEN"),
-        (BASE, ["--resolution", "8", "hf_secret"], "argument 5 belongs to no flag"),
+        (BASE, ["--seed", "8", "hf_secret"], "argument 5 belongs to no flag"),
         (BASE, ["-t", "hf_secret"], "argument 3 belongs to no flag"),
         (BASE, ["--hub=hf_secret"], "unknown flag --hub"),
         (BASE + "hub_token: hf_secret\n", [], "unknown key 'hub_token'"),
@@ -209,7 +209,7 @@ def test_parameter_counts_of_shipped_configurations(name, least, most):
 
 def test_network_options_are_those_of_diffusers(parse):
     signature = inspect.signature(UNet2DModel.__init__).parameters
-    set_by_the_trainer = {"sample_size", "in_channels", "out_channels", "num_train_timesteps"}
+    set_by_the_trainer = {"sample_size", "out_channels", "num_train_timesteps"}
     unconditional = {"class_embed_type", "num_class_embeds"}
     assert {*UNET_OPTIONS} == {*signature} - {"self"} - set_by_the_trainer - unconditional
     kwargs = parse().unet_kwargs()

@@ -224,7 +224,7 @@ def test_too_few_and_too_small_images_are_refused(evaluate, tmp_path, capfd):
     assert "24 images are too few" in capfd.readouterr().err
     small = export(tmp_path / "small", DDIMScheduler(), sample_size=8)
     assert evaluate(tmp_path / "out", "--pipeline", str(small), "--metrics", "swd") == 2
-    assert "8 pixels wide, and swd and cost need 16" in capfd.readouterr().err
+    assert "8x8 pixels, and swd and cost need 16" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

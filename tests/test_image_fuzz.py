@@ -262,7 +262,7 @@ def all_cases() -> Iterator[Case]:
 def outcome_of(encoded: bytes) -> tuple[str, str]:
     """`picture` and the digest of its pixels, `bad` and the message, or `error` and what was raised."""
     try:
-        pixels = decode_image(encoded, "none", SIDE)
+        pixels = decode_image(encoded, "none", (3, SIDE, SIDE))
     except BadImage as error:
         return "bad", str(error)
     except BaseException as error:

@@ -49,7 +49,7 @@ def antialiased_bicubic(pixels: np.ndarray, resolution: int) -> np.ndarray:
 def test_celeba_crops_take_exactly_their_rows_and_columns(crop):
     first_row, last_row, first_column, last_column = BOXES[crop]
     side = last_row - first_row
-    pixels = decode_image(encode(coordinates(178, 218)), crop, side)  # no resizing: a pixel stays a pixel
+    pixels = decode_image(encode(coordinates(178, 218)), crop, (3, side, side))  # no resizing: a pixel stays a pixel
     np.testing.assert_array_equal(pixels[0], np.broadcast_to(np.arange(first_row, last_row)[:, None], (side, side)))
     np.testing.assert_array_equal(pixels[1], np.broadcast_to(np.arange(first_column, last_column), (side, side)))
 
@@ -58,8 +58,8 @@ def test_celeba_crops_take_exactly_their_rows_and_columns(crop):
 def test_celeba_crops_of_half_size_copies_are_the_same_regions(crop):
     first_row, last_row, first_column, last_column = BOXES[crop]
     assert crop_box(crop, 89, 109) == tuple(edge / 2 for edge in (first_column, first_row, last_column, last_row))
-    full = decode_image(encode(coordinates(178, 218)), crop, 32)[:2].astype(int)
-    half = decode_image(encode(coordinates(89, 109, scale=2)), crop, 32)[:2].astype(int)
+    full = decode_image(encode(coordinates(178, 218)), crop, (3, 32, 32))[:2].astype(int)
+    half = decode_image(encode(coordinates(89, 109, scale=2)), crop, (3, 32, 32))[:2].astype(int)
     # Half-size pixel i lies over the full-size pixels 2 i and 2 i + 1, whose mean coordinate is 2 i + 0.5; the rest of
     # the difference is rounding. A box rounded to whole pixels would be off by 1 more.
     assert np.abs(half + 0.5 - full).max() <= 0.5
@@ -71,12 +71,12 @@ def test_celeba_crops_refuse_other_proportions(crop, size):
     with pytest.raises(
         BadImage, match=rf"^{size[0]} x {size[1]} pixels are not in CelebA's 178 x 218 .*{crop}"
     ) as error:
-        decode_image(encode(noise(*size)), crop, 8)
+        decode_image(encode(noise(*size)), crop, (3, 8, 8))
     assert "\n" not in str(error.value)
 
 
 def test_center_is_the_central_square():
-    wide, tall = (decode_image(encode(coordinates(*size)), "center", 60) for size in ((100, 60), (60, 100)))
+    wide, tall = (decode_image(encode(coordinates(*size)), "center", (3, 60, 60)) for size in ((100, 60), (60, 100)))
     assert wide[1, 0].tolist() == list(range(20, 80))
     assert wide[0, :, 0].tolist() == list(range(60))
     assert tall[0, :, 0].tolist() == list(range(20, 80))
@@ -84,7 +84,7 @@ def test_center_is_the_central_square():
 
 
 def test_none_is_the_whole_image():
-    pixels = decode_image(encode(coordinates(200, 100)), "none", 100)
+    pixels = decode_image(encode(coordinates(200, 100)), "none", (3, 100, 100))
     np.testing.assert_allclose(pixels[0, :, 50], np.arange(100), atol=0)
     np.testing.assert_allclose(pixels[1, 50], np.arange(100) * 2 + 0.5, atol=1)  # its two columns' mean
 
@@ -98,7 +98,7 @@ def test_resizing_is_torchs_antialiased_bicubic(crop, resolution):
     image = noise(178, 218) // 2 + 64  # no overshoot, which Pillow would clamp between its two passes
     first_row, last_row, first_column, last_column = BOXES.get(crop, (0, 218, 0, 178))
     expected = antialiased_bicubic(image[first_row:last_row, first_column:last_column], resolution)
-    actual = decode_image(encode(image), crop, resolution)
+    actual = decode_image(encode(image), crop, (3, resolution, resolution))
     assert actual.shape == (3, resolution, resolution)
     assert actual.dtype == np.uint8
     # Pillow rounds after each of its two passes; at the rim of a crop it also reads the pixels beyond
@@ -107,7 +107,7 @@ def test_resizing_is_torchs_antialiased_bicubic(crop, resolution):
 
 def test_a_fine_checkerboard_becomes_grey():
     checkerboard = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
-    pixels = decode_image(encode(checkerboard), "none", 32).astype(int)
+    pixels = decode_image(encode(checkerboard), "none", (3, 32, 32)).astype(int)
     assert np.abs(pixels[:, 2:-2, 2:-2] - 127.5).max() <= 1  # without antialiasing it would stay black and white
 
 
@@ -146,7 +146,7 @@ def palette(transparent: bool) -> bytes:
     ids="rgb 1 l la rgba transparent rgb_key p p_key cyan cmyk_black black_16 grey_16 white_16 pgm_16".split(),
 )
 def test_every_mode_becomes_rgb(encoded, colour):
-    pixels = decode_image(encoded, "center", 2)
+    pixels = decode_image(encoded, "center", (3, 2, 2))
     np.testing.assert_array_equal(pixels, np.broadcast_to(np.array(colour)[:, None, None], (3, 2, 2)))
 
 
@@ -154,13 +154,13 @@ def test_every_mode_becomes_rgb(encoded, colour):
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_pixels_of_unknown_range_are_refused(kind, top):
     with pytest.raises(BadImage, match="of unknown range"):
-        decode_image(encode(np.full((4, 4), top, kind), "TIFF"), "none", 4)
+        decode_image(encode(np.full((4, 4), top, kind), "TIFF"), "none", (3, 4, 4))
 
 
 def test_signed_pixels_are_refused():
     tiff = encode(np.full((4, 4), 1000, np.uint16), "TIFF", tiffinfo={339: 2})  # SampleFormat: signed
     with pytest.raises(BadImage, match="of unknown range"):
-        decode_image(tiff, "none", 4)
+        decode_image(tiff, "none", (3, 4, 4))
 
 
 def with_chunk(png: bytes, kind: bytes, content: bytes, is_sound: bool = True) -> bytes:
@@ -189,20 +189,20 @@ LARGE_TEXT = b"workflow\0\0" + zlib.compress(bytes(3 << 20))
     ],
 )
 def test_broken_and_large_metadata_do_not_matter(encoded):
-    np.testing.assert_array_equal(decode_image(encoded, "none", 6), noise(6, 6).transpose(2, 0, 1))
+    np.testing.assert_array_equal(decode_image(encoded, "none", (3, 6, 6)), noise(6, 6).transpose(2, 0, 1))
 
 
 def test_the_orientation_counts_beside_metadata_that_are_too_large():
     exif = Image.Exif()
     exif[274] = 3
     turned = with_chunk(encode(noise(6, 6)[::-1, ::-1], exif=exif), b"zTXt", LARGE_TEXT)
-    np.testing.assert_array_equal(decode_image(turned, "none", 6), noise(6, 6).transpose(2, 0, 1))
+    np.testing.assert_array_equal(decode_image(turned, "none", (3, 6, 6)), noise(6, 6).transpose(2, 0, 1))
 
 
 def test_damaged_pixels_are_refused_also_where_the_metadata_are_damaged_too():
     damaged = with_chunk(SOUND[:-40], b"tEXt", b"Comment\0x", is_sound=False)
     with pytest.raises(BadImage):
-        decode_image(damaged, "none", 6)
+        decode_image(damaged, "none", (3, 6, 6))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -221,7 +221,7 @@ def test_the_exif_orientation_is_applied(orientation):
     }[orientation]
     exif = Image.Exif()
     exif[274] = orientation
-    pixels = decode_image(encode(np.ascontiguousarray(stored), exif=exif), "none", 6)
+    pixels = decode_image(encode(np.ascontiguousarray(stored), exif=exif), "none", (3, 6, 6))
     np.testing.assert_array_equal(pixels, upright.transpose(2, 0, 1))
 
 
@@ -230,17 +230,17 @@ def test_the_exif_orientation_is_applied(orientation):
 
 def test_a_single_pixel_fills_the_image():
     for crop in ("center", "none"):
-        pixels = decode_image(encode(of_one_colour("RGB", (5, 6, 7)).resize((1, 1))), crop, 8)
+        pixels = decode_image(encode(of_one_colour("RGB", (5, 6, 7)).resize((1, 1))), crop, (3, 8, 8))
         assert pixels.reshape(3, -1).T.tolist() == [[5, 6, 7]] * 64
 
 
 def test_a_very_long_image_gives_its_central_pixel_or_is_squeezed():
     long = np.zeros((5000, 1, 3), np.uint8)
     long[2500:] = 200
-    squeezed = decode_image(encode(long), "none", 8)
+    squeezed = decode_image(encode(long), "none", (3, 8, 8))
     assert squeezed[:, :3].max() == 0
     assert squeezed[:, 5:].min() == 200
-    center = decode_image(encode(long), "center", 8)
+    center = decode_image(encode(long), "center", (3, 8, 8))
     assert center.shape == (3, 8, 8)  # rows 2499.5 to 2500.5, from black to grey
     assert center[:, 0].max() < 20
     assert center[:, -1].min() > 180

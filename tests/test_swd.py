@@ -90,7 +90,7 @@ def test_shift_and_scale_common_to_all_images_are_not_seen_as_the_paper_normalis
 @pytest.mark.parametrize(("resolution", "num_levels"), [(32, 2), (64, 3), (34, 2), (16, 1)])
 def test_pyramid_agrees_with_scipy_and_gives_the_image_back(resolution, num_levels):
     images = np.random.default_rng(0).integers(0, 256, (2, 3, resolution, resolution)).astype(np.uint8)
-    assert len(swd.pyramid_resolutions(resolution)) == num_levels
+    assert len(swd.pyramid_heights(resolution, resolution)) == num_levels
     pyramid = laplacian_pyramid(torch.from_numpy(images).float(), num_levels)
     for level, expected in zip(pyramid, reference_pyramid(images, num_levels), strict=True):
         np.testing.assert_allclose(level.numpy(), expected, atol=1e-4)
@@ -107,13 +107,17 @@ def test_directions_are_uniform_on_the_sphere():
     assert all(scipy.stats.kstest(c, "uniform", (-1, 2)).pvalue > 1e-3 for c in directions.T)
 
 
-def test_whole_distance_against_a_straightforward_reference(faces):
+@pytest.mark.parametrize("is_grey_rectangle", [False, True])
+def test_whole_distance_against_a_straightforward_reference(faces, is_grey_rectangle):
     """The same positions and directions, more than are taken at once; the rest by numpy and scipy in float64."""
     images1, images2 = faces[:20], as_uint8(faces[20:40] * 1.1)
-    for level, resolution in enumerate((32, 16)):
-        generator = np.random.default_rng((7, resolution))
-        corners = generator.integers(resolution - 6, size=(20, 4, 2))
-        directions = generator.standard_normal((20, 147))
+    if is_grey_rectangle:  # (20, 1, 64, 32)
+        images1, images2 = (images[:, :2].reshape(20, 1, 64, 32) for images in (images1, images2))
+    channels, height, width = images1.shape[1:]
+    for level in (0, 1):
+        generator = np.random.default_rng((7, height // 2**level))
+        corners = generator.integers([height // 2**level - 6, width // 2**level - 6], size=(20, 4, 2))
+        directions = generator.standard_normal((20, 49 * channels))
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
         sets = []
         for images in (images1, images2):
@@ -122,10 +126,10 @@ def test_whole_distance_against_a_straightforward_reference(faces):
                 [pixels[i, :, y : y + 7, x : x + 7] for i, of_image in enumerate(corners) for y, x in of_image]
             )
             patches = (patches - patches.mean((0, 2, 3), keepdims=True)) / patches.std((0, 2, 3), keepdims=True)
-            sets.append(patches.reshape(80, 147))
+            sets.append(patches.reshape(80, -1))
         expected = np.mean([scipy.stats.wasserstein_distance(sets[0] @ d, sets[1] @ d) for d in directions])
         distances = sliced_wasserstein(images1, images2, seed=7, num_patches_per_image=4, num_projections=20)
-        assert distances[resolution] == pytest.approx(1000 * expected, rel=1e-4)
+        assert distances[height // 2**level] == pytest.approx(1000 * expected, rel=1e-4)
 
 
 def test_distance_depends_on_the_seed_not_on_the_batch_size(faces):

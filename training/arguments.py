@@ -46,7 +46,7 @@ class _Parser(HfArgumentParser):
             read = settings["type"]
             settings["type"] = functools.wraps(read)(lambda text: None if text == "null" else read(text))
             if "choices" in settings:
-                settings["metavar"] = f"{{{','.join(settings['choices'])},null}}"
+                settings["metavar"] = f"{{{','.join(map(str, settings['choices']))},null}}"
                 settings["choices"] = [*settings["choices"], None]
         if limits and "only" in limits:
             settings["help"] += f" ({limits['only'].replace(' ', ', ')})"
@@ -120,7 +120,8 @@ def _flags(path: Path, values: dict) -> dict[str, list[str]]:
             raise InputError(f"unknown key {shown(key)} in {path}{_nearest(shown(key))}")
         if value is None and not _is_optional(TYPES[key]):
             raise InputError(f"{key} is null in {path}; it needs a value")
-        if value is not None and not _suits(value, TYPES[key]):
+        annotation = int if key == "resolution" and not isinstance(value, list) else TYPES[key]
+        if value is not None and not _suits(value, annotation):
             quotes = "; put it in quotes" if _is_text(TYPES[key]) and isinstance(value, (bool, int, float)) else ""
             kind = TYPES[key].__name__ if isinstance(TYPES[key], type) else TYPES[key]
             raise InputError(f"{key} in {path} is {shown(value)}; it should be {kind}{quotes}")

@@ -222,6 +222,18 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / STATE).read_text())
 
 
+def recorded_state(config) -> dict | None:
+    """The numbers of the checkpoint that the run of a `TrainConfig` resumes from; None for a fresh run.
+
+    Raises:
+        Failed: as `find_checkpoint`.
+    """
+    if config.overwrite_output_dir:
+        return None
+    folder = find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
+    return None if folder is None else read_state(folder)
+
+
 def load_tensors(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]:
     """The tensors of the named files of a verified checkpoint, on the CPU.
 

@@ -21,6 +21,7 @@ from diffusers import DDPMScheduler
 from common import MOST_THREADS, InputError
 from custom_unet import CustomUNet2DModel
 from training.diffusion import make_noise_scheduler
+from training.images import compact, height_and_width
 from training.sde import SDEScheduler
 
 OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the others take --prediction_type
@@ -66,7 +67,7 @@ class TrainConfig:
     label_column: str | None = option(None, "column of class labels, which makes the network class-conditional")
     label_dropout: float = option(0.1, "share of labels dropped, for guidance", min=0, below=1, needs="label_column")
     crop: Literal["celeba_140", "celeba_128", "center", "none"] = option("center", "crop by name, before resizing")
-    resolution: int = option(64, "side length of the training images, in pixels", min=1, max=8192)
+    resolution: list[int] = option([64], "side of the images in pixels, or height and width", min=1, max=8192)
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
     max_images: int | None = option(None, "use only the first images of the split", min=1)
     skip_bad_images: bool = option(False, "skip and count unreadable images instead of an error")
@@ -74,7 +75,8 @@ class TrainConfig:
     cache_dir: str | None = option(None, "where the decoded images are kept")
     dataloader_num_workers: int = option(0, "worker processes of the data loader", min=0, max=256)
 
-    # Network: the constructor arguments of UNet2DModel; sample_size is the resolution, in and out channels are RGB
+    # Network: the constructor arguments of UNet2DModel; sample_size is the resolution, out_channels are in_channels
+    in_channels: Literal[1, 3] | None = option(None, "3, or 1 for grey images; by default 1 if all images are grey")
     pretrained_model_name_or_path: str | None = option(
         None, "model folder or Hub id with the same network, whose weights a fresh run starts from"
     )
@@ -203,6 +205,7 @@ class TrainConfig:
                 )
             if needed and getattr(self, needed) in (None, False):
                 raise InputError(f"--{name} is {value}, which means nothing without --{needed}; give both or neither")
+        self._settle_shape()
         self._check_data()
         embeddings = {"ddpm": ("positional", "learned"), "ve": ("fourier",)}.get(self.objective, ("positional",))
         if self.time_embedding_type not in embeddings:
@@ -213,11 +216,20 @@ class TrainConfig:
         self._check_ddpm() if self.objective == "ddpm" else self._check_sde()
         self._check_run()
 
+    def _settle_shape(self) -> None:
+        """The resolution becomes one number for squares, and Skip blocks have RGB images."""
+        sides = height_and_width(self.resolution)
+        if len(sides) > 2:
+            raise InputError(f"--resolution has {len(sides)} numbers; give one, or height and width")
+        self.resolution = compact(sides)
+        if any("Skip" in block for block in (*self.down_block_types, *self.up_block_types)):
+            self.in_channels = self.in_channels or 3
+
     def _check_data(self) -> None:
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise InputError("give either --dataset_name or --train_data_dir, exactly one of them")
         is_synthetic = self.dataset_name == "synthetic-faces"
-        if is_synthetic and self.resolution < 8:
+        if is_synthetic and max(self.image_shape[1:]) < 8:
             raise InputError(f"--resolution is {self.resolution}; synthetic-faces are drawn at 8 or more")
         for name in ("streaming", "dataset_revision"):
             if getattr(self, name) and (self.train_data_dir is not None or is_synthetic):
@@ -318,18 +330,24 @@ class TrainConfig:
         """The constructor arguments of `CustomUNet2DModel` for this run, with K classes and the null class."""
         kwargs = {name: getattr(self, name) for name in UNET_OPTIONS}
         kwargs |= {name: tuple(value) for name, value in kwargs.items() if isinstance(value, list)}
-        kwargs["sample_size"] = self.resolution
+        kwargs["sample_size"] = self.resolution if isinstance(self.resolution, int) else tuple(self.resolution)
+        kwargs["in_channels"] = kwargs["out_channels"] = self.image_shape[0]
         if self.time_embedding_type == "learned":
             kwargs["num_train_timesteps"] = self.ddpm_num_steps
         if num_classes is not None:
             kwargs["num_class_embeds"] = num_classes + 1
         return kwargs
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the training images; C is 3 until the images have been seen."""
+        return self.in_channels or 3, *height_and_width(self.resolution)
+
     def data_source(self) -> dict:
         """The arguments of `open_image_store` that all splits of this run have in common."""
         names = (
             "dataset_name dataset_config_name dataset_revision train_data_dir image_column label_column crop"
-            " resolution streaming skip_bad_images cache_dir"
+            " resolution in_channels streaming skip_bad_images cache_dir"
         ).split()
         return {name: getattr(self, name) for name in names}
 

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from common import InputError
-from training.images import CROPS
+from training.images import CROPS, compact, height_and_width
 from training.sources import HuggingFaceImages, SyntheticFaces, find_source
 from training.workers import load_batches
 
@@ -44,7 +44,7 @@ class ImageStore(Dataset):
         max_images: use the first ones only.
 
     Attributes:
-        images: uint8, shape (N, 3, R, R), mapped from the disk, read-only.
+        images: uint8, shape (N, C, H, W), mapped from the disk, read-only.
         labels: the number of each image's class, int64, shape (N,), read-only; None without a column of labels.
         summary: how many files were found, taken and left out, and why; None if the source does not tell.
         fingerprint: hex digest of the pixels and labels; the same ones have the same digest on every machine.
@@ -56,8 +56,9 @@ class ImageStore(Dataset):
         self.folder, self.max_images = folder, max_images
         self.description = json.loads((folder / META).read_text())
         self.summary: str | None = self.description.pop("summary", None)
-        num_images, resolution = self.description["num_images"], self.description["resolution"]
-        self.images = np.memmap(folder / PIXELS, np.uint8, "r", shape=(num_images, 3, resolution, resolution))
+        num_images = self.description["num_images"]
+        shape = (num_images, *_image_shape(self.description))
+        self.images = np.memmap(folder / PIXELS, np.uint8, "r", shape=shape)
         self.labels: np.ndarray | None = None
         if "label_column" in self.description:
             self.labels = np.fromfile(folder / LABELS, "<i8").astype(np.int64, copy=False)
@@ -91,7 +92,7 @@ class ImageStore(Dataset):
         return torch.from_numpy(self.images[index].copy())
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        """uint8, shape (len(indices), 3, R, R)."""
+        """uint8, shape (len(indices), C, H, W)."""
         return torch.from_numpy(self.images[np.asarray(indices)])
 
     def labels_among(self, names: Sequence[str]) -> np.ndarray:
@@ -122,7 +123,8 @@ def cache_root(cache_dir: str | None) -> Path:
 def open_image_store(
     *,
     crop: str = "center",
-    resolution: int = 64,
+    resolution: int | Sequence[int] = 64,
+    in_channels: int | None = 3,
     cache_dir: str | None = None,
     skip_bad_images: bool = False,
     max_images: int | None = None,
@@ -132,6 +134,8 @@ def open_image_store(
     """Opens the store of a split; the first time it decodes the images, on all cores. Later it verifies the pixels.
 
     Args:
+        resolution: R or (H, W).
+        in_channels: 3, or 1 to decode to grey; None: 1 if the decoded pixels of all images are grey, else 3.
         cache_dir: where stores are kept; by default a folder in the user's cache.
         skip_bad_images: leave out unreadable images and count them in the description.
         max_images: use the first ones only, from the store of the whole split where there is one already.
@@ -145,23 +149,37 @@ def open_image_store(
     """
     if crop not in CROPS:
         raise InputError(f"unknown crop {crop!r}; choose one of {', '.join(CROPS)}")
-    if resolution < 1:
+    sides = height_and_width(resolution)
+    if min(sides) < 1:
         raise InputError(f"the resolution is {resolution}; it must be at least 1")
+    if crop.startswith("celeba") and sides[0] != sides[1]:
+        raise InputError(f"crop {crop} is a square, which {sides[0]}x{sides[1]} is not; choose center or none")
+    if in_channels not in (None, 1, 3):
+        raise InputError(f"images of {in_channels} channels cannot be read from files; only 1 (grey) and 3 (RGB) can")
     if max_images is not None and max_images < 1:
         raise InputError(f"max_images is {max_images}; it must be at least 1")
     root = cache_root(cache_dir)
     name, revision = which.get("dataset_name"), which.get("dataset_revision")
     last_commit = partial(_last_commit, root, name, revision)
     source = find_source(**which, max_images=max_images, label_column=label_column, last_commit=last_commit)
-    facts = source.identity | {"crop": crop, "resolution": resolution, "skip_bad_images": skip_bad_images}
-    folder, store = root / _key(source, facts), None
-    if max_images is not None and label_column is None and not skip_bad_images:
-        store = _open_if_intact(root / _key(source, facts | {"max_images": None}), max_images)
-    if store is None:
-        store = _open_if_intact(folder)
-    if store is None:
-        _build(folder, source, facts, {} if name is None else {"requested_revision": revision})
-        store = ImageStore(folder)
+    facts = source.identity | {"crop": crop, "resolution": compact(sides), "skip_bad_images": skip_bad_images}
+
+    def find(facts: dict, may_build: bool = True) -> ImageStore | None:
+        folder, store = root / _key(source, facts), None
+        if max_images is not None and label_column is None and not skip_bad_images:
+            store = _open_if_intact(root / _key(source, facts | {"max_images": None}), max_images)
+        if store is None:
+            store = _open_if_intact(folder)
+        if store is None and may_build:
+            _build(folder, source, facts, {} if name is None else {"requested_revision": revision})
+            store = ImageStore(folder)
+        return store
+
+    store = find(facts, may_build=in_channels != 1)
+    if in_channels is None and all((image == image[0]).all() for image in store.images):
+        in_channels = 1  # the store may be an older one, or have coloured images beyond the first ones
+    if store is None or in_channels not in (None, store.images.shape[1]):
+        store = find(facts | {"in_channels": in_channels})
     if store.summary is not None:
         logger.info(store.summary)
     return store
@@ -170,6 +188,11 @@ def open_image_store(
 def _key(source: SyntheticFaces | HuggingFaceImages, facts: dict) -> str:
     """The name of the folder of a store."""
     return hashlib.sha256(json.dumps([source.version, facts], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _image_shape(facts: dict) -> tuple[int, int, int]:
+    """(C, H, W) of a store's images, 3 channels unless the facts name another number."""
+    return facts.get("in_channels", 3), *height_and_width(facts["resolution"])
 
 
 def _last_commit(root: Path, name: str, revision: str | None) -> str | None:
@@ -222,8 +245,9 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
 
 def _write(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict) -> dict:
     """Decodes the images of a source into a folder; returns how many there are, and the names of their classes."""
-    num_images, skipped, labels = 0, [], Labels(source)
-    decoding = contextlib.closing(source.decode(facts["crop"], facts["resolution"]))
+    num_images, skipped, labels, shape = 0, [], Labels(source), _image_shape(facts)
+    is_grey = "in_channels" not in facts
+    decoding = contextlib.closing(source.decode(facts["crop"], shape))
     with decoding as rows, (folder / PIXELS).open("wb") as file, tqdm(unit=" images") as bar:
         for row, (decoded, label) in enumerate(rows):
             bar.total = source.num_images
@@ -232,6 +256,7 @@ def _write(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
                 if source.label_column is not None:
                     labels.add(row, label)
                 file.write(decoded.tobytes())
+                is_grey = is_grey and bool((decoded == decoded[0]).all())
                 num_images += 1
             elif facts["skip_bad_images"]:
                 skipped.append(decoded)
@@ -242,6 +267,12 @@ def _write(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
     unreadable = f"left out {len(skipped)} unreadable images, the first one: {skipped[0]}" if skipped else None
     summary = "; ".join(filter(None, [source.summary, unreadable])) or None
     counts = {"num_images": num_images, "num_skipped": len(skipped), "fingerprint": "", "summary": summary}
+    if is_grey:
+        coloured = np.memmap(folder / PIXELS, np.uint8, "r", shape=(num_images, *shape))
+        with (folder / "grey").open("wb") as file:
+            file.writelines(image[0].tobytes() for image in coloured)
+        (folder / "grey").replace(folder / PIXELS)
+        counts["in_channels"] = 1
     if source.label_column is None:
         return counts
     names, numbers = labels.numbered()
@@ -345,7 +376,7 @@ def shuffled_batches(
 
 
 class Batch(NamedTuple):
-    """Images, uint8 (B, 3, R, R), and their labels, int64 (B,), or None for a store without labels."""
+    """Images, uint8 (B, C, H, W), and their labels, int64 (B,), or None for a store without labels."""
 
     images: np.ndarray | Tensor
     labels: np.ndarray | Tensor | None

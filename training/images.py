@@ -10,7 +10,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -337,7 +337,16 @@ def digest_of(files: Iterable[FolderFile]) -> str:
 # ---- Decoding
 
 
-def decode_image(encoded: bytes, crop: str, resolution: int) -> np.ndarray:
+def compact(sides: Sequence[int]) -> int | list[int]:
+    """A resolution as it is written: R for [R] and [R, R], [H, W] for a rectangle."""
+    return sides[0] if len({*sides}) == 1 else list(sides)
+
+
+def height_and_width(resolution: int | Sequence[int]) -> tuple[int, int]:
+    return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+
+
+def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int]) -> np.ndarray:
     """Decodes, crops and resizes one image.
 
     The EXIF orientation is applied; metadata that are broken or too large do not matter, the pixels count. Transparent
@@ -345,8 +354,11 @@ def decode_image(encoded: bytes, crop: str, resolution: int) -> np.ndarray:
     profiles are ignored. Pixels whose range no file tells are refused (floating point, 32-bit integers), and so is
     PostScript, a program that Pillow would hand to Ghostscript. Of several frames or pages the first one is taken.
 
+    Args:
+        shape: (C, H, W), with 3 channels or, for grey images, 1.
+
     Returns:
-        uint8, shape (3, resolution, resolution).
+        uint8, of that shape.
 
     Raises:
         BadImage: if the bytes are no complete image, there are too many pixels, or the crop does not suit the size.
@@ -361,18 +373,29 @@ def decode_image(encoded: bytes, crop: str, resolution: int) -> np.ndarray:
         raise BadImage(f"no image in its {len(encoded)} bytes") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others on damaged files
         raise BadImage(f"damaged image: {' '.join(str(error).split()) or type(error).__name__}") from error
+    return crop_and_resize(image, crop, shape)
+
+
+def crop_and_resize(image: Image.Image, crop: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """The pixels of an RGB image, uint8, of the shape (C, H, W); with one channel they are its luma.
+
+    Raises:
+        BadImage: if the crop does not suit the size.
+    """
+    channels, height, width = shape
+    image = image.convert("L") if channels == 1 else image
+    box = crop_box(crop, image.width, image.height, width / height)
     # Bicubic with antialiasing: the kernel widens with the reduction (Parmar et al. 2022, arXiv 2104.11222)
-    box = crop_box(crop, image.width, image.height)
-    resized = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(resized).transpose(2, 0, 1)  # (R, R, 3) -> (3, R, R)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(resized).reshape(height, width, channels).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
 
 
-def crop_box(crop: str, width: int, height: int) -> tuple[float, float, float, float]:
+def crop_box(crop: str, width: int, height: int, aspect: float = 1.0) -> tuple[float, float, float, float]:
     """Left, top, right and bottom in pixels, possibly between pixels.
 
     `celeba_140` is the central 140 of the aligned 178 x 218 image, as in score_sde; `celeba_128` is 128 around
-    (89, 121), as in DDIM; both scale with the width. `center` is the central square. `none` is the whole image, which
-    resizing then makes square.
+    (89, 121), as in DDIM; both scale with the width. `center` is the largest central box whose width is `aspect` times
+    its height. `none` is the whole image, which resizing then stretches.
 
     Raises:
         BadImage: if a CelebA crop meets an image of other proportions.
@@ -380,9 +403,9 @@ def crop_box(crop: str, width: int, height: int) -> tuple[float, float, float, f
     if crop == "none":
         return 0, 0, width, height
     if crop == "center":
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        return left, top, left + side, top + side
+        box_width, box_height = min(width, height * aspect), min(height, width / aspect)
+        left, top = (width - box_width) / 2, (height - box_height) / 2
+        return left, top, left + box_width, top + box_height
     if abs(width * _CELEBA_HEIGHT - height * _CELEBA_WIDTH) > _CELEBA_HEIGHT:  # more than a pixel's width off
         raise BadImage(f"{width} x {height} pixels are not in CelebA's 178 x 218 proportions, which {crop} needs")
     return tuple(edge * width / _CELEBA_WIDTH for edge in _CELEBA_BOXES[crop])

@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -15,7 +14,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from common import is_out_of_memory, on_main_process
-from training.checkpoint import find_checkpoint, read_state
+from training.checkpoint import recorded_state
 from training.config import TrainConfig
 from training.diffusion import diffusion_loss
 from training.processes import take_cpu_threads
@@ -43,7 +42,7 @@ def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> Tra
         take_cpu_threads(config)
 
     def choose() -> str:
-        recorded = recorded_precision(config)
+        recorded = (recorded_state(config) or {}).get("mixed_precision")
         if recorded is not None:
             logger.info("--mixed_precision auto: %s, as in the checkpoint", recorded)
             return recorded
@@ -55,14 +54,6 @@ def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> Tra
         return fastest
 
     return replace(config, mixed_precision=on_main_process(state, choose))
-
-
-def recorded_precision(config: TrainConfig) -> str | None:
-    """The precision of the checkpoint to resume from; None for a fresh run or a checkpoint that does not record it."""
-    if config.overwrite_output_dir:
-        return None
-    folder = find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
-    return None if folder is None else read_state(folder).get("mixed_precision")
 
 
 def candidates(device: torch.device) -> list[str]:
@@ -90,7 +81,7 @@ def update_seconds(
             network.enable_gradient_checkpointing()
         if config.compile:
             network.compile(fullgraph=True)
-        shape = (config.train_batch_size, 3, config.resolution, config.resolution)
+        shape = (config.train_batch_size, *config.image_shape)
         images, scheduler = torch.rand(shape, device=device).mul_(2).sub_(1), config.noise_scheduler()
         for number in range(WARM_UP_UPDATES + TIMED_UPDATES):
             for name in [name for name in precisions if math.inf not in seconds[name]]:

@@ -23,7 +23,8 @@ def preflight_summary(trainer) -> str:
     config, network, data = trainer.config, trainer.network, trainer.data
     num_processes, total_steps = trainer.accelerator.num_processes, trainer.total_steps
     parameters = list(network.parameters())
-    image = torch.zeros(1, 3, config.resolution, config.resolution, device=trainer.accelerator.device)
+    image = torch.zeros(1, *config.image_shape, device=trainer.accelerator.device)
+    channels, height, width = config.image_shape
     label = None if data.label_names is None else torch.zeros(1, dtype=torch.int64, device=image.device)
     copies = 7 if config.post_hoc_ema else 5  # weights, gradients, two moments, EMAs
     state_bytes = sum(p.numel() * p.element_size() for p in parameters) * copies
@@ -36,9 +37,10 @@ def preflight_summary(trainer) -> str:
         length += f", at most {config.max_train_minutes:g} minutes in this start"
     objective = {name: value for name, value in config.objective_settings().items() if value not in (None, False)}
     rows = {
-        "network": f"{sum(p.numel() for p in parameters):,} parameters at {config.resolution}x{config.resolution}",
+        "network": f"{sum(p.numel() for p in parameters):,} parameters at {height}x{width}",
         "objective": ", ".join(str(v) if k == "objective" else f"{k} {v}" for k, v in objective.items()),
-        "data": f"{data.store.description['source']}, {config.split}: {len(data.store):,} images per epoch",
+        "data": f"{data.store.description['source']}, {config.split}: {len(data.store):,} images per epoch"
+        + (", grey (--in_channels 1)" if channels == 1 else ""),
         "held-out data": f"{data.num_heldout_images:,} images",
         "classes": "none" if data.label_names is None else f"{len(data.label_names)} of {config.label_column}",
         "images per update": f"{trainer.images_per_update} = {config.train_batch_size} x"

@@ -87,9 +87,8 @@ def _take_output_dir(trainer) -> Path | None:
     folder = checkpoint.find_checkpoint(trainer.output_dir, config.resume_from_checkpoint)
     if folder is None:
         return None
-    unsaid = {name: DEFAULTS[name] for name in [*OBJECTIVE, "optimizer", "post_hoc_ema"]} | {
-        "snr_gamma": config.snr_gamma
-    }
+    unsaid = {name: DEFAULTS[name] for name in [*OBJECTIVE, "optimizer", "post_hoc_ema"]}
+    unsaid |= {"snr_gamma": config.snr_gamma, "in_channels": 3, "out_channels": 3}
     difference = checkpoint.difference(unsaid | checkpoint.read_state(folder)["identity"], identity(trainer))
     if difference:
         raise Failed(

@@ -1,8 +1,8 @@
 """Where images come from: the Hub, a local folder, or the embedded synthetic faces.
 
 A source has `name`, `split`, `num_images` (None if only reading tells), `identity` (JSON-able: which images they are)
-with `version` (of the code that makes pixels of them), and `decode(crop, resolution)`. For each row that yields the
-image as uint8 (3, R, R) or, where it cannot, says why in a string; and with it the label: None without a
+with `version` (of the code that makes pixels of them), and `decode(crop, shape)`. For each row that yields the
+image as uint8 of the shape (C, H, W) or, where it cannot, says why in a string; and with it the label: None without a
 `label_column`, else the number (or bool) of a class in `label_names`, or a string or integer where these are None.
 Once `decode` has begun, `label_names` are known, and `summary`: how many files were found, taken and left out, and
 why; None if the source does not tell.
@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from PIL import Image
 
 from common import InputError, one_line
 from training.images import (
@@ -39,6 +40,7 @@ from training.images import (
     FolderFile,
     are_images,
     choose_images,
+    crop_and_resize,
     decode_image,
     digest_of,
     extensions,
@@ -61,6 +63,7 @@ from training.workers import on_all_cores
 logger = logging.getLogger(__name__)
 
 Decoded = np.ndarray | str
+Shape = tuple[int, int, int]  # (C, H, W)
 Label = int | bool | str | None
 
 
@@ -82,16 +85,17 @@ class SyntheticFaces:
             self.identity["label_column"] = label_column
         self.num_images = len(self.indices)
 
-    def decode(self, crop: str, resolution: int) -> Iterator[tuple[np.ndarray, Label]]:
+    def decode(self, crop: str, shape: Shape) -> Iterator[tuple[np.ndarray, Label]]:
         if crop not in ("none", "center"):
             raise InputError(f"crop {crop} is for CelebA's photographs; choose none for {self.name}")
-        if resolution < LEAST_RESOLUTION:
-            raise InputError(f"{self.name} are drawn at a resolution of {LEAST_RESOLUTION} or more, not {resolution}")
-        yield from on_all_cores(partial(self._draw, resolution), self.num_images)
+        side = max(shape[1:])  # of the square from which a rectangle is taken
+        if side < LEAST_RESOLUTION:
+            raise InputError(f"{self.name} are drawn at a resolution of {LEAST_RESOLUTION} or more, not {side}")
+        yield from on_all_cores(partial(self._draw, side, crop, shape), self.num_images)
 
-    def _draw(self, resolution: int, part: slice) -> list[tuple[np.ndarray, Label]]:
+    def _draw(self, side: int, crop: str, shape: Shape, part: slice) -> list[tuple[np.ndarray, Label]]:
         factors = face_factors(self.indices[part])
-        faces = draw_faces(factors, resolution).transpose(0, 3, 1, 2)  # (n, R, R, 3) -> (n, 3, R, R)
+        faces = [crop_and_resize(Image.fromarray(face), crop, shape) for face in draw_faces(factors, side)]
         labels = factors[self.label_column].tolist() if self.label_column else [None] * len(faces)
         return list(zip(faces, labels, strict=True))
 
@@ -126,15 +130,15 @@ class HuggingFaceImages:
         names = names[: None if self.label_column else -1]
         return {"source": source} | {name: getattr(self, name) for name in names}
 
-    def decode(self, crop: str, resolution: int) -> Iterator[tuple[Decoded, Label]]:
+    def decode(self, crop: str, shape: Shape) -> Iterator[tuple[Decoded, Label]]:
         rows = self._open()
         if self.streaming:
-            yield from self._stream(rows, crop, resolution)
+            yield from self._stream(rows, crop, shape)
         else:
             self.num_images = len(rows)
-            yield from on_all_cores(partial(self._decode_rows, rows, crop, resolution), self.num_images)
+            yield from on_all_cores(partial(self._decode_rows, rows, crop, shape), self.num_images)
 
-    def _stream(self, rows, crop: str, resolution: int) -> Iterator[tuple[Decoded, Label]]:
+    def _stream(self, rows, crop: str, shape: Shape) -> Iterator[tuple[Decoded, Label]]:
         num_decoded = 0
         try:
             for row in rows:
@@ -142,7 +146,7 @@ class HuggingFaceImages:
                 path = cell["path"] if cell and cell["bytes"] is None else None
                 if "://" in (path or "") and self._may_read(path):
                     cell = cell | {"bytes": _read(path)}  # here, as a failure is no fault of the image
-                decoded = self._decode_row(num_decoded, cell, crop, resolution)
+                decoded = self._decode_row(num_decoded, cell, crop, shape)
                 num_decoded += 1
                 yield decoded, row[self.label_column] if self.label_column else None
         except (OSError, HTTPError, ValueError) as error:
@@ -150,17 +154,17 @@ class HuggingFaceImages:
                 f"the stream of {self.name} broke off after {num_decoded} rows: {_reason(error)}"
             ) from error
 
-    def _decode_rows(self, rows, crop: str, resolution: int, part: slice) -> list[tuple[Decoded, Label]]:
+    def _decode_rows(self, rows, crop: str, shape: Shape, part: slice) -> list[tuple[Decoded, Label]]:
         columns = rows[part]
         cells = columns[self.image_column]
-        decoded = [self._decode_row(part.start + i, cell, crop, resolution) for i, cell in enumerate(cells)]
+        decoded = [self._decode_row(part.start + i, cell, crop, shape) for i, cell in enumerate(cells)]
         labels = columns[self.label_column] if self.label_column else [None] * len(cells)
         return list(zip(decoded, labels, strict=True))
 
-    def _decode_row(self, number: int, cell: dict | None, crop: str, resolution: int) -> Decoded:
+    def _decode_row(self, number: int, cell: dict | None, crop: str, shape: Shape) -> Decoded:
         encoded, path = (cell["bytes"], cell["path"]) if cell else (None, None)
         try:
-            return decode_image(self._read(path) if encoded is None else encoded, crop, resolution)
+            return decode_image(self._read(path) if encoded is None else encoded, crop, shape)
         except (BadImage, OSError) as error:
             name = path and (Path(path).name if os.path.isabs(path) or "://" in path else path)
             return f"row {number}{f' ({name})' if name else ''}: {error}"

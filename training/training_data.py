@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from common import InputError, on_main_process
+from training.checkpoint import recorded_state
 from training.config import TrainConfig
 from training.data import ImageStore, make_loader, open_image_store, random_flip, shuffled_batches, to_model_range
 from training.diffusion import drop_labels
@@ -18,9 +20,10 @@ class TrainingData:
     """Opens the data of a run.
 
     Attributes:
+        config: of the run, with the `in_channels` of the images.
         store: the training images.
         label_names: of the classes; None without labels.
-        heldout_images: float32 (N, 3, H, W) in [-1, 1], on the main process alone; None without a validation split.
+        heldout_images: float32 (N, C, H, W) in [-1, 1], on the main process alone; None without a validation split.
         heldout_labels: int64 (N,); None without labels.
         num_heldout_images: N, on every process.
 
@@ -36,6 +39,13 @@ class TrainingData:
                 " choose another one"
             )
         self.store = self.open_store(config.split, config.max_images)
+        channels = self.store.images.shape[1]
+        if config.in_channels is None and channels == 1:  # a run of before has three channels
+            state = on_main_process(accelerator, partial(recorded_state, config))
+            channels = 1 if state is None else state["identity"].get("in_channels", 3)
+        self.config = replace(config, in_channels=channels)
+        if channels != self.store.images.shape[1]:
+            self.store = self.open_store(config.split, config.max_images)
         accumulated, num_processes = config.gradient_accumulation_steps, accelerator.num_processes
         images_per_update = config.train_batch_size * accumulated * num_processes
         if images_per_update > len(self.store):
@@ -73,7 +83,7 @@ class TrainingData:
             self.heldout_images = to_model_range(store.__getitems__(range(len(store))))
 
     def first_images(self, count: int) -> Iterator[torch.Tensor]:
-        """The first `count` training images, each float32 (3, H, W) in [-1, 1]."""
+        """The first `count` training images, each float32 (C, H, W) in [-1, 1]."""
         return (to_model_range(self.store[index]) for index in range(min(count, len(self.store))))
 
     def open_batches(self, start_batch: int, should_stop: Callable[[], bool]) -> None:
@@ -90,7 +100,7 @@ class TrainingData:
         self.batches = make_loader(self.store, order, self.config.dataloader_num_workers, pin_memory, should_stop)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Randomly flipped clean images, float32 (B, 3, H, W) in [-1, 1], and randomly dropped labels (B,)."""
+        """Randomly flipped clean images, float32 (B, C, H, W) in [-1, 1], and randomly dropped labels (B,)."""
         config, device = self.config, self.accelerator.device
         clean_images, labels = next(self.batches)
         clean_images = clean_images.to(device, non_blocking=True)

@@ -1,0 +1,174 @@
+"""Grey images and rectangles: decoding, the choice of channels, and all the way from files to an evaluation."""
+
+import io
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+from exact_denoiser import ExactDenoiser
+from exact_gaussian import INDEPENDENT, draw_images, exact_network
+from PIL import Image, ImageOps
+from tiny_network import TINY
+
+from custom_unet import CustomUNet2DModel
+from eval import run as evaluation
+from eval.likelihood import ode_likelihood
+from pipelines import CustomUNetPipeline, applications, generate
+from training.config import TrainConfig
+from training.data import open_image_store
+from training.images import decode_image
+
+pytest_plugins = ["tiny_training"]
+
+SHAPES = [(3, 12, 20), (3, 20, 8), (1, 12, 20), (1, 16, 16)]
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(folder: Path, *images: Image.Image) -> Path:
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images):
+        image.save(folder / f"{number:02}.png")
+    return folder
+
+
+def grey_images(count: int) -> list[Image.Image]:
+    """Of the modes that a PNG without colours may have, also RGB with equal channels."""
+    modes = itertools.cycle(("L", "RGB", "LA", "1", "P"))
+    return [Image.fromarray(pixels).convert(mode) for pixels, mode in zip(noise(count, 30, 44), modes, strict=False)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [(50, 30), (30, 50), (41, 41)])
+def test_crop_and_resize_are_those_of_pillow(shape, size):
+    image, mode = Image.fromarray(noise(*size, 3)), "L" if shape[0] == 1 else "RGB"
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    target = (shape[2], shape[1])
+    expected = {
+        "center": ImageOps.fit(image.convert(mode), target, Image.Resampling.BICUBIC),
+        "none": image.convert(mode).resize(target, Image.Resampling.BICUBIC),
+    }
+    for crop, pixels in expected.items():
+        found = decode_image(content.getvalue(), crop, shape)
+        assert found.shape == shape
+        np.testing.assert_array_equal(np.moveaxis(found, 0, -1).squeeze(), np.asarray(pixels))
+
+
+def test_one_channel_is_chosen_if_all_images_are_grey(tmp_path):
+    def open_folder(folder: Path, in_channels: int | None, max_images: int | None = None):
+        which = {"train_data_dir": str(folder), "resolution": (12, 20), "cache_dir": str(tmp_path / "cache")}
+        return open_image_store(**which, in_channels=in_channels, max_images=max_images)
+
+    grey = save(tmp_path / "grey", *grey_images(12))
+    chosen, as_rgb = open_folder(grey, None), open_folder(grey, 3)
+    assert (chosen.images.shape, as_rgb.images.shape) == ((12, 1, 12, 20), (12, 3, 12, 20))
+    np.testing.assert_array_equal(as_rgb.images, np.repeat(chosen.images, 3, axis=1))
+    assert open_folder(grey, 1).folder == open_folder(grey, None).folder == chosen.folder
+
+    coloured = save(tmp_path / "coloured", *grey_images(12), Image.fromarray(noise(30, 44, 3)))
+    chosen, as_grey = open_folder(coloured, None), open_folder(coloured, 1)
+    assert open_folder(coloured, 3).folder == chosen.folder != as_grey.folder
+    luma = ImageOps.fit(Image.open(coloured / "12.png").convert("L"), (20, 12), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(as_grey.images[12, 0], np.asarray(luma))
+    np.testing.assert_array_equal(as_grey.images[:12, 0], chosen.images[:12, 1])
+    assert open_folder(coloured, None, max_images=12).images.shape[1] == 1
+
+
+def test_synthetic_faces_of_other_shapes_are_cut_out_of_squares(tmp_path):
+    faces = {"dataset_name": "synthetic-faces", "max_images": 3, "cache_dir": str(tmp_path)}
+    square = open_image_store(**faces, resolution=20).images
+    np.testing.assert_array_equal(open_image_store(**faces, resolution=(12, 20)).images, square[:, :, 4:16])
+    grey = open_image_store(**faces, resolution=20, in_channels=1).images
+    np.testing.assert_array_equal(grey[1, 0], Image.fromarray(np.moveaxis(square[1], 0, -1)).convert("L"))
+
+
+def test_a_resolution_is_one_number_or_two():
+    settings = {"dataset_name": "synthetic-faces", "max_train_steps": 1, "in_channels": 1}
+    for given, found, size in ((16, 16, 16), ([16], 16, 16), ([16, 16], 16, 16), ([16, 32], [16, 32], (16, 32))):
+        config = TrainConfig(**settings, resolution=given)
+        assert (config.resolution, config.unet_kwargs()["sample_size"]) == (found, size)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--resolution 16 33", "sample_size=(16, 33)"),
+        ("--resolution 16 16 16", "--resolution has 3 numbers; give one, or height and width"),
+        ("--resolution 16x32", "invalid int value: '16x32'"),
+        ("--resolution 8 16 --crop celeba_140", "crop celeba_140 is a square, which 8x16 is not"),
+        ("--in_channels 4", "invalid choice: '4' (choose from 1, 3, None)"),
+    ],
+)
+def test_shapes_that_are_refused(train, tmp_path, flags, message):
+    (line,) = [line for line in train(tmp_path, *flags.split(), code=2).splitlines() if "error" in line]
+    assert message in line
+
+
+def test_from_grey_files_to_an_evaluation(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images = grey_images(32)
+    save(tmp_path / "data" / "train", *images[:24])
+    save(tmp_path / "data" / "validation", *images[24:])
+    data, run = {"dataset_name": None, "train_data_dir": str(tmp_path / "data"), "crop": "center"}, tmp_path / "run"
+    tiny = data | {"max_train_steps": 3, "resolution": [16, 32], "validation_split": "validation"}
+    assert "24 images per epoch, grey (--in_channels 1)" in train(run, **tiny)
+    assert "resuming from" in train(run, **tiny | {"max_train_steps": 4})
+    assert json.loads((run / "pipeline" / "training.json").read_text())["data"]["in_channels"] == 1
+    card = (run / "pipeline" / "README.md").read_text()
+    assert "generates grey 16x32 images" in card
+    assert "colorize" not in card
+
+    model, images = str(run / "pipeline"), tmp_path / "images"
+    flags = f"--pipeline {model} --num_cpu_threads 1 --steps 2"
+    assert generate.main(f"{flags} --num_images 3 --out {images}".split()) == 0
+    assert {(i.mode, i.size) for i in map(Image.open, images.glob("seed-*.png"))} == {("L", (32, 16))}
+    unet = UNet2DModel.from_pretrained(model, subfolder="unet")
+    assert DDIMPipeline(unet, DDIMScheduler())(num_inference_steps=1).images[0].size == (32, 16)
+
+    features = torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 6, 8, 8), torch.nn.Flatten()).eval())
+    features.save(str(tmp_path / "features.pt"))
+    flags += " --num_images 8 --ode_images 1 --ode_tolerance 0.1 --likelihood_images 2 --bound_evaluations 3"
+    flags += " --heldout_images 4 --cost_images 4 --cost_samplers ddim:2 --allow_few --heldout_split validation"
+    flags += f" --features {tmp_path}/features.pt --reference {tmp_path}/data --out {tmp_path}/evaluation"
+    assert evaluation.main(flags.split()) == 0
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())["results"]
+    missing = {entry["name"]: entry["reason"] for entry in results if entry["value"] is None}
+    assert missing == {"Saturation, Wasserstein distance in grey levels": "the images are grey"}
+    assert "SWD, level 16x32" in {entry["name"] for entry in results}
+
+
+def test_a_run_on_grey_images_that_began_in_rgb_goes_on_in_rgb(train, tmp_path):
+    data = {"dataset_name": None, "train_data_dir": str(save(tmp_path / "data", *grey_images(14)))}
+    train(tmp_path / "run", **data | {"max_train_steps": 3, "in_channels": 3})
+    printed = train(tmp_path / "run", **data | {"max_train_steps": 4})
+    assert "in_channels: 3" in printed
+    assert "resuming from" in printed
+
+
+def test_applications_take_images_of_any_mode_for_a_grey_network():
+    network = CustomUNet2DModel(**TINY | {"sample_size": (8, 16), "in_channels": 1, "out_channels": 1})
+    pipe = CustomUNetPipeline(network, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    image, mask = Image.fromarray(noise(8, 16, 3)), Image.fromarray(255 * (noise(8, 16) // 128))
+    imputed = applications.impute(pipe, image, mask, 2, seeds=[0])[0]  # before any call of the pipeline
+    assert (imputed.mode, imputed.size) == ("L", (16, 8))
+    painted = [applications.inpaint(pipe, x, mask, 2, seeds=[0])[0] for x in (image, image.convert("L"))]
+    np.testing.assert_array_equal(*painted)
+    kept = np.asarray(mask) == 0
+    np.testing.assert_array_equal(np.asarray(painted[0])[kept], np.asarray(image.convert("L"))[kept])
+    with pytest.raises(ValueError, match="the network has 1 channels; colours need 3"):
+        applications.colorize(pipe, image)
+
+
+def test_bits_per_dim_do_not_depend_on_how_the_pixels_are_laid_out():
+    scheduler = DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    network, images = exact_network(ExactDenoiser, INDEPENDENT, scheduler), draw_images(INDEPENDENT, 4)
+    values = [ode_likelihood(network, scheduler, x).bits_per_dim for x in (images, images.view(4, 1, 1, 3))]
+    np.testing.assert_allclose(*values, rtol=1e-6)
