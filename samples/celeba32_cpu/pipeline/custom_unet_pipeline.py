@@ -76,6 +76,7 @@ class CustomUNetPipeline(DiffusionPipeline):
     scheduler_classes: tuple[type[SchedulerMixin], ...] = SUITABLE
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents", "noisy_images", "pred_original_sample")
+    _interrupt = False  # what a callback may set during a call
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
