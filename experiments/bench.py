@@ -1,13 +1,13 @@
-"""How fast this machine trains and samples: our U-Net and UNet2DModel, eager and compiled, in both layouts.
+"""Measures training and sampling speed on this machine: our U-Net and UNet2DModel, eager and compiled, both layouts.
 
     python -m experiments.bench --config configs/celeba64.yaml [--precisions no bf16]
         [--only training:ours:compiled ...] [--flag value ...]
 
-A row is one combination. A training row times updates of the configured objective (forward, loss, backward, clipping,
-AdamW, EMA) on random images that lie on the device, and compares their operations per second with those of a matrix
-product in the same precision; a sampling row times DDIM, by our pipeline or by the stock DDIMPipeline. A row that runs
-out of memory or does not compile is a row with the reason. Rows that need no compilation come first. Further flags
-are those of train_unet.py, such as --train_batch_size. Exit codes: 0 done, 1 if no row succeeded, 2 bad input.
+Each row is one combination. A training row times updates of the configured objective (forward, loss, backward,
+clipping, AdamW, EMA) on random images on the device, and compares their operations per second with a matrix product in
+the same precision. A sampling row times DDIM by our pipeline or the stock DDIMPipeline. A row that runs out of memory
+or does not compile shows the reason. Rows that need no compilation come first. All other flags are those of
+train_unet.py, such as --train_batch_size. Exit codes: 0 done, 1 if no row succeeded, 2 bad input.
 """
 
 import copy
@@ -47,10 +47,10 @@ COLUMNS = {name: name for name in "task network mode layout precision".split()}
 
 
 def rows_of(config: TrainConfig, precisions: list[str], only: list[str]) -> list[dict[str, str]]:
-    """The rows that `--only` selects, in the order of measurement.
+    """The rows selected by `--only`, in the order of measurement.
 
     Raises:
-        InputError: for an unknown word.
+        InputError: if `--only` has an unknown word.
     """
     known = {*NETWORKS, *TASKS, *MODES, *LAYOUTS, *DTYPES}
     selections = [set(selection.split(":")) for selection in only] or [set()]
@@ -70,7 +70,7 @@ def rows_of(config: TrainConfig, precisions: list[str], only: list[str]) -> list
 def training_update(
     config: TrainConfig, network_class: type[nn.Module], device: torch.device | str
 ) -> Callable[[], None]:
-    """One update of a new network and its EMA, as the trainer makes it, on images of noise."""
+    """Returns a function that updates a new network and its EMA as the trainer does, on random images."""
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     unet = network_class(**config.unet_kwargs()).train().to(device, memory_format=memory_format)
     ema_unet = copy.deepcopy(unet).requires_grad_(False)
@@ -95,7 +95,7 @@ def training_update(
 
 
 def sampling_call(config: TrainConfig, network_class: type[nn.Module], device: torch.device) -> Callable[[], None]:
-    """Draws a batch with untrained weights, whose images cost as much as others."""
+    """Returns a function that draws a batch with untrained weights; sampling cost does not depend on the weights."""
     unet = network_class(**config.unet_kwargs()).eval()
     unet.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     scheduler = DDIMScheduler.from_config(config.noise_scheduler().config)
@@ -111,7 +111,7 @@ def sampling_call(config: TrainConfig, network_class: type[nn.Module], device: t
 
 
 def flops_per_image(config: TrainConfig) -> int:
-    """Floating-point operations of forward and backward for one image, counted on tensors without memory."""
+    """Floating-point operations of the forward and backward pass for one image, counted on the meta device."""
     with torch.device("meta"):
         unet = CustomUNet2DModel(**config.unet_kwargs())
         image = torch.zeros(1, *config.image_shape)
@@ -122,7 +122,7 @@ def flops_per_image(config: TrainConfig) -> int:
 
 @cache
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """The rate of a product of two square matrices."""
+    """FLOP/s of the product of two square matrices."""
     size = MATMUL_SIZE[device.type]
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
@@ -130,7 +130,7 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure(row: dict[str, str], config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Images/s, the median over calls after a warm-up; of training the share; on a GPU the peak memory."""
+    """Images/s (median over calls after a warm-up), peak memory on a GPU, and for training the matmul-rate share."""
     how = {"mixed_precision": row["precision"], "compile": row["mode"] == "compiled"}
     how |= {"channels_last": row["layout"] == "channels_last", "gradient_accumulation_steps": 1}
     config = replace(config, **how)
@@ -154,15 +154,15 @@ def measure(row: dict[str, str], config: TrainConfig, device: torch.device) -> d
 
 
 def run(arguments: list[str]) -> None:
-    """Measures the rows one after the other and prints them.
+    """Measures the rows one by one and prints them.
 
     Raises:
         InputError: for bad arguments.
         Failed: if no row succeeded.
     """
     parser = Parser(prog="python -m experiments.bench", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of a training")
-    parser.add_argument("--precisions", nargs="+", choices=DTYPES, help="default: that of the configuration")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of a training configuration")
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, help="default: from the configuration")
     parser.add_argument("--only", nargs="+", default=[], help="rows, such as training:ours:compiled:channels_last")
     options, flags = parser.parse_known_args(arguments)
     config = parse_config(["--config", str(options.config), *flags, *ANY_DATA])
@@ -178,7 +178,7 @@ def run(arguments: list[str]) -> None:
         try:
             row |= measure(row, config, device)
             has_succeeded = True
-        except Exception as error:  # of whatever kind, it belongs to this row
+        except Exception as error:  # any error concerns only this row
             row["images/s"] = f"{type(error).__name__}: {one_line(error)}"[:200].replace("|", "/")
         print(", ".join(map(number, row.values())), flush=True)
     print(table(rows, COLUMNS | {name: name for name in MEASURED}))
@@ -187,12 +187,12 @@ def run(arguments: list[str]) -> None:
 
 
 def measure_speeds(trainings: dict[str, tuple[TrainConfig, str]], num_updates: int = 9) -> dict[str, float]:
-    """Images/s in training by name: the median over updates, made in turn, on the CPU with all threads.
+    """Training images/s by name: the median over interleaved updates on the CPU with all threads.
 
     Args:
-        trainings: the configuration of each, whose precision is not `auto`, and its network of
+        trainings: the configuration, whose precision is not `auto`, and the name of the network in
             `experiments.unet_variants`.
-        num_updates: of each, after two to warm up.
+        num_updates: updates per training, after two warm-up updates.
     """
     updates, seconds = {}, {name: [] for name in trainings}
     for name, (config, network) in trainings.items():

@@ -1,18 +1,18 @@
 """A classifier of noisy images, p(y | x_t, t), for classifier guidance.
 
-Its gradient, added to the score, makes an unconditional model one of a class: grad log p(x_t | y) = grad log p(x_t) +
-grad log p(y | x_t) (Song et al. 2021, arXiv 2011.13456, section 5 and appendix I; Dhariwal & Nichol 2021, arXiv
+Adding its gradient to the score makes an unconditional model class-conditional: grad log p(x_t | y) = grad log p(x_t)
++ grad log p(y | x_t) (Song et al. 2021, arXiv 2011.13456, section 5 and appendix I; Dhariwal & Nichol 2021, arXiv
 2105.05233, section 4).
 
-The network sees x_t = alpha x_0 + n epsilon as x_0 + sigma epsilon with sigma = n / alpha, so one classifier serves
-every noise process: those of DDPM, VP, sub-VP, VE and EDM alike.
+The network sees x_t = alpha x_0 + n epsilon as x_0 + sigma epsilon with sigma = n / alpha, so that one classifier
+works for every noise process: DDPM, VP, sub-VP, VE and EDM.
 
     python -m experiments.classifier --dataset_name synthetic-faces --label_column hair_style --resolution 32 --out DIR
 
     DIR/config.json, DIR/diffusion_pytorch_model.safetensors  for NoisyImageClassifier.from_pretrained(DIR)
-    DIR/classifier.json   how often it is right on the validation split, by noise level; and how it was trained
+    DIR/classifier.json   accuracy on the validation split by noise level, and the training settings
 
-DIR is written at the end, as a whole. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
+DIR is written in one step at the end. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
 import itertools
@@ -40,25 +40,26 @@ from training.data import CROPS, ImageStore, make_loader, open_image_store, shuf
 from training.sde import spread
 
 RECORD = "classifier.json"
-LEAST_SIGMA, MOST_SIGMA = 0.01, 100.0  # of training: no pixel changes visibly; nothing of the image is seen
+LEAST_SIGMA, MOST_SIGMA = 0.01, 100.0  # range in training: from invisible noise to pure noise
 REPORTED_SIGMAS = (0.0, 0.1, 0.5, 1.0, 3.0, 10.0)
 BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 64, 2e-3, 50
 DATA_OPTIONS = "dataset_name train_data_dir label_column crop resolution".split()
 
 
 class NoisyImageClassifier(ModelMixin, ConfigMixin):
-    """p(y | x_t, t), by the contracting path of a U-Net, the mean over the pixels and a linear layer.
+    """p(y | x_t, t), computed by the contracting path of a U-Net, average pooling and a linear layer.
 
     Args:
-        label_names: of the K classes, in the order of the logits.
-        label_column: what the classes are classes of.
+        label_names: names of the K classes, in the order of the logits.
+        label_column: the attribute that the classes describe.
         sample_size: height and width of the images.
-        in_channels: of the images.
-        block_out_channels: width of each level; the first one has half of the resolution, each next one half of that.
-        sigma_data: standard deviation of the pixel values, by which the input is scaled.
+        in_channels: channels of the images.
+        block_out_channels: width of each level; the first level has half the image resolution, and each further level
+            half the resolution of the one before.
+        sigma_data: standard deviation of the pixel values, for scaling the input.
 
     Raises:
-        ValueError: unless there are two classes or more, with names of their own.
+        ValueError: unless there are at least two classes with distinct names.
     """
 
     @register_to_config
@@ -74,7 +75,7 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
         super().__init__()
         if len(set(label_names)) != len(label_names) or len(label_names) < 2:
             raise ValueError(f"label_names are {label_names!s:.200}; they must be two or more, and differ")
-        options = SimpleNamespace(  # of the U-Net, whose blocks these are
+        options = SimpleNamespace(  # the U-Net options that its blocks read
             block_out_channels=block_out_channels,
             time_embedding_dim=None,
             layers_per_block=1,
@@ -99,17 +100,17 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
         self.linear_out = nn.Linear(last, len(label_names))
 
     def forward(self, noisy_images: Tensor, signal_scale: Tensor | float, noise_scale: Tensor | float) -> Tensor:
-        """The logits of the classes; their softmax is p(y | x_t, t), also differentiable in the images.
+        """The class logits, whose softmax is p(y | x_t, t); differentiable with respect to the images.
 
-        Noise levels sigma = n / alpha beyond those of training, 0.01 to 100, count as the nearest of them.
+        Noise levels sigma = n / alpha outside the training range, 0.01 to 100, are clamped to it.
 
         Args:
             noisy_images: alpha x_0 + n epsilon for x_0 in [-1, 1], shape (B, in_channels, sample_size, sample_size).
-            signal_scale: alpha >= 0, for all images or one for each, (B,).
-            noise_scale: n >= 0, likewise; the two are not both 0.
+            signal_scale: alpha >= 0, one for all images or one per image, (B,).
+            noise_scale: n >= 0, likewise; the two must not both be 0.
 
         Returns:
-            (B, K), in the type of the network.
+            (B, K), in the dtype of the network.
 
         Raises:
             ValueError: if the images have another shape.
@@ -122,7 +123,7 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
             torch.as_tensor(scale, device=noisy_images.device, dtype=torch.float32).expand(shape[0])
             for scale in (signal_scale, noise_scale)
         )
-        # x_0 + sigma epsilon over the root of sigma^2 + sigma_data^2, in a form that also suits alpha = 0
+        # (x_0 + sigma epsilon) / sqrt(sigma^2 + sigma_data^2), in a form that also works for alpha = 0
         norm = (n.square() + (self.config.sigma_data * alpha).square()).sqrt()
         log_sigma = (n / alpha).clamp(LEAST_SIGMA, MOST_SIGMA).log()  # (B,)
 
@@ -138,13 +139,13 @@ class NoisyImageClassifier(ModelMixin, ConfigMixin):
 
 
 def train_classifier(classifier: NoisyImageClassifier, store: ImageStore, max_train_steps: int, seed: int) -> None:
-    """Minimises the cross-entropy on images with noise of sigma log-uniform in [0.01, 100], in place.
+    """Trains in place on noisy images, with cross-entropy and sigma log-uniform in [0.01, 100].
 
-    The learning rate of AdamW rises over the first 50 steps and falls to 0 as a cosine. Batches and noise are
-    functions of the seed alone.
+    AdamW's learning rate warms up over the first 50 steps and decays to 0 as a cosine. Batches and noise depend only
+    on the seed.
 
     Raises:
-        InputError: if there are fewer images than a batch.
+        InputError: if there are fewer images than one batch.
         Failed: if the loss is not finite.
     """
     device, generator = classifier.device, torch.Generator().manual_seed(seed)
@@ -179,7 +180,7 @@ def add_noise(clean_images: Tensor, sigma: Tensor, generator: torch.Generator) -
 
 @torch.no_grad()
 def predict(classifier: NoisyImageClassifier, images: np.ndarray, sigma: float = 0.0) -> Tensor:
-    """Logits (N, K) of uint8 images (N, C, R, R) to which noise of one level is added, always the same."""
+    """Logits (N, K) of uint8 images (N, C, R, R) after adding noise of one level, with a fixed seed."""
     generator, logits = torch.Generator().manual_seed(0), []
     for first in range(0, len(images), 256):
         clean_images = to_model_range(torch.from_numpy(np.array(images[first : first + 256])))
@@ -189,7 +190,7 @@ def predict(classifier: NoisyImageClassifier, images: np.ndarray, sigma: float =
 
 
 def measure(classifier: NoisyImageClassifier, store: ImageStore) -> dict:
-    """How often it is right on the images of a store, and its cross-entropy (nats), at each of REPORTED_SIGMAS."""
+    """Accuracy and cross-entropy (nats) on the images of a store at each of REPORTED_SIGMAS."""
     labels = torch.from_numpy(store.labels_among(classifier.config.label_names))
     by_noise = []
     for sigma in REPORTED_SIGMAS:
@@ -204,15 +205,15 @@ def measure(classifier: NoisyImageClassifier, store: ImageStore) -> dict:
 
 
 def parse_options(arguments: list[str]) -> Namespace:
-    """Raises InputError."""
+    """Parses and checks the arguments; raises InputError."""
     parser = Parser(prog="python -m experiments.classifier", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--dataset_name", help="Hub id, or synthetic-faces; with the splits train and validation")
+    add("--dataset_name", help="Hub id or synthetic-faces; must have the splits train and validation")
     add("--train_data_dir", help="folder of images, of parquet, or written by save_to_disk")
-    add("--label_column", required=True, help="what the classes are classes of")
+    add("--label_column", required=True, help="column with the classes")
     add("--crop", default="center", choices=CROPS)
     add("--resolution", type=int, default=64)
-    add("--out", required=True, type=Path, help="folder to write, which must not exist yet")
+    add("--out", required=True, type=Path, help="output folder, which must not exist")
     add("--max_train_steps", type=int, default=1000)
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -229,12 +230,12 @@ def run(options: Namespace) -> None:
     Raises:
         InputError: for bad data.
         Failed: if the loss is not finite.
-        OSError: if the folder cannot be written; nothing is left of it.
+        OSError: if the folder cannot be written; a partial folder is removed.
     """
     data = {name: getattr(options, name) for name in DATA_OPTIONS}
     store, validation = (open_image_store(**data, split=split) for split in ("train", "validation"))
     names = store.description["label_names"]
-    validation.labels_among(names)  # a class that the training images lack is an error before the training
+    validation.labels_among(names)  # fail before the training if the training images lack a class
     torch.manual_seed(options.seed)
     classifier = NoisyImageClassifier(names, options.label_column, options.resolution)
     classifier.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
@@ -250,10 +251,10 @@ def run(options: Namespace) -> None:
 
 
 def write_classifier(classifier: NoisyImageClassifier, record: dict, out: Path) -> None:
-    """Writes the folder as a whole.
+    """Writes the folder in one step.
 
     Raises:
-        OSError: if it cannot be written; nothing is left of it.
+        OSError: if the folder cannot be written; a partial folder is removed.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".tmp-{out.name}")
@@ -267,7 +268,7 @@ def write_classifier(classifier: NoisyImageClassifier, record: dict, out: Path) 
 
 
 def main(arguments: list[str]) -> int:
-    return run_command(lambda: run(parse_options(arguments)), stopped="stopped before the end; nothing is written")
+    return run_command(lambda: run(parse_options(arguments)), stopped="stopped before the end; nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""Pictures of what a model can do, all from generated images: one of each application, and a comparison of samplers.
+"""Pictures of what a model can do, all from generated images: one per application, and comparisons of samplers.
 
 python -m experiments.gallery --pipeline samples/celeba32_cpu/pipeline --out assets
 
 samplers.png           the same seeds by every sampler at several numbers of steps; ode chooses its own
 contact_sheets.png     more seeds by DDPM, DDIM, DPM-Solver++ and UniPC at more numbers of steps
-interpolation.png      spherical interpolations, a row for each pair of seeds
-denoising.png, .gif    x_t and the predicted x_0 on the way
-inversion.png, .json   images, their reconstructions, and the error of these against steps
-inpainting.png         masked images, and what was painted under the mask
+interpolation.png      spherical interpolations, one row per pair of seeds
+denoising.png, .gif    x_t and the predicted x_0 during sampling
+inversion.png, .json   images, their reconstructions, and the reconstruction error by number of steps
+inpainting.png         masked images and their inpaintings
 variations.png         images noised to several levels and denoised again
 continuous.png         the same seeds by each sampler of the reverse SDE or the probability-flow ODE
-conditional.png        imputations, and grey images with colours
-gallery.json           the seeds and settings of each
+conditional.png        imputed and colourised images
+gallery.json           the seeds and settings of each picture
 
-A model in continuous time (an SDE) has no contact sheets, inversion, inpainting and variations. Exit codes: 0
-done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
+A continuous-time (SDE) model has no contact sheets, inversion, inpainting or variations. Exit codes: 0 done, 1
+failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
 import itertools
@@ -50,7 +50,7 @@ CONTINUOUS_STEPS = {
 
 
 def labelled_grid(rows: dict[str, list], columns: list[str] | None = None, side: int = 64) -> Image.Image:
-    """A sheet of images, each enlarged to `side` pixels, labelled at the left of each row and above each column."""
+    """A grid of images, each enlarged to `side` pixels, with labels to the left of each row and above each column."""
     font = ImageFont.load_default(size=13)
     margin = 12 + max(int(font.getlength(label)) for label in rows)
     top = 20 if columns else 0
@@ -67,12 +67,12 @@ def labelled_grid(rows: dict[str, list], columns: list[str] | None = None, side:
     return sheet
 
 
-# Each of the following draws one picture: its rows by label, its columns if they have labels, and what to record.
+# Each function below returns a picture: its rows by label, its column labels or None, and the settings to record
 Picture = tuple[dict[str, list], list[str] | None, dict]
 
 
 def rows_by_sampler(pipe: CustomUNetPipeline, settings: list[tuple[str, int]], seeds, unit: str = "steps") -> dict:
-    """A row for each sampler and number of steps; `ode`, which chooses its own, is labelled by its evaluations."""
+    """One row per sampler and number of steps; `ode`, which chooses its own steps, is labelled by its evaluations."""
     rows = {}
     for name, steps in tqdm(settings):
         pipe.set_sampler(name)
@@ -120,9 +120,9 @@ def denoising(pipe: CustomUNetPipeline, out: Path) -> Picture:
 
 
 def inversion(pipe: CustomUNetPipeline, out: Path) -> Picture:
-    """Images of another sampler, inverted and drawn again; clipping is off, as it cannot be inverted.
+    """Inverts images from another sampler and reconstructs them, without clipping, which cannot be inverted.
 
-    The picture shows those of three iterations.
+    The picture shows the reconstructions after three iterations.
     """
     pipe.set_sampler("dpmsolver++2m")
     images = pipe(seeds=SEEDS, num_inference_steps=100, output_type="pt").images
@@ -169,7 +169,7 @@ def conditional(pipe: CustomUNetPipeline, out: Path) -> Picture:
 
 
 def masks(size: int) -> dict[str, np.ndarray]:
-    """float32 (size, size), 1 where the image is painted."""
+    """Masks by name, float32 (size, size), 1 where the image is to be painted."""
     regions = {name: np.zeros((size, size), np.float32) for name in ("eyes", "right half", "centre")}
     quarter = size // 4
     regions["eyes"][quarter : 2 * quarter] = 1
@@ -179,7 +179,7 @@ def masks(size: int) -> dict[str, np.ndarray]:
 
 
 def with_masked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image (H, W, 3) and what is given of it, grey elsewhere; (2, H, W, 3)."""
+    """The image (H, W, 3), and a copy that is grey under the mask; (2, H, W, 3)."""
     return np.stack([image, np.where(mask[..., None] > 0, 0.5, image)])
 
 
@@ -202,14 +202,14 @@ def default_sampler(pipe: CustomUNetPipeline) -> str:
 
 
 def run(arguments: list[str]) -> None:
-    """Raises InputError for bad arguments, and for a network of classes."""
+    """Draws the pictures; raises InputError for bad arguments or a class-conditional network."""
     parser = Parser(prog="python -m experiments.gallery", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     parser.add_argument("--out", type=Path, default=Path("assets"))
     options = parser.parse_args(arguments)
     pipe = load_pipeline(find_pipeline(options.pipeline, None)[0], "fp32", None)
     if pipe.unet.config.get("num_class_embeds") is not None or pipe.unet.config.get("class_embed_type") is not None:
-        raise InputError("the network has class embeddings; the pictures are of unconditional networks")
+        raise InputError("the network has class embeddings; the gallery needs an unconditional network")
     make_folder(options.out)
     torch.manual_seed(0)
     settings = {}

@@ -1,10 +1,10 @@
-"""The figures of REPORT.md that no training is needed for: the network, noise schedules, loss weights, noised faces.
+"""The figures of REPORT.md that need no training: the network, noise schedules, loss weights and noised faces.
 
     python -m experiments.report_figures --out assets/report
 
-OUT/unet.png is drawn from the modules of the network of configs/celeba32_cpu.yaml and OUT/time_embedding.png by its
-time_proj; OUT/forward.png shows synthetic faces on the way to noise, OUT/schedules.png signal-to-noise ratios,
-OUT/weights.png what each target makes of the loss. Exit codes: 0 done, 2 bad input.
+OUT/unet.png shows the modules of the network in configs/celeba32_cpu.yaml, OUT/time_embedding.png the output of its
+time_proj, OUT/forward.png synthetic faces turning into noise, OUT/schedules.png signal-to-noise ratios, and
+OUT/weights.png the loss weight that each prediction target implies. Exit codes: 0 done, 2 bad input.
 """
 
 import sys
@@ -30,7 +30,7 @@ from training.synthetic_faces import render_faces
 REPOSITORY = Path(__file__).resolve().parent.parent
 DRAWN_CONFIG = REPOSITORY / "configs" / "celeba32_cpu.yaml"
 NUM_TIMESTEPS, BETA_START, BETA_END = 1000, 1e-4, 0.02
-SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # diffusers' name of each
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # names in diffusers
 SHOWN_TIMESTEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 SNR_GAMMA = 5.0
 TARGETS = {  # prediction type and gamma of each line
@@ -41,7 +41,7 @@ TARGETS = {  # prediction type and gamma of each line
 }
 FACE_PIXELS = 64
 EMBEDDED_TIMESTEPS = 400
-KINDS = {  # of layers: colour and name
+KINDS = {  # colour and name of each kind of layer
     "conv": ("#888888", "3x3 convolution"),
     "resnet": ("#4c78a8", "residual block"),
     "attention": ("#e45756", "residual block, then attention"),
@@ -56,11 +56,11 @@ class Layer:
     """One box of the drawn network, in the order of the forward pass.
 
     Attributes:
-        name: of the module, as in the weights' file.
+        name: of the module, as in the weights file.
         kind: a key of KINDS.
-        level: 0 is the resolution of the image, each further one half of it.
+        level: 0 for the resolution of the image; each further level halves it.
         channels, side: of its output (B, channels, side, side).
-        skip_from: place of the layer whose output is concatenated to its input; None without one.
+        skip_from: index of the layer whose output is concatenated to its input; None if there is no skip connection.
     """
 
     name: str
@@ -77,7 +77,7 @@ def layers_of(network: CustomUNet2DModel, side: int) -> list[Layer]:
     skips: list[int] = []
 
     def add(name: str, kind: str, shape: torch.Size) -> None:
-        if kind == "attention":  # is drawn as one with the residual block before it
+        if kind == "attention":  # is merged with the residual block before it
             layers[-1] = replace(layers[-1], kind=kind)
             return
         takes_skip = name.startswith("up_blocks") and kind == "resnet"
@@ -98,7 +98,7 @@ def layers_of(network: CustomUNet2DModel, side: int) -> list[Layer]:
 
 
 def draw_network(layers: list[Layer], path: Path) -> None:
-    """Boxes from left to right, a row for each level; skip connections are arrows."""
+    """Draws the layers as boxes from left to right, with one row per level and lines for skip connections."""
     levels = 1 + max(layer.level for layer in layers)
     figure, axes = plt.subplots(figsize=(8.5, 0.6 + 1.2 * levels))
     heights = [layer.side / layers[0].side * 0.45 + 0.25 for layer in layers]
@@ -107,7 +107,7 @@ def draw_network(layers: list[Layer], path: Path) -> None:
         colour, top = KINDS[layer.kind][0], height / 2 - layer.level
         axes.add_patch(Rectangle((place - 0.32, top - height), 0.64, height, color=colour))
         axes.text(place, -layer.level, layer.channels, ha="center", va="center", rotation=90, fontsize=9)
-        if place in sources:  # over the boxes, each higher than those inside it
+        if place in sources:  # above the boxes, and above the connections inside it
             end, inner = sources.index(place), [source for source in sources if source is not None and source > place]
             y = top + 0.06 + 0.06 * sum(layers[source].level == layer.level for source in inner)
             for x in (place, end):
@@ -126,12 +126,12 @@ def draw_network(layers: list[Layer], path: Path) -> None:
 
 
 def noise_schedule(name: str, prediction_type: str = "epsilon"):
-    """One of SCHEDULES with DDPM's number of timesteps and betas."""
+    """A noise schedule from SCHEDULES with DDPM's number of timesteps and betas."""
     return make_noise_scheduler(NUM_TIMESTEPS, SCHEDULES[name], BETA_START, BETA_END, prediction_type, False)
 
 
 def signal_to_noise(name: str) -> np.ndarray:
-    """snr(t) = abar_t / (1 - abar_t) of every timestep; float64 (T,)."""
+    """snr(t) = abar_t / (1 - abar_t) at every timestep; float64 (T,)."""
     alphas_cumprod = noise_schedule(name).alphas_cumprod.double()
     return (alphas_cumprod / (1 - alphas_cumprod)).numpy()
 
@@ -139,8 +139,8 @@ def signal_to_noise(name: str) -> np.ndarray:
 def clean_error_weights(schedule: str, prediction_type: str, snr_gamma: float | None) -> np.ndarray:
     """Weight of the squared error of x_0 in the training loss at every timestep; float64 (T,).
 
-    The training's own regression says by what the squared error of the prediction is weighted, and which multiple of
-    it is that of epsilon, which is snr times that of x_0.
+    `ddpm_regression`, which training uses, gives the weight of the prediction's squared error and the factor from that
+    error to the squared error of epsilon, which is snr times that of x_0.
     """
     images = torch.zeros(NUM_TIMESTEPS, 1, 1, 1)
     positions = (torch.arange(NUM_TIMESTEPS).double() + 0.5) / NUM_TIMESTEPS
@@ -149,7 +149,7 @@ def clean_error_weights(schedule: str, prediction_type: str, snr_gamma: float | 
 
 
 def draw_schedules(path: Path) -> None:
-    """The share of the image and the logarithm of the signal-to-noise ratio of SCHEDULES, side by side."""
+    """Draws the signal scale and the log signal-to-noise ratio of SCHEDULES, side by side."""
     figure, (share, logarithm) = plt.subplots(1, 2, figsize=(8, 3))
     for name in SCHEDULES:
         ratio = signal_to_noise(name)
@@ -164,7 +164,7 @@ def draw_schedules(path: Path) -> None:
 
 
 def draw_time_embedding(projection: PositionalProjection, path: Path) -> None:
-    """What becomes of the first timesteps, before the two linear layers; a column for each."""
+    """Draws the embedding of the first timesteps before the two linear layers, one column per timestep."""
     codes = projection(torch.arange(EMBEDDED_TIMESTEPS)).T.numpy()  # (features, timesteps)
     figure, axes = plt.subplots(figsize=(8, 2.8))
     image = axes.imshow(codes, aspect="auto", cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
@@ -175,7 +175,7 @@ def draw_time_embedding(projection: PositionalProjection, path: Path) -> None:
 
 
 def noised_faces() -> dict[str, list[Image.Image]]:
-    """A face and the same noise, at SHOWN_TIMESTEPS of each schedule."""
+    """A face with the same noise at SHOWN_TIMESTEPS of each schedule."""
     rows = {}
     noise = torch.randn(1, 3, FACE_PIXELS, FACE_PIXELS, generator=torch.Generator().manual_seed(0))
     face = to_model_range(torch.from_numpy(render_faces([0], FACE_PIXELS)).permute(0, 3, 1, 2))
@@ -187,10 +187,10 @@ def noised_faces() -> dict[str, list[Image.Image]]:
 
 
 def write_figures(out: Path) -> None:
-    """All of them.
+    """Writes all figures.
 
     Raises:
-        InputError, OSError: if the folder cannot be made or a file cannot be written.
+        InputError, OSError: if the folder cannot be created or a file cannot be written.
     """
     make_folder(out)
     config = parse_config(["--config", str(DRAWN_CONFIG), "--dataset_name", "any"])

@@ -1,10 +1,11 @@
-"""A tutorial: score-based models through stochastic differential equations, on data whose score is known.
+"""A tutorial on score-based models through stochastic differential equations, with data whose score is known.
 
     python -m experiments.sde_tutorial --out assets/sde
 
-It draws figures and writes the numbers of each step down, in a few minutes on one core. Read it from top to bottom
-with Song et al. 2021 (arXiv 2011.13456) at hand: equation and algorithm numbers are theirs. The SDEs and the samplers
-are those of the image models; only data and network are small, so that each claim can be checked against the truth.
+It draws figures and records the numbers of each step, in a few minutes on one core. Read it from top to bottom with
+Song et al. 2021 (arXiv 2011.13456) at hand: equation and algorithm numbers refer to that paper. The SDEs and samplers
+are the same as for the image models; only the data and the network are small, so that you can check each claim against
+the truth.
 """
 
 import itertools
@@ -55,7 +56,7 @@ ARROWS = {"angles": "xy", "scale_units": "xy", "scale": 1, "headwidth": 2.5, "he
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed."""
+    """The amount of computation."""
 
     paths: int = 20_000
     train_steps: int = 8000
@@ -69,7 +70,7 @@ SMALL = Size(paths=4000, train_steps=1500, samples=2000, seeds=2, budgets=(20, 5
 
 
 class Lesson:
-    """What the steps share: sizes, the folder for figures, the 2-D data, its exact score and a learned one."""
+    """The state that the steps share: sizes, the output folder, the 2-D data, its exact score and a learned score."""
 
     def __init__(self, size: Size, out: Path):
         self.size, self.out = size, out
@@ -79,7 +80,7 @@ class Lesson:
         self.scores: dict[str, Score] = {"exact": exact_score(self.data, self.sde), "learned": self.network}
 
     def save(self, figure: plt.Figure, name: str) -> dict[str, str]:
-        """Writes a figure in few colours, a third of the bytes, and returns its entry in the record."""
+        """Writes a figure with 128 colours, for a third of the file size, and returns its entry in the record."""
         figure.tight_layout()
         figure.savefig(self.out / name, dpi=90, metadata={"Software": None})
         plt.close(figure)
@@ -91,8 +92,8 @@ class Lesson:
 
 
 def forward_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """dx = f x dt + g dw (eq. 5) by Euler-Maruyama from data x (N, 1): times (S + 1,) and paths (S + 1, N)."""
-    times = solvers.sampling_times(sde, num_steps).flip(0)  # ours run from noise to data
+    """Solves dx = f x dt + g dw (eq. 5) by Euler-Maruyama from data x (N, 1): times (S + 1,), paths (S + 1, N)."""
+    times = solvers.sampling_times(sde, num_steps).flip(0)  # sampling times run from noise to data
     paths = [x + sde.noise_scale(times[0]) * noise()]
     for now, later in itertools.pairwise(times):
         dt, x = later - now, paths[-1]
@@ -101,7 +102,10 @@ def forward_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tenso
 
 
 def reverse_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tensor] | None) -> tuple[Tensor, Tensor]:
-    """The reverse SDE (eq. 6), or without noise the ODE (eq. 13), with the exact score of TWO_MODES: times, paths."""
+    """Solves the reverse SDE (eq. 6), or without noise the ODE (eq. 13), by the exact score of TWO_MODES.
+
+    Returns times (S + 1,) and paths (S + 1, N).
+    """
     times, paths, weight = solvers.sampling_times(sde, num_steps), [x], 0.5 if noise is None else 1
     for now, later in itertools.pairwise(times):
         dt, g, x = now - later, sde.diffusion(now), paths[-1]
@@ -111,9 +115,9 @@ def reverse_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tenso
 
 
 def forward(lesson: Lesson) -> dict:
-    """Simulated paths against the exact marginals p_t: with a linear drift, x_t = alpha x_0 + n epsilon (eq. 29).
+    """Compares simulated paths with the exact marginals p_t: for a linear drift, x_t = alpha x_0 + n epsilon (eq. 29).
 
-    The figure shows them above, and below the way back from a few draws of the prior.
+    The top row of the figure shows forward paths, the bottom row reverse paths from a few points of the prior.
     """
     n = lesson.size.paths
     numbers = {"paths": n, "chance_level_95_percent": 1.358 / math.sqrt(n)}
@@ -124,7 +128,7 @@ def forward(lesson: Lesson) -> dict:
         height = 2.4 * math.hypot(1, sde.prior_std)
         grid = torch.linspace(-height, height, 500, dtype=torch.float64)[:, None]
         density = torch.stack([TWO_MODES.at(sde, t).log_density(grid).exp() for t in times[::5]], 1)
-        density /= density.amax(0)  # without this the colours of late times would be too faint
+        density /= density.amax(0)  # otherwise the colours of late times are too faint
         for panel in (top, bottom):
             panel.imshow(
                 density, extent=(0, 1, -height, height), origin="lower", aspect="auto", cmap="Blues", alpha=0.9
@@ -149,11 +153,11 @@ def forward(lesson: Lesson) -> dict:
 
 
 def learning(lesson: Lesson) -> dict:
-    """The learned score against the exact one, and against what minimises the loss on 2,000 of the training points.
+    """Compares the learned score with the exact one, and with the minimiser of the loss on 2,000 training points.
 
-    That minimum is known: the score of these points with noise. It is the truth where the noise is wider than their
-    spacing; below, it pulls towards single points, and a smooth network is nearer to the truth. Relative errors rise
-    towards time 0, where lambda forgives them.
+    That minimiser is known: the score of these points plus noise. It agrees with the truth where the noise is wider
+    than the spacing of the points; below that, it pulls towards single points, and a smooth network is closer to the
+    truth. Relative errors rise towards time 0, where the weight lambda is small.
     """
     sde, data, points = lesson.sde, lesson.data, lesson.training_points[:2000]
     memory = GaussianMixture(torch.full((len(points),), 1 / len(points)).double(), points, 0.0)
@@ -175,7 +179,7 @@ def learning(lesson: Lesson) -> dict:
 
 
 def draw_learning(lesson: Lesson, numbers: dict) -> dict[str, str]:
-    """The exact score at four times, above the errors and losses of `learning`."""
+    """Draws the exact score at four times, above the errors and losses from `learning`."""
     data, sde = lesson.data, lesson.sde
     figure = plt.figure(figsize=(9, 6))
     layout = figure.add_gridspec(2, 4, height_ratios=[1, 1.2])
@@ -208,9 +212,9 @@ def draw_learning(lesson: Lesson, numbers: dict) -> dict[str, str]:
 
 
 def langevin(sde: SDE, score: Score, x: Tensor, times: Tensor, num_steps: int, noise: Callable[[], Tensor]) -> Tensor:
-    """Langevin dynamics (eq. 2), `num_steps` at each noise level, with steps of n^2 / 2; then the expectation of x_0.
+    """Langevin dynamics (eq. 2), `num_steps` per noise level with step size n^2 / 2; returns the expectation of x_0.
 
-    One level is plain Langevin dynamics. Falling levels anneal it (Song & Ermon 2019, algorithm 1).
+    A single level gives plain Langevin dynamics; decreasing levels anneal it (Song & Ermon 2019, algorithm 1).
     """
     for t in times:
         step = float(sde.noise_scale(t)) ** 2 / 2
@@ -220,23 +224,23 @@ def langevin(sde: SDE, score: Score, x: Tensor, times: Tensor, num_steps: int, n
 
 
 def heun(denoise: Denoiser, x: Tensor, num_steps: int) -> Tensor:
-    """The probability-flow ODE by Heun's method at the noise levels of Karras et al. 2022."""
+    """Solves the probability-flow ODE with Heun's method at the noise levels of Karras et al. 2022."""
     y = x / float(denoise.sde.signal_scale(at(denoise.sde.last_time)))
     sigmas = solvers.karras_sigmas(num_steps, *denoise.sde.noise_levels)
     return solvers.edm_heun(denoise, y, sigmas, noise=lambda: None)
 
 
 def solve(sde: SDE, score: Score, x: Tensor, start: float, end: float, tolerance: float) -> tuple[Tensor, int]:
-    """The probability-flow ODE (eq. 13) between two times with steps that adapt, and its evaluations."""
+    """Solves the probability-flow ODE (eq. 13) between two times with adaptive steps; also returns its evaluations."""
     return solvers.solve_ode(denoiser_of(sde, score).pf_ode, x, start, end, tolerance)
 
 
 def sample(
     method: str, sde: SDE, score: Score, budget: int, noise: Callable[[], Tensor], snr: float = 0.16
 ) -> tuple[Tensor, int]:
-    """Samples by a method of `METHODS`, and how often it evaluated the score: `budget` times or one less.
+    """Draws samples by one of `METHODS` and counts its score evaluations: `budget` or one fewer.
 
-    The adaptive ODE takes as many as it needs for its tolerance.
+    The adaptive ODE takes as many as its tolerance requires.
     """
     evaluations = 0
 
@@ -271,7 +275,7 @@ METHODS += ("ODE, Heun", "ODE, adaptive")
 
 
 def samplers(lesson: Lesson) -> dict:
-    """All methods with 100 evaluations of the exact and of the learned score, from the same prior noise."""
+    """Compares all methods with 100 evaluations of the exact and the learned score, from the same prior noise."""
     size, data = lesson.size, lesson.data
     truth, again = (data.sample(size.samples, generator(6, i)) for i in range(2))
 
@@ -286,10 +290,11 @@ def samplers(lesson: Lesson) -> dict:
 
 
 def gaussian_variance(method: str, sde: SDE, std: float, num_steps: int) -> float:
-    """Variance of what a stochastic sampler draws of N(0, std^2), without the chance of samples.
+    """Variance of a stochastic sampler's output for data N(0, std^2), without sampling error.
 
-    The exact score is linear, so the sampler adds up its noises with fixed factors: with one noise
-    of 1 and the others 0 it returns a factor, and the variance is the sum of their squares. One row per noise.
+    The exact score is linear, so the output is a sum of the noises with fixed factors. With one noise set to 1 and the
+    others to 0, the sampler returns the factor of that noise; the variance is the sum of the squared factors. One row
+    per noise.
     """
     noises = iter(torch.eye(num_steps + 1, dtype=torch.float64)[:, :, None])
     data = GaussianMixture(torch.ones(1).double(), torch.zeros(1, 1).double(), std)
@@ -298,7 +303,7 @@ def gaussian_variance(method: str, sde: SDE, std: float, num_steps: int) -> floa
 
 
 def orders(lesson: Lesson) -> dict:
-    """Error against work: the SDE solvers are of (weak) order 1, Heun's method of 2, Dormand-Prince of 5."""
+    """Error against work: the SDE solvers have (weak) order 1, Heun's method order 2, Dormand-Prince order 5."""
     sde = lesson.sde
     of_sde, of_ode = {}, {}
 
@@ -317,7 +322,7 @@ def orders(lesson: Lesson) -> dict:
     x, denoise = noise_source((500, 2), 8)().double(), denoiser_of(sde, score)
     exact = denoise(solve(sde, score, x, sde.last_time, sde.first_time, 1e-11)[0], first)
 
-    def error(x_0: Tensor) -> float:  # the median: between two modes a small error grows to their distance
+    def error(x_0: Tensor) -> float:  # the median, because between two modes small errors grow to their distance
         return float((x_0 - exact).norm(dim=1).median())
 
     steps = [20, 40, 80, 160, 320]
@@ -331,7 +336,7 @@ def orders(lesson: Lesson) -> dict:
     colors = iter(COLORS)
     for panel, lines in zip(axes, (of_sde, of_ode), strict=True):
         for name, found in lines.items():
-            # steps that adapt have no order
+            # adaptive steps have no order
             label = name if "adaptive" in name else f"{name}: order {found['order']:.1f}"
             panel.loglog(found["evaluations"], found["error"], "o-", color=next(colors), label=label)
         panel.set(xlabel="evaluations of the score")
@@ -346,9 +351,9 @@ def orders(lesson: Lesson) -> dict:
 
 
 def corrector(lesson: Lesson) -> dict:
-    """Predictor-corrector against predictors alone at equal numbers of evaluations, several seeds each.
+    """Compares predictor-corrector with predictors alone at equal numbers of evaluations, with several seeds.
 
-    With C evaluations, predictor-corrector takes half as many steps in time.
+    For the same number of evaluations, predictor-corrector takes half as many time steps.
     """
     size, data = lesson.size, lesson.data
     shape = (size.samples // 2, 2)
@@ -386,8 +391,8 @@ def corrector(lesson: Lesson) -> dict:
 
 
 def encoding(lesson: Lesson) -> dict:
-    """The ODE (eq. 13) runs both ways: data to codes and back. The codes depend on the data's score alone, not on the
-    network that learned it, and hardly on the SDE: all SDEs carry the same curves of x / alpha (section 4.3)."""
+    """The ODE (eq. 13) runs both ways: from data to codes and back. The codes depend only on the data's score, not on
+    the network that learned it, and hardly on the SDE: x / alpha follows the same curves for all (section 4.3)."""
     n, vp, ve, data = lesson.size.points, lesson.sde, SDES["VE"], lesson.data
     x = data.sample(n, generator(12))
     tolerances = [1e-2, 1e-3, 1e-4, 1e-5]
@@ -415,9 +420,10 @@ def encoding(lesson: Lesson) -> dict:
 
 
 def log_likelihood(sde: SDE, score: Score, x: Tensor, tolerance: float) -> Tensor:
-    """log p(x) of points (N, D): the density of their codes under the prior, and what the flow compresses (eq. 39).
+    """log p(x) of points (N, D): the log-density of their codes under the prior, plus the flow's compression (eq. 39).
 
-    In two dimensions the divergence is the trace of a Jacobian; for images it is estimated (eq. 40).
+    In two dimensions, the divergence is computed exactly as the trace of a Jacobian; for images, it is estimated (eq.
+    40).
     """
     denoise = denoiser_of(sde, score)
 
@@ -437,9 +443,10 @@ def log_likelihood(sde: SDE, score: Score, x: Tensor, tolerance: float) -> Tenso
 
 
 def likelihood(lesson: Lesson) -> dict:
-    """Log-densities by the ODE against the exact ones, in nats: error by tolerance, and what the learned score loses.
+    """Compares the ODE's log-densities with the exact ones, in nats: error by tolerance, loss by the learned score.
 
-    Where tolerances no longer help, the prior is not quite what the data become: under VE its variance lacks theirs.
+    Where smaller tolerances no longer help, the prior differs from the noised data: under VE, its variance lacks
+    theirs.
     """
     n, data, tolerances = lesson.size.points // 2, lesson.data, [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
     errors = {}
@@ -472,22 +479,22 @@ STEPS = (forward, learning, samplers, orders, corrector, encoding, likelihood)
 
 
 def rounded(numbers: dict) -> dict:
-    """To 4 significant digits: the last ones differ from machine to machine."""
+    """Rounds to 4 significant digits, since the last digits differ between machines."""
     return json.loads(json.dumps(numbers), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
 def run(arguments: list[str]) -> None:
-    """Takes the steps, and writes the record after each.
+    """Runs the steps and writes the record after each one.
 
     Raises:
         InputError: for bad arguments.
     """
     parser = Parser(prog="python -m experiments.sde_tutorial", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures and tutorial.json")
-    parser.add_argument("--quick", action="store_true", help="a small size, for tests: coarse numbers in seconds")
+    parser.add_argument("--quick", action="store_true", help="small sizes for tests: rough numbers within seconds")
     options = parser.parse_args(arguments)
     make_folder(options.out)
-    torch.set_num_threads(1)  # the tensors are small, and the sums are those of every machine
+    torch.set_num_threads(1)  # the tensors are small, and sums agree between machines
     lesson = Lesson(SMALL if options.quick else Size(), options.out)
     steps = {}
     for step in STEPS:
@@ -500,7 +507,7 @@ def run(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    return run_command(lambda: run(arguments), stopped="stopped; the steps that were done are kept")
+    return run_command(lambda: run(arguments), stopped="stopped; finished steps are kept")
 
 
 if __name__ == "__main__":

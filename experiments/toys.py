@@ -1,4 +1,4 @@
-"""Data of one or two dimensions whose densities and scores are known at every time, and a network that learns them."""
+"""Data in one or two dimensions with known densities and scores at all times, and a network that learns the scores."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eval.swd import projected_distances, random_directions
 from training.sde import SDE, Denoiser, clean_image_coefficients, spread
 
-Score = Callable[[Tensor, Tensor], Tensor]  # s(x, t) of points (N, D) at a time () or (N,)
+Score = Callable[[Tensor, Tensor], Tensor]  # s(x, t) for points (N, D) and times () or (N,)
 
 
 def generator(*seed: int) -> torch.Generator:
@@ -29,12 +29,13 @@ def at(t: float) -> Tensor:
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """Gaussians of one standard deviation, the same in all directions.
+    """A mixture of isotropic Gaussians with a common standard deviation.
 
     Args:
-        weights: (K,), their sum is 1.
+        weights: (K,), with sum 1.
         means: (K, D), float64.
-        std: 0 makes it the empirical distribution of the means, whose density exists once there is noise.
+        std: the standard deviation; with 0, this is the empirical distribution of the means, which has a density only
+            after noise is added.
     """
 
     weights: Tensor
@@ -42,28 +43,28 @@ class GaussianMixture:
     std: float
 
     def sample(self, number: int, generator: torch.Generator) -> Tensor:
-        """(number, D), float64."""
+        """Draws samples, float64 (number, D)."""
         chosen = torch.multinomial(self.weights, number, replacement=True, generator=generator)
         noise = torch.randn(number, self.means.shape[1], generator=generator, dtype=torch.float64)
         return self.means[chosen] + self.std * noise
 
     def at(self, sde: SDE, t: Tensor) -> "GaussianMixture":
-        """p_t, the distribution of alpha x_0 + n epsilon: a mixture again, as the sum of Gaussians is one."""
+        """p_t, the distribution of alpha x_0 + n epsilon: again a mixture, since sums of Gaussians are Gaussian."""
         alpha, n = float(sde.signal_scale(t)), float(sde.noise_scale(t))
         return GaussianMixture(self.weights, alpha * self.means, math.hypot(alpha * self.std, n))
 
     def _log_components(self, x: Tensor) -> Tensor:
-        """log(weight x density) of each component without what they have in common, (N, K)."""
+        """log(weight x density) of each component without their common terms, (N, K)."""
         means, log_weights = self.means.to(x), self.weights.log().to(x)
         return log_weights + (x @ means.T - means.square().sum(1) / 2) / self.std**2
 
     def log_density(self, x: Tensor) -> Tensor:
-        """(N, D) -> (N,)."""
+        """Log-density, (N, D) -> (N,)."""
         common = x.square().sum(1) / (2 * self.std**2) + x.shape[1] * math.log(self.std * math.sqrt(2 * math.pi))
         return self._log_components(x).logsumexp(1) - common
 
     def score(self, x: Tensor) -> Tensor:
-        """Gradient of the log-density, (N, D): towards the mean of the components, each with its posterior weight."""
+        """Gradient of the log-density, (N, D): it points to the posterior mean of the components."""
         return (self._log_components(x).softmax(1) @ self.means.to(x) - x) / self.std**2
 
     def cdf(self, x: np.ndarray) -> np.ndarray:
@@ -71,7 +72,7 @@ class GaussianMixture:
         return (torch.special.ndtr((torch.from_numpy(x)[:, None] - self.means.T) / self.std) @ self.weights).numpy()
 
     def variance(self) -> float:
-        """Mean over the dimensions."""
+        """Variance, averaged over the dimensions."""
         mean = self.weights @ self.means
         return float(self.weights @ (self.means - mean).square().mean(1)) + self.std**2
 
@@ -80,7 +81,7 @@ TWO_MODES = GaussianMixture(torch.tensor([0.3, 0.7]).double(), torch.tensor([[-1
 
 
 def eight_modes() -> GaussianMixture:
-    """On a circle of radius 1; every other one has three times the weight of its neighbours."""
+    """Eight Gaussians on a circle of radius 1; every other one has three times the weight of its neighbours."""
     angles = torch.arange(8, dtype=torch.float64) * math.pi / 4
     weights = torch.tensor([3.0, 1.0] * 4, dtype=torch.float64) / 16
     return GaussianMixture(weights, torch.stack([angles.cos(), angles.sin()], 1), 0.07)
@@ -98,7 +99,7 @@ class ScoreNetwork(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """For t () or (N,), in the type of x."""
+        """The score for t () or (N,), in the dtype of x."""
         t = t.expand(len(x))
         inputs = torch.cat([x, self.sde.sigma(t).log()[:, None].to(x) / 4, t[:, None].to(x)], 1)
         noise = self.layers(inputs.float()).to(x)
@@ -106,8 +107,8 @@ class ScoreNetwork(nn.Module):
 
 
 def train(sde: SDE, points: Tensor, num_steps: int, batch_size: int = 512) -> ScoreNetwork:
-    """Denoising score matching (eq. 7): the score of x_t given x_0 is -epsilon / n, and its regression on x_t alone is
-    the score of p_t. The weight lambda(t) = n^2 makes all times equally hard."""
+    """Denoising score matching (eq. 7): the score of x_t given x_0 is -epsilon / n, and its regression on x_t alone
+    gives the score of p_t. The weight lambda(t) = n^2 makes all times equally hard."""
     source = generator(4)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -127,7 +128,7 @@ def train(sde: SDE, points: Tensor, num_steps: int, batch_size: int = 512) -> Sc
 
 
 def denoising_loss(sde: SDE, score: Score, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Mean of lambda |s(x_t, t) + epsilon / n|^2 with lambda = n^2, so |n s + epsilon|^2."""
+    """Mean of lambda |s(x_t, t) + epsilon / n|^2 with lambda = n^2, that is |n s + epsilon|^2."""
     alpha, n = sde.signal_scale(t)[..., None], sde.noise_scale(t)[..., None]  # (N, 1), or (1,) for one time
     return (n * score(alpha * x_0 + n * noise, t) + noise).square().sum(1).mean()
 
@@ -137,7 +138,7 @@ def exact_score(data: GaussianMixture, sde: SDE) -> Score:
 
 
 def denoiser_of(sde: SDE, score: Score) -> Denoiser:
-    """What our samplers take: the expectation of x_0, of a score s(x, t)."""
+    """Converts a score s(x, t) into what our samplers expect: the expectation of x_0."""
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         c_skip, c_out = clean_image_coefficients("score", sde.signal_scale(t), sde.noise_scale(t))
@@ -147,13 +148,13 @@ def denoiser_of(sde: SDE, score: Score) -> Denoiser:
 
 
 def sliced_wasserstein(one: Tensor, other: Tensor, num_directions: int = 64) -> float:
-    """Wasserstein-1 distance of the projections of two equally large sets (N, D), its mean over directions."""
+    """Wasserstein-1 distance between the projections of two sets (N, D) of equal size, averaged over directions."""
     directions = random_directions(num_directions, one.shape[1], np.random.default_rng(0))
     return float(projected_distances(one.float().numpy(), other.float().numpy(), directions).mean())
 
 
 def mode_weight_error(data: GaussianMixture, x: Tensor) -> float:
-    """Total variation between the weights of the modes and the shares of the samples that lie nearest to each."""
+    """Total variation between the weights of the modes and the shares of samples nearest to each mode."""
     nearest = torch.cdist(x.double(), data.means).argmin(1)
     shares = torch.bincount(nearest, minlength=len(data.means)) / len(x)
     return float((shares - data.weights).abs().sum() / 2)
