@@ -16,11 +16,11 @@ def colour_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
     """Computes three numbers per image, each (N,) in grey levels 0..255.
 
     Args:
-        images: uint8, shape (N, C, H, W), C being 3 or, for grey images, 1.
+        images: uint8, shape (N, C, H, W), with C = 3, or 1 for grey images.
 
     Returns:
         By name: `brightness`, the mean luma of an image; `contrast`, the standard deviation of its luma; and
-        `saturation`, the mean of max(R, G, B) - min(R, G, B), unless the images are grey.
+        `saturation`, the mean of max(R, G, B) - min(R, G, B), omitted for grey images.
     """
     blocks, is_grey = [], images.shape[1] == 1
     for first in range(0, len(images), BLOCK):

@@ -66,7 +66,7 @@ def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
         InputError: if a folder has no results, the real images differ, or titles repeat.
     """
     if titles is not None and len(titles) != len(folders):
-        raise InputError(f"there are {len(titles)} --titles for {len(folders)} folders; give one for each")
+        raise InputError(f"there are {len(titles)} --titles for {len(folders)} folders; pass one per folder")
     records = [read_results(folder / "results.json") for folder in folders]
     for folder, record in zip(folders, records, strict=True):
         if not {"pipeline", "reference"} <= record.keys():
@@ -80,8 +80,8 @@ def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
             here, there = record["reference"].get(key), first.get(key)
             if here != there:
                 raise InputError(
-                    f"the real images of {title} have {key} {here}, those of {titles[0]} {there}; evaluate the models"
-                    " with the same ones"
+                    f"the real images of {title} have {key} {here}, those of {titles[0]} {there}; evaluate both with"
+                    " the same images"
                 )
     measured = [[entry for entry in record["results"] if entry.get("value") is not None] for record in records]
     return [Run(*run) for run in zip(folders, titles, records, measured, strict=True)]

@@ -109,8 +109,8 @@ def open_transformers(
     sha256 = _sha256_of(folder, weights)
     if published and sha256 != published.sha256:
         raise InputError(
-            f"{folder} is not {published.hub_id} or is damaged: the sha256 of its weights is {sha256}, it"
-            f" must be {published.sha256}; fetch it again, or name the folder itself as the extractor"
+            f"{folder} is not {published.hub_id} or is damaged: the sha256 of its weights is {sha256}, not"
+            f" {published.sha256}; download it again, or pass the folder itself as the extractor"
         )
     try:
         config = AutoConfig.from_pretrained(folder)

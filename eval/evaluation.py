@@ -93,7 +93,7 @@ class Evaluation:
         source, commit: the folder of the model repository and its commit on the Hub.
         pipeline: in fp32, for likelihoods and losses; images may be drawn in half precision.
         network: the network for likelihoods and losses; a class-conditional one predicts without a class.
-        sampler_setting, cost_settings: how the images are drawn, and how those of the cost curve are drawn.
+        sampler_setting, cost_settings: the sampler settings of the images and of the cost curve.
         training, heldout: the real images, cropped and resized as in training; `heldout` may be None.
 
     Raises:

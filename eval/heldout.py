@@ -2,8 +2,8 @@
 
 `noise_errors` measures the loss by timestep, for a model with discrete timesteps; `clean_image_errors` measures it by
 noise level sigma, where all kinds of models are comparable. The noise depends only on the seed, the timestep or noise
-level, and the image's index. All models therefore get the same noise, whatever the other timesteps, the batch size and
-the noise schedule are, and appending images changes no noise.
+level, and the image's index. All models therefore get the same noise, regardless of the other timesteps, the batch
+size and the noise schedule, and appending images changes no noise.
 """
 
 from collections.abc import Callable, Sequence

@@ -103,8 +103,8 @@ def find_weights(path: Path | None = None) -> tuple[Path, str]:
         if found in (NVIDIA_SHA256, PACKAGED_SHA256):
             return path, found
         raise InputError(
-            f"--inception_path {path} is damaged or not Inception: its sha256 is {found}, but {NVIDIA_FILE} has"
-            f" {NVIDIA_SHA256} and {PACKAGED_FILE} has {PACKAGED_SHA256}"
+            f"--inception_path {path} is damaged or not Inception: its sha256 is {found}, that of {NVIDIA_FILE} is"
+            f" {NVIDIA_SHA256}, that of {PACKAGED_FILE} {PACKAGED_SHA256}"
         )
     target = default_cache_dir() / "weights" / NVIDIA_FILE
     for file, sha256 in ((target, NVIDIA_SHA256), (_packaged_file(), PACKAGED_SHA256)):

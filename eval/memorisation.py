@@ -93,7 +93,7 @@ def memorisation(
         raise InputError(f"all held-out images are nearer to a training image than {duplicate_distance}; lower that")
     heldout_distances = heldout_distances[~is_duplicate]
     if np.median(heldout_distances) == 0:
-        raise InputError("at least half of the held-out images are training images; hold out others")
+        raise InputError("at least half of the held-out images are training images; use other held-out images")
     suspects = np.argsort(distances, kind="stable")[:NUM_PAIRS].tolist()
     minimum, percentile_1 = heldout_distances.min(), np.percentile(heldout_distances, 1)
     return MemorisationReport(

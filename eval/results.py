@@ -128,7 +128,7 @@ def cost_table(results: list[dict]) -> str:
     """
     entries = [entry for entry in results if entry["family"] == "cost"]
     if not entries:
-        raise InputError("there is no cost curve among the results")
+        raise InputError("the results have no cost curve")
     rows, floors = {}, {}  # by number of images, since distances depend on it
     for entry in entries:
         n, sampler = entry["n"], sampler_text(entry)

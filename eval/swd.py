@@ -61,7 +61,7 @@ def sliced_wasserstein(
         directions = random_directions(num_projections, channels * PATCH_SIZE**2, generator)
         patches1, patches2 = (normalised_patches(images, level, corners, batch_size) for images in (images1, images2))
         distances[height] = PAPER_SCALE * float(projected_distances(patches1, patches2, directions).mean())
-        del patches1, patches2  # before those of the next level are allocated
+        del patches1, patches2  # frees memory before the next level
     return distances
 
 

@@ -176,7 +176,7 @@ def jobs_of(
 def check_fits(config: TrainConfig, options: Namespace, first: TrainConfig) -> None:
     """Raises InputError if a training does not match its evaluation, or the images of the first training."""
     if config.validation_split is None:
-        raise InputError("there is no --validation_split, but held-out images are compared; give one")
+        raise InputError("there is no --validation_split, but the study compares held-out images; give one")
     samplers = [*(SAMPLERS if config.objective == "ddpm" else ()), *continuous_samplers(config.objective)]
     if options.sampler not in (None, *samplers):
         raise InputError(
@@ -185,7 +185,7 @@ def check_fits(config: TrainConfig, options: Namespace, first: TrainConfig) -> N
     for name in ("resolution", "crop"):
         here, there = getattr(config, name), getattr(first, name)
         if here != there:
-            raise InputError(f"--{name} is {here}, of the first variant {there}; all are measured by the same images")
+            raise InputError(f"--{name} is {here}, of the first variant {there}; all variants need the same images")
 
 
 def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:

@@ -73,11 +73,13 @@ def read_study(path: Path) -> Study:
 
 def _check(study: Study) -> None:
     if not isinstance(study.config, str) or len(study.variants) < 2:
-        raise ValueError(f"config is {study.config}, with {len(study.variants)} variants; give a file and two or more")
+        raise ValueError(
+            f"config is {study.config}, with {len(study.variants)} variants; give a file and at least two variants"
+        )
     if study.minutes is not None and not 0 < study.minutes < math.inf:
         raise ValueError(f"minutes is {study.minutes}; give a positive number")
     if not study.seeds or any(type(seed) is not int or study.seeds.count(seed) > 1 for seed in study.seeds):
-        raise ValueError(f"seeds is {study.seeds!s:.60}; give a list of whole numbers, each once")
+        raise ValueError(f"seeds is {study.seeds!s:.60}; give a list of distinct integers")
     for variant in study.variants:
         if not NAME.fullmatch(variant.name):
             raise ValueError(f"a variant is called {shown(variant.name)}; use letters, digits and . _ + -")

@@ -43,7 +43,7 @@ class VariantUNet(CustomUNet2DModel):
         channels, blocks = self.config.block_out_channels[-1], nn.ModuleList()
         for block, block_type in zip(self.up_blocks, self.config.up_block_types, strict=True):
             if block_type not in ("UpBlock2D", "AttnUpBlock2D"):
-                raise ValueError(f"up_block_types has {block_type}; this variant knows UpBlock2D and AttnUpBlock2D")
+                raise ValueError(f"up_block_types has {block_type}; this variant supports UpBlock2D and AttnUpBlock2D")
             width, attention = block.resnets[0].conv2.out_channels, block_type == "AttnUpBlock2D"
             inputs = [channels] + [width] * self.config.layers_per_block
             skips = [resnet.conv1.in_channels - c for resnet, c in zip(block.resnets, inputs, strict=True)]
