@@ -199,7 +199,7 @@ def compare(options: Namespace) -> None:
 
 
 def parse_options(arguments: list[str]) -> Namespace:
-    """Raises InputError."""
+    """Parses and checks the arguments; raises InputError."""
     parser = Parser(prog="python -m eval.compare", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of eval.run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the table and figures")

@@ -123,7 +123,7 @@ def prdc(real: np.ndarray, generated: np.ndarray, *, k: int = 5) -> dict[str, fl
     centre = real.mean(axis=0, dtype=np.float64)  # far from the origin, rounding would swamp the differences
     real, generated = (torch.from_numpy(features - centre) for features in (real, generated))
     longest = max(features.square().sum(1).max() for features in (real, generated))
-    slack = 4 * (real.shape[1] + 8) * 2.0**-53 * longest  # rounding of two squared distances: a tie is a tie
+    slack = 4 * (real.shape[1] + 8) * 2.0**-53 * longest  # rounding error of two squared distances; keeps ties
     real_radii = squared_radii(real, k) + slack
     generated_radii = squared_radii(generated, k) + slack
     num_precise, num_balls = 0, 0

@@ -228,7 +228,7 @@ def _memorisation_results(
     about = evaluation.describe_images() | evaluation.reference | facts | {"mirrored_too": features is None}
     about |= {"n": num_generated, "n_reference": num_training, "n_heldout": len(report.heldout_distances)}
     about |= {"heldout_duplicates_left_out": report.num_heldout_duplicates}
-    values = {  # metric, value, and the value expected of a model that generalises
+    values = {  # metric, value and the value expected from a model that generalises
         "Nearest training image, generated / held-out (median)": ("memorisation_ratio", report.ratio, 1.0),
         "Share nearer than any held-out image": ("memorisation_share", *report.share_below_minimum),
         "Share nearer than 99 % of held-out images": ("memorisation_share_1", *report.share_below_percentile),

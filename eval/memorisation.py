@@ -20,7 +20,7 @@ import numpy as np
 
 from common import InputError
 
-NUM_PAIRS = 16  # of possible copies that are listed
+NUM_PAIRS = 16  # listed as possible copies
 
 
 class Pair(NamedTuple):
@@ -90,7 +90,7 @@ def memorisation(
         distances, heldout_distances = (d / training[0].size ** 0.5 for d in (distances, heldout_distances))
     is_duplicate = heldout_distances < duplicate_distance
     if is_duplicate.all():
-        raise InputError(f"all held-out images are nearer to a training image than {duplicate_distance}; lower that")
+        raise InputError(f"all held-out images are nearer to a training image than {duplicate_distance}; lower it")
     heldout_distances = heldout_distances[~is_duplicate]
     if np.median(heldout_distances) == 0:
         raise InputError("at least half of the held-out images are training images; use other held-out images")

@@ -359,7 +359,7 @@ def write_study(study: Study, jobs: list[Job], out: Path) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """Raises InputError for bad input, Failed if a training or an evaluation failed."""
+    """Runs the study; raises InputError for bad input, Failed if a training or an evaluation fails."""
     parser = Parser(prog="python -m experiments.ablation", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("study", type=Path, help="YAML file of the study")
     parser.add_argument("--data", required=True, help="images: a folder, a Hub id or synthetic-faces")

@@ -111,7 +111,7 @@ def receptive_fields(config: TrainConfig) -> dict[str, int]:
 
 
 def run(arguments: list[str]) -> None:
-    """Raises InputError for bad arguments."""
+    """Writes the table and its numbers; raises InputError for bad arguments."""
     parser = Parser(prog="python -m experiments.architecture", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of a training configuration")
     parser.add_argument("--out", type=Path, required=True, help="folder for the table and its numbers")

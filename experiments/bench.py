@@ -55,7 +55,7 @@ def rows_of(config: TrainConfig, precisions: list[str], only: list[str]) -> list
     known = {*NETWORKS, *TASKS, *MODES, *LAYOUTS, *DTYPES}
     selections = [set(selection.split(":")) for selection in only] or [set()]
     for word in set().union(*selections) - known:
-        raise InputError(f"--only has {word!r}; give words out of {', '.join(sorted(known))}, joined by colons")
+        raise InputError(f"--only has {word!r}; choose from {', '.join(sorted(known))}, joined by colons")
     rows = [
         dict(zip(COLUMNS, (task, network, mode, layout, precision), strict=True))
         for mode in MODES
