@@ -1,4 +1,4 @@
-"""A "network" of an SDE or DDPM model, trained to perfection: its D(x, t) is the expectation of x_0 given x_t."""
+"""A perfectly trained "network" of an SDE or DDPM model: its D(x, t) is the expectation of x_0 given x_t."""
 
 from types import SimpleNamespace
 

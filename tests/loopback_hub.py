@@ -1,7 +1,7 @@
-"""A stand-in for the Hub on loopback: what `huggingface_hub` asks for to create, push to and load from a repository.
+"""A loopback stand-in for the Hub, with the API that `huggingface_hub` uses to create, push and load a repository.
 
-Large files (`.safetensors`, `.png`) go by git LFS, the others inside the commit, as on the Hub. Repositories live in
-memory, every commit with all its files. `faults` makes chosen requests fail.
+As on the Hub, large files (`.safetensors`, `.png`) are uploaded through git LFS and the others in the commit.
+Repositories are kept in memory, every commit with all its files. `faults` makes chosen requests fail.
 """
 
 import base64

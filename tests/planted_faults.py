@@ -2,7 +2,8 @@
 
     python -m tests.planted_faults [NUMBER ...]
 
-Without numbers it takes all of them, about an hour. Exit codes: 0 all were found, 1 one was not or does not fit.
+Without numbers it plants all of them, which takes about an hour. Exit codes: 0 all faults were found; 1 a fault was
+not found or could not be planted.
 """
 
 import subprocess

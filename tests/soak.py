@@ -1,12 +1,12 @@
-"""Kills a small training again and again and resumes it; in the end nothing of it shows.
+"""Kills a small training run again and again and resumes it; the result must be that of an uninterrupted run.
 
     python -m tests.soak --kills 100
 
-Each start is a process of its own (forked from one that has the libraries loaded), which a SIGKILL ends: about half of
-them while a checkpoint is written, the others at any moment, the start and the export included. After each kill every
-folder named checkpoint-STEP must be complete, and the next start must resume from the newest one. In the end, weights,
-EMA, moments and logged losses are those of a run that was never killed, and no temporary file is left. Exit code 0 if
-so, 1 with the first difference if not.
+Each start is a separate process (forked from one with the libraries loaded) that ends with a SIGKILL: about half of
+them while a checkpoint is being written, the others at any moment, including startup and export. After each kill every
+folder named checkpoint-STEP must be complete, and the next start must resume from the newest one. At the end, weights,
+EMA, moments and logged losses must equal those of a run that was never killed, with no temporary file left. Exit code
+0 if so, 1 with the first difference otherwise.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Small random networks with the interfaces of a feature extractor, DINOv2 and CLIP; images to put through them."""
+"""Small random networks with the interfaces of a feature extractor, DINOv2 and CLIP, and images to feed them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ablation studies: one for real from end to end, tables from results written by hand, and what is refused."""
+"""Ablation studies: a real one from end to end, tables from hand-written results, and refused inputs."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What each level of a U-Net costs and sees, against counting by hand."""
+"""Cost and receptive field of each U-Net level, against counting by hand."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The benchmark: what is timed, the rows and their failures."""
+"""The benchmark: what it times, its rows, and failing rows."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What people write into a card is there after it is written again, and what was generated is as new as the model."""
+"""Regenerating a card keeps what people wrote into it and updates what was generated."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there; a damaged one is never loaded, nor a part of it."""
+"""Checkpoints are complete or absent; a damaged one is never loaded, not even in part."""
 
 import copy
 import json

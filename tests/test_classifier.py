@@ -1,4 +1,4 @@
-"""The classifier of noisy images: its interface, what it learns, and the faults of its command."""
+"""The classifier of noisy images: its interface, what it learns, and the errors of its command."""
 
 import json
 import resource

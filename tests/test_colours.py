@@ -1,4 +1,4 @@
-"""Brightness, contrast and saturation beside values known beforehand, and faults of colour that they must show."""
+"""Brightness, contrast and saturation against known values, and colour faults that they must show."""
 
 import numpy as np
 import pytest

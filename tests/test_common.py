@@ -1,4 +1,4 @@
-"""Which errors a command reports in one line with which exit code, and which are raised."""
+"""The errors that a command reports in one line, with their exit codes, and those that it raises."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The comparison of several models: evaluated for real, and from results with something wrong."""
+"""The comparison of several models: evaluated for real, and from faulty results."""
 
 import json
 import shutil

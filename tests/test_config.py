@@ -1,4 +1,4 @@
-"""The configuration: precedence, round trip, and one-line errors for what cannot work."""
+"""The configuration: precedence, round trip, and one-line errors for invalid settings."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""CustomUNet2DModel against diffusers' UNet2DModel: the same names, numbers and gradients, and errors in one line."""
+"""CustomUNet2DModel against diffusers' UNet2DModel: the same names, outputs and gradients, and one-line errors."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""The store of decoded pixels and its faults, the sampler's stream of batches, the pixel range and the loader."""
+"""The store of decoded pixels and its faults, the stream of batches, the pixel range and the loader."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""The web page, in a browser: what it shows are the pipeline's own images, and it asks no other host for anything."""
+"""The web page in a browser: it shows the pipeline's own images and contacts no other host."""
 
 import io
 import os

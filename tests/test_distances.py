@@ -1,4 +1,4 @@
-"""FID and KID beside closed forms and clean-fid, CMMD beside a loop over pairs, PRDC by brute force."""
+"""FID and KID against closed forms and clean-fid, CMMD against a loop over pairs, PRDC against brute force."""
 
 import math
 

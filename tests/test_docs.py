@@ -1,4 +1,4 @@
-"""What the documents point at is there: files, headings, functions, commands; and their formulas are closed."""
+"""The files, headings, functions and commands that the documents refer to exist, and their formulas are closed."""
 
 import ast
 import importlib.util

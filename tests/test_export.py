@@ -1,4 +1,4 @@
-"""The model repository loaded the ways it promises, away from this repository, and what it refuses to load."""
+"""The model repository, loaded in all documented ways and outside this repository, and what it refuses to load."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""Networks beside the papers' own preprocessing; images and the cache. Inception is in test_inception.py."""
+"""Networks against the papers' own preprocessing; images and the cache. Inception is in test_inception.py."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Folders of images: the same whatever makes them, resumed, refused, and described well enough to make them again."""
+"""Image folders: the same however they are generated, resumed, refused, and with a record to reproduce them."""
 
 import json
 import os

@@ -1,8 +1,8 @@
-"""Figures that no change of the code may move: losses, images, measured values and exported files, beyond rounding.
+"""Values that no code change may alter beyond rounding: losses, images, measurements and exported files.
 
-`golden.json` holds those of commit d6bec27, before the code was rebuilt. `python -m tests.test_golden` writes it anew,
-which is right only where a change of the figures is wanted. That a run killed by SIGKILL goes on as if nothing had
-happened, to the bit, is shown by `test_train_unet.py`.
+`golden.json` holds the values of commit d6bec27, before the code was rebuilt. `python -m tests.test_golden` rewrites
+it, which is right only if the values are meant to change. `test_train_unet.py` shows that a run killed by SIGKILL
+resumes bit for bit as if it had not been.
 """
 
 import json

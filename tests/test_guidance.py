@@ -1,4 +1,4 @@
-"""The measurement of guidance: what a scale means, what the judge says of images, what is written, what is refused."""
+"""The guidance measurement: the meaning of a scale, the judge's verdicts, the written results, and refused inputs."""
 
 import json
 import shutil

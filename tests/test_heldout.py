@@ -1,4 +1,4 @@
-"""Held-out errors against Gaussian data, whose least errors are known."""
+"""Held-out errors on Gaussian data, whose minimal errors are known."""
 
 import math
 

@@ -1,6 +1,6 @@
 """Hundreds of damaged and odd images from a fixed seed: a picture as documented, or `BadImage` in one line.
 
-The images are decoded in a process of their own (this file, run as a program), so that a crash in a decoder is seen.
+The images are decoded in a separate process (this file, run as a program), so that a decoder crash is noticed.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Decoding: crops against their pixel boxes, resizing against torch's, and what becomes of odd and damaged images."""
+"""Decoding: crops against their pixel boxes, resizing against torch's, and odd and damaged images."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""The rules of the house: which folder may import which, what ships alone, and clean code."""
+"""House rules: which folders may import which, which files are shipped alone, and clean code."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""Inception beside clean-fid's own functions; how its file is found.
+"""Inception against clean-fid's own functions; how its file is found.
 
 The tests of the real network need its weights: `make inception`.
 """

@@ -1,4 +1,4 @@
-"""Both likelihoods against Gaussian data, whose bits/dim are known, and with bugs planted to see if they are found."""
+"""Both likelihoods on Gaussian data, whose bits/dim are known, and with planted bugs that must be found."""
 
 import math
 from types import SimpleNamespace

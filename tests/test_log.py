@@ -1,4 +1,4 @@
-"""What is known of a run: memory and time embedding of its network, its log over kills and resumes, the machine."""
+"""Facts about a run: memory and time embedding of its network, its log across kills and resumes, the machine."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Memorisation: nearest neighbours against brute force, planted copies, and what a model that generalises gets."""
+"""Memorisation: nearest neighbours against brute force, planted copies, and a model that generalises."""
 
 import numpy as np
 import pytest

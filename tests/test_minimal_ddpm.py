@@ -1,4 +1,4 @@
-"""`docs/minimal_ddpm.py`: exact where the noise is known, and it runs as it stands."""
+"""`docs/minimal_ddpm.py`: exact if the noise is known, and it runs as is."""
 
 import sys
 from pathlib import Path

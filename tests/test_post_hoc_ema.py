@@ -1,4 +1,4 @@
-"""Averages of any length, put together after the training, against explicit weighted sums of the trajectory."""
+"""Averages of any length, reconstructed after training, against explicit weighted sums of the trajectory."""
 
 import json
 import shutil

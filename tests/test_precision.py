@@ -1,4 +1,4 @@
-"""`--mixed_precision auto`: which precision is taken, kept on resume and agreed on; by injected timings."""
+"""`--mixed_precision auto`: the precision that is chosen, kept on resume and agreed on, with injected timings."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The figures of the REPORT: the drawn network is the real one, ratios and weights are the closed forms."""
+"""The figures of REPORT.md: the drawn network is the real one, and ratios and weights match the closed forms."""
 
 import itertools
 

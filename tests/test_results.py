@@ -1,4 +1,4 @@
-"""results.json and the tables that are made from it."""
+"""results.json and the tables generated from it."""
 
 import json
 import math

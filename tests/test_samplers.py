@@ -1,12 +1,12 @@
-"""Every sampler against data whose exact denoiser is known, and with bugs planted to see that they are found.
+"""Every sampler on data whose exact denoiser is known, and with planted bugs that must be found.
 
-The data are "images" of one RGB pixel. For a mixture of Gaussians, x_t is one as well, and E[epsilon | x_t] has a
+The data are "images" of one RGB pixel. If they are a mixture of Gaussians, so is x_t, and E[epsilon | x_t] has a
 closed form. With it as the network,
 
-- samplers must draw the mixture, up to an error that shrinks as their steps grow;
-- for a single Gaussian, deterministic ones must follow the probability-flow ODE, whose paths are known;
-- for a single point, whatever their steps, they make no error at all: x_t has to have the noise level of the timestep
-  that the network is told, at each of its evaluations.
+- samplers must draw the mixture, up to an error that shrinks with the number of steps;
+- for a single Gaussian, deterministic samplers must follow the probability-flow ODE, whose paths are known;
+- for a single point, they must be exact for any number of steps: at each evaluation, x_t must have the noise level of
+  the timestep passed to the network.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The SDEs against simulation, against each other, and against the limits that the paper takes them for."""
+"""The SDEs against simulation, against each other, and against the discrete processes that they are limits of."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The samplers in continuous time against data whose exact score is known, and the ODE solver against SciPy's."""
+"""The continuous-time samplers on data whose exact score is known, and the ODE solver against SciPy's."""
 
 import math
 

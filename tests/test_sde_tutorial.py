@@ -1,4 +1,4 @@
-"""The tutorial: its data against autograd and torch, and a whole small run."""
+"""The tutorial: its data against autograd and torch, and a small complete run."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The model repositories in `samples/`: their cards are those of their files, their code that of the repository."""
+"""The model repositories in `samples/`: their cards match their files, and their code matches this repository."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Where images come from: folders, parquet, `save_to_disk`, the Hub (played by a loopback server), synthetic faces."""
+"""Image sources: folders, parquet, `save_to_disk`, the Hub (played by a loopback server) and synthetic faces."""
 
 import hashlib
 import io

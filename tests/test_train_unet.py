@@ -1,4 +1,4 @@
-"""The main job as its users start it: whole runs, kills, resumes and refusals, and what one training step does."""
+"""train_unet.py as its users start it: whole runs, kills, resumes and refusals, and a single training step."""
 
 import importlib.machinery
 import json

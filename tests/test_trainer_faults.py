@@ -1,4 +1,4 @@
-"""What the trainer does when its process, its disk or its numbers fail: each fault is a real one."""
+"""The trainer when its process, its disk or its numbers fail; every fault is a real one."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""FID and KID during training, through a stand-in for Inception: the value, the best weights, what may go wrong."""
+"""FID and KID during training, with a stand-in for Inception: the value, the best weights, and failures."""
 
 import json
 import os

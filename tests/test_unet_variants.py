@@ -1,4 +1,4 @@
-"""Networks with one part taken out or exchanged."""
+"""Networks with one part removed or replaced."""
 
 import subprocess
 import sys

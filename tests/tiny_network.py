@@ -1,4 +1,4 @@
-"""The arguments of a network that is small enough for tests."""
+"""Arguments of a network that is small enough for tests."""
 
 TINY = {
     "sample_size": 8,

@@ -1,4 +1,4 @@
-"""A training that is small enough for tests: its settings, how it is started or broken, and what its runs leave."""
+"""A training run that is small enough for tests: its settings, ways to start or break it, and its outputs."""
 
 import itertools
 import multiprocessing
