@@ -1,13 +1,13 @@
-"""What a trained model can do besides drawing images, as functions of its pipeline.
+"""Applications of a trained model beyond sampling, as functions of its pipeline.
 
-By DDIM (Song et al. 2020, arXiv 2010.02502), for models of discrete timesteps: `invert`, `variations`, `inpaint`. In
-continuous time (Song et al. 2021, arXiv 2011.13456), for all models: `encode`, `decode`, `impute`, `colorize`. For all
-models: `denoising_strip` and `interpolate`.
+With DDIM (Song et al. 2020, arXiv 2010.02502), for models with discrete timesteps: `invert`, `variations`, `inpaint`.
+In continuous time (Song et al. 2021, arXiv 2011.13456), for all models: `encode`, `decode`, `impute`, `colorize`. For
+all models: `denoising_strip` and `interpolate`.
 
-Images to start from are PIL images, arrays in [0, 1] of shape (B, H, W, C) or tensors in [0, 1] of shape (B, C, H, W);
-one for all seeds or one for each. `call` stands for `seeds` or `generator`, `class_labels` and `output_type` as in a
-call of the pipeline. All raise ValueError for arguments that a call of the pipeline refuses, and for images that are
-not of the network's shape or not in [0, 1].
+Input images are PIL images, arrays in [0, 1] of shape (B, H, W, C) or tensors in [0, 1] of shape (B, C, H, W); one for
+all seeds or one for each. `call` stands for the pipeline's arguments `seeds` or `generator`, `class_labels` and
+`output_type`. All functions raise ValueError for arguments that the pipeline refuses, and for images that do not have
+the network's shape or are not in [0, 1].
 """
 
 import itertools
@@ -40,7 +40,7 @@ from pipelines.custom_unet_pipeline import (
 )
 from training.sde import SDEScheduler, predictor_corrector, sampling_times, solve_ode
 
-# Rows: the grey axis, and two axes of colour
+# Rows: the grey axis and two colour axes
 GREY_AND_COLOURS = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]]) / torch.tensor([[3.0], [2], [6]]).sqrt()
 
 
@@ -49,12 +49,12 @@ GREY_AND_COLOURS = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]]) / torch.t
 
 @dataclass
 class DenoisingStrip:
-    """What sampling looks like on the way: frames from pure noise to the images.
+    """Intermediate steps of sampling: frames from pure noise to the images.
 
     Attributes:
-        timesteps: of each frame but the last, which is the result; times of the SDE in continuous time.
+        timesteps: timestep of each frame except the last, which is the result; SDE times in continuous time.
         noisy_images: x_t of each frame: a list of frames, each a list of B PIL images.
-        pred_original_samples: the x_0 that the network predicts from it, in the same form.
+        pred_original_samples: the x_0 predicted from x_t, in the same format.
     """
 
     timesteps: list[float]
@@ -62,14 +62,14 @@ class DenoisingStrip:
     pred_original_samples: list[list[Image.Image]]
 
     def to_image(self, scale: int = 1) -> Image.Image:
-        """Time from left to right, two rows per image: x_t above the predicted x_0."""
+        """One picture, time from left to right, with two rows per image: x_t above the predicted x_0."""
         cells, columns = [], len(self.noisy_images)
         for row in range(len(self.noisy_images[0])):
             cells += [frame[row] for frame in self.noisy_images] + [frame[row] for frame in self.pred_original_samples]
         return _enlarged(make_image_grid(cells, rows=len(cells) // columns, cols=columns), scale)
 
     def save_gif(self, file, scale: int = 1, frame_milliseconds: int = 100) -> None:
-        """Writes an animation to a path or a file: x_t beside the predicted x_0, the last frame for two seconds."""
+        """Writes an animation to a path or file: x_t beside the predicted x_0; the last frame lasts two seconds."""
         frames = []
         for noisy, predicted in zip(self.noisy_images, self.pred_original_samples, strict=True):
             cells = [image for pair in zip(noisy, predicted, strict=True) for image in pair]
@@ -85,11 +85,11 @@ def _enlarged(image: Image.Image, scale: int) -> Image.Image:
 def denoising_strip(
     pipe: CustomUNetPipeline, num_frames: int = 10, num_inference_steps: int = 50, **call
 ) -> DenoisingStrip:
-    """Samples and keeps x_t and the predicted x_0 of some steps on the way.
+    """Samples, and keeps x_t and the predicted x_0 at some of the steps.
 
     Args:
-        num_frames: at evenly spaced steps, the last one being the result; at least 2.
-        call: the other arguments of a call of the pipeline (`seeds`, `eta`, `class_labels`, ...).
+        num_frames: number of frames, at evenly spaced steps; the last one is the result; at least 2.
+        call: other arguments of the pipeline's call (`seeds`, `eta`, `class_labels`, ...).
     """
     if num_frames < 2:
         raise ValueError(f"num_frames is {num_frames}; it must be at least 2")
@@ -129,13 +129,13 @@ def interpolate(
     num_inference_steps=50,
     **call,
 ):
-    """Images on the way between two latents, by spherical interpolation and DDIM (arXiv 2010.02502, section 5.3).
+    """Images between two latents, by spherical interpolation and DDIM (arXiv 2010.02502, section 5.3).
 
-    A network that was trained in continuous time takes Heun's method for its ODE instead.
+    A network that was trained in continuous time uses Heun's method on its ODE instead.
 
     Args:
-        start, end: a seed, or a latent of shape (1, C, H, W), for example by `invert`.
-        num_images: including both ends, at least 2.
+        start, end: a seed, or a latent of shape (1, C, H, W), for example from `invert`.
+        num_images: number of images including both ends, at least 2.
     """
     if num_images < 2:
         raise ValueError(f"num_images is {num_images}; it must be at least 2")
@@ -153,11 +153,11 @@ def interpolate(
 
 
 def slerp(start: Tensor, end: Tensor, fractions: Tensor) -> Tensor:
-    """Spherical linear interpolation (DDIM, eq. 67): noise between two noises has their length.
+    """Spherical linear interpolation (DDIM, eq. 67), which preserves the norm of Gaussian noise.
 
     Args:
         start, end: shape (1, C, H, W).
-        fractions: of the way, shape (N,).
+        fractions: fractions of the way from start to end, shape (N,).
 
     Returns:
         shape (N, C, H, W).
@@ -165,7 +165,7 @@ def slerp(start: Tensor, end: Tensor, fractions: Tensor) -> Tensor:
     cosine = torch.nn.functional.cosine_similarity(start.flatten(), end.flatten(), dim=0).double()
     angle = torch.acos(cosine.clamp(-1, 1))
     fractions = fractions.to(angle.device, torch.float64).view(-1, 1, 1, 1)
-    if torch.sin(angle) < 1e-6:  # (anti)parallel: the straight line
+    if torch.sin(angle) < 1e-6:  # (anti)parallel: linear interpolation
         return ((1 - fractions) * start + fractions * end).to(start.dtype)
     weights = (torch.sin((1 - fractions) * angle), torch.sin(fractions * angle))
     return ((weights[0] * start + weights[1] * end) / torch.sin(angle)).to(start.dtype)
@@ -175,19 +175,19 @@ def slerp(start: Tensor, end: Tensor, fractions: Tensor) -> Tensor:
 def invert(
     pipe: CustomUNetPipeline, image: Images, num_inference_steps=50, num_fixed_point_iterations=3, class_labels=None
 ) -> Tensor:
-    """The latents from which DDIM (eta 0, as many steps) draws these images again, up to an error.
+    """The latents from which DDIM (eta 0, same number of steps) reconstructs these images approximately.
 
-    A step of DDIM from t to s < t turns x_t in the plane of x_0 and epsilon by an angle phi: x_s = cos(phi) x_t -
-    sin(phi) v, where v is the network's at x_t; so x_t = (x_s + sin(phi) v) / cos(phi). As x_t is what is looked for,
-    v is first taken at x_s; each further fixed-point iteration takes it at the last x_t found. (With epsilon or x_0 in
-    the place of v the iterations do not converge where little is left of the image, or of the noise.)
+    A DDIM step from t to s < t rotates x_t in the plane of x_0 and epsilon by an angle phi: x_s = cos(phi) x_t -
+    sin(phi) v, where v is predicted at x_t. Hence x_t = (x_s + sin(phi) v) / cos(phi). Since x_t is unknown, v is
+    first predicted at x_s; each further fixed-point iteration predicts it at the latest x_t. (With epsilon or x_0
+    instead of v, the iterations do not converge when x_t has little signal or little noise.)
 
     Args:
-        num_fixed_point_iterations: network evaluations per step; more make the inversion more exact.
+        num_fixed_point_iterations: network evaluations per step; more make the inversion more accurate.
 
     Returns:
-        float32 latents of shape (B, C, H, W), for `pipe(latents=...)` with `DDIMScheduler`. What the sampler clips is
-        lost: for a faithful reconstruction set `clip_sample=False` in its configuration.
+        float32 latents of shape (B, C, H, W), for `pipe(latents=...)` with `DDIMScheduler`. Clipping in the sampler
+        loses information: for an accurate reconstruction set `clip_sample=False` in its configuration.
     """
     if num_fixed_point_iterations < 1:
         raise ValueError(f"num_fixed_point_iterations is {num_fixed_point_iterations}; it must be at least 1")
@@ -212,11 +212,11 @@ def invert(
 def variations(
     pipe: CustomUNetPipeline, image: Images, timestep: int, num_inference_steps: int = 50, eta: float = 1.0, **call
 ):
-    """Noises images to a level and denoises them again, as in figure 8 of DDPM: the more noise, the freer.
+    """Adds noise to images and denoises them, as in figure 8 of DDPM: more noise allows larger changes.
 
     Args:
-        timestep: t of the noise level, the nearest one among the `num_inference_steps` of a whole sampling.
-        eta: of the denoising (eq. 16 of DDIM); with 0 only the added noise is random.
+        timestep: t of the noise level; the nearest of the sampler's `num_inference_steps` timesteps is used.
+        eta: eta of the denoising steps (eq. 16 of DDIM); with 0, only the added noise is random.
     """
     scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps, eta)
     if not 0 <= timestep < scheduler.config.num_train_timesteps:
@@ -242,14 +242,14 @@ def inpaint(
     num_resamples=5,
     **call,
 ):
-    """Paints the masked part of images anew: RePaint (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
+    """Repaints the masked part of images with RePaint (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
 
-    Each step denoises (with DDPM's variance) and then puts the noised image where it is known. Going back
-    `jump_length` steps by adding noise, `num_resamples` - 1 times from every `jump_length`-th level, lets what is
-    painted agree with what is known; it takes about `num_inference_steps` x `num_resamples` network evaluations.
+    Each step denoises (with DDPM's variance) and then replaces the known part by the noised image. To make the painted
+    part agree with the known part, it jumps back `jump_length` steps by adding noise, `num_resamples` - 1 times from
+    every `jump_length`-th level. This takes about `num_inference_steps` x `num_resamples` network evaluations.
 
     Args:
-        mask: PIL image, array (H, W) or tensor (B or 1, 1, H, W): where it is above one half, the image is painted.
+        mask: PIL image, array (H, W) or tensor (B or 1, 1, H, W); values above one half mark the part to paint.
     """
     if jump_length < 1 or num_resamples < 1:
         raise ValueError(f"jump_length is {jump_length} and num_resamples {num_resamples}; they must be at least 1")
@@ -273,10 +273,10 @@ def inpaint(
 
 
 def repaint_walk(num_steps: int, jump_length: int, num_resamples: int) -> list[int]:
-    """The levels that RePaint visits, from `num_steps` (noise) to 0 (clean); it jumps back before it goes on.
+    """The noise levels that RePaint visits, from `num_steps` (noise) to 0 (clean).
 
-    Between two jumps it goes down one level at a time. From each of the levels 1, 1 + `jump_length`, ... it jumps up
-    by `jump_length` (as long as there is such a level), `num_resamples` - 1 times.
+    It goes down one level at a time. From each of the levels 1, 1 + `jump_length`, ... it jumps up by `jump_length`
+    levels (if that level exists), `num_resamples` - 1 times, before it goes on.
     """
     jumps_left = dict.fromkeys(range(1, num_steps - jump_length + 1, jump_length), num_resamples - 1)
     walk = [num_steps]
@@ -290,13 +290,13 @@ def repaint_walk(num_steps: int, jump_length: int, num_resamples: int) -> list[i
 
 
 def _ddim(pipe: CustomUNetPipeline) -> DDIMScheduler:
-    """The pipeline's own scheduler if that is DDIM, or DDIM with the configuration that the network came with."""
+    """A DDIM scheduler with the configuration of the pipeline's scheduler if that is DDIM, else of the trained one."""
     own = isinstance(pipe.scheduler, DDIMScheduler)
     return scheduler_like(pipe.scheduler.config if own else pipe._trained_config, DDIMScheduler)
 
 
 def _ddim_levels(pipe: CustomUNetPipeline, num_inference_steps: int, eta: float = 0.0) -> tuple:
-    """DDIM, its timesteps, ascending, and abar of each of them after that of the clean image."""
+    """DDIM, its timesteps in ascending order, and abar of the clean image followed by abar of each timestep."""
     if pipe.is_continuous:
         raise ValueError("DDIM has timesteps, but the network was trained in continuous time; take encode or impute")
     ddim = _ddim(pipe)
@@ -307,7 +307,7 @@ def _ddim_levels(pipe: CustomUNetPipeline, num_inference_steps: int, eta: float 
 
 
 def _predict(pipe: CustomUNetPipeline, latents: Tensor, timestep: int, level: float, guidance: Guidance):
-    """x_0 and epsilon that the network predicts at abar `level`."""
+    """The network's prediction of x_0 and epsilon at abar `level`."""
     model_output = guidance.model_output(pipe.unet, latents, torch.tensor(timestep, device=latents.device))
     return clean_images_and_noise(pipe.scheduler.config.prediction_type, model_output, latents, *scales(level))
 
@@ -317,13 +317,13 @@ def _predict(pipe: CustomUNetPipeline, latents: Tensor, timestep: int, level: fl
 
 @torch.no_grad()
 def encode(pipe: CustomUNetPipeline, image: Images, tolerance: float = 1e-3, class_labels=None) -> Tensor:
-    """The latents of images by the probability-flow ODE (arXiv 2011.13456, section 4.3); `decode` is its inverse.
+    """Encodes images into latents by the probability-flow ODE (arXiv 2011.13456, section 4.3), inverse of `decode`.
 
     Args:
-        tolerance: of the solver, see `solve_ode`.
+        tolerance: tolerance of the solver, see `solve_ode`.
 
     Returns:
-        float32 latents of unit variance, shape (B, C, H, W), also for `pipe(latents=...)`.
+        float32 latents of unit variance, shape (B, C, H, W), which also suit `pipe(latents=...)`.
     """
     clean_images, sde = _to_model_range(pipe, image), _process_of(pipe).sde
     x = sde.signal_scale(torch.tensor(sde.first_time, dtype=torch.float64)) * clean_images
@@ -334,9 +334,9 @@ def encode(pipe: CustomUNetPipeline, image: Images, tolerance: float = 1e-3, cla
 def decode(
     pipe: CustomUNetPipeline, latents: Tensor, tolerance: float = 1e-3, output_type: str = "pil", class_labels=None
 ):
-    """The images of latents by the probability-flow ODE, the inverse of `encode`.
+    """Decodes latents into images with the probability-flow ODE, the inverse of `encode`.
 
-    The noise of the first time stays in them; `pipe(latents=...)` takes it out with a last evaluation.
+    The images keep the noise of the first time; `pipe(latents=...)` removes it with a last evaluation.
     """
     check_output_type(output_type)
     pipe.batch_and_generator(None, None, None, latents)
@@ -346,32 +346,32 @@ def decode(
 
 
 def _solve(pipe: CustomUNetPipeline, x: Tensor, start: float, end: float, tolerance: float, class_labels) -> Tensor:
-    """x, float32 (B, C, H, W), carried by the probability-flow ODE from one time to another."""
+    """Solves the probability-flow ODE for x, float32 (B, C, H, W), from one time to another."""
     process, guidance = _process_of(pipe), pipe.guidance(class_labels, len(x))
-    process.sampler("ode", tolerance=tolerance)  # raises ValueError for a tolerance that makes no sense
-    with pipe.denoising(process, guidance, total=None, clip=False) as denoise:  # there is no way back from clipping
+    process.sampler("ode", tolerance=tolerance)  # raises ValueError for an invalid tolerance
+    with pipe.denoising(process, guidance, total=None, clip=False) as denoise:  # clipping is not invertible
         return solve_ode(denoise.pf_ode, x, start, end, tolerance)[0].float()
 
 
 def impute(pipe: CustomUNetPipeline, image: Images, mask: Images, num_inference_steps: int = 100, **how):
-    """Paints the masked part of images anew by predictor-corrector sampling (arXiv 2011.13456, appendix I.2).
+    """Repaints the masked part of images by predictor-corrector sampling (arXiv 2011.13456, appendix I.2).
 
-    After each step the known part is put back, with the noise of its time. Unlike `inpaint` it takes networks trained
-    in continuous time too, and goes straight on.
+    After each step the known part is restored, with the noise of the current time. Unlike `inpaint`, it also supports
+    networks trained in continuous time, and does not jump back.
 
     Args:
         mask: as for `inpaint`.
-        how: the other arguments of `draw_given`.
+        how: other arguments of `draw_given`.
     """
     return draw_given(pipe, image, ~_mask(pipe, mask), None, num_inference_steps, **how)
 
 
 def colorize(pipe: CustomUNetPipeline, image: Images, num_inference_steps: int = 100, **how):
-    """Gives grey images colours (arXiv 2011.13456, appendix I.2): `impute` along the grey axis of the colours.
+    """Colorizes grey images (arXiv 2011.13456, appendix I.2): the grey axis of colour space is given, as in `impute`.
 
     Args:
-        image: of a coloured one the mean over its three channels is taken.
-        how: the other arguments of `draw_given`.
+        image: of a colour image, the mean over its three channels is used.
+        how: other arguments of `draw_given`.
     """
     if pipe.unet.config.in_channels != 3:
         raise ValueError(f"the network has {pipe.unet.config.in_channels} channels; colours need 3")
@@ -393,9 +393,9 @@ def draw_given(
     """Draws images of which a part is given, by predictor-corrector sampling.
 
     Args:
-        known: where the image is given, bool, broadcast to (B, C, H, W), the channels being those of the basis.
-        basis: orthonormal, of the channels, shape (C, C) with one vector per row; None for the channels themselves.
-        snr, corrector_steps: of `predictor_corrector`.
+        known: bool mask of the given part, broadcast to (B, C, H, W), with the channels in the given basis.
+        basis: orthonormal basis of the channels, shape (C, C), one vector per row; None for the channels themselves.
+        snr, corrector_steps: see `predictor_corrector`.
     """
     process, settings = _process_of(pipe), {"snr": snr, "corrector_steps": corrector_steps}
     total = process.num_evaluations(process.sampler("predictor_corrector", **settings), num_inference_steps)
@@ -419,7 +419,7 @@ def draw_given(
     return pipe.to_output(put_back(x, 1.0, 0.0), batch.output_type)
 
 
-# ---- What is given
+# ---- Inputs
 
 
 def _process_of(pipe: CustomUNetPipeline) -> SDEScheduler:
@@ -439,7 +439,7 @@ def _to_model_range(pipe: CustomUNetPipeline, image: Images) -> Tensor:
 
 
 def _mask(pipe: CustomUNetPipeline, mask: Images) -> Tensor:
-    """bool (B or 1, 1, H, W), true where the image is painted."""
+    """bool (B or 1, 1, H, W), True where the image is to be painted."""
     processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
     painted = processor.preprocess(mask) > 0.5
     shape = (1, *pipe.image_shape[1:])
@@ -451,7 +451,7 @@ def _mask(pipe: CustomUNetPipeline, mask: Images) -> Tensor:
 
 
 class _Batch(NamedTuple):
-    """Images (B, C, H, W) to start from, a source of noise of their shape, their labels, and the form to return."""
+    """Input images (B, C, H, W), a source of noise in their shape, their guidance, and the output type."""
 
     clean_images: Tensor
     draw_noise: Callable[[], Tensor]
@@ -469,7 +469,7 @@ def _batch_of(
     class_labels=None,
     output_type="pil",
 ) -> _Batch:
-    """The images, one for each seed or generator; masks (1 or B, ...) must be as many."""
+    """The batch of input images, one for each seed or generator; there must be one mask or one for each image."""
     check_output_type(output_type)
     clean_images = _to_model_range(pipe, image)
     given = next((x for x in (seeds, generator) if x is not None and not isinstance(x, torch.Generator)), None)

@@ -223,10 +223,10 @@ def read_state(folder: Path) -> dict:
 
 
 def recorded_state(config) -> dict | None:
-    """The numbers of the checkpoint that the run of a `TrainConfig` resumes from; None for a fresh run.
+    """The state of the checkpoint that the run of a `TrainConfig` resumes from; None for a new run.
 
     Raises:
-        Failed: as `find_checkpoint`.
+        Failed: as in `find_checkpoint`.
     """
     if config.overwrite_output_dir:
         return None

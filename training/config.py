@@ -28,7 +28,7 @@ OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the
 LARGEST_LAST_SIGNAL = 0.05
 LARGEST_INTEGER = 2**31 - 1
 SMALLEST_FLOAT, LARGEST_FLOAT = 1e-30, 1e9  # beyond these, squares and quotients leave the range of float32
-LONGEST_TEXT = 4096  # the longest path of Linux
+LONGEST_TEXT = 4096  # the maximum path length on Linux
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 BOUNDS = {"min": (ge, "at least"), "max": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
 
@@ -37,9 +37,9 @@ def option(default, help: str, **limits):
     """A field of `TrainConfig`.
 
     Args:
-        help: what `--help` says.
-        limits: `min` and `max` (inclusive), `above` and `below` (exclusive); `only`: the objectives to which the
-            option means something; `needs`: another option without which it means nothing.
+        help: text for `--help`.
+        limits: `min` and `max` (inclusive), `above` and `below` (exclusive); `only`: the objectives that use the
+            option; `needs`: another option that it requires.
     """
     metadata = {"help": help, "limits": limits}
     if isinstance(default, list):
@@ -49,10 +49,10 @@ def option(default, help: str, **limits):
 
 @dataclass
 class TrainConfig:
-    """Every setting of a run. Times and counts carry their unit in the name; steps are optimizer updates.
+    """All settings of a run. Names of times and counts include the unit; steps are optimizer updates.
 
     Raises:
-        InputError: if a value is out of range or two values do not go together.
+        InputError: if a value is out of range or two values are incompatible.
     """
 
     # Data
@@ -61,30 +61,30 @@ class TrainConfig:
     dataset_revision: str | None = option(None, "commit, tag or branch of the Hub data set")
     train_data_dir: str | None = option(None, "folder of images, of parquet, or written by `save_to_disk`")
     split: str = option("train", "split to train on")
-    validation_split: str | None = option(None, "split for the held-out loss; none is computed without it")
-    validation_images: int = option(512, "images of the validation split in the held-out loss", min=1, max=100_000)
+    validation_split: str | None = option(None, "split for the held-out loss (default: no held-out loss)")
+    validation_images: int = option(512, "number of images for the held-out loss", min=1, max=100_000)
     image_column: str = option("image", "column that holds the images")
     label_column: str | None = option(None, "column of class labels, which makes the network class-conditional")
     label_dropout: float = option(0.1, "share of labels dropped, for guidance", min=0, below=1, needs="label_column")
     crop: Literal["celeba_140", "celeba_128", "center", "none"] = option("center", "crop by name, before resizing")
-    resolution: list[int] = option([64], "side of the images in pixels, or height and width", min=1, max=8192)
+    resolution: list[int] = option([64], "side length of the images in pixels, or height and width", min=1, max=8192)
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
     max_images: int | None = option(None, "use only the first images of the split", min=1)
-    skip_bad_images: bool = option(False, "skip and count unreadable images instead of an error")
+    skip_bad_images: bool = option(False, "skip and count unreadable images instead of failing")
     streaming: bool = option(False, "read a Hub data set as a stream; only the decoded images are kept")
-    cache_dir: str | None = option(None, "where the decoded images are kept")
+    cache_dir: str | None = option(None, "folder for the decoded images")
     dataloader_num_workers: int = option(0, "worker processes of the data loader", min=0, max=256)
 
     # Network: the constructor arguments of UNet2DModel; sample_size is the resolution, out_channels are in_channels
-    in_channels: Literal[1, 3] | None = option(None, "3, or 1 for grey images; by default 1 if all images are grey")
+    in_channels: Literal[1, 3] | None = option(None, "3, or 1 for grey images (default: 1 if all images are grey)")
     pretrained_model_name_or_path: str | None = option(
-        None, "model folder or Hub id with the same network, whose weights a fresh run starts from"
+        None, "model folder or Hub id with the same network; its weights initialize a new run"
     )
     down_block_types: list[str] = option(["DownBlock2D", *["AttnDownBlock2D"] * 3], "contracting path, top to bottom")
     mid_block_type: str | None = option("UNetMidBlock2D", "the bottleneck")
     up_block_types: list[str] = option([*["AttnUpBlock2D"] * 3, "UpBlock2D"], "expanding path, bottom to top")
     block_out_channels: list[int] = option([224, 448, 672, 896], "channels of each level", max=2**16)
-    layers_per_block: int = option(2, "residual blocks of each level", max=100)
+    layers_per_block: int = option(2, "residual blocks per level", max=100)
     mid_block_scale_factor: float = option(1.0, "divisor of the bottleneck's residual sums")
     downsample_padding: int = option(1, "padding of the downsampling convolution")
     downsample_type: str = option("conv", "conv or resnet")
@@ -99,24 +99,26 @@ class TrainConfig:
     add_attention: bool = option(True, "attention in the bottleneck")
     center_input_sample: bool = option(False, "map the input x to 2x - 1")
     time_embedding_type: str = option("positional", "positional, fourier or learned")
-    time_embedding_dim: int | None = option(None, "its width; by default 4 times the first level's", max=2**16)
+    time_embedding_dim: int | None = option(
+        None, "time embedding width (default: 4 times the first level's)", max=2**16
+    )
     freq_shift: int = option(0, "frequency shift of the positional time embedding")
     flip_sin_to_cos: bool = option(True, "cosines before sines in the positional time embedding")
 
-    # Diffusion: in timesteps (ddpm), or in continuous time by an SDE
+    # Diffusion: in discrete timesteps (ddpm), or in continuous time with an SDE
     objective: Literal["ddpm", "vp", "subvp", "ve", "edm", "flow"] = option(
         "ddpm", "noise process and loss: DDPM, VP, sub-VP or VE SDE, EDM, or rectified flow"
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option(
         "v_prediction",
-        "what the network predicts, v being best in short runs; ve: the score, edm: a mixture, flow: the velocity",
+        "prediction of the network; v is best in short runs; ve: score, edm: mixture, flow: velocity",
         only="ddpm vp subvp",
     )
     ddpm_num_steps: int = option(1000, "timesteps T of the forward process", min=1, max=100_000, only="ddpm")
     ddpm_beta_schedule: Literal[BETA_SCHEDULES] = option("linear", "noise schedule", only="ddpm")
     beta_start: float = option(1e-4, "first beta of the linear schedules", above=0, only="ddpm")
     beta_end: float = option(0.02, "last beta of the linear schedules", above=0, only="ddpm")
-    rescale_betas_zero_snr: bool = option(False, "rescale betas: the last timestep is pure noise", only="ddpm")
+    rescale_betas_zero_snr: bool = option(False, "rescale betas so that the last timestep is pure noise", only="ddpm")
     snr_gamma: float | None = option(None, "gamma of the min-SNR loss weighting", above=0, only="ddpm")
     snr_weighting: Literal["min", "soft_min"] = option(
         "min", "weight of the x_0 error: min(SNR, gamma) or SNR gamma / (SNR + gamma)", only="ddpm", needs="snr_gamma"
@@ -124,8 +126,8 @@ class TrainConfig:
     likelihood_weighting: bool = option(False, "weight the loss by g^2, not n^2", only="vp subvp ve")
     sde_beta_min: float = option(0.1, "beta at time 0", above=0, only="vp subvp")
     sde_beta_max: float = option(20.0, "beta at time 1", above=0, max=100, only="vp subvp")
-    sigma_min: float | None = option(None, "least noise; ve: 0.02, edm: 0.002", min=1e-5, only="ve edm")
-    sigma_max: float | None = option(None, "most noise; ve: 100, edm: 80", above=0, max=1e6, only="ve edm")
+    sigma_min: float | None = option(None, "lowest noise level (ve: 0.02, edm: 0.002)", min=1e-5, only="ve edm")
+    sigma_max: float | None = option(None, "highest noise level (ve: 100, edm: 80)", above=0, max=1e6, only="ve edm")
     sigma_data: float = option(0.5, "standard deviation of pixels in [-1, 1]", min=1e-3, max=1e3, only="edm")
     noise_mean: float = option(-1.2, "mean of ln(sigma) in training", only="edm")
     noise_std: float = option(1.2, "standard deviation of ln(sigma) in training", above=0, max=100, only="edm")
@@ -138,7 +140,7 @@ class TrainConfig:
     train_batch_size: int = option(16, "images per process and micro-batch", min=1, max=2**20)
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer update", min=1)
     optimizer: Literal["adamw", "muon"] = option(
-        "adamw", "AdamW, or Muon for the matrices of the hidden layers beside AdamW for all else"
+        "adamw", "AdamW, or Muon for the weight matrices of hidden layers and AdamW for the rest"
     )
     learning_rate: float = option(1e-4, "peak learning rate", above=0, max=100)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option("cosine", "schedule")
@@ -147,12 +149,12 @@ class TrainConfig:
     adam_beta2: float = option(0.999, "beta2 of AdamW", min=0, below=1)
     adam_weight_decay: float = option(1e-6, "decoupled weight decay of AdamW", min=0)
     adam_epsilon: float = option(1e-8, "epsilon of AdamW", above=0, max=1)
-    max_grad_norm: float = option(1.0, "largest norm of the gradient, over all parameters", above=0)
+    max_grad_norm: float = option(1.0, "maximum global gradient norm, for clipping", above=0)
     ema_inv_gamma: float = option(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power", above=0)
-    ema_power: float = option(0.75, "warm-up exponent of the EMA", above=0)
-    ema_max_decay: float = option(0.9999, "largest decay of the EMA", min=0, below=1)
-    post_hoc_ema: bool = option(False, "keep two more averages, for an EMA of any length afterwards")
-    post_hoc_ema_steps: int = option(1000, "updates between snapshots of the two; all are kept, in float16", min=1)
+    ema_power: float = option(0.75, "EMA warm-up exponent", above=0)
+    ema_max_decay: float = option(0.9999, "maximum EMA decay", min=0, below=1)
+    post_hoc_ema: bool = option(False, "keep two more averages, to choose the EMA length after training")
+    post_hoc_ema_steps: int = option(1000, "updates between snapshots of these averages (float16, all kept)", min=1)
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = option(
         "no", "autocast type; auto times float32 and bf16 (or fp16) at the start and takes the faster one"
     )
@@ -160,36 +162,36 @@ class TrainConfig:
     compile: bool = option(False, "torch.compile the network")
     channels_last: bool = option(False, "channels-last memory format")
     num_cpu_threads: int | None = option(None, "threads per process on a CPU", min=1, max=MOST_THREADS)
-    max_nonfinite_steps: int = option(20, "stop after so many NaN or infinite gradients in a row", min=1)
-    seed: int = option(0, "everything random derives from (seed, step, rank)", min=0, max=2**63 - 1)
+    max_nonfinite_steps: int = option(20, "stop after this many NaN or infinite gradients in a row", min=1)
+    seed: int = option(0, "seed; all randomness derives from (seed, step, rank)", min=0, max=2**63 - 1)
 
     # Length
-    max_train_steps: int | None = option(None, "optimizer updates in all; overrides num_epochs", min=1)
-    num_epochs: float | None = option(None, "passes over the data in all", above=0)
+    max_train_steps: int | None = option(None, "total optimizer updates; overrides num_epochs", min=1)
+    num_epochs: float | None = option(None, "total passes over the data", above=0)
     max_train_minutes: float | None = option(None, "time budget of this start, then checkpoint and export", above=0)
 
     # Output
-    output_dir: str = option("runs/unet", "checkpoints, samples, logs and the pipeline folder")
-    overwrite_output_dir: bool = option(False, "delete what an earlier run left in output_dir")
-    resume_from_checkpoint: str = option("latest", "latest (a fresh run where there is none) or a checkpoint's path")
+    output_dir: str = option("runs/unet", "folder for checkpoints, samples, logs and the pipeline")
+    overwrite_output_dir: bool = option(False, "delete the outputs of an earlier run in output_dir")
+    resume_from_checkpoint: str = option("latest", "latest (a new run if there is none) or a checkpoint's path")
     checkpointing_steps: int = option(500, "updates between checkpoints; each also exports the pipeline folder", min=1)
-    checkpoints_total_limit: int | None = option(2, "newest checkpoints kept; null in YAML keeps all", min=1)
+    checkpoints_total_limit: int | None = option(2, "newest checkpoints to keep; null in YAML keeps all", min=1)
     validation_steps: int = option(500, "updates between held-out losses", min=1)
     save_images_steps: int = option(500, "updates between sample grids", min=1)
     eval_batch_size: int = option(16, "images in a sample grid", min=1, max=4096)
     ddpm_num_inference_steps: int = option(50, "sampling steps for a sample grid", min=1, max=100_000)
-    sampler: Literal["ddim", "ddpm"] = option("ddim", "sampler of grids and exported pipeline", only="ddpm")
-    metric: Literal["fid", "kid"] | None = option(None, "metric of the EMA network while training; its best is kept")
-    metric_images: int = option(2048, "generated and training images in it", min=2, max=100_000, needs="metric")
-    metric_steps: int = option(5000, "updates between its measurements", min=1, needs="metric")
-    inception_path: str | None = option(None, "file of Inception's weights, for the metric", needs="metric")
+    sampler: Literal["ddim", "ddpm"] = option("ddim", "sampler for grids and the exported pipeline", only="ddpm")
+    metric: Literal["fid", "kid"] | None = option(None, "metric during training; the best EMA network is kept")
+    metric_images: int = option(2048, "generated and training images each", min=2, max=100_000, needs="metric")
+    metric_steps: int = option(5000, "updates between measurements of the metric", min=1, needs="metric")
+    inception_path: str | None = option(None, "Inception weights file for the metric", needs="metric")
     logging_steps: int = option(10, "updates between log records", min=1)
     logging_dir: str = option("logs", "folder of the trackers, inside output_dir")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option("tensorboard", "trackers besides log.jsonl")
-    dry_run: bool = option(False, "pre-flight and one update, then stop without writing a checkpoint")
-    push_to_hub: bool = option(False, "push the pipeline folder to the Hub when the run ends in good order")
-    hub_model_id: str | None = option(None, "repository; by default output_dir's name", needs="push_to_hub")
-    hub_private_repo: bool = option(False, "create the repository as a private one", needs="push_to_hub")
+    dry_run: bool = option(False, "pre-flight checks and one update, then stop without writing a checkpoint")
+    push_to_hub: bool = option(False, "push the pipeline folder to the Hub when the run ends normally")
+    hub_model_id: str | None = option(None, "Hub repository (default: output_dir's name)", needs="push_to_hub")
+    hub_private_repo: bool = option(False, "create a private repository", needs="push_to_hub")
 
     def __post_init__(self):
         for name, limits in LIMITS.items():
@@ -217,7 +219,7 @@ class TrainConfig:
         self._check_run()
 
     def _settle_shape(self) -> None:
-        """The resolution becomes one number for squares, and Skip blocks have RGB images."""
+        """Reduces the resolution of squares to one number, and sets 3 channels for Skip blocks."""
         sides = height_and_width(self.resolution)
         if len(sides) > 2:
             raise InputError(f"--resolution has {len(sides)} numbers; give one, or height and width")
@@ -247,7 +249,7 @@ class TrainConfig:
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise InputError(
                 "--rescale_betas_zero_snr does not go with --prediction_type epsilon: at zero SNR the noise tells"
-                " nothing of the image; use v_prediction or sample"
+                " nothing about the image; use v_prediction or sample"
             )
         if self.rescale_betas_zero_snr and self.snr_gamma is not None:
             raise InputError(
@@ -261,12 +263,12 @@ class TrainConfig:
             )
 
     def _check_sde(self) -> None:
-        """Whether the noise levels reach from image to noise."""
+        """Checks that the noise levels range from the image to pure noise."""
         signal = math.exp(-(self.sde_beta_min + self.sde_beta_max) / 4)
         if not self.sde_beta_min <= self.sde_beta_max or signal > LARGEST_LAST_SIGNAL:
             raise InputError(
                 f"--sde_beta_min {self.sde_beta_min} and --sde_beta_max {self.sde_beta_max} leave {signal:.3g} of"
-                f" the image at time 1; they must not fall, and leave at most {LARGEST_LAST_SIGNAL}"
+                f" the image at time 1; they must not decrease, and must leave at most {LARGEST_LAST_SIGNAL}"
             )
         sde = self.noise_scheduler().sde
         if self.objective == "edm" and not math.log(sde.sigma_min) < self.noise_mean < math.log(sde.sigma_max):
@@ -294,7 +296,7 @@ class TrainConfig:
         """The noise process of this run.
 
         Raises:
-            InputError: if these settings make none.
+            InputError: if these settings do not define one.
         """
         betas = (self.ddpm_beta_schedule, self.beta_start, self.beta_end)
         same = ("objective", "sigma_min", "sigma_max", "sigma_data", "noise_mean", "noise_std", "time_density")
@@ -306,14 +308,14 @@ class TrainConfig:
                 prediction_type=OWN_PREDICTION.get(self.objective, self.prediction_type),
                 beta_min=self.sde_beta_min,
                 beta_max=self.sde_beta_max,
-                clip_sample=self.objective != "flow",  # its x_0 errs by no more than its velocity
+                clip_sample=self.objective != "flow",  # for flow, x_0 errs by no more than the velocity
                 **{name: getattr(self, name) for name in same},
             )
         except ValueError as error:
             raise InputError(f"--objective {self.objective}: {error}") from error
 
     def objective_settings(self) -> dict:
-        """The objective and the options that mean something to it; no sigma is None."""
+        """The objective and the options that it uses, with sigma_min and sigma_max resolved."""
         names = [name for name, limits in LIMITS.items() if self.objective in limits.get("only", "").split()]
         settings = {"objective": self.objective} | {name: getattr(self, name) for name in names}
         if self.objective in ("ve", "edm"):
@@ -327,7 +329,7 @@ class TrainConfig:
         return {name: getattr(self, name) for name in names}
 
     def unet_kwargs(self, num_classes: int | None = None) -> dict:
-        """The constructor arguments of `CustomUNet2DModel` for this run, with K classes and the null class."""
+        """The constructor arguments of `CustomUNet2DModel` for this run, with a null class added to the K classes."""
         kwargs = {name: getattr(self, name) for name in UNET_OPTIONS}
         kwargs |= {name: tuple(value) for name, value in kwargs.items() if isinstance(value, list)}
         kwargs["sample_size"] = self.resolution if isinstance(self.resolution, int) else tuple(self.resolution)
@@ -340,11 +342,11 @@ class TrainConfig:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the training images; C is 3 until the images have been seen."""
+        """(C, H, W) of the training images; C is 3 until the images have been read."""
         return self.in_channels or 3, *height_and_width(self.resolution)
 
     def data_source(self) -> dict:
-        """The arguments of `open_image_store` that all splits of this run have in common."""
+        """The arguments of `open_image_store` that all splits of this run share."""
         names = (
             "dataset_name dataset_config_name dataset_revision train_data_dir image_column label_column crop"
             " resolution in_channels streaming skip_bad_images cache_dir"
@@ -352,13 +354,13 @@ class TrainConfig:
         return {name: getattr(self, name) for name in names}
 
     def to_yaml(self) -> str:
-        """The resolved configuration; as a file, `--config` reads it back unchanged."""
+        """The resolved configuration as YAML, which `--config` reads back unchanged."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, default_flow_style=None, width=119)
 
     def to_public_yaml(self) -> str:
-        """`to_yaml` for the model repository: it reveals nothing of this machine, and reading it pushes nothing.
+        """`to_yaml` for the model repository: reveals nothing about this machine, and does not push when reused.
 
-        Only the last part of each path is kept, so the folder of images has to be given again.
+        Only the last part of each path is kept, so `--train_data_dir` must be given again.
         """
         private = {"cache_dir": None, "inception_path": None, "resume_from_checkpoint": "latest"}
         private |= {"overwrite_output_dir": False}
@@ -371,16 +373,17 @@ class TrainConfig:
 
     @property
     def pretrained_name(self) -> str | None:
-        """The model that a run starts from: its id on the Hub, or the name of its folder."""
+        """The pretrained model of this run: its id on the Hub, or the name of its folder."""
         name = self.pretrained_model_name_or_path
         if name is None or not os.path.isdir(name):
             return name
         folder = Path(name).resolve()
-        return folder.parent.name if folder.name in ("pipeline", "best_pipeline") else folder.name  # as in every run
+        # every run names its model folders the same: use the name of the run
+        return folder.parent.name if folder.name in ("pipeline", "best_pipeline") else folder.name
 
     @property
     def hub_repo_id(self) -> str:
-        """The repository on the Hub; without a namespace it is the user's own."""
+        """The id of the repository on the Hub; without a namespace it belongs to the user."""
         return self.hub_model_id or Path(self.output_dir).resolve().name
 
 
@@ -391,7 +394,7 @@ UNET_OPTIONS = [name for name in inspect.signature(CustomUNet2DModel.__init__).p
 
 
 def _check_value(name: str, value, limits: dict) -> None:
-    """Raises InputError for a number out of its range, or a text that no option can take."""
+    """Raises InputError for a number out of range, or a text that is not valid for any option."""
     if isinstance(value, str):
         if not value or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value):
             raise InputError(f"--{name} is {shown(value)}; it must be a text without control characters")
@@ -402,14 +405,14 @@ def _check_value(name: str, value, limits: dict) -> None:
     largest = LARGEST_INTEGER if isinstance(value, int) else LARGEST_FLOAT
     limits = {"min": -largest, "max": largest} | limits
     for bound, (is_met, words) in BOUNDS.items():
-        if bound in limits and not is_met(value, limits[bound]):  # as for nan
+        if bound in limits and not is_met(value, limits[bound]):  # also catches nan
             raise InputError(f"--{name} is {shown(value)}; it must be {words} {limits[bound]}")
     if 0 < abs(value) < SMALLEST_FLOAT:
         raise InputError(f"--{name} is {shown(value)}; it must be 0 or at least {SMALLEST_FLOAT} in size")
 
 
 def shown(value) -> str:
-    """A value for a message: one short line, and only the type of a nested value, which may be endless."""
+    """A value for a message, as one short line; only the type of a nested value, which may be endless."""
     if isinstance(value, (dict, list, tuple, set)):
         return f"a {type(value).__name__}"
     if isinstance(value, int) and abs(value) > 10**40:

@@ -1,7 +1,7 @@
 """Training images: the store of decoded pixels and the stream of batches.
 
-Whatever the source, the images are decoded, cropped and resized once and kept as uint8 in a cache folder, with their
-class labels if a column of labels is named; training reads them from there.
+Images from any source are decoded, cropped and resized once, and cached as uint8 with their class labels, if a label
+column is given; training reads them from the cache.
 """
 
 import contextlib
@@ -31,25 +31,25 @@ from training.workers import load_batches
 
 logger = logging.getLogger(__name__)
 
-STALE_SECONDS = 2 * 24 * 3600  # longer than any download goes on before the first image is written
+STALE_SECONDS = 2 * 24 * 3600  # longer than any download takes before the first image is written
 PIXELS, LABELS, META = "images.uint8", "labels.int64", "meta.json"
-HELD_OUT_SPLITS = ("validation", "test")  # whose first images may well be of one class
-MAX_CLASSES = 1000  # of a column of strings: one with more values than this holds names or captions
+HELD_OUT_SPLITS = ("validation", "test")  # their first images may all be of one class
+MAX_CLASSES = 1000  # a column of strings or integers with more values holds names or captions, not classes
 
 
 class ImageStore(Dataset):
-    """Decoded images of one split, as `open_image_store` has left them in a folder.
+    """Decoded images of one split, in a folder written by `open_image_store`.
 
     Args:
-        max_images: use the first ones only.
+        max_images: use only the first images.
 
     Attributes:
         images: uint8, shape (N, C, H, W), mapped from the disk, read-only.
-        labels: the number of each image's class, int64, shape (N,), read-only; None without a column of labels.
-        summary: how many files were found, taken and left out, and why; None if the source does not tell.
-        fingerprint: hex digest of the pixels and labels; the same ones have the same digest on every machine.
-        description: JSON-able facts: source, revision, split, crop, resolution, num_images, num_skipped, ...; with
-            labels also label_column and label_names, the names of the classes in the order of their numbers.
+        labels: class number of each image, int64, shape (N,), read-only; None without a label column.
+        summary: how many files were found, used and left out, and why; None if the source does not report it.
+        fingerprint: hex digest of the pixels and labels, the same on every machine.
+        description: JSON-serializable facts: source, revision, split, crop, resolution, num_images, num_skipped, ...;
+            with labels also label_column and label_names, the names of the classes in the order of their numbers.
     """
 
     def __init__(self, folder: Path, max_images: int | None = None):
@@ -70,7 +70,7 @@ class ImageStore(Dataset):
         self.fingerprint: str = self.description["fingerprint"]
 
     def __getstate__(self) -> dict:
-        """For processes that are spawned: not the pixels, but where they are."""
+        """Pickles the path of the pixels, not the pixels, for spawned processes."""
         return self.__dict__ | {"images": (self.images.filename, self.images.shape)}
 
     def __setstate__(self, state: dict) -> None:
@@ -78,7 +78,7 @@ class ImageStore(Dataset):
         self.__dict__ |= state | {"images": np.memmap(path, np.uint8, "r", shape=shape)}
 
     def digest(self) -> str:
-        """The fingerprint, computed anew from what is on the disk."""
+        """The fingerprint, recomputed from the data on disk."""
         digest = hashlib.sha256(self.images)
         if self.labels is not None:
             names = json.dumps(self.description["label_names"])
@@ -96,10 +96,10 @@ class ImageStore(Dataset):
         return torch.from_numpy(self.images[np.asarray(indices)])
 
     def labels_among(self, names: Sequence[str]) -> np.ndarray:
-        """The labels as positions in `names`, the classes of another split, which may have more or other ones.
+        """The labels as positions in `names`, the classes of another split, which may differ from this one's.
 
         Raises:
-            InputError: if an image has a class that is not among them.
+            InputError: if an image has a class that is not in `names`.
         """
         positions = {name: position for position, name in enumerate(names)}
         mine = self.description["label_names"]
@@ -112,7 +112,7 @@ class ImageStore(Dataset):
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The folder of the stores, by default in the user's cache; raises InputError if there is no home for that."""
+    """The folder of all stores, by default in the user's cache; raises InputError if there is no home folder."""
     cache_dir = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "train_unet")
     root = Path(os.path.expanduser(cache_dir))
     if root.parts[:1] == ("~",):
@@ -131,21 +131,21 @@ def open_image_store(
     label_column: str | None = None,
     **which,
 ) -> ImageStore:
-    """Opens the store of a split; the first time it decodes the images, on all cores. Later it verifies the pixels.
+    """Opens the store of a split: decodes the images on all cores the first time, verifies the pixels afterwards.
 
     Args:
         resolution: R or (H, W).
-        in_channels: 3, or 1 to decode to grey; None: 1 if the decoded pixels of all images are grey, else 3.
-        cache_dir: where stores are kept; by default a folder in the user's cache.
+        in_channels: 3, or 1 to decode to greyscale; None for 1 if the decoded pixels of all images are grey, else 3.
+        cache_dir: folder of the stores; by default in the user's cache.
         skip_bad_images: leave out unreadable images and count them in the description.
-        max_images: use the first ones only, from the store of the whole split where there is one already.
-        label_column: keep each image's class too: a ClassLabel, a column of bool (the classes no and yes) or one of
-            strings or integers (the classes are its values, sorted); of `synthetic-faces` a categorical factor or
+        max_images: use only the first images, from the store of the whole split if it exists.
+        label_column: also keep each image's class: a column of ClassLabel, of bool (the classes are no and yes), or of
+            strings or integers (the classes are its sorted values); for `synthetic-faces`, a categorical factor or
             `glasses`.
         which: the data set, see `find_source`.
 
     Raises:
-        InputError: one line, for whatever is wrong with the arguments, the source, an image or the disk.
+        InputError: for any problem with the arguments, the source, an image or the disk.
     """
     if crop not in CROPS:
         raise InputError(f"unknown crop {crop!r}; choose one of {', '.join(CROPS)}")
@@ -177,7 +177,7 @@ def open_image_store(
 
     store = find(facts, may_build=in_channels != 1)
     if in_channels is None and all((image == image[0]).all() for image in store.images):
-        in_channels = 1  # the store may be an older one, or have coloured images beyond the first ones
+        in_channels = 1  # the store may be an older one, or have colour images after the first max_images
     if store is None or in_channels not in (None, store.images.shape[1]):
         store = find(facts | {"in_channels": in_channels})
     if store.summary is not None:
@@ -186,17 +186,17 @@ def open_image_store(
 
 
 def _key(source: SyntheticFaces | HuggingFaceImages, facts: dict) -> str:
-    """The name of the folder of a store."""
+    """The folder name of a store."""
     return hashlib.sha256(json.dumps([source.version, facts], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _image_shape(facts: dict) -> tuple[int, int, int]:
-    """(C, H, W) of a store's images, 3 channels unless the facts name another number."""
+    """(C, H, W) of a store's images, with 3 channels unless the facts give another number."""
     return facts.get("in_channels", 3), *height_and_width(facts["resolution"])
 
 
 def _last_commit(root: Path, name: str, revision: str | None) -> str | None:
-    """The commit of a data set on the Hub for which the newest store of that revision was built."""
+    """The commit of a Hub data set from which the newest store of a revision was built."""
     for meta in sorted(root.glob(f"*/{META}"), key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             facts = json.loads(meta.read_text())
@@ -206,7 +206,7 @@ def _last_commit(root: Path, name: str, revision: str | None) -> str | None:
 
 
 def _open_if_intact(folder: Path, max_images: int | None = None) -> ImageStore | None:
-    """The store in a folder; None if there is none, or it is damaged, which is told and cleared away."""
+    """The store in a folder; None if there is none or it is damaged, in which case it is logged and deleted."""
     if not folder.exists():
         return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -219,7 +219,7 @@ def _open_if_intact(folder: Path, max_images: int | None = None) -> ImageStore |
 
 
 def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict, about: dict) -> None:
-    """Decodes into a temporary folder and renames it: a crash leaves no store, and two builders do no harm."""
+    """Decodes into a temporary folder and renames it, so that crashes and concurrent builders do no harm."""
     logger.info("decoding %s, split %s, into %s", source.name, source.split, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
         try:
             temporary.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process was faster
+            if not folder.exists():  # otherwise another process was faster
                 raise
     except OSError as error:
         raise InputError(f"could not write the image store {folder}: {error.strerror or error}") from error
@@ -244,7 +244,7 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
 
 
 def _write(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict) -> dict:
-    """Decodes the images of a source into a folder; returns how many there are, and the names of their classes."""
+    """Decodes the images of a source into a folder; returns their number and the names of their classes."""
     num_images, skipped, labels, shape = 0, [], Labels(source), _image_shape(facts)
     is_grey = "in_channels" not in facts
     decoding = contextlib.closing(source.decode(facts["crop"], shape))
@@ -281,15 +281,15 @@ def _write(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
 
 
 class Labels:
-    """The labels of a source's images, gathered while these are decoded."""
+    """Collects the labels of a source while its images are decoded."""
 
     def __init__(self, source: SyntheticFaces | HuggingFaceImages):
         self.source, self.labels, self.values = source, [], set()
 
     def add(self, row: int, label: int | bool | str | None) -> None:
-        """Raises InputError for an image without a label or of a class that has no name, and for too many classes."""
-        names = self.source.label_names  # None for strings and integers: then they are the values
-        if label is None or (names is not None and label == -1):  # the number that `datasets` has for unknown ones
+        """Adds a label. Raises InputError for a missing label, a class without a name, or too many classes."""
+        names = self.source.label_names  # None for strings and integers, whose values are the names
+        if label is None or (names is not None and label == -1):  # -1 means unknown in `datasets`
             raise self.error(f"has no label in row {row}; fill it in or leave out --label_column")
         if names is not None and not 0 <= label < len(names):
             raise self.error(f"has the class {label} in row {row}, but there are {len(names)} classes")
@@ -299,10 +299,10 @@ class Labels:
             raise self.error(f"has more than {MAX_CLASSES:,} different values; name a column of classes")
 
     def numbered(self) -> tuple[list[str], list[int]]:
-        """The names of the classes, and the number of each image's class.
+        """The names of the classes, and the class number of each image.
 
         Raises:
-            InputError: if all images that are to be learned from are of one class.
+            InputError: if all images of a training split have the same class.
         """
         names, numbers = self.source.label_names, self.labels
         if names is None:
@@ -320,7 +320,7 @@ class Labels:
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Removes what killed builders left; tells it by the age, as a builder may be alive on another machine."""
+    """Removes folders left by killed builders; judges by age, because a builder may run on another machine."""
     for leftover in root.glob(".tmp-*"):
         with contextlib.suppress(FileNotFoundError):  # its builder has just finished
             if max(path.stat().st_mtime for path in (leftover, *leftover.iterdir())) < time.time() - STALE_SECONDS:
@@ -338,7 +338,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def random_flip(images: Tensor) -> Tensor:
-    """Mirrors each image (B, C, H, W) left to right with probability 1/2, by the global random generator."""
+    """Flips each image (B, C, H, W) left to right with probability 1/2, using the global random generator."""
     flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(flip, images.flip(-1), images)
 
@@ -349,15 +349,15 @@ def shuffled_batches(
     """The indices of one process's batches: an endless stream of shuffled epochs, a pure function of the position.
 
     Position p of the global stream is image permutation_e[p - e N] with e = p // N. Batch k of all processes together
-    covers positions k B W to (k + 1) B W, of which rank r has the r-th part. So batches reach across epochs, each
-    image comes once an epoch, and starting at batch k reads nothing of what came before.
+    covers positions k B W to (k + 1) B W; rank r gets the r-th part. So batches may span epochs, every image occurs
+    once per epoch, and starting at batch k reads no earlier data.
 
     Args:
         num_images, batch_size, world_size: N; B, images per process; W, processes.
         start_batch: k of the first batch.
 
     Raises:
-        InputError: if one batch of all processes is more than the data.
+        InputError: if a batch of all processes together is larger than the data set.
     """
     if batch_size * world_size > num_images:
         raise InputError(
@@ -385,12 +385,12 @@ class Batch(NamedTuple):
         return Batch(*(None if part is None else torch.as_tensor(part) for part in self))
 
     def pin_memory(self) -> "Batch":
-        """Called by the data loader."""
+        """Pins the memory; called by the data loader."""
         return Batch(*(None if part is None else part.pin_memory() for part in self.as_tensors()))
 
 
 class _Batches(Dataset):
-    """The batch of some indices."""
+    """A data set that returns whole batches of a store, by their indices."""
 
     def __init__(self, store: ImageStore):
         self.store = store

@@ -206,7 +206,7 @@ def diffusion_loss(
     Args:
         unet: called as `unet(inputs, times, class_labels).sample`, under the caller's autocast, if any.
         scheduler: a diffusers scheduler or an `SDEScheduler`.
-        clean_images: float32 in [-1, 1], shape (B, 3, H, W).
+        clean_images: float32 in [-1, 1], shape (B, C, H, W).
         snr_gamma, snr_weighting: see `ddpm_regression`.
         likelihood_weighting: see `score_regression`; has no effect for edm and flow.
         class_labels: int64 (B,), for a class-conditional network.
@@ -235,7 +235,7 @@ def heldout_loss(
     N equal strata, in a fixed random order.
 
     Args:
-        clean_images: float32 in [-1, 1], shape (N, 3, H, W); N is at least 4, one for each quarter of the times.
+        clean_images: float32 in [-1, 1], shape (N, C, H, W); N is at least 4, one for each quarter of the times.
         seed: seed of the order and the noise.
         class_labels: int64 (N,), for a class-conditional network.
 

@@ -1,4 +1,4 @@
-"""From files to training pixels: the images of a folder; decoding, crops by name, resizing."""
+"""From files to training pixels: finding the images of a folder, decoding, cropping and resizing them."""
 
 import hashlib
 import io
@@ -22,22 +22,22 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 CROPS = ("celeba_140", "celeba_128", "center", "none")
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs, here an error instead of a warning
-# A progressive JPEG costs a pass over all blocks for every scan, and a scan may take a few bytes; libtiff's limit
+# Every scan of a progressive JPEG, however few bytes it has, costs a pass over all blocks; this is libtiff's limit
 MAX_SCANS = 100
 _CELEBA_WIDTH, _CELEBA_HEIGHT = 178, 218
 # left, top, right, bottom in the aligned image of 178 x 218
 _CELEBA_BOXES = {"celeba_140": (19, 39, 159, 179), "celeba_128": (25, 57, 153, 185)}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# What a PNG tells besides its pixels; in eXIf the orientation counts
+# Metadata chunks of a PNG; only the orientation in eXIf matters
 PNG_METADATA = b"tEXt zTXt iTXt iCCP eXIf tIME pHYs gAMA cHRM sRGB sBIT bKGD hIST sPLT".split()
 
 Image.init()
-# Pillow recognises these and cannot decode them, or would run a program that they contain
+# Pillow recognises these but cannot decode them, or would run a program that they contain
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 IMAGE_EXTENSIONS = {
     extension for extension, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in _NOT_DECODED
 }
-# Looked for in files of other names, by how these begin; the other formats begin with too little to tell
+# Recognised by their first bytes in files with other extensions; the signatures of other formats are too short
 SNIFFED_FORMATS = [kind for kind in "AVIF BMP GIF JPEG JPEG2000 PNG PPM QOI TIFF WEBP".split() if kind in Image.OPEN]
 TABLE_EXTENSIONS = {".parquet", ".arrow", ".tar"}
 METADATA_READERS = {
@@ -47,12 +47,12 @@ METADATA_READERS = {
     "metadata.jsonl": partial(pandas.read_json, lines=True, dtype=False),
     "metadata.parquet": pandas.read_parquet,
 }
-SPLITS = {  # and the names of their folders, as in `datasets`
+SPLITS = {  # splits and their folder names, as in `datasets`
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-# Files that only a folder has that this repository has written: a training, a model, generated images, decoded ones
+# Files that identify folders written by this repository: a training run, a model, generated images, decoded images
 OWN_FILES = ({"log.jsonl", "config.yaml"}, {"model_index.json"}, {"generate.json"}, {"images.uint8", "meta.json"})
 
 
@@ -64,15 +64,16 @@ class BadImage(ValueError):
 
 
 class FolderFile(NamedTuple):
-    """A file of a folder, or of a zip archive in it.
+    """A file in a folder, or in a zip archive in it.
 
     Attributes:
-        name: relative to the folder, with slashes; see `printable`. The files of an archive are named as if
-            it were a folder without `.zip`.
-        path: on the disk; of a file in an archive, that of the archive.
-        real_path: without links; `is_link` tells whether the path has some below the folder.
-        member: the name inside the archive; None outside.
-        crc: of the content, as the archive has it; None outside.
+        name: name relative to the folder, with slashes; see `printable`. Files in an archive are named as if the
+            archive were a folder without `.zip`.
+        path: path on the disk; for a file in an archive, the path of the archive.
+        real_path: the path with links resolved.
+        is_link: whether the path contains links below the folder.
+        member: name inside the archive; None for a file outside archives.
+        crc: CRC-32 of the content, as stored in the archive; None for a file outside archives.
     """
 
     name: str
@@ -107,7 +108,7 @@ class FolderFile(NamedTuple):
         return zlib.crc32(self.read()) if self.crc is None else self.crc
 
     def is_image(self) -> bool:
-        """By its extension; without a known one, by how it begins."""
+        """Whether it is an image, by its extension or, for unknown extensions, by its first bytes."""
         if self.extension in IMAGE_EXTENSIONS:
             return True
         with suppress(Exception), warnings.catch_warnings():  # decoders raise anything on files that are not images
@@ -118,10 +119,10 @@ class FolderFile(NamedTuple):
         return False
 
     def files_inside(self) -> list["FolderFile"]:
-        """Those of a zip archive.
+        """The files in this zip archive.
 
         Raises:
-            BadImage: if it is damaged.
+            BadImage: if the archive is damaged.
             OSError: if it cannot be read.
         """
         try:
@@ -140,21 +141,21 @@ class FolderFile(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _open_archive(path: str, process_id: int) -> zipfile.ZipFile:
-    """One for each process, as forked ones would share the position in the file."""
+    """Opens an archive, once per process, because forked processes would share the file position."""
     return zipfile.ZipFile(path)
 
 
 def printable(name: str) -> str:
-    """A name of a file; each byte that is not UTF-8 as `\\xNN`."""
+    """A file name with each byte that is not UTF-8 as `\\xNN`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
-    """The files in a folder and the folders in it, also those behind links, and how many are passed over, and why.
+    """All files below a folder, following links, and how many entries are skipped, by reason.
 
-    Passed over are hidden files and folders (.name, and folders called __name, as macOS and Python leave them), links
-    to nothing, what is no regular file, and folders of this repository's own: of a run, a model, generated images or
-    a cache. A real file may be there several times, under the names of links.
+    Skipped are hidden files and folders (.name, and folders named __name, as created by macOS and Python), broken
+    links, anything that is not a regular file, and folders written by this repository: a run, a model, generated
+    images or a cache. A real file may occur several times, under the names of links.
 
     Raises:
         OSError: if a folder cannot be read.
@@ -187,7 +188,7 @@ def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
 
 
 def unpack(files: Iterable[FolderFile]) -> list[FolderFile]:
-    """Those in a zip archive in place of the archive.
+    """The files, with every zip archive replaced by the files in it.
 
     Raises:
         BadImage: if an archive is damaged.
@@ -196,25 +197,25 @@ def unpack(files: Iterable[FolderFile]) -> list[FolderFile]:
 
 
 def are_images(files: list[FolderFile]) -> bool:
-    """Whether there are more images than tables. If no name tells of an image, the contents do."""
+    """Whether there are more images than tables. If no extension is that of an image, the contents decide."""
     tables = sum(f.extension in TABLE_EXTENSIONS and posixpath.basename(f.name) not in METADATA_READERS for f in files)
     images = sum(file.extension in IMAGE_EXTENSIONS for file in files)
-    with suppress(BadImage):  # which is told when the images are read
+    with suppress(BadImage):  # reported when the images are read
         images = images or sum(file.is_image() for file in (files if tables else unpack(files)))
     return images > tables
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file is in by the top-level folder that it lies in."""
+    """The split of a file, according to its top-level folder; None if that does not name a split."""
     folder, slash, _ = name.partition("/")
     return next((split for split, words in SPLITS.items() if slash and folder.lower() in words), None)
 
 
 def take_each_once(images: list[FolderFile]) -> tuple[dict[str, FolderFile], Counter]:
-    """The file to take for each name, also for its `comparable` form, and how many are left out for it, and why.
+    """Name -> file to use, also under the name's `comparable` form, and how many files are left out, by reason.
 
-    Of several links to a file the first one is taken, or the file itself, and of a file beside a copy in an archive
-    the one outside. Copies have the same name, size and checksum.
+    A file is preferred to links to it, the first link to other links, and a file outside an archive to a copy inside.
+    Copies have the same name, size and checksum.
     """
     taken, alike, files, left_out = {}, defaultdict(list), {}, Counter()
     for file in sorted(images, key=lambda file: (file.member is not None, file.is_link, file.name)):
@@ -233,10 +234,10 @@ def take_each_once(images: list[FolderFile]) -> tuple[dict[str, FolderFile], Cou
 
 
 def metadata_rows(tables: Iterable[FolderFile], image_column: str) -> tuple[pandas.DataFrame, int]:
-    """The rows of metadata tables, and how many tables name no files.
+    """The rows of metadata tables, and the number of tables that name no files.
 
-    The first column is that of the images: `image_column` from a column of that name and `_file_name`, or `image` from
-    `file_name`. It has the names of files relative to the folder of images, in their `comparable` form.
+    The first column holds the images: `image_column`, from a column of that name with `_file_name` appended, or
+    `image`, from `file_name`. Its values are file names relative to the image folder, in their `comparable` form.
 
     Raises:
         BadImage: if a table is damaged.
@@ -260,13 +261,13 @@ def metadata_rows(tables: Iterable[FolderFile], image_column: str) -> tuple[pand
 
 
 class Chosen(NamedTuple):
-    """What is taken from a folder of images.
+    """The images chosen from a folder.
 
     Attributes:
-        rows: of the metadata, the names of the images in the first column; without metadata that column alone.
-        files: by their names.
-        names_in_splits: of the images of all splits.
-        left_out: how many files, by the reason.
+        rows: rows of the metadata, with the image names in the first column; without metadata, only that column.
+        files: files by name.
+        names_in_splits: names of the images of all splits.
+        left_out: number of files left out, by reason.
     """
 
     split: str
@@ -278,11 +279,11 @@ class Chosen(NamedTuple):
 
 
 def choose_images(listed: list[FolderFile], pick: Callable[[list[str]], str], image_column: str) -> Chosen:
-    """The images of a split, each real file once, and in the order and by the choice of the metadata if there are any.
+    """The images of a split, each real file once; metadata, if any, determine which images and their order.
 
     Args:
         listed: the files of the folder.
-        pick: which one of the splits that there are, or an error.
+        pick: chooses one of the existing splits, or raises an error.
         image_column: see `metadata_rows`.
 
     Raises:
@@ -318,18 +319,18 @@ def choose_images(listed: list[FolderFile], pick: Callable[[list[str]], str], im
 
 
 def extensions(names: Iterable[str]) -> str:
-    """Of files, for a message."""
+    """The extensions of some files, for a message."""
     found = sorted({posixpath.splitext(name)[1].lower() or "without extension" for name in names})
     return ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
 
 
 def comparable(name: str) -> str:
-    """A path without . and .., and with letters and their accents composed."""
+    """A path without . and .., with letters and accents composed (NFC)."""
     return unicodedata.normalize("NFC", posixpath.normpath(name))
 
 
 def digest_of(files: Iterable[FolderFile]) -> str:
-    """Of their names, sizes and modification times."""
+    """A digest of the names, sizes and modification times of files."""
     lines = (f"{file.name}\0{file.size}\0{file.mtime_ns}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
@@ -338,7 +339,7 @@ def digest_of(files: Iterable[FolderFile]) -> str:
 
 
 def compact(sides: Sequence[int]) -> int | list[int]:
-    """A resolution as it is written: R for [R] and [R, R], [H, W] for a rectangle."""
+    """A resolution in its short form: R for [R] and [R, R], [H, W] for a rectangle."""
     return sides[0] if len({*sides}) == 1 else list(sides)
 
 
@@ -349,23 +350,23 @@ def height_and_width(resolution: int | Sequence[int]) -> tuple[int, int]:
 def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int]) -> np.ndarray:
     """Decodes, crops and resizes one image.
 
-    The EXIF orientation is applied; metadata that are broken or too large do not matter, the pixels count. Transparent
-    pixels are laid over white; grey, palette and CMYK images become RGB; 16-bit ones are scaled to 8 bits; colour
-    profiles are ignored. Pixels whose range no file tells are refused (floating point, 32-bit integers), and so is
-    PostScript, a program that Pillow would hand to Ghostscript. Of several frames or pages the first one is taken.
+    The EXIF orientation is applied; broken or oversized metadata are ignored. Transparent pixels are composited on
+    white; grey, palette and CMYK images become RGB; 16-bit images are scaled to 8 bits; colour profiles are ignored.
+    Pixels of unknown range (floating point, 32-bit integers) are refused, and so is PostScript, a program that Pillow
+    would pass to Ghostscript. Of several frames or pages the first one is used.
 
     Args:
         shape: (C, H, W), with 3 channels or, for grey images, 1.
 
     Returns:
-        uint8, of that shape.
+        uint8, shape (C, H, W).
 
     Raises:
-        BadImage: if the bytes are no complete image, there are too many pixels, or the crop does not suit the size.
+        BadImage: if the bytes are not a complete image, there are too many pixels, or the crop does not suit the size.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow tells of odd metadata, which are not used, at every image
+            warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which are not used, at every image
             image = _to_rgb(_load(encoded))
     except BadImage:
         raise
@@ -377,7 +378,7 @@ def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int]) -> np.n
 
 
 def crop_and_resize(image: Image.Image, crop: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """The pixels of an RGB image, uint8, of the shape (C, H, W); with one channel they are its luma.
+    """The pixels of an RGB image, uint8, shape (C, H, W); for one channel, its luma.
 
     Raises:
         BadImage: if the crop does not suit the size.
@@ -391,14 +392,14 @@ def crop_and_resize(image: Image.Image, crop: str, shape: tuple[int, int, int]) 
 
 
 def crop_box(crop: str, width: int, height: int, aspect: float = 1.0) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom in pixels, possibly between pixels.
+    """Left, top, right and bottom in pixels, possibly fractional.
 
-    `celeba_140` is the central 140 of the aligned 178 x 218 image, as in score_sde; `celeba_128` is 128 around
-    (89, 121), as in DDIM; both scale with the width. `center` is the largest central box whose width is `aspect` times
-    its height. `none` is the whole image, which resizing then stretches.
+    `celeba_140` is the central 140 x 140 of the aligned 178 x 218 image, as in score_sde; `celeba_128` is 128 x 128
+    around (89, 121), as in DDIM; both scale with the width. `center` is the largest central box with width `aspect`
+    times its height. `none` is the whole image, which resizing then stretches.
 
     Raises:
-        BadImage: if a CelebA crop meets an image of other proportions.
+        BadImage: for a CelebA crop of an image with other proportions.
     """
     if crop == "none":
         return 0, 0, width, height
@@ -412,7 +413,7 @@ def crop_box(crop: str, width: int, height: int, aspect: float = 1.0) -> tuple[f
 
 
 def _load(encoded: bytes) -> Image.Image:
-    """The whole image, upright."""
+    """Decodes the whole image and applies its orientation."""
     try:
         image = Image.open(io.BytesIO(encoded))
         _check_cost(image, encoded)
@@ -424,14 +425,14 @@ def _load(encoded: bytes) -> Image.Image:
         if len(without_metadata) == len(encoded):
             raise
         return _load(without_metadata)
-    with suppress(Exception):  # whatever is wrong with the metadata: the image is upright then
+    with suppress(Exception):  # an image with broken metadata counts as upright
         ImageOps.exif_transpose(image, in_place=True)
-    _check_cost(image, encoded)  # an icon is of the size that its content says
+    _check_cost(image, encoded)  # the size of an icon is known only after loading
     return image
 
 
 def _without_png_metadata(encoded: bytes) -> bytes:
-    """A PNG without what Pillow does not read if it is damaged or large; anything else as it is."""
+    """A PNG without the metadata that Pillow may reject as damaged or too large; other formats unchanged."""
     if not encoded.startswith(PNG_SIGNATURE):
         return encoded
     kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
@@ -446,14 +447,14 @@ def _without_png_metadata(encoded: bytes) -> bytes:
 
 
 def _check_cost(image: Image.Image, encoded: bytes) -> None:
-    """Raises BadImage for what would take too much memory or time, or run a program."""
+    """Raises BadImage for an image that would take too much memory or time to decode, or run a program."""
     num_pixels = image.width * image.height
     if num_pixels > MAX_PIXELS:
         raise BadImage(f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS:,}")
     if image.format == "EPS":
         raise BadImage("it is PostScript, a program; convert it to PNG")
     if image.format in ("JPEG", "MPO"):
-        scans = encoded.count(b"\xff\xda")  # the marker; within the data of a scan 255 is followed by 0
+        scans = encoded.count(b"\xff\xda")  # the scan marker; within scan data, 255 is followed by 0
         if num_pixels * scans > MAX_PIXELS * MAX_SCANS:
             raise BadImage(f"its {scans} scans of {image.width} x {image.height} pixels take too long to decode")
 
@@ -461,13 +462,13 @@ def _check_cost(image: Image.Image, encoded: bytes) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadImage("its pixels are floating-point numbers, of unknown range")
-    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # those have 16 bits, which Pillow widens
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these have 16 bits, which Pillow widens
         raise BadImage("its pixels are signed or 32-bit integers, of unknown range; convert them to 8 or 16 bits")
     if image.mode in ("P", "PA") and image.palette is None:
         raise BadImage("its pixels are numbers of colours, but there is no palette")
     if image.mode.startswith("I"):
         values = np.asarray(image).clip(0, 65535).astype(np.uint32)
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # round(values / 257), in less memory
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # round(values / 257) with less memory
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

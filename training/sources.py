@@ -1,11 +1,11 @@
 """Where images come from: the Hub, a local folder, or the embedded synthetic faces.
 
-A source has `name`, `split`, `num_images` (None if only reading tells), `identity` (JSON-able: which images they are)
-with `version` (of the code that makes pixels of them), and `decode(crop, shape)`. For each row that yields the
-image as uint8 of the shape (C, H, W) or, where it cannot, says why in a string; and with it the label: None without a
-`label_column`, else the number (or bool) of a class in `label_names`, or a string or integer where these are None.
-Once `decode` has begun, `label_names` are known, and `summary`: how many files were found, taken and left out, and
-why; None if the source does not tell.
+A source has `name`, `split`, `num_images` (None if unknown before reading), `identity` (JSON-serializable: determines
+the images), `version` (of the code that turns them into pixels), and `decode(crop, shape)`. For each row, `decode`
+yields the image as uint8 (C, H, W), or a string that says why it cannot, and the label: None without a `label_column`,
+otherwise the number (or bool) of a class in `label_names`, or a string or integer if `label_names` is None. Once
+`decode` has started, `label_names` is known, and so is `summary`: how many files were found, used and left out, and
+why; None if the source does not report it.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from huggingface_hub import DatasetCard, DatasetInfo, HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
-    HTTPError,  # of the HTTP library in use, which differs between releases
+    HTTPError,  # from the HTTP library in use, which differs between releases
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -68,7 +68,7 @@ Label = int | bool | str | None
 
 
 class SyntheticFaces:
-    """The embedded data set, rendered at the resolution that is asked for."""
+    """The embedded data set, rendered at the requested resolution."""
 
     name, version, summary = SYNTHETIC_FACES, 2, None
 
@@ -102,12 +102,12 @@ class SyntheticFaces:
 
 @dataclass(eq=False)
 class HuggingFaceImages:
-    """A split of a data set that the `datasets` library reads: of the Hub or of a local folder.
+    """A split of a data set that the `datasets` library reads, from the Hub or a local folder.
 
     Attributes:
-        revision: commit on the Hub, or digest of the files of a folder.
-        is_offline: whether the Hub does not answer, so that `datasets` need not wait for it.
-        found: the names of all files of the data set; None if the Hub does not answer.
+        revision: commit on the Hub, or digest of the files in the folder.
+        is_offline: whether the Hub did not answer, so that `datasets` need not wait for it.
+        found: the names of all files of the data set; None if the Hub did not answer.
     """
 
     name: str
@@ -121,7 +121,7 @@ class HuggingFaceImages:
     is_offline: bool = False
     found: list[str] | None = None
     label_names = summary = num_images = None
-    version = 3  # raised whenever decoding changes the pixels, or other files are taken
+    version = 3  # incremented whenever decoding or the choice of files changes
 
     @property
     def identity(self) -> dict:
@@ -145,7 +145,7 @@ class HuggingFaceImages:
                 cell = row[self.image_column]
                 path = cell["path"] if cell and cell["bytes"] is None else None
                 if "://" in (path or "") and self._may_read(path):
-                    cell = cell | {"bytes": _read(path)}  # here, as a failure is no fault of the image
+                    cell = cell | {"bytes": _read(path)}  # read here, because a failed download is not a bad image
                 decoded = self._decode_row(num_decoded, cell, crop, shape)
                 num_decoded += 1
                 yield decoded, row[self.label_column] if self.label_column else None
@@ -177,9 +177,9 @@ class HuggingFaceImages:
         return _read(path)
 
     def _may_read(self, path: str) -> bool:
-        """Whether an image's path is in the data set itself, or in the caches into which it is fetched and unpacked.
+        """Whether an image's path is in the data set itself, or in the caches for downloaded and unpacked files.
 
-        A table may name any path or address, which would make a stranger's data set read this machine's files.
+        A table may name any path or URL, which would let an untrusted data set read this machine's files.
         """
         *inside, container = path.split("::")
         if len(inside) > 1 or not all(part.startswith("zip://") for part in inside):
@@ -192,7 +192,7 @@ class HuggingFaceImages:
         return any(absolute.is_relative_to(os.path.abspath(root)) for root in roots)
 
     def _open(self) -> datasets.Dataset | datasets.IterableDataset:
-        """The rows of the split, with the encoded bytes of the images or the names of their files."""
+        """The rows of the split, with images as encoded bytes or file names."""
         try:
             with _no_waiting_for_the_hub() if self.is_offline else contextlib.nullcontext():
                 rows = self._load()
@@ -225,7 +225,7 @@ class HuggingFaceImages:
         ):
             raise InputError(f"the column {self.image_column!r} of {self.name} holds {feature}, not images")
         if self.streaming and rows.features:
-            # `datasets` decodes the image files of the Hub in threads of its own, which a cast does not stop
+            # `datasets` decodes image files from the Hub in its own threads, even after a cast
             rows = rows.decode(False)
         rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
         return rows if self.max_images is None else rows.take(self.max_images)
@@ -264,7 +264,7 @@ class HuggingFaceImages:
         return builder.as_dataset(split)
 
     def _summarize(self, data_files: dict[str, list[str]]) -> None:
-        """Tells which files `datasets` leaves out: those of other kinds, and those whose names are of no split."""
+        """Reports the files that `datasets` leaves out: other file types, and names that match no split."""
         root = f"{self.name}/" if os.path.isdir(self.name) else f"@{self.revision}/"
         taken = {file.partition(root)[2] for files in data_files.values() for file in files}
         left_out = [name for name in self.found if name not in taken and name not in ("README.md", ".gitattributes")]
@@ -272,7 +272,7 @@ class HuggingFaceImages:
         self.summary = _summary(self.name, len(self.found), f"read: {len(taken):,}", kinds)
 
     def _check_what_is_cached(self, builder: datasets.DatasetBuilder) -> None:
-        """Without a network `datasets` takes what was cached last, of whatever commit and configuration."""
+        """Without a network, `datasets` uses whatever commit and configuration was cached last: check both."""
         if builder.hash != self.revision:
             raise InputError(
                 f"what is cached of {self.name} is commit {builder.hash}, not {self.revision or 'main'};"
@@ -294,16 +294,16 @@ class HuggingFaceImages:
 
 @dataclass(eq=False)
 class FolderImages(HuggingFaceImages):
-    """A split of a folder of image files, and of zip archives of them.
+    """A split of a folder of image files and zip archives of images.
 
-    Folders at the top that are named train, validation or test are the splits; without any, all images are in train.
-    The images come in the order of their names, or of the rows of the metadata tables (metadata.csv, .jsonl or
-    .parquet with a column `file_name`), which also choose among them. Each real file is taken once. Besides the
-    columns of these tables there is `label`, the name of the folder that an image lies in.
+    Top-level folders named train, validation or test are the splits; without any, all images belong to train. Images
+    are sorted by name, or selected and ordered by the rows of metadata tables (metadata.csv, .jsonl or .parquet with a
+    column `file_name`). Each real file is used once. In addition to the columns of these tables there is `label`, the
+    name of the folder that contains the image.
 
     Attributes:
-        listed, left_out: of `list_files`.
-        files: the image files of the split, by their names.
+        listed, left_out: results of `list_files`.
+        files: the image files of the split by name.
     """
 
     listed: list[FolderFile] = field(default_factory=list)
@@ -325,7 +325,7 @@ class FolderImages(HuggingFaceImages):
         return self._with_labels(chosen.rows, chosen.names_in_splits)
 
     def _with_labels(self, rows: pandas.DataFrame, names_in_splits: list[str]) -> datasets.Dataset:
-        """The images and their labels, from a column of metadata or from the folders in all splits."""
+        """The images and their labels, from a metadata column or from the folder names in all splits."""
         label, names = self.label_column, rows.iloc[:, 0].tolist()
         loaded = datasets.Dataset.from_dict({rows.columns[0]: names})
         loaded = loaded.cast_column(rows.columns[0], datasets.Image(decode=False))
@@ -361,15 +361,15 @@ def find_source(
     label_column: str | None,
     last_commit: Callable[[], str | None],
 ) -> SyntheticFaces | HuggingFaceImages:
-    """The source that the arguments name, without reading its images.
+    """The source that the arguments describe; its images are not read yet.
 
     Args:
         dataset_name: Hub id, or `synthetic-faces`.
-        train_data_dir: folder of images, of parquet, or written by `save_to_disk`.
+        train_data_dir: folder of images, of parquet files, or written by `save_to_disk`.
         split: `valid` and `validation` mean the same.
-        streaming: read the Hub data set as a stream, so that its original files are never all on the disk; only the
-            store is, and training is the same as ever.
-        last_commit: tells which commit the revision was when the Hub last answered.
+        streaming: read the Hub data set as a stream, so that its original files are never all on disk; the store and
+            training are the same.
+        last_commit: returns the commit of the revision when the Hub last answered.
 
     Raises:
         InputError: if there is no such source.
@@ -381,17 +381,18 @@ def find_source(
         return SyntheticFaces(split, max_images, label_column)
     names = dataset_config_name, split, image_column, max_images, streaming, label_column
     if dataset_name is not None:
-        if os.path.isdir(dataset_name):  # `datasets` would prefer it to the Hub's
+        if os.path.isdir(dataset_name):  # `datasets` would prefer it to the Hub
             raise InputError(f"{dataset_name} is a local folder; give it as --train_data_dir")
         info = _ask_the_hub(dataset_name, dataset_revision)
         if info is None:
             return HuggingFaceImages(dataset_name, last_commit() or dataset_revision, *names, is_offline=True)
         found = [file.rfilename for file in info.siblings or ()]
         return HuggingFaceImages(dataset_name, info.sha, *names, found=found)
-    folder = Path(os.path.abspath(os.path.expanduser(train_data_dir)))  # `datasets` has names of its own: `parquet`
+    # absolute, because some names mean something else to `datasets`, such as `parquet`
+    folder = Path(os.path.abspath(os.path.expanduser(train_data_dir)))
     if printable(str(folder)) != str(folder):
         raise InputError(f"the name of the folder {printable(str(folder))} is not UTF-8; rename it")
-    if not os.path.isdir(folder):  # unlike Path's, it takes a name that is too long for one that is not there
+    if not os.path.isdir(folder):  # unlike Path.is_dir, it returns False for a name that is too long
         nearest = next(parent for parent in folder.parents if os.path.isdir(parent))
         raise InputError(f"there is no folder {folder}; there is {_listing(nearest)}")
     try:
@@ -408,7 +409,7 @@ def find_source(
 
 
 def _has_a_list_of_files(folder: Path) -> bool:
-    """Whether it was written by `save_to_disk`, or its README.md lists its files: `datasets` reads such folders."""
+    """Whether `datasets` must read the folder: it was written by `save_to_disk`, or its README.md lists its files."""
     card = folder / "README.md"
     if not card.is_file():
         return _is_saved(folder)
@@ -422,7 +423,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _ask_the_hub(name: str, revision: str | None) -> DatasetInfo | None:
-    """The commit that a revision of a data set stands for now, and its files; None if the Hub does not answer."""
+    """The current commit of a data set's revision, and its files; None if the Hub does not answer."""
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=20)
     except HFValidationError as error:
@@ -440,7 +441,7 @@ def _ask_the_hub(name: str, revision: str | None) -> DatasetInfo | None:
 
 @contextlib.contextmanager
 def _no_waiting_for_the_hub() -> Iterator[None]:
-    """`datasets` looks into its cache at once instead of asking the Hub again for half a minute."""
+    """Makes `datasets` use its cache at once instead of retrying the Hub for half a minute."""
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = True
     try:
@@ -454,7 +455,7 @@ def _gated(name: str) -> InputError:
 
 
 def _no_column(source: str, name: str, columns: Iterable[str]) -> InputError:
-    """For a column of labels that is not there; names the nearest one first."""
+    """The error for a missing label column; suggests the nearest name."""
     near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     return InputError(f"{source} has no column {name!r:.80} of labels; {hint}it has {', '.join(columns)}")
@@ -480,7 +481,7 @@ def _listing(folder: Path) -> str:
 
 
 def _read(path: str) -> bytes:
-    """A file's content: of this machine, of the Hub (hf://) or in an archive (zip://inner.png::outer.zip)."""
+    """A file's content, from this machine, the Hub (hf://) or an archive (zip://inner.png::outer.zip)."""
     if "://" not in path:
         return Path(path).read_bytes()
     with fsspec.open(path, "rb") as file:

@@ -20,7 +20,7 @@ class TrainingData:
     """Opens the data of a run.
 
     Attributes:
-        config: of the run, with the `in_channels` of the images.
+        config: configuration of the run, with the `in_channels` of the images.
         store: the training images.
         label_names: of the classes; None without labels.
         heldout_images: float32 (N, C, H, W) in [-1, 1], on the main process alone; None without a validation split.
@@ -40,7 +40,7 @@ class TrainingData:
             )
         self.store = self.open_store(config.split, config.max_images)
         channels = self.store.images.shape[1]
-        if config.in_channels is None and channels == 1:  # a run of before has three channels
+        if config.in_channels is None and channels == 1:  # an older checkpoint may have 3 channels
             state = on_main_process(accelerator, partial(recorded_state, config))
             channels = 1 if state is None else state["identity"].get("in_channels", 3)
         self.config = replace(config, in_channels=channels)
