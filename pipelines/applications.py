@@ -276,7 +276,7 @@ def repaint_walk(num_steps: int, jump_length: int, num_resamples: int) -> list[i
     """The noise levels that RePaint visits, from `num_steps` (noise) to 0 (clean).
 
     It goes down one level at a time. From each of the levels 1, 1 + `jump_length`, ... it jumps up by `jump_length`
-    levels (if that level exists), `num_resamples` - 1 times, before it goes on.
+    levels (if that level exists), `num_resamples` - 1 times, before it continues.
     """
     jumps_left = dict.fromkeys(range(1, num_steps - jump_length + 1, jump_length), num_resamples - 1)
     walk = [num_steps]

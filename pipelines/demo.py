@@ -51,7 +51,7 @@ def build_demo(pipeline: CustomUNetPipeline, name: str = "An unconditional diffu
 An unconditional diffusion model{", trained in continuous time" if pipeline.is_continuous else ""}: it draws images of
 {width}x{height} pixels from nothing but noise, with a network of {pipeline.unet.num_parameters() / 1e6:.1f} million
 parameters. No image that it draws is a photograph. They may be used as the licence of the model and the terms of its
-training data allow: those of a model trained on CelebA for non-commercial research only."""
+training data allow: images from a model trained on CelebA are for non-commercial research only."""
     tabs = {
         "Generate": page.generate_tab,
         "Denoising": page.denoising_tab,

@@ -88,7 +88,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 def check_arguments(pipeline: CustomUNetPipeline, options: argparse.Namespace) -> None:
-    """Raises InputError for what the pipeline would refuse."""
+    """Raises InputError for arguments that the pipeline would refuse."""
     try:
         pipeline.check_inputs(options.steps, options.eta)
         if pipeline.continuous_sampler is None:

@@ -179,7 +179,7 @@ def _check_weights(pipeline: CustomUNetPipeline, weight_files: list[Path]) -> No
         with safe_open(path, framework="pt") as file:
             stored |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no dictionary)
     missing = [name for name, tensor in network.items() if tensor.is_meta]
-    # the names alone do not tell, because diffusers translates those of its old releases
+    # names alone are not enough, because diffusers translates those of its old releases
     unknown = sorted(stored.keys() - network.keys()) if len(stored) > len(network) else []
     for count, name, verb in ((len(missing), missing[:1], "lack"), (len(unknown), unknown[:1], "have")):
         if count:

@@ -56,7 +56,7 @@ def render_card(folder: Path, name: str | None = None, previous: str = "") -> st
 
     Args:
         folder: a model repository.
-        name: what the code examples load, an id on the Hub or a folder; by default the folder's name.
+        name: model that the code examples load, a Hub id or a folder; by default the folder's name.
         previous: an older card, whose edits are kept; see `card_edits`.
 
     Raises:
@@ -154,7 +154,7 @@ def _derived(name: str, unet: dict, scheduler: dict, facts: dict, config: dict, 
         "is_synthetic": data.get("source") == "synthetic-faces",
         "sde": sde,  # empty unless it was trained in continuous time
         "is_flow": sde.get("objective") == "flow",
-        "num_classes": max((unet.get("num_class_embeds") or 1) - 1, 0),  # the last embedding is that of no class
+        "num_classes": max((unet.get("num_class_embeds") or 1) - 1, 0),  # the last embedding is the null class
         "resolution": "x".join(map(str, height_and_width(size))),
         "is_square": len({*height_and_width(size)}) == 1,
         "is_grey": unet.get("in_channels") == 1,

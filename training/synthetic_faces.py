@@ -264,7 +264,7 @@ def place(f, resolution):
 
 
 def outline(f):
-    """Distances to the outline of the head and to that of the hair, each on its own."""
+    """Distances to the outlines of the head and of the hair, each on its own."""
     skull = ellipse(f.head, (0.0, -0.12), (f.face_width, 0.86))
     jaw = ellipse(f.head, (0.04 * f.yaw, 0.38), (f.face_width * f.jaw_width, f.chin_length))
     f.head_outline = smooth_union(skull, jaw, 0.2)
