@@ -281,7 +281,7 @@ def test_a_bad_file_is_one_line(parse, yaml_text, message):
         (f"{EDM} --time_embedding_type fourier", "edm needs positional"),
         (f"{VP} --time_embedding_type learned", "vp needs positional"),
         (f"{VP} --sde_beta_max 5", "leave 0.279 of the image at time 1"),
-        (f"{VP} --sde_beta_min 20 --sde_beta_max 10", "must not fall"),
+        (f"{VP} --sde_beta_min 20 --sde_beta_max 10", "must not decrease"),
         (f"{VP} --sde_beta_max 101", "at most 100"),
         (f"{VE} --sigma_min 5 --sigma_max 5", "sigma_min 5.0 and sigma_max 5.0 must be positive and rise"),
         (f"{EDM} --sigma_max 0.001", "sigma_min 0.002 and sigma_max 0.001 must be positive and rise"),

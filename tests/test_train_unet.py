@@ -210,7 +210,7 @@ def test_a_folder_of_images_is_all_that_a_newcomer_gives(tmp_path, cache_dir, on
 
 
 def test_an_environment_variable_of_accelerate_does_not_divide_the_gradient(monkeypatch, on_cpu):
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     assert build_accelerator(TrainConfig(**TINY)).gradient_accumulation_steps == 1
 
 
