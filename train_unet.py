@@ -387,7 +387,8 @@ def run(
     """Trains as configured."""
     config = settle_precision(config, network_class)
     accelerator = build_accelerator(config)
-    check_shared(accelerator, Path(config.output_dir), "--output_dir")
+    if not config.dry_run:  # which writes nothing there
+        check_shared(accelerator, Path(config.output_dir), "--output_dir")
     check_shared(accelerator, cache_root(config.cache_dir), "--cache_dir")
     is_pushed = config.push_to_hub and not config.dry_run
     if is_pushed:  # before any long work, so that a bad name or token is found now and not at the push

@@ -99,7 +99,7 @@ def test_muon_follows_that_of_torch_on_matrices_and_adamw_on_the_rest():
         for each in (optimizer, *references):
             each.step()
     for (name, mine), theirs in zip(network.named_parameters(), reference.parameters(), strict=True):
-        atol = 0.01 if name == "hidden.weight" else 1e-6  # torch's own computes in bf16; five steps move by up to 0.1
+        atol = 1e-3 if name == "hidden.weight" else 1e-6  # torch's own computes in bf16; five steps move by up to 0.1
         torch.testing.assert_close(mine, theirs, atol=atol, rtol=0)
 
 

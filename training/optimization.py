@@ -34,10 +34,10 @@ class Muon(torch.optim.AdamW):
         super().__init__([{"params": others}, {"params": matrices, "momentum": momentum}], **adamw)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None):
         adamw_group, group = self.param_groups
         self.param_groups = [adamw_group]
-        super().step()
+        loss = super().step(closure)
         self.param_groups = [adamw_group, group]
         by_shape = defaultdict(list)  # matrices of the same shape are orthogonalized as a batch
         for parameter in group["params"]:
@@ -55,6 +55,7 @@ class Muon(torch.optim.AdamW):
             for parameter, update in zip(parameters, orthogonalize(torch.stack(directions)), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update.view_as(parameter), alpha=size)
+        return loss
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
