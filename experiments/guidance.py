@@ -1,12 +1,9 @@
-"""Measures class-conditional sampling: how often an image shows the requested class, and what guidance costs.
+"""Measures classifier-free guidance (arXiv 2207.12598): how often an image shows the requested class, and the cost.
 
-    python -m experiments.guidance --pipeline DIR --judge DIR [--classifier DIR] --scales 0 1 2 4 --num_images 700
-        --out DIR
+    python -m experiments.guidance --pipeline DIR --scales 0 1 2 4 --num_images 700 --out DIR
 
-A class-conditional model uses classifier-free guidance (arXiv 2207.12598): scale 0 is its null class, 1 plain
-conditional sampling. With --classifier, the gradient of that classifier guides an unconditional model (arXiv
-2011.13456, section 5): scale 0 is sampling without it. The judge classifies the generated images; it must be a
-different classifier of the same classes. Both are output folders of `python -m experiments.classifier`.
+The model must have been trained on the synthetic faces with --label_column. Scale 0 is its null class, 1 plain
+conditional sampling. A linear classifier, fitted to the pixels of the training images, judges the generated images.
 
     OUT/guidance.json   for each scale: the share of images in the requested class, SWD, evaluations, seconds
     OUT/guidance.md     the same as a table
@@ -28,100 +25,56 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 from common import Failed, InputError, Parser, check_numbers, command_line, make_folder, run_command, sha256_of
 from eval.figures import plot_image_rows
 from eval.results import number, result, table, write_results
 from eval.swd import SMALLEST_RESOLUTION, sliced_wasserstein
-from experiments.classifier import RECORD, NoisyImageClassifier, predict
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
-from pipelines.loading import WEIGHTS, find_pipeline, load_pipeline, weight_files
+from pipelines.loading import find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
 from training.log import device_name
 from training.sde import CONTINUOUS_SAMPLERS
 
-SPLIT = "train"  # of the synthetic faces, the reference for SWD
+SPLITS = ("train", "validation")  # of the synthetic faces, for judge and SWD, and for the judge's accuracy
 BATCH_SIZE = 64
 SHOWN_OF_A_CLASS = 3  # images per class and scale in the figure
+RIDGE = 1.0  # penalty of the judge's weights, for pixels in [-1, 1]
 
 
-# ---- Models
-
-
-def load_classifier(folder: Path) -> tuple[NoisyImageClassifier, dict]:
-    """Loads a classifier, and a record that identifies it and has its accuracy on real images without noise.
+def open_model(options: Namespace) -> tuple[CustomUNetPipeline, str, list[str], dict]:
+    """Opens the pipeline; returns it with its label column, the names of its classes, and a record of what it is.
 
     Raises:
-        InputError: if the classifier cannot be read.
+        InputError: if it has no classes of the synthetic faces, or does not suit the options.
     """
-    try:
-        sha256 = sha256_of(folder / WEIGHTS)  # diffusers would look for a missing folder on the Hub
-        network = NoisyImageClassifier.from_pretrained(folder, use_safetensors=True).requires_grad_(False)
-        validation = json.loads((folder / RECORD).read_text())["validation"]
-        accuracy = {row["sigma"]: row["accuracy"] for row in validation["by_noise"]}[0.0]
-        about = {"name": folder.resolve().name, "weights_sha256": sha256, "accuracy": float(accuracy)}
-        return network, about | {key: validation[key] for key in ("split", "num_images")}
-    except Exception as error:  # damaged files make the libraries raise almost anything
-        raise InputError(f"{folder} is not a classifier of experiments.classifier: {error!r:.200}") from error
-
-
-def check_fit(unet, judge: NoisyImageClassifier, classifier: NoisyImageClassifier | None, data: dict) -> None:
-    """Checks that model, judge and classifier have the same image format and classes.
-
-    Args:
-        data: the model repository's record of its training images; empty if there is no record.
-
-    Raises:
-        InputError: if they differ.
-    """
-    num_embeds, num_classes = unet.config.get("num_class_embeds"), len(judge.config.label_names)
-    if (num_embeds is None) == (classifier is None):
-        hint = "has no classes; guide it by" if num_embeds is None else "has classes; leave out"
-        raise InputError(f"the model {hint} --classifier")
-    if num_embeds not in (None, num_classes + 1):
-        raise InputError(f"the model has {num_embeds} class embeddings, not {num_classes} of --judge and a null class")
-    of_classes = {key: data[key] for key in ("label_column", "label_names") if key in data and num_embeds is not None}
-    others = {"the model": dict(unet.config) | of_classes, "--classifier": classifier.config if classifier else {}}
-    for who, config in others.items():
-        for key in ("in_channels", "sample_size", "label_column", "label_names"):
-            expected = judge.config[key]
-            if config.get(key, expected) != expected:
-                raise InputError(f"{who} has {key} {config[key]!s:.100}, --judge {expected!s:.100}; they must agree")
-
-
-def open_models(options: Namespace) -> tuple:
-    """Opens the pipeline, the judge and the classifier (or None), and returns them with a record of what they are.
-
-    Raises:
-        InputError: if they do not match each other or the options.
-    """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if options.num_cpu_threads is not None:
         torch.set_num_threads(options.num_cpu_threads)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     source, _ = find_pipeline(options.pipeline, None)
     pipeline = load_pipeline(source, "fp32", options.scheduler).to(device)
-    judge, about_judge = load_classifier(options.judge)
-    classifier, about = load_classifier(options.classifier) if options.classifier else (None, None)
-    if about is not None and about["weights_sha256"] == about_judge["weights_sha256"]:
-        raise InputError(f"--judge {options.judge} is also the --classifier and would judge itself; train another one")
-    training = source / "training.json"
+    training, size = source / "training.json", pipeline.unet.config.sample_size
     data = json.loads(training.read_text()).get("data", {}) if training.exists() else {}
-    check_fit(pipeline.unet, judge, classifier, data)
+    names = data.get("label_names") or []
+    if data.get("source") != "synthetic-faces" or pipeline.unet.config.get("num_class_embeds") != len(names) + 1:
+        raise InputError(f"{source} was not trained on synthetic-faces with --label_column and a null class")
+    if options.num_images < len(names):
+        raise InputError(f"--num_images is {options.num_images}, but there are {len(names)} classes; ask for as many")
+    if not isinstance(size, int) or size < SMALLEST_RESOLUTION:
+        raise InputError(f"the images have the size {size}, but SWD needs squares of {SMALLEST_RESOLUTION} or more")
     try:
         pipeline.check_inputs(options.steps, 0.0)
     except ValueError as error:
         raise InputError(str(error)) from error
     record = {"weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)}}
-    record |= {"judge": about_judge, "classifier": about, "device": device_name(device)}
-    return pipeline, judge.to(device), classifier and classifier.to(device), record
-
-
-# ---- Measurements
+    return pipeline, data["label_column"], names, record | {"device": device_name(device)}
 
 
 def draw(
-    pipeline: CustomUNetPipeline, scale: float, num_images: int, steps: int, num_classes: int, classifier=None
+    pipeline: CustomUNetPipeline, scale: float, num_images: int, steps: int, num_classes: int
 ) -> tuple[np.ndarray, float]:
     """Draws uint8 images (N, 3, R, R); returns them with the network evaluations per image.
 
@@ -130,9 +83,8 @@ def draw(
     images, evaluations = [], 0
     for first in range(0, num_images, BATCH_SIZE):
         seeds = range(first, min(first + BATCH_SIZE, num_images))
-        guided = {"class_labels": [i % num_classes for i in seeds], "guidance_scale": scale, "classifier": classifier}
-        if scale == 0:
-            guided = {} if classifier is not None else {"class_labels": num_classes}
+        guided = {"class_labels": [i % num_classes for i in seeds], "guidance_scale": scale}
+        guided = {"class_labels": num_classes} if scale == 0 else guided
         drawn = pipeline(seeds=seeds, num_inference_steps=steps, output_type="pt", **guided)
         images.append((drawn.images * 255).round().to(torch.uint8).cpu().numpy())
         evaluations += drawn.network_evaluations * len(seeds)
@@ -150,7 +102,7 @@ def real_sets(store: ImageStore, names: Sequence[str], labels: Sequence[int]) ->
     for k, name in enumerate(names):
         count, found = labels.count(k), order[known[order] == k]
         if len(found) < 2 * count:
-            there = f"split {SPLIT} has {len(found)} images of {name!r}"
+            there = f"split {SPLITS[0]} has {len(found)} images of {name!r}"
             raise InputError(f"{there}, and two sets of {count} are needed; use fewer --num_images")
         for part, positions in enumerate(chosen):
             positions.extend(found[part * count : (part + 1) * count])
@@ -162,6 +114,26 @@ def swd(images: np.ndarray, real: np.ndarray) -> float:
     return float(np.mean([*sliced_wasserstein(images, real).values()]))
 
 
+class Judge:
+    """A linear classifier of pixels: ridge regression on the classes as unit vectors, in closed form."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, num_classes: int):
+        """Fits uint8 images (N, C, R, R) and class numbers (N,)."""
+        x, targets = self.pixels(images), one_hot(torch.from_numpy(labels), num_classes).double()
+        self.means = x.mean(0), targets.mean(0)
+        x = x - self.means[0]
+        squares = x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
+        self.weights = torch.linalg.solve(squares, x.T @ (targets - self.means[1]))
+
+    @staticmethod
+    def pixels(images: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(images)).flatten(1).double() / 127.5 - 1
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """The classes (N,) of uint8 images (N, C, R, R)."""
+        return ((self.pixels(images) - self.means[0]) @ self.weights + self.means[1]).argmax(1).numpy()
+
+
 def class_shares(found: np.ndarray, asked: np.ndarray, names: Sequence[str]) -> dict:
     """The share of images in the requested class with its binomial standard error, overall and per class."""
 
@@ -171,9 +143,6 @@ def class_shares(found: np.ndarray, asked: np.ndarray, names: Sequence[str]) -> 
 
     classes = [{"name": name} | share(found[asked == k] == k) for k, name in enumerate(names)]
     return share(found == asked) | {"classes": classes}
-
-
-# ---- What is written
 
 
 def summary(record: dict) -> str:
@@ -190,8 +159,6 @@ def summary(record: dict) -> str:
         f" {judge['accuracy']:.1%} of {judge['num_images']:,} real images into their class. SWD is against as many"
         " real images of each class as are asked for; at scale 0 the model chooses the classes itself."
     )
-    if record["classifier"] is not None:
-        text += " Above it, each network evaluation comes with a gradient of the classifier."
     return f"{table(rows, columns | {'seconds_per_image': 'seconds per image'})}\n\n{text}\n"
 
 
@@ -200,8 +167,6 @@ def parse_options(arguments: list[str]) -> Namespace:
     parser = Parser(prog="python -m experiments.guidance", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
-    add("--judge", required=True, type=Path, help="folder of the classifier that classifies the generated images")
-    add("--classifier", type=Path, help="folder of the classifier that guides an unconditional model")
     add("--scales", required=True, nargs="+", type=float, help="guidance scales; at 0 the class has no effect")
     add("--out", required=True, type=Path, help="folder for the numbers, table and figure")
     add("--num_images", type=int, default=256, help="images per scale; the classes take turns (default 256)")
@@ -221,18 +186,16 @@ def run(arguments: list[str]) -> None:
         Failed: if sampling fails at a scale.
     """
     options = parse_options(arguments)
-    pipeline, judge, classifier, record = open_models(options)
-    names, n = list(judge.config.label_names), options.num_images
-    if n < len(names):
-        raise InputError(f"--num_images is {n}, but there are {len(names)} classes; ask for at least that many")
-    size = judge.config.sample_size
-    if size < SMALLEST_RESOLUTION:
-        raise InputError(f"the images are {size} pixels wide, and SWD needs {SMALLEST_RESOLUTION}")
+    pipeline, column, names, record = open_model(options)
+    n, size = options.num_images, pipeline.unet.config.sample_size
+    which = {"dataset_name": "synthetic-faces", "label_column": column, "resolution": size, "crop": "none"}
+    store, others = (open_image_store(**which, split=split) for split in SPLITS)
     labels = [i % len(names) for i in range(n)]
-    which = {"label_column": judge.config.label_column, "resolution": size, "crop": "none"}
-    store = open_image_store(dataset_name="synthetic-faces", split=SPLIT, **which)
-    real, others = real_sets(store, names, labels)
-    about = {"swd_floor": swd(others, real), "seeds": f"0 to {n - 1}", "batch_size": BATCH_SIZE}
+    real, real_others = real_sets(store, names, labels)
+    judge = Judge(store.images, store.labels_among(names), len(names))
+    accuracy = float((judge(others.images) == others.labels_among(names)).mean())
+    record |= {"judge": {"accuracy": accuracy, "split": SPLITS[1], "num_images": len(others)}}
+    about = {"swd_floor": swd(real_others, real), "seeds": f"0 to {n - 1}", "batch_size": BATCH_SIZE}
     make_folder(options.out)
     record |= {"command": command_line("experiments.guidance", arguments)}
     record |= {"reference": {key: store.description[key] for key in ("source", "split", "resolution", "fingerprint")}}
@@ -242,14 +205,14 @@ def run(arguments: list[str]) -> None:
     for scale in options.scales:
         started_at_seconds = time.perf_counter()
         try:
-            images, evaluations = draw(pipeline, scale, n, options.steps, len(names), classifier)
+            images, evaluations = draw(pipeline, scale, n, options.steps, len(names))
         except ValueError as error:  # images that are not finite
             raise Failed(f"at scale {scale:g} {error}") from error
         seconds = time.perf_counter() - started_at_seconds
         for k, row in enumerate(rows.values()):
             shown = images[k :: len(names)][:SHOWN_OF_A_CLASS]
             row += [Image.fromarray(image.transpose(1, 2, 0)) for image in shown]
-        shares = class_shares(predict(judge, images).argmax(1).numpy(), np.array(labels), names)
+        shares = class_shares(judge(images), np.array(labels), names)
         measured = {"guidance_scale": scale, **shares, "swd": swd(images, real), **about}
         measured |= {"network_evaluations": evaluations, "seconds_per_image": seconds / n}
         record["results"].append(result("guidance", "Share in the class asked for", "class_share", **measured))

@@ -9,7 +9,7 @@ from custom_unet import CustomUNet2DModel
 from experiments.architecture import costs, main, receptive_fields
 from training.arguments import parse_config
 
-CONFIG = ["--config", "configs/quickstart.yaml"]
+CONFIG = ["--config", "configs/vp32.yaml"]
 
 
 @pytest.fixture(scope="module")

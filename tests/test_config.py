@@ -345,11 +345,11 @@ def test_settings_of_an_objective_are_those_that_mean_something_to_it(parse):
 @pytest.mark.parametrize(
     ("name", "objective"), [("vp32", "vp"), ("vp32", "subvp"), ("edm32", "edm"), ("flow32", "flow")]
 )
-def test_the_configurations_in_continuous_time_have_the_network_of_the_quickstart(name, objective):
+def test_the_configurations_in_continuous_time_have_the_same_network(name, objective):
     config = parse_config(["--config", str(CONFIGS[0].parent / f"{name}.yaml"), "--objective", objective])
-    quickstart = parse_config(["--config", str(CONFIGS[0].parent / "quickstart.yaml")])
+    vp = parse_config(["--config", str(CONFIGS[0].parent / "vp32.yaml")])
     assert config.objective == objective
-    assert config.unet_kwargs() == quickstart.unet_kwargs()
+    assert config.unet_kwargs() == vp.unet_kwargs()
 
 
 def test_classes_make_the_network_conditional_and_leave_a_row_for_none(parse):

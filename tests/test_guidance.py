@@ -1,7 +1,6 @@
 """The guidance measurement: the meaning of a scale, the judge's verdicts, the written results, and refused inputs."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,73 +11,52 @@ from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from experiments import guidance
-from experiments.classifier import NoisyImageClassifier, predict
-from experiments.guidance import class_shares, draw, main, real_sets, swd
+from experiments.guidance import Judge, class_shares, draw, main, real_sets, swd
 from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
 from training.data import open_image_store
-from training.sde import SDEScheduler
 
 SIZE, NAMES = 16, ["no", "yes"]
 FLAGS = "--num_images 9 --num_inference_steps 3 --num_cpu_threads 1"
 
 
-def tiny_pipeline(scheduler=None, **config) -> CustomUNetPipeline:
+def tiny_pipeline(**config) -> CustomUNetPipeline:
     torch.manual_seed(0)
     network = CustomUNet2DModel(**TINY | {"sample_size": SIZE} | config)
-    pipe = CustomUNetPipeline(network, scheduler or DDIMScheduler(prediction_type="v_prediction"))
+    pipe = CustomUNetPipeline(network, DDIMScheduler(prediction_type="v_prediction"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def write_classifier(folder: Path, seed: int, names=NAMES, column: str = "glasses", size: int = SIZE) -> None:
-    torch.manual_seed(seed)
-    NoisyImageClassifier(names, column, size, block_out_channels=(8, 16)).save_pretrained(folder)
-    by_noise = [{"sigma": 0.0, "accuracy": 0.875}, {"sigma": 0.1, "accuracy": 0.5}]
-    validation = {"split": "validation", "num_images": 1000, "by_noise": by_noise}
-    (folder / "classifier.json").write_text(json.dumps({"validation": validation}))
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Models, classifiers, and what does not suit them."""
+    """A model, and models that do not suit."""
     folder = tmp_path_factory.mktemp("models")
-    export_pipeline(tiny_pipeline(num_class_embeds=3), folder / "conditional")
-    unclipped = SDEScheduler(objective="edm", prediction_type="edm", clip_sample=False)
-    export_pipeline(tiny_pipeline(unclipped), folder / "unconditional")
-    export_pipeline(tiny_pipeline(num_class_embeds=2), folder / "no_null_class")
-    export_pipeline(tiny_pipeline(sample_size=8), folder / "small")
-    write_classifier(folder / "judge", seed=0)
-    write_classifier(folder / "guide", seed=1)
-    shutil.copytree(folder / "judge", folder / "copy")
-    write_classifier(folder / "of_hair", seed=2, column="hair_style")
-    write_classifier(folder / "small_guide", seed=2, size=8)
-    write_classifier(folder / "small_judge", seed=3, size=8)
-    shutil.copytree(folder / "judge", folder / "damaged")
-    (folder / "damaged" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    faces = {"source": "synthetic-faces", "label_column": "glasses", "label_names": NAMES}
+    for name, config, data in [
+        ("conditional", {"num_class_embeds": 3}, faces),
+        ("of_photographs", {"num_class_embeds": 3}, faces | {"source": "photographs"}),
+        ("without_classes", {}, {"source": "synthetic-faces"}),
+        ("without_null_class", {"num_class_embeds": 2}, faces),
+        ("small", {"num_class_embeds": 3, "sample_size": 8}, faces),
+    ]:
+        export_pipeline(tiny_pipeline(**config), folder / name)
+        (folder / name / "training.json").write_text(json.dumps({"data": data}))
     return folder
 
 
 @pytest.fixture(autouse=True)
 def there(models, monkeypatch):
-    """The commands name the models as they are called."""
+    """The command names the models as they are called."""
     monkeypatch.chdir(models)
     monkeypatch.setenv("XDG_CACHE_HOME", str(models / "cache"))
-    monkeypatch.setattr(guidance, "SPLIT", "validation")  # the smaller one
+    monkeypatch.setattr(guidance, "SPLITS", ("validation", "validation"))  # the smaller one
     monkeypatch.setattr(guidance, "BATCH_SIZE", 4)
-
-
-def guide(arguments: str, out: Path) -> dict:
-    assert main([*FLAGS.split(), *arguments.split(), "--out", str(out)]) == 0
-    return json.loads((out / "guidance.json").read_text())
 
 
 def real_images():
     which = {"label_column": "glasses", "resolution": SIZE, "crop": "none"}
     return open_image_store(dataset_name="synthetic-faces", split="validation", **which)
-
-
-# What a scale means
 
 
 def test_scales_of_a_class_conditional_model_are_null_class_plain_and_guided():
@@ -96,37 +74,17 @@ def test_scales_of_a_class_conditional_model_are_null_class_plain_and_guided():
     assert not any(np.array_equal(seen[a], seen[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
-class Brightness(torch.nn.Module):
-    """The exact p(mean of x_0 is positive | x_t) for x_0 of independent normal pixels of standard deviation 0.5."""
-
-    device = torch.device("cpu")
-
-    def forward(self, noisy_images, signal_scale, noise_scale):
-        num_dims = noisy_images[0].numel()
-        alpha, n = torch.as_tensor(signal_scale), torch.as_tensor(noise_scale).clamp(min=1e-3)
-        prior, noise = 0.25 / num_dims, n**2 / num_dims  # variances of the mean
-        mean = alpha * prior * noisy_images.mean((1, 2, 3)) / (alpha**2 * prior + noise)
-        z = mean / (prior * noise / (alpha**2 * prior + noise)).sqrt()
-        return torch.stack([torch.special.log_ndtr(-z), torch.special.log_ndtr(z)], 1)
-
-
-def test_an_exact_classifier_of_brightness_makes_images_dark_or_light():
-    pipe = tiny_pipeline(SDEScheduler(objective="edm", prediction_type="edm"))
-    for parameter in pipe.unet.conv_out.parameters():
-        parameter.data.zero_()  # now x_0 is predicted as of normal pixels of standard deviation 0.5
-    labels = [i % 2 for i in range(40)]
-    shares, contrasts = [], []
-    for scale in (0.0, 1.0, 4.0):
-        images, _ = draw(pipe, scale, 40, 12, 2, Brightness())
-        found = predict(Brightness(), images).argmax(1).numpy()
-        shares.append(class_shares(found, np.array(labels), ["dark", "light"])["value"])
-        contrasts.append(images[1::2].mean() - images[::2].mean())
-    assert 0.3 < shares[0] < 0.7
-    assert min(shares[1:]) > 0.9
-    assert abs(contrasts[0]) < 1.5 < contrasts[1] < contrasts[2]
-
-
-# What is measured
+def test_the_judge_is_ridge_regression_and_knows_classes_that_differ_in_their_mean():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=500)
+    images = rng.integers(100, 140, size=(500, 1, 4, 4), dtype=np.uint8)
+    images[np.arange(500), 0, labels, labels] += 60
+    judge = Judge(images[:300], labels[:300], 3)
+    assert (judge(images[300:]) == labels[300:]).mean() > 0.98
+    x, y = images[:300].reshape(300, 16) / 127.5 - 1, np.eye(3)[labels[:300]]
+    residual = y - y.mean(0) - (x - x.mean(0)) @ judge.weights.numpy()
+    # the gradient of |residual|^2 + RIDGE |weights|^2 vanishes at its minimum
+    np.testing.assert_allclose((x - x.mean(0)).T @ residual, guidance.RIDGE * judge.weights, atol=1e-9)
 
 
 def test_shares_are_counted_with_their_standard_error():
@@ -148,68 +106,52 @@ def test_real_images_have_the_classes_in_the_numbers_asked_for_and_none_twice():
     assert sorted(labels_of[image.tobytes()] for image in swapped) == [0, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "evaluations"),
-    [
-        ("--pipeline conditional --judge judge --scales 0 3", (3, 6)),
-        ("--pipeline unconditional --judge judge --classifier guide --scales 0 3", (5, 5)),
-    ],
-)
-def test_a_model_is_measured_at_each_scale(models, tmp_path, flags, evaluations):
-    record = guide(flags, tmp_path)
-    pipe = CustomUNetPipeline.from_pretrained(models / flags.split()[1])
-    judge, guiding = (NoisyImageClassifier.from_pretrained(models / name) for name in ("judge", "guide"))
-    classifier = guiding if "--classifier" in flags else None
-    labels = [i % 2 for i in range(9)]
-    real, others = real_sets(real_images(), NAMES, labels)
+def test_a_model_is_measured_at_each_scale(models, tmp_path):
+    arguments = f"{FLAGS} --pipeline conditional --scales 0 3"
+    assert main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "guidance.json").read_text())
+    pipe, store = CustomUNetPipeline.from_pretrained(models / "conditional"), real_images()
+    judge, labels = Judge(store.images, store.labels_among(NAMES), 2), [i % 2 for i in range(9)]
+    real, others = real_sets(store, NAMES, labels)
     text = (tmp_path / "guidance.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
-    for row, entry, scale, expected_evaluations in zip(rows, record["results"], (0, 3), evaluations, strict=True):
-        images, _ = draw(pipe, scale, 9, 3, 2, classifier)
-        found = predict(judge, images).argmax(1).numpy()
+    for row, entry, scale, evaluations in zip(rows, record["results"], (0, 3), (3, 6), strict=True):
+        images, _ = draw(pipe, scale, 9, 3, 2)
+        found = judge(images)
         shares = [np.mean(found[k::2] == k) for k in (0, 1)]
         assert [of_class["value"] for of_class in entry["classes"]] == shares
         assert entry["value"] == np.mean(found == labels)
         assert entry["swd"] == pytest.approx(swd(images, real), rel=1e-4)
         assert entry["swd_floor"] == pytest.approx(swd(others, real))
-        assert (entry["guidance_scale"], entry["network_evaluations"]) == (scale, expected_evaluations)
+        assert (entry["guidance_scale"], entry["network_evaluations"]) == (scale, evaluations)
         assert row[0] == f"{scale}"
         assert row[1].startswith(f"{entry['value']:.4g} ± ")
         assert row[2:5] == [*(f"{share:.4g}" for share in shares), f"{entry['swd']:.4g} ({entry['swd_floor']:.4g})"]
-    assert record["judge"]["accuracy"] == 0.875
-    assert "The judge puts 87.5% of 1,000 real images" in text
-    assert record["command"] == f"python -m experiments.guidance {FLAGS} {flags} --out {tmp_path.name}"
+    accuracy = np.mean(judge(store.images) == store.labels_among(NAMES))
+    assert record["judge"] == {"accuracy": accuracy, "split": "validation", "num_images": 1000}
+    assert f"The judge puts {accuracy:.1%} of 1,000 real images" in text
+    assert record["command"] == f"python -m experiments.guidance {arguments} --out {tmp_path.name}"
     assert str(tmp_path) not in json.dumps(record)
     assert {path.name for path in tmp_path.iterdir()} == {"guidance.json", "guidance.md", "guidance.png"}
 
 
 def test_a_scale_at_which_sampling_breaks_down_leaves_what_was_measured(tmp_path, capsys):
-    flags = f"{FLAGS} --pipeline unconditional --judge judge --classifier guide --scales 0 1e38 --out {tmp_path}"
-    assert main(flags.split()) == 1
+    assert main(f"{FLAGS} --pipeline conditional --scales 0 1e38 --out {tmp_path}".split()) == 1
     assert "images are not finite" in capsys.readouterr().err.splitlines()[-1]
     results = json.loads((tmp_path / "guidance.json").read_text())["results"]
     assert [entry["guidance_scale"] for entry in results] == [0]
 
 
-# What is refused
-
-CONDITIONAL, UNCONDITIONAL = "--pipeline conditional --judge judge", "--pipeline unconditional --judge judge"
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (f"{CONDITIONAL} --scales nan", "--scales is nan"),
-        (f"{CONDITIONAL} --scales 1 --num_images 400", "and two sets of 200 are needed; use fewer --num_images"),
-        (f"{CONDITIONAL} --scales 1 --classifier guide", "the model has classes; leave out --classifier"),
-        (f"{UNCONDITIONAL} --scales 1", "the model has no classes; guide it by --classifier"),
-        (f"{UNCONDITIONAL} --scales 1 --classifier copy", "--judge judge is also the --classifier"),
-        (f"{UNCONDITIONAL} --scales 1 --classifier of_hair", "label_column hair_style, --judge glasses"),
-        (f"{UNCONDITIONAL} --scales 1 --classifier damaged", "damaged is not a classifier of experiments.classifier"),
-        ("--pipeline small --judge judge --classifier guide --scales 1", "the model has sample_size 8, --judge 16"),
-        ("--pipeline small --judge small_judge --classifier small_guide --scales 1", "the images are 8 pixels wide"),
-        ("--pipeline no_null_class --judge judge --scales 1", "the model has 2 class embeddings"),
-        ("--pipeline conditional --judge nowhere --scales 1", "nowhere is not a classifier"),
+        ("--pipeline conditional --scales nan", "--scales is nan"),
+        ("--pipeline conditional --scales 1 --num_images 1", "but there are 2 classes"),
+        ("--pipeline conditional --scales 1 --num_images 400", "and two sets of 200 are needed; use fewer"),
+        ("--pipeline of_photographs --scales 1", "was not trained on synthetic-faces with --label_column"),
+        ("--pipeline without_classes --scales 1", "was not trained on synthetic-faces with --label_column"),
+        ("--pipeline without_null_class --scales 1", "and a null class"),
+        ("--pipeline small --scales 1", "the images have the size 8, but SWD needs squares of 16"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_drawn(flags, message, tmp_path, capsys):

@@ -36,7 +36,7 @@ from tiny_training import (
 )
 
 import train_unet
-from experiments import classifier
+from experiments import guidance
 from pipelines import generate
 from training import checkpoint, data, resumable, samples
 from training.log import read_log
@@ -300,7 +300,7 @@ class Writes(io.RawIOBase):
         monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(self, write_through=True))
 
 
-@pytest.mark.parametrize("main", [train_unet.main, classifier.main, generate.main], ids=lambda main: main.__module__)
+@pytest.mark.parametrize("main", [train_unet.main, guidance.main, generate.main], ids=lambda main: main.__module__)
 def test_an_error_is_one_write_so_that_those_of_several_processes_do_not_mix(main, monkeypatch):
     stderr = Writes()
     stderr.put_in_place(monkeypatch)

@@ -511,7 +511,6 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
     def denoiser(
         self,
         model_output: Callable[[Tensor, Tensor], Tensor],
-        gradient: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         bound: float = math.inf,
         tell: Callable[[Tensor, Tensor, Tensor], None] = lambda t, x, clean_images: None,
     ) -> Denoiser:
@@ -519,8 +518,6 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output: the network, called with x (B, C, H, W) and c_noise, () or (B,).
-            gradient: gradient of a classifier's log p(y | x_t), called with x, alpha and n; shifts x_0 by n^2 / alpha
-                times the gradient (Dhariwal & Nichol 2021, arXiv 2105.05233).
             bound: x_0 is clipped to [-bound, bound]. The true expectation lies there, so clipping only reduces the
                 error. It matters at large sigma, where an error of epsilon becomes one of sigma times its size in x_0.
             tell: called after each evaluation with t, x and x_0.
@@ -531,10 +528,6 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             c_skip, c_out, c_in, c_noise = self.preconditioning(t)
             output = model_output(spread(c_in, x) * x, c_noise.to(x.device, torch.float32)).to(x.dtype)
             clean_images = spread(c_skip, x) * x + spread(c_out, x) * output
-            if gradient is not None:
-                known = t.clamp(max=self.sde.last_time)  # `straight_flow` starts beyond it, where alpha is 0
-                alpha, n = self.sde.signal_scale(known), self.sde.noise_scale(known)
-                clean_images = clean_images + n**2 / alpha * gradient(x, alpha, n)
             if bound < math.inf:
                 clean_images = clean_images.clamp(-bound, bound)
             tell(t, x, clean_images)
