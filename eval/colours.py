@@ -5,6 +5,9 @@ three numbers, and a set of images to three distributions.
 """
 
 import numpy as np
+import torch
+
+from eval.features import over_white
 
 COLOURS = ("brightness", "contrast", "saturation")
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B: ITU-R BT.601
@@ -16,15 +19,15 @@ def colour_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
     """Computes three numbers per image, each (N,) in grey levels 0..255.
 
     Args:
-        images: uint8, shape (N, C, H, W), with C = 3, or 1 for grey images.
+        images: uint8, shape (N, C, H, W), of 1 to 4 channels; transparent ones are composited on white.
 
     Returns:
         By name: `brightness`, the mean luma of an image; `contrast`, the standard deviation of its luma; and
         `saturation`, the mean of max(R, G, B) - min(R, G, B), omitted for grey images.
     """
-    blocks, is_grey = [], images.shape[1] == 1
+    blocks, is_grey = [], images.shape[1] < 3
     for first in range(0, len(images), BLOCK):
-        block = images[first : first + BLOCK]
+        block = over_white(torch.from_numpy(np.array(images[first : first + BLOCK]))).numpy()
         luma = block[:, 0].astype(float) if is_grey else np.einsum("nchw,c->nhw", block, np.asarray(LUMA))
         spread = block.max(axis=1) - block.min(axis=1)  # (B, H, W)
         blocks.append([luma.mean(axis=(1, 2)), luma.std(axis=(1, 2)), spread.mean(axis=(1, 2))])

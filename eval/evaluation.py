@@ -21,6 +21,7 @@ from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.image_folder import RECORD, fill_folder, image_path
 from pipelines.loading import find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
+from training.images import CHANNELS
 from training.log import recorded, training_in_all
 from training.sde import CONTINUOUS_SAMPLERS
 
@@ -225,7 +226,7 @@ class Evaluation:
         fill_folder(pipeline, self.source, self.commit, drawing, self.state, self.command)
         seeds = range(options.seed, options.seed + num_images)
         starts = json.loads((folder / RECORD).read_text())["starts"]
-        mode = "L" if pipeline.image_shape[0] == 1 else "RGB"
+        mode = CHANNELS[pipeline.image_shape[0]]
         return images_of_files([image_path(folder, seed) for seed in seeds], mode), starts, pipeline
 
     @cached_property

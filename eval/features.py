@@ -42,19 +42,27 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W), or grey (B, 1, H, W) -> float32 (B, D).
+        """uint8 (B, C, H, W) of 1 to 4 channels -> float32 (B, D).
 
         Raises:
             ValueError: if the images have another type or shape; pixels in [-1, 1] would pass as black images.
             InputError: if the network returns anything else.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        if images.dtype != torch.uint8 or images.ndim != 4 or not 1 <= images.shape[1] <= 4:
             raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, 3, H, W)")
-        features = self.network(images.expand(-1, 3, -1, -1))
+        features = self.network(over_white(images).expand(-1, 3, -1, -1))
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise InputError(f"{self.name} returns {shape} for {len(images)} images; it must be a tensor (B, D)")
         return features.float()
+
+
+def over_white(images: Tensor) -> Tensor:
+    """uint8 (B, C, H, W) without the alpha channel, the last of 2 or 4: composited on white."""
+    if images.shape[1] % 2 == 1:
+        return images
+    colours, alpha = images[:, :-1].float(), images[:, -1:].float() / 255
+    return (alpha * colours + 255 * (1 - alpha)).round().to(torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,9 @@ class CustomUNetPipeline(DiffusionPipeline):
         self._prediction_type = scheduler.config.get("prediction_type")
         self._alphas_cumprod = scheduler.alphas_cumprod.cpu() if hasattr(scheduler, "alphas_cumprod") else None
         self._continuous: tuple | None = None  # continuous-time sampler, and the scheduler that it was set for
-        color = "do_convert_grayscale" if unet.config.in_channels == 1 else "do_convert_rgb"
-        self.image_processor = VaeImageProcessor(do_resize=False, **{color: True})
+        channels = unet.config.in_channels  # with an alpha channel, nothing is converted
+        colors = {"do_convert_grayscale": channels == 1, "do_convert_rgb": channels == 3}
+        self.image_processor = VaeImageProcessor(do_resize=False, **colors)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *, trust_remote_code: bool = False, **kwargs):

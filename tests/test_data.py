@@ -169,7 +169,7 @@ def test_only_bad_images_are_an_error(faces):
 def test_a_damaged_store_is_built_again(faces, pictures, caplog, fault):
     open_faces(faces)
     (folder,) = (faces.parent / "cache").iterdir()
-    pixels, meta = folder / data.PIXELS, folder / data.META
+    pixels, meta = folder / data.PIXELS.format("uint8"), folder / data.META
     match fault:
         case "truncated pixels":
             os.truncate(pixels, 1000)
@@ -211,7 +211,7 @@ def test_sigkill_while_building_leaves_no_store(faces, pictures, monkeypatch):
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
     assert leftover.name.startswith(".tmp-")
-    assert (leftover / data.PIXELS).exists()
+    assert (leftover / data.PIXELS.format("uint8")).exists()
     np.testing.assert_array_equal(open_faces(faces).images, pictures.transpose(0, 3, 1, 2))
     forbid_decoding(monkeypatch)
     open_faces(faces)
@@ -221,8 +221,12 @@ def test_what_killed_builders_left_goes_when_it_is_old(faces):
     cache = faces.parent / "cache"
     for name in ("fresh", "old", "alive"):
         (cache / f".tmp-{name}").mkdir(parents=True)
-        (cache / f".tmp-{name}" / data.PIXELS).write_bytes(b"?")
-    for path in (".tmp-old/" + data.PIXELS, ".tmp-old", ".tmp-alive"):  # a folder's time is not that of its file
+        (cache / f".tmp-{name}" / data.PIXELS.format("uint8")).write_bytes(b"?")
+    for path in (
+        ".tmp-old/" + data.PIXELS.format("uint8"),
+        ".tmp-old",
+        ".tmp-alive",
+    ):  # a folder's time is not that of its file
         long_ago = time.time() - data.STALE_SECONDS - 60
         os.utime(cache / path, (long_ago, long_ago))
     open_faces(faces)
@@ -320,7 +324,7 @@ def test_without_a_column_of_labels_a_store_is_what_it_was(labelled, pictures):
     assert store.labels is None
     assert not {"label_column", "label_names", "labels_digest"} & store.description.keys()
     (folder,) = (labelled.parent / "cache").iterdir()
-    assert {path.name for path in folder.iterdir()} == {data.PIXELS, data.META}
+    assert {path.name for path in folder.iterdir()} == {data.PIXELS.format("uint8"), data.META}
     pixels = pictures.transpose(0, 3, 1, 2).tobytes()
     assert store.fingerprint == hashlib.sha256(pixels).hexdigest()[:16]
 

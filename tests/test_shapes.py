@@ -1,4 +1,4 @@
-"""Grey images and rectangles: decoding, the choice of channels, and all the way from files to an evaluation."""
+"""Images of 1 to 4 channels, of 16 bits, and rectangles: decoding, and all the way from files to an evaluation."""
 
 import io
 import itertools
@@ -16,15 +16,16 @@ from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from eval import run as evaluation
+from eval.features import over_white
 from eval.likelihood import ode_likelihood
 from pipelines import CustomUNetPipeline, applications, generate
 from training.config import TrainConfig
-from training.data import open_image_store
+from training.data import open_image_store, to_model_range
 from training.images import decode_image
 
 pytest_plugins = ["tiny_training"]
 
-SHAPES = [(3, 12, 20), (3, 20, 8), (1, 12, 20), (1, 16, 16)]
+SHAPES = [(3, 12, 20), (3, 20, 8), (1, 12, 20), (1, 16, 16), (2, 12, 20), (4, 16, 8)]
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -47,7 +48,7 @@ def grey_images(count: int) -> list[Image.Image]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (41, 41)])
 def test_crop_and_resize_are_those_of_pillow(shape, size):
-    image, mode = Image.fromarray(noise(*size, 3)), "L" if shape[0] == 1 else "RGB"
+    image, mode = Image.fromarray(noise(*size, 3 + (shape[0] % 2 == 0))), ["L", "LA", "RGB", "RGBA"][shape[0] - 1]
     content = io.BytesIO()
     image.save(content, "PNG")
     target = (shape[2], shape[1])
@@ -103,12 +104,73 @@ def test_a_resolution_is_one_number_or_two():
         ("--resolution 16 16 16", "--resolution has 3 numbers; give one, or height and width"),
         ("--resolution 16x32", "invalid int value: '16x32'"),
         ("--resolution 8 16 --crop celeba_140", "crop celeba_140 is a square, which 8x16 is not"),
-        ("--in_channels 4", "invalid choice: '4' (choose from 1, 3, None)"),
+        ("--in_channels 5", "invalid choice: '5' (choose from 1, 2, 3, 4, None)"),
     ],
 )
 def test_shapes_that_are_refused(train, tmp_path, flags, message):
     (line,) = [line for line in train(tmp_path, *flags.split(), code=2).splitlines() if "error" in line]
     assert message in line
+
+
+def sixteen_bits(count: int) -> list[Image.Image]:
+    return [Image.fromarray(pixels.astype(np.uint16) * 200 + 77) for pixels in noise(count, 30, 44)]
+
+
+def test_sixteen_bits_are_kept_if_asked_for(tmp_path):
+    images = sixteen_bits(3)
+    folder = save(tmp_path / "data", *images, Image.fromarray(noise(30, 44)))
+    which = {"train_data_dir": str(folder), "crop": "none", "cache_dir": str(tmp_path / "cache")}
+    kept, rounded = (
+        open_image_store(**which, resolution=(30, 44), in_channels=None, preserve_input_precision=keep)
+        for keep in (True, False)
+    )
+    assert (kept.images.dtype, kept.images.shape) == (np.uint16, (4, 1, 30, 44))
+    expected = [np.asarray(image) for image in images] + [noise(30, 44) * np.uint16(257)]
+    np.testing.assert_array_equal(kept.images[:, 0], expected)
+    np.testing.assert_array_equal(rounded.images, np.round(kept.images / 257))
+    torch.testing.assert_close(to_model_range(kept[0])[0], torch.from_numpy(expected[0] / 32767.5 - 1).float())
+    small = open_image_store(**which, resolution=(15, 22), in_channels=3, preserve_input_precision=True).images
+    resized = [Image.fromarray(pixels.astype(np.float32)).resize((22, 15), Image.BICUBIC) for pixels in expected[:3]]
+    for channel in range(3):
+        np.testing.assert_array_equal(small[:3, channel], [np.asarray(image).round() for image in resized])
+
+
+@pytest.mark.parametrize(
+    ("flags", "images", "dtype", "mode"),
+    [
+        ("--in_channels 4", [Image.fromarray(pixels) for pixels in noise(16, 20, 24, 4)], "uint8", "RGBA"),
+        ("--in_channels 2", [Image.fromarray(pixels) for pixels in noise(16, 20, 24, 2)], "uint8", "LA"),
+        ("--preserve_input_precision true", sixteen_bits(16), "uint16", "L"),
+    ],
+)
+def test_other_channels_and_bits_reach_the_images_and_the_evaluation(
+    train, tmp_path, monkeypatch, flags, images, dtype, mode
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data, run = save(tmp_path / "data", *images), tmp_path / "run"
+    train(run, *flags.split(), dataset_name=None, train_data_dir=str(data), max_train_steps=2)
+    about = json.loads((run / "pipeline" / "training.json").read_text())["data"]
+    card = (run / "pipeline" / "README.md").read_text()
+    assert (" with an alpha channel" in card, " grey " in card) == (mode.endswith("A"), mode[0] == "L")
+    assert (about.get("dtype", "uint8"), about.get("in_channels")) == (dtype, ["L", "LA", "", "RGBA"].index(mode) + 1)
+    torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 6, 8, 8), torch.nn.Flatten()).eval()).save(
+        str(tmp_path / "features.pt")
+    )
+    flags = (
+        f"--pipeline {run / 'pipeline'} --reference {data} --num_images 8 --steps 2 --num_cpu_threads 1 --allow_few"
+    )
+    flags += f" --metrics colours features --crop center --features {tmp_path}/features.pt --heldout_split train"
+    assert evaluation.main([*flags.split(), "--out", str(tmp_path / "evaluation")]) == 0
+    (folder,) = (tmp_path / "evaluation" / "images").iterdir()
+    assert {image.mode for image in map(Image.open, folder.glob("seed-*.png"))} == {mode}
+
+
+def test_transparent_images_are_judged_on_white():
+    images = torch.tensor([[200.0, 100, 0], [0, 255, 51]]).to(torch.uint8)[None, :, :, None]  # (1, 2, 3, 1)
+    assert over_white(images).flatten().tolist() == [255, 100, 204]
+    coloured = torch.cat([images[:, :1].expand(-1, 3, -1, -1), images[:, 1:]], dim=1)
+    assert torch.equal(over_white(coloured), over_white(images).expand(-1, 3, -1, -1))
+    assert torch.equal(over_white(coloured[:, :3]), coloured[:, :3])
 
 
 def test_from_grey_files_to_an_evaluation(train, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from common import InputError
 from training import sources, training_data
 from training.config import TrainConfig
 from training.data import ImageStore, open_image_store
-from training.sources import HuggingFaceImages
+from training.sources import Format, HuggingFaceImages
 from training.synthetic_faces import LABEL_NAMES, draw_faces, face_factors, split_indices
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -340,7 +340,7 @@ def test_a_column_of_plain_bytes_holds_images(tmp_path, kind, streaming):
     table = datasets.Dataset.from_dict({"image": [encoded(0), encoded(1)]}, features=features)
     table.to_parquet(tmp_path / "data" / "train.parquet")
     source = HuggingFaceImages(str(tmp_path / "data"), None, None, "train", "image", None, streaming)
-    assert_pictures(np.stack([image for image, _ in source.decode("none", (3, SIDE, SIDE))]), [0, 1])
+    assert_pictures(np.stack([image for image, _ in source.decode(Format("none", (3, SIDE, SIDE)))]), [0, 1])
 
 
 # Columns of labels
@@ -387,7 +387,7 @@ def test_streaming_gives_the_same_images_and_labels(tmp_path, name):
         arguments = (str(tmp_path / "data"), None, None, "train", "image", max_images)
         streamed, read = (HuggingFaceImages(*arguments, streaming, label_column="kind") for streaming in (True, False))
         for source in (streamed, read):
-            images, labels = zip(*source.decode("none", (3, SIDE, SIDE)), strict=True)
+            images, labels = zip(*source.decode(Format("none", (3, SIDE, SIDE))), strict=True)
             assert_pictures(np.stack(images), range(max_images or 4))
             assert list(labels) == values[:max_images]
         assert streamed.label_names == read.label_names
@@ -588,7 +588,7 @@ def test_a_stream_that_breaks_off_is_told(tmp_path, monkeypatch):
     source = HuggingFaceImages("someone/faces", None, None, "train", "image", None, streaming=True)
     monkeypatch.setattr(source, "_open", broken)
     with pytest.raises(InputError, match=r"^the stream of someone/faces broke off after 1 rows: the server is gone$"):
-        list(source.decode("none", (3, SIDE, SIDE)))
+        list(source.decode(Format("none", (3, SIDE, SIDE))))
 
 
 # What is not there, and what is damaged

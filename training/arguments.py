@@ -31,7 +31,6 @@ OF_DIFFUSERS = {
     "local_rank": "leave it out and start with accelerate launch or torchrun",
     "logger": "pass --report_to",
     "model_config_name_or_path": "pass the network's options, or --pretrained_model_name_or_path for its weights",
-    "preserve_input_precision": "leave it out, images are read with 8 bits per channel",
     "save_images_epochs": "pass --save_images_steps",
     "save_model_epochs": "pass --checkpointing_steps",
     "use_ema": "leave it out, an EMA is always kept and used",

@@ -70,13 +70,16 @@ class TrainConfig:
     resolution: list[int] = option([64], "side length of the images in pixels, or height and width", min=1, max=8192)
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
     max_images: int | None = option(None, "use only the first images of the split", min=1)
+    preserve_input_precision: bool = option(False, "keep the 16 bits per pixel of grey images, which Pillow can read")
     skip_bad_images: bool = option(False, "skip and count unreadable images instead of failing")
     streaming: bool = option(False, "read a Hub data set as a stream; only the decoded images are kept")
     cache_dir: str | None = option(None, "folder for the decoded images")
     dataloader_num_workers: int = option(0, "worker processes of the data loader", min=0, max=256)
 
     # Network: the constructor arguments of UNet2DModel; sample_size is the resolution, out_channels are in_channels
-    in_channels: Literal[1, 3] | None = option(None, "3, or 1 for grey images (default: 1 if all images are grey)")
+    in_channels: Literal[1, 2, 3, 4] | None = option(
+        None, "1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha (default: 1 if all images are grey, else 3)"
+    )
     pretrained_model_name_or_path: str | None = option(
         None, "model folder or Hub id with the same network; its weights initialize a new run"
     )
@@ -349,7 +352,7 @@ class TrainConfig:
         """The arguments of `open_image_store` that all splits of this run share."""
         names = (
             "dataset_name dataset_config_name dataset_revision train_data_dir image_column label_column crop"
-            " resolution in_channels streaming skip_bad_images cache_dir"
+            " resolution in_channels preserve_input_precision streaming skip_bad_images cache_dir"
         ).split()
         return {name: getattr(self, name) for name in names}
 

@@ -25,14 +25,14 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from common import InputError
-from training.images import CROPS, compact, height_and_width
-from training.sources import HuggingFaceImages, SyntheticFaces, find_source
+from training.images import CHANNELS, CROPS, compact, height_and_width
+from training.sources import Format, HuggingFaceImages, SyntheticFaces, find_source
 from training.workers import load_batches
 
 logger = logging.getLogger(__name__)
 
 STALE_SECONDS = 2 * 24 * 3600  # longer than any download takes before the first image is written
-PIXELS, LABELS, META = "images.uint8", "labels.int64", "meta.json"
+PIXELS, LABELS, META = "images.{}", "labels.int64", "meta.json"
 HELD_OUT_SPLITS = ("validation", "test")  # their first images may all be of one class
 MAX_CLASSES = 1000  # a column of strings or integers with more values holds names or captions, not classes
 
@@ -44,7 +44,7 @@ class ImageStore(Dataset):
         max_images: use only the first images.
 
     Attributes:
-        images: uint8, shape (N, C, H, W), mapped from the disk, read-only.
+        images: uint8 or uint16, shape (N, C, H, W), mapped from the disk, read-only.
         labels: class number of each image, int64, shape (N,), read-only; None without a label column.
         summary: how many files were found, used and left out, and why; None if the source does not report it.
         fingerprint: hex digest of the pixels and labels, the same on every machine.
@@ -58,7 +58,8 @@ class ImageStore(Dataset):
         self.summary: str | None = self.description.pop("summary", None)
         num_images = self.description["num_images"]
         shape = (num_images, *_image_shape(self.description))
-        self.images = np.memmap(folder / PIXELS, np.uint8, "r", shape=shape)
+        dtype = self.description.get("dtype", "uint8")
+        self.images = np.memmap(folder / PIXELS.format(dtype), dtype, "r", shape=shape)
         self.labels: np.ndarray | None = None
         if "label_column" in self.description:
             self.labels = np.fromfile(folder / LABELS, "<i8").astype(np.int64, copy=False)
@@ -71,11 +72,11 @@ class ImageStore(Dataset):
 
     def __getstate__(self) -> dict:
         """Pickles the path of the pixels, not the pixels, for spawned processes."""
-        return self.__dict__ | {"images": (self.images.filename, self.images.shape)}
+        return self.__dict__ | {"images": (self.images.filename, self.images.dtype, self.images.shape)}
 
     def __setstate__(self, state: dict) -> None:
-        path, shape = state["images"]
-        self.__dict__ |= state | {"images": np.memmap(path, np.uint8, "r", shape=shape)}
+        path, dtype, shape = state["images"]
+        self.__dict__ |= state | {"images": np.memmap(path, dtype, "r", shape=shape)}
 
     def digest(self) -> str:
         """The fingerprint, recomputed from the data on disk."""
@@ -92,7 +93,7 @@ class ImageStore(Dataset):
         return torch.from_numpy(self.images[index].copy())
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        """uint8, shape (len(indices), C, H, W)."""
+        """Shape (len(indices), C, H, W)."""
         return torch.from_numpy(self.images[np.asarray(indices)])
 
     def labels_among(self, names: Sequence[str]) -> np.ndarray:
@@ -125,6 +126,7 @@ def open_image_store(
     crop: str = "center",
     resolution: int | Sequence[int] = 64,
     in_channels: int | None = 3,
+    preserve_input_precision: bool = False,
     cache_dir: str | None = None,
     skip_bad_images: bool = False,
     max_images: int | None = None,
@@ -135,7 +137,8 @@ def open_image_store(
 
     Args:
         resolution: R or (H, W).
-        in_channels: 3, or 1 to decode to greyscale; None for 1 if the decoded pixels of all images are grey, else 3.
+        in_channels: see `decode_image`; None for 1 if the decoded pixels of all images are grey, else 3.
+        preserve_input_precision: whether to decode to uint16 instead of uint8.
         cache_dir: folder of the stores; by default in the user's cache.
         skip_bad_images: leave out unreadable images and count them in the description.
         max_images: use only the first images, from the store of the whole split if it exists.
@@ -154,8 +157,8 @@ def open_image_store(
         raise InputError(f"the resolution is {resolution}; it must be at least 1")
     if crop.startswith("celeba") and sides[0] != sides[1]:
         raise InputError(f"crop {crop} is a square, which {sides[0]}x{sides[1]} is not; choose center or none")
-    if in_channels not in (None, 1, 3):
-        raise InputError(f"images of {in_channels} channels cannot be read from files; only 1 (grey) and 3 (RGB) can")
+    if in_channels not in (None, *CHANNELS):
+        raise InputError(f"images of {in_channels} channels cannot be read from files; only 1 to 4 can")
     if max_images is not None and max_images < 1:
         raise InputError(f"max_images is {max_images}; it must be at least 1")
     root = cache_root(cache_dir)
@@ -163,6 +166,7 @@ def open_image_store(
     last_commit = partial(_last_commit, root, name, revision)
     source = find_source(**which, max_images=max_images, label_column=label_column, last_commit=last_commit)
     facts = source.identity | {"crop": crop, "resolution": compact(sides), "skip_bad_images": skip_bad_images}
+    facts |= {"dtype": "uint16"} if preserve_input_precision else {}
 
     def find(facts: dict, may_build: bool = True) -> ImageStore | None:
         folder, store = root / _key(source, facts), None
@@ -175,7 +179,7 @@ def open_image_store(
             store = ImageStore(folder)
         return store
 
-    store = find(facts, may_build=in_channels != 1)
+    store = find(facts, may_build=in_channels in (None, 3))
     if in_channels is None and all((image == image[0]).all() for image in store.images):
         in_channels = 1  # the store may be an older one, or have colour images after the first max_images
     if store is None or in_channels not in (None, store.images.shape[1]):
@@ -246,9 +250,11 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
 def _write(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict) -> dict:
     """Decodes the images of a source into a folder; returns their number and the names of their classes."""
     num_images, skipped, labels, shape = 0, [], Labels(source), _image_shape(facts)
+    dtype = facts.get("dtype", "uint8")
+    pixels = folder / PIXELS.format(dtype)
     is_grey = "in_channels" not in facts
-    decoding = contextlib.closing(source.decode(facts["crop"], shape))
-    with decoding as rows, (folder / PIXELS).open("wb") as file, tqdm(unit=" images") as bar:
+    decoding = contextlib.closing(source.decode(Format(facts["crop"], shape, dtype)))
+    with decoding as rows, pixels.open("wb") as file, tqdm(unit=" images") as bar:
         for row, (decoded, label) in enumerate(rows):
             bar.total = source.num_images
             bar.update()
@@ -268,10 +274,10 @@ def _write(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
     summary = "; ".join(filter(None, [source.summary, unreadable])) or None
     counts = {"num_images": num_images, "num_skipped": len(skipped), "fingerprint": "", "summary": summary}
     if is_grey:
-        coloured = np.memmap(folder / PIXELS, np.uint8, "r", shape=(num_images, *shape))
+        coloured = np.memmap(pixels, dtype, "r", shape=(num_images, *shape))
         with (folder / "grey").open("wb") as file:
             file.writelines(image[0].tobytes() for image in coloured)
-        (folder / "grey").replace(folder / PIXELS)
+        (folder / "grey").replace(pixels)
         counts["in_channels"] = 1
     if source.label_column is None:
         return counts
@@ -328,8 +334,8 @@ def _remove_leftovers(root: Path) -> None:
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [-1, 1], same shape."""
-    return images.float() / 127.5 - 1
+    """uint8 0..255 or uint16 0..65535 -> float32 in [-1, 1], same shape."""
+    return images.float() / (torch.iinfo(images.dtype).max / 2) - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -376,7 +382,7 @@ def shuffled_batches(
 
 
 class Batch(NamedTuple):
-    """Images, uint8 (B, C, H, W), and their labels, int64 (B,), or None for a store without labels."""
+    """Images, uint8 or uint16 (B, C, H, W), and their labels, int64 (B,), or None for a store without labels."""
 
     images: np.ndarray | Tensor
     labels: np.ndarray | Tensor | None

@@ -20,6 +20,7 @@ import numpy as np
 import pandas
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode for each number of channels
 CROPS = ("celeba_140", "celeba_128", "center", "none")
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs, here an error instead of a warning
 # Every scan of a progressive JPEG, however few bytes it has, costs a pass over all blocks; this is libtiff's limit
@@ -53,7 +54,8 @@ SPLITS = {  # splits and their folder names, as in `datasets`
     "test": {"test", "testing", "eval", "evaluation"},
 }
 # Files that identify folders written by this repository: a training run, a model, generated images, decoded images
-OWN_FILES = ({"log.jsonl", "config.yaml"}, {"model_index.json"}, {"generate.json"}, {"images.uint8", "meta.json"})
+OWN_FILES = ({"log.jsonl", "config.yaml"}, {"model_index.json"}, {"generate.json"})
+OWN_FILES += tuple({f"images.{dtype}", "meta.json"} for dtype in ("uint8", "uint16"))
 
 
 class BadImage(ValueError):
@@ -347,19 +349,21 @@ def height_and_width(resolution: int | Sequence[int]) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
 
 
-def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int]) -> np.ndarray:
+def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int], dtype: str = "uint8") -> np.ndarray:
     """Decodes, crops and resizes one image.
 
-    The EXIF orientation is applied; broken or oversized metadata are ignored. Transparent pixels are composited on
-    white; grey, palette and CMYK images become RGB; 16-bit images are scaled to 8 bits; colour profiles are ignored.
-    Pixels of unknown range (floating point, 32-bit integers) are refused, and so is PostScript, a program that Pillow
-    would pass to Ghostscript. Of several frames or pages the first one is used.
+    The EXIF orientation is applied; broken or oversized metadata are ignored. Without an alpha channel, transparent
+    pixels are composited on white. Palette and CMYK images become RGB; colour profiles are ignored. Pixels of unknown
+    range (floating point, 32-bit integers) are refused, and so is PostScript, a program that Pillow would pass to
+    Ghostscript. Of several frames or pages the first one is used.
 
     Args:
-        shape: (C, H, W), with 3 channels or, for grey images, 1.
+        shape: (C, H, W) with 1 channel (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
+        dtype: `uint8`, to which 16-bit images are scaled, or `uint16`, to which 8-bit images are scaled. Pillow reads
+            only grey images with 16 bits.
 
     Returns:
-        uint8, shape (C, H, W).
+        shape (C, H, W).
 
     Raises:
         BadImage: if the bytes are not a complete image, there are too many pixels, or the crop does not suit the size.
@@ -367,28 +371,31 @@ def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int]) -> np.n
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which are not used, at every image
-            image = _to_rgb(_load(encoded))
+            image = _to_standard_mode(_load(encoded), has_alpha=shape[0] % 2 == 0, dtype=dtype)
     except BadImage:
         raise
     except UnidentifiedImageError as error:
         raise BadImage(f"no image in its {len(encoded)} bytes") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others on damaged files
         raise BadImage(f"damaged image: {' '.join(str(error).split()) or type(error).__name__}") from error
-    return crop_and_resize(image, crop, shape)
+    return crop_and_resize(image, crop, shape, dtype)
 
 
-def crop_and_resize(image: Image.Image, crop: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """The pixels of an RGB image, uint8, shape (C, H, W); for one channel, its luma.
+def crop_and_resize(image: Image.Image, crop: str, shape: tuple[int, int, int], dtype: str = "uint8") -> np.ndarray:
+    """The pixels, shape (C, H, W), of an image in a mode of `CHANNELS` or of 16-bit grey values in mode F.
 
     Raises:
         BadImage: if the crop does not suit the size.
     """
     channels, height, width = shape
-    image = image.convert("L") if channels == 1 else image
+    image = image if image.mode == "F" else image.convert(CHANNELS[channels])
     box = crop_box(crop, image.width, image.height, width / height)
     # Bicubic with antialiasing: the kernel widens with the reduction (Parmar et al. 2022, arXiv 2104.11222)
     resized = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(resized).reshape(height, width, channels).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    pixels = np.asarray(resized).reshape(height, width, -1).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    if image.mode == "F":
+        return np.broadcast_to(pixels.round().clip(0, 65535), shape).astype(dtype)
+    return pixels if dtype == "uint8" else pixels.astype(dtype) * 257
 
 
 def crop_box(crop: str, width: int, height: int, aspect: float = 1.0) -> tuple[float, float, float, float]:
@@ -459,7 +466,8 @@ def _check_cost(image: Image.Image, encoded: bytes) -> None:
             raise BadImage(f"its {scans} scans of {image.width} x {image.height} pixels take too long to decode")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_standard_mode(image: Image.Image, has_alpha: bool, dtype: str) -> Image.Image:
+    """RGB, or RGBA if `has_alpha`; for 16-bit grey values and uint16 without alpha, F."""
     if image.mode == "F":
         raise BadImage("its pixels are floating-point numbers, of unknown range")
     if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these have 16 bits, which Pillow widens
@@ -468,7 +476,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise BadImage("its pixels are numbers of colours, but there is no palette")
     if image.mode.startswith("I"):
         values = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        if dtype == "uint16" and not has_alpha:
+            return Image.fromarray(values.astype(np.float32))
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # round(values / 257) with less memory
+    if has_alpha:
+        return image.convert("RGBA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import fsspec
@@ -63,8 +64,15 @@ from training.workers import on_all_cores
 logger = logging.getLogger(__name__)
 
 Decoded = np.ndarray | str
-Shape = tuple[int, int, int]  # (C, H, W)
 Label = int | bool | str | None
+
+
+class Format(NamedTuple):
+    """What images are decoded to, the arguments of `decode_image`; `shape` is (C, H, W)."""
+
+    crop: str
+    shape: tuple[int, int, int]
+    dtype: str = "uint8"
 
 
 class SyntheticFaces:
@@ -85,17 +93,17 @@ class SyntheticFaces:
             self.identity["label_column"] = label_column
         self.num_images = len(self.indices)
 
-    def decode(self, crop: str, shape: Shape) -> Iterator[tuple[np.ndarray, Label]]:
-        if crop not in ("none", "center"):
-            raise InputError(f"crop {crop} is for CelebA's photographs; choose none for {self.name}")
-        side = max(shape[1:])  # of the square from which a rectangle is taken
+    def decode(self, to: Format) -> Iterator[tuple[np.ndarray, Label]]:
+        if to.crop not in ("none", "center"):
+            raise InputError(f"crop {to.crop} is for CelebA's photographs; choose none for {self.name}")
+        side = max(to.shape[1:])  # of the square from which a rectangle is taken
         if side < LEAST_RESOLUTION:
             raise InputError(f"{self.name} are drawn at a resolution of {LEAST_RESOLUTION} or more, not {side}")
-        yield from on_all_cores(partial(self._draw, side, crop, shape), self.num_images)
+        yield from on_all_cores(partial(self._draw, side, to), self.num_images)
 
-    def _draw(self, side: int, crop: str, shape: Shape, part: slice) -> list[tuple[np.ndarray, Label]]:
+    def _draw(self, side: int, to: Format, part: slice) -> list[tuple[np.ndarray, Label]]:
         factors = face_factors(self.indices[part])
-        faces = [crop_and_resize(Image.fromarray(face), crop, shape) for face in draw_faces(factors, side)]
+        faces = [crop_and_resize(Image.fromarray(face), *to) for face in draw_faces(factors, side)]
         labels = factors[self.label_column].tolist() if self.label_column else [None] * len(faces)
         return list(zip(faces, labels, strict=True))
 
@@ -130,15 +138,15 @@ class HuggingFaceImages:
         names = names[: None if self.label_column else -1]
         return {"source": source} | {name: getattr(self, name) for name in names}
 
-    def decode(self, crop: str, shape: Shape) -> Iterator[tuple[Decoded, Label]]:
+    def decode(self, to: Format) -> Iterator[tuple[Decoded, Label]]:
         rows = self._open()
         if self.streaming:
-            yield from self._stream(rows, crop, shape)
+            yield from self._stream(rows, to)
         else:
             self.num_images = len(rows)
-            yield from on_all_cores(partial(self._decode_rows, rows, crop, shape), self.num_images)
+            yield from on_all_cores(partial(self._decode_rows, rows, to), self.num_images)
 
-    def _stream(self, rows, crop: str, shape: Shape) -> Iterator[tuple[Decoded, Label]]:
+    def _stream(self, rows, to: Format) -> Iterator[tuple[Decoded, Label]]:
         num_decoded = 0
         try:
             for row in rows:
@@ -146,7 +154,7 @@ class HuggingFaceImages:
                 path = cell["path"] if cell and cell["bytes"] is None else None
                 if "://" in (path or "") and self._may_read(path):
                     cell = cell | {"bytes": _read(path)}  # read here, because a failed download is not a bad image
-                decoded = self._decode_row(num_decoded, cell, crop, shape)
+                decoded = self._decode_row(num_decoded, cell, to)
                 num_decoded += 1
                 yield decoded, row[self.label_column] if self.label_column else None
         except (OSError, HTTPError, ValueError) as error:
@@ -154,17 +162,17 @@ class HuggingFaceImages:
                 f"the stream of {self.name} broke off after {num_decoded} rows: {_reason(error)}"
             ) from error
 
-    def _decode_rows(self, rows, crop: str, shape: Shape, part: slice) -> list[tuple[Decoded, Label]]:
+    def _decode_rows(self, rows, to: Format, part: slice) -> list[tuple[Decoded, Label]]:
         columns = rows[part]
         cells = columns[self.image_column]
-        decoded = [self._decode_row(part.start + i, cell, crop, shape) for i, cell in enumerate(cells)]
+        decoded = [self._decode_row(part.start + i, cell, to) for i, cell in enumerate(cells)]
         labels = columns[self.label_column] if self.label_column else [None] * len(cells)
         return list(zip(decoded, labels, strict=True))
 
-    def _decode_row(self, number: int, cell: dict | None, crop: str, shape: Shape) -> Decoded:
+    def _decode_row(self, number: int, cell: dict | None, to: Format) -> Decoded:
         encoded, path = (cell["bytes"], cell["path"]) if cell else (None, None)
         try:
-            return decode_image(self._read(path) if encoded is None else encoded, crop, shape)
+            return decode_image(self._read(path) if encoded is None else encoded, *to)
         except (BadImage, OSError) as error:
             name = path and (Path(path).name if os.path.isabs(path) or "://" in path else path)
             return f"row {number}{f' ({name})' if name else ''}: {error}"
