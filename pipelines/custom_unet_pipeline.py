@@ -446,33 +446,40 @@ class CustomUNetPipeline(DiffusionPipeline):
         if sampler is not None:
             self.process.num_evaluations(sampler, num_inference_steps)  # raises ValueError for a number out of range
             return
-        if not isinstance(scheduler, SUITABLE):
-            suitable = ", ".join(cls.__name__ for cls in SUITABLE)
-            raise ValueError(f"{name} does not suit a network of discrete timesteps; take one of {suitable}")
-        kind, known, new = config.prediction_type, self._alphas_cumprod, scheduler.alphas_cumprod.cpu()
-        if kind not in ("epsilon", "sample", "v_prediction"):
-            raise ValueError(f"prediction_type is {kind!r}; it must be epsilon, sample or v_prediction")
-        if known is None:
-            raise ValueError(f"{name} has discrete timesteps, but the network was trained in continuous time")
-        if kind != self._prediction_type:
-            raise ValueError(
-                f"{name} has prediction_type {kind!r}, the network was trained with {self._prediction_type!r}"
-            )
-        if known.shape != new.shape or (known - new).abs().max() > 1e-4:  # some schedulers keep the last one above 0
-            raise ValueError(
-                f"{name} has another noise schedule than the network was trained with; take set_sampler(NAME)"
-            )
-        if isinstance(scheduler, SIGMA_TYPE):
-            check_fractional_timesteps(self.unet)
-        if str(config.get("variance_type")).startswith("learned"):
-            raise ValueError(f"variance_type is {config.variance_type!r}, but the network predicts no variance")
-        for option in OTHER_LEVELS:
-            if config.get(option):
-                raise ValueError(f"{name} has {option}, whose noise levels are not those of its timesteps")
+        check_scheduler(self)
         if not 1 <= num_inference_steps <= config.num_train_timesteps:
             raise ValueError(
                 f"num_inference_steps is {num_inference_steps}; it must be 1 to {config.num_train_timesteps}"
             )
+
+
+def check_scheduler(pipeline: CustomUNetPipeline) -> None:
+    """Raises ValueError unless the scheduler, of discrete timesteps, suits the pipeline's network."""
+    scheduler, config = pipeline.scheduler, pipeline.scheduler.config
+    name = type(scheduler).__name__
+    if not isinstance(scheduler, SUITABLE):
+        suitable = ", ".join(cls.__name__ for cls in SUITABLE)
+        raise ValueError(f"{name} does not suit a network of discrete timesteps; take one of {suitable}")
+    kind, known, new = config.prediction_type, pipeline._alphas_cumprod, scheduler.alphas_cumprod.cpu()
+    if kind not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(f"prediction_type is {kind!r}; it must be epsilon, sample or v_prediction")
+    if known is None:
+        raise ValueError(f"{name} has discrete timesteps, but the network was trained in continuous time")
+    if kind != pipeline._prediction_type:
+        raise ValueError(
+            f"{name} has prediction_type {kind!r}, the network was trained with {pipeline._prediction_type!r}"
+        )
+    if known.shape != new.shape or (known - new).abs().max() > 1e-4:  # some schedulers keep the last one above 0
+        raise ValueError(
+            f"{name} has another noise schedule than the network was trained with; take set_sampler(NAME)"
+        )
+    if isinstance(scheduler, SIGMA_TYPE):
+        check_fractional_timesteps(pipeline.unet)
+    if str(config.get("variance_type")).startswith("learned"):
+        raise ValueError(f"variance_type is {config.variance_type!r}, but the network predicts no variance")
+    for option in OTHER_LEVELS:
+        if config.get(option):
+            raise ValueError(f"{name} has {option}, whose noise levels are not those of its timesteps")
 
 
 def check_output_type(output_type: str) -> None:

@@ -86,8 +86,9 @@ class CustomUNetPipeline(DiffusionPipeline):
         self._prediction_type = scheduler.config.get("prediction_type")
         self._alphas_cumprod = scheduler.alphas_cumprod.cpu() if hasattr(scheduler, "alphas_cumprod") else None
         self._continuous: tuple | None = None  # continuous-time sampler, and the scheduler that it was set for
-        color = "do_convert_grayscale" if unet.config.in_channels == 1 else "do_convert_rgb"
-        self.image_processor = VaeImageProcessor(do_resize=False, **{color: True})
+        channels = unet.config.in_channels  # with an alpha channel, nothing is converted
+        colors = {"do_convert_grayscale": channels == 1, "do_convert_rgb": channels == 3}
+        self.image_processor = VaeImageProcessor(do_resize=False, **colors)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *, trust_remote_code: bool = False, **kwargs):
@@ -214,7 +215,6 @@ class CustomUNetPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         guidance_scale: float = 1.0,
-        classifier: Callable | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
@@ -235,12 +235,9 @@ class CustomUNetPipeline(DiffusionPipeline):
                 on its own seed, not on the rest of the batch, and is the same on every device. Exception: `ode`
                 chooses its steps for the whole batch, so an image depends on the others up to its tolerance.
             latents: x_T to start from instead of random noise, shape (B, C, H, W), of unit variance.
-            class_labels: one for all images or one for each, for a network with class embeddings or a classifier.
+            class_labels: one for all images or one for each, for a network with class embeddings.
             guidance_scale: w. For a network whose last class embedding is the null class, the output is
-                null + w (conditional - null) (classifier-free guidance, arXiv 2207.12598); 1 means no guidance. With a
-                classifier, the factor of its gradient.
-            classifier: `classifier(x_t, alpha, n)` returns logits (B, K) of p(y | x_t), with alpha and n (B,); guides
-                by the gradient of log p(y | x_t) (arXiv 2011.13456, eq. 14; 2105.05233, section 4).
+                null + w (conditional - null) (classifier-free guidance, arXiv 2207.12598); 1 means no guidance.
             callback_on_step_end: called after each network evaluation as `callback(pipeline, index, timestep,
                 tensors)`. It may return a dictionary with new `latents`, or end the loop after this step by setting
                 `pipeline._interrupt = True`; neither is possible in continuous time.
@@ -259,7 +256,7 @@ class CustomUNetPipeline(DiffusionPipeline):
                 f"a callback can have {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}"
             )
         batch_size, generator = self.batch_and_generator(batch_size, generator, seeds, latents)
-        guidance = self.guidance(class_labels, batch_size, guidance_scale, classifier)
+        guidance = self.guidance(class_labels, batch_size, guidance_scale)
         # The latents stay float32 whatever the network's dtype: each step changes them only a little.
         noise = self.draw_noise(batch_size, generator) if latents is None else latents
         latents = noise.to(self._execution_device, torch.float32)
@@ -315,9 +312,6 @@ class CustomUNetPipeline(DiffusionPipeline):
                 clean_images, noise = clean_images_and_noise(
                     self._prediction_type, model_output, noisy_images, signal, sigma
                 )
-                if guidance.classifier is not None:
-                    gradient = guidance.gradient(noisy_images, signal, sigma)
-                    clean_images, noise = clean_images + sigma**2 / signal * gradient, noise - sigma * gradient
                 # 2. Take a step of the sampler
                 if isinstance(scheduler, diffusers.DDIMScheduler):
                     pair = levels[index : index + 2]
@@ -351,8 +345,7 @@ class CustomUNetPipeline(DiffusionPipeline):
         """
         config = self.scheduler.config  # schedulers also keep settings that are not their own
         bound = config.get("clip_sample_range", 1.0) if clip and config.get("clip_sample") else math.inf
-        gradient, indices = None if guidance.classifier is None else guidance.gradient, itertools.count()
-        self._num_timesteps = total
+        self._num_timesteps, indices = total, itertools.count()
         bar = self.progress_bar(itertools.count()) if total is None else self.progress_bar(total=total)
 
         def after_each(t: Tensor, x: Tensor, clean_images: Tensor) -> None:
@@ -364,7 +357,7 @@ class CustomUNetPipeline(DiffusionPipeline):
                 raise ValueError("a callback cannot interrupt in continuous time; raise an exception of your own")
 
         with self.evaluation_mode(), bar:
-            yield process.denoiser(partial(guidance.model_output, self.unet), gradient, bound, after_each)
+            yield process.denoiser(partial(guidance.model_output, self.unet), bound, after_each)
 
     # ---- Parts
 
@@ -409,26 +402,22 @@ class CustomUNetPipeline(DiffusionPipeline):
                 raise ValueError(f"{len(given)} {name} for {batch_size} images; give one for each image")
         return batch_size, generator
 
-    def guidance(self, class_labels=None, batch_size: int = 1, scale: float = 1.0, classifier=None) -> "Guidance":
+    def guidance(self, class_labels=None, batch_size: int = 1, scale: float = 1.0) -> "Guidance":
         """The `Guidance` of a batch, arguments as in `__call__`; raises ValueError if they do not suit the network."""
         config = self.unet.config
         num_classes = config.get("num_class_embeds")
         has_classes = num_classes is not None or config.get("class_embed_type") is not None
         if not math.isfinite(scale):
             raise ValueError(f"guidance_scale is {scale}; it must be finite")
-        if class_labels is None and classifier is not None:
-            raise ValueError("a classifier was given, but no class_labels to guide to")
         if class_labels is None and scale != 1:
             raise ValueError(f"guidance_scale is {scale}, but there are no class_labels to guide to")
-        if classifier is not None and has_classes:
-            raise ValueError("a classifier was given, but the network has class embeddings: take guidance_scale alone")
-        if classifier is None and scale != 1 and num_classes is None:
+        if scale != 1 and num_classes is None:
             raise ValueError(f"guidance_scale is {scale}, but the network has no table of classes with a null one")
         if class_labels is None and has_classes:
             raise ValueError("the network has class embeddings: give class_labels")
         if class_labels is None:
             return Guidance()
-        if classifier is None and not has_classes:
+        if not has_classes:
             raise ValueError("class_labels were given, but the network has no class embeddings")
         labels = torch.as_tensor(class_labels, device=self._execution_device)
         labels = labels.expand(batch_size) if labels.ndim == 0 else labels
@@ -436,7 +425,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             raise ValueError(f"{len(labels)} class_labels for {batch_size} images; give one for all or one for each")
         if num_classes is not None and not 0 <= labels.min() <= labels.max() < num_classes:
             raise ValueError(f"class_labels are {labels.tolist()}; they must be 0 to {num_classes - 1}")
-        return Guidance(labels, scale, num_classes - 1 if classifier is None and scale != 1 else None, classifier)
+        return Guidance(labels, scale, None if scale == 1 else num_classes - 1)
 
     def to_output(self, images: Tensor, output_type: str):
         """Converts images from the model's range to `output_type`; raises ValueError if they are not finite."""
@@ -457,33 +446,40 @@ class CustomUNetPipeline(DiffusionPipeline):
         if sampler is not None:
             self.process.num_evaluations(sampler, num_inference_steps)  # raises ValueError for a number out of range
             return
-        if not isinstance(scheduler, SUITABLE):
-            suitable = ", ".join(cls.__name__ for cls in SUITABLE)
-            raise ValueError(f"{name} does not suit a network of discrete timesteps; take one of {suitable}")
-        kind, known, new = config.prediction_type, self._alphas_cumprod, scheduler.alphas_cumprod.cpu()
-        if kind not in ("epsilon", "sample", "v_prediction"):
-            raise ValueError(f"prediction_type is {kind!r}; it must be epsilon, sample or v_prediction")
-        if known is None:
-            raise ValueError(f"{name} has discrete timesteps, but the network was trained in continuous time")
-        if kind != self._prediction_type:
-            raise ValueError(
-                f"{name} has prediction_type {kind!r}, the network was trained with {self._prediction_type!r}"
-            )
-        if known.shape != new.shape or (known - new).abs().max() > 1e-4:  # some schedulers keep the last one above 0
-            raise ValueError(
-                f"{name} has another noise schedule than the network was trained with; take set_sampler(NAME)"
-            )
-        if isinstance(scheduler, SIGMA_TYPE):
-            check_fractional_timesteps(self.unet)
-        if str(config.get("variance_type")).startswith("learned"):
-            raise ValueError(f"variance_type is {config.variance_type!r}, but the network predicts no variance")
-        for option in OTHER_LEVELS:
-            if config.get(option):
-                raise ValueError(f"{name} has {option}, whose noise levels are not those of its timesteps")
+        check_scheduler(self)
         if not 1 <= num_inference_steps <= config.num_train_timesteps:
             raise ValueError(
                 f"num_inference_steps is {num_inference_steps}; it must be 1 to {config.num_train_timesteps}"
             )
+
+
+def check_scheduler(pipeline: CustomUNetPipeline) -> None:
+    """Raises ValueError unless the scheduler, of discrete timesteps, suits the pipeline's network."""
+    scheduler, config = pipeline.scheduler, pipeline.scheduler.config
+    name = type(scheduler).__name__
+    if not isinstance(scheduler, SUITABLE):
+        suitable = ", ".join(cls.__name__ for cls in SUITABLE)
+        raise ValueError(f"{name} does not suit a network of discrete timesteps; take one of {suitable}")
+    kind, known, new = config.prediction_type, pipeline._alphas_cumprod, scheduler.alphas_cumprod.cpu()
+    if kind not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(f"prediction_type is {kind!r}; it must be epsilon, sample or v_prediction")
+    if known is None:
+        raise ValueError(f"{name} has discrete timesteps, but the network was trained in continuous time")
+    if kind != pipeline._prediction_type:
+        raise ValueError(
+            f"{name} has prediction_type {kind!r}, the network was trained with {pipeline._prediction_type!r}"
+        )
+    if known.shape != new.shape or (known - new).abs().max() > 1e-4:  # some schedulers keep the last one above 0
+        raise ValueError(
+            f"{name} has another noise schedule than the network was trained with; take set_sampler(NAME)"
+        )
+    if isinstance(scheduler, SIGMA_TYPE):
+        check_fractional_timesteps(pipeline.unet)
+    if str(config.get("variance_type")).startswith("learned"):
+        raise ValueError(f"variance_type is {config.variance_type!r}, but the network predicts no variance")
+    for option in OTHER_LEVELS:
+        if config.get(option):
+            raise ValueError(f"{name} has {option}, whose noise levels are not those of its timesteps")
 
 
 def check_output_type(output_type: str) -> None:
@@ -582,18 +578,17 @@ def ship_code(cls: type, folder: Path) -> list[str]:
 
 @dataclass
 class Guidance:
-    """Class labels, guidance scale and guidance method of a batch; counts the network evaluations."""
+    """Class labels and guidance scale of a batch; counts the network evaluations."""
 
     class_labels: Tensor | None = None
     scale: float = 1.0
-    null_class: int | None = None  # classifier-free guidance
-    classifier: Callable | None = None
+    null_class: int | None = None
     evaluations: int = 0
 
     def model_output(self, unet, x: Tensor, timesteps: Tensor) -> Tensor:
         """The guided network output, float32 (B, C, H, W); one timestep for all images or one for each."""
         x = x.to(unet.dtype)
-        if self.class_labels is None or self.classifier is not None:
+        if self.class_labels is None:
             self.evaluations += 1
             return unet(x, timesteps).sample.float()
         if self.null_class is None:
@@ -604,12 +599,3 @@ class Guidance:
         timesteps = torch.cat([timesteps.expand(len(x))] * 2)
         conditional, null = unet(torch.cat([x, x]), timesteps, class_labels=labels).sample.float().chunk(2)
         return null + self.scale * (conditional - null)
-
-    @torch.enable_grad()
-    def gradient(self, x: Tensor, signal: float | Tensor, noise_scale: float | Tensor) -> Tensor:
-        """The scaled gradient of the classifier's log p(y | x), (B, C, H, W); one signal and noise scale for all."""
-        x = x.detach().requires_grad_()
-        scales = (torch.full((len(x),), float(scale), device=x.device) for scale in (signal, noise_scale))
-        log_probabilities = self.classifier(x, *scales).log_softmax(-1)
-        chosen = log_probabilities.gather(1, self.class_labels[:, None])
-        return self.scale * torch.autograd.grad(chosen.sum(), x)[0]
