@@ -17,19 +17,22 @@ from transformers import HfArgumentParser
 
 from common import InputError
 from custom_unet import CustomUNet2DModel
-from training.config import TYPES, TrainConfig, shortened, shown
+from training.config import LIMITS, TYPES, TrainConfig, shortened, shown
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 FOR_HUB = ("dataset_config_name", "dataset_revision", "streaming")  # keys that describe a data set on the Hub
 MOST_PARAMETERS = 10**10  # with gradients, moments and EMA 200 GB per device
-# Flags of diffusers' train_unconditional.py that do not exist here, and what to do instead
+# Flags of other scripts, most of them of diffusers' train_unconditional.py, and what to do instead
 OF_DIFFUSERS = {
+    "batch_size": "pass --train_batch_size",
     "center_crop": "pass --crop center",
+    "data_dir": "pass --train_data_dir",
     "enable_xformers_memory_efficient_attention": "leave it out, PyTorch's own efficient attention is always used",
     "local_rank": "leave it out and start with accelerate launch or torchrun",
     "logger": "pass --report_to",
+    "lr": "pass --learning_rate",
     "model_config_name_or_path": "pass the network's options, or --pretrained_model_name_or_path for its weights",
     "save_images_epochs": "pass --save_images_steps",
     "save_model_epochs": "pass --checkpointing_steps",
@@ -62,8 +65,8 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     `null` stands for no value, in the file and after a flag.
 
     Each entry of the file becomes the flag of the same name, so that the same rules apply to the file and the command
-    line; flags on the command line come later and win. A data set on the command line replaces the one in the file,
-    and a number of epochs replaces its number of steps.
+    line; flags on the command line come later and win. A data set on the command line replaces the one in the file, a
+    number of epochs its number of steps, and an objective the options of other objectives.
 
     Raises:
         InputError: for an unreadable file, an unknown key or flag (naming the nearest known one), a bad value, an
@@ -80,7 +83,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
             raise InputError(f"argument {arguments.index(token) + 1} belongs to no flag; write --name value")
         name = shortened(token.removeprefix("--").split("=")[0])
         raise InputError(f"unknown flag --{name}{_nearest(name, '--')}")
-    path = known.config
+    path = known.config and known.config.expanduser()
     if path is None:
         path = DEFAULT_CONFIG_PATH
         logger.info("no --config given: using configs/%s", path.name)
@@ -88,8 +91,8 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     if not isinstance(values, dict):
         raise InputError(f"the configuration {path} is not a mapping of keys to values")
     flags_of_file = _flags(path, values)
-    for flag in ("dataset_name", "train_data_dir", "num_epochs"):
-        displaced = _displaced(values, flag, getattr(known, flag))
+    for flag in ("dataset_name", "train_data_dir", "num_epochs", "objective"):
+        displaced = [key for key in _displaced(values, flag, getattr(known, flag)) if getattr(known, key) is None]
         if displaced:
             logger.info("--%s replaces %s of %s", flag, ", ".join(displaced), path.name)
             flags_of_file = {key: flags for key, flags in flags_of_file.items() if key not in displaced}
@@ -101,7 +104,10 @@ def parse_config(arguments: list[str]) -> TrainConfig:
 
 
 def _displaced(values: dict, flag: str, given: str | None) -> list[str]:
-    """The keys of the file that a length or data flag on the command line replaces."""
+    """The keys of the file that a flag for the data, the length or the objective on the command line replaces."""
+    if flag == "objective":
+        of_others = [key for key in values if given not in LIMITS.get(key, {}).get("only", str(given)).split()]
+        return of_others if given is not None else []
     if flag == "num_epochs":
         return ["max_train_steps"] if given is not None and values.get("max_train_steps") is not None else []
     there = [key for key in ("dataset_name", "train_data_dir") if values.get(key) is not None]

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import os
 import posixpath
 import struct
@@ -25,12 +26,12 @@ CROPS = ("celeba_140", "celeba_128", "center", "none")
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs, here an error instead of a warning
 # Every scan of a progressive JPEG, however few bytes it has, costs a pass over all blocks; this is libtiff's limit
 MAX_SCANS = 100
+MAX_VISITS = 20  # of one folder, reached through links; more of them are left out
 _CELEBA_WIDTH, _CELEBA_HEIGHT = 178, 218
 # left, top, right, bottom in the aligned image of 178 x 218
 _CELEBA_BOXES = {"celeba_140": (19, 39, 159, 179), "celeba_128": (25, 57, 153, 185)}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Metadata chunks of a PNG; only the orientation in eXIf matters
-PNG_METADATA = b"tEXt zTXt iTXt iCCP eXIf tIME pHYs gAMA cHRM sRGB sBIT bKGD hIST sPLT".split()
+JPEG_START, JPEG_SCAN = b"\xff\xd8", 0xDA
 
 Image.init()
 # Pillow recognises these but cannot decode them, or would run a program that they contain
@@ -40,13 +41,20 @@ IMAGE_EXTENSIONS = {
 }
 # Recognised by their first bytes in files with other extensions; the signatures of other formats are too short
 SNIFFED_FORMATS = [kind for kind in "AVIF BMP GIF JPEG JPEG2000 PNG PPM QOI TIFF WEBP".split() if kind in Image.OPEN]
+EXTENSIONS_WITH_FRAMES = {".gif", ".tif", ".tiff", ".webp", ".apng", ".mpo"}
 TABLE_EXTENSIONS = {".parquet", ".arrow", ".tar"}
 METADATA_READERS = {
     "metadata.csv": partial(
-        pandas.read_csv, dtype={"file_name": str}, encoding="utf-8-sig", keep_default_na=False, na_values=[""]
+        pandas.read_csv,
+        dtype={"file_name": str},
+        encoding="utf-8-sig",
+        keep_default_na=False,
+        na_values=[""],
+        index_col=False,  # commas at the ends of rows make no index
+        dtype_backend="numpy_nullable",  # integers stay integers beside missing ones
     ),
-    "metadata.jsonl": partial(pandas.read_json, lines=True, dtype=False),
-    "metadata.parquet": pandas.read_parquet,
+    "metadata.jsonl": partial(pandas.read_json, lines=True, dtype=False, dtype_backend="numpy_nullable"),
+    "metadata.parquet": partial(pandas.read_parquet, dtype_backend="numpy_nullable"),
 }
 SPLITS = {  # splits and their folder names, as in `datasets`
     "train": {"train", "training"},
@@ -105,6 +113,18 @@ class FolderFile(NamedTuple):
         except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
             raise BadImage(f"cannot be taken out of its archive: {error}") from error
 
+    @property
+    def is_hidden(self) -> bool:
+        """Whether it is a hidden file of an archive; `list_files` leaves out those of folders."""
+        return any(part.startswith((".", "__")) for part in (self.member or "").split("/") if part != ".")
+
+    def has_several_frames(self) -> bool:
+        with suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(self.path if self.member is None else io.BytesIO(self.read())) as image:
+                return getattr(image, "is_animated", False)
+        return False
+
     def checksum(self) -> int:
         """CRC-32 of the content."""
         return zlib.crc32(self.read()) if self.crc is None else self.crc
@@ -131,13 +151,11 @@ class FolderFile(NamedTuple):
             entries = _open_archive(self.path, os.getpid()).infolist()
         except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
             raise BadImage(f"{self.name} is no intact zip archive: {error}") from error
-        folder = self.name[: -len(self.extension)]
+        folder, names = self.name[: -len(self.extension)], {entry.filename: entry for entry in entries}
         return [
-            self._replace(
-                name=f"{folder}/{entry.filename}", size=entry.file_size, member=entry.filename, crc=entry.CRC
-            )
-            for entry in entries
-            if not entry.is_dir() and not any(part.startswith((".", "__")) for part in entry.filename.split("/"))
+            self._replace(name=f"{folder}/{name.removeprefix('./')}", size=entry.file_size, member=name, crc=entry.CRC)
+            for name, entry in names.items()
+            if not entry.is_dir()
         ]
 
 
@@ -162,7 +180,7 @@ def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
     Raises:
         OSError: if a folder cannot be read.
     """
-    files, passed_over = [], Counter()
+    files, passed_over, visits = [], Counter(), Counter()
     folders = deque([(str(folder), "", (os.path.realpath(folder),))])
     while folders:
         path, prefix, real_paths = folders.popleft()
@@ -175,13 +193,20 @@ def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
             name = prefix + printable(entry.name)
             real_path = os.path.join(real_paths[-1], entry.name)
             real_path = os.path.realpath(entry.path) if entry.is_symlink() else real_path
-            if entry.name.startswith(".") or (entry.name.startswith("__") and entry.is_dir()):
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself
+                is_folder = is_file = False
+            if entry.name.startswith(".") or (entry.name.startswith("__") and is_folder):
                 passed_over["hidden"] += 1
-            elif entry.is_dir() and real_path in real_paths:
+            elif is_folder and real_path in real_paths:
                 passed_over["a link to a folder that it is in"] += 1
-            elif entry.is_dir():
+            elif is_folder and visits[real_path] == MAX_VISITS:
+                passed_over["one of too many links to a folder"] += 1
+            elif is_folder:
+                visits[real_path] += 1
                 folders.append((entry.path, f"{name}/", (*real_paths, real_path)))
-            elif entry.is_file():
+            elif is_file:
                 status, is_link = entry.stat(), real_path != real_paths[0] + entry.path[len(str(folder)) :]
                 files.append(FolderFile(name, entry.path, real_path, status.st_size, status.st_mtime_ns, is_link))
             else:
@@ -189,13 +214,23 @@ def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
     return sorted(files), passed_over
 
 
-def unpack(files: Iterable[FolderFile]) -> list[FolderFile]:
-    """The files, with every zip archive replaced by the files in it.
+def unpack(files: list[FolderFile]) -> list[FolderFile]:
+    """The files, with every zip archive replaced by the files in it, under distinct names.
 
     Raises:
         BadImage: if an archive is damaged.
     """
-    return [inner for file in files for inner in (file.files_inside() if file.extension == ".zip" else [file])]
+    archives = [file for file in files if file.extension == ".zip"]
+    unpacked = [file for file in files if file.extension != ".zip"]
+    names = {file.name for file in unpacked}
+    for archive in archives:
+        for file in archive.files_inside():
+            if file.name in names:  # a folder has the name of the archive
+                folder, base = posixpath.splitext(archive.name)[0], posixpath.basename(archive.name)
+                file = file._replace(name=f"{folder}/{base}/{file.member}")
+            names.add(file.name)
+            unpacked.append(file)
+    return unpacked
 
 
 def are_images(files: list[FolderFile]) -> bool:
@@ -207,9 +242,15 @@ def are_images(files: list[FolderFile]) -> bool:
     return images > tables
 
 
-def split_of(name: str) -> str | None:
-    """The split of a file, according to its top-level folder; None if that does not name a split."""
-    folder, slash, _ = name.partition("/")
+def shared_folders(names: Iterable[str]) -> str:
+    """The leading folders, each with a slash, that all files share, up to one that names a split."""
+    shared = posixpath.commonprefix([f"{posixpath.dirname(name)}/" for name in names]).split("/")[:-1]
+    return "".join(f"{part}/" for part in itertools.takewhile(lambda part: part and not split_of(f"{part}/"), shared))
+
+
+def split_of(name: str, shared: str = "") -> str | None:
+    """The split of a file, according to its top-level folder below `shared`; None if that does not name a split."""
+    folder, slash, _ = name.removeprefix(shared).partition("/")
     return next((split for split, words in SPLITS.items() if slash and folder.lower() in words), None)
 
 
@@ -231,7 +272,8 @@ def take_each_once(images: list[FolderFile]) -> tuple[dict[str, FolderFile], Cou
             left_out["in an archive, with a copy outside of it or in another one"] += same is not None
         if same is None:
             alike[kind].append(file)
-        taken[place] = files[file.name] = files[comparable(file.name)] = same or file
+        taken[place] = files[file.name] = same or file
+        files.setdefault(comparable(file.name), files[file.name])
     return files, left_out
 
 
@@ -257,7 +299,9 @@ def metadata_rows(tables: Iterable[FolderFile], image_column: str) -> tuple[pand
             num_others += 1
             continue
         paths = [posixpath.join(folder, str(cell).replace("\\", "/")) for cell in frame.pop(column)]
-        frame.insert(0, "image" if column == "file_name" else image_column, [comparable(path) for path in paths])
+        name = "image" if column == "file_name" else image_column
+        frame = frame.drop(columns=name, errors="ignore")
+        frame.insert(0, name, [comparable(path) for path in paths])
         frames.append(frame)
     return pandas.concat(frames[1:] or frames, ignore_index=True), num_others
 
@@ -291,13 +335,16 @@ def choose_images(listed: list[FolderFile], pick: Callable[[list[str]], str], im
     Raises:
         BadImage: if an archive or a metadata table is damaged.
     """
-    found, left_out = unpack(listed), Counter()
+    unpacked, left_out = unpack(listed), Counter()
+    found = [file for file in unpacked if not file.is_hidden]
+    left_out["hidden in an archive"] = len(unpacked) - len(found)
     tables = [file for file in found if posixpath.basename(file.name) in METADATA_READERS]
     images = [file for file in found if file.is_image()]
     others = [file.name for file in {*found} - {*images} - {*tables}]
     left_out[f"not an image that Pillow can read: {extensions(others)}"] = len(others)
-    has_splits = any(split_of(file.name) for file in images)
-    splits = {file.name: split_of(file.name) if has_splits else "train" for file in images}
+    shared = shared_folders(file.name for file in images)
+    has_splits = any(split_of(file.name, shared) for file in images)
+    splits = {file.name: split_of(file.name, shared) if has_splits else "train" for file in images}
     split = pick([name for name in SPLITS if name in (splits.values() if has_splits else ("train",))])
     counts = Counter(splits.values())
     left_out["outside of the splits, the top-level folders train, validation and test"] = counts[None]
@@ -307,7 +354,8 @@ def choose_images(listed: list[FolderFile], pick: Callable[[list[str]], str], im
 
     rows, left_out["a metadata table without a column file_name"] = metadata_rows(tables, image_column)
     elsewhere = {comparable(name) for name, its_split in splits.items() if its_split != split}
-    elsewhere |= {name for name in rows.iloc[:, 0] if has_splits and split_of(name) not in (split, None)}
+    elsewhere |= {name for name in rows.iloc[:, 0] if has_splits and split_of(name, shared) not in (split, None)}
+    left_out["a metadata table without rows"] = int(bool(tables) and rows.empty)
     rows = rows[~rows.iloc[:, 0].isin(elsewhere)].copy()
     rows.isetitem(0, [files[name].name if name in files else name for name in rows.iloc[:, 0]])
     is_repeated = rows.duplicated(rows.columns[0])
@@ -316,6 +364,9 @@ def choose_images(listed: list[FolderFile], pick: Callable[[list[str]], str], im
         left_out["named by the metadata before"] = int(is_repeated.sum())
         left_out["not named by the metadata"] = len({*names} - {*rows.iloc[:, 0]})
     rows = rows[~is_repeated] if len(rows) else pandas.DataFrame({"image": names})
+    used = [files[name] for name in rows.iloc[:, 0] if name in files]
+    several = sum(file.extension in EXTENSIONS_WITH_FRAMES and file.has_several_frames() for file in used)
+    left_out["files with several frames or pages, of which the first is used"] = several
     names_in_splits = sorted(name for name, its_split in splits.items() if its_split)
     return Chosen(split, rows, files, names_in_splits, len(found), left_out)
 
@@ -428,7 +479,7 @@ def _load(encoded: bytes) -> Image.Image:
     except BadImage:
         raise
     except Exception:
-        without_metadata = _without_png_metadata(encoded)
+        without_metadata = _without_metadata(encoded)
         if len(without_metadata) == len(encoded):
             raise
         return _load(without_metadata)
@@ -438,8 +489,10 @@ def _load(encoded: bytes) -> Image.Image:
     return image
 
 
-def _without_png_metadata(encoded: bytes) -> bytes:
-    """A PNG without the metadata that Pillow may reject as damaged or too large; other formats unchanged."""
+def _without_metadata(encoded: bytes) -> bytes:
+    """A PNG or JPEG without the metadata that Pillow may reject as damaged or too large; other formats unchanged."""
+    if encoded.startswith(JPEG_START):
+        return _without_jpeg_metadata(encoded)
     if not encoded.startswith(PNG_SIGNATURE):
         return encoded
     kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
@@ -447,7 +500,23 @@ def _without_png_metadata(encoded: bytes) -> bytes:
         length, kind = struct.unpack_from(">I4s", encoded, position)
         end = position + 12 + length
         is_sound = encoded[end - 4 : end] == struct.pack(">I", zlib.crc32(encoded[position + 4 : end - 4]))
-        if kind not in PNG_METADATA or (kind == b"eXIf" and is_sound):
+        is_needed = not kind[0] & 0x20 or kind == b"tRNS"  # a small first letter means ancillary
+        if is_needed or (kind == b"eXIf" and is_sound):
+            kept.append(encoded[position:end])
+        position = end
+    return b"".join([*kept, encoded[position:]])
+
+
+def _without_jpeg_metadata(encoded: bytes) -> bytes:
+    """A JPEG without its APPn segments, but for EXIF (APP1) and a complete Adobe segment, which tells the colours."""
+    kept, position = [JPEG_START], len(JPEG_START)
+    while position + 4 <= len(encoded):
+        mark, kind, length = struct.unpack_from(">BBH", encoded, position)
+        if mark != 0xFF or kind == JPEG_SCAN:
+            break
+        end = position + 2 + length
+        is_needed = not 0xE0 <= kind <= 0xEF or kind == 0xE1 or (kind == 0xEE and length >= 14)
+        if is_needed:
             kept.append(encoded[position:end])
         position = end
     return b"".join([*kept, encoded[position:]])

@@ -13,6 +13,8 @@ import difflib
 import logging
 import os
 import posixpath
+import tarfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -63,6 +65,9 @@ from training.workers import on_all_cores
 
 logger = logging.getLogger(__name__)
 
+# What libraries raise for data sets that are missing, damaged or of an unknown kind
+UNREADABLE = (OSError, HTTPError, ValueError, RuntimeError, IndexError, ImportError)
+UNREADABLE += (zipfile.BadZipFile, tarfile.TarError, datasets.exceptions.DatasetsError)
 Decoded = np.ndarray | str
 Label = int | bool | str | None
 
@@ -129,7 +134,7 @@ class HuggingFaceImages:
     is_offline: bool = False
     found: list[str] | None = None
     label_names = summary = num_images = None
-    version = 3  # incremented whenever decoding or the choice of files changes
+    version = 4  # incremented whenever decoding or the choice of files changes
 
     @property
     def identity(self) -> dict:
@@ -206,7 +211,7 @@ class HuggingFaceImages:
                 rows = self._load()
         except InputError:
             raise
-        except (OSError, HTTPError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except UNREADABLE as error:
             if os.path.isdir(self.name):
                 raise InputError(f"no readable data set in {_listing(Path(self.name))}: {_reason(error)}") from error
             if isinstance(error, datasets.exceptions.DatasetNotFoundError) and " gated " in str(error):
@@ -401,6 +406,8 @@ def find_source(
     if printable(str(folder)) != str(folder):
         raise InputError(f"the name of the folder {printable(str(folder))} is not UTF-8; rename it")
     if not os.path.isdir(folder):  # unlike Path.is_dir, it returns False for a name that is too long
+        if os.path.exists(folder):
+            raise InputError(f"{folder} is a file; give the folder that it is in")
         nearest = next(parent for parent in folder.parents if os.path.isdir(parent))
         raise InputError(f"there is no folder {folder}; there is {_listing(nearest)}")
     try:
@@ -470,6 +477,8 @@ def _no_column(source: str, name: str, columns: Iterable[str]) -> InputError:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # it only says that there is a cause
+        error = error.__cause__ or error
     return one_line(error)[:300] or type(error).__name__
 
 

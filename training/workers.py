@@ -45,6 +45,8 @@ def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = la
     try:
         batches = iter(loader)
     except OSError as error:
+        for worker in {*multiprocessing.active_children()} - before:
+            worker.kill()
         raise Failed(
             f"cannot start {num_workers} worker processes: {error.strerror or error}; lower --dataloader_num_workers,"
             " or in a container give /dev/shm more space (docker run --shm-size 1g)"
