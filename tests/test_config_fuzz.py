@@ -31,7 +31,7 @@ class Case:
     flags: list[str] = field(default_factory=list)
     file: bytes | None = None
     named: tuple[str, ...] = ()  # the error line contains one of these
-    may_leave: tuple[str, ...] = ()  # where only the data or a training step reveals the fault
+    may_leave: tuple[str, ...] = ()  # if only the data or a training step reveals the fault
 
 
 def kind_of(name: str):
@@ -222,7 +222,7 @@ def sources_and_folders(rng):
         yield Case(flags=["--dataset_name=null", f"--train_data_dir={folder}"], named=("folder", "train_data_dir"))
 
 
-# The least numbers of rejected and of valid cases; only impossible_networks may contain valid ones
+# The least numbers of refused and of valid cases; only impossible_networks may contain valid ones
 GROUPS = {
     misspelt_names: (60, 0),
     junk_arguments: (120, 0),
