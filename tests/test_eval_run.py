@@ -398,7 +398,7 @@ LEARNED = {"time_embedding_type": "learned", "num_train_timesteps": 1000}
     ],
 )
 def test_unsupported_metrics_are_not_measured(evaluate, tmp_path, scheduler, network, metrics, reason):
-    """Networks with learned timesteps have no ODE, those of few noise levels cannot be compared at the usual ones."""
+    """Networks with learned timesteps have no ODE; those of few noise levels cannot be compared at the usual ones."""
     model, out = export(tmp_path / "model", scheduler, **network), tmp_path / "out"
     assert evaluate(out, "--pipeline", str(model), "--metrics", "likelihood", "heldout") == 0
     missing = [entry for entry in results(out) if entry["value"] is None and "bound" not in entry["metric"]]
