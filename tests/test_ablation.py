@@ -1,4 +1,4 @@
-"""Ablation studies: a real one from end to end, tables from hand-written results, and refused inputs."""
+"""Ablation studies: an end-to-end run, tables from hand-written results, and rejected inputs."""
 
 import contextlib
 import json
@@ -77,31 +77,31 @@ def write_study(folder: Path, content, name: str = "study.yaml") -> Path:
     return path
 
 
-def start(study: Path, data: Path | str, *flags: str) -> int:
+def run_study(study: Path, data: Path | str, *flags: str) -> int:
     return main([str(study), "--data", str(data), "--out", str(study.parent / "out"), *flags])
 
 
 def rows(out: Path) -> list[dict[str, str]]:
-    """The table's cells by their heading."""
+    """The rows of the table, each a dict from heading to cell."""
     lines = [line for line in (out / "ablation.md").read_text().splitlines() if line.startswith("|")]
     heading, _, *rest = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return [dict(zip(heading, row, strict=True)) for row in rest]
 
 
-# ---- One for real
+# ---- End to end
 
 
-def test_a_study_is_trained_and_evaluated_with_its_flags_and_laid_side_by_side(real, tmp_path, monkeypatch, capsys):
+def test_study_trains_evaluates_and_tabulates_every_variant(real, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     study, out = write_study(tmp_path, REAL_STUDY), tmp_path / "out"
-    code = start(study, real, "--jobs", "2")
+    code = run_study(study, real, "--jobs", "2")
     assert code == 0, "\n".join(path.read_text()[-2000:] for path in out.rglob("log.txt"))
     table = rows(out)
     assert [row["variant"] for row in table] == ["base", "edm"]
     assert table[0]["what is changed"] == "learning_rate 0.00025, random_flip False"
     assert [row["sampler"] for row in table] == ["ddim, 3 steps", "edm_heun, 3 steps, churn 2"]
-    assert table[1]["error of the noise"] == table[1]["q1"] == "–"  # at other noise levels
+    assert table[1]["error of the noise"] == table[1]["q1"] == "–"  # measured at other noise levels
     for row, changes in zip(table, ({"learning_rate": 2.5e-4, "random_flip": False}, EDM), strict=True):
         folder = out / row["variant"] / "seed-7"
         config = yaml.safe_load((folder / "run" / "config.yaml").read_text())
@@ -111,7 +111,7 @@ def test_a_study_is_trained_and_evaluated_with_its_flags_and_laid_side_by_side(r
         assert (swd["n"], swd["steps"], row["SWD"]) == (NUM_IMAGES, 3, number(swd["value"]))
     text = (out / "ablation.md").read_text()
     assert f"In all rows: parameters {number(record['model']['parameters'])}, images seen {3 * 16}." in text
-    assert str(tmp_path) not in (out / "ablation.json").read_text() + text  # nothing of this machine
+    assert str(tmp_path) not in (out / "ablation.json").read_text() + text  # no local paths
 
     figures = {"ablation_errors.png", "ablation_images.png"}
     assert {p.name for p in out.iterdir() if p.is_file()} == {"ablation.md", "ablation.json"} | figures
@@ -120,16 +120,16 @@ def test_a_study_is_trained_and_evaluated_with_its_flags_and_laid_side_by_side(r
         return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.parent != out}
 
     before = files()
-    assert start(study, real) == 0
+    assert run_study(study, real) == 0
     assert files() == before
     assert "2 trainings and evaluations, 2 of them done before" in capsys.readouterr().out
 
 
-# ---- Results that are written by hand
+# ---- Hand-written results
 
 
 def results_of(name: str, seed: int) -> dict:
-    """As eval.run writes them, with other numbers for each variant and seed."""
+    """Results in the format of eval.run, with different numbers for each variant and seed."""
     values = np.random.default_rng([*name.encode(), seed])
     drawing = {"sampler": "ddim", "steps": 3, "eta": 0.0, "seeds": "0 to 15", "dtype": "fp32", "n": NUM_IMAGES}
 
@@ -159,8 +159,8 @@ def jobs(study: Path, data: Path) -> list[Job]:
 
 
 @pytest.fixture
-def by_hand(real, tmp_path) -> Path:
-    """A study whose jobs count as done."""
+def finished_study(real, tmp_path) -> Path:
+    """A study whose jobs are all marked as done."""
     study = write_study(tmp_path, STUDY)
     for job in jobs(study, real):
         (job.folder / "evaluation").mkdir(parents=True)
@@ -170,41 +170,41 @@ def by_hand(real, tmp_path) -> Path:
 
 
 def values(name: str, metric: str) -> list[float]:
-    """Of a variant, by seed."""
+    """The values of a metric of one variant, one per seed."""
     records = [results_of(name, seed) for seed in SEEDS]
     return [e["value"] for record in records for e in record["results"] if e["metric"] == metric]
 
 
-def with_spread(numbers: list[float]) -> str:
+def mean_and_std(numbers: list[float]) -> str:
     return f"{number(statistics.mean(numbers))} ± {statistics.stdev(numbers):.2g}"
 
 
-def test_the_table_has_means_and_standard_deviations_over_the_seeds(by_hand, real):
-    """Quarters are means of the curve by timestep, and only compared at the same noise schedule."""
-    assert start(by_hand, real) == 0
-    out = by_hand.parent / "out"
+def test_table_has_mean_and_standard_deviation_over_seeds(finished_study, real):
+    """Each quarter is a mean over timesteps, shown only for variants with the same noise schedule."""
+    assert run_study(finished_study, real) == 0
+    out = finished_study.parent / "out"
     metrics = {"FID": "fid", "KID": "kid", "SWD": "swd", "error of x_0": "sample_mse"}
     metrics |= {"nearest training image, generated / held-out": "memorisation_ratio"}
     for row in rows(out):
         for heading, metric in metrics.items():
-            assert row[heading] == with_spread(values(row["variant"], metric))
+            assert row[heading] == mean_and_std(values(row["variant"], metric))
         minutes = [results_of(row["variant"], seed)["model"]["train_seconds"] / 60 for seed in SEEDS]
-        assert row["minutes of training"] == with_spread(minutes)
+        assert row["minutes of training"] == mean_and_std(minutes)
     _, linear, fast = rows(out)
     curves = [results_of("fast", seed)["results"][0]["curve"] for seed in SEEDS]
     for quarter in range(4):
         means = [sum(curve[5 * quarter : 5 * quarter + 5]) / 5 for curve in curves]
-        assert fast[f"q{quarter + 1}"] == with_spread(means)
+        assert fast[f"q{quarter + 1}"] == mean_and_std(means)
         assert linear[f"q{quarter + 1}"] == linear["error of the noise"] == "–"
     assert read_results(out / "ablation.json")["rows"][2]["swd"]["values"] == values("fast", "swd")
     text = (out / "ablation.md").read_text()
     assert "between two sets of real ones FID is 1.5, KID is 0.25, SWD is 0.625." in text
     assert "standard deviations over 3 trainings" in text
-    assert {path.name for path in out.glob("*.png")} == {"ablation_errors.png"}  # there are no images
+    assert {path.name for path in out.glob("*.png")} == {"ablation_errors.png"}  # no images were generated
 
 
-def test_results_that_lack_what_is_compared_are_refused(by_hand, real, capsys):
-    path = by_hand.parent / "out" / "linear" / "seed-1" / "evaluation" / "results.json"
+def test_incomplete_or_incomparable_results_are_rejected(finished_study, real, capsys):
+    path = finished_study.parent / "out" / "linear" / "seed-1" / "evaluation" / "results.json"
     other = {"reference": REFERENCE | {"fingerprint": "b"}}
     no_distance = {"results": results_of("linear", 1)["results"][:2]}
     for change, message in (
@@ -213,39 +213,39 @@ def test_results_that_lack_what_is_compared_are_refused(by_hand, real, capsys):
         (other, "have fingerprint b"),
     ):
         write_results(path, results_of("linear", 1) | change)
-        assert start(by_hand, real) == 2
+        assert run_study(finished_study, real) == 2
         assert message in error_line(capsys)
 
 
-# ---- What is repeated
+# ---- Resuming
 
 
-def not_done(study: Path, data: Path) -> set[tuple[str, int]]:
+def unfinished(study: Path, data: Path) -> set[tuple[str, int]]:
     return {(job.variant.name, job.seed) for job in jobs(study, data) if not job.is_done}
 
 
-def test_what_has_other_flags_is_not_done_and_is_removed_when_it_begins(by_hand, real):
-    assert not_done(by_hand, real) == set()
+def test_changed_flags_invalidate_a_job_and_remove_its_old_results(finished_study, real):
+    assert unfinished(finished_study, real) == set()
     config = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
-    own = write_study(by_hand.parent, config, "own.yaml")
-    write_study(by_hand.parent, STUDY | {"config": str(own)})
-    assert not_done(by_hand, real) == set()  # the same, elsewhere
-    write_study(by_hand.parent, config | {"dropout": 0.25}, "own.yaml")
-    assert len(not_done(by_hand, real)) == 9
+    own = write_study(finished_study.parent, config, "own.yaml")
+    write_study(finished_study.parent, STUDY | {"config": str(own)})
+    assert unfinished(finished_study, real) == set()  # the same configuration in another file
+    write_study(finished_study.parent, config | {"dropout": 0.25}, "own.yaml")
+    assert len(unfinished(finished_study, real)) == 9
     fast = STUDY["variants"] | {"fast": {"flags": {"learning_rate": 0.02}}}
     for changes, left in ({"evaluation": EVALUATION | {"steps": 4}}, {"run"}), ({"variants": fast}, set()):
-        write_study(by_hand.parent, STUDY | changes)
-        job = jobs(by_hand, real)[2]
+        write_study(finished_study.parent, STUDY | changes)
+        job = jobs(finished_study, real)[2]
         assert (job.variant.name, job.is_done) == ("fast", False)
         (job.folder / "run").mkdir(exist_ok=True)
         job.begin()
         assert {path.name for path in job.folder.iterdir()} == left | {"job.json"}
         assert json.loads((job.folder / "job.json").read_text()) == job.record
-    assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS}
+    assert unfinished(finished_study, real) == {("fast", seed) for seed in SEEDS}
 
 
 def trainings_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """Of its children those that train; libraries start others of their own for a moment while they are imported."""
+    """The child processes that train; libraries briefly start others while they are imported."""
     found = []
     for child in psutil.Process(process.pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -254,28 +254,28 @@ def trainings_of(process: subprocess.Popen) -> list[psutil.Process]:
     return found
 
 
-def test_sigterm_ends_the_trainings_too(by_hand, real):
-    """Those of one variant have other flags by now, and none of them can end by itself."""
+def test_sigterm_stops_the_training_processes(finished_study, real):
+    """The flags of one variant have changed, so its trainings start again, and they would never end."""
     flags = {"learning_rate": 0.02, "max_train_steps": 1_000_000, "logging_steps": 1_000_000}
-    write_study(by_hand.parent, STUDY | {"variants": STUDY["variants"] | {"fast": {"flags": flags}}})
-    out = by_hand.parent / "out"
-    arguments = [str(by_hand), "--data", str(real), "--out", str(out), "--jobs", "2"]
+    write_study(finished_study.parent, STUDY | {"variants": STUDY["variants"] | {"fast": {"flags": flags}}})
+    out = finished_study.parent / "out"
+    arguments = [str(finished_study), "--data", str(real), "--out", str(out), "--jobs", "2"]
     command = [sys.executable, "-m", "experiments.ablation", *arguments]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while len(trainings := trainings_of(process)) < 2:
         assert process.poll() is None
         time.sleep(0.01)
     process.terminate()
-    _, error = process.communicate(timeout=300)  # a training that is just starting may take long to stop
+    _, error = process.communicate(timeout=300)  # a training that has just started may take long to stop
     assert process.returncode == 130, error
     assert not any(training.is_running() for training in trainings)
     assert error.splitlines()[-1] == "stopped; the same command resumes from here"
-    assert not_done(by_hand, real) == {("fast", seed) for seed in SEEDS}
+    assert unfinished(finished_study, real) == {("fast", seed) for seed in SEEDS}
     begun = json.loads((out / "fast" / "seed-0" / "job.json").read_text())
-    assert begun["training"]["learning_rate"] == 0.02  # it resumes from here
+    assert begun["training"]["learning_rate"] == 0.02  # so a rerun resumes it
 
 
-# ---- Equal time
+# ---- Equal training time
 
 EQUAL_TIME = REAL_STUDY | {
     "flags": {name: value for name, value in FLAGS.items() if name != "max_train_steps"},
@@ -284,8 +284,8 @@ EQUAL_TIME = REAL_STUDY | {
 }
 
 
-def test_speeds_are_medians_of_updates_made_in_turn(monkeypatch):
-    """The clock of the test goes on by what each update costs; one of them is slow, as if something came between."""
+def test_speed_is_the_median_over_interleaved_updates(monkeypatch):
+    """A fake clock advances by the cost of each update; one update is slow, as on a busy machine."""
     base = parse_config(["--config", "configs/quickstart.yaml"])
     trainings = {"small": (replace(base, train_batch_size=6), "plain"), "large": (base, "no_skips")}
     costs_seconds = {6: 2.0, 16: 4.0}
@@ -304,14 +304,14 @@ def test_speeds_are_medians_of_updates_made_in_turn(monkeypatch):
     assert turns == [6, 16] * (len(turns) // 2)
 
 
-def test_each_variant_trains_as_long_as_the_study_says(real, tmp_path, monkeypatch, capsys):
-    """30 seconds; what was measured once stays, and what is new is measured together with the first variant."""
+def test_every_variant_trains_for_the_minutes_of_the_study(real, tmp_path, monkeypatch, capsys):
+    """30 seconds here. Measured speeds are kept; a new variant is measured together with the first one."""
     measured = []
 
     def measure(trainings):
         measured.append([*trainings])
         speeds = {"base": 32.0, "fast": 40.0, "short": 32.0, "new": 64.0}
-        return {name: speeds[name] / len(measured) for name in trainings}  # the second time the machine is busy
+        return {name: speeds[name] / len(measured) for name in trainings}  # the machine is busy the second time
 
     done = []
     monkeypatch.setattr(ablation, "measure_speeds", measure)
@@ -319,17 +319,17 @@ def test_each_variant_trains_as_long_as_the_study_says(real, tmp_path, monkeypat
     monkeypatch.setattr(ablation, "write_study", lambda *arguments: None)
     for variants in ({}, {"new": {}}):
         content = EQUAL_TIME | {"variants": EQUAL_TIME["variants"] | variants}
-        assert start(write_study(tmp_path, content), real) == 0
+        assert run_study(write_study(tmp_path, content), real) == 0
     assert measured == [["base", "fast", "short"], ["base", "new"]]
-    steps = {"base": 60, "fast": 150, "short": 71}  # more than the warm-up
+    steps = {"base": 60, "fast": 150, "short": 71}  # longer than the warm-up
     assert {name: config.max_train_steps for name, config in done[0].items()} == steps
     assert {name: config.max_train_steps for name, config in done[1].items()} == steps | {"new": 120}
     (tmp_path / "out" / "speeds.json").write_text("{")
-    assert start(tmp_path / "study.yaml", real) == 1
+    assert run_study(tmp_path / "study.yaml", real) == 1
     assert "speeds.json is damaged; delete it" in error_line(capsys)
 
 
-# ---- What fails, and what is refused
+# ---- Failures and rejected inputs
 
 
 def error_line(capsys) -> str:
@@ -339,11 +339,11 @@ def error_line(capsys) -> str:
     return error
 
 
-def test_a_training_that_fails_is_one_line(tmp_path, capsys):
-    """A folder without images; what comes after it is not begun."""
+def test_failed_training_reports_one_line_error(tmp_path, capsys):
+    """The data folder has no images; the jobs after the failed one do not start."""
     (tmp_path / "empty").mkdir()
     study = write_study(tmp_path, REAL_STUDY)
-    assert start(study, tmp_path / "empty") == 1
+    assert run_study(study, tmp_path / "empty") == 1
     error = error_line(capsys)
     log = tmp_path / "out" / "base" / "seed-7" / "log.txt"
     assert error.startswith("error: base, seed-7 failed with exit code 2: error: ")
@@ -361,32 +361,32 @@ BAD_STUDIES = {
     "empty": ("", "is not a study"),
     "an unknown key": (REAL_STUDY | {"variant": {}}, "unexpected keyword argument 'variant'"),
     "flags that are a list": (variant_with([1]), "is not a study"),
-    "one variant": (REAL_STUDY | {"variants": {"base": {}}}, "with 1 variants; give"),
+    "a single variant": (REAL_STUDY | {"variants": {"base": {}}}, "with 1 variants; give"),
     "a name with a slash": (REAL_STUDY | {"variants": {"base": {}, "../other": {}}}, "is called '../other'"),
-    "a seed twice": (REAL_STUDY | {"seeds": [4, 4]}, "is [4, 4]; give a list"),
-    "a config that is not there": (REAL_STUDY | {"config": "configs/nowhere.yaml"}, "nowhere.yaml"),
+    "a duplicate seed": (REAL_STUDY | {"seeds": [4, 4]}, "is [4, 4]; give a list"),
+    "a missing config": (REAL_STUDY | {"config": "configs/nowhere.yaml"}, "nowhere.yaml"),
     "an unknown flag": (variant_with({"learnig_rate": 1.0}), "variant other: unknown flag --learnig_rate"),
-    "a flag of the command": (variant_with({"output_dir": "elsewhere"}), "the flag output_dir is set by the command"),
+    "a reserved flag": (variant_with({"output_dir": "elsewhere"}), "the flag output_dir is set by the command"),
     "a bad evaluation flag": (variant_with({}, num_images=0), "variant other: --num_images is 0"),
     "minutes and steps": (REAL_STUDY | {"minutes": 1}, "the flag max_train_steps is set by the command"),
-    "a sampler that does not suit": (variant_with(EDM, sampler="ddim"), "ddim is not for --objective edm"),
-    "other real images": (variant_with({"resolution": 32}), "variant other: --resolution is 32, of the first"),
+    "an unsuitable sampler": (variant_with(EDM, sampler="ddim"), "ddim is not for --objective edm"),
+    "another resolution": (variant_with({"resolution": 32}), "variant other: --resolution is 32, of the first"),
     "no held-out images": (variant_with({"validation_split": None}), "variant other: there is no --validation_split"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_STUDIES)
-def test_a_bad_study_is_refused_before_anything_is_done(name, real, tmp_path, capsys):
+def test_invalid_study_is_rejected_before_any_training(name, real, tmp_path, capsys):
     content, message = BAD_STUDIES[name]
-    assert start(write_study(tmp_path, content), real) == 2
+    assert run_study(write_study(tmp_path, content), real) == 2
     assert message in error_line(capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_flags_are_one_line(real, tmp_path, capsys):
+def test_invalid_flags_raise_one_line_errors(real, tmp_path, capsys):
     study = write_study(tmp_path, REAL_STUDY)
     for flags, message in ((["--jobs", "0"], "--jobs is 0"), (["--crop", "nowhere"], "variant base: ")):
-        assert start(study, real, *flags) == 2
+        assert run_study(study, real, *flags) == 2
         assert message in error_line(capsys)
     assert not (tmp_path / "out").exists()
 
@@ -394,7 +394,7 @@ def test_bad_flags_are_one_line(real, tmp_path, capsys):
 @pytest.mark.parametrize(
     "path", sorted((REPOSITORY / "configs" / "ablations").glob("*.yaml")), ids=lambda path: path.stem
 )
-def test_the_studies_of_the_repository_can_begin(path, tmp_path):
+def test_shipped_studies_are_valid(path, tmp_path):
     study = read_study(path)
     found = jobs_of(study, "synthetic-faces", "none", tmp_path / "out")
     assert len(found) == len(study.variants) * len(study.seeds)

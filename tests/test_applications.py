@@ -1,4 +1,4 @@
-"""Interpolation, inversion, variations, inpainting and strips: against closed forms for Gaussian data."""
+"""Interpolation, inversion, variations, inpainting and denoising strips against closed forms for Gaussian data."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ def pipe() -> CustomUNetPipeline:
     return make_pipe()
 
 
-def images_of(pipe: CustomUNetPipeline, num_images: int) -> Tensor:
+def sample_data(pipe: CustomUNetPipeline, num_images: int) -> Tensor:
     """Samples of the data, (N, 3, 1, 2) in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(num_images, 6, generator=generator, dtype=torch.float64)
@@ -45,14 +45,14 @@ def images_of(pipe: CustomUNetPipeline, num_images: int) -> Tensor:
     return (samples.view(-1, 3, 1, 2) / 2 + 0.5).clamp(0, 1).float()
 
 
-def signal(pipe: CustomUNetPipeline, timestep: int) -> float:
+def signal_scale(pipe: CustomUNetPipeline, timestep: int) -> float:
     return pipe.scheduler.alphas_cumprod[timestep].sqrt().item()
 
 
 # Interpolation
 
 
-def test_slerp_keeps_to_the_circle():
+def test_slerp_matches_closed_form():
     start, end = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), torch.tensor([0.0, 2.0]).view(1, 1, 1, 2)
     between = slerp(start, end, torch.tensor([0.0, 1 / 3, 0.5, 1.0])).view(4, 2)
     expected = [[1, 0], [math.cos(math.pi / 6), 2 * 0.5], [math.sqrt(0.5), 2 * math.sqrt(0.5)], [0, 2]]
@@ -60,8 +60,8 @@ def test_slerp_keeps_to_the_circle():
     torch.testing.assert_close(slerp(start, start, torch.tensor([0.3])), start)
 
 
-def test_interpolation_begins_and_ends_at_its_seeds_or_latents(pipe):
-    pipe.set_sampler("ddpm")  # whatever is set, it is done by DDIM
+def test_interpolation_starts_and_ends_at_the_given_seeds_or_latents(pipe):
+    pipe.set_sampler("ddpm")  # interpolation uses DDIM whatever sampler is set
     between = interpolate(pipe, 3, 4, num_images=5, num_inference_steps=20, output_type="pt")
     assert type(pipe.scheduler).__name__ == "DDPMScheduler"
     pipe.set_sampler("ddim")
@@ -69,7 +69,7 @@ def test_interpolation_begins_and_ends_at_its_seeds_or_latents(pipe):
     torch.testing.assert_close(between[[0, -1]], ends, atol=1e-5, rtol=0)
     distances = (between[1:] - between[:-1]).flatten(1).norm(dim=1)
     assert 0 < distances.min() <= distances.max() < 0.7 * (ends[1] - ends[0]).norm()
-    images = images_of(pipe, 2)
+    images = sample_data(pipe, 2)
     start, end = invert(pipe, images, 50, 9).split(1)
     between = interpolate(pipe, start, end, num_images=3, num_inference_steps=50, output_type="pt")
     torch.testing.assert_close(between[[0, -1]], images, atol=1e-3, rtol=0)
@@ -79,9 +79,8 @@ def test_interpolation_begins_and_ends_at_its_seeds_or_latents(pipe):
         interpolate(pipe, 0, torch.zeros(2, 3, 1, 2))
 
 
-def test_seeds_are_taken_in_every_form(pipe):
-    """Numbers of numpy and torch as well as Python's."""
-    image = images_of(pipe, 1)
+def test_seeds_may_be_python_numpy_or_torch_integers(pipe):
+    image = sample_data(pipe, 1)
     expected = variations(pipe, image, 500, 10, seeds=[3, 4], output_type="np")
     for seeds in (range(3, 5), np.array([3, 4]), torch.tensor([3, 4])):
         assert np.array_equal(variations(pipe, image, 500, 10, seeds=seeds, output_type="np"), expected)
@@ -99,10 +98,10 @@ def reconstruction_error(pipe, images: Tensor, steps: int, iterations: int) -> f
 
 
 @pytest.mark.parametrize("schedule", [{}, {"beta_schedule": "squaredcos_cap_v2"}])
-def test_inversion_gets_better_with_steps_and_exact_with_iterations(schedule):
-    """The cosine schedule leaves next to nothing of the image."""
+def test_inversion_improves_with_steps_and_converges_with_iterations(schedule):
+    """The cosine schedule leaves almost no signal at the end, so that more steps alone need not help."""
     pipe = make_pipe(**schedule)
-    images = images_of(pipe, 64)
+    images = sample_data(pipe, 64)
     by_steps = [reconstruction_error(pipe, images, steps, 1) for steps in (10, 40, 160)]
     assert by_steps[0] > 3 * by_steps[1] > 9 * by_steps[2] or schedule
     by_iterations = [reconstruction_error(pipe, images, 40, iterations) for iterations in (1, 5, 20)]
@@ -110,9 +109,9 @@ def test_inversion_gets_better_with_steps_and_exact_with_iterations(schedule):
     assert by_iterations[2] < 2e-4
 
 
-def test_timesteps_and_clipping_are_those_of_the_ddim_that_is_set(pipe):
-    """So that what is inverted is what the pipeline draws; DDIM of the training where another sampler is set."""
-    images = images_of(pipe, 4)
+def test_timesteps_and_clipping_follow_the_current_ddim_scheduler(pipe):
+    """Inversion then matches the pipeline's sampling; with another sampler set, it uses the DDIM of the training."""
+    images = sample_data(pipe, 4)
     trained = invert(pipe, images, 7)
     pipe.set_sampler("unipc")
     torch.testing.assert_close(invert(pipe, images, 7), trained)
@@ -128,8 +127,8 @@ def test_timesteps_and_clipping_are_those_of_the_ddim_that_is_set(pipe):
 
 
 def test_inverted_images_are_standard_normal(pipe):
-    """As the flow carries the data to noise, images of the data become latents that are independent and normal."""
-    latents = invert(pipe, images_of(pipe, 4000), 1000).flatten(1)
+    """The probability flow maps samples of the data to independent standard normal latents."""
+    latents = invert(pipe, sample_data(pipe, 4000), 1000).flatten(1)
     torch.testing.assert_close(latents.mean(0), torch.zeros(6), atol=0.06, rtol=0)
     torch.testing.assert_close(torch.cov(latents.T), torch.eye(6), atol=0.12, rtol=0)
 
@@ -139,10 +138,10 @@ def test_inverted_images_are_standard_normal(pipe):
 
 @pytest.mark.parametrize("timestep", [150, 400, 999])
 def test_variations_follow_the_posterior(pipe, timestep):
-    """x_t of an image x, denoised, is a draw from p(x_0 | x_t): Gaussian around the posterior mean of what was noised.
+    """Denoising x_t of an image x draws from p(x_0 | x_t), a Gaussian around the posterior mean.
 
-    For one channel of one pixel of independent data: x_0' = mean + k a (x - mean) + noise with k = a s^2 / (a^2 s^2 +
-    b^2), so that over draws of the noise its mean is mean + k a (x - mean).
+    All pixels and channels are independent here, so x_0' = mean + k a (x - mean) + noise with k = a s^2 / (a^2 s^2 +
+    b^2), and the mean over the noise is mean + k a (x - mean).
     """
     data = Mixture(torch.ones(1).double(), torch.full((1, 6), MEAN).double(), SCALE**2 * torch.eye(6).double()[None])
     pipe.unet.set_data(data, pipe.scheduler.alphas_cumprod.double())
@@ -155,7 +154,7 @@ def test_variations_follow_the_posterior(pipe, timestep):
         output_type="pt",
         generator=torch.Generator().manual_seed(0),
     )
-    a = signal(pipe, timestep)
+    a = signal_scale(pipe, timestep)
     k = a * SCALE**2 / ((a * SCALE) ** 2 + 1 - a**2)
     expected_mean = MEAN + k * a * (0.4 - MEAN)
     expected_variance = SCALE**2 * (1 - k * a) + k**2 * (1 - a**2)
@@ -164,8 +163,8 @@ def test_variations_follow_the_posterior(pipe, timestep):
     assert samples.var().item() == pytest.approx(expected_variance, rel=0.08)
 
 
-def test_eta_0_varies_by_the_added_noise_alone(pipe):
-    image = images_of(pipe, 1)
+def test_variations_with_eta_0_depend_only_on_the_added_noise(pipe):
+    image = sample_data(pipe, 1)
     near = variations(pipe, image, 3, 250, eta=0.0, seeds=[1, 2], output_type="pt")
     assert (near - image).abs().max() < 0.05
     again = variations(pipe, image, 3, 250, eta=0.0, seeds=[2], output_type="pt")
@@ -185,10 +184,10 @@ def test_repaint_walk():
     assert sum(b < a for a, b in itertools.pairwise(walk)) == 50 + 9 * 4 * 5
 
 
-def test_inpainting_keeps_what_is_known_and_paints_what_agrees_with_it(pipe):
-    """Resampling brings what is painted nearer to p(right | left) = N(mean + c (left - mean), s^2 (1 - c^2)).
+def test_inpainting_keeps_known_pixels_and_samples_the_conditional(pipe):
+    """Resampling brings the inpainted pixel closer to p(right | left) = N(mean + c (left - mean), s^2 (1 - c^2)).
 
-    RePaint is an approximation: with the paper's 250 steps and jumps of 10 it is this good, and no better.
+    RePaint is an approximation; the tolerances are for the paper's 250 steps and jumps of 10.
     """
     image = torch.full((1, 3, 1, 2), 0.7)
     image[..., 1] = 0.1  # hidden
@@ -228,19 +227,19 @@ def test_inpainting_keeps_what_is_known_and_paints_what_agrees_with_it(pipe):
         ("invert", {"num_inference_steps": 0}, "num_inference_steps is 0"),
     ],
 )
-def test_bad_arguments(pipe, method, arguments, message):
+def test_invalid_arguments_raise_value_errors(pipe, method, arguments, message):
     with pytest.raises(ValueError, match=message):
-        getattr(applications, method)(pipe, images_of(pipe, 2), **arguments)
+        getattr(applications, method)(pipe, sample_data(pipe, 2), **arguments)
 
 
-def test_images_that_do_not_fit_are_refused(pipe):
+def test_wrong_image_shapes_and_ranges_are_rejected(pipe):
     with pytest.raises(ValueError, match=r"image has the shape \(3, 2, 2\); the network's is \(3, 1, 2\)"):
         invert(pipe, Image.new("RGB", (2, 2)))
     with pytest.raises(ValueError, match=r"values from -1.0 to 1.0; they must lie in \[0, 1\]"):
         invert(pipe, torch.tensor([-1.0, 1.0]).expand(1, 3, 1, 2))
 
 
-def test_images_are_taken_in_every_form(pipe):
+def test_pil_numpy_and_torch_images_give_the_same_latents(pipe):
     pixels = np.array([[[10, 20, 30], [40, 50, 60]]], dtype=np.uint8)  # (H, W, C)
     array = (pixels / 255).astype(np.float32)
     forms = [
@@ -254,10 +253,10 @@ def test_images_are_taken_in_every_form(pipe):
         torch.testing.assert_close(other, latents[0], atol=1e-5, rtol=0)
 
 
-# Strips
+# Denoising strips
 
 
-def test_a_strip_shows_the_way_and_ends_with_the_result(pipe, tmp_path):
+def test_denoising_strip_ends_with_the_generated_image(pipe, tmp_path):
     strip = denoising_strip(pipe, num_frames=5, num_inference_steps=40, seeds=[1, 2])
     assert strip.timesteps == [999, 674, 349, 24]
     assert len(strip.noisy_images) == len(strip.pred_original_samples) == 5
@@ -266,7 +265,7 @@ def test_a_strip_shows_the_way_and_ends_with_the_result(pipe, tmp_path):
         for image, expected in zip(frames[-1], result, strict=True):
             np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
     sheet = strip.to_image(scale=3)
-    assert sheet.size == (5 * 2 * 3, 4 * 1 * 3)  # two rows an image
+    assert sheet.size == (5 * 2 * 3, 4 * 1 * 3)  # two rows per image
     strip.save_gif(tmp_path / "strip.gif", scale=2)
     with Image.open(tmp_path / "strip.gif") as animation:
         assert animation.n_frames == 5
@@ -276,15 +275,15 @@ def test_a_strip_shows_the_way_and_ends_with_the_result(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "unipc"])
-def test_a_callback_gets_what_the_network_sees_and_predicts(pipe, sampler):
-    """In the same scale, whatever the scheduler keeps."""
+def test_callback_receives_network_inputs_and_predicted_images(pipe, sampler):
+    """Both on the network's scale, whatever the scheduler's own scale is."""
     pipe.set_sampler(sampler)
     shown, names = [], ("noisy_images", "pred_original_sample")
-    watching = {
-        "callback_on_step_end": lambda *all_: shown.append(all_[-1]),
+    callback = {
+        "callback_on_step_end": lambda *args: shown.append(args[-1]),
         "callback_on_step_end_tensor_inputs": names,
     }
-    pipe(seeds=range(5), num_inference_steps=20, output_type="pt", **watching)
+    pipe(seeds=range(5), num_inference_steps=20, output_type="pt", **callback)
     for tensors, (x, *levels) in zip(shown, pipe.unet.seen, strict=True):
         torch.testing.assert_close(tensors["noisy_images"].flatten(1).double(), x)
         clean_images = two_pixels().clean_images(x, *levels)
@@ -294,11 +293,11 @@ def test_a_callback_gets_what_the_network_sees_and_predicts(pipe, sampler):
 
 
 @pytest.mark.parametrize(("sampler", "shown"), [("euler", 4), ("predictor_corrector", 4)])
-def test_only_the_frames_of_a_strip_become_pictures(pipe, sampler, shown, monkeypatch):
+def test_only_strip_frames_are_converted_to_images(pipe, sampler, shown, monkeypatch):
     made = []
     to_output = CustomUNetPipeline.to_output
-    monkeypatch.setattr(CustomUNetPipeline, "to_output", lambda *all_: made.append(1) or to_output(*all_))
+    monkeypatch.setattr(CustomUNetPipeline, "to_output", lambda *args: made.append(1) or to_output(*args))
     pipe.set_sampler(sampler)
     strip = denoising_strip(pipe, num_frames=shown + 1, num_inference_steps=40, seeds=[1])
     assert len(strip.timesteps) == shown
-    assert len(made) == 2 * shown + 1  # and the result
+    assert len(made) == 2 * shown + 1  # plus the result

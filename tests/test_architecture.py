@@ -1,4 +1,4 @@
-"""Cost and receptive field of each U-Net level, against counting by hand."""
+"""Cost and receptive field of each U-Net level against counts by hand."""
 
 import dataclasses
 import json
@@ -19,23 +19,23 @@ def config():
 
 @pytest.mark.parametrize(("levels", "layers"), [(2, 2), (3, 1)])
 def test_receptive_fields_of_the_contracting_path_follow_the_recursion(config, layers, levels):
-    """A kernel of k pixels that are j input pixels apart adds (k - 1) j; stride 2 doubles j."""
+    """A k-pixel kernel whose taps are j input pixels apart adds (k - 1) j; stride 2 doubles j."""
     blocks = {"down_block_types": ["DownBlock2D"] * levels, "up_block_types": ["UpBlock2D"] * levels}
     blocks |= {"block_out_channels": [32] * levels, "layers_per_block": layers}
     fields = receptive_fields(dataclasses.replace(config, **blocks))
-    field, apart = 3, 1  # conv_in
+    field, jump = 3, 1  # conv_in
     for level in range(levels):
-        field += 2 * layers * 2 * apart  # two convolutions in each residual block
+        field += 2 * layers * 2 * jump  # two convolutions in each residual block
         if level < levels - 1:
-            field += 2 * apart
-            apart *= 2
+            field += 2 * jump
+            jump *= 2
         assert fields[f"contracting, level {level}"] == field
-    assert fields["bottleneck"] == field + 2 * 2 * 2 * apart
+    assert fields["bottleneck"] == field + 2 * 2 * 2 * jump
     assert fields["last convolution"] > fields["bottleneck"]
 
 
-def test_operations_are_those_counted_by_hand(config):
-    """Without attention at level 0; at level 1 the attention between pixels is quadratic in their number."""
+def test_flop_counts_match_a_count_by_hand(config):
+    """Level 0 has no attention; at level 1 its cost is quadratic in the number of pixels."""
     network = {"add_attention": False, "layers_per_block": 1, "block_out_channels": [64, 64, 64]}
     *parts, whole = costs(dataclasses.replace(config, **network))
     rows, c, side, emb = {row["part"]: row for row in parts}, 64, 32, 256
@@ -52,7 +52,7 @@ def test_operations_are_those_counted_by_hand(config):
     assert whole["share"] == 1
 
 
-def test_the_command_prints_and_writes_the_table(config, tmp_path, capsys):
+def test_command_prints_and_writes_the_table(config, tmp_path, capsys):
     assert main([*CONFIG, "--out", str(tmp_path)]) == 0
     text = (tmp_path / "architecture.md").read_text()
     assert text in capsys.readouterr().out

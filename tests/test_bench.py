@@ -36,8 +36,8 @@ def config_of(path, *flags):
 
 
 @pytest.mark.parametrize("name", ["edm32", "ncsnpp32", "flow32"])
-def test_the_configured_objective_is_timed(name, monkeypatch):
-    """Both networks get the inputs and times of that objective: what comes out is finite."""
+def test_benchmark_times_the_configured_objective(name, monkeypatch):
+    """Both networks receive the inputs and times of that objective, and their losses are finite."""
     config, losses, original = config_of(f"configs/{name}.yaml", "--train_batch_size", "2"), [], bench.diffusion_loss
 
     def loss(unet, scheduler, images, **settings):
@@ -52,7 +52,7 @@ def test_the_configured_objective_is_timed(name, monkeypatch):
     assert all(loss.isfinite() for loss in losses)
 
 
-def test_a_row_for_real(config_path, monkeypatch):
+def test_measured_row_has_throughput_and_matmul_share(config_path, monkeypatch):
     monkeypatch.setattr(bench, "MEASURED_SECONDS", 0.01)
     for task, network in itertools.product(bench.TASKS, bench.NETWORKS):
         row = dict(zip(bench.COLUMNS, (task, network, "eager", "contiguous", "bf16"), strict=True))
@@ -61,12 +61,12 @@ def test_a_row_for_real(config_path, monkeypatch):
         assert measured.keys() == {"images/s"} | ({"share of the matmul rate"} if task == "training" else set())
 
 
-def test_operations_of_the_ddim_papers_network():
+def test_flops_of_the_ddim_paper_network():
     config = config_of("configs/celeba64_ddim.yaml")
-    assert bench.flops_per_image(config) == pytest.approx(144e9, rel=0.01)  # counted apart, for UNet2DModel
+    assert bench.flops_per_image(config) == pytest.approx(144e9, rel=0.01)  # counted separately, for UNet2DModel
 
 
-def test_the_rows_are_measured_and_shown_and_one_that_fails_tells_why(config_path, monkeypatch, capsys):
+def test_all_rows_are_measured_and_failures_are_shown_in_the_table(config_path, monkeypatch, capsys):
     measured = []
 
     def measure(row, config, device):
@@ -96,7 +96,7 @@ def test_the_rows_are_measured_and_shown_and_one_that_fails_tells_why(config_pat
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_bad_input_is_one_line(capsys, config_path, flags, message):
+def test_bad_input_exits_with_code_2_and_one_line(capsys, config_path, flags, message):
     assert main(["--config", str(config_path), *flags]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert message in error

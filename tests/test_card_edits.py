@@ -1,4 +1,4 @@
-"""Regenerating a card keeps what people wrote into it and updates what was generated."""
+"""Regenerating a model card keeps people's edits and updates the generated parts."""
 
 import pytest
 import yaml
@@ -9,7 +9,7 @@ SECTIONS = ("Use", "Results", "Licence")
 
 
 def generated(step: int = 1, name: str = "faces", **metadata: str) -> str:
-    """A small card without a record, as a template gives it."""
+    """A small card as rendered by a template, without the record of checksums."""
     front = yaml.safe_dump({"library_name": "diffusers", "tags": ["diffusers", "unet"]} | metadata, sort_keys=False)
     code = f'```python\n\nload("{name}")\n\n\n# done\n```'
     text = {"Use": code, "Results": f"Step {step}.", "Licence": "No licence is claimed."}
@@ -17,12 +17,12 @@ def generated(step: int = 1, name: str = "faces", **metadata: str) -> str:
 
 
 def parts(card: str) -> tuple[dict, str]:
-    """Metadata and text, without the record."""
+    """The metadata and the text of a card, without the record of checksums."""
     _, front, text = card.split("---\n", 2)
     return yaml.safe_load(front), text.split("<!-- Checksums")[0].strip()
 
 
-def test_a_card_that_nobody_edited_is_the_new_one():
+def test_unedited_card_is_replaced_by_the_new_one():
     first, second = keep_edits(generated(1), ""), keep_edits(generated(2, license="mit"), "")
     assert parts(first) == parts(generated(1))
     assert keep_edits(generated(1), first) == first
@@ -33,19 +33,19 @@ def test_a_card_that_nobody_edited_is_the_new_one():
 
 EDITS = {
     "a section at the end": ("<!-- Checksums", "## Thanks\n\nTo those who posed.\n\n<!-- Checksums", "who posed"),
-    "a paragraph between": ("## Results", "A word before.\n\n## Results", "A word before.\n\n## Results"),
-    "a paragraph above all": ("# faces", "![logo](logo.png)\n\n# faces", "![logo](logo.png)\n\n# faces"),
-    "a heading as high as the title": ("<!-- Checksums", "# Appendix\n\n<!-- Checksums", "# Appendix"),
+    "a paragraph between sections": ("## Results", "A word before.\n\n## Results", "A word before.\n\n## Results"),
+    "a paragraph above the title": ("# faces", "![logo](logo.png)\n\n# faces", "![logo](logo.png)\n\n# faces"),
+    "another top-level heading": ("<!-- Checksums", "# Appendix\n\n<!-- Checksums", "# Appendix"),
     "a title": ("# faces", "# Faces of summer", "# Faces of summer\n\n## Use"),
-    "other words": ("No licence is claimed.", "MIT.", "## Licence\n\nMIT."),
+    "replaced text": ("No licence is claimed.", "MIT.", "## Licence\n\nMIT."),
     "code": ("# done", "# done\n\nshow()", "# done\n\nshow()\n```"),
-    "letters that are not ASCII": ("## Results", "Schöne Gesichter.\n\n## Results", "Schöne Gesichter."),
-    "a fence that is not closed": ("No licence is claimed.", "```\nMIT\n\nnot closed", "```\nMIT\n\nnot closed"),
+    "non-ASCII letters": ("## Results", "Schöne Gesichter.\n\n## Results", "Schöne Gesichter."),
+    "an unclosed fence": ("No licence is claimed.", "```\nMIT\n\nnot closed", "```\nMIT\n\nnot closed"),
 }
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_stays_however_often_the_card_is_written(edit):
+def test_edit_survives_repeated_regeneration(edit):
     before, after, expected = EDITS[edit]
     card = keep_edits(generated(1), "").replace(before, after)
     for step in (1, 2, 3):
@@ -58,7 +58,7 @@ def test_an_edit_stays_however_often_the_card_is_written(edit):
         assert "No licence is claimed." in card or after.startswith(("MIT", "```")), "only what was replaced goes"
 
 
-def test_an_edit_of_what_changes_is_shown_below_it_once():
+def test_edit_of_a_changing_paragraph_is_kept_once_below_it():
     card = keep_edits(generated(1), "").replace("Step 1.", "Step 1, at last.")
     assert "Step 1.\n" not in keep_edits(generated(1), card)
     for step in (2, 3):
@@ -66,7 +66,7 @@ def test_an_edit_of_what_changes_is_shown_below_it_once():
         assert f"## Results\n\nStep {step}.\n\nStep 1, at last.\n\n## Licence" in card
 
 
-def test_what_was_deleted_stays_away_until_it_changes():
+def test_deleted_parts_stay_deleted_until_they_change():
     card = keep_edits(generated(1), "").replace("Step 1.\n\n", "").replace("library_name: diffusers\n", "")
     for _ in range(2):
         card = keep_edits(generated(1), card)
@@ -78,7 +78,7 @@ def test_what_was_deleted_stays_away_until_it_changes():
 @pytest.mark.parametrize(
     "previous", ["---\nlicense: mit\n# a note\n---\n", "---\nlicense: mit\n---\n\n# Mine\n\nA text.\n"]
 )
-def test_a_card_that_a_person_began_is_kept(previous):
+def test_card_started_by_hand_is_kept(previous):
     metadata, text = parts(keep_edits(generated(license="other"), previous))
     assert metadata == {"library_name": "diffusers", "tags": ["diffusers", "unet"], "license": "mit"}
     assert ("A text." in text) == ("A text." in previous)
@@ -86,8 +86,8 @@ def test_a_card_that_a_person_began_is_kept(previous):
     assert "Step 1." in text
 
 
-def test_entries_of_the_metadata():
-    """Somebody's value of an entry wins, an entry more stays, and a comment does not double a key."""
+def test_metadata_edits_override_generated_values():
+    """An edited value wins, an added entry stays, and a comment does not duplicate a key."""
     card = keep_edits(generated(license="other"), "")
     card = card.replace("license: other", "# ours\nlicense: cc-by-4.0\nlanguage: en").replace(
         "- unet", "- unet\n- 32x32"
@@ -103,8 +103,8 @@ def test_entries_of_the_metadata():
     }
 
 
-def test_a_card_without_a_record_keeps_what_is_not_generated():
-    """One of an earlier version, and one that diffusers' own `push_to_hub` made, in which nobody wrote."""
+def test_card_without_a_record_keeps_parts_that_are_not_generated():
+    """A card of an earlier version, and an unedited one made by diffusers' own `push_to_hub`."""
     earlier = (
         generated(1, license="mit").replace("Step 1.", "Text of an earlier version.") + "\n## Thanks\n\nTo all.\n"
     )
@@ -118,8 +118,8 @@ def test_a_card_without_a_record_keeps_what_is_not_generated():
     assert keep_edits(generated(1), automatic) == keep_edits(generated(1), "")
 
 
-def test_two_copies_are_merged():
-    """The local card is pushed again and again, and edited here and on the Hub between."""
+def test_local_and_hub_edits_are_merged():
+    """The local card is pushed repeatedly and edited both locally and on the Hub in between."""
     local, hub = keep_edits(generated(1), ""), ""
 
     def push(step: int) -> str:

@@ -28,7 +28,7 @@ def save(folder: Path, step: int, total_limit: int | None = None, tensors=TENSOR
     return checkpoint.save_checkpoint(folder, step, tensors, state_of(step), total_limit)
 
 
-def test_round_trip_and_saving_a_step_again(tmp_path):
+def test_checkpoint_round_trip_and_overwriting_a_step(tmp_path):
     folder = save(tmp_path, 7)
     assert {path.name for path in folder.iterdir()} == {*FILES}
     tensors = checkpoint.load_tensors(folder, ["unet", "ema_unet"])
@@ -41,7 +41,7 @@ def test_round_trip_and_saving_a_step_again(tmp_path):
         checkpoint.load_tensors(folder, ["unet", "optimizer"])
 
 
-def test_latest_is_the_highest_step_that_rotation_keeps_and_other_names_are_ignored(tmp_path):
+def test_rotation_keeps_the_newest_and_latest_ignores_other_names(tmp_path):
     assert checkpoint.find_checkpoint(tmp_path / "nowhere", "latest") is None
     for step in (5, 20, 100):
         save(tmp_path, step, total_limit=2)
@@ -64,7 +64,7 @@ def test_newer_checkpoints_are_set_aside_not_deleted(tmp_path):
     assert (tmp_path / "abandoned-checkpoint-3" / "state.json").is_file()
 
 
-def test_difference_names_what_differs():
+def test_difference_lists_only_changed_entries():
     text = checkpoint.difference({"a": 1, "b": [2]}, {"a": 1, "b": [3], "c": None, "d": 4})
     assert text == "b: [2] -> [3]; d: None -> 4"
 
@@ -78,13 +78,13 @@ EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir"
 
 def kill_at(count):
     seen = 0
-    def look(event, arguments):
+    def hook(event, arguments):
         nonlocal seen
-        if event in EVENTS:  # os.kill is an event, too
+        if event in EVENTS:  # os.kill is an audit event, too
             seen += 1
             if seen == count:
                 os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(look)
+    sys.addaudithook(hook)
 
 class KilledBetweenTensors(dict):
     def items(self):
@@ -106,7 +106,7 @@ while status == signal.SIGKILL:
     shutil.copytree(prepared, folder)
     child = os.fork()
     if child == 0:
-        if count == 0:  # safetensors writes its files without an operation that Python sees
+        if count == 0:  # safetensors writes its files without audit events
             save(folder, 3, limit, TENSORS | {"ema_unet": KilledBetweenTensors()})
         kill_at(count)
         save(folder, 3, limit)
@@ -118,7 +118,7 @@ sys.exit(status != 0)
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_sigkill_at_any_file_operation_of_a_save_leaves_the_one_before_or_the_new_one(tmp_path, limit, caplog):
+def test_sigkill_during_save_leaves_the_previous_or_the_new_checkpoint(tmp_path, limit, caplog):
     runs = tmp_path / "runs"
     runs.mkdir()
     subprocess.run([sys.executable, "-c", KILLED_AT_EACH_OPERATION, runs, str(limit)], check=True)
@@ -156,28 +156,28 @@ def test_optimizer_state_round_trip_is_exact(tmp_path, memory_format):
         optimizer.step()
         optimizer.zero_grad()
 
-    straight, before = build(), build()
+    reference, stopped = build(), build()
     for seed in (1, 2, 3):
-        update(*straight, seed)
+        update(*reference, seed)
     for seed in (1, 2):
-        update(*before, seed)
-    tensors = {"unet": before[0].state_dict(), "optimizer": checkpoint.optimizer_tensors(before[1], before[0])}
+        update(*stopped, seed)
+    tensors = {"unet": stopped[0].state_dict(), "optimizer": checkpoint.optimizer_tensors(stopped[1], stopped[0])}
     loaded = checkpoint.load_tensors(save(tmp_path, 2, tensors=tensors), ["unet", "optimizer"])
     network, optimizer = build()
     network.load_state_dict(loaded["unet"])
     checkpoint.restore_optimizer(optimizer, network, loaded["optimizer"])
     assert optimizer.state[network.weight]["exp_avg"].stride() == network.weight.stride()
     update(network, optimizer, 3)
-    assert torch.equal(network.weight, straight[0].weight)
-    ours, theirs = (checkpoint.optimizer_tensors(o, n) for n, o in ((network, optimizer), straight))
+    assert torch.equal(network.weight, reference[0].weight)
+    ours, theirs = (checkpoint.optimizer_tensors(o, n) for n, o in ((network, optimizer), reference))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-# ---- Damage: an error of one line, the checkpoint before, or all of it; never a part
+# ---- Damage: a one-line error or a fallback to the previous checkpoint, never a partial restore
 
 
-def edit_bytes(path: Path, how: str) -> None:
+def damage_file(path: Path, how: str) -> None:
     content = path.read_bytes()
     other = path.with_name("state.json" if path.name != "state.json" else "unet.safetensors").read_bytes()
     at = random.Random(path.name).randrange(len(content))
@@ -201,25 +201,25 @@ def edit_manifest(path: Path, change) -> None:
 
 
 def entry(name: str, value):
-    """A change of the manifest."""
+    """An edit of the manifest that sets one entry."""
     return lambda manifest: manifest | {name: value}
 
 
 def without(name: str):
-    """A change of the manifest that leaves a file out."""
+    """An edit of the manifest that removes one entry."""
     return lambda manifest: {key: value for key, value in manifest.items() if key != name}
 
 
-HOWS = ("removed", "a folder", "flipped", "truncated", "extended", "emptied", "another", "nested")
+FILE_DAMAGES = ("removed", "a folder", "flipped", "truncated", "extended", "emptied", "another", "nested")
 UNLISTED = [f"{name}.safetensors" for name in ("unet", "ema_unet", "optimizer", "ema_sigma_rel_0.05")]
-DAMAGES = [(edit_bytes, name, how) for name in (*FILES, "optimizer.safetensors") for how in HOWS]
+DAMAGES = [(damage_file, name, how) for name in (*FILES, "optimizer.safetensors") for how in FILE_DAMAGES]
 CHANGES = [lambda manifest, value=value: value for value in (None, 1, "x", [[]], {})]
 CHANGES += [entry("unet.safetensors", value) for value in (None, 1, "x", [], {"bytes": 1})]
 CHANGES += [entry("../outside", {"bytes": 0, "sha256": ""}), *map(without, UNLISTED)]
 DAMAGES += [(edit_manifest, "manifest.json", change) for change in CHANGES]
 
 
-def whole_state(trainer) -> dict:
+def full_state(trainer) -> dict:
     moments = checkpoint.optimizer_tensors(trainer.optimizer, trainer.network)
     tensors = {"unet": trainer.network.state_dict(), "ema_unet": trainer.ema_network.state_dict()}
     return copy.deepcopy({"progress": vars(trainer.progress), **tensors, **trainer.averages, "optimizer": moments})
@@ -232,13 +232,13 @@ def is_same(one, other) -> bool:
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["latest", "explicit"])
-def test_a_damaged_checkpoint_is_refused_or_passed_over_whole(make_trainer, tmp_path, explicit, capsys):
+def test_damaged_checkpoint_is_rejected_or_skipped_as_a_whole(make_trainer, tmp_path, explicit, capsys):
     trainer = make_trainer()
     good, states = trainer.output_dir, {}
     for step in (1, 2):
         trainer.training_step()
         save_checkpoint(trainer)
-        states[step] = whole_state(trainer)
+        states[step] = full_state(trainer)
     for number, (damage, file, how) in enumerate(DAMAGES):
         run = tmp_path / f"damaged-{number}"
         for step in (1, 2):
@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_refused_or_passed_over_whole(make_trainer, tmp_
             start_or_resume(trainer)
         except Failed as failure:
             error = str(failure)
-        assert is_same(whole_state(trainer), states[1]), f"{case}: restored, or half of it"
+        assert is_same(full_state(trainer), states[1]), f"{case}: restored, or half of it"
         if explicit or number >= len(DAMAGES) - len(UNLISTED):
             assert str(run / "checkpoint-2") in error, case
             assert "\n" not in error, case
@@ -262,7 +262,7 @@ def test_a_damaged_checkpoint_is_refused_or_passed_over_whole(make_trainer, tmp_
             assert str(run / "checkpoint-2") in capsys.readouterr().out, case
 
 
-def test_nothing_intact_is_an_error_not_a_fresh_start(tmp_path):
-    edit_bytes(save(tmp_path, 1) / "unet.safetensors", "flipped")
+def test_resuming_without_an_intact_checkpoint_fails(tmp_path):
+    damage_file(save(tmp_path, 1) / "unet.safetensors", "flipped")
     with pytest.raises(Failed, match="none of the 1 checkpoints"):
         checkpoint.find_checkpoint(tmp_path, "latest")

@@ -1,4 +1,4 @@
-"""Brightness, contrast and saturation against known values, and colour faults that they must show."""
+"""Brightness, contrast and saturation against known values, and colour faults that they must detect."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from scipy.stats import wasserstein_distance
 from eval.colours import BLOCK, COLOURS, colour_statistics, share_of_extremes
 
 
-def test_statistics_of_images_known_by_hand():
+def test_statistics_match_values_computed_by_hand():
     images = np.zeros((2, 3, 2, 2), np.uint8)
     images[0] = 100  # grey
     images[1, 0, :, 0] = 200  # the left half is red, the right half black
@@ -20,13 +20,13 @@ def test_statistics_of_images_known_by_hand():
     assert {name: values.tolist() for name, values in grey.items()} == {"brightness": [100, 100], "contrast": [0, 100]}
 
 
-def test_a_large_set_is_taken_in_blocks():
+def test_large_sets_are_processed_in_blocks():
     images = np.random.default_rng(0).integers(0, 256, (BLOCK + 3, 3, 4, 4), dtype=np.uint8)
     luma = (images * np.array([0.299, 0.587, 0.114])[:, None, None]).sum(axis=1)
     np.testing.assert_allclose(colour_statistics(images)["contrast"], luma.std(axis=(1, 2)))
 
 
-def test_the_share_of_extremes():
+def test_share_of_extremes():
     real = np.arange(1000.0)
     assert share_of_extremes(real, real) == pytest.approx(0.01)
     assert share_of_extremes(real[400:600], real) == 0
@@ -34,8 +34,8 @@ def test_the_share_of_extremes():
 
 
 @pytest.mark.parametrize(("fault", "seen"), [("orange", "saturation"), ("dark", "brightness"), ("flat", "contrast")])
-def test_faults_that_swd_does_not_see(fault, seen):
-    """A change that all images share vanishes in SWD's normalisation of each channel."""
+def test_statistics_detect_faults_that_swd_misses(fault, seen):
+    """SWD normalises each channel, which removes any change that all images share."""
     real = np.random.default_rng(0).integers(64, 192, (200, 3, 8, 8)).astype(np.uint8)
     change = {
         "orange": lambda images: images + np.array([40, 10, -30])[:, None, None],

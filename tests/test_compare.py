@@ -1,4 +1,4 @@
-"""The comparison of several models: evaluated for real, and from faulty results."""
+"""The comparison of several models, from real evaluations and from faulty results."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ SCHEDULERS = {
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory) -> Path:
-    """Evaluations in folders `ddpm`, with images by two samplers, and `vp`, a model without facts of its training."""
+    """Evaluations of two models: `ddpm`, with images by two samplers, and `vp`, without facts about its training."""
     folder = tmp_path_factory.mktemp("evaluated")
     environment = pytest.MonkeyPatch()
     environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -45,12 +45,12 @@ def evaluated(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copies(evaluated, tmp_path) -> tuple[Path, Path]:
-    """Evaluations of which something may be taken."""
+    """Copies of the evaluations, which a test may modify."""
     return tuple(shutil.copytree(evaluated / name, tmp_path / name) for name in SCHEDULERS)
 
 
 def compare(*runs: Path, out: Path, flags: str = "") -> list[dict[str, str]]:
-    """The rows of the table, by heading."""
+    """The rows of the table, each a dict from heading to cell."""
     assert main([*map(str, runs), "--out", str(out), *flags.split()]) == 0
     lines = (out / "comparison.md").read_text().splitlines()
     heading, rule, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if line[:1] == "|"]
@@ -64,7 +64,7 @@ def entry(folder: Path, name: str, **about) -> dict:
     return one
 
 
-def test_the_table_has_what_was_measured(evaluated, tmp_path):
+def test_table_matches_the_results(evaluated, tmp_path):
     ddpm, vp = evaluated / "ddpm", evaluated / "vp"
     table = compare(ddpm, vp, out=tmp_path, flags="--titles DDPM VP")
     assert [(row["model"], row["objective"], row["sampler"]) for row in table] == [
@@ -89,7 +89,7 @@ def test_the_table_has_what_was_measured(evaluated, tmp_path):
     assert "the least level that the model knows: DDPM 0.01, VP 0.001" in (tmp_path / "comparison.md").read_text()
 
 
-def test_numbers_and_figures_lie_beside_it(evaluated, tmp_path):
+def test_numbers_and_figures_are_written_beside_the_table(evaluated, tmp_path):
     compare(evaluated / "ddpm", evaluated / "vp", out=tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"comparison.md", "comparison.json", "comparison.png", "comparison_errors.png"}
@@ -105,15 +105,15 @@ def test_numbers_and_figures_lie_beside_it(evaluated, tmp_path):
     with Image.open(tmp_path / "comparison.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     first, last = (Image.open(evaluated / "vp" / "images" / "edm_heun-3-fp32" / f"seed-000000{i}.png") for i in (0, 7))
-    row = pixels[-96:]  # the bottom one: 6 times the size, with a gap of 4
+    row = pixels[-96:]  # the bottom row: enlarged 6 times, with gaps of 4 pixels
     np.testing.assert_array_equal(row[:, :96], np.asarray(first).repeat(6, 0).repeat(6, 1))
     np.testing.assert_array_equal(row[:, 700:796], np.asarray(last).repeat(6, 0).repeat(6, 1))
     assert str(evaluated) not in (tmp_path / "comparison.json").read_text()
 
 
-def test_images_that_are_gone_or_were_not_generated_are_left_out(copies, tmp_path):
+def test_missing_damaged_or_real_images_are_left_out(copies, tmp_path):
     ddpm, vp = copies
-    (vp / "images" / "edm_heun-3-fp32" / "generate.json").unlink()  # as of real images
+    (vp / "images" / "edm_heun-3-fp32" / "generate.json").unlink()  # as in a folder of real images
     (ddpm / "images" / "ddim-3-eta0-fp32" / "seed-0000003.png").write_bytes(b"damaged")
     compare(ddpm, vp, out=tmp_path / "out", flags="--num_images 4")
     shown = json.loads((tmp_path / "out" / "comparison.json").read_text())["shown"]
@@ -123,10 +123,10 @@ def test_images_that_are_gone_or_were_not_generated_are_left_out(copies, tmp_pat
     assert not (tmp_path / "none" / "comparison.png").exists()
 
 
-def test_committed_results_of_which_one_lacks_some(tmp_path):
+def test_shipped_results_with_missing_metrics_are_tabulated(tmp_path):
     samples = Path(__file__).parent.parent / "samples" / "celeba32_cpu"
     whole, part = samples / "evaluation", samples / "samplers" / "ddpm"
-    found = [compare(folder, out=tmp_path)[0] for folder in (whole, part)]  # of other numbers of images
+    found = [compare(folder, out=tmp_path)[0] for folder in (whole, part)]  # with different numbers of images
     assert [row["sampler"] for row in found] == ["unipc, 20 steps", "ddpm, 50 steps"]
     assert found[0]["FID (clean)"] == number(entry(whole, "FID (clean)", family="features")["value"])
     ode = number(entry(whole, "Probability-flow ODE, held-out")["value"])
@@ -135,14 +135,14 @@ def test_committed_results_of_which_one_lacks_some(tmp_path):
         assert found[1][column] == "not measured"
 
 
-def change(folder: Path, **keys) -> None:
+def update_results(folder: Path, **keys) -> None:
     write_results(folder / "results.json", read_results(folder / "results.json") | keys)
 
 
-def test_a_model_that_drew_no_images_has_a_row(copies, tmp_path):
+def test_model_without_images_has_a_row(copies, tmp_path):
     ddpm, _ = copies
     entries = read_results(ddpm / "results.json")["results"]
-    change(ddpm, results=[entry for entry in entries if entry["family"] in ("likelihood", "heldout")])
+    update_results(ddpm, results=[entry for entry in entries if entry["family"] in ("likelihood", "heldout")])
     (row,) = compare(ddpm, out=tmp_path / "out")
     assert row["sampler"] == row["SWD (real against real)"] == "not measured"
     assert "±" in row["bits/dim by the ODE, held-out"]
@@ -162,15 +162,15 @@ def test_a_model_that_drew_no_images_has_a_row(copies, tmp_path):
         (["ddpm", "--out", "ddpm/results.json"], "--out ddpm/results.json is not a folder; choose another one"),
     ],
 )
-def test_bad_input_is_one_line(copies, flags, message, monkeypatch, capsys):
+def test_bad_input_exits_with_code_2_and_one_line(copies, flags, message, monkeypatch, capsys):
     ddpm, vp = copies
     monkeypatch.chdir(ddpm.parent)
     record = read_results(vp / "results.json")
     for name in ("other_data", "damaged"):
         shutil.copytree(vp, name)
-        change(Path(name), pipeline=name)
-    change(Path("other_data"), reference=record["reference"] | {"fingerprint": "other"})
-    change(Path("damaged"), results=[{"name": "SWD, mean", "metric": "swd", "value": 3.0}])
+        update_results(Path(name), pipeline=name)
+    update_results(Path("other_data"), reference=record["reference"] | {"fingerprint": "other"})
+    update_results(Path("damaged"), results=[{"name": "SWD, mean", "metric": "swd", "value": 3.0}])
     Path("of_another_command").mkdir()
     write_results(Path("of_another_command/results.json"), {"results": []})
     assert main(flags) == 2

@@ -33,12 +33,12 @@ def parse(tmp_path):
     return parse
 
 
-def test_flag_over_file_over_default(parse):
+def test_flags_override_the_file_and_the_file_overrides_defaults(parse):
     config = parse(BASE + "learning_rate: 3e-4\nresolution: 32\n", "--resolution", "16")
     assert (config.learning_rate, config.resolution, config.train_batch_size) == (3e-4, 16, 16)
 
 
-def test_types_of_values(parse):
+def test_values_have_the_declared_types(parse):
     config = parse(
         BASE + "block_out_channels: [8, 16]\nattention_head_dim: null\nsnr_gamma: 5\nrandom_flip: true\n"
         "up_block_types: [AttnUpBlock2D, UpBlock2D]\nnorm_num_groups: 8\n",
@@ -53,7 +53,7 @@ def test_types_of_values(parse):
     assert config.compile is False
 
 
-def test_null_on_the_command_line_wins_over_the_file(parse):
+def test_null_on_the_command_line_overrides_the_file(parse):
     config = parse(BASE + "validation_split: validation\nsnr_gamma: 5\n", "--validation_split", "null")
     assert (config.validation_split, config.snr_gamma) == (None, 5.0)
     assert parse(BASE, "--attention_head_dim", "null").attention_head_dim is None
@@ -63,29 +63,29 @@ def test_null_on_the_command_line_wins_over_the_file(parse):
         parse(BASE, "--seed", "null")
 
 
-def test_of_two_values_the_later_one_counts_and_null_is_one(parse):
+def test_last_value_wins_even_if_it_is_null(parse):
     assert parse(BASE, "--snr_gamma", "5", "--snr_gamma", "null").snr_gamma is None
     assert parse(BASE, "--snr_gamma=null", "--snr_gamma=5").snr_gamma == 5.0
     assert parse(BASE + "cache_dir: there\n", "--cache_dir=null").cache_dir is None
 
 
-def test_images_of_the_command_line_take_the_place_of_those_of_the_file(parse, tmp_path, caplog):
-    """A newcomer has a folder of images and gives no configuration, so the quickstart's is read."""
+def test_data_flags_replace_the_data_source_of_the_file(parse, tmp_path, caplog):
+    """A new user passes a folder of images and no configuration, so the quickstart's is read."""
     caplog.set_level("INFO")
     config = parse_config(["--train_data_dir", "faces", "--output_dir", str(tmp_path / "run")])
     assert (config.train_data_dir, config.dataset_name, config.validation_split) == ("faces", None, None)
     assert caplog.messages[1] == "--train_data_dir replaces dataset_name, validation_split of quickstart.yaml"
-    of_hub = BASE.replace("synthetic-faces", "a/b") + "dataset_revision: abc\nvalidation_split: test\n"
-    config = parse(of_hub, "--train_data_dir", "faces", "--validation_split", "validation")
+    hub_yaml = BASE.replace("synthetic-faces", "a/b") + "dataset_revision: abc\nvalidation_split: test\n"
+    config = parse(hub_yaml, "--train_data_dir", "faces", "--validation_split", "validation")
     assert (config.dataset_revision, config.validation_split) == (None, "validation")
-    config = parse(of_hub, "--dataset_name", "c/d")
+    config = parse(hub_yaml, "--dataset_name", "c/d")
     assert (config.dataset_name, config.dataset_revision, config.validation_split) == ("c/d", None, "test")
-    assert parse(of_hub, "--dataset_name", "a/b").dataset_revision == "abc"
-    of_folder = "train_data_dir: faces\nmax_train_steps: 10\n"
-    assert parse(of_folder, "--dataset_name", "synthetic-faces").train_data_dir is None
+    assert parse(hub_yaml, "--dataset_name", "a/b").dataset_revision == "abc"
+    folder_yaml = "train_data_dir: faces\nmax_train_steps: 10\n"
+    assert parse(folder_yaml, "--dataset_name", "synthetic-faces").train_data_dir is None
 
 
-def test_epochs_of_the_command_line_take_the_place_of_the_steps_of_the_file(parse, caplog):
+def test_num_epochs_flag_replaces_max_train_steps_of_the_file(parse, caplog):
     caplog.set_level("INFO")
     config = parse(BASE, "--num_epochs", "3")
     assert (config.num_epochs, config.max_train_steps) == (3, None)
@@ -95,9 +95,9 @@ def test_epochs_of_the_command_line_take_the_place_of_the_steps_of_the_file(pars
 
 
 @pytest.mark.parametrize("flag", OF_DIFFUSERS)
-def test_flags_of_diffusers_script_are_answered_by_what_to_do(parse, flag):
+def test_flags_of_the_diffusers_script_suggest_a_replacement(parse, flag):
     for written in {f"--{flag}", f"--{flag.replace('_', '-')}"}:
-        assert refusal(parse, BASE, written).endswith(f"unknown flag {written}; {OF_DIFFUSERS[flag]}")
+        assert parse_error(parse, BASE, written).endswith(f"unknown flag {written}; {OF_DIFFUSERS[flag]}")
     for instead in re.findall(r"--(\w+)", OF_DIFFUSERS[flag]):
         assert instead in TYPES
 
@@ -110,9 +110,7 @@ def test_flags_of_diffusers_script_are_answered_by_what_to_do(parse, flag):
         ("DYNAMO_BACKEND", "EAGER", ["--compile", "true"], "asks for dynamo_backend eager"),
     ],
 )
-def test_what_accelerate_launch_asks_for_must_be_what_the_configuration_says(
-    parse, monkeypatch, name, asked, flags, message
-):
+def test_accelerate_launch_settings_must_match_the_configuration(parse, monkeypatch, name, asked, flags, message):
     config = parse(BASE, *flags)
     monkeypatch.setenv(f"ACCELERATE_{name}", asked)
     with pytest.raises(InputError, match=message):
@@ -127,7 +125,7 @@ def test_saved_configuration_reads_back_unchanged(parse):
     assert parse(config.to_yaml()) == config
 
 
-def test_the_public_configuration_tells_nothing_of_the_machine(parse, tmp_path):
+def test_public_configuration_has_no_local_paths(parse, tmp_path):
     private = {"train_data_dir": tmp_path / "faces", "cache_dir": tmp_path / "cache", "output_dir": tmp_path / "run"}
     private |= {"logging_dir": tmp_path / "logs", "resume_from_checkpoint": tmp_path / "run" / "checkpoint-3"}
     flags = [str(part) for name, value in private.items() for part in (f"--{name}", value)]
@@ -140,7 +138,7 @@ def test_the_public_configuration_tells_nothing_of_the_machine(parse, tmp_path):
     assert (read.push_to_hub, read.hub_model_id, read.resume_from_checkpoint) == (False, None, "latest")
 
 
-def test_the_repository_on_the_hub_is_named_after_the_run(parse, tmp_path, monkeypatch):
+def test_hub_repository_is_named_after_the_run(parse, tmp_path, monkeypatch):
     assert parse(BASE, "--output_dir", "runs/my-faces/").hub_repo_id == "my-faces"
     monkeypatch.chdir(tmp_path)
     assert parse(BASE, "--output_dir", ".").hub_repo_id == tmp_path.name
@@ -163,8 +161,8 @@ def test_the_repository_on_the_hub_is_named_after_the_run(parse, tmp_path, monke
         (BASE + f"hub_model_id: {TOKEN}\npush_to_hub: true\n", [], "line 3"),
     ],
 )
-def test_a_secret_in_the_wrong_place_is_not_printed(parse, yaml_text, flags, message):
-    line = refusal(parse, yaml_text, *flags)
+def test_misplaced_secrets_are_not_printed(parse, yaml_text, flags, message):
+    line = parse_error(parse, yaml_text, *flags)
     assert message in line
     assert "hf_secret" not in line
     assert TOKEN not in line
@@ -207,7 +205,7 @@ def test_parameter_counts_of_shipped_configurations(name, least, most):
     assert least <= sum(parameter.numel() for parameter in network.parameters()) <= most
 
 
-def test_network_options_are_those_of_diffusers(parse):
+def test_network_options_match_diffusers(parse):
     signature = inspect.signature(UNet2DModel.__init__).parameters
     set_by_the_trainer = {"sample_size", "out_channels", "num_train_timesteps"}
     unconditional = {"class_embed_type", "num_class_embeds"}
@@ -235,8 +233,8 @@ def test_network_options_are_those_of_diffusers(parse):
         ("a: [b\n", "cannot read"),
     ],
 )
-def test_a_bad_file_is_one_line(parse, yaml_text, message):
-    assert message in refusal(parse, yaml_text)
+def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
+    assert message in parse_error(parse, yaml_text)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +273,7 @@ def test_a_bad_file_is_one_line(parse, yaml_text, message):
         ("--overwrite_output_dir --resume_from_checkpoint runs/checkpoint-3", "deletes checkpoints"),
         (f"--output_dir {__file__}/run", "--output_dir"),
         ("--num_cpu_threads 1000000000", "at most 1024"),
-        # by the objective
+        # specific to an objective
         ("--time_embedding_type fourier", "ddpm needs positional or learned"),
         ("--objective ve", "ve needs fourier"),
         (f"{EDM} --time_embedding_type fourier", "edm needs positional"),
@@ -289,12 +287,12 @@ def test_a_bad_file_is_one_line(parse, yaml_text, message):
         (f"{EDM} --noise_mean 6", "ln(sigma_max) = 4.38"),
     ],
 )
-def test_bad_options_are_one_line(parse, flags, message):
-    assert message in refusal(parse, BASE, *flags.split())
+def test_bad_options_raise_one_line_errors(parse, flags, message):
+    assert message in parse_error(parse, BASE, *flags.split())
 
 
 @pytest.mark.parametrize("objective", ["ddpm", "vp", "subvp", "ve", "edm", "flow"])
-def test_an_option_of_other_objectives_is_refused(objective):
+def test_options_of_other_objectives_are_rejected(objective):
     own = {"objective": objective, "time_embedding_type": "fourier" if objective == "ve" else "positional"}
     for name in [name for name, limits in LIMITS.items() if objective not in limits.get("only", objective).split()]:
         choices = [choice for choice in typing.get_args(TYPES[name]) if isinstance(choice, str)]
@@ -304,7 +302,7 @@ def test_an_option_of_other_objectives_is_refused(objective):
             TrainConfig(dataset_name="synthetic-faces", max_train_steps=10, **own, **{name: value})
 
 
-def refusal(parse, *arguments: str) -> str:
+def parse_error(parse, *arguments: str) -> str:
     with pytest.raises(InputError) as error:
         parse(*arguments)
     assert "\n" not in str(error.value)
@@ -324,12 +322,12 @@ def refusal(parse, *arguments: str) -> str:
         (f"{FLOW} --time_density logit_normal", {"objective": "flow", "time_density": "logit_normal"}),
     ],
 )
-def test_the_noise_process_is_that_of_the_flags(parse, flags, scheduler):
+def test_flags_determine_the_noise_scheduler(parse, flags, scheduler):
     made = parse(BASE, *flags.split()).noise_scheduler().config
     assert {name: made[name] for name in scheduler} == scheduler
 
 
-def test_settings_of_an_objective_are_those_that_mean_something_to_it(parse):
+def test_objective_settings_contain_only_relevant_options(parse):
     assert parse(BASE, *VE.split()).objective_settings() == {
         "objective": "ve",
         "likelihood_weighting": False,
@@ -345,23 +343,23 @@ def test_settings_of_an_objective_are_those_that_mean_something_to_it(parse):
 @pytest.mark.parametrize(
     ("name", "objective"), [("vp32", "vp"), ("vp32", "subvp"), ("edm32", "edm"), ("flow32", "flow")]
 )
-def test_the_configurations_in_continuous_time_have_the_same_network(name, objective):
+def test_continuous_time_configurations_share_the_network(name, objective):
     config = parse_config(["--config", str(CONFIGS[0].parent / f"{name}.yaml"), "--objective", objective])
     vp = parse_config(["--config", str(CONFIGS[0].parent / "vp32.yaml")])
     assert config.objective == objective
     assert config.unet_kwargs() == vp.unet_kwargs()
 
 
-def test_classes_make_the_network_conditional_and_leave_a_row_for_none(parse):
+def test_class_labels_add_class_embeddings_and_a_null_class(parse):
     assert parse().unet_kwargs(5)["num_class_embeds"] == 6
     assert "num_class_embeds" not in parse().unet_kwargs()
 
 
-def test_a_stray_argument_does_not_join_the_last_list_of_the_file(parse):
+def test_stray_argument_is_not_appended_to_a_list_of_the_file(parse):
     with pytest.raises(InputError, match="argument 3 belongs to no flag"):
         parse(BASE + "block_out_channels: [32, 64, 64]\n", "64")
 
 
-def test_missing_file():
+def test_missing_file_raises_an_input_error():
     with pytest.raises(InputError, match=r"nowhere\.yaml"):
         parse_config(["--config", "nowhere.yaml"])

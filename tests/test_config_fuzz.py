@@ -1,4 +1,4 @@
-"""Hundreds of bad configurations from a fixed seed: each ends in one line and exit code 2, before any data is read."""
+"""Hundreds of bad configurations from a fixed seed: each exits with code 2 and one line before any data is read."""
 
 import random
 import resource
@@ -19,23 +19,23 @@ from training.config import LIMITS, TYPES
 
 TINY = TINY | {"max_images": 20, "train_batch_size": 4, "gradient_accumulation_steps": 1, "lr_warmup_steps": 0}
 TINY |= {"max_train_steps": 1, "eval_batch_size": 1, "ddpm_num_inference_steps": 2, "post_hoc_ema": False}
-MEBIBYTES_A_GROUP = 700
+MEBIBYTES_PER_GROUP = 700
 HUGE = 10**30
 
 
 @dataclass
 class Case:
-    """A configuration: what differs from TINY, or a whole file, and flags."""
+    """A configuration: changes to TINY or a whole file, and flags."""
 
     changes: dict = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     file: bytes | None = None
-    named: tuple[str, ...] = ()  # the error line has one of these
-    may_leave: tuple[str, ...] = ()  # as it takes the data, or a step, to see what is wrong
+    named: tuple[str, ...] = ()  # the error line contains one of these
+    may_leave: tuple[str, ...] = ()  # if only the data or a training step reveals the fault
 
 
 def kind_of(name: str):
-    """int, float, bool, str, "choice" or "list" for an option."""
+    """The kind of an option: int, float, bool, str, "choice" or "list"."""
     annotation = TYPES[name]
     if type(None) in typing.get_args(annotation):
         annotation = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
@@ -50,12 +50,12 @@ def flags_of(options: dict) -> list[str]:
 
 
 def by_file_or_flag(rng: random.Random, name: str, value, *named: str) -> Case:
-    """The option set in the file or on the command line."""
+    """A case that sets the option in the file or on the command line."""
     changes = {"changes": {name: value}} if rng.random() < 0.5 else {"flags": flags_of({name: value})}
     return Case(**changes, named=(name, *named))
 
 
-# ---- The groups of cases
+# ---- Groups of cases
 
 
 def misspelt_names(rng):
@@ -112,7 +112,7 @@ def bad_values(rng):
             yield Case(changes={name: value}, named=(name,))
         if not is_optional:
             yield Case(changes={name: None}, named=(name,))
-            if kind not in (str, "list"):  # as text, `null` is a name like any other
+            if kind not in (str, "list"):  # as text, `null` is an ordinary name
                 yield Case(flags=[f"--{name}=null"], named=(name,))
         if limits.get("min") == 1 or "above" in limits:
             yield by_file_or_flag(rng, name, rng.choice([0, -1]))
@@ -222,7 +222,7 @@ def sources_and_folders(rng):
         yield Case(flags=["--dataset_name=null", f"--train_data_dir={folder}"], named=("folder", "train_data_dir"))
 
 
-# How many cases must be refused at least, and in a group of strange ones work
+# The least numbers of refused and of valid cases; only impossible_networks may contain valid ones
 GROUPS = {
     misspelt_names: (60, 0),
     junk_arguments: (120, 0),
@@ -235,7 +235,7 @@ GROUPS = {
 
 
 def complaint(call, capfd, named: tuple[str, ...], codes=(2,)) -> str | None:
-    """What is wrong with the way a call ended, or None: a code of `codes` with one line, or 0."""
+    """None if a call exits with a code of `codes` and one line, "valid" if with 0, otherwise what is wrong."""
     capfd.readouterr()
     try:
         code = call()
@@ -252,14 +252,14 @@ def complaint(call, capfd, named: tuple[str, ...], codes=(2,)) -> str | None:
     if not lines[0].isprintable():
         return f"the line has control characters: {lines[0][:200]!r}"
     if "secret" in output:
-        return f"it tells a secret: {lines[0]}"
+        return f"the line reveals a secret: {lines[0]}"
     if not any(word in lines[0] for word in named):
         return f"{lines[0][:300]!r} has none of {str(named)[:200]}"
     return None
 
 
 def outcomes(group, tmp_path: Path, capfd, dry_run: bool = True, codes=(2,)) -> tuple[Counter, list[str]]:
-    """Runs a group: how many cases were refused, valid, or ended otherwise; and these last ones in words."""
+    """Runs a group of cases; returns the numbers of refused, valid and faulty ones, and the faults in words."""
     counts, faults = Counter(), []
     rng = random.Random(group.__name__)
     memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -282,9 +282,9 @@ def outcomes(group, tmp_path: Path, capfd, dry_run: bool = True, codes=(2,)) -> 
         if kind == "fault":
             faults.append(f"{str(case)[:300]}: {fault}")
         elif kind == "valid" and GROUPS.get(group, (0, 1))[1] == 0:
-            faults.append(f"{str(case)[:300]}: taken for valid")
+            faults.append(f"{str(case)[:300]}: accepted as valid")
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before) / 1024
-    if grown > MEBIBYTES_A_GROUP:
+    if grown > MEBIBYTES_PER_GROUP:
         faults.append(f"the memory grew by {grown:.0f} MiB")
     AcceleratorState._reset_state(reset_partial_state=True)
     with capfd.disabled():
@@ -299,7 +299,7 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
-def test_every_bad_configuration_is_refused_in_one_line_before_any_data(group, tmp_path, capfd):
+def test_bad_configurations_exit_with_one_line_before_reading_data(group, tmp_path, capfd):
     counts, faults = outcomes(group, tmp_path, capfd)
     assert not faults, "\n".join([f"{len(faults)} faults", *faults])
     least_refused, least_valid = GROUPS[group]
@@ -308,7 +308,7 @@ def test_every_bad_configuration_is_refused_in_one_line_before_any_data(group, t
 
 
 def few_steps(rng):
-    """Values that are as good as any until they are used, and the ends of what the SDEs allow, in runs of one step."""
+    """Values that can fail only in use, and the extremes that the SDEs allow, in runs of one step."""
     for name, values in {
         "logging_dir": ["../../x", "logs\x00", "/dev/null/x"],
         "resume_from_checkpoint": ["", "\x1b"],
@@ -342,14 +342,14 @@ def few_steps(rng):
             yield Case(changes=changes, named=("sigma", "sde_beta", "noise_mean"), may_leave=("cache",))
 
 
-def test_a_run_of_one_step_with_a_strange_value_ends_in_one_line_or_works(tmp_path, capfd):
+def test_one_step_runs_with_unusual_values_work_or_exit_with_one_line(tmp_path, capfd):
     counts, faults = outcomes(few_steps, tmp_path, capfd, dry_run=False, codes=(1, 2))
     assert not faults, "\n".join([f"{len(faults)} faults", *faults])
     assert counts["refused"] >= 10
     assert counts["valid"] >= 24
 
 
-# ---- The command lines of the other jobs
+# ---- Command lines of the other commands
 
 PIPELINE = "samples/celeba32_cpu/pipeline"
 COMMANDS = {
@@ -357,7 +357,7 @@ COMMANDS = {
     "evaluation": (evaluation.main, {"--pipeline": "nowhere", "--out": "OUT", "--reference": "synthetic-faces"}),
     "push": (export.main, {"push": None, "--pipeline": PIPELINE, "--repo_id": "someone/faces"}),
 }
-BAD_ARGUMENTS = {  # of each flag, separated by commas
+BAD_ARGUMENTS = {  # the bad values of each flag, separated by commas
     "generate": {
         "--num_images": f"0,-1,x,1.5,nan,{'9' * 5000},",
         "--seed": "-1,x,1e3",
@@ -402,7 +402,7 @@ def command_lines():
             yield command, main, {name: value for name, value in base.items() if name != flag}, []
 
 
-def test_bad_command_lines_of_the_other_jobs_end_in_one_line(tmp_path, capfd):
+def test_bad_command_lines_of_other_commands_exit_with_one_line(tmp_path, capfd):
     counts, faults = Counter(), []
     for number, (command, main, base, extra) in enumerate(command_lines()):
         folder = tmp_path / str(number)

@@ -1,4 +1,4 @@
-"""The pipeline in continuous time: networks trained with an SDE, and DDPM networks read as a VP SDE."""
+"""The pipeline in continuous time: networks trained with an SDE, and DDPM networks treated as a VP SDE."""
 
 import itertools
 
@@ -27,7 +27,7 @@ from pipelines.custom_unet_pipeline import Guidance
 from training.sde import PREDICTION_TYPES, SDEScheduler, continuous_samplers
 
 SCHEDULERS = {
-    "vp": SDEScheduler(objective="vp"),  # clips, which does not matter here
+    "vp": SDEScheduler(objective="vp"),  # clips, which makes no difference here
     "vp v": SDEScheduler(objective="vp", prediction_type="v_prediction"),
     "subvp": SDEScheduler(objective="subvp"),
     "subvp x0": SDEScheduler(objective="subvp", prediction_type="sample"),
@@ -41,7 +41,7 @@ SCHEDULERS = {
     "ddpm zero snr": DDPMScheduler(prediction_type="sample", rescale_betas_zero_snr=True, clip_sample=False),
 }
 N = 4000
-SAMPLERS = {  # steps
+SAMPLERS = {  # and their numbers of steps
     "euler_maruyama": 200,
     "reverse_diffusion": 200,
     "ode": 10,
@@ -70,14 +70,14 @@ def tiny_pipeline(objective: str = "vp", **network) -> CustomUNetPipeline:
     return quiet(CustomUNetPipeline(CustomUNet2DModel(**TINY | embedding | network), scheduler))
 
 
-def last_clean_images(pipe: CustomUNetPipeline, steps: int, number: int = N, **call) -> torch.Tensor:
-    """The images, not clipped to [0, 1], float64 (N, 3)."""
+def last_clean_images(pipe: CustomUNetPipeline, steps: int, num_images: int = N, **call) -> torch.Tensor:
+    """The last predicted clean images, not clipped to [0, 1], float64 (N, 3)."""
     seen = {}
     pipe(
         num_inference_steps=steps,
-        latents=torch.randn(number, 3, 1, 1, generator=torch.Generator().manual_seed(0)),
+        latents=torch.randn(num_images, 3, 1, 1, generator=torch.Generator().manual_seed(0)),
         generator=torch.Generator().manual_seed(1),
-        callback_on_step_end=lambda *all_: seen.update(all_[-1]),
+        callback_on_step_end=lambda *args: seen.update(args[-1]),
         callback_on_step_end_tensor_inputs=["pred_original_sample"],
         output_type="pt",
         **call,
@@ -93,8 +93,8 @@ def last_clean_images(pipe: CustomUNetPipeline, steps: int, number: int = N, **c
         *itertools.product(["flow"], ["flow_euler", "flow_heun"]),
     ],
 )
-def test_samplers_draw_the_mixture(name, sampler):
-    """float32 x, the network's own measure of time, and all ways to predict: the mixture comes out."""
+def test_samplers_reproduce_the_mixture(name, sampler):
+    """With float32 x, the network's own time input and every prediction type."""
     pipe = exact_pipeline(name)
     pipe.set_sampler(sampler)
     errors = mixture().errors(last_clean_images(pipe, SAMPLERS[sampler]))
@@ -102,7 +102,7 @@ def test_samplers_draw_the_mixture(name, sampler):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_denoiser_is_the_expectation_of_the_clean_image(name):
+def test_denoiser_is_the_posterior_mean_of_the_clean_image(name):
     pipe = exact_pipeline(name)
     denoise = denoiser(pipe.unet, pipe.scheduler)
     sde = denoise.sde
@@ -111,12 +111,12 @@ def test_the_denoiser_is_the_expectation_of_the_clean_image(name):
     for t in times:
         alpha, n = sde.signal_scale(t), sde.noise_scale(t)
         expected = mixture().clean_images(n * x.flatten(1), alpha, n)
-        # c_noise is handed on as float32, and so is what `model_output` gives back
+        # c_noise and the output of the network are rounded to float32
         torch.testing.assert_close(denoise(n * x, t).flatten(1), expected, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(denoise.of_noise_level(n * x / alpha, n / alpha), denoise(n * x, t))
 
 
-def test_the_preconditioning_is_that_of_diffusers_edm_schedulers():
+def test_preconditioning_matches_diffusers_edm_scheduler():
     ours, theirs = SDEScheduler(objective="edm", prediction_type="edm"), diffusers.EDMEulerScheduler(sigma_data=0.5)
     sigma = torch.tensor([0.002, 0.1, 1.0, 80.0], dtype=torch.float64)
     c_skip, c_out, c_in, c_noise = ours.preconditioning(sigma)
@@ -134,16 +134,16 @@ def test_the_preconditioning_is_that_of_diffusers_edm_schedulers():
         *itertools.product(["flow"], ["flow_euler", "flow_heun"]),
     ],
 )
-def test_an_image_depends_on_its_own_seed_alone(objective, sampler):
+def test_image_depends_only_on_its_own_seed(objective, sampler):
     pipe = tiny_pipeline(objective)
-    if sampler == "ode":  # the clipped predictions of an untrained network have kinks at which the solver errs
+    if sampler == "ode":  # clipped predictions of an untrained network have kinks, where the solver is inaccurate
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_sampler(sampler, **({"tolerance": 1e-5} if sampler == "ode" else {}))
     together = pipe(seeds=[3, 4], num_inference_steps=4, output_type="pt").images
     again = pipe(seeds=[3, 4], num_inference_steps=4, output_type="pt").images
     alone = pipe(seeds=[4], num_inference_steps=4, output_type="pt").images
     assert torch.equal(together, again)
-    # the ODE solver chooses its steps for the batch
+    # the ODE solver chooses its step sizes for the whole batch
     torch.testing.assert_close(together[1:], alone, rtol=0, atol=0.05 if sampler == "ode" else 1e-4)
     assert not torch.allclose(together[0], together[1], atol=0.01)
 
@@ -160,16 +160,16 @@ def test_an_image_depends_on_its_own_seed_alone(objective, sampler):
         ("flow_heun", {}, 11),
     ],
 )
-def test_evaluations_are_counted(sampler, settings, expected):
+def test_network_evaluations_are_counted(sampler, settings, expected):
     pipe, calls, seen = tiny_pipeline("flow" if sampler.startswith("flow_") else "vp"), [], []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     pipe.set_sampler(sampler, **settings)
-    output = pipe(seeds=[0], num_inference_steps=6, callback_on_step_end=lambda *all_: seen.append(all_[1]))
+    output = pipe(seeds=[0], num_inference_steps=6, callback_on_step_end=lambda *args: seen.append(args[1]))
     assert output.network_evaluations == len(calls) == expected
     assert seen == list(range(expected))
 
 
-def test_the_ode_takes_more_evaluations_for_less_tolerance():
+def test_ode_needs_more_evaluations_for_a_smaller_tolerance():
     pipe, evaluations = exact_pipeline("vp"), []
     for tolerance in (1e-2, 1e-5):
         pipe.set_sampler("ode", tolerance=tolerance)
@@ -177,27 +177,27 @@ def test_the_ode_takes_more_evaluations_for_less_tolerance():
     assert evaluations[1] > 2 * evaluations[0]
 
 
-def test_encode_and_decode():
-    """The same data and the same score give the same latents, up to their scale (arXiv 2011.13456, section 4.3)."""
+def test_decode_inverts_encode():
+    """Equal data and scores give equal latents up to scale (arXiv 2011.13456, section 4.3)."""
     images, latents = ((mixture().means + 1) / 2).float().view(3, 3, 1, 1), {}
     for name in ("vp", "subvp", "ve", "edm", "flow", "ddpm"):
         pipe = exact_pipeline(name)
         latents[name] = encode(pipe, images, tolerance=1e-5)
-        assert 0.01 < latents[name].std() < 3  # of unit variance over the data
+        assert 0.01 < latents[name].std() < 3  # unit variance over the data
         back = decode(pipe, latents[name], tolerance=1e-5, output_type="pt")
         torch.testing.assert_close(back, images, rtol=0, atol=1e-3)
     torch.testing.assert_close(latents["vp"], latents["subvp"], rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("name", ["vp", "ve", "flow", "ddpm"])
-def test_imputation_keeps_what_is_known_and_draws_the_rest_from_its_conditional(name):
-    """Two channels are known: the third is drawn from its distribution given them, here that of a Gaussian."""
+def test_imputation_keeps_known_channels_and_samples_the_conditional(name):
+    """Two channels are known; the third is drawn from its conditional distribution, here a Gaussian."""
     data = Mixture(
         torch.ones(1).double(),
         torch.tensor([[0.1, -0.2, 0.0]], dtype=torch.float64),
         torch.tensor([[0.04, 0.03, 0.03], [0.03, 0.04, 0.025], [0.03, 0.025, 0.04]], dtype=torch.float64)[None],
     )
-    pipe = exact_pipeline(name, size=8)  # the norms of the corrector are those of an image, of many pixels
+    pipe = exact_pipeline(name, size=8)  # the corrector's norms need an image of many pixels
     pipe.unet.data = data
     known = torch.tensor([True, True, False]).view(1, 3, 1, 1)
     pixel = torch.tensor([0.25, 0.0, 0.3])
@@ -214,7 +214,7 @@ def test_imputation_keeps_what_is_known_and_draws_the_rest_from_its_conditional(
     assert abs(drawn[:, 2].std() - std) < 0.35 * std
 
 
-def test_impute_and_colorize_keep_what_is_given():
+def test_impute_and_colorize_keep_the_known_part():
     pipe = tiny_pipeline("ve")
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(1, 1, 8, 8)
@@ -222,17 +222,17 @@ def test_impute_and_colorize_keep_what_is_given():
     painted = impute(pipe, image, mask, num_inference_steps=4, seeds=[0, 1], output_type="pt")
     torch.testing.assert_close(painted[:, :, :, :4], image[:, :, :, :4].expand(2, -1, -1, -1), rtol=0, atol=1e-5)
     assert not torch.allclose(painted[0, :, :, 4:], painted[1, :, :, 4:], atol=0.01)
-    # images of [0, 1] only, so that nothing is clipped at the end
+    # compare latents, because images are clipped to [0, 1]
     basis = GREY_AND_COLOURS.double()
     torch.testing.assert_close(basis @ basis.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
     latents = {}
     pipe.unet.register_forward_pre_hook(lambda module, inputs: latents.update(x=inputs[0]))
     colorize(pipe, image, num_inference_steps=50, seeds=[0], output_type="pt")
-    grey = latents["x"].mean(1) - (2 * image - 1).mean(1)  # at the last time little noise is left
+    grey = latents["x"].mean(1) - (2 * image - 1).mean(1)  # little noise is left at the last time
     assert grey.std() < 0.05
 
 
-def test_classifier_free_guidance_is_a_line_through_two_predictions():
+def test_classifier_free_guidance_extrapolates_two_predictions():
     pipe = tiny_pipeline("vp", num_class_embeds=4, dropout=0.0)
     x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor(300.0), torch.tensor([0, 2])
     guidances = Guidance(labels), Guidance(torch.tensor([3, 3])), Guidance(labels, 2.5, null_class=3)
@@ -241,7 +241,7 @@ def test_classifier_free_guidance_is_a_line_through_two_predictions():
 
 
 @pytest.mark.parametrize("objective", ["vp", "ddpm"])
-def test_guidance_reaches_every_sampler(objective):
+def test_guidance_affects_every_sampler(objective):
     pipe = tiny_pipeline(objective, num_class_embeds=4)
     for name in pipe.samplers:
         pipe.set_sampler(name)
@@ -253,7 +253,7 @@ def test_guidance_reaches_every_sampler(objective):
         assert not torch.allclose(plain.images, guided.images, atol=1e-3), name
 
 
-def test_what_a_model_does_not_take_is_one_line():
+def test_unsupported_arguments_raise_one_line_errors():
     vp, ddpm = tiny_pipeline("vp"), tiny_pipeline("ddpm")
     learned = tiny_pipeline("ddpm", time_embedding_type="learned", num_train_timesteps=1000)
     conditional = tiny_pipeline("vp", num_class_embeds=3)
@@ -295,23 +295,23 @@ def test_what_a_model_does_not_take_is_one_line():
 
 
 @pytest.mark.parametrize("sampler", continuous_samplers("vp"))
-def test_the_predicted_image_is_clipped_where_the_scheduler_says_so(sampler):
-    """An untrained network predicts anything; every x_0 that a sampler meets, and the result, lie in [-1, 1]."""
+def test_clip_sample_clips_every_predicted_image(sampler):
+    """An untrained network predicts any value; with clipping, every predicted x_0 lies in [-1, 1]."""
     largest, name = {}, "pred_original_sample"
     for clip in (True, False):
         pipe, seen = tiny_pipeline("vp"), []
         pipe.scheduler = SDEScheduler(objective="vp", clip_sample=clip)
         pipe.set_sampler(sampler, **({"tolerance": 0.1} if sampler == "ode" else {}))
-        watching = {"callback_on_step_end": lambda *all_, seen=seen: seen.append(all_[-1][name])}
-        watching["callback_on_step_end_tensor_inputs"] = [name]
-        pipe(seeds=[0], num_inference_steps=4, output_type="pt", **watching)
+        callback = {"callback_on_step_end": lambda *args, seen=seen: seen.append(args[-1][name])}
+        callback["callback_on_step_end_tensor_inputs"] = [name]
+        pipe(seeds=[0], num_inference_steps=4, output_type="pt", **callback)
         largest[clip] = torch.cat(seen).abs().max().item()
     assert largest[True] == 1.0
     assert largest[False] > 2.0
 
 
-def test_the_default_sampler_and_its_settings():
-    """Heun on the straight paths of a rectified flow; else that of EDM, with churn for the network of a VE SDE."""
+def test_default_sampler_and_settings_depend_on_the_objective():
+    """Heun for the straight paths of rectified flow, otherwise EDM's sampler, with churn for VE SDEs."""
     for objective, expected in {"ve": 10.0, "vp": 0.0, "edm": 0.0, "flow": None, "ddpm": None}.items():
         sampler = tiny_pipeline(objective).continuous_sampler
         assert (sampler and sampler.name) == {"ddpm": None, "flow": "flow_heun"}.get(objective, "edm_heun")
@@ -324,10 +324,10 @@ def test_the_default_sampler_and_its_settings():
         assert pipe.continuous_sampler.settings.get("churn", 0.0) == 0.0
         ends = interpolate(pipe, 0, 1, num_images=2, num_inference_steps=3, output_type="pt")
         alone = pipe(seeds=[0], num_inference_steps=3, output_type="pt").images
-        torch.testing.assert_close(ends[:1], alone, rtol=0, atol=1e-4)  # without noise
+        torch.testing.assert_close(ends[:1], alone, rtol=0, atol=1e-4)  # no noise is added
 
 
-def test_a_scheduler_that_is_replaced_replaces_the_sampler():
+def test_replacing_the_scheduler_resets_the_sampler():
     pipe = tiny_pipeline("ddpm")
     pipe.set_sampler("ode")
     assert pipe.continuous_sampler.name == "ode"
@@ -357,6 +357,6 @@ def test_a_scheduler_that_is_replaced_replaces_the_sampler():
         ({"objective": "edm", "prediction_type": "edm", "sigma_min": 100.0}, "sigma_min 100.0"),
     ],
 )
-def test_an_sde_scheduler_that_cannot_be(settings, message):
+def test_invalid_sde_scheduler_settings_raise_value_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         SDEScheduler(**settings)

@@ -51,7 +51,7 @@ CELEBAHQ_256 = {
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
 }
 
-# Every option at least once; what is not said comes from `tiny`.
+# Covers every option at least once; options not listed come from `tiny`.
 CONFIGS = {
     "plain": {"down_block_types": PLAIN_DOWN, "up_block_types": PLAIN_UP, "add_attention": False},
     "attention": {},
@@ -63,7 +63,7 @@ CONFIGS = {
     "resnet down, conv up": {**ALL_ATTN, "downsample_type": "resnet", "norm_eps": 1e-3},
     "NCSN++": NCSNPP,
     "NCSN++ scale_shift": {**NCSNPP, "resnet_time_scale_shift": "scale_shift", "add_attention": False},
-    "NCSN++ numbered groups": {**NCSNPP, "norm_num_groups": 8, "time_embedding_type": "positional", "sample_size": 12},
+    "NCSN++ fixed groups": {**NCSNPP, "norm_num_groups": 8, "time_embedding_type": "positional", "sample_size": 12},
     "NCSN++ attention everywhere": {
         **NCSNPP,
         "block_out_channels": (32, 64),
@@ -72,14 +72,14 @@ CONFIGS = {
         "dropout": 0.3,
         "attention_head_dim": 16,
     },
-    "NCSN++ groups of few channels": {
+    "NCSN++ small groups": {
         **NCSNPP,
         "block_out_channels": (8, 16),
         "down_block_types": ("SkipDownBlock2D",) * 2,
         "up_block_types": ("SkipUpBlock2D",) * 2,
         "center_input_sample": True,
     },
-    "skip blocks and others": {
+    "mixed skip blocks": {
         "block_out_channels": (8, 16, 16),
         "down_block_types": ("SkipDownBlock2D", "DownBlock2D", "ResnetDownsampleBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "SkipUpBlock2D", "SkipUpBlock2D"),
@@ -132,7 +132,7 @@ def tiny(name: str = "attention", **changes) -> dict:
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Move every parameter, so that no zero bias or unit gain hides a difference."""
+    """Perturb every parameter, so that no zero bias or unit gain hides a difference."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -189,12 +189,12 @@ def assert_one_line(error: pytest.ExceptionInfo) -> None:
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------- as diffusers
+# ----------------------------------------------------------------------------------------- parity with diffusers
 
 
 @pytest.fixture
 def dropout_by_position(monkeypatch):
-    """Dropout that depends on positions alone: PyTorch's also depends on the memory layout, where the two differ."""
+    """Dropout that depends only on positions; PyTorch's also depends on the memory layout, which may differ."""
 
     def forward(dropout: torch.nn.Dropout, hidden: torch.Tensor) -> torch.Tensor:
         kept = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0)) >= dropout.p
@@ -205,7 +205,7 @@ def dropout_by_position(monkeypatch):
 
 @pytest.mark.usefixtures("dropout_by_position")
 @pytest.mark.parametrize("name", CONFIGS)
-def test_names_outputs_and_gradients_are_those_of_diffusers(name):
+def test_names_outputs_and_gradients_match_diffusers(name):
     reference, ours = make_pair(tiny(name))
     shapes = {key: value.shape for key, value in reference.state_dict().items()}
     assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
@@ -221,7 +221,7 @@ def test_names_outputs_and_gradients_are_those_of_diffusers(name):
 
 @pytest.mark.parametrize("name", FEW_CONFIGS)
 @pytest.mark.parametrize("source", [0, 1], ids=["from diffusers", "to diffusers"])
-def test_saved_folders_load_both_ways(name, source, tmp_path):
+def test_saved_weights_load_in_both_directions(name, source, tmp_path):
     pair = make_pair(tiny(name))
     saved, loader = pair[source].eval(), type(pair[1 - source])
     saved.save_pretrained(tmp_path)
@@ -232,7 +232,7 @@ def test_saved_folders_load_both_ways(name, source, tmp_path):
     torch.testing.assert_close(loaded(**inputs).sample, saved(**inputs).sample, atol=1e-5, rtol=0)
 
 
-def test_signatures_are_those_of_diffusers():
+def test_signatures_match_diffusers():
     for method in ("__init__", "forward"):
         ours, theirs = (inspect.signature(getattr(c, method)).parameters for c in (CustomUNet2DModel, UNet2DModel))
         assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
@@ -244,7 +244,7 @@ def test_parameter_counts_of_published_networks(config, parameters):
         assert CustomUNet2DModel(**config).num_parameters() == parameters
 
 
-def test_imports_nothing_but_torch_and_the_mixins():
+def test_imports_only_torch_and_the_diffusers_mixins():
     imported = set()
     for node in ast.walk(ast.parse(inspect.getsource(custom_unet_2d))):
         if isinstance(node, ast.Import):
@@ -260,7 +260,7 @@ def test_imports_nothing_but_torch_and_the_mixins():
     }
 
 
-def test_the_timestep_may_be_a_number_or_a_tensor_of_any_of_three_shapes():
+def test_timestep_may_be_a_number_or_a_scalar_or_batched_tensor():
     _, model = make_pair(tiny())
     sample = make_inputs(model)["sample"]
     expected = model(sample, torch.tensor([7, 7])).sample
@@ -314,10 +314,10 @@ def test_old_attention_names_load_from_a_state_dict():
     torch.testing.assert_close(ours(**inputs).sample, reference(**inputs).sample, atol=1e-5, rtol=0)
 
 
-# --------------------------------------------------------------------------------------------- ways of running it
+# ------------------------------------------------------------------------------- compilation, memory, precision
 
 
-@pytest.mark.parametrize("name", ["class table", "skip blocks and others"])
+@pytest.mark.parametrize("name", ["class table", "mixed skip blocks"])
 def test_compiles_without_a_graph_break(name):
     _, model = make_pair(tiny(name, layers_per_block=1))
     torch._dynamo.reset()
@@ -329,7 +329,7 @@ def test_compiles_without_a_graph_break(name):
 
 
 @pytest.mark.parametrize("name", ["attention", "NCSN++", "resnet resampling"])
-def test_channels_last_gives_the_same(name):
+def test_channels_last_gives_the_same_output_and_gradients(name):
     _, model = make_pair(tiny(name))
     inputs = make_inputs(model)
     expected, expected_gradients = run(model, inputs)
@@ -342,7 +342,7 @@ def test_channels_last_gives_the_same(name):
 
 
 def saved_elements(model, inputs: dict) -> int:
-    """How many numbers the forward pass keeps for the backward pass."""
+    """The number of elements that the forward pass saves for the backward pass."""
     counted = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: counted.append(t.numel()), lambda _: None):
         model(**inputs)
@@ -382,7 +382,7 @@ def test_gradient_checkpointing_reaches_every_layer():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["attention", "NCSN++", "class as timestep", "resnet resampling"])
-def test_half_precision(name, dtype, tmp_path):
+def test_autocast_and_half_precision_weights_match_float32(name, dtype, tmp_path):
     _, model = make_pair(tiny(name))
     inputs = make_inputs(model.eval())
     inputs["timestep"] = inputs["timestep"].float()
@@ -413,12 +413,12 @@ def offloaded(model, folder, **options):
     return model
 
 
-WAYS = {  # those of diffusers' own tests of its models that need no GPU
-    "shards of a variant": reloaded_shards,
-    "offload to the CPU": lambda model, folder: accelerate.cpu_offload(model, execution_device=torch.device("cpu")),
-    "offload to disk": lambda model, folder: accelerate.disk_offload(model, folder, torch.device("cpu")),
-    "offload of leaves": lambda model, folder: offloaded(model, folder, offload_type="leaf_level"),
-    "offload of blocks": lambda model, folder: offloaded(
+EXECUTION_MODES = {  # those that diffusers tests for its own models and that need no GPU
+    "sharded variant": reloaded_shards,
+    "CPU offload": lambda model, folder: accelerate.cpu_offload(model, execution_device=torch.device("cpu")),
+    "disk offload": lambda model, folder: accelerate.disk_offload(model, folder, torch.device("cpu")),
+    "leaf-level offload": lambda model, folder: offloaded(model, folder, offload_type="leaf_level"),
+    "block-level offload": lambda model, folder: offloaded(
         model, folder, offload_type="block_level", num_blocks_per_group=1
     ),
     "compiled once": lambda model, folder: torch.compile(model, fullgraph=True, backend="aot_eager"),
@@ -427,21 +427,21 @@ WAYS = {  # those of diffusers' own tests of its models that need no GPU
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["class table", "NCSN++"])
-@pytest.mark.parametrize("way", WAYS)
-def test_the_output_is_the_same_however_the_weights_are_kept(way, name, tmp_path):
+@pytest.mark.parametrize("mode", EXECUTION_MODES)
+def test_sharding_offloading_and_compiling_keep_the_output(mode, name, tmp_path):
     _, model = make_pair(tiny(name))
     inputs = make_inputs(model.eval())
     expected = [model(**inputs | {"timestep": inputs["timestep"] + i}).sample for i in range(2)]
     torch._dynamo.reset()
-    kept = WAYS[way](model, tmp_path)
+    prepared = EXECUTION_MODES[mode](model, tmp_path)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        outputs = [kept(**inputs | {"timestep": inputs["timestep"] + i}).sample for i in range(2)]
+        outputs = [prepared(**inputs | {"timestep": inputs["timestep"] + i}).sample for i in range(2)]
     torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FEW_CONFIGS)
-def test_weights_stored_in_eight_bits_give_what_they_give_in_diffusers(name):
+def test_layerwise_casting_to_float8_matches_diffusers(name):
     reference, ours = make_pair(tiny(name))
     inputs = make_inputs(ours)
     for model in (reference.eval(), ours.eval()):
@@ -450,10 +450,10 @@ def test_weights_stored_in_eight_bits_give_what_they_give_in_diffusers(name):
     torch.testing.assert_close(ours(**inputs).sample, reference(**inputs).sample, atol=1e-5, rtol=0)
 
 
-# -------------------------------------------------------------------------------------------------- what it refuses
+# ------------------------------------------------------------------------------------------------ rejected arguments
 
 SKIP_DOWN, SKIP_UP = ("SkipDownBlock2D",) * 2, ("SkipUpBlock2D",) * 2
-REFUSED = {
+INVALID_CONFIGS = {
     "time_embedding_type": {"time_embedding_type": "sinusoidal"},
     "mid_block_type": {"mid_block_type": "UNetMidBlock2DCrossAttn"},
     "downsample_padding": {"downsample_padding": 2},
@@ -506,14 +506,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("message", REFUSED)
-def test_construction_refuses_in_one_line(message):
+@pytest.mark.parametrize("message", INVALID_CONFIGS)
+def test_invalid_configs_raise_one_line_errors(message):
     with pytest.raises(ValueError, match=message) as error:
-        CustomUNet2DModel(**tiny(**REFUSED[message]))
+        CustomUNet2DModel(**tiny(**INVALID_CONFIGS[message]))
     assert_one_line(error)
 
 
-def test_head_width_counts_only_at_levels_with_attention():
+def test_attention_head_dim_is_checked_only_at_levels_with_attention():
     with_attention_outside = {"down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": PLAIN_UP}
     config = tiny(block_out_channels=(12, 16), attention_head_dim=12, add_attention=False, **with_attention_outside)
     CustomUNet2DModel(**config)
@@ -522,7 +522,7 @@ def test_head_width_counts_only_at_levels_with_attention():
 
 
 @pytest.mark.parametrize("path", ["down", "up"])
-def test_skip_blocks_are_refused_exactly_where_diffusers_crashes(path):
+def test_skip_blocks_are_rejected_exactly_where_diffusers_crashes(path):
     name, plain, skip = {
         "down": ("down_block_types", "DownBlock2D", "SkipDownBlock2D"),
         "up": ("up_block_types", "UpBlock2D", "SkipUpBlock2D"),
@@ -551,13 +551,13 @@ def test_skip_blocks_are_refused_exactly_where_diffusers_crashes(path):
         ({"num_class_embeds": 5}, {}, "class_labels is None"),
     ],
 )
-def test_forward_refuses_in_one_line(changes, arguments, message):
+def test_invalid_inputs_raise_one_line_errors(changes, arguments, message):
     model = CustomUNet2DModel(**tiny(**changes))
     with pytest.raises(ValueError, match=message) as error:
         model(**{"sample": torch.zeros(2, 3, 8, 8), "timestep": 1, **arguments})
     assert_one_line(error)
 
 
-def test_other_sizes_than_sample_size_are_accepted():
+def test_sizes_other_than_sample_size_are_accepted():
     _, model = make_pair(tiny(sample_size=None))
     assert model(torch.zeros(2, 3, 6, 10), 1).sample.shape == (2, 3, 6, 10)

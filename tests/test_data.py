@@ -1,4 +1,4 @@
-"""The store of decoded pixels and its faults, the stream of batches, the pixel range and the loader."""
+"""The image store and damage to it, the order of the batches, the pixel range and the loader."""
 
 import errno
 import hashlib
@@ -27,7 +27,7 @@ from training.data import make_loader, open_image_store, random_flip, shuffled_b
 from training.workers import StoppedWaiting, load_batches
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NUM_IMAGES, SIDE = 150, 8  # three chunks of decoding
+NUM_IMAGES, SIDE = 150, 8  # decoded in three chunks
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def faces(tmp_path, pictures) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_caches(tmp_path, monkeypatch, caplog):
-    """Nothing is read from or left in the user's caches, in this process or its children."""
+def temporary_caches(tmp_path, monkeypatch, caplog):
+    """Keep this process and its children away from the user's caches."""
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -74,10 +74,10 @@ def forbid_decoding(monkeypatch):
     monkeypatch.setattr(sources.HuggingFaceImages, "decode", refuse)
 
 
-# The store
+# The image store
 
 
-def test_the_store_holds_the_pixels_in_order(faces, pictures):
+def test_store_holds_the_pixels_in_order(faces, pictures):
     store = open_faces(faces)
     np.testing.assert_array_equal(store.images, pictures.transpose(0, 3, 1, 2))
     assert len(store) == NUM_IMAGES
@@ -89,7 +89,7 @@ def test_the_store_holds_the_pixels_in_order(faces, pictures):
         store.images[0] = 0
 
 
-def test_a_second_opening_decodes_nothing(faces, monkeypatch):
+def test_reopening_a_store_does_not_decode_again(faces, monkeypatch):
     first = open_faces(faces)
     forbid_decoding(monkeypatch)
     second = open_faces(faces)
@@ -99,11 +99,11 @@ def test_a_second_opening_decodes_nothing(faces, monkeypatch):
     assert few.fingerprint == hashlib.sha256(first.images[:3]).hexdigest()[:16] == few.description["fingerprint"]
     assert (len(few), few.description["num_images"]) == (3, 3)
     for other in ({"crop": "center"}, {"resolution": 4}, {"skip_bad_images": True}):
-        with pytest.raises(AssertionError, match="decoded again"):  # these are other stores
+        with pytest.raises(AssertionError, match="decoded again"):  # these need other stores
             open_faces(faces, **other)
 
 
-def test_a_changed_file_makes_another_store(faces, pictures):
+def test_changed_file_creates_a_new_store(faces, pictures):
     before = open_faces(faces)
     Image.fromarray(255 - pictures[5]).save(faces / "0005.png")
     after = open_faces(faces)
@@ -113,7 +113,7 @@ def test_a_changed_file_makes_another_store(faces, pictures):
     assert len(open_faces(faces)) == NUM_IMAGES - 1
 
 
-def test_the_fingerprint_is_that_of_the_pixels_not_of_the_source(faces, tmp_path):
+def test_fingerprint_depends_on_the_pixels_not_on_the_source(faces, tmp_path):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     rows = [{"bytes": path.read_bytes(), "path": None} for path in sorted(faces.iterdir())]
@@ -124,7 +124,7 @@ def test_the_fingerprint_is_that_of_the_pixels_not_of_the_source(faces, tmp_path
     assert open_faces(faces, max_images=149).fingerprint != from_folder.fingerprint
 
 
-def test_max_images_takes_the_first_ones(faces, pictures):
+def test_max_images_keeps_the_first_images(faces, pictures):
     np.testing.assert_array_equal(open_faces(faces, max_images=70).images, pictures[:70].transpose(0, 3, 1, 2))
     assert len(open_faces(faces, max_images=10_000)) == NUM_IMAGES
     assert error_of(open_faces, faces, max_images=0) == "max_images is 0; it must be at least 1"
@@ -132,20 +132,20 @@ def test_max_images_takes_the_first_ones(faces, pictures):
     assert error_of(open_faces, faces, resolution=0) == "the resolution is 0; it must be at least 1"
 
 
-BAD = {"truncated": None, "text": b"no image\nat all", "zero-byte": b""}
+BAD_CONTENTS = {"truncated": None, "text": b"no image\nat all", "zero-byte": b""}
 
 
-@pytest.mark.parametrize("fault", BAD)
-def test_a_bad_image_is_named_by_row_and_file(faces, fault):
+@pytest.mark.parametrize("fault", BAD_CONTENTS)
+def test_bad_image_error_names_row_and_file(faces, fault):
     path = faces / "0100.png"
-    path.write_bytes(path.read_bytes()[:80] if BAD[fault] is None else BAD[fault])
+    path.write_bytes(path.read_bytes()[:80] if BAD_CONTENTS[fault] is None else BAD_CONTENTS[fault])
     message = error_of(open_faces, faces)
     assert "faces, row 100 (0100.png): " in message
     assert "--skip_bad_images" in message
     assert not list((faces.parent / "cache").glob("*"))  # neither a store nor a temporary folder
 
 
-def test_bad_images_are_skipped_and_counted_when_asked(faces, pictures, caplog):
+def test_skip_bad_images_skips_and_counts_them(faces, pictures, caplog):
     (faces / "0100.png").write_bytes(b"")
     (faces / "0003.png").write_text("text")
     store = open_faces(faces, skip_bad_images=True)
@@ -153,36 +153,36 @@ def test_bad_images_are_skipped_and_counted_when_asked(faces, pictures, caplog):
     assert len(store) == NUM_IMAGES - 2
     np.testing.assert_array_equal(store.images, np.delete(pictures, [3, 100], 0).transpose(0, 3, 1, 2))
     caplog.clear()
-    open_faces(faces, skip_bad_images=True)  # again: from the store
+    open_faces(faces, skip_bad_images=True)  # opened again, from the store
     assert "left out 2 unreadable images, the first one: row 3 (0003.png)" in caplog.text
 
 
-def test_only_bad_images_are_an_error(faces):
+def test_data_without_a_usable_image_is_rejected(faces):
     for path in faces.iterdir():
         path.write_bytes(b"")
     assert "has no usable image; 150 are unreadable" in error_of(open_faces, faces, skip_bad_images=True)
 
 
 @pytest.mark.parametrize(
-    "fault", ["truncated pixels", "a flipped bit", "no pixels", "half a meta", "no meta", "other meta"]
+    "fault", ["truncated pixels", "a flipped bit", "missing pixels", "truncated meta", "missing meta", "invalid meta"]
 )
-def test_a_damaged_store_is_built_again(faces, pictures, caplog, fault):
+def test_damaged_store_is_rebuilt(faces, pictures, caplog, fault):
     open_faces(faces)
     (folder,) = (faces.parent / "cache").iterdir()
     pixels, meta = folder / data.PIXELS.format("uint8"), folder / data.META
     match fault:
         case "truncated pixels":
             os.truncate(pixels, 1000)
-        case "a flipped bit":  # which a check of the file's length alone would pass
+        case "a flipped bit":  # which a check of the file size alone would miss
             with pixels.open("r+b") as file:
                 file.write(bytes([pictures[0, 0, 0, 0] ^ 1]))
-        case "no pixels":
+        case "missing pixels":
             pixels.unlink()
-        case "half a meta":
+        case "truncated meta":
             meta.write_text(meta.read_text()[:40])
-        case "no meta":
+        case "missing meta":
             meta.unlink()
-        case "other meta":
+        case "invalid meta":
             meta.write_text("[1, 2]")
     store = open_faces(faces)
     assert f"{folder} is damaged: building it again" in caplog.text
@@ -201,7 +201,7 @@ training.data.open_image_store(train_data_dir=sys.argv[1], cache_dir=sys.argv[2]
 """
 
 
-def test_sigkill_while_building_leaves_no_store(faces, pictures, monkeypatch):
+def test_sigkill_during_a_build_leaves_no_store(faces, pictures, monkeypatch):
     cache = faces.parent / "cache"
     command = [sys.executable, "-c", STALL, str(faces), str(cache)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
@@ -217,7 +217,7 @@ def test_sigkill_while_building_leaves_no_store(faces, pictures, monkeypatch):
     open_faces(faces)
 
 
-def test_what_killed_builders_left_goes_when_it_is_old(faces):
+def test_stale_temporary_folders_are_removed(faces):
     cache = faces.parent / "cache"
     for name in ("fresh", "old", "alive"):
         (cache / f".tmp-{name}").mkdir(parents=True)
@@ -226,7 +226,7 @@ def test_what_killed_builders_left_goes_when_it_is_old(faces):
         ".tmp-old/" + data.PIXELS.format("uint8"),
         ".tmp-old",
         ".tmp-alive",
-    ):  # a folder's time is not that of its file
+    ):  # a folder's mtime is not that of its file
         long_ago = time.time() - data.STALE_SECONDS - 60
         os.utime(cache / path, (long_ago, long_ago))
     open_faces(faces)
@@ -234,7 +234,7 @@ def test_what_killed_builders_left_goes_when_it_is_old(faces):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
-def test_an_error_or_ctrl_c_while_decoding_ends_the_worker_processes(faces, monkeypatch, error):
+def test_error_or_ctrl_c_while_decoding_stops_the_workers(faces, monkeypatch, error):
     monkeypatch.setattr(workers, "available_cores", lambda: 2)
     seen = []
 
@@ -250,13 +250,13 @@ def test_an_error_or_ctrl_c_while_decoding_ends_the_worker_processes(faces, monk
     assert not multiprocessing.active_children()
 
 
-def test_a_builder_that_comes_second_takes_the_store_of_the_first(faces, pictures, monkeypatch):
+def test_concurrent_builders_share_the_store_of_the_first(faces, pictures, monkeypatch):
     rename = Path.rename
 
     def let_another_finish_first(temporary: Path, folder: Path):
         monkeypatch.setattr(Path, "rename", rename)
         assert open_faces(faces).fingerprint
-        assert len(list((faces.parent / "cache").iterdir())) == 2  # the other's store and this temporary folder
+        assert len(list((faces.parent / "cache").iterdir())) == 2  # the other builder's store and this temporary one
         return rename(temporary, folder)
 
     monkeypatch.setattr(Path, "rename", let_another_finish_first)
@@ -264,9 +264,9 @@ def test_a_builder_that_comes_second_takes_the_store_of_the_first(faces, picture
     assert len(list((faces.parent / "cache").iterdir())) == 1
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(faces, tmp_path):
+def test_full_disk_raises_one_line_error_and_leaves_nothing(faces, tmp_path):
     options = {"max_images": 60, "resolution": 16}  # 46,080 bytes
-    open_faces(faces, cache_dir=str(tmp_path / "first"), **options)  # so that `datasets` has its own cache already
+    open_faces(faces, cache_dir=str(tmp_path / "first"), **options)  # so that `datasets` already has its own cache
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
@@ -279,13 +279,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(faces, tmp_path):
     assert len(open_faces(faces, **options)) == 60
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(faces, tmp_path):
+def test_unwritable_cache_raises_one_line_error(faces, tmp_path):
     (tmp_path / "file").write_text("in the way")
     message = error_of(open_faces, faces, cache_dir=str(tmp_path / "file" / "cache"))
     assert message == f"cannot write to the cache {tmp_path}/file/cache: Not a directory; set --cache_dir"
 
 
-def test_the_default_cache_is_in_the_users_cache_folder(faces, tmp_path):
+def test_default_cache_is_in_the_users_cache_folder(faces, tmp_path):
     open_faces(faces, cache_dir=None)
     (folder,) = (tmp_path / "xdg" / "train_unet").iterdir()
     assert json.loads((folder / data.META).read_text())["num_images"] == NUM_IMAGES
@@ -308,7 +308,7 @@ def labelled(faces) -> Path:
     return faces
 
 
-def test_labels_stand_beside_their_images(labelled, pictures):
+def test_labels_are_aligned_with_their_images(labelled, pictures):
     store = open_faces(labelled, label_column="kind")
     assert store.labels.dtype == np.int64
     assert store.labels.tolist() == [1, 2, 0, 2, 1] * (NUM_IMAGES // 5)
@@ -319,7 +319,7 @@ def test_labels_stand_beside_their_images(labelled, pictures):
         store.labels[0] = 0
 
 
-def test_without_a_column_of_labels_a_store_is_what_it_was(labelled, pictures):
+def test_store_without_label_column_has_no_labels(labelled, pictures):
     store = open_faces(labelled)
     assert store.labels is None
     assert not {"label_column", "label_names", "labels_digest"} & store.description.keys()
@@ -329,13 +329,13 @@ def test_without_a_column_of_labels_a_store_is_what_it_was(labelled, pictures):
     assert store.fingerprint == hashlib.sha256(pixels).hexdigest()[:16]
 
 
-def test_the_key_of_a_store_without_labels_is_that_of_earlier_versions(tmp_path):
+def test_key_of_a_store_without_labels_is_backward_compatible(tmp_path):
     open_image_store(dataset_name="synthetic-faces", max_images=2, resolution=8, cache_dir=str(tmp_path / "cache"))
     (folder,) = (tmp_path / "cache").iterdir()
     assert folder.name == "0a7935f592fe5b6b"
 
 
-def test_the_labels_change_the_key_and_the_fingerprint(labelled):
+def test_labels_change_the_key_and_the_fingerprint(labelled):
     without, first = open_faces(labelled), open_faces(labelled, label_column="kind")
     write_metadata(labelled, ["b", "c", "a", "c", "a"])
     other_labels = open_faces(labelled, label_column="kind")
@@ -347,7 +347,7 @@ def test_the_labels_change_the_key_and_the_fingerprint(labelled):
 
 
 @pytest.mark.parametrize("fault", ["a flipped bit", "longer", "missing"])
-def test_damaged_labels_are_built_again(labelled, caplog, fault):
+def test_damaged_labels_are_rebuilt(labelled, caplog, fault):
     before = open_faces(labelled, label_column="kind").labels.tolist()
     (folder,) = (labelled.parent / "cache").iterdir()
     path = folder / data.LABELS
@@ -363,7 +363,7 @@ def test_damaged_labels_are_built_again(labelled, caplog, fault):
     assert f"{folder} is damaged: building it again" in caplog.text
 
 
-def test_labels_of_one_split_are_told_in_the_numbers_of_another(labelled):
+def test_labels_are_mapped_to_the_classes_of_another_split(labelled):
     write_metadata(labelled, ["b", "d"])
     store = open_faces(labelled, label_column="kind")
     assert store.labels[:2].tolist() == [0, 1]
@@ -373,45 +373,45 @@ def test_labels_of_one_split_are_told_in_the_numbers_of_another(labelled):
     assert message == "split train has the class 'd' of 'kind', not one of a, b"
 
 
-# The order of the batches
+# Order of the batches
 
 
 def batches(count: int, *arguments, **options) -> list[list[int]]:
     return list(itertools.islice(shuffled_batches(*arguments, **options), count))
 
 
-def test_each_epoch_has_every_image_once_though_batches_straddle_epochs():
+def test_epochs_have_every_image_once_even_if_batches_straddle_them():
     indices = np.array(batches(25, 10, 4, 0)).reshape(10, 10)  # 10 epochs
     assert (np.sort(indices) == np.arange(10)).all()
-    assert len({tuple(epoch) for epoch in indices}) == 10  # each in another order
+    assert len({tuple(epoch) for epoch in indices}) == 10  # each in a different order
     assert (indices != np.arange(10)).any(1).all()
-    assert batches(25, 10, 4, 0) != batches(25, 10, 4, 1)  # the seed decides
+    assert batches(25, 10, 4, 0) != batches(25, 10, 4, 1)  # the order depends on the seed
 
 
 @pytest.mark.parametrize("start", [1, 7, 23, 100])
 @pytest.mark.parametrize("options", [{}, {"rank": 1, "world_size": 3}])
-def test_starting_later_equals_dropping_the_first_batches(start, options):
+def test_start_batch_skips_the_first_batches(start, options):
     later = batches(60, 23, 5, 0, **options, start_batch=start)
     assert later == batches(start + 60, 23, 5, 0, **options)[start:]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_the_processes_together_are_one_with_a_larger_batch(world_size):
-    of_ranks = [batches(30, 26, 5, 0, rank, world_size) for rank in range(world_size)]
-    together = [[index for part in parts for index in part] for parts in zip(*of_ranks, strict=True)]
+def test_processes_together_see_one_larger_batch(world_size):
+    per_rank = [batches(30, 26, 5, 0, rank, world_size) for rank in range(world_size)]
+    together = [[index for part in parts for index in part] for parts in zip(*per_rank, strict=True)]
     assert together == batches(30, 26, 5 * world_size, 0)
 
 
-def test_a_batch_larger_than_the_data_is_refused():
+def test_batch_larger_than_the_data_is_rejected():
     batches(1, 12, 4, 0, world_size=3)
     message = error_of(batches, 1, 11, 4, 0, world_size=3)
     assert message == "11 images are fewer than a batch of 4 on 3 processes; lower --train_batch_size"
 
 
-# The pixel range
+# Pixel range
 
 
-def test_the_range_is_from_minus_one_to_one_and_back():
+def test_model_range_is_minus_one_to_one_and_round_trips():
     values = torch.arange(256, dtype=torch.uint8)
     floats = to_model_range(values)
     assert floats.dtype == torch.float32
@@ -426,7 +426,7 @@ def test_to_uint8_rounds_and_clamps():
     assert to_uint8(floats).tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
 
 
-def test_half_of_the_images_are_flipped_left_to_right():
+def test_random_flip_mirrors_half_of_the_images():
     images = torch.arange(2 * 3 * 4).reshape(1, 2, 3, 4).repeat(2000, 1, 1, 1)
     torch.manual_seed(0)
     flipped = random_flip(images)
@@ -438,12 +438,12 @@ def test_half_of_the_images_are_flipped_left_to_right():
     assert not torch.equal(random_flip(images), flipped)
 
 
-# The loader
+# Loader
 
 
 @pytest.mark.parametrize("column", [None, "kind"])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_loader_gives_each_image_with_its_label(labelled, pictures, num_workers, column):
+def test_loader_yields_images_with_their_labels(labelled, pictures, num_workers, column):
     store = open_faces(labelled, label_column=column)
     order = batches(9, NUM_IMAGES, 40, 3)
     numbers = torch.tensor([1, 2, 0, 2, 1]).repeat(NUM_IMAGES // 5)
@@ -453,8 +453,8 @@ def test_the_loader_gives_each_image_with_its_label(labelled, pictures, num_work
         assert labels is None if column is None else torch.equal(labels, numbers[indices])
 
 
-def test_a_worker_hands_over_no_shared_memory_and_takes_no_pixels(faces, pictures):
-    """/dev/shm may be too small for a batch, and a spawned worker is sent the data set."""
+def test_workers_use_no_shared_memory_and_receive_no_pixels(faces, pictures):
+    """/dev/shm may be too small for a batch, and a spawned worker receives a pickle of the data set."""
     store = open_faces(faces)
     batch = data._Batches(store).__getitems__([3, 1])
     assert type(batch.images) is np.ndarray
@@ -468,23 +468,23 @@ def test_a_worker_hands_over_no_shared_memory_and_takes_no_pixels(faces, picture
 
 
 class Blocked(torch.utils.data.Dataset):
-    """Item 0 is there at once; at item 1 the worker waits for ever, or dies."""
+    """Item 0 is available at once; at item 1 the worker blocks forever or is killed by a signal."""
 
-    def __init__(self, number: int | None = None):
-        self.number, self.event = number, multiprocessing.Event()
+    def __init__(self, signal_number: int | None = None):
+        self.signal_number, self.event = signal_number, multiprocessing.Event()
 
     def __len__(self) -> int:
         return 2
 
     def __getitem__(self, index: int) -> int:
-        if index == 1 and self.number is not None:
-            os.kill(os.getpid(), self.number)
+        if index == 1 and self.signal_number is not None:
+            os.kill(os.getpid(), self.signal_number)
         if index == 1:
             self.event.wait()
         return index
 
 
-def test_waiting_for_a_worker_ends_when_the_run_is_to_stop():
+def test_waiting_for_a_worker_stops_when_the_run_should_stop():
     answers, blocked = iter([False, True]), Blocked()
     loaded = load_batches(blocked, 1, lambda: next(answers), batch_size=None)
     assert next(loaded) == 0
@@ -494,13 +494,13 @@ def test_waiting_for_a_worker_ends_when_the_run_is_to_stop():
     blocked.event.set()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
-def test_a_worker_that_dies_is_one_line(number):
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGBUS])
+def test_dead_worker_raises_one_line_error(signal_number):
     with pytest.raises(Failed, match=r"^DataLoader worker .* exited unexpectedly, perhaps because memory ran out; .*"):
-        list(load_batches(Blocked(number), 1, batch_size=None))
+        list(load_batches(Blocked(signal_number), 1, batch_size=None))
 
 
-def test_workers_that_cannot_be_started_are_one_line(monkeypatch):
+def test_failure_to_start_workers_raises_one_line_error(monkeypatch):
     def no_space(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -511,7 +511,7 @@ def test_workers_that_cannot_be_started_are_one_line(monkeypatch):
         load_batches([0, 1], 2, batch_size=None)
 
 
-def test_at_the_end_of_the_process_only_the_loaders_workers_are_killed(faces, monkeypatch):
+def test_only_the_loaders_workers_are_killed_at_exit(faces, monkeypatch):
     at_exit = []
     monkeypatch.setattr(workers, "Finalize", lambda _, kill, exitpriority: at_exit.append(kill))
     other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)

@@ -34,7 +34,7 @@ CHROMIUM_FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     " --disable-component-update --disable-sync"
 ).split()
-TIMEOUT_MILLISECONDS = 120_000  # only a page that hangs takes as long
+TIMEOUT_MILLISECONDS = 120_000  # reached only if the page hangs
 WAIT_FOR_FRAMES = """async (number) => {
     for (let i = 0; i < number; i++) await new Promise((resolve) => requestAnimationFrame(resolve));
 }"""
@@ -72,32 +72,32 @@ def browser():
 
 @pytest.fixture(scope="module")
 def address(browser, folder):
-    """Of the page of the tiny model, served by `python -m pipelines.demo` on the first free port."""
+    """The address of the tiny model's page, served by `python -m pipelines.demo` on the first free port."""
     command = [sys.executable, "-u", "-m", "pipelines.demo", "--pipeline", str(folder)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=REPOSITORY, **pipes) as server:
         printed = []
-        for line in server.stdout:  # ends when the server does
+        for line in server.stdout:  # ends when the server exits
             printed.append(line)
             if "Running on local URL" in line:
                 break
         else:
             pytest.fail(f"the server did not come up: {''.join(printed)}")
-        threading.Thread(target=server.stdout.read, daemon=True).start()  # or a full pipe would stop the server
+        threading.Thread(target=server.stdout.read, daemon=True).start()  # or a full pipe would block the server
         yield re.search(r"http://\S+", line).group().rstrip("/") + "/"
         server.kill()
 
 
 @pytest.fixture
 def page(browser, address):
-    """A visitor's open page. In the end nothing may have gone wrong in it and no other host been asked."""
+    """A visitor's open page. Teardown fails if it had an error or contacted another host."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(TIMEOUT_MILLISECONDS)
     problems = []
     page.on("console", lambda message: message.type == "error" and problems.append(message.text))
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("response", lambda response: response.status >= 400 and problems.append(response.url))
-    page.on("requestfailed", lambda request: failed_on_its_own(request) and problems.append(request.url))
+    page.on("requestfailed", lambda request: is_real_failure(request) and problems.append(request.url))
     page.on("request", lambda request: is_foreign(request.url, address) and problems.append(request.url))
     page.goto(address)
     page.get_by_role("button", name="Generate").wait_for()
@@ -106,8 +106,8 @@ def page(browser, address):
     assert problems == []
 
 
-def failed_on_its_own(request) -> bool:
-    """Gradio itself aborts the stream of a queue when it has got what it waited for."""
+def is_real_failure(request) -> bool:
+    """False for a request that Gradio aborts itself, the stream of a queue after its last event."""
     return not (request.failure == "net::ERR_ABORTED" and "/queue/data" in request.url)
 
 
@@ -115,14 +115,14 @@ def is_foreign(url: str, address: str) -> bool:
     return not url.startswith((address, f"blob:{address}", "data:"))
 
 
-# ---- Hands and eyes of a visitor
+# ---- What a visitor does and sees
 
 
 def type_into(page: Page, **values: float) -> None:
-    """Into number fields, or the number fields of sliders, by their labels (`_` for a space).
+    """Fill number fields, or the number fields of sliders, by label (`_` for a space).
 
-    Up to three animation frames after Gradio shows the fields of a tab, it sets them to their first values once more
-    (`render_previously_invisible_children` in its front end): a value counts when it is still there six frames later.
+    Up to three animation frames after Gradio shows the fields of a tab, it resets them to their initial values
+    (`render_previously_invisible_children` in its front end), so a value must still be there six frames later.
     """
     for name, value in values.items():
         label = name.replace("_", " ")
@@ -149,7 +149,7 @@ def open_tab(page: Page, name: str) -> None:
 
 
 def picture(shown: Locator) -> Image.Image:
-    """The file behind an image of the page."""
+    """The image file that an element of the page shows."""
     shown.wait_for()
     return Image.open(io.BytesIO(shown.page.request.get(shown.get_attribute("src")).body()))
 
@@ -161,8 +161,8 @@ def gallery(page: Page, number: int) -> list[Image.Image]:
     return [picture(images.nth(i)) for i in range(number)]
 
 
-def as_drawn(images: list[Image.Image]) -> np.ndarray:
-    """At the network's size, int (B, H, W, 3); the enlargement must be one to blocks of equal pixels."""
+def network_sized(images: list[Image.Image]) -> np.ndarray:
+    """The images at the network's size, int (B, H, W, 3); they must be enlarged to blocks of equal pixels."""
     small = [image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.NEAREST) for image in images]
     for image, original in zip(images, small, strict=True):
         np.testing.assert_array_equal(original.resize((512, 512), Image.Resampling.NEAREST), image)
@@ -170,12 +170,12 @@ def as_drawn(images: list[Image.Image]) -> np.ndarray:
 
 
 def assert_same(shown: list[Image.Image], images: list[Image.Image]) -> None:
-    """Up to the last bit, as another process may add in another order."""
-    np.testing.assert_allclose(as_drawn(shown), np.stack(images).astype(int), atol=1)
+    """Equal up to 1 of 255, because another process may sum in a different order."""
+    np.testing.assert_allclose(network_sized(shown), np.stack(images).astype(int), atol=1)
 
 
-def draw_a_stroke(page: Page) -> None:
-    """Over the middle of the editor, again if it is not taken: the editor is ready some time after it has an image."""
+def draw_stroke(page: Page) -> None:
+    """Draw across the middle of the editor until it shows: the editor is ready some time after it has an image."""
     canvas = page.locator("canvas").last
     page.get_by_role("button", name="Brush Size", exact=True).wait_for()
     while True:
@@ -193,7 +193,7 @@ def draw_a_stroke(page: Page) -> None:
 # ---- In the browser
 
 
-def test_the_page_opens_and_tells_what_it_is(page, folder):
+def test_page_shows_the_model_and_its_image_size(page, folder):
     expect(page.get_by_role("heading", level=1)).to_have_text(str(folder))
     expect(page.get_by_text("images of 8x8 pixels")).to_be_visible()
 
@@ -205,7 +205,7 @@ def test_generate(page, pipe):
     assert page.locator(".caption-label:visible").all_inner_texts() == ["seed 5", "seed 6", "seed 7"]
 
 
-def test_the_sampler_is_the_visitors_own(page, pipe, browser, address):
+def test_sampler_choice_is_per_visitor(page, pipe, browser, address):
     eta = page.get_by_label("number input for eta").locator("visible=true")
     expect(eta).to_be_visible()
     type_into(page, eta=1)
@@ -258,9 +258,9 @@ def test_inpainting(page, pipe, source, tmp_path):
         Image.fromarray(pixels).save(tmp_path / "wide.png")
         page.get_by_label("File upload").first.set_input_files(tmp_path / "wide.png")
         image = ImageOps.fit(Image.fromarray(pixels), (SIZE, SIZE), method=Image.Resampling.BICUBIC)
-    draw_a_stroke(page)
+    draw_stroke(page)
     click(page, "Paint anew")
-    results = as_drawn(gallery(page, 2))
+    results = network_sized(gallery(page, 2))
     changed = (np.abs(results - np.asarray(image).astype(int)) > 1).any(axis=-1)
     rows, columns = np.nonzero(changed.any(axis=0))
     assert changed[:, 3:5, 3:5].all()
@@ -269,7 +269,7 @@ def test_inpainting(page, pipe, source, tmp_path):
     assert (results[0] != results[1]).any()
 
 
-def test_what_is_missing_is_told(page):
+def test_missing_mask_or_image_is_reported(page):
     open_tab(page, "Inpainting")
     type_into(page, Steps=STEPS)
     click(page, "Take this image")
@@ -281,14 +281,14 @@ def test_what_is_missing_is_told(page):
     expect(page.get_by_text("there is no image; take that of a seed or upload one")).to_be_visible()
 
 
-def test_what_the_pipeline_refuses_is_told(page):
+def test_pipeline_errors_are_shown(page):
     choose_sampler(page, "edm_heun")
     type_into(page, Steps=1)
     click(page, "Generate")
     expect(page.get_by_text("num_inference_steps is 1")).to_be_visible()
 
 
-# ---- A model that was trained in continuous time, without a browser
+# ---- Continuous-time models, without a browser
 
 
 @pytest.fixture(scope="module")
@@ -296,28 +296,28 @@ def sde_pipe(pipe) -> CustomUNetPipeline:
     return pipeline_of(pipe.unet, SDEScheduler(objective="edm", prediction_type="edm"))
 
 
-def parts(demo: gr.Blocks, kind: str) -> dict[str, dict]:
-    """The components of a page of one kind, by their label."""
+def components(demo: gr.Blocks, kind: str) -> dict[str, dict]:
+    """The components of one kind on a page, by label."""
     found = [component["props"] for component in demo.get_config_file()["components"] if component["type"] == kind]
     return {props["label"]: props for props in found}
 
 
-def test_the_page_of_an_sde_offers_what_the_model_can_do(pipe, sde_pipe):
+def test_sde_page_offers_only_supported_controls(pipe, sde_pipe):
     page, plain = build_demo(sde_pipe), build_demo(pipe)
-    sampler, of_ddpm = parts(page, "dropdown")["Sampler"], parts(plain, "dropdown")["Sampler"]
+    sampler, of_ddpm = components(page, "dropdown")["Sampler"], components(plain, "dropdown")["Sampler"]
     assert [name for name, _ in sampler["choices"]] == list(sde_pipe.samplers)
     assert [name for name, _ in of_ddpm["choices"]] == list(pipe.samplers)
     assert (sampler["value"], of_ddpm["value"]) == ("edm_heun", "ddim")
-    resamplings = [parts(demo, "slider")["Resamplings"]["visible"] for demo in (page, plain)]
+    resamplings = [components(demo, "slider")["Resamplings"]["visible"] for demo in (page, plain)]
     assert resamplings == [False, True]
-    assert [parts(demo, "slider")["Steps"]["minimum"] for demo in (page, plain)] == [2, 1]
+    assert [components(demo, "slider")["Steps"]["minimum"] for demo in (page, plain)] == [2, 1]
     text = [str(demo.get_config_file()) for demo in (page, plain)]
     assert ["trained in continuous time" in each for each in text] == [True, False]
 
 
 @pytest.mark.parametrize("sampler", ["edm_heun", "predictor_corrector", "ode"])
-def test_the_page_of_an_sde_generates_and_shows_the_progress(sde_pipe, sampler, monkeypatch):
-    sent = []  # steps done and in all, of the progress bars that Gradio sends to the page
+def test_sde_page_generates_and_reports_progress(sde_pipe, sampler, monkeypatch):
+    sent = []  # steps done and total, of the progress bars that Gradio sends to the page
     send = staticmethod(lambda: lambda bars: sent.extend((bar.index, bar.length) for bar in bars))
     monkeypatch.setattr(gr.Progress, "_progress_callback", send)
     LocalContext.progress.set(demo.PROGRESS)  # as Gradio does when it calls a tab's function
@@ -330,10 +330,10 @@ def test_the_page_of_an_sde_generates_and_shows_the_progress(sde_pipe, sampler, 
     assert [caption for _, caption in shown] == ["seed 5", "seed 6"]
     assert sde_pipe.continuous_sampler.name == "edm_heun", "the sampler is the visitor's own"
     steps = result.network_evaluations
-    assert sent[-1] == (steps, None if sampler == "ode" else steps)  # the ODE's number is not known before
+    assert sent[-1] == (steps, None if sampler == "ode" else steps)  # the ODE's total is not known in advance
 
 
-def test_the_page_of_an_sde_denoises_interpolates_and_paints(sde_pipe):
+def test_sde_page_denoises_interpolates_and_inpaints(sde_pipe):
     tabs = demo.Page(sde_pipe)
     ((strip, levels, animation),) = [
         (strip, levels, Image.open(path).n_frames) for strip, levels, path in tabs.denoise(3, 4, "edm_heun", STEPS, 0)
@@ -352,7 +352,7 @@ def test_the_page_of_an_sde_denoises_interpolates_and_paints(sde_pipe):
     mask = np.zeros((SIZE, SIZE), np.float32)
     mask[2:6, 2:6] = 1
     assert_same([image for image, _ in shown], impute(sde_pipe, image, mask, STEPS, seeds=[7, 8]))
-    changed = np.abs(as_drawn([image for image, _ in shown]) - np.asarray(image).astype(int)).max(axis=(0, 3)) > 1
+    changed = np.abs(network_sized([image for image, _ in shown]) - np.asarray(image).astype(int)).max(axis=(0, 3)) > 1
     assert changed[3:5, 3:5].all()
     assert not changed[mask == 0].any()
 
@@ -371,7 +371,7 @@ def test_the_page_of_an_sde_denoises_interpolates_and_paints(sde_pipe):
         (["--pipeline", "."], "is not a model repository"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, folder, tmp_path, monkeypatch, capsys):
+def test_bad_input_exits_with_code_2_and_one_line(arguments, message, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     damaged = shutil.copytree(folder, tmp_path / "damaged")
     (damaged / "scheduler" / "scheduler_config.json").write_text("[]")
@@ -382,14 +382,14 @@ def test_bad_input_is_one_line(arguments, message, folder, tmp_path, monkeypatch
     assert message in line
 
 
-def test_a_port_in_use_is_one_line(folder, capsys):
+def test_port_in_use_exits_with_code_2_and_one_line(folder, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["--pipeline", str(folder), "--port", str(port)]) == 2
     assert capsys.readouterr().err == f"error: port {port} is not available, it may be in use; take another --port\n"
 
 
-def test_a_network_with_classes_is_refused():
+def test_class_conditional_network_is_rejected():
     pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY, num_class_embeds=2), DDIMScheduler())
     with pytest.raises(ValueError, match="class embeddings"):
         build_demo(pipe)

@@ -23,7 +23,7 @@ def scheduler_of(prediction_type="epsilon", beta_schedule="linear", zero_snr=Fal
 
 
 def alpha_and_n(scheduler, times):
-    """Of timesteps, or from the formulas of Song et al., eq. 29 with betas and sigmas of appendix C; (B, 1, 1, 1)."""
+    """Signal and noise scale, (B, 1, 1, 1), of timesteps or by Song et al., eq. 29, with the values of appendix C."""
     t = times.view(-1, 1, 1, 1)
     if isinstance(scheduler, DDPMScheduler):
         abar = scheduler.alphas_cumprod.double()[t]
@@ -39,7 +39,7 @@ def alpha_and_n(scheduler, times):
 
 
 class OracleNetwork(torch.nn.Module):
-    """Knows image and noise, and errs in epsilon by `noise_error`; float64 within, as small times need it."""
+    """Knows image and noise, and is off by `noise_error` in epsilon; computes in float64 for the smallest times."""
 
     def __init__(self, scheduler, clean_images, noise, noise_error):
         super().__init__()
@@ -70,7 +70,7 @@ class OracleNetwork(torch.nn.Module):
 
 
 class Network(torch.nn.Conv2d):
-    """Whatever: a function of image and time."""
+    """An arbitrary function of image and time."""
 
     def __init__(self):
         torch.manual_seed(1)
@@ -103,7 +103,7 @@ def ddpm_target(scheduler, clean_images, noise, timesteps):
 
 @pytest.mark.parametrize("beta_schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction_type", KINDS)
-def test_a_perfect_prediction_is_turned_back_into_the_image_by_diffusers(prediction_type, beta_schedule):
+def test_diffusers_recovers_the_image_from_a_perfect_prediction(prediction_type, beta_schedule):
     scheduler = scheduler_of(prediction_type, beta_schedule)
     clean_images, noise = torch.randn(2, 3, 4, 4).clamp(-1, 1), torch.randn(2, 3, 4, 4)
     ddim = DDIMScheduler.from_config(scheduler.config)
@@ -116,7 +116,7 @@ def test_a_perfect_prediction_is_turned_back_into_the_image_by_diffusers(predict
         torch.testing.assert_close(step.pred_original_sample, clean_images, atol=2e-3, rtol=0)
 
 
-def test_velocity_is_diffusers_velocity():
+def test_velocity_matches_diffusers():
     scheduler = scheduler_of("v_prediction", "squaredcos_cap_v2", zero_snr=True)
     clean_images, noise, timesteps = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
     expected = DDPMScheduler.from_config(scheduler.config).get_velocity(clean_images, noise, timesteps)
@@ -125,9 +125,9 @@ def test_velocity_is_diffusers_velocity():
 
 @pytest.mark.parametrize("weighting", [None, "min", "soft_min"])
 @pytest.mark.parametrize("prediction_type", KINDS)
-def test_training_loss_of_a_known_error(prediction_type, weighting):
-    """With the noise off by 0.1 and diffusers' SNR. Unweighted, the three predictions err by different multiples of
-    it; weighted for the error of x_0, the same prediction costs the same whichever way it is expressed."""
+def test_training_loss_matches_a_known_prediction_error(prediction_type, weighting):
+    """The noise is off by 0.1, the SNR is diffusers'. Unweighted, the errors of the three prediction types differ;
+    weighted by the error of x_0, the same prediction has the same loss whichever type expresses it."""
     scheduler, gamma = scheduler_of(prediction_type, "squaredcos_cap_v2"), 5.0
     torch.manual_seed(5)
     network = OracleNetwork(scheduler, images(), torch.randn_like(images()), noise_error=0.1)
@@ -141,13 +141,13 @@ def test_training_loss_of_a_known_error(prediction_type, weighting):
     assert loss.item() == pytest.approx((0.01 * factor).mean().item(), rel=1e-3)
 
 
-def test_zero_terminal_snr():
+def test_rescaled_betas_have_zero_terminal_snr():
     assert scheduler_of("v_prediction", zero_snr=True).alphas_cumprod[-1] == 0
     assert scheduler_of("v_prediction", zero_snr=False).alphas_cumprod[-1] > 0
 
 
 @pytest.mark.parametrize("how", ["uniform", "stratified", "antithetic"])
-def test_positions_are_uniform_and_so_are_their_timesteps(how):
+def test_positions_and_timesteps_are_uniform(how):
     torch.manual_seed(0)
     draws = torch.cat([sample_positions(how, 7) for _ in range(6000)])
     assert draws.dtype == torch.float64
@@ -179,8 +179,8 @@ def test_antithetic_timesteps_come_in_pairs():
         assert (timesteps[:4] + timesteps[5:] == 999).all()
 
 
-def test_positions_keep_off_the_borders_of_timesteps(monkeypatch):
-    """Where the random number is one of float32's extremes or on a border, pairs still are pairs."""
+def test_positions_avoid_the_boundaries_of_timesteps(monkeypatch):
+    """Antithetic pairs stay pairs even if the random number is extreme or on a boundary."""
     extremes = torch.tensor([0.0, 1 - 2**-24, 0.5, 0.125, 0.875])
     monkeypatch.setattr(torch, "rand", lambda count: extremes[:count])
     timesteps = timesteps_of(sample_positions("antithetic", 10))
@@ -188,7 +188,7 @@ def test_positions_keep_off_the_borders_of_timesteps(monkeypatch):
     assert timesteps[:2].tolist() == [0, 999]
 
 
-def test_labels_are_dropped_with_their_probability_and_kept_otherwise():
+def test_labels_are_dropped_with_the_given_probability():
     torch.manual_seed(0)
     labels = torch.arange(4).repeat(5000)
     after = diffusion.drop_labels(labels, 4, 0.3)
@@ -215,7 +215,7 @@ def test_sampling_scheduler_has_the_same_forward_process(sampler, cls):
 
 @pytest.mark.parametrize("objective", ["vp", "subvp"])
 @pytest.mark.parametrize("how", ["uniform", "stratified", "antithetic"])
-def test_loss_of_vp_with_epsilon_is_the_mean_squared_error_of_the_noise(objective, how):
+def test_vp_loss_with_epsilon_is_the_mse_of_the_noise(objective, how):
     network = Network()
     loss, noise, positions = loss_and_draws(SDEScheduler(objective=objective), network, images(), how)
     times = 1e-5 + (1 - 1e-5) * positions
@@ -224,7 +224,7 @@ def test_loss_of_vp_with_epsilon_is_the_mean_squared_error_of_the_noise(objectiv
     torch.testing.assert_close(loss, (prediction - noise).square().mean(), rtol=1e-4, atol=0)
 
 
-def test_loss_of_ve_is_that_of_sigma_times_the_score():
+def test_ve_loss_is_the_mse_of_sigma_times_the_score():
     network = Network()
     loss, noise, positions = loss_and_draws(SDEScheduler(objective="ve", prediction_type="score"), network, images())
     sigma = 0.02 * (100 / 0.02) ** positions.view(-1, 1, 1, 1)
@@ -232,7 +232,7 @@ def test_loss_of_ve_is_that_of_sigma_times_the_score():
     torch.testing.assert_close(loss, (sigma * score + noise).square().mean().float(), rtol=1e-4, atol=0)
 
 
-def test_loss_of_edm_is_that_of_karras():
+def test_edm_loss_matches_karras_et_al():
     """Karras et al. 2022, eq. 2, 7 and table 1: the mean of lambda(sigma) |D(y + n; sigma) - y|^2."""
     network, data = Network(), 0.5
     loss, noise, positions = loss_and_draws(SDEScheduler(objective="edm", prediction_type="edm"), network, images())
@@ -247,7 +247,7 @@ def test_loss_of_edm_is_that_of_karras():
 
 @pytest.mark.parametrize("how", ["uniform", "stratified", "antithetic"])
 @pytest.mark.parametrize("density", ["uniform", "logit_normal"])
-def test_loss_of_flow_is_the_mean_squared_error_of_the_velocity(density, how):
+def test_flow_loss_is_the_mse_of_the_velocity(density, how):
     """Liu et al. 2022, eq. 1, with time reversed; logit-normal as in Esser et al. 2024, section 3.1."""
     network = Network()
     scheduler = SDEScheduler(objective="flow", prediction_type="flow_prediction", time_density=density)
@@ -260,7 +260,7 @@ def test_loss_of_flow_is_the_mean_squared_error_of_the_velocity(density, how):
 
 
 @pytest.mark.parametrize(("objective", "kind"), SDES[:-2])
-def test_likelihood_weighting_is_g_squared_times_the_error_of_the_score(objective, kind):
+def test_likelihood_weighting_is_g_squared_times_the_score_error(objective, kind):
     scheduler = SDEScheduler(objective=objective, prediction_type=kind)
     torch.manual_seed(5)
     noise = torch.randn_like(images())
@@ -274,15 +274,15 @@ def test_likelihood_weighting_is_g_squared_times_the_error_of_the_score(objectiv
         "ve": (0.02 * (100 / 0.02) ** t) ** 2 * 2 * math.log(100 / 0.02),
     }[objective]
     _, n = alpha_and_n(scheduler, t)
-    expected = (g_squared * (0.1 / n.flatten()) ** 2).mean().item()  # the score errs by 0.1 / n
+    expected = (g_squared * (0.1 / n.flatten()) ** 2).mean().item()  # the score is off by 0.1 / n
     assert loss.item() == pytest.approx(expected, rel=1e-2)
     plain, _, _ = loss_and_draws(scheduler, network, images())
     assert plain.item() == pytest.approx(0.01, rel=1e-2)
 
 
 @pytest.mark.parametrize(("objective", "kind"), SDES)
-def test_the_target_is_what_turns_the_noisy_image_into_the_clean_one(objective, kind):
-    """c_skip x + c_out F = x_0 with the coefficients of the scheduler, at the ends of the times too."""
+def test_target_and_noisy_image_combine_to_the_clean_image(objective, kind):
+    """c_skip x + c_out F = x_0 with the coefficients of the scheduler, also at both ends of the times."""
     scheduler = SDEScheduler(objective=objective, prediction_type=kind)
     clean_images, noise = images(5).double(), images(5).double().flip(0)
     positions = torch.tensor([0.0, 1e-3, 0.3, 0.7, 1 - 2**-25], dtype=torch.float64)
@@ -294,7 +294,7 @@ def test_the_target_is_what_turns_the_noisy_image_into_the_clean_one(objective, 
 
 
 @pytest.mark.parametrize(("objective", "kind"), SDES)
-def test_noise_images_and_loss_are_float32_and_small_times_are_not_lost(objective, kind):
+def test_regression_is_float32_and_accurate_at_small_times(objective, kind):
     scheduler, is_weighted = SDEScheduler(objective=objective, prediction_type=kind), objective not in ("edm", "flow")
     clean_images, noise = images(4), images(4).flip(0)
     positions = torch.tensor([0.0, 1e-6, 1e-3, 1 - 2**-25], dtype=torch.float64)
@@ -308,7 +308,7 @@ def test_noise_images_and_loss_are_float32_and_small_times_are_not_lost(objectiv
 
 
 @pytest.mark.parametrize(("objective", "kind"), [("ve", "score"), ("edm", "edm")])
-def test_noise_levels_must_reach_from_the_image_to_pure_noise(objective, kind):
+def test_noise_levels_must_range_from_clean_images_to_pure_noise(objective, kind):
     grey = [torch.full((3, 4, 4), -0.3), torch.full((3, 4, 4), 0.5)]  # root mean square 0.412
 
     def check(**sigmas):
@@ -322,11 +322,11 @@ def test_noise_levels_must_reach_from_the_image_to_pure_noise(objective, kind):
         check(sigma_min=0.042)
 
 
-# ---- The held-out loss of all
+# ---- The held-out loss of all objectives
 
 
 @pytest.mark.parametrize(("objective", "kind"), [("ddpm", kind) for kind in KINDS] + SDES)
-def test_heldout_loss_is_the_error_of_the_noise_whatever_the_objective(objective, kind):
+def test_heldout_loss_is_the_mse_of_the_noise_for_every_objective(objective, kind):
     scheduler = scheduler_of(kind) if objective == "ddpm" else SDEScheduler(objective=objective, prediction_type=kind)
     generator = torch.Generator().manual_seed(0)
     torch.randperm(40, generator=generator)
@@ -337,9 +337,9 @@ def test_heldout_loss_is_the_error_of_the_noise_whatever_the_objective(objective
         assert value == pytest.approx(0.04, rel=2e-2)
 
 
-def test_heldout_loss_does_not_depend_on_the_batch_size_or_the_global_generator():
+def test_heldout_loss_is_independent_of_batch_size_and_global_generator():
     network, scheduler = Network(), scheduler_of()
     first = heldout_loss(network, scheduler, images(13), batch_size=13)
     assert heldout_loss(network, scheduler, images(13), batch_size=4) == pytest.approx(first, rel=1e-6)
     quarters = [first[f"heldout_loss_q{q}"] for q in (1, 2, 3, 4)]
-    assert len({round(value, 4) for value in quarters}) == 4  # a network that uses t differs between the quarters
+    assert len({round(value, 4) for value in quarters}) == 4  # a network that uses t has different quarters

@@ -26,7 +26,7 @@ def rotation(dimensions: int, seed: int) -> np.ndarray:
 
 
 def features_with(mean: np.ndarray, root: np.ndarray, seed: int) -> np.ndarray:
-    """Features of exactly this mean and the covariance root^T root."""
+    """Features with exactly this mean and the covariance root^T root."""
     white = gaussian(2 * len(mean) + 5, len(root), seed)
     white = np.linalg.qr(white - white.mean(axis=0))[0] * np.sqrt(len(white) - 1)
     return mean + white @ root
@@ -35,8 +35,8 @@ def features_with(mean: np.ndarray, root: np.ndarray, seed: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "case", ["one dimension", "common axes", "rank one", "half of the axes shared", "no variance"]
 )
-def test_closed_forms(case):
-    """Beside |m1 - m2|^2: (s1 - s2)^2 along common axes, |u|^2 + |v|^2 - 2 |u.v| for uu^T and vv^T."""
+def test_frechet_distance_matches_closed_forms(case):
+    """In addition to |m1 - m2|^2: (s1 - s2)^2 along common axes, |u|^2 + |v|^2 - 2 |u.v| for uu^T and vv^T."""
     dimensions = {"one dimension": 1, "no variance": 3}.get(case, 60)
     shift, axes = gaussian(1, dimensions, 0)[0], rotation(dimensions, 1)
     stds = 3 * np.abs(gaussian(2, dimensions, 2))
@@ -63,8 +63,8 @@ def test_frechet_distance_agrees_with_clean_fid(dimensions):
 
 
 @pytest.mark.parametrize("count", [20, 500])
-def test_identical_features_are_at_no_distance(count):
-    """With fewer images than dimensions too; the size of the features sets the scale."""
+def test_identical_features_have_zero_distance(count):
+    """Also with fewer images than dimensions; the tolerance is relative to the variance of the features."""
     features = (np.random.default_rng(0).normal(size=(count, 200)) + 1e3).astype(np.float32)
     for other in (features, features[::-1]):
         assert 0 <= frechet_distance(features, other) < 1e-9 * features.var(axis=0).sum()
@@ -83,7 +83,7 @@ def test_kid_agrees_with_clean_fid(count1, count2, largest):
     assert (np.random.get_state()[1] == state).all()
     assert measured.mean == pytest.approx(expected, rel=1e-9)
     assert measured[2:] == (20, min(count1, count2, largest))
-    assert (measured.std is None) == (count1 == count2 < largest)  # each subset is all of them
+    assert (measured.std is None) == (count1 == count2 < largest)  # each subset is the whole set
     other = kernel_distance(features1, features2, seed=6, num_subsets=20, max_subset_size=largest)
     assert other.mean != measured.mean or measured.std is None
 
@@ -97,7 +97,7 @@ def test_kid_of_two_points():
 # ---- CMMD
 
 
-def test_cmmd_is_the_mean_over_pairs(monkeypatch):
+def test_cmmd_matches_a_loop_over_pairs(monkeypatch):
     monkeypatch.setattr(distances, "BLOCK", 7)
     x, y = unit(gaussian(23, 6, seed=0)), unit(gaussian(31, 6, seed=1, mean=0.5))
 
@@ -110,7 +110,7 @@ def test_cmmd_is_the_mean_over_pairs(monkeypatch):
     assert cmmd(x.astype(np.float32), y.astype(np.float32)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_cmmd_closed_form():
+def test_cmmd_matches_a_closed_form():
     """All x = e1, all y = -e1: 1000 (2 - 2 exp(-4/200))."""
     x = np.tile([1.0, 0.0], (3, 1))
     assert cmmd(x, -x[:2]) == pytest.approx(2000 * (1 - math.exp(-0.02)))
@@ -121,7 +121,7 @@ def test_cmmd_closed_form():
 
 
 def brute_force(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, float]:
-    """As the papers write it, by differences, with sets and loops."""
+    """The definitions of the papers, as loops over all pairs."""
 
     def radii(points):
         return [sorted(np.linalg.norm(np.delete(points, i, axis=0) - p, axis=1))[k - 1] for i, p in enumerate(points)]
@@ -140,12 +140,12 @@ def brute_force(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, fl
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-@pytest.mark.parametrize("case", ["shifted", "half of them off the support", "one real image copied"])
+@pytest.mark.parametrize("case", ["shifted", "half off the support", "one real image copied"])
 @pytest.mark.parametrize("block", [7, 1024])
 def test_prdc_agrees_with_brute_force(case, k, block, monkeypatch):
     monkeypatch.setattr(distances, "BLOCK", block)
     real, generated = gaussian(61, 4, 0), gaussian(43, 4, 1, mean=1.0)
-    if case == "half of them off the support":
+    if case == "half off the support":
         generated[::2] += 100
     elif case == "one real image copied":
         generated = np.repeat(real[:1], 43, axis=0)
@@ -156,7 +156,7 @@ def test_prdc_agrees_with_brute_force(case, k, block, monkeypatch):
 
 @pytest.mark.parametrize(("n", "m", "k", "d"), [(60, 40, 5, 2), (30, 90, 3, 16)])
 def test_equal_distributions_have_the_expected_density_and_coverage(n, m, k, d):
-    """Whatever the distribution; density and coverage are unbiased for 1 and for the closed form."""
+    """For any distribution the expected density is 1, and the expected coverage has a closed form."""
     results = [prdc(gaussian(n, d, 2 * i), gaussian(m, d, 2 * i + 1), k=k) for i in range(400)]
     i = np.arange(1, k + 1)
     for name, expected in (("density", 1.0), ("coverage", 1 - np.prod((n - i) / (m + n - i)))):
@@ -175,19 +175,19 @@ def test_ties_count_as_inside():
 def test_ties_count_as_inside_despite_rounding(monkeypatch):
     monkeypatch.setattr(distances, "BLOCK", 64)
     features = gaussian(200, 64, 0).astype(np.float32) + 1000
-    # in the ball of a sample of identical sets are it and its k neighbours
+    # if the sets are identical, the ball of a sample holds the sample and its k neighbours
     expected = {"precision": 1, "recall": 1, "density": 6 / 5, "coverage": 1}
     assert prdc(features, features.copy(), k=5) == expected
     start, step = 100 * gaussian(50, 30, 0), gaussian(50, 30, 1)  # 50 lines
     line = [start + i * step for i in range(4)]
     result = prdc(np.concatenate(line[2:]), np.concatenate(line[:2]), k=1)
-    # All radii are one step, so of each line the second generated and the first real point reach each other.
+    # All radii are one step, so on each line only the second generated and the first real point reach each other.
     assert result == {"precision": 0.5, "recall": 0.5, "density": 0.5, "coverage": 0.5}
 
 
 @pytest.mark.parametrize(("offset", "dtype"), [(3000, np.float32), (2**24, np.float64)])
-def test_features_far_from_the_origin_keep_their_distances(offset, dtype):
-    """By |a|^2 + |b|^2 - 2ab in float32, as features come, the distances would be lost."""
+def test_prdc_is_accurate_for_features_far_from_the_origin(offset, dtype):
+    """Computed as |a|^2 + |b|^2 - 2ab in the features' float32, the distances would be lost."""
     real, generated = (
         (offset + gaussian(80, 16, 1)).astype(dtype),
         (offset + gaussian(70, 16, 2, 0.5)).astype(dtype),

@@ -1,4 +1,4 @@
-"""The files, headings, functions and commands that the documents refer to exist, and their formulas are closed."""
+"""The files, headings, functions and commands that the documents refer to exist, and their formulas are balanced."""
 
 import ast
 import importlib.util
@@ -19,7 +19,7 @@ FORMULA = re.compile(r"\$`(.+?)`\$", re.DOTALL)
 
 
 def text_of(name: str) -> str:
-    """Of a notebook, what is written between the code."""
+    """The text of a document; of a notebook, its Markdown cells."""
     text = (REPOSITORY / name).read_text(encoding="utf-8")
     if not name.endswith(".ipynb"):
         return text
@@ -28,26 +28,26 @@ def text_of(name: str) -> str:
 
 
 def prose(text: str) -> str:
-    """Without code blocks and formulas."""
+    """The text without code blocks and formulas."""
     return FORMULA.sub("", FENCE.sub("", text))
 
 
 def links(name: str) -> list[tuple[str, str]]:
-    """(text, target) of a document, of images too."""
+    """The (text, target) pairs of all links and images of a document."""
     text = prose(text_of(name))
     found = [(match["text"], match["target"]) for match in LINK.finditer(text)]
     return found + [("", target) for target in re.findall(r'<img src="([^"]+)"', text)]
 
 
 def anchors(text: str) -> set[str]:
-    """Those that GitHub gives the headings."""
+    """The anchors that GitHub generates for the headings."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
     plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
     return {heading.replace(" ", "-") for heading in plain}
 
 
-def defined(path: Path) -> set[str]:
-    """Names of the functions, classes and methods of a file, and what it assigns at its top."""
+def defined_names(path: Path) -> set[str]:
+    """Names of the functions, classes, methods and module-level variables of a file."""
     tree = ast.parse(path.read_text())
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     names = {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
@@ -56,7 +56,7 @@ def defined(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", [*DOCUMENTS, NOTEBOOK])
-def test_links_lead_somewhere(name):
+def test_links_resolve(name):
     found = links(name)
     assert len(found) > 5 or name in SHORT
     for text, target in found:
@@ -72,7 +72,7 @@ def test_links_lead_somewhere(name):
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_functions_that_are_named_are_in_the_file(name):
+def test_linked_functions_exist(name):
     """[`function`](file.py) and [`Class.method`](file.py)."""
     for text, target in links(name):
         match = re.fullmatch(r"`([\w.]+)`", text)
@@ -80,11 +80,11 @@ def test_functions_that_are_named_are_in_the_file(name):
             path = (REPOSITORY / name).parent / target
             module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
             if match[1] not in (module, path.stem):
-                assert set(match[1].split(".")) <= defined(path), f"[{text}]({target})"
+                assert set(match[1].split(".")) <= defined_names(path), f"[{text}]({target})"
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_commands_are_there(name):
+def test_commands_exist(name):
     text = (REPOSITORY / name).read_text()
     modules = set(re.findall(r"python (?:-W \w+ )?-m ([\w.]+)", text)) | set(re.findall(r"`(eval\.\w+)", text))
     assert modules or name in SHORT
@@ -97,22 +97,22 @@ def test_commands_are_there(name):
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_python_blocks_can_be_parsed(name):
+def test_python_blocks_parse(name):
     for language, code in FENCE.findall((REPOSITORY / name).read_text()):
         if language == "python":
             ast.parse(code)
 
 
 @pytest.mark.parametrize("name", [*DOCUMENTS, NOTEBOOK])
-def test_formulas_are_closed(name):
-    """Braces, `\\left` and `\\right`, and what GitHub takes for a formula; no line of it is taken for Markdown."""
+def test_formulas_are_balanced(name):
+    """Braces and `\\left` match, and GitHub takes every formula for a formula and no line of it for Markdown."""
     text = text_of(name)
     outside = prose(text)
     assert "$`" not in outside
     assert "`$" not in outside
     assert text.count("\n```") % 2 == 0
     formulas = FORMULA.findall(text) + [code for language, code in FENCE.findall(text) if language == "math"]
-    if name == NOTEBOOK:  # Jupyter takes dollars alone
+    if name == NOTEBOOK:  # Jupyter delimits formulas by dollars alone
         assert outside.count("$") % 2 == 0
         formulas = re.split(r"\$\$?", outside)[1::2]
     for formula in formulas:
@@ -127,8 +127,8 @@ def test_formulas_are_closed(name):
         assert "\n\n" not in formula, formula
 
 
-def test_the_checks_see_what_is_wrong(tmp_path):
+def test_helpers_find_anchors_links_and_definitions(tmp_path):
     assert anchors("# One `two`: three\n## 1.2 It's") == {"one-two-three", "12-its"}
     assert LINK.findall("[a](b.md) ![c](d.png) [![e](f)](g)") != []
     (tmp_path / "file.py").write_text("A = 1\nclass B:\n    def c(self):\n        d = 2\n")
-    assert defined(tmp_path / "file.py") == {"A", "B", "c"}
+    assert defined_names(tmp_path / "file.py") == {"A", "B", "c"}

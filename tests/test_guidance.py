@@ -1,4 +1,4 @@
-"""The guidance measurement: the meaning of a scale, the judge's verdicts, the written results, and refused inputs."""
+"""The guidance measurement: the meaning of a scale, the judge, the written results, and rejected inputs."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def tiny_pipeline(**config) -> CustomUNetPipeline:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A model, and models that do not suit."""
+    """A suitable model, and unsuitable ones."""
     folder = tmp_path_factory.mktemp("models")
     faces = {"source": "synthetic-faces", "label_column": "glasses", "label_names": NAMES}
     for name, config, data in [
@@ -46,11 +46,11 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def there(models, monkeypatch):
-    """The command names the models as they are called."""
+def in_models_folder(models, monkeypatch):
+    """Makes the models' folder current, so that commands can name them."""
     monkeypatch.chdir(models)
     monkeypatch.setenv("XDG_CACHE_HOME", str(models / "cache"))
-    monkeypatch.setattr(guidance, "SPLITS", ("validation", "validation"))  # the smaller one
+    monkeypatch.setattr(guidance, "SPLITS", ("validation", "validation"))  # the smaller split
     monkeypatch.setattr(guidance, "BATCH_SIZE", 4)
 
 
@@ -59,7 +59,7 @@ def real_images():
     return open_image_store(dataset_name="synthetic-faces", split="validation", **which)
 
 
-def test_scales_of_a_class_conditional_model_are_null_class_plain_and_guided():
+def test_scale_0_is_the_null_class_and_scale_1_is_unguided():
     pipe, labels = tiny_pipeline(num_class_embeds=3), [0, 1, 0, 1, 0]
     calls = {0.0: {"class_labels": 2}, 1.0: {"class_labels": labels}}
     calls[3.0] = {"class_labels": labels, "guidance_scale": 3.0}
@@ -74,7 +74,7 @@ def test_scales_of_a_class_conditional_model_are_null_class_plain_and_guided():
     assert not any(np.array_equal(seen[a], seen[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_the_judge_is_ridge_regression_and_knows_classes_that_differ_in_their_mean():
+def test_judge_is_ridge_regression_and_separates_class_means():
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=500)
     images = rng.integers(100, 140, size=(500, 1, 4, 4), dtype=np.uint8)
@@ -87,7 +87,7 @@ def test_the_judge_is_ridge_regression_and_knows_classes_that_differ_in_their_me
     np.testing.assert_allclose((x - x.mean(0)).T @ residual, guidance.RIDGE * judge.weights, atol=1e-9)
 
 
-def test_shares_are_counted_with_their_standard_error():
+def test_class_shares_have_binomial_standard_errors():
     found = np.array([0, 1, 1, 0, 0, 1])
     shares = class_shares(found, np.array([0, 1, 0, 1, 0, 1]), ["dark", "light"])
     assert (shares["value"], shares["n"]) == (4 / 6, 6)
@@ -95,18 +95,18 @@ def test_shares_are_counted_with_their_standard_error():
     assert [(c["name"], c["value"], c["n"]) for c in shares["classes"]] == [("dark", 2 / 3, 3), ("light", 2 / 3, 3)]
 
 
-def test_real_images_have_the_classes_in_the_numbers_asked_for_and_none_twice():
+def test_real_sets_are_disjoint_with_the_requested_class_counts():
     store = real_images()
     labels_of = {image.tobytes(): label for image, label in zip(store.images, store.labels, strict=True)}
     first, second = real_sets(store, NAMES, [0, 1, 0, 1, 0])
     for images in (first, second):
         assert sorted(labels_of[image.tobytes()] for image in images) == [0, 0, 0, 1, 1]
     assert len({image.tobytes() for image in [*first, *second]}) == 10
-    swapped, _ = real_sets(store, ["yes", "no"], [0, 0, 1])  # classes are known by their names
+    swapped, _ = real_sets(store, ["yes", "no"], [0, 0, 1])  # classes are matched by their names
     assert sorted(labels_of[image.tobytes()] for image in swapped) == [0, 1, 1]
 
 
-def test_a_model_is_measured_at_each_scale(models, tmp_path):
+def test_model_is_measured_at_every_scale(models, tmp_path):
     arguments = f"{FLAGS} --pipeline conditional --scales 0 3"
     assert main([*arguments.split(), "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "guidance.json").read_text())
@@ -135,7 +135,7 @@ def test_a_model_is_measured_at_each_scale(models, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"guidance.json", "guidance.md", "guidance.png"}
 
 
-def test_a_scale_at_which_sampling_breaks_down_leaves_what_was_measured(tmp_path, capsys):
+def test_failed_sampling_at_one_scale_keeps_earlier_results(tmp_path, capsys):
     assert main(f"{FLAGS} --pipeline conditional --scales 0 1e38 --out {tmp_path}".split()) == 1
     assert "images are not finite" in capsys.readouterr().err.splitlines()[-1]
     results = json.loads((tmp_path / "guidance.json").read_text())["results"]
@@ -154,9 +154,9 @@ def test_a_scale_at_which_sampling_breaks_down_leaves_what_was_measured(tmp_path
         ("--pipeline small --scales 1", "the images have the size 8, but SWD needs squares of 16"),
     ],
 )
-def test_bad_input_is_one_line_before_anything_is_drawn(flags, message, tmp_path, capsys):
+def test_bad_input_exits_with_one_line_before_drawing(flags, message, tmp_path, capsys):
     assert main([*FLAGS.split(), *flags.split(), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]  # after the progress of a first decoding
+    error = capsys.readouterr().err.splitlines()[-1]  # after the progress bar of the first decoding
     assert error.startswith("error: ")
     assert message in error
     assert not (tmp_path / "out").exists()

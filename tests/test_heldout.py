@@ -35,33 +35,33 @@ def random_images() -> torch.Tensor:
     return torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def deviations(errors: np.ndarray, least: np.ndarray, rounding: np.ndarray | float = ROUNDING) -> np.ndarray:
-    """Of the mean over the images from the least one, in standard errors."""
+def deviations(errors: np.ndarray, minimal: np.ndarray, rounding: np.ndarray | float = ROUNDING) -> np.ndarray:
+    """Distance of the mean error over the images from the minimal one, in standard errors."""
     standard_error = errors.std(axis=1, ddof=1) / math.sqrt(errors.shape[1])
-    return np.abs(errors.mean(axis=1) - least) / (standard_error + rounding)
+    return np.abs(errors.mean(axis=1) - minimal) / (standard_error + rounding)
 
 
-# ---- Against the timestep
+# ---- By timestep
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_errors_of_the_exact_denoiser(prediction_type):
-    """The mean squared error of x_0 is its variance given x_t; that of epsilon is snr times it."""
+def test_exact_denoiser_attains_the_minimal_errors_by_timestep(prediction_type):
+    """The mean squared error of x_0 is its posterior variance given x_t; that of epsilon is snr times as large."""
     scheduler, images = make_scheduler(prediction_type), to_model_range(draw_images(CORRELATED, 4000))
     timesteps = midpoint_timesteps(scheduler)
     assert timesteps == list(range(25, 1000, 50))
     abar = scheduler.alphas_cumprod.double().numpy()[timesteps]
-    least = abar * (VARIANCES / (abar[:, None] * VARIANCES + 1 - abar[:, None])).mean(1)
+    minimal = abar * (VARIANCES / (abar[:, None] * VARIANCES + 1 - abar[:, None])).mean(1)
     rounding = abar / (1 - abar) * ROUNDING
     network = exact_network(ExactGaussian, CORRELATED, scheduler)
     errors = noise_errors(network, scheduler, images, timesteps, batch_size=1000)
-    assert deviations(errors, least, rounding).max() < 4
+    assert deviations(errors, minimal, rounding).max() < 4
     misled = exact_network(ExactGaussian, CORRELATED, scheduler, 40)  # told a later timestep
-    assert deviations(noise_errors(misled, scheduler, images, timesteps), least, rounding).max() > 4
+    assert deviations(noise_errors(misled, scheduler, images, timesteps), minimal, rounding).max() > 4
 
 
-def test_the_triples_are_fixed():
-    """Whatever the other timesteps, the batch size and images at the end are; they depend on the seed."""
+def test_noise_is_fixed_per_image_and_timestep():
+    """It depends on the seed, but not on the other timesteps, the batch size or later images."""
     network, scheduler, images = tiny_network(), make_scheduler(), random_images()
     errors = noise_errors(network, scheduler, images, [125, 375, 875])
     again = noise_errors(network, scheduler, images[:4], [375, 875], batch_size=3)
@@ -70,13 +70,13 @@ def test_the_triples_are_fixed():
     assert (np.abs(other / errors - 1) > 1e-5).all()
 
 
-def test_zero_signal():
+def test_error_is_zero_without_signal():
     scheduler = make_scheduler(rescale_betas_zero_snr=True)
     errors = noise_errors(tiny_network(), scheduler, random_images(), [999])
     assert errors.mean() == pytest.approx(0, abs=1e-10)  # x_T is the noise
 
 
-def test_a_network_with_nan_weights():
+def test_nan_weights_raise_an_input_error():
     network = tiny_network()
     network.conv_out.weight.data[0] = math.nan
     with pytest.raises(InputError, match="not finite at timestep 25;"):
@@ -85,7 +85,7 @@ def test_a_network_with_nan_weights():
         clean_image_errors(network, SDEScheduler(), random_images())
 
 
-# ---- Against the noise level
+# ---- By noise level
 
 
 def exact_errors(model: str, prediction_type: str, num_images: int) -> np.ndarray:
@@ -100,20 +100,20 @@ def exact_errors(model: str, prediction_type: str, num_images: int) -> np.ndarra
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_errors_of_the_exact_denoiser_by_noise_level(model):
+def test_exact_denoiser_attains_the_minimal_errors_by_noise_level(model):
     sigmas = np.array(SIGMAS)[:, None]
-    least = (VARIANCES * sigmas**2 / (VARIANCES + sigmas**2)).mean(1)
-    assert deviations(exact_errors(model, MODELS[model][0], 2000), least).max() < 4
+    minimal = (VARIANCES * sigmas**2 / (VARIANCES + sigmas**2)).mean(1)
+    assert deviations(exact_errors(model, MODELS[model][0], 2000), minimal).max() < 4
 
 
-def test_all_models_meet_the_same_noise():
+def test_all_models_are_evaluated_on_the_same_noise():
     errors = [exact_errors(model, kind, 40) for model, kinds in MODELS.items() for kind in kinds]
     assert len(errors) == 11
     for other in errors[1:]:
         np.testing.assert_allclose(other, errors[0], rtol=2e-3, atol=1e-6)
 
 
-def test_the_errors_at_a_timestep_are_those_at_its_noise_level():
+def test_errors_by_timestep_and_by_noise_level_agree():
     scheduler, images = make_scheduler(), to_model_range(draw_images(CORRELATED, 4000))
     by_timestep = noise_errors(exact_network(ExactGaussian, CORRELATED, scheduler), scheduler, images, [400])
     abar = float(scheduler.alphas_cumprod[400])
@@ -122,7 +122,7 @@ def test_the_errors_at_a_timestep_are_those_at_its_noise_level():
     assert errors.mean() * abar / (1 - abar) == pytest.approx(by_timestep.mean(), rel=0.05)
 
 
-def test_a_noise_level_is_met_with_the_same_noise_whatever_the_others_are():
+def test_noise_is_fixed_per_image_and_noise_level():
     network, scheduler, images = tiny_network(), SDEScheduler(), random_images()
     errors = clean_image_errors(network, scheduler, images, sigmas=[0.1, 1.0, 10.0])
     again = clean_image_errors(network, scheduler, images[:4], sigmas=[1.0], batch_size=3)

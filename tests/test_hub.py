@@ -32,7 +32,7 @@ STRAY = ("checkpoint-10/optimizer.pt", "log.jsonl", "optimizer.pt", ".env", "sch
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A stand-in that the library in this process takes for the Hub, logged in to by HF_TOKEN alone."""
+    """A stand-in that huggingface_hub in this process takes for the Hub; HF_TOKEN is the only login."""
     hub = LoopbackHub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -49,7 +49,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A model repository in two shards, with stray files beside its own."""
+    """A model repository with weights in two shards, and stray files beside its own."""
     torch.manual_seed(0)
     Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
     pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler())
@@ -61,7 +61,7 @@ def folder(tmp_path) -> Path:
 
 
 def environment(hub: LoopbackHub, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-    """Nothing of this repository on the path, nothing of the user's caches and login."""
+    """An environment without this repository on the path and without the user's caches and login."""
     hidden = ("PYTHONPATH", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE")
     env = {key: value for key, value in os.environ.items() if key not in hidden}
     env |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
@@ -70,7 +70,7 @@ def environment(hub: LoopbackHub, home: Path, token: str | None = TOKEN) -> dict
 
 
 def run(*arguments: str | Path, env: dict[str, str], cwd: Path = REPOSITORY) -> tuple[int, str]:
-    """Exit code, and stdout with stderr, in which the token never stands."""
+    """The exit code, and stdout followed by stderr, which must not contain the token."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     output = done.stdout + done.stderr
@@ -83,7 +83,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def error_line(output: str) -> str:
-    lines = re.split(r"[\r\n]|\x1b\[A", output)  # also the ways of progress bars, whose uploads end in any order
+    lines = re.split(r"[\r\n]|\x1b\[A", output)  # also the control codes of progress bars
     (line,) = [line for line in lines if line.startswith("error: ")]
     assert "Traceback" not in output
     return line
@@ -132,7 +132,7 @@ numpy.savez(out, newest=draw(pipe), pinned=draw(pinned))
 
 
 def test_push_and_load_by_id_in_a_fresh_process(hub, folder, tmp_path):
-    """Twice: the second push is of another model, of an SDE and in one file, and no shard of the first one stays."""
+    """The second push, of an SDE model in a single file, removes all shards of the first."""
     before = contents(folder)
     command = ["-m", "pipelines.export", "push", "--pipeline", folder, "--repo_id", "faces"]
     code, output = run(*command, env=environment(hub, tmp_path / "pushing"))
@@ -152,7 +152,7 @@ def test_push_and_load_by_id_in_a_fresh_process(hub, folder, tmp_path):
     expected = {"pinned": CustomUNetPipeline.from_pretrained(folder), "newest": second}
     first_commit = hub.commit_id("someone/faces")
     export_pipeline(second, folder)
-    hub.faults["PUT /lfs"] = ["cut"]  # the library tries again by itself
+    hub.faults["PUT /lfs"] = ["cut"]  # huggingface_hub retries by itself
     assert push(folder) == 0
     assert not hub.faults["PUT /lfs"]
     assert hub.files("someone/faces").keys() == {*contents(folder)} | {".gitattributes"}
@@ -171,7 +171,7 @@ def test_push_and_load_by_id_in_a_fresh_process(hub, folder, tmp_path):
     assert not any(b"must not leave" in content for content in hub.bodies)
 
 
-def test_generating_from_the_hub_fetches_no_code(hub, tmp_path):
+def test_generating_from_the_hub_downloads_no_code(hub, tmp_path):
     folder = export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY), SDEScheduler()), tmp_path / "faces")
     assert push(folder) == 0
     source, commit = find_pipeline("someone/faces", None)
@@ -181,19 +181,19 @@ def test_generating_from_the_hub_fetches_no_code(hub, tmp_path):
     assert load_pipeline(source, "fp32", "predictor_corrector", snr=0.2).continuous_sampler.settings["snr"] == 0.2
 
 
-# Failures: one line with the command to try again, the local folder as it was, no token anywhere
+# Failures: one line with the command to retry, an unchanged local folder, no token anywhere
 
 CASES = {
-    "no answer to create": ({"POST /api/repos/create": [503]}, "503"),
-    "no answer to commit": ({"POST .*/commit/": [500]}, "500"),
-    "cut in the midst of the commit": ({"POST .*/commit/": ["cut"]}, "disconnected|reset"),
-    "a file is refused": ({"PUT /lfs": [403] * 9}, "403"),
+    "server error on create": ({"POST /api/repos/create": [503]}, "503"),
+    "server error on commit": ({"POST .*/commit/": [500]}, "500"),
+    "connection lost during commit": ({"POST .*/commit/": ["cut"]}, "disconnected|reset"),
+    "file rejected": ({"PUT /lfs": [403] * 9}, "403"),
     "no permission": ({"GET .*/auth-check/write": [403]}, "take a token that may write there"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_failed_push_is_one_line_and_the_command_in_it_works(hub, folder, case, capfd):
+def test_failed_push_prints_one_line_with_a_working_retry_command(hub, folder, case, capfd):
     faults, reason = CASES[case]
     hub.faults = {pattern: list(outcomes) for pattern, outcomes in faults.items()}
     before = contents(folder)
@@ -212,7 +212,7 @@ def test_a_failed_push_is_one_line_and_the_command_in_it_works(hub, folder, case
     assert hub.private == {"someone/faces"}
 
 
-def test_wrong_token_no_token_no_network_and_a_foreign_name(hub, folder, monkeypatch, capfd):
+def test_token_name_and_network_errors_are_one_line(hub, folder, monkeypatch, capfd):
     def refused(repo_id: str = "faces") -> str:
         assert push(folder, "--repo_id", repo_id) == 1
         output = "".join(capfd.readouterr())
@@ -221,7 +221,7 @@ def test_wrong_token_no_token_no_network_and_a_foreign_name(hub, folder, monkeyp
 
     assert "403" in refused("another/faces")
     assert "'a/b/c'" in refused("a/b/c")
-    hub.error_text = f"the header said Bearer {TOKEN}"  # what a server sends back may quote the request
+    hub.error_text = f"the header said Bearer {TOKEN}"  # a server's response may quote the request
     hub.faults = {"POST /api/repos/create": [400]}
     assert "the header said Bearer ***" in refused()
     monkeypatch.setenv("HF_TOKEN", "hf_wrongToken")
@@ -234,31 +234,31 @@ def test_wrong_token_no_token_no_network_and_a_foreign_name(hub, folder, monkeyp
     assert not hub.commits
 
 
-def test_a_hub_that_does_not_answer_is_not_waited_for_without_end(hub, folder, monkeypatch, capfd):
+def test_unresponsive_hub_times_out(hub, folder, monkeypatch, capfd):
     monkeypatch.setattr("pipelines.hub.TIMEOUT_SECONDS", 0.2)
     hub.faults = {"POST /api/repos/create": ["stall"]}
     assert push(folder) == 1
     assert "timed out" in error_line(capfd.readouterr().err)
 
 
-def test_a_branch(hub, folder):
+def test_push_to_a_branch_leaves_main_alone(hub, folder):
     assert push(folder, "--revision", "half") == 0
     assert hub.files("someone/faces").keys() == {".gitattributes"}
     assert hub.files("someone/faces", "half").keys() == own_files(folder) | {".gitattributes"}
 
 
-# What people wrote
+# Edits by people
 
 
 def edit_on_hub(hub: LoopbackHub, card: bytes = b"", **files: bytes) -> None:
-    """A commit of the web page: text at the end of the card, and further files."""
+    """A commit made on the web page: text appended to the card, and more files."""
     there = hub.files("someone/faces")
     edited = there | {name.replace("__", "/"): content for name, content in files.items()}
     hub.commits["someone/faces"].append(edited | {"README.md": there["README.md"] + card})
     hub.heads["someone/faces", "main"] += 1
 
 
-def test_what_people_wrote_here_and_on_the_hub_survives_pushes_and_exports(hub, folder):
+def test_local_and_hub_edits_survive_pushes_and_exports(hub, folder):
     with (folder / "README.md").open("a") as card:
         card.write("\n## Acknowledgements\n\nThanks to those who posed.\n")
     assert push(folder) == 0
@@ -279,8 +279,8 @@ def test_what_people_wrote_here_and_on_the_hub_survives_pushes_and_exports(hub, 
     assert ModelCard(text).data.library_name == "diffusers"
 
 
-def test_a_repository_that_was_begun_on_the_web_page_keeps_its_licence_and_files(hub, folder):
-    """It has no record of what was pushed: only weights that would be loaded in place of the new ones go."""
+def test_repository_created_on_the_web_page_keeps_licence_and_files(hub, folder):
+    """Without a record of pushed files, only weights that would be loaded instead of the new ones are removed."""
     assert push(folder) == 0
     shards = [name for name in hub.files("someone/faces") if name.endswith(("-of-00002.safetensors", ".index.json"))]
     edit_on_hub(hub, LICENSE=b"MIT", results__json=b"{}")
@@ -297,8 +297,8 @@ def test_a_repository_that_was_begun_on_the_web_page_keeps_its_licence_and_files
     assert "## Citations" in card.text
 
 
-def test_a_commit_that_comes_in_between_is_not_overwritten(hub, folder, capfd):
-    """The card that is pushed was made from the one that is there."""
+def test_concurrent_commit_is_not_overwritten(hub, folder, capfd):
+    """The pushed card was merged with the card that was on the Hub before."""
     assert push(folder) == 0
     hub.before_commit = lambda: edit_on_hub(hub, b"\n## Just now\n")
     assert push(folder) == 1
@@ -307,7 +307,7 @@ def test_a_commit_that_comes_in_between_is_not_overwritten(hub, folder, capfd):
     assert b"## Just now" in hub.files("someone/faces")["README.md"]
 
 
-# What is refused before anything is asked of the Hub
+# Rejected before any request to the Hub
 
 
 def spoil_index(folder: Path, **values) -> None:
@@ -316,7 +316,7 @@ def spoil_index(folder: Path, **values) -> None:
 
 
 def flatten(folder: Path) -> None:
-    """As `UNet2DModel.save_pretrained` and `DDPMScheduler.save_pretrained` into one folder leave it."""
+    """The layout that `UNet2DModel.save_pretrained` and `DDPMScheduler.save_pretrained` give a single folder."""
     for path in (*folder.glob("unet/*"), *folder.glob("scheduler/*")):
         path.rename(folder / path.name)
     (folder / "unet").rmdir()
@@ -324,15 +324,15 @@ def flatten(folder: Path) -> None:
 
 SPOILERS = {
     "no index": (lambda folder: (folder / "model_index.json").unlink(), "not a model repository"),
-    "index of another kind": (lambda folder: (folder / "model_index.json").write_text("[]"), "holds list"),
+    "an index that is a list": (lambda folder: (folder / "model_index.json").write_text("[]"), "holds list"),
     "no scheduler": (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config"),
     "no code": (lambda folder: (folder / "unet" / "custom_unet_2d.py").unlink(), "custom_unet_2d.py"),
-    "a way out in the index": (lambda folder: spoil_index(folder, unet=["../evil", "X"]), "../evil"),
-    "a way out of the scheduler": (lambda folder: spoil_index(folder, scheduler=["../../evil", "X"]), "../../evil"),
-    "no code of the SDE": (lambda folder: spoil_index(folder, scheduler=["sde", "SDEScheduler"]), "scheduler/sde.py"),
+    "an index path outside": (lambda folder: spoil_index(folder, unet=["../evil", "X"]), "../evil"),
+    "a scheduler path outside": (lambda folder: spoil_index(folder, scheduler=["../../evil", "X"]), "../../evil"),
+    "no SDE code": (lambda folder: spoil_index(folder, scheduler=["sde", "SDEScheduler"]), "scheduler/sde.py"),
     "pickled weights": (lambda folder: (folder / "unet" / "diffusion_pytorch_model.bin").touch(), "is pickled"),
     "a missing shard": (lambda folder: next((folder / "unet").glob("*-00002-of*")).unlink(), "-00002-of"),
-    "a pickle by another name": (
+    "a pickle named safetensors": (
         lambda folder: torch.save({}, next((folder / "unet").glob("*-00001-of*"))),
         "is damaged",
     ),
@@ -345,7 +345,7 @@ SPOILERS = {
 
 
 @pytest.mark.parametrize("spoiler", SPOILERS)
-def test_a_folder_that_is_not_fit(hub, folder, spoiler, capfd):
+def test_invalid_folder_is_rejected_before_any_request(hub, folder, spoiler, capfd):
     spoil, reason = SPOILERS[spoiler]
     spoil(folder)
     assert push(folder) == 2
@@ -353,7 +353,7 @@ def test_a_folder_that_is_not_fit(hub, folder, spoiler, capfd):
     assert not hub.bodies
 
 
-def test_the_command_that_is_named_for_the_layout_of_google_writes_a_folder_that_can_be_pushed(hub, tmp_path, capfd):
+def test_suggested_conversion_of_a_flat_folder_can_be_pushed(hub, tmp_path, capfd):
     UNet2DModel(**TINY).save_pretrained(tmp_path / "flat")
     DDPMScheduler().save_pretrained(tmp_path / "flat")
     index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
@@ -370,7 +370,7 @@ def test_the_command_that_is_named_for_the_layout_of_google_writes_a_folder_that
 
 @pytest.fixture
 def train_flags(tmp_path) -> list[str]:
-    AcceleratorState._reset_state(reset_partial_state=True)  # what tests before this one left in the process
+    AcceleratorState._reset_state(reset_partial_state=True)  # left over from earlier tests
     config = {
         "dataset_name": "synthetic-faces",
         "max_images": 20,
@@ -386,8 +386,8 @@ def train_flags(tmp_path) -> list[str]:
     return [str(flag) for flag in (*flags, "--cache_dir", tmp_path / "cache")]
 
 
-def test_the_trainer_pushes_at_its_end_and_no_secret_is_in_what_it_prints_writes_or_pushes(hub, train_flags, tmp_path):
-    """Logs, trackers, checkpoints, configuration, card; the Hub's token, an older name of it, and that of W&B."""
+def test_trainer_pushes_after_training_without_leaking_secrets(hub, train_flags, tmp_path):
+    """Neither the Hub's token, by its current or its old variable, nor the W&B key is printed, written or pushed."""
     wandb_key = "0123456789wandbKeyOfThisTest0123456789"
     env = environment(hub, tmp_path / "home") | {"ACCELERATE_USE_CPU": "true", "WANDB_API_KEY": wandb_key}
     flags = ["--report_to", "tensorboard", "--validation_split", "valid", "--validation_images", "4"]
@@ -409,7 +409,7 @@ def test_the_trainer_pushes_at_its_end_and_no_secret_is_in_what_it_prints_writes
 
 
 @pytest.mark.parametrize("flag", [["--hub_token", TOKEN], [f"--hub_token={TOKEN}"], [TOKEN]])
-def test_a_token_on_the_command_line_is_refused_and_neither_shown_nor_kept(hub, train_flags, tmp_path, flag, capfd):
+def test_token_on_the_command_line_is_rejected_and_not_leaked(hub, train_flags, tmp_path, flag, capfd):
     assert train_unet.main([*train_flags, *flag]) == 2
     output = "".join(capfd.readouterr())
     assert error_line(output)
@@ -419,7 +419,7 @@ def test_a_token_on_the_command_line_is_refused_and_neither_shown_nor_kept(hub, 
     assert not hub.bodies
 
 
-def test_the_trainer_asks_the_hub_before_it_begins(hub, train_flags, tmp_path, monkeypatch, capfd):
+def test_trainer_checks_access_to_the_hub_before_training(hub, train_flags, tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("HF_TOKEN")
     assert train_unet.main(train_flags) == 2
     assert "set HF_TOKEN" in error_line(capfd.readouterr().err)
@@ -432,7 +432,7 @@ def test_the_trainer_asks_the_hub_before_it_begins(hub, train_flags, tmp_path, m
     assert not hub.commits, "a repository was created for a training without data"
 
 
-def test_a_failed_push_of_the_trainer_leaves_the_run_and_the_command(hub, train_flags, tmp_path, capfd):
+def test_failed_push_by_the_trainer_keeps_the_run_and_can_be_retried(hub, train_flags, tmp_path, capfd):
     hub.faults = {"POST .*/commit/": [500]}
     assert train_unet.main([*train_flags, "--hub_model_id", "someone/else"]) == 1
     line = error_line(capfd.readouterr().err)
