@@ -89,7 +89,7 @@ def put(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Pa
     return tensors(lambda state: state | {name: make(state[name]).contiguous()})
 
 
-class MaliciousPickle:
+class MaliciousCode:
     """Code that runs when the pickle is loaded; its SystemExit ends the test."""
 
     def __reduce__(self):
@@ -98,10 +98,7 @@ class MaliciousPickle:
 
 def pickle(path: Path, **options) -> Callable[[Path], object]:
     """Replaces the weights by a pickle."""
-    return lambda folder: (
-        (folder / WEIGHTS).unlink(),
-        torch.save({BIAS: MaliciousPickle()}, folder / path, **options),
-    )
+    return lambda folder: ((folder / WEIGHTS).unlink(), torch.save({BIAS: MaliciousCode()}, folder / path, **options))
 
 
 # ---- Kinds of damage
@@ -133,9 +130,7 @@ def weights() -> Iterator[Damage]:
     extra = "its weights have 1 tensors that the network does not have, extra for one"
     yield Damage("an extra tensor", tensors(lambda state: state | {"extra": torch.zeros(3)}), says=extra)
     yield Damage("no tensors", tensors(lambda state: {"x": torch.zeros(1)}))
-    yield Damage(
-        "keys of DistributedDataParallel", tensors(lambda state: {f"module.{k}": v for k, v in state.items()})
-    )
+    yield Damage("keys of DDP", tensors(lambda state: {f"module.{k}": v for k, v in state.items()}))
     for value in (NAN, INF, -INF, 3e38):
         for name in (BIAS, DEEP):
             yield Damage(f"{name} is {value}", put(name, lambda t, v=value: torch.full_like(t, v)), (FAILED,))
@@ -255,7 +250,7 @@ def shards() -> Iterator[Damage]:
         yield Damage(f"points to {target}", point(target), (IMAGE, REFUSED), "sharded")
     for move in (False, True):
         outside = point("../../outside.safetensors", move)
-        yield Damage(f"points outside, with the shard moved state: {move}", outside, (IMAGE, REFUSED), "sharded")
+        yield Damage(f"points outside, with the shard moved: {move}", outside, (IMAGE, REFUSED), "sharded")
     second = "diffusion_pytorch_model-00002-of-*"
     missing = lambda folder: next((folder / "unet").glob(second)).unlink()  # noqa: E731
     yield Damage("a missing shard", missing, (REFUSED,), "sharded")
