@@ -177,7 +177,7 @@ def files(tmp_path, monkeypatch):
     return cache, packaged
 
 
-def test_weights_are_searched_in_the_documented_order(server, files, tmp_path):
+def test_weights_are_looked_up_in_the_documented_order(server, files, tmp_path):
     """The given path, the cache, the package, NVIDIA's URL."""
     cache, packaged = files
     given = tmp_path / "given.pt"
@@ -227,7 +227,7 @@ def test_wrong_files_given_by_path_are_rejected(tmp_path):
         open_inception(path=tmp_path / "missing.pt")
 
 
-def test_error_offline_without_weights_says_what_to_do(files, monkeypatch):
+def test_offline_error_names_make_inception(files, monkeypatch):
     monkeypatch.setattr(inception, "NVIDIA_URL", "http://127.0.0.1:9/inception.pt")  # nothing listens there
     with pytest.raises(InputError) as error:
         find_weights()

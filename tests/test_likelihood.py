@@ -219,7 +219,7 @@ def test_importance_sampling_reduces_the_variance():
     assert importance.mean().item() == pytest.approx(terms.sum().item(), rel=0.05)
 
 
-def test_bound_with_zero_terminal_snr():
+def test_bound_supports_zero_terminal_snr():
     scheduler, images = make_scheduler(rescale_betas_zero_snr=True), draw_images(INDEPENDENT, 16, size=16)
     network = exact_network(ExactGaussian, INDEPENDENT, scheduler)
     found = variational_bound(network, scheduler, images, variance="fixed_large", batch_size=1000)
@@ -270,7 +270,7 @@ def test_log_density_of_a_mixture_converges_with_the_tolerance(prediction_type):
     assert errors[2] < errors[1] / 10  # the rest is rounding: timesteps are float32
 
 
-def test_log_density_with_linear_and_zero_terminal_snr_schedules():
+def test_log_density_is_exact_for_linear_and_zero_snr_schedules():
     for settings in ({"beta_schedule": "linear"}, {"rescale_betas_zero_snr": True}):
         scheduler = make_scheduler(**settings)
         network = exact_network(ExactDenoiser, CORRELATED, scheduler)
@@ -337,7 +337,7 @@ def model_log_density(data: Mixture, points: Tensor, sde) -> Tensor:
 @pytest.mark.parametrize(
     ("objective", "prediction_type"), [(o, p) for o, ps in OBJECTIVES.items() for p in ps if o != "flow"]
 )
-def test_log_density_of_sdes_that_end_far_from_their_prior(objective, prediction_type):
+def test_log_density_is_exact_for_sdes_that_end_far_from_their_prior(objective, prediction_type):
     scheduler = SDEScheduler(
         objective=objective, prediction_type=prediction_type, beta_max=2.0, sigma_min=0.01, sigma_max=2.0
     )
@@ -349,7 +349,7 @@ def test_log_density_of_sdes_that_end_far_from_their_prior(objective, prediction
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_log_density_of_a_mixture_under_an_sde(objective):
+def test_log_density_of_a_mixture_converges_under_every_sde(objective):
     scheduler, points = (
         SDEScheduler(objective=objective, prediction_type=OBJECTIVES[objective][0]),
         typical_points(mixture()),

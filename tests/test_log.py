@@ -19,7 +19,7 @@ from training.log import (
 )
 
 
-def test_activation_bytes_of_two_linear_layers():
+def test_activation_bytes_count_saved_tensors_once():
     first, second = torch.nn.Linear(8, 16, bias=False), torch.nn.Linear(16, 4, bias=False)
     images = torch.randn(32, 8)
     parameters = [first.weight, second.weight]
@@ -112,7 +112,7 @@ def test_device_name_includes_the_number_of_cores():
     assert device_name(torch.device("mps")) == "mps"
 
 
-def test_recorded_step_of_a_model_repository(tmp_path):
+def test_recorded_reads_the_step_or_none_if_damaged(tmp_path):
     assert recorded(tmp_path, "step") is None
     (tmp_path / "training.json").write_text('{"step": 12}')
     assert recorded(tmp_path, "step") == 12

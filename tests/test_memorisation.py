@@ -112,7 +112,7 @@ def test_heldout_near_duplicates_are_excluded_and_counted(faces):
         memorisation(generated, heldout, training, duplicate_distance=999)
 
 
-def test_shares_average_to_the_expected_ones():
+def test_shares_match_their_expectation_on_average():
     """Samples of one distribution are exchangeable: each held-out or generated one is the nearest equally often."""
     generator = np.random.default_rng(0)
     reports = [memorisation(*(generator.random((n, 2)) for n in (25, 10, 40))) for _ in range(600)]

@@ -35,7 +35,7 @@ def test_cosine_warms_up_and_ends_at_zero():
 
 
 @pytest.mark.parametrize(("name", "at_50"), [("constant", 2.0), ("constant_with_warmup", 2.0), ("linear", 10 / 9)])
-def test_learning_rates_of_the_other_schedules(name, at_50):
+def test_other_schedules_have_the_expected_learning_rate(name, at_50):
     config = make_config(learning_rate=2.0, lr_warmup_steps=10, lr_scheduler=name)
     assert learning_rate_schedule(config, 100)(50) == pytest.approx(at_50)
 

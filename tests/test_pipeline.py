@@ -111,7 +111,7 @@ def test_sampling_starts_from_given_latents(v_pipe):
 # Output, mode, precision
 
 
-def test_output_types_and_rectangular_images(pipe):
+def test_output_types_agree_and_images_may_be_rectangular(pipe):
     as_pt = pipe(2, generators(1, 2), 3, output_type="pt").images
     (as_np,) = pipe(2, generators(1, 2), 3, output_type="np", return_dict=False)
     as_pil = pipe(2, generators(1, 2), 3).images

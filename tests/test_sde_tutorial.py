@@ -77,7 +77,7 @@ def test_samplers_match_the_data_but_single_level_langevin_does_not(steps):
         assert row["evaluations"] in (99, 100) or method == "ODE, adaptive"
 
 
-def test_measured_orders_match_the_methods(steps):
+def test_measured_orders_match_theory(steps):
     orders = {name: line["order"] for name, line in steps["orders"].items() if name != "figure"}
     assert orders["Euler-Maruyama"] == pytest.approx(1, abs=0.1)
     assert orders["reverse diffusion"] == pytest.approx(1, abs=0.1)

@@ -97,7 +97,7 @@ def stand_in(tmp_path, monkeypatch) -> None:
         ),
     ],
 )
-def test_metric_is_that_of_images_generated_from_the_seeds(changes, sampler, steps, make_trainer, stand_in, capfd):
+def test_metric_matches_images_generated_from_the_seeds(changes, sampler, steps, make_trainer, stand_in, capfd):
     trainer, metric = make_trainer(metric_images=20, **changes), changes["metric"]
     for _ in range(3):
         trainer.training_step()
@@ -187,7 +187,7 @@ def as_process(rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def test_two_processes_measure_the_same_value_and_agree_on_failures(start, tmp_path, stand_in):
+def test_two_processes_measure_the_value_of_one_and_agree_on_failures(start, tmp_path, stand_in):
     """Process 1 fails after step 3 and receives SIGTERM in the measurement after step 9."""
     run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "3"]
     with socket.socket() as free:
