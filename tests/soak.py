@@ -29,10 +29,10 @@ import train_unet
 from tests.tiny_training import TINY, assert_same_tensors, records
 from training.checkpoint import list_checkpoints, verify_checkpoint
 
-# Steps, kills and the learning rate's schedule must not depend on each other: the last step is chosen at the end
+# The learning rate must not depend on the number of steps, which is chosen only after the last kill
 SETTINGS = TINY | {"lr_scheduler": "constant_with_warmup", "checkpointing_steps": 2, "max_train_steps": 10**6}
 LAST_STEPS = 5  # after the last kill
-PLACES = {  # the beginnings of the names of temporary files that a kill leaves: what it fell into
+PLACES = {  # prefixes of the temporary files that a kill leaves behind: what it interrupted
     ".tmp-checkpoint-": "while a checkpoint was written",
     ".tmp-deleted-": "while an old checkpoint was deleted",
     ".tmp-": "while the pipeline or another file was written",

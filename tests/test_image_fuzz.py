@@ -1,6 +1,6 @@
-"""Hundreds of damaged and odd images from a fixed seed: a picture as documented, or `BadImage` in one line.
+"""Hundreds of damaged and unusual images from a fixed seed: each decodes or raises a one-line `BadImage`.
 
-The images are decoded in a separate process (this file, run as a program), so that a decoder crash is noticed.
+The images are decoded in a separate process (this file, run as a program), so that decoder crashes are caught.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ class Case(NamedTuple):
     """An encoded image.
 
     Attributes:
-        kind: what was done to it.
-        expected: BAD, EITHER, or WHOLE: the picture that `original` gives.
+        kind: the kind of image or damage.
+        expected: BAD, EITHER, or WHOLE, the pixels that `original` decodes to.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Case(NamedTuple):
     original: bytes | None = None
 
 
-# ---- Sound images
+# ---- Intact images
 
 
 def encode(image: Image.Image, file_format: str, **options) -> bytes:
@@ -56,7 +56,7 @@ def encode(image: Image.Image, file_format: str, **options) -> bytes:
 
 
 def picture(mode: str = "RGB", seed: int = 0, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
-    """Noise: no row of it looks like another, or like what a decoder fills in."""
+    """Noise, so that no row resembles another row or the filler of a decoder."""
     generator = np.random.default_rng(seed)
     if mode == "I;16":
         return Image.fromarray(generator.integers(0, 65536, size[::-1], dtype=np.uint16))
@@ -72,9 +72,9 @@ def frames(mode: str = "RGB") -> dict:
     return {"save_all": True, "append_images": [picture(mode, seed) for seed in (1, 2)]}
 
 
-def sound_images() -> dict[str, bytes]:
+def intact_images() -> dict[str, bytes]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `mode` of fromarray is called old by some releases of Pillow
+        warnings.simplefilter("ignore")  # some releases of Pillow deprecate the `mode` of fromarray
         return {
             "png rgb": encode(picture(), "PNG"),
             "png l": encode(picture("L"), "PNG"),
@@ -112,9 +112,9 @@ def sound_images() -> dict[str, bytes]:
 # ---- Damage
 
 
-def random_damage(sound: dict[str, bytes]) -> Iterator[Case]:
+def random_damage(intact: dict[str, bytes]) -> Iterator[Case]:
     generator = np.random.default_rng(SEED)
-    for name, encoded in sound.items():
+    for name, encoded in intact.items():
         for length in generator.integers(1, len(encoded), 7):
             yield Case("truncated", f"{name} at {length}", encoded[:length], EITHER, encoded)
         for number in (1, 1, 2, 5, 20, 100):
@@ -129,7 +129,7 @@ def random_damage(sound: dict[str, bytes]) -> Iterator[Case]:
         for length in (1, 5000):
             garbage = generator.integers(0, 256, length, dtype=np.uint8).tobytes()
             yield Case("trailing", f"{name} and {length} bytes", encoded + garbage, WHOLE, encoded)
-        yield Case("concatenated", name, encoded + sound["png rgb"], WHOLE, encoded)
+        yield Case("concatenated", name, encoded + intact["png rgb"], WHOLE, encoded)
         first = int(generator.integers(0, len(encoded) - 8))
         hole = encoded[:first] + bytes(min(512, len(encoded) - first)) + encoded[first + 512 :]
         yield Case("zeroed", f"{name} from {first}", hole, EITHER, encoded)
@@ -142,19 +142,19 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int, color: int, data: bytes, *chunks: bytes) -> bytes:
-    """A PNG with any header; `data` are the rows, compressed."""
+    """A PNG with an arbitrary header; `data` is the compressed rows."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 def zeros(num_bytes: int) -> bytes:
-    """A zlib stream of that many zero bytes."""
+    """A zlib stream that decompresses to `num_bytes` zero bytes."""
     compress, block = zlib.compressobj(1), bytes(1 << 20)
     parts = [compress.compress(block) for _ in range(num_bytes >> 20)]
     return b"".join([*parts, compress.compress(block[: num_bytes % (1 << 20)]), compress.flush()])
 
 
-def headers_with_wrong_sizes(sound: dict[str, bytes]) -> Iterator[Case]:
+def wrong_header_sizes(intact: dict[str, bytes]) -> Iterator[Case]:
     rows = zlib.compress(bytes((3 * SIDE + 1) * SIDE))
     sizes = (0, 1, 23, 25, 5000, 65535, 100_000, 2**31 - 1, 2**32 - 1)
     for size in sizes:
@@ -162,28 +162,28 @@ def headers_with_wrong_sizes(sound: dict[str, bytes]) -> Iterator[Case]:
             yield Case("size in the header", f"png {width} x {height}", png(width, height, 8, 2, rows))
 
 
-def odd_sizes(_) -> Iterator[Case]:
+def unusual_sizes(_) -> Iterator[Case]:
     for size in ((1, 1), (1, 5000), (5000, 1), (2, 65535)):
         image = picture(size=size)
         for file_format in ("PNG", "JPEG", "BMP", "TIFF"):
             if file_format != "JPEG" or max(size) < 65500:
                 encoded = encode(image, file_format)
-                yield Case("odd size", f"{file_format} {size}", encoded, WHOLE, encoded)
-    side = 9459  # nearly the limit
+                yield Case("unusual size", f"{file_format} {size}", encoded, WHOLE, encoded)
+    side = 9459  # just below the limit
     rgba = png(side, side, 8, 6, zeros((4 * side + 1) * side))
-    yield Case("odd size", "png rgba near the limit", rgba, WHOLE, rgba)
+    yield Case("unusual size", "png rgba near the limit", rgba, WHOLE, rgba)
     grey = png(side, side, 16, 0, zeros((2 * side + 1) * side))
-    yield Case("odd size", "png 16 near the limit", grey, WHOLE, grey)
-    for beyond in (side + 1, 11_000, 20_000, 60_000):
-        data = zeros((beyond // 8 + 1) * beyond)
-        yield Case("too large", f"png {beyond}", png(beyond, beyond, 1, 0, data), BAD)
+    yield Case("unusual size", "png 16 near the limit", grey, WHOLE, grey)
+    for large_side in (side + 1, 11_000, 20_000, 60_000):
+        data = zeros((large_side // 8 + 1) * large_side)
+        yield Case("too large", f"png {large_side}", png(large_side, large_side, 1, 0, data), BAD)
     for file_format in ("GIF", "BMP", "TIFF", "JPEG"):
         options = {"compression": "group4"} if file_format == "TIFF" else {}
         mode = "1" if file_format in ("BMP", "TIFF") else "L"
         yield Case("too large", file_format, encode(Image.new(mode, (11_000, 11_000)), file_format, **options), BAD)
 
 
-def bombs(sound: dict[str, bytes]) -> Iterator[Case]:
+def bombs(intact: dict[str, bytes]) -> Iterator[Case]:
     bomb = zeros(300 << 20)
     rows = zlib.compress(bytes((3 * SIDE + 1) * SIDE))
     texts = {
@@ -198,16 +198,16 @@ def bombs(sound: dict[str, bytes]) -> Iterator[Case]:
         yield Case("bomb", f"png 70 {name.decode()}", png(SIDE, SIDE, 8, 2, rows, many))
     yield Case("bomb", "png text", png(SIDE, SIDE, 8, 2, rows, chunk(b"tEXt", b"Comment\0" + b"x" * (80 << 20))))
     yield Case("bomb", "png rows", png(SIDE, SIDE, 8, 2, bomb))
-    tiff = bytearray(sound["tiff deflate"])
+    tiff = bytearray(intact["tiff deflate"])
     yield Case("bomb", "tiff rows", bytes(tiff.replace(tiff[8:200], bomb[:200], 1)))
     yield Case("bomb", "tiff strip", tiff_with_strip(SIDE, SIDE, bomb), EITHER)
     yield Case("bomb", "tiff strip of a large page", tiff_with_strip(9000, 9000, bomb[:10_000]), BAD)
-    yield Case("bomb", "jpeg scans", jpeg_of_many_scans(4096, 3000), BAD)
+    yield Case("bomb", "jpeg scans", jpeg_with_many_scans(4096, 3000), BAD)
     yield Case("bomb", "gif frames", encode(picture("P"), "GIF", save_all=True, append_images=[picture("P", 1)] * 500))
 
 
 def tiff_with_strip(width: int, height: int, strip: bytes) -> bytes:
-    """8-bit grey, one strip compressed by deflate."""
+    """An 8-bit grey TIFF with a single strip compressed by deflate."""
     tags = [(256, width), (257, height), (258, 8), (259, 8), (262, 1), (273, 0), (277, 1), (278, height)]
     tags.append((279, len(strip)))
     start = 8 + 2 + 12 * len(tags) + 4
@@ -216,32 +216,32 @@ def tiff_with_strip(width: int, height: int, strip: bytes) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + strip
 
 
-def jpeg_of_many_scans(side: int, number: int) -> bytes:
-    """A progressive picture whose last scan comes again and again, each costing a pass over all blocks."""
+def jpeg_with_many_scans(side: int, number: int) -> bytes:
+    """A progressive JPEG that repeats its last scan; every repetition costs a pass over all blocks."""
     encoded = encode(Image.new("L", (side, side), 100), "JPEG", progressive=True, quality=50)
     last = encoded.rindex(b"\xff\xda")
     return encoded[:last] + encoded[last:-2] * number + encoded[-2:]
 
 
-def odd_contents(sound: dict[str, bytes]) -> Iterator[Case]:
+def unusual_contents(intact: dict[str, bytes]) -> Iterator[Case]:
     text = b"this is no image\nbut text\n"
     for encoded in (b"", b"\0", text, text * 1000, bytes(5000), b"\xff" * 5000, b"<html><body>404</body></html>"):
-        yield Case("no image", f"{len(encoded)} bytes of {encoded[:8]!r}", encoded, BAD)
+        yield Case("not an image", f"{len(encoded)} bytes of {encoded[:8]!r}", encoded, BAD)
     for start in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"RIFF\0\0\0\0WEBP"):
-        yield Case("no image", f"the start {start!r} alone", start, BAD)
-        yield Case("no image", f"the start {start!r} and zeros", start + bytes(500), BAD)
+        yield Case("not an image", f"the signature {start!r} alone", start, BAD)
+        yield Case("not an image", f"the signature {start!r} and zeros", start + bytes(500), BAD)
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 24\n%%EndComments\nshowpage\n%%EOF\n"
-    yield Case("no image", "eps", eps, BAD)  # a program, which Pillow would give to Ghostscript
-    yield Case("no image", "pdf", b"%PDF-1.4\n1 0 obj\n<<>>\nendobj\ntrailer\n<<>>\n%%EOF\n", BAD)
-    yield Case("no image", "svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', BAD)
-    yield Case("no image", "floats", encode(Image.new("F", (8, 8), 0.5), "TIFF"), BAD)
+    yield Case("not an image", "eps", eps, BAD)  # a program, which Pillow would pass to Ghostscript
+    yield Case("not an image", "pdf", b"%PDF-1.4\n1 0 obj\n<<>>\nendobj\ntrailer\n<<>>\n%%EOF\n", BAD)
+    yield Case("not an image", "svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', BAD)
+    yield Case("not an image", "floats", encode(Image.new("F", (8, 8), 0.5), "TIFF"), BAD)
 
-    # orientation as a short, as text, as five numbers that lie elsewhere, as a number of no known type
+    # orientation as a short, as text, as five shorts stored elsewhere, as a double, as a value of unknown type
     for form, count, value in ((3, 1, 0), (3, 1, 9), (3, 1, 65535), (2, 3, 0x7075), (3, 5, 8), (12, 1, 8), (99, 1, 1)):
         for file_format in ("PNG", "JPEG", "WEBP"):
             exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, 274, form, count, value, 0)
             encoded = encode(picture(), file_format, exif=exif)
-            yield Case("exif", f"{file_format} turned {value}, {count} of type {form}", encoded)
+            yield Case("exif", f"{file_format} orientation {value}, {count} of type {form}", encoded)
     exif = Image.Exif()
     exif[37510] = b"x" * 60_000
     yield Case("exif", "jpeg huge", encode(picture(), "JPEG", exif=exif), WHOLE, encode(picture(), "JPEG"))
@@ -250,17 +250,17 @@ def odd_contents(sound: dict[str, bytes]) -> Iterator[Case]:
 
 
 def all_cases() -> Iterator[Case]:
-    sound = sound_images()
-    yield from (Case("sound", name, encoded, WHOLE, encoded) for name, encoded in sound.items())
-    for make in (random_damage, headers_with_wrong_sizes, odd_contents, odd_sizes, bombs):
-        yield from make(sound)
+    intact = intact_images()
+    yield from (Case("intact", name, encoded, WHOLE, encoded) for name, encoded in intact.items())
+    for make in (random_damage, wrong_header_sizes, unusual_contents, unusual_sizes, bombs):
+        yield from make(intact)
 
 
-# ---- The process that decodes
+# ---- The decoding process
 
 
 def outcome_of(encoded: bytes) -> tuple[str, str]:
-    """`picture` and the digest of its pixels, `bad` and the message, or `error` and what was raised."""
+    """`picture` and the digest of its pixels, `bad` and the message, or `error` and the unexpected exception."""
     try:
         pixels = decode_image(encoded, "none", (3, SIDE, SIDE))
     except BadImage as error:
@@ -277,7 +277,7 @@ def peak_bytes() -> int:
 
 
 def decode_all() -> None:
-    """Writes two JSON lines a case: what it is, and what became of it."""
+    """Writes two JSON lines per case: the case and its outcome."""
     wholes: dict[bytes, str] = {}
     at_start_bytes = peak_bytes()
     for case in all_cases():
@@ -290,7 +290,7 @@ def decode_all() -> None:
         print(json.dumps(answer | {"whole": wholes.get(case.original)}), flush=True)
 
 
-# ---- What became of them
+# ---- The outcomes
 
 
 @pytest.fixture(scope="module")
@@ -308,17 +308,17 @@ def results(process) -> list[dict]:
     return [case | answer for case, answer in zip(lines[::2], lines[1::2], strict=True)]
 
 
-def those(results: list[dict], key: str, value: str) -> list[dict]:
+def select(results: list[dict], key: str, value: str) -> list[dict]:
     found = [result for result in results if result[key] == value]
     assert found
     return found
 
 
-def test_there_are_enough_of_each_kind_and_of_each_outcome(results):
+def test_every_kind_and_outcome_has_enough_cases(results):
     assert len(results) >= 650
     kinds = Counter(result["kind"] for result in results)
     least = {"truncated": 200, "flipped": 170, "header": 110, "trailing": 60, "size in the header": 25, "exif": 20}
-    least |= {"bomb": 12, "odd size": 15, "too large": 8, "no image": 20, "zeroed": 25}
+    least |= {"bomb": 12, "unusual size": 15, "too large": 8, "not an image": 20, "zeroed": 25}
     assert all(kinds[kind] >= number for kind, number in least.items()), kinds
     outcomes = Counter((result["kind"], result["outcome"]) for result in results)
     for kind in ("flipped", "header", "bomb"):
@@ -326,7 +326,7 @@ def test_there_are_enough_of_each_kind_and_of_each_outcome(results):
     assert outcomes["truncated", "bad"] >= 150
 
 
-def test_each_is_a_picture_or_is_refused_in_one_line(results):
+def test_every_image_decodes_or_raises_a_one_line_error(results):
     for result in results:
         assert result["outcome"] in ("picture", "bad"), result
         if result["outcome"] == "bad":
@@ -335,30 +335,30 @@ def test_each_is_a_picture_or_is_refused_in_one_line(results):
             assert "Error" not in result["detail"], result  # says what is wrong with the image, not with the code
 
 
-def test_none_takes_much_memory(results):
+def test_peak_memory_stays_below_the_limit(results):
     assert max(result["peak_bytes"] for result in results) < LARGEST_BYTES
 
 
-def test_a_truncated_image_is_refused_unless_all_of_its_picture_is_there(results):
-    for result in those(results, "kind", "truncated"):
+def test_truncated_images_decode_completely_or_are_rejected(results):
+    for result in select(results, "kind", "truncated"):
         assert result["outcome"] == "bad" or result["detail"] == result["whole"], result
 
 
-def test_a_png_whose_data_are_damaged_gives_its_own_picture_or_none(results):
+def test_damaged_pngs_decode_to_the_original_pixels_or_are_rejected(results):
     damaged = [r for r in results if r["name"].startswith("png ") and r["kind"] in DAMAGES]
     assert len(damaged) > 90
     for result in damaged:
         assert result["outcome"] == "bad" or result["detail"] == result["whole"], result
 
 
-def test_what_must_give_its_whole_picture_and_what_must_be_refused_does_so(results):
-    for result in those(results, "expected", WHOLE):
+def test_intact_images_decode_completely_and_bad_ones_are_rejected(results):
+    for result in select(results, "expected", WHOLE):
         assert (result["outcome"], result["detail"]) == ("picture", result["whole"]), result
-    for result in those(results, "expected", BAD):
+    for result in select(results, "expected", BAD):
         assert result["outcome"] == "bad", result
 
 
-def test_no_library_lets_truncated_images_through():
+def test_pillow_does_not_load_truncated_images():
     assert not ImageFile.LOAD_TRUNCATED_IMAGES  # whatever other libraries were imported
 
 

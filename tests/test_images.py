@@ -1,4 +1,4 @@
-"""Decoding: crops against their pixel boxes, resizing against torch's, and odd and damaged images."""
+"""Decoding: crops compared with pixel boxes, resizing compared with torch, unusual and damaged images."""
 
 import io
 import struct
@@ -26,7 +26,7 @@ def encode(image: Image.Image | np.ndarray, file_format: str = "PNG", **options)
 
 
 def coordinates(width: int, height: int, scale: int = 1) -> np.ndarray:
-    """Every pixel's row in the red channel and column in the green one, in pixels of an image `scale` as large."""
+    """Each pixel's row (red channel) and column (green channel), in pixels of an image `scale` times as large."""
     rows, columns = np.mgrid[:height, :width] * scale
     return np.stack([rows, columns, np.zeros_like(rows)], -1).astype(np.uint8)
 
@@ -36,7 +36,7 @@ def noise(width: int, height: int) -> np.ndarray:
 
 
 def antialiased_bicubic(pixels: np.ndarray, resolution: int) -> np.ndarray:
-    """(h, w, 3) uint8 -> (3, R, R) float, by torch."""
+    """Resizes with torch: (h, w, 3) uint8 -> (3, R, R) float."""
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].double()
     options = {"mode": "bicubic", "antialias": True, "align_corners": False}
     return torch.nn.functional.interpolate(tensor, (resolution, resolution), **options)[0].clamp(0, 255).numpy()
@@ -46,28 +46,28 @@ def antialiased_bicubic(pixels: np.ndarray, resolution: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("crop", BOXES)
-def test_celeba_crops_take_exactly_their_rows_and_columns(crop):
+def test_celeba_crops_select_exactly_their_rows_and_columns(crop):
     first_row, last_row, first_column, last_column = BOXES[crop]
     side = last_row - first_row
-    pixels = decode_image(encode(coordinates(178, 218)), crop, (3, side, side))  # no resizing: a pixel stays a pixel
+    pixels = decode_image(encode(coordinates(178, 218)), crop, (3, side, side))  # no resizing: pixels are copied
     np.testing.assert_array_equal(pixels[0], np.broadcast_to(np.arange(first_row, last_row)[:, None], (side, side)))
     np.testing.assert_array_equal(pixels[1], np.broadcast_to(np.arange(first_column, last_column), (side, side)))
 
 
 @pytest.mark.parametrize("crop", BOXES)
-def test_celeba_crops_of_half_size_copies_are_the_same_regions(crop):
+def test_celeba_crops_of_half_size_images_cover_the_same_region(crop):
     first_row, last_row, first_column, last_column = BOXES[crop]
     assert crop_box(crop, 89, 109) == tuple(edge / 2 for edge in (first_column, first_row, last_column, last_row))
     full = decode_image(encode(coordinates(178, 218)), crop, (3, 32, 32))[:2].astype(int)
     half = decode_image(encode(coordinates(89, 109, scale=2)), crop, (3, 32, 32))[:2].astype(int)
-    # Half-size pixel i lies over the full-size pixels 2 i and 2 i + 1, whose mean coordinate is 2 i + 0.5; the rest of
-    # the difference is rounding. A box rounded to whole pixels would be off by 1 more.
+    # Half-size pixel i covers the full-size pixels 2 i and 2 i + 1, whose mean coordinate is 2 i + 0.5; the remaining
+    # difference is rounding. A box rounded to whole pixels would be off by 1 more.
     assert np.abs(half + 0.5 - full).max() <= 0.5
 
 
 @pytest.mark.parametrize("size", [(178, 178), (218, 178), (178, 220), (64, 64), (177, 220)])
 @pytest.mark.parametrize("crop", BOXES)
-def test_celeba_crops_refuse_other_proportions(crop, size):
+def test_celeba_crops_reject_other_aspect_ratios(crop, size):
     with pytest.raises(
         BadImage, match=rf"^{size[0]} x {size[1]} pixels are not in CelebA's 178 x 218 .*{crop}"
     ) as error:
@@ -75,7 +75,7 @@ def test_celeba_crops_refuse_other_proportions(crop, size):
     assert "\n" not in str(error.value)
 
 
-def test_center_is_the_central_square():
+def test_center_crops_the_central_square():
     wide, tall = (decode_image(encode(coordinates(*size)), "center", (3, 60, 60)) for size in ((100, 60), (60, 100)))
     assert wide[1, 0].tolist() == list(range(20, 80))
     assert wide[0, :, 0].tolist() == list(range(60))
@@ -83,10 +83,10 @@ def test_center_is_the_central_square():
     assert tall[1, 0].tolist() == list(range(60))
 
 
-def test_none_is_the_whole_image():
+def test_none_keeps_the_whole_image():
     pixels = decode_image(encode(coordinates(200, 100)), "none", (3, 100, 100))
     np.testing.assert_allclose(pixels[0, :, 50], np.arange(100), atol=0)
-    np.testing.assert_allclose(pixels[1, 50], np.arange(100) * 2 + 0.5, atol=1)  # its two columns' mean
+    np.testing.assert_allclose(pixels[1, 50], np.arange(100) * 2 + 0.5, atol=1)  # the mean of two columns
 
 
 # Resizing
@@ -94,18 +94,18 @@ def test_none_is_the_whole_image():
 
 @pytest.mark.parametrize("resolution", [16, 64, 200])
 @pytest.mark.parametrize("crop", [*BOXES, "none"])
-def test_resizing_is_torchs_antialiased_bicubic(crop, resolution):
+def test_resizing_matches_torchs_antialiased_bicubic(crop, resolution):
     image = noise(178, 218) // 2 + 64  # no overshoot, which Pillow would clamp between its two passes
     first_row, last_row, first_column, last_column = BOXES.get(crop, (0, 218, 0, 178))
     expected = antialiased_bicubic(image[first_row:last_row, first_column:last_column], resolution)
     actual = decode_image(encode(image), crop, (3, resolution, resolution))
     assert actual.shape == (3, resolution, resolution)
     assert actual.dtype == np.uint8
-    # Pillow rounds after each of its two passes; at the rim of a crop it also reads the pixels beyond
+    # Pillow rounds after each of its two passes; at the border of a crop it also reads pixels outside
     assert np.abs(actual - expected)[:, 3:-3, 3:-3].max() <= 1.5
 
 
-def test_a_fine_checkerboard_becomes_grey():
+def test_downscaling_a_fine_checkerboard_gives_grey():
     checkerboard = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
     pixels = decode_image(encode(checkerboard), "none", (3, 32, 32)).astype(int)
     assert np.abs(pixels[:, 2:-2, 2:-2] - 127.5).max() <= 1  # without antialiasing it would stay black and white
@@ -114,12 +114,12 @@ def test_a_fine_checkerboard_becomes_grey():
 # Modes
 
 
-def of_one_colour(mode: str, colour) -> Image.Image:
+def solid_image(mode: str, colour) -> Image.Image:
     return Image.new(mode, (4, 4), colour)
 
 
-def palette(transparent: bool) -> bytes:
-    image = of_one_colour("P", 1)
+def palette_png(transparent: bool) -> bytes:
+    image = solid_image("P", 1)
     image.putpalette([0, 0, 0, 10, 200, 30])
     return encode(image, transparency=1) if transparent else encode(image)
 
@@ -127,49 +127,49 @@ def palette(transparent: bool) -> bytes:
 @pytest.mark.parametrize(
     ("encoded", "colour"),
     [
-        (encode(of_one_colour("RGB", (1, 2, 3))), (1, 2, 3)),
-        (encode(of_one_colour("1", 1)), (255, 255, 255)),
-        (encode(of_one_colour("L", 77)), (77, 77, 77)),
-        (encode(of_one_colour("LA", (100, 51))), (224, 224, 224)),  # 255 - (255 - 100) 51 / 255
-        (encode(of_one_colour("RGBA", (255, 0, 100, 51))), (255, 204, 224)),
-        (encode(of_one_colour("RGBA", (9, 8, 7, 0))), (255, 255, 255)),
-        (encode(of_one_colour("RGB", (9, 8, 7)), transparency=(9, 8, 7)), (255, 255, 255)),
-        (palette(transparent=False), (10, 200, 30)),
-        (palette(transparent=True), (255, 255, 255)),
-        (encode(of_one_colour("CMYK", (255, 0, 0, 0)), "TIFF"), (0, 255, 255)),
-        (encode(of_one_colour("CMYK", (0, 0, 0, 128)), "TIFF"), (127, 127, 127)),
+        (encode(solid_image("RGB", (1, 2, 3))), (1, 2, 3)),
+        (encode(solid_image("1", 1)), (255, 255, 255)),
+        (encode(solid_image("L", 77)), (77, 77, 77)),
+        (encode(solid_image("LA", (100, 51))), (224, 224, 224)),  # 255 - (255 - 100) 51 / 255
+        (encode(solid_image("RGBA", (255, 0, 100, 51))), (255, 204, 224)),
+        (encode(solid_image("RGBA", (9, 8, 7, 0))), (255, 255, 255)),
+        (encode(solid_image("RGB", (9, 8, 7)), transparency=(9, 8, 7)), (255, 255, 255)),
+        (palette_png(transparent=False), (10, 200, 30)),
+        (palette_png(transparent=True), (255, 255, 255)),
+        (encode(solid_image("CMYK", (255, 0, 0, 0)), "TIFF"), (0, 255, 255)),
+        (encode(solid_image("CMYK", (0, 0, 0, 128)), "TIFF"), (127, 127, 127)),
         (encode(np.full((4, 4), 0, np.uint16)), (0, 0, 0)),
-        (encode(np.full((4, 4), 257 * 100, np.uint16)), (100, 100, 100)),  # 65535 is 255
+        (encode(np.full((4, 4), 257 * 100, np.uint16)), (100, 100, 100)),  # 65535 maps to 255
         (encode(np.full((4, 4), 65535, np.uint16)), (255, 255, 255)),
         (b"P5 2 2 65535\n" + bytes([0x64]) * 8, (100, 100, 100)),  # Pillow widens its 16 bits to 32
     ],
     ids="rgb 1 l la rgba transparent rgb_key p p_key cyan cmyk_black black_16 grey_16 white_16 pgm_16".split(),
 )
-def test_every_mode_becomes_rgb(encoded, colour):
+def test_every_mode_is_converted_to_rgb(encoded, colour):
     pixels = decode_image(encoded, "center", (3, 2, 2))
     np.testing.assert_array_equal(pixels, np.broadcast_to(np.array(colour)[:, None, None], (3, 2, 2)))
 
 
 @pytest.mark.parametrize("top", [1.0, 255, 65_535, 10_000_000])
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_pixels_of_unknown_range_are_refused(kind, top):
+def test_pixels_of_unknown_range_are_rejected(kind, top):
     with pytest.raises(BadImage, match="of unknown range"):
         decode_image(encode(np.full((4, 4), top, kind), "TIFF"), "none", (3, 4, 4))
 
 
-def test_signed_pixels_are_refused():
+def test_signed_pixels_are_rejected():
     tiff = encode(np.full((4, 4), 1000, np.uint16), "TIFF", tiffinfo={339: 2})  # SampleFormat: signed
     with pytest.raises(BadImage, match="of unknown range"):
         decode_image(tiff, "none", (3, 4, 4))
 
 
-def with_chunk(png: bytes, kind: bytes, content: bytes, is_sound: bool = True) -> bytes:
-    """A PNG with one more chunk after its header."""
+def with_chunk(png: bytes, kind: bytes, content: bytes, has_valid_crc: bool = True) -> bytes:
+    """A PNG with an additional chunk after its header."""
     chunk = struct.pack(">I", len(content)) + kind + content
-    return png[:33] + chunk + struct.pack(">I", zlib.crc32(chunk[4:]) ^ (not is_sound)) + png[33:]
+    return png[:33] + chunk + struct.pack(">I", zlib.crc32(chunk[4:]) ^ (not has_valid_crc)) + png[33:]
 
 
-SOUND = encode(noise(6, 6))
+INTACT = encode(noise(6, 6))
 LARGE_TEXT = b"workflow\0\0" + zlib.compress(bytes(3 << 20))
 
 
@@ -181,34 +181,34 @@ LARGE_TEXT = b"workflow\0\0" + zlib.compress(bytes(3 << 20))
             for kind, options in {"PNG": {}, "WEBP": {"lossless": True}}.items()
             for exif in (b"Exif\0\0\0\x08\0\x02\x01\x12\0\x03", b"Exif\0\0II*\0", b"b'Exif'")
         ),
-        with_chunk(SOUND, b"zTXt", LARGE_TEXT),  # as programs that draw images write it; Pillow's limit is 1 MiB
-        with_chunk(SOUND, b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 << 20))),
-        with_chunk(SOUND, b"iCCP", b"profile\0\x07"),
-        with_chunk(SOUND, b"tEXt", b"Comment\0x", is_sound=False),
-        with_chunk(SOUND, b"pHYs", b"?"),
+        with_chunk(INTACT, b"zTXt", LARGE_TEXT),  # as image generators write it; Pillow's limit is 1 MiB
+        with_chunk(INTACT, b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 << 20))),
+        with_chunk(INTACT, b"iCCP", b"profile\0\x07"),
+        with_chunk(INTACT, b"tEXt", b"Comment\0x", has_valid_crc=False),
+        with_chunk(INTACT, b"pHYs", b"?"),
     ],
 )
-def test_broken_and_large_metadata_do_not_matter(encoded):
+def test_broken_and_oversized_metadata_is_ignored(encoded):
     np.testing.assert_array_equal(decode_image(encoded, "none", (3, 6, 6)), noise(6, 6).transpose(2, 0, 1))
 
 
-def test_the_orientation_counts_beside_metadata_that_are_too_large():
+def test_orientation_is_applied_despite_oversized_metadata():
     exif = Image.Exif()
     exif[274] = 3
     turned = with_chunk(encode(noise(6, 6)[::-1, ::-1], exif=exif), b"zTXt", LARGE_TEXT)
     np.testing.assert_array_equal(decode_image(turned, "none", (3, 6, 6)), noise(6, 6).transpose(2, 0, 1))
 
 
-def test_damaged_pixels_are_refused_also_where_the_metadata_are_damaged_too():
-    damaged = with_chunk(SOUND[:-40], b"tEXt", b"Comment\0x", is_sound=False)
+def test_damaged_pixels_are_rejected_even_if_metadata_is_damaged_too():
+    damaged = with_chunk(INTACT[:-40], b"tEXt", b"Comment\0x", has_valid_crc=False)
     with pytest.raises(BadImage):
         decode_image(damaged, "none", (3, 6, 6))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_exif_orientation_is_applied(orientation):
+def test_exif_orientation_is_applied(orientation):
     upright = noise(6, 6)
-    # How a camera stores the upright picture under each orientation (EXIF 2.3, 4.6.4, tag 274)
+    # How a camera stores the upright picture for each orientation (EXIF 2.3, 4.6.4, tag 274)
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -228,13 +228,13 @@ def test_the_exif_orientation_is_applied(orientation):
 # Sizes
 
 
-def test_a_single_pixel_fills_the_image():
+def test_one_pixel_image_fills_the_output():
     for crop in ("center", "none"):
-        pixels = decode_image(encode(of_one_colour("RGB", (5, 6, 7)).resize((1, 1))), crop, (3, 8, 8))
+        pixels = decode_image(encode(solid_image("RGB", (5, 6, 7)).resize((1, 1))), crop, (3, 8, 8))
         assert pixels.reshape(3, -1).T.tolist() == [[5, 6, 7]] * 64
 
 
-def test_a_very_long_image_gives_its_central_pixel_or_is_squeezed():
+def test_very_long_images_are_center_cropped_or_squeezed():
     long = np.zeros((5000, 1, 3), np.uint8)
     long[2500:] = 200
     squeezed = decode_image(encode(long), "none", (3, 8, 8))

@@ -1,4 +1,4 @@
-"""House rules: which folders may import which, which files are shipped alone, and clean code."""
+"""Project rules: which folders may import which, which files are self-contained, and code style."""
 
 import ast
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FLOORS = ["common", "custom_unet", "training", "pipelines", "eval", "train_unet", "experiments"]  # from the ground up
-OURS = set(FLOORS)
+LAYERS = ["common", "custom_unet", "training", "pipelines", "eval", "train_unet", "experiments"]  # from the bottom up
+OURS = set(LAYERS)
 FORBIDDEN = {
-    floor if floor not in ("common", "train_unet") else f"{floor}.py": set(FLOORS[height + 1 :])
-    for height, floor in enumerate(FLOORS)
+    layer if layer not in ("common", "train_unet") else f"{layer}.py": set(LAYERS[level + 1 :])
+    for level, layer in enumerate(LAYERS)
 } | {"train_unet.py": {"eval", "experiments"}, "custom_unet": OURS - {"custom_unet"}}
-ALLOWED = {"train_unet.py": {"eval.training_metric"}}  # file: module; the metric that it reports while training
+ALLOWED = {"train_unet.py": {"eval.training_metric"}}  # file: modules; the metric reported during training
 SHIPPED = {
     "custom_unet/custom_unet_2d.py": {
         "diffusers.configuration_utils": {"ConfigMixin", "register_to_config"},
@@ -27,7 +27,7 @@ SHIPPED = {
 
 
 def imports(path: Path) -> list[tuple[str, set[str]]]:
-    """(module, names taken from it) of every import statement; a relative one starts with a dot."""
+    """(module, imported names) of every import statement; relative modules start with a dot."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -37,19 +37,19 @@ def imports(path: Path) -> list[tuple[str, set[str]]]:
     return found
 
 
-@pytest.mark.parametrize("place", FORBIDDEN)
-def test_imports_run_one_way(place):
-    files = [REPOSITORY / place] if place.endswith(".py") else sorted((REPOSITORY / place).rglob("*.py"))
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_folders_import_only_lower_layers(folder):
+    files = [REPOSITORY / folder] if folder.endswith(".py") else sorted((REPOSITORY / folder).rglob("*.py"))
     assert files
     for path in files:
         for module, _ in imports(path):
             top = module.split(".")[0]
             name = path.relative_to(REPOSITORY).as_posix()
-            assert top not in FORBIDDEN[place] or module in ALLOWED.get(name, set()), f"{name} imports {module}"
+            assert top not in FORBIDDEN[folder] or module in ALLOWED.get(name, set()), f"{name} imports {module}"
             assert module != "eval", f"{name} hides the builtin eval"
 
 
-# Which modules of its own floor a module of training/ imports: from the images up to the run
+# The modules of training/ that each of these modules imports, from the bottom up
 TRAINING = {
     "images": "",
     "synthetic_faces": "",
@@ -60,12 +60,12 @@ TRAINING = {
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_reading_images_imports_nothing_of_a_training(name):
+def test_image_reading_modules_import_no_training_code(name):
     found = {module for module, _ in imports(REPOSITORY / "training" / f"{name}.py") if module.startswith("training")}
     assert found == {f"training.{other}" for other in TRAINING[name].split()}
 
 
-def test_opening_an_image_loads_no_trainer():
+def test_reading_images_does_not_import_accelerate_or_diffusers():
     code = "import sys, training.images; print(*sys.modules)\nimport training.data; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     loaded = [{module.split(".")[0] for module in line.split()} for line in done.stdout.splitlines()]
@@ -74,7 +74,7 @@ def test_opening_an_image_loads_no_trainer():
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_files_stand_alone(name):
+def test_shipped_files_are_self_contained(name):
     for module, names in imports(REPOSITORY / name):
         top = module.split(".")[0]
         assert top in {"torch", "diffusers", *sys.stdlib_module_names}, f"{name} imports {module}"

@@ -1,4 +1,4 @@
-"""Inception against clean-fid's own functions; how its file is found.
+"""Inception features compared with those of clean-fid, and how the weights file is found.
 
 The tests of the real network need its weights: `make inception`.
 """
@@ -29,7 +29,7 @@ real_network = pytest.mark.skipif(WEIGHTS is None, reason="needs Inception's wei
 
 
 class TorchScript(nn.Module):
-    """NVIDIA's network as clean-fid calls it: images in 0..255 that are resized already."""
+    """NVIDIA's network as clean-fid calls it, on images in 0..255 that are already resized."""
 
     def __init__(self):
         super().__init__()
@@ -66,15 +66,15 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @real_network
-def test_same_features_and_distances_as_clean_fid(folders, theirs, extractor):
-    """By its resize and its loop over files; the distances by its code."""
+def test_features_and_distances_match_clean_fid(folders, theirs, extractor):
+    """clean-fid reads and resizes the files and computes the distances with its own code."""
     state = PartialState(cpu=True)
     sets = [images_of_files(sorted(folder.glob("*.png"))) for folder in folders]
     ours = [extract_features(images, extractor, state, batch_size=16) for images in sets]
     assert ours[0].shape == (20, 2048)
     for found, expected in zip(ours, theirs, strict=True):
         assert relative_error(found, expected) < 1e-5
-    few = [features[:, :64] for features in theirs]  # clean-fid's root of 2,048 x 2,048 matrices takes a minute
+    few = [features[:, :64] for features in theirs]  # clean-fid's root of a 2,048 x 2,048 matrix takes a minute
     expected_fid = fid.fid_from_feats(*few)
     assert frechet_distance(*(features[:, :64] for features in ours)) == pytest.approx(expected_fid, rel=1e-4)
     np.random.seed(3)
@@ -83,7 +83,7 @@ def test_same_features_and_distances_as_clean_fid(folders, theirs, extractor):
 
 @real_network
 @pytest.mark.parametrize("fault", ["channels", "range", "resize"])
-def test_what_would_change_the_features_is_seen(fault, folders, theirs, extractor):
+def test_preprocessing_errors_change_the_features(fault, folders, theirs, extractor):
     images = images_of_files(sorted(folders[0].glob("*.png"))[:8]).read(range(8))
     if fault == "channels":
         images = images[:, ::-1].copy()
@@ -94,12 +94,12 @@ def test_what_would_change_the_features_is_seen(fault, folders, theirs, extracto
     assert relative_error(extractor(torch.from_numpy(images)).numpy(), theirs[0][:8]) > 0.01
 
 
-# ---- Without it
+# ---- Without the weights
 
 
 @pytest.mark.parametrize("size", [(20, 20), (32, 48)])
-def test_resize_as_tensorflow(size):
-    """Beside NVIDIA's own form of it, a grid of samples shifted to the upper left corner."""
+def test_resize_as_tensorflow_matches_nvidias_implementation(size):
+    """NVIDIA's implementation is a sampling grid shifted towards the upper left corner."""
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     theta = torch.eye(2, 3)
     theta[0, 2] = 1 / size[1] - 1 / 299
@@ -111,13 +111,13 @@ def test_resize_as_tensorflow(size):
     torch.testing.assert_close(resize_as_tensorflow(images), expected, rtol=0, atol=0.02)
 
 
-def test_an_unknown_mode():
+def test_unknown_modes_are_rejected():
     with pytest.raises(InputError, match="unknown mode 'legacy' of Inception; choose clean or legacy_tensorflow"):
         open_inception("legacy")
 
 
 class Layers(nn.Module):
-    """A scripted module with layers under `layers`, as NVIDIA's, or a module under `net` that has them."""
+    """A scripted module with its layers under `layers`, as NVIDIA's, or with such a module under `net`."""
 
     def __init__(self, name: str, child: nn.Module):
         super().__init__()
@@ -127,7 +127,7 @@ class Layers(nn.Module):
         return images
 
 
-def test_the_layers_of_both_published_files(tmp_path):
+def test_layers_load_from_both_published_file_formats(tmp_path):
     images, layers = torch.rand(1, 3, 4, 4), nn.Conv2d(3, 8, 4)
     nvidia = Layers("layers", layers)
     for module in (nvidia, Layers("net", nvidia)):
@@ -136,14 +136,14 @@ def test_the_layers_of_both_published_files(tmp_path):
         torch.testing.assert_close(found, layers(images))
 
 
-# ---- The file
+# ---- The weights file
 
 WHOLE = b"the weights " * 1000
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """Answers every GET with the bytes of `content`, but announces `length` bytes."""
+    """A server that answers every GET with `content` and a Content-Length of `length`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -166,7 +166,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """The cache's and the package's file, neither of which is there; both must have the content of `WHOLE`."""
+    """Paths of the cached and the packaged file, neither of which exists; only the content `WHOLE` is accepted."""
     cache, packaged = tmp_path / "train_unet_eval" / "weights" / NVIDIA_FILE, tmp_path / "package" / "default_1.pt"
     for file in (cache, packaged):
         file.parent.mkdir(parents=True)
@@ -177,8 +177,8 @@ def files(tmp_path, monkeypatch):
     return cache, packaged
 
 
-def test_the_order_in_which_the_file_is_looked_for(server, files, tmp_path):
-    """By path, in the cache, in the package, at NVIDIA's address."""
+def test_weights_are_looked_up_in_the_documented_order(server, files, tmp_path):
+    """The given path, the cache, the package, NVIDIA's URL."""
     cache, packaged = files
     given = tmp_path / "given.pt"
     for file, path in ((packaged, None), (cache, None), (given, given)):
@@ -193,10 +193,10 @@ def test_the_order_in_which_the_file_is_looked_for(server, files, tmp_path):
     assert list(cache.parent.iterdir()) == [cache]
 
 
-@pytest.mark.parametrize("fault", ["cut", "another", "empty"])
-def test_a_bad_download_is_never_used(fault, server, files):
-    server.content = {"cut": WHOLE[:5000], "another": b"<html>moved</html>", "empty": b""}[fault]
-    server.length = len(WHOLE) if fault == "cut" else len(server.content)
+@pytest.mark.parametrize("fault", ["truncated", "other", "empty"])
+def test_bad_downloads_are_never_used(fault, server, files):
+    server.content = {"truncated": WHOLE[:5000], "other": b"<html>moved</html>", "empty": b""}[fault]
+    server.length = len(WHOLE) if fault == "truncated" else len(server.content)
     with pytest.raises(InputError) as error:
         find_weights()
     assert "\n" not in str(error.value)
@@ -207,16 +207,16 @@ def test_a_bad_download_is_never_used(fault, server, files):
 
 
 @pytest.mark.parametrize("content", [WHOLE[:1000], WHOLE[:-1] + b"!"], ids=["truncated", "flipped"])
-def test_a_damaged_file_is_not_used(content, server, files, capsys):
+def test_damaged_files_are_not_used(content, server, files, capsys):
     for path in files:
         path.write_bytes(content)
     assert find_weights()[0].read_bytes() == WHOLE
-    told = capsys.readouterr().out
-    assert all(f"{path} is damaged and not used: its sha256 is " in told for path in files)
+    output = capsys.readouterr().out
+    assert all(f"{path} is damaged and not used: its sha256 is " in output for path in files)
     assert server.num_requests == 1
 
 
-def test_a_wrong_file_given_by_path(tmp_path):
+def test_wrong_files_given_by_path_are_rejected(tmp_path):
     (tmp_path / "other.pt").write_bytes(WHOLE)
     with pytest.raises(InputError) as error:
         open_inception(path=tmp_path / "other.pt")
@@ -227,7 +227,7 @@ def test_a_wrong_file_given_by_path(tmp_path):
         open_inception(path=tmp_path / "missing.pt")
 
 
-def test_offline_without_weights(files, monkeypatch):
+def test_offline_error_names_make_inception(files, monkeypatch):
     monkeypatch.setattr(inception, "NVIDIA_URL", "http://127.0.0.1:9/inception.pt")  # nothing listens there
     with pytest.raises(InputError) as error:
         find_weights()

@@ -1,4 +1,4 @@
-"""Both likelihoods on Gaussian data, whose bits/dim are known, and with planted bugs that must be found."""
+"""Both likelihoods on Gaussian data with known bits/dim, and planted bugs that the checks must find."""
 
 import math
 from types import SimpleNamespace
@@ -43,17 +43,17 @@ def bits_per_dim(nats: Tensor, num_dims: int = 3) -> np.ndarray:
 
 
 def discrete_nats(images: Tensor, data: Mixture) -> Tensor:
-    """-log of the mass that independent Gaussians have in the bins of the images, shape (N,)."""
+    """Negative log probability of the images' bins under independent Gaussians, nats, shape (N,)."""
     centre = to_model_range(images).double().permute(0, 2, 3, 1)
     std = data.covariances[0].diag().sqrt()
     upper, lower = ((centre - data.means + half) / std for half in (BIN_WIDTH / 2, -BIN_WIDTH / 2))
     return -torch.from_numpy(np.log(norm.cdf(upper) - norm.cdf(lower))).sum(dim=(1, 2, 3))
 
 
-# ---- The bound: its parts
+# ---- The variational bound: its parts
 
 
-def test_bin_width():
+def test_bin_width_and_float64_range_match_the_model_range():
     assert pytest.approx(2 / 255, rel=1e-12) == BIN_WIDTH
     values = torch.arange(256, dtype=torch.uint8)
     np.testing.assert_allclose(likelihood.to_float64_range(values), to_model_range(values), rtol=0, atol=1e-7)
@@ -61,22 +61,22 @@ def test_bin_width():
 
 @pytest.mark.parametrize("std", [1e-3, 0.0074, 0.3])
 @pytest.mark.parametrize("mean", [-1.2, -1.0, 0.1234, 0.999, 1.5])
-def test_the_decoder_is_a_distribution(mean, std):
+def test_decoder_probabilities_sum_to_one(mean, std):
     values = torch.arange(256, dtype=torch.uint8)
     log_probabilities = discrete_decoder(values, torch.full((256,), mean).double(), std)
     assert log_probabilities.exp().sum().item() == pytest.approx(1, abs=1e-12)
     assert log_probabilities.isfinite().all()
 
 
-def test_the_decoder_keeps_its_precision_far_from_the_mean():
+def test_decoder_is_precise_far_from_the_mean():
     values = torch.tensor([0, 255], dtype=torch.uint8)
     std = 0.01
     found = discrete_decoder(values, torch.tensor([0.5, -0.5]).double(), std)
-    expected = norm.logcdf((-1 + BIN_WIDTH / 2 - 0.5) / std)  # e^-11,000: 0 as a float
+    expected = norm.logcdf((-1 + BIN_WIDTH / 2 - 0.5) / std)  # of e^-11,000, which is 0 as a float
     np.testing.assert_allclose(found, [expected, expected], rtol=1e-9)
 
 
-def test_prior_term():
+def test_prior_term_matches_the_kl_divergence():
     clean_images = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     for abar in (0.3, 1e-5):
         q = torch.distributions.Normal(math.sqrt(abar) * clean_images, math.sqrt(1 - abar))
@@ -87,7 +87,7 @@ def test_prior_term():
     assert prior_term(clean_images, torch.zeros(()).double()).tolist() == [0] * 5
 
 
-def test_the_posterior_is_that_of_bayes():
+def test_posterior_follows_from_bayes_rule():
     """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0): precisions add up."""
     abar = make_scheduler().alphas_cumprod.double()
     posterior = posterior_of(abar, "fixed_small")
@@ -100,7 +100,7 @@ def test_the_posterior_is_that_of_bayes():
     assert posterior.clean_weight[0] == 1
 
 
-# ---- The bound: its terms and sums
+# ---- The variational bound: its terms and their sum
 
 
 def expected_terms(images: Tensor, data: Mixture, scheduler, variance: str) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ def check_terms(prediction_type: str, data: Mixture, variance: str = "fixed_smal
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize(("prediction_type", "data"), [("epsilon", INDEPENDENT), ("v_prediction", CORRELATED)])
-def test_terms(prediction_type, data, variance):
+def test_bound_terms_match_the_closed_form(prediction_type, data, variance):
     check_terms(prediction_type, data, variance)
 
 
@@ -163,7 +163,7 @@ class ThreeValues(torch.nn.Module):
 
 
 def three_value_gaps(num_timesteps: int, variance: str) -> np.ndarray:
-    """By how much the bound exceeds the known code length; log sigma in even steps, from 1/4 of a bin to 100."""
+    """Excess of the bound over the known code length, bits/dim; sigma is log-spaced from 1/4 of a bin to 100."""
     abar = 1 / (1 + np.geomspace(0.002, 100, num_timesteps) ** 2)
     betas = (1 - abar / np.concatenate([[1], abar[:-1]])).tolist()
     scheduler = make_scheduler("sample", num_timesteps, trained_betas=betas)
@@ -175,7 +175,7 @@ def three_value_gaps(num_timesteps: int, variance: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_the_bound_is_from_above_and_its_gap_vanishes(variance):
+def test_bound_is_an_upper_bound_and_its_gap_vanishes(variance):
     coarse, middle, fine = (three_value_gaps(num_timesteps, variance) for num_timesteps in (50, 200, 1000))
     for gap in (coarse, middle, fine):
         assert gap.mean() > -3 * likelihood.standard_error(gap)
@@ -194,20 +194,20 @@ def check_monte_carlo(num_evaluations: int) -> None:
     assert abs(deviation) < 3, f"the estimate is off by {deviation} standard errors"
 
 
-def test_the_monte_carlo_estimate_is_unbiased():
+def test_monte_carlo_estimate_is_unbiased():
     for num_evaluations in (2, 12):
         check_monte_carlo(num_evaluations)
 
 
-def test_the_bound_is_the_sum_of_its_parts():
-    """Of a schedule that ends while the image still shows, so that the prior's part is large."""
+def test_bound_is_the_sum_of_its_parts():
+    """The schedule ends while the image is still visible, so that the prior term is large."""
     scheduler, images = make_scheduler(num_timesteps=20, beta_schedule="linear"), draw_images(INDEPENDENT, 4)
     found = variational_bound(exact_network(ExactGaussian, INDEPENDENT, scheduler), scheduler, images)
     assert found.prior.min() > 0.1
     assert found.bits_per_dim.mean() == pytest.approx(found.terms.sum() + found.prior.mean(), rel=1e-9)
 
 
-def test_importance_sampling_lowers_the_spread():
+def test_importance_sampling_reduces_the_variance():
     scheduler, images = make_scheduler(), draw_images(CORRELATED, 1)
     terms = expected_terms(images, CORRELATED, scheduler, "fixed_small")[0][0]
     timesteps, weights = likelihood.draw_timesteps(
@@ -219,7 +219,7 @@ def test_importance_sampling_lowers_the_spread():
     assert importance.mean().item() == pytest.approx(terms.sum().item(), rel=0.05)
 
 
-def test_a_schedule_that_ends_at_zero_signal():
+def test_bound_supports_zero_terminal_snr():
     scheduler, images = make_scheduler(rescale_betas_zero_snr=True), draw_images(INDEPENDENT, 16, size=16)
     network = exact_network(ExactGaussian, INDEPENDENT, scheduler)
     found = variational_bound(network, scheduler, images, variance="fixed_large", batch_size=1000)
@@ -230,7 +230,7 @@ def test_a_schedule_that_ends_at_zero_signal():
         variational_bound(network, make_scheduler("epsilon", rescale_betas_zero_snr=True), images)
 
 
-# ---- The ODE
+# ---- The probability-flow ODE
 
 
 def smoothed_log_density(data: Mixture, points: Tensor, sigma: float) -> Tensor:
@@ -239,21 +239,21 @@ def smoothed_log_density(data: Mixture, points: Tensor, sigma: float) -> Tensor:
 
 
 def exact_probes(points: Tensor) -> Tensor:
-    """The unit vectors, (D, B, C, H, W)."""
+    """Unit vectors, for which the trace is exact, (D, B, C, H, W)."""
     unit_vectors = torch.eye(points[0].numel(), dtype=torch.float64).view(-1, 1, *points.shape[1:])
     return unit_vectors.expand(-1, *points.shape)
 
 
 def density_errors(data: Mixture, tolerance: float, scheduler=None, timestep_error: int = 0) -> Tensor:
-    """Error of the log-density of some typical points by the exact trace, nats."""
-    scheduler, points = scheduler or make_scheduler(), points_of(data)
+    """Errors of the log-density at typical points, computed with the exact trace, nats."""
+    scheduler, points = scheduler or make_scheduler(), typical_points(data)
     network = exact_network(ExactDenoiser, data, scheduler, timestep_error)
     found, _ = log_density(network, scheduler, points, exact_probes(points), tolerance)
     return found - smoothed_log_density(data, points, network.sigmas[0])
 
 
-def points_of(data: Mixture, num_points: int = 16) -> Tensor:
-    """Some of its typical points, (N, 3, 1, pixels)."""
+def typical_points(data: Mixture, num_points: int = 16) -> Tensor:
+    """Typical points of the data, (N, 3, 1, pixels)."""
     generator = torch.Generator().manual_seed(1)
     component = torch.arange(num_points) % len(data.weights)
     noise = torch.randn(num_points, data.means.shape[1], 1, generator=generator, dtype=torch.float64)
@@ -262,31 +262,31 @@ def points_of(data: Mixture, num_points: int = 16) -> Tensor:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_density_of_a_mixture(prediction_type):
+def test_log_density_of_a_mixture_converges_with_the_tolerance(prediction_type):
     scheduler = make_scheduler(prediction_type)
     errors = [density_errors(mixture(), tol, scheduler).abs().max() for tol in (1e-2, 1e-4, 1e-6)]
     assert errors[0] < 1.5
     assert errors[1] < errors[0] / 30
-    assert errors[2] < errors[1] / 10  # what is left is rounding: timesteps are float32
+    assert errors[2] < errors[1] / 10  # the rest is rounding: timesteps are float32
 
 
-def test_the_linear_schedule_and_the_one_that_ends_at_zero_signal():
+def test_log_density_is_exact_for_linear_and_zero_snr_schedules():
     for settings in ({"beta_schedule": "linear"}, {"rescale_betas_zero_snr": True}):
         scheduler = make_scheduler(**settings)
         network = exact_network(ExactDenoiser, CORRELATED, scheduler)
         abar = scheduler.alphas_cumprod.double().clamp(min=2**-24)  # as diffusers' sigma-type schedulers do
         network.set_data(CORRELATED, abar)
-        points = points_of(CORRELATED)
+        points = typical_points(CORRELATED)
         found, _ = log_density(network, scheduler, points, exact_probes(points), 1e-6)
         expected = smoothed_log_density(CORRELATED, points, network.sigmas[0])
         # x_T is not quite N(0, I): its mean and variance differ by sqrt(abar_T) and abar_T
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 + 2 * float(abar[-1].sqrt()))
 
 
-def test_random_signs_estimate_the_exact_trace():
+def test_random_sign_probes_give_an_unbiased_trace_estimate():
     scheduler = make_scheduler()
     network = exact_network(ExactDenoiser, CORRELATED, scheduler)
-    points = points_of(CORRELATED, 1).expand(3000, -1, -1, -1)
+    points = typical_points(CORRELATED, 1).expand(3000, -1, -1, -1)
     signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (1, *points.shape)))
     exact, _ = log_density(network, scheduler, points[:1], exact_probes(points[:1]), 1e-5)
     found, _ = log_density(network, scheduler, points, signs, 1e-5)
@@ -296,7 +296,7 @@ def test_random_signs_estimate_the_exact_trace():
 
 
 def check_ode_likelihood(data: Mixture) -> None:
-    """Bits/dim of these images, known in closed form, within the error bars of the draws."""
+    """Compares bits/dim with the closed form, within the error bars of the draws."""
     images, scheduler = draw_images(data, 250), make_scheduler()
     network = exact_network(ExactDenoiser, data, scheduler)
     found = ode_likelihood(network, scheduler, images, num_draws=4, tolerance=1e-5, batch_size=1000)
@@ -309,21 +309,21 @@ def check_ode_likelihood(data: Mixture) -> None:
     expected = bits_per_dim(nats - 3 * math.log(2 / 255)).mean()
     assert abs(found.mean - expected) < 3 * found.draw_standard_error + 1e-5, (found.mean, expected)
     assert found.draw_standard_error < 0.03
-    # of the data, too: their entropy is known
+    # also compared with the known entropy of the data
     entropy = data.covariances[0].logdet() / 2 + 1.5 * math.log(2 * math.pi * math.e) - 3 * math.log(2 / 255)
     assert abs(found.mean - float(bits_per_dim(entropy))) < 3 * found.standard_error + 0.01
     assert found.draw_standard_error < found.standard_error < 0.1
 
 
 @pytest.mark.parametrize("data", [INDEPENDENT, CORRELATED], ids=["independent", "correlated"])
-def test_ode_likelihood(data):
+def test_ode_likelihood_matches_the_closed_form(data):
     check_ode_likelihood(data)
 
 
-def log_density_of_the_model(data: Mixture, points: Tensor, sde) -> Tensor:
-    """Of what a short SDE makes of its prior if the data are Gaussian, where the ODE is linear along each eigenvector.
+def model_log_density(data: Mixture, points: Tensor, sde) -> Tensor:
+    """Log-density of a model with a short SDE on Gaussian data, for which the ODE is linear along each eigenvector.
 
-    y = x / alpha goes from sigma_0 to sigma_T by y_T - m = ((C + sigma_T^2) / (C + sigma_0^2))^(1/2) (y_0 - m).
+    From sigma_0 to sigma_T, y = x / alpha follows y_T - m = ((C + sigma_T^2) / (C + sigma_0^2))^(1/2) (y_0 - m).
     """
     variances, directions = torch.linalg.eigh(data.covariances[0])
     first, last = sde.noise_levels
@@ -337,22 +337,22 @@ def log_density_of_the_model(data: Mixture, points: Tensor, sde) -> Tensor:
 @pytest.mark.parametrize(
     ("objective", "prediction_type"), [(o, p) for o, ps in OBJECTIVES.items() for p in ps if o != "flow"]
 )
-def test_density_of_sde_models_that_end_far_from_their_prior(objective, prediction_type):
+def test_log_density_is_exact_for_sdes_that_end_far_from_their_prior(objective, prediction_type):
     scheduler = SDEScheduler(
         objective=objective, prediction_type=prediction_type, beta_max=2.0, sigma_min=0.01, sigma_max=2.0
     )
-    points, network = points_of(CORRELATED), exact_sde_network(CORRELATED, scheduler)
-    expected = log_density_of_the_model(CORRELATED, points, scheduler.sde)
+    points, network = typical_points(CORRELATED), exact_sde_network(CORRELATED, scheduler)
+    expected = model_log_density(CORRELATED, points, scheduler.sde)
     assert (expected - smoothed_log_density(CORRELATED, points, scheduler.sde.noise_levels[0])).abs().max() > 0.01
     found, _ = log_density(network, scheduler, points, exact_probes(points), 1e-6)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_density_of_a_mixture_under_an_sde(objective):
+def test_log_density_of_a_mixture_converges_under_every_sde(objective):
     scheduler, points = (
         SDEScheduler(objective=objective, prediction_type=OBJECTIVES[objective][0]),
-        points_of(mixture()),
+        typical_points(mixture()),
     )
     network = exact_sde_network(mixture(), scheduler)
     expected = smoothed_log_density(mixture(), points, scheduler.sde.noise_levels[0])
@@ -362,7 +362,7 @@ def test_density_of_a_mixture_under_an_sde(objective):
         errors.append(float((found - expected).abs().max()))
         evaluations.append(count)
     assert errors[0] < 0.3
-    assert errors[1] < min(0.02, errors[0] / 5)  # what is left: at the last time x is not quite the prior
+    assert errors[1] < min(0.02, errors[0] / 5)  # the rest: at the last time, x is not quite the prior
     assert 50 < evaluations[0] < evaluations[1] < 250
 
 
@@ -396,20 +396,20 @@ def variances_of_the_next_timestep(right):
     return posterior_of
 
 
-PLANTED = {  # function of the module, what is made of it
+PLANTED = {  # function of the module, its faulty version
     "variances of the next timestep": ("posterior_of", variances_of_the_next_timestep),
-    "beta for beta-tilde": ("posterior_of", lambda right: lambda abar, variance: right(abar, "fixed_large")),
-    "half is missing": ("_terms", lambda right: lambda *arguments: 2 * right(*arguments)),
+    "beta, not beta-tilde": ("posterior_of", lambda right: lambda abar, variance: right(abar, "fixed_large")),
+    "missing factor 1/2": ("_terms", lambda right: lambda *arguments: 2 * right(*arguments)),
     "uniform weights": ("draw_timesteps", uniform_weights),
-    "no constant": ("bits_of_a_bin", lambda right: lambda: 0.0),
+    "missing constant": ("bits_of_a_bin", lambda right: lambda: 0.0),
     "the constant of 256 bins in [-1, 1]": ("bits_of_a_bin", lambda right: lambda: 7.0),
-    "sign of the divergence": ("_noise_and_divergence", scaled_divergence(-1)),
+    "wrong sign of the divergence": ("_noise_and_divergence", scaled_divergence(-1)),
     "divergence 1% off": ("_noise_and_divergence", scaled_divergence(0.99)),
 }
 
 
 @pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_found(bug, monkeypatch):
+def test_planted_bugs_are_found(bug, monkeypatch):
     name, wrong = PLANTED[bug]
     monkeypatch.setattr(likelihood, name, wrong(getattr(likelihood, name)))
     if name in ("bits_of_a_bin", "_noise_and_divergence"):
@@ -424,13 +424,13 @@ def test_a_planted_bug_is_found(bug, monkeypatch):
 
 
 @pytest.mark.parametrize("timestep_error", [-1, 1])
-def test_a_timestep_that_is_off_by_one_in_a_hundred_is_found(timestep_error):
+def test_timesteps_off_by_one_in_a_hundred_are_found(timestep_error):
     right, wrong = (density_errors(CORRELATED, 1e-5, make_scheduler("epsilon", 100), e) for e in (0, timestep_error))
     assert wrong.abs().max() > 10 * right.abs().max()
     assert wrong.abs().max() > 1e-2
 
 
-# ---- Networks, batches, bad input
+# ---- Networks, batch sizes, bad input
 
 
 def tiny_network(**settings) -> CustomUNet2DModel:
@@ -444,7 +444,7 @@ def random_images(num_images: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_the_bound_does_not_depend_on_the_batch_size(prediction_type):
+def test_bound_does_not_depend_on_the_batch_size(prediction_type):
     scheduler, images, network = make_scheduler(prediction_type, 100), random_images(), tiny_network()
     first, *others = (
         variational_bound(network, scheduler, images, num_evaluations=5, batch_size=size) for size in (1, 4, 64)
@@ -458,11 +458,11 @@ def test_the_bound_does_not_depend_on_the_batch_size(prediction_type):
     assert np.isnan(single.standard_error)
 
 
-def test_what_the_ode_starts_from_does_not_depend_on_the_batch_size(monkeypatch):
+def test_ode_points_and_probes_do_not_depend_on_the_batch_size(monkeypatch):
     images = torch.arange(18, dtype=torch.uint8).view(2, 3, 1, 3)
     calls = []
 
-    def keep(unet, scheduler, points, probes, tolerance):
+    def record(unet, scheduler, points, probes, tolerance):
         calls.append((points, probes))
         return torch.zeros(len(points)), 1
 
@@ -472,18 +472,18 @@ def test_what_the_ode_starts_from_does_not_depend_on_the_batch_size(monkeypatch)
         points, probes = zip(*calls, strict=True)
         return torch.cat(points), torch.cat(probes, dim=1)
 
-    monkeypatch.setattr(likelihood, "log_density", keep)
+    monkeypatch.setattr(likelihood, "log_density", record)
     points, probes = collected(1)
     for batch_size in (4, 16):
         for found, expected in zip(collected(batch_size), (points, probes), strict=True):
             assert torch.equal(found, expected)
     assert not torch.equal(collected(16, seed=1)[0], points)
-    # within the bins of the pixel values, and not twice the same
+    # inside the bins of the pixel values, and all different
     assert torch.equal(((points + 1) * 127.5).round().to(torch.uint8), images.repeat(3, 1, 1, 1))
     assert len((points + 1 - images.repeat(3, 1, 1, 1) / 127.5).unique()) == points.numel()
 
 
-def test_the_ode_with_a_network():
+def test_ode_likelihood_of_a_network_is_finite_and_reproducible():
     scheduler, images, network = make_scheduler(), random_images(2), tiny_network()
     found = ode_likelihood(network, scheduler, images, tolerance=1e-2)
     again = ode_likelihood(network, scheduler, images, tolerance=1e-2)
@@ -494,14 +494,14 @@ def test_the_ode_with_a_network():
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_a_network_of_whole_timesteps_has_no_ode():
+def test_learned_time_embeddings_have_no_ode_likelihood():
     network = tiny_network(time_embedding_type="learned", num_train_timesteps=1000)
     with pytest.raises(ValueError, match="learned time embedding"):
         ode_likelihood(network, make_scheduler(), random_images())
 
 
 @pytest.mark.parametrize("function", [variational_bound, ode_likelihood])
-def test_a_network_with_nan_weights(function):
+def test_nan_weights_raise_input_errors(function):
     network = tiny_network()
     network.conv_out.weight.data[0] = math.nan
     with pytest.raises(InputError, match="not finite"):

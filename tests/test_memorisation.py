@@ -1,4 +1,4 @@
-"""Memorisation: nearest neighbours against brute force, planted copies, and a model that generalises."""
+"""Memorisation: nearest neighbours compared with brute force, planted copies, and a model that generalises."""
 
 import numpy as np
 import pytest
@@ -32,8 +32,8 @@ def test_nearest_distances_agree_with_brute_force(chunk, dtype):
     np.testing.assert_array_equal(indices, expected_indices)
 
 
-def test_a_copy_is_at_exactly_zero_and_a_near_tie_is_decided_right():
-    """Where float32 products alone lose both: large norms, neighbours that differ in one number."""
+def test_copies_have_distance_zero_and_near_ties_are_resolved():
+    """With large norms and neighbours that differ in one number, where float32 products alone get both wrong."""
     generator = np.random.default_rng(0)
     base = (1000 * generator.standard_normal((6, 2048))).astype(np.float32)
     references = np.repeat(base, 20, axis=0)
@@ -52,7 +52,7 @@ def test_a_copy_is_at_exactly_zero_and_a_near_tie_is_decided_right():
 
 
 @pytest.mark.parametrize("chunk", [2, 3, 100])
-def test_a_tie_goes_to_the_lowest_index(chunk):
+def test_ties_go_to_the_lowest_index(chunk):
     references = np.array([[9, 9], [3, 0], [0, 3], [3, 0], [0, 0], [0, 0]], np.uint8)
     distances, indices = nearest_distances(np.array([[3, 3], [0, 0], [3, 0]], np.uint8), references, chunk=chunk)
     assert distances.tolist() == [3, 0, 0]
@@ -79,7 +79,7 @@ def test_planted_copies_are_found_and_counted(faces):
     assert len(report.pairs) == 16
 
 
-def test_nearest_training_agrees_with_mirrored_references_appended(faces):
+def test_nearest_training_matches_brute_force_with_mirrored_images(faces):
     training, queries = faces[:300], faces[300:340]
     distances, indices, mirrored = nearest_training(queries, training)
     expected, expected_indices = brute_force(queries, np.concatenate([training, training[..., ::-1]]))
@@ -88,14 +88,14 @@ def test_nearest_training_agrees_with_mirrored_references_appended(faces):
     assert 0 < mirrored.sum() < 40
 
 
-def test_a_symmetric_image_is_not_called_mirrored(faces):
+def test_symmetric_images_are_not_reported_as_mirrored(faces):
     symmetric = faces[:1] // 2 + faces[:1, :, :, ::-1] // 2
     training = np.concatenate([faces[1:50], symmetric])
     assert [found.item() for found in nearest_training(symmetric, training)] == [0, 49, False]
 
 
-def test_near_copies_in_the_data_are_left_out_of_the_held_out_images_and_counted(faces):
-    """Three held-out images are training images with a grey level of noise: unless left out, they hide a copy."""
+def test_heldout_near_duplicates_are_excluded_and_counted(faces):
+    """Three held-out images are training images with one grey level of noise; unless excluded, they hide a copy."""
     training, heldout, generated = faces[:900], faces[900:1000].copy(), faces[1000:].copy()
     noise = np.random.default_rng(0).integers(-1, 2, (3, *training.shape[1:]))
     heldout[:3] = (training[:3].astype(int) + noise).clip(0, 255)
@@ -112,7 +112,7 @@ def test_near_copies_in_the_data_are_left_out_of_the_held_out_images_and_counted
         memorisation(generated, heldout, training, duplicate_distance=999)
 
 
-def test_expected_shares_are_met_over_many_draws():
+def test_shares_match_their_expectation_on_average():
     """Samples of one distribution are exchangeable: each held-out or generated one is the nearest equally often."""
     generator = np.random.default_rng(0)
     reports = [memorisation(*(generator.random((n, 2)) for n in (25, 10, 40))) for _ in range(600)]
@@ -124,8 +124,8 @@ def test_expected_shares_are_met_over_many_draws():
     assert np.mean(stds**2) == pytest.approx(shares.var(), rel=0.25)
 
 
-def test_dull_images_and_copies_are_told_apart(faces):
-    """Drawn towards the mean, faces lie nearer to the training set, copied or not; only copies are nearest to it."""
+def test_dull_images_are_distinguished_from_copies(faces):
+    """Blended with the mean, faces move towards the training set, copied or not; only copies are nearest to it."""
     mean = faces.mean(axis=0)
 
     def dulled(images: np.ndarray) -> np.ndarray:
@@ -142,14 +142,14 @@ def test_dull_images_and_copies_are_told_apart(faces):
     assert copies.share_nearest_heldout.value < 0.05
 
 
-def test_groups_as_large_as_the_held_out_set_share_the_images():
+def test_shares_are_computed_in_groups_as_large_as_the_heldout_set():
     assert shares_of_groups(np.array([0, 1, 1, 3, 6]), 7, 2).tolist() == [0.6, 0.2, 0.0]  # image 6 is in no group
     assert shares_of_groups(np.array([], np.int64), 4, 2).tolist() == [0, 0]
     few = memorisation(np.zeros((1, 2)), np.ones((3, 2)), np.arange(8.0).reshape(4, 2))
-    assert few.std_share_nearest_heldout is None  # of one group
+    assert few.std_share_nearest_heldout is None  # with a single group
 
 
-def test_features_are_measured_by_their_l2_distance():
+def test_features_are_compared_by_l2_distance():
     training = np.array([[0.0, 0.0], [10.0, 0.0]])
     generated, heldout = np.array([[3.0, 4.0], [10.0, 1.0], [0.0, 2.0]]), np.array([[0.0, 2.0], [10.0, 4.0]])
     report = memorisation(generated, heldout, training)

@@ -1,4 +1,4 @@
-"""`docs/minimal_ddpm.py`: exact if the noise is known, and it runs as is."""
+"""`docs/minimal_ddpm.py` is exact if the noise is known, and runs as it is."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ def ddpm(monkeypatch):
     return minimal_ddpm
 
 
-def test_loss_and_sampler_are_exact_where_the_noise_is_known(ddpm):
+def test_loss_and_sampler_are_exact_if_the_noise_is_known(ddpm):
     image = ddpm.draw_faces(1)
 
     def network(x_t, t):
@@ -38,7 +38,7 @@ def test_sampler_keeps_the_variance_of_gaussian_data(ddpm):
     assert abs(ddpm.sample(network, 16).std() - 0.5) < 0.01
 
 
-def test_it_trains_and_draws_a_grid(ddpm, tmp_path, monkeypatch, capsys):
+def test_script_trains_and_saves_a_grid(ddpm, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ddpm, "T", 5)
     monkeypatch.setattr(sys, "argv", ["minimal_ddpm.py", "--updates", "2", "--out", str(tmp_path / "faces.png")])
     ddpm.main()

@@ -1,4 +1,4 @@
-"""The model card: true to the files beside it, in metadata that the Hub's library reads back, without placeholders."""
+"""The model card agrees with the files beside it, has metadata that huggingface_hub reads, and no placeholders."""
 
 import json
 import math
@@ -57,18 +57,18 @@ def config(**options) -> str:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
+def model(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
     return export_pipeline(pipe, tmp_path_factory.mktemp("models") / "faces")
 
 
 @pytest.fixture
-def card(weights, tmp_path):
-    """Renders the card of a folder with these further files."""
+def card(model, tmp_path):
+    """Renders the card of a model folder with these additional files."""
 
     def card(facts: dict | None = FACTS, config: str | None = None, results=None, name=None, grid=True) -> ModelCard:
-        folder = shutil.copytree(weights, tmp_path / "faces", dirs_exist_ok=True)
+        folder = shutil.copytree(model, tmp_path / "faces", dirs_exist_ok=True)
         if facts is not None:
             (folder / "training.json").write_text(json.dumps(facts))
         if config is not None:
@@ -89,7 +89,7 @@ def data(**changes) -> dict:
     return FACTS | {"data": FACTS["data"] | changes}
 
 
-def test_metadata_survives_the_librarys_reader(card):
+def test_metadata_round_trips_through_huggingface_hub(card):
     read = card(config=config(), results={"results": RESULTS}, name="someone/faces-8")
     assert str(ModelCard(str(read))) == str(read)
     assert read.data.library_name == "diffusers"
@@ -97,7 +97,7 @@ def test_metadata_survives_the_librarys_reader(card):
     assert read.data.datasets == ["someone/faces"]
     assert {"unconditional-image-generation", "diffusion", "faces"} <= {*read.data.tags}
     assert read.data.model_name == "faces-8"
-    fid, kid = read.data.eval_results  # what was not measured is no result
+    fid, kid = read.data.eval_results  # metrics that were not measured are left out
     assert (fid.metric_type, fid.metric_value, fid.metric_config) == ("fid", 12.345, "clean")
     assert fid.metric_name == "FID (clean), n = 10,000, DDIM, 50 steps"
     assert fid.metric_args == {"mode": "clean", "n": 10_000, "sampler": "DDIM", "steps": 50, "eta": 0.0}
@@ -115,7 +115,7 @@ def test_metadata_survives_the_librarys_reader(card):
         (None, (None, None), ["no licence is claimed", "no record of the training"]),
     ],
 )
-def test_licence_and_limits_follow_the_data(card, facts, licence, claims):
+def test_licence_and_limitations_depend_on_the_data(card, facts, licence, claims):
     read = card(facts)
     assert (read.data.license, read.data.license_name) == licence
     assert (read.data.license_link is not None) == (licence[0] == "other")
@@ -134,7 +134,7 @@ def test_each_crop_is_described_by_its_rows_and_columns(card, crop):
     assert "not recorded" not in text
 
 
-def test_the_facts_of_the_run_are_told(card):
+def test_card_states_the_facts_of_the_run(card):
     text = card(config=config(train_data_dir="/home/somebody/faces", crop="celeba_140")).text
     parameters = sum(parameter.numel() for parameter in CustomUNet2DModel(**TINY).parameters())
     for fact in (
@@ -155,7 +155,7 @@ def test_the_facts_of_the_run_are_told(card):
     assert text.startswith("\n# my-faces\n")
 
 
-def test_results_with_their_n_or_that_there_are_none(card):
+def test_card_lists_the_results_or_says_that_there_are_none(card):
     assert "Not measured" in card().text
     text = card(results={"results": RESULTS}).text
     assert "Not measured" not in text
@@ -168,7 +168,7 @@ def test_results_with_their_n_or_that_there_are_none(card):
     ]
 
 
-def test_no_placeholders_and_only_the_citations_that_apply(card, tmp_path):
+def test_card_has_no_placeholders_and_only_relevant_citations(card, tmp_path):
     read = card(config=config(), results={"results": RESULTS})
     assert not re.search(r"\b(None|nan|TODO|TBD|null|unknown|More Information)\b|\{\}|<[a-z_-]+>", read.text)
     keys = re.findall(r"^@inproceedings\{(\w+),$", read.text, re.MULTILINE)
@@ -182,7 +182,7 @@ def test_no_placeholders_and_only_the_citations_that_apply(card, tmp_path):
     assert bibtex.count("{") == bibtex.count("}")
 
 
-def test_the_ways_to_load_it_suit_the_name_and_the_sampler(card, tmp_path):
+def test_loading_instructions_match_the_name_and_the_sampler(card, tmp_path):
     assert "revision=commit" in card(name="someone/faces-8").text
     assert "revision" not in card().text
     folder = export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY), DDPMScheduler()), tmp_path / "ddpm")
@@ -191,7 +191,7 @@ def test_the_ways_to_load_it_suit_the_name_and_the_sampler(card, tmp_path):
     assert "song2021denoising" not in text
 
 
-# Models that were trained in continuous time, and models of classes
+# Continuous-time and class-conditional models
 
 SDES = {
     "vp": ({}, {"beta_max": 15.0}),
@@ -204,7 +204,7 @@ LABELS = {"label_column": "Smiling", "label_names": ["no", "yes"]}
 
 
 def sde_model(folder: Path, objective: str = "vp", facts: dict | None = FACTS, classes: int | None = None, **options):
-    """Exports a tiny model, with the record of a training that has these options where there are facts."""
+    """Exports a tiny model; if there are facts, with the configuration of a training with these options."""
     torch.manual_seed(0)
     network, process = SDES[objective]
     unet = CustomUNet2DModel(**TINY, **network, num_class_embeds=classes and classes + 1)
@@ -228,7 +228,7 @@ def sde_model(folder: Path, objective: str = "vp", facts: dict | None = FACTS, c
         ),
     ],
 )
-def test_the_sde_is_told_with_its_numbers(tmp_path, objective, options, claims):
+def test_card_describes_the_sde_and_its_parameters(tmp_path, objective, options, claims):
     folder = sde_model(tmp_path / "faces", objective, facts=data(crop="center", source="cats"), **options)
     card = ModelCard((folder / "README.md").read_text())
     text = " ".join(card.text.split())
@@ -254,7 +254,7 @@ def test_the_sde_is_told_with_its_numbers(tmp_path, objective, options, claims):
 
 
 @pytest.mark.parametrize("objective", ["vp", "flow"])
-def test_the_evaluations_in_the_card_are_those_that_the_samplers_take(tmp_path, objective):
+def test_numbers_of_evaluations_in_the_card_match_the_samplers(tmp_path, objective):
     folder = sde_model(tmp_path / "faces", objective, facts=None)
     rows = re.findall(r"^\| `(\w+)`.* \| (.*) \|$", (folder / "README.md").read_text(), re.MULTILINE)
     pipe = CustomUNetPipeline.from_pretrained(folder)
@@ -272,10 +272,10 @@ def test_the_evaluations_in_the_card_are_those_that_the_samplers_take(tmp_path, 
 
 
 @pytest.mark.parametrize(("objective", "classes"), [("ddim", None), ("ve", None), ("edm", 3), ("flow", None)])
-def test_the_examples_of_the_card_run(weights, tmp_path, monkeypatch, objective, classes):
-    """Every Python block, one after another, in the folder that holds the model's."""
+def test_examples_in_the_card_run(model, tmp_path, monkeypatch, objective, classes):
+    """Runs all Python blocks in order, in the parent of the model folder."""
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = weights if objective == "ddim" else sde_model(tmp_path / "faces", objective, facts=None, classes=classes)
+    folder = model if objective == "ddim" else sde_model(tmp_path / "faces", objective, facts=None, classes=classes)
     monkeypatch.chdir(folder.parent)
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
@@ -291,7 +291,7 @@ def test_the_examples_of_the_card_run(weights, tmp_path, monkeypatch, objective,
     assert ("guidance_scale" in blocks[0]) == (classes is not None)
 
 
-def test_classes_are_named_and_asked_for(tmp_path):
+def test_card_names_the_classes_and_shows_how_to_choose_them(tmp_path):
     options = {"label_column": "Smiling", "label_dropout": 0.2}
     card = ModelCard(
         (sde_model(tmp_path / "faces", facts=data(**LABELS), classes=2, **options) / "README.md").read_text()
@@ -313,8 +313,8 @@ def test_classes_are_named_and_asked_for(tmp_path):
     assert "class-conditional" in card.data.tags
 
 
-def test_a_model_of_classes_is_not_said_to_suit_a_stock_pipeline(tmp_path):
-    """diffusers' pipelines of pixels give the network no labels."""
+def test_class_conditional_card_offers_no_stock_pipeline(tmp_path):
+    """diffusers' pixel-space pipelines pass no labels to the network."""
     unet = CustomUNet2DModel(**TINY, num_class_embeds=1001)
     names = [f"class {number}" for number in range(1000)]
     folder = export_pipeline(
@@ -346,26 +346,26 @@ def test_a_model_of_classes_is_not_said_to_suit_a_stock_pipeline(tmp_path):
         ({"results": [RESULTS[0] | {"std": "1"}]}, "the std of FID"),
     ],
 )
-def test_bad_results_are_one_line(card, results, message):
+def test_bad_results_raise_one_line_errors(card, results, message):
     with pytest.raises(InputError, match=message) as error:
         card(results=results)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["images_seen", "learning_rate"])
-def test_files_that_lack_what_the_card_needs_are_one_line(card, key):
+def test_missing_keys_are_named_in_the_error(card, key):
     facts = {name: value for name, value in FACTS.items() if name != key}
     settings = {name: value for name, value in yaml.safe_load(config()).items() if name != key}
     with pytest.raises(InputError, match=rf"missing or wrong: .*{key}"):
         card(facts, yaml.safe_dump(settings))
 
 
-def test_the_command_writes_the_card_anew(weights, tmp_path, capsys):
-    before = (weights / "README.md").read_text()
-    (weights / "README.md").unlink()
-    assert export.main(["card", "--pipeline", str(weights)]) == 0
-    assert (weights / "README.md").read_text() == before
-    (weights / "results.json").write_text("{")
-    assert export.main(["card", "--pipeline", str(weights)]) == 2
+def test_card_command_rewrites_the_card(model, tmp_path, capsys):
+    before = (model / "README.md").read_text()
+    (model / "README.md").unlink()
+    assert export.main(["card", "--pipeline", str(model)]) == 0
+    assert (model / "README.md").read_text() == before
+    (model / "results.json").write_text("{")
+    assert export.main(["card", "--pipeline", str(model)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    (weights / "results.json").unlink()
+    (model / "results.json").unlink()

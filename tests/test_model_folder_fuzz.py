@@ -1,4 +1,4 @@
-"""Damaged model repositories from a fixed seed: an image as documented, or one line and the documented exit code."""
+"""Damaged model folders from a fixed seed: each gives an image or a one-line error and the documented exit code."""
 
 import json
 import shutil
@@ -31,39 +31,39 @@ NAN, INF = float("nan"), float("inf")
 
 
 class Damage(NamedTuple):
-    """What is done to a folder, and the exit codes that it may give.
+    """One kind of damage to a model folder and the exit codes that it may cause.
 
     Attributes:
-        expected: exit codes; IMAGE among them where the damage may leave a sound model.
-        model: which one is damaged: plain, sharded, or of an SDE by its objective.
-        says: part of the error line.
+        expected: exit codes, including IMAGE if the damaged model may still work.
+        model: the model to damage: plain, sharded, or the objective of an SDE.
+        says: text that the error line contains.
     """
 
     name: str
-    spoil: Callable[[Path], object]
+    apply: Callable[[Path], object]
     expected: tuple[int, ...] = (REFUSED,)
     model: str = "plain"
     says: str = ""
 
 
-# ---- What is done to files
+# ---- Ways to damage files
 
 
 def edit(path: Path, **values) -> Callable[[Path], object]:
-    """Sets keys of a JSON file; `...` takes one out."""
+    """Sets keys of a JSON file; `...` removes a key."""
 
-    def spoil(folder: Path) -> None:
-        there = json.loads((folder / path).read_text()) | values
-        (folder / path).write_text(json.dumps({key: value for key, value in there.items() if value is not ...}))
+    def apply(folder: Path) -> None:
+        entries = json.loads((folder / path).read_text()) | values
+        (folder / path).write_text(json.dumps({key: value for key, value in entries.items() if value is not ...}))
 
-    return spoil
+    return apply
 
 
 def change(path: Path, new: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return lambda folder: (folder / path).write_bytes(new((folder / path).read_bytes()))
 
 
-def cut(path: Path, fraction: float) -> Callable[[Path], object]:
+def truncate(path: Path, fraction: float) -> Callable[[Path], object]:
     return change(path, lambda content: content[: int(len(content) * fraction)])
 
 
@@ -86,22 +86,22 @@ def tensors(new: Callable[[dict], dict]) -> Callable[[Path], object]:
 
 
 def put(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], object]:
-    return tensors(lambda there: there | {name: make(there[name]).contiguous()})
+    return tensors(lambda state: state | {name: make(state[name]).contiguous()})
 
 
-class LeavesAMark:
-    """What a pickle may do to whoever reads it; a SystemExit ends the test that meets it."""
+class MaliciousCode:
+    """Code that runs when the pickle is loaded; its SystemExit ends the test."""
 
     def __reduce__(self):
         return (exec, ("raise SystemExit('the pickle was run')",))
 
 
 def pickle(path: Path, **options) -> Callable[[Path], object]:
-    """A pickle in place of the weights."""
-    return lambda folder: ((folder / WEIGHTS).unlink(), torch.save({BIAS: LeavesAMark()}, folder / path, **options))
+    """Replaces the weights by a pickle."""
+    return lambda folder: ((folder / WEIGHTS).unlink(), torch.save({BIAS: MaliciousCode()}, folder / path, **options))
 
 
-# ---- Damages
+# ---- Kinds of damage
 
 
 BIAS, DEEP = "conv_out.bias", "mid_block.resnets.0.conv1.weight"
@@ -111,54 +111,54 @@ WRONG = ("text", None, -1, 0, 1.5, [], {}, True, 10**30, NAN, INF, 1e-320)
 
 def weights() -> Iterator[Damage]:
     for fraction in (0, 0.0001, 0.01, 0.05, 0.5, 0.9, 0.99999):
-        yield Damage(f"cut to {fraction}", cut(WEIGHTS, fraction))
+        yield Damage(f"truncated to {fraction}", truncate(WEIGHTS, fraction))
     for seed in range(16):
-        yield Damage(f"flip {seed} in the header", flip(WEIGHTS, seed, part="header"), (IMAGE, REFUSED))
-    for seed in range(5):  # without a checksum in the folder nothing tells of it
-        yield Damage(f"flip {seed} in the data", flip(WEIGHTS, seed, part="data"), (IMAGE, FAILED))
+        yield Damage(f"bit flip {seed} in the header", flip(WEIGHTS, seed, part="header"), (IMAGE, REFUSED))
+    for seed in range(5):  # the folder has no checksum that would reveal it
+        yield Damage(f"bit flip {seed} in the data", flip(WEIGHTS, seed, part="data"), (IMAGE, FAILED))
     for length in (0, 1, 2**31, 2**63, 2**64 - 1):
         header = struct.pack("<Q", length)
         yield Damage(
             f"a header of {length} bytes", change(WEIGHTS, lambda content, header=header: header + content[8:])
         )
     shapes = {"longer": lambda t: torch.cat([t, t]), "shorter": lambda t: t[:-1], "flat": lambda t: t.flatten()}
-    for name, make in (shapes | {"turned": lambda t: t.transpose(0, -1), "empty": lambda t: t[:0]}).items():
+    for name, make in (shapes | {"transposed": lambda t: t.transpose(0, -1), "empty": lambda t: t[:0]}).items():
         yield Damage(f"{name} tensor", put(DEEP, make))
     for name in (BIAS, DEEP, "time_embedding.linear_1.weight"):
-        without = tensors(lambda there, name=name: {key: there[key] for key in there.keys() - {name}})
+        without = tensors(lambda state, name=name: {key: state[key] for key in state.keys() - {name}})
         yield Damage(f"without {name}", without, says=f"its weights lack 1 of the network's tensors, {name} for one")
     extra = "its weights have 1 tensors that the network does not have, extra for one"
-    yield Damage("one more tensor", tensors(lambda there: there | {"extra": torch.zeros(3)}), says=extra)
-    yield Damage("no tensors", tensors(lambda there: {"x": torch.zeros(1)}))
-    yield Damage("of DistributedDataParallel", tensors(lambda there: {f"module.{k}": v for k, v in there.items()}))
+    yield Damage("an extra tensor", tensors(lambda state: state | {"extra": torch.zeros(3)}), says=extra)
+    yield Damage("no tensors", tensors(lambda state: {"x": torch.zeros(1)}))
+    yield Damage("keys of DDP", tensors(lambda state: {f"module.{k}": v for k, v in state.items()}))
     for value in (NAN, INF, -INF, 3e38):
         for name in (BIAS, DEEP):
             yield Damage(f"{name} is {value}", put(name, lambda t, v=value: torch.full_like(t, v)), (FAILED,))
     for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool, torch.complex64):
-        cast = tensors(lambda there, dtype=dtype: {key: value.to(dtype) for key, value in there.items()})
+        cast = tensors(lambda state, dtype=dtype: {key: value.to(dtype) for key, value in state.items()})
         says = "" if dtype.is_floating_point else "are not of floating-point numbers"
-        yield Damage(f"all of {dtype}", cast, (REFUSED,) if says else (IMAGE,), says=says)
+        yield Damage(f"all {dtype}", cast, (REFUSED,) if says else (IMAGE,), says=says)
     for content in (b"not weights", b"<html>404</html>", bytes(10_000)):
         yield Damage(f"{content[:10]}", change(WEIGHTS, lambda _, content=content: content))
-    yield Damage("a pickle by another name", pickle(WEIGHTS))
-    yield Damage("an old pickle by another name", pickle(WEIGHTS, _use_new_zipfile_serialization=False))
+    yield Damage("a pickle named .safetensors", pickle(WEIGHTS))
+    yield Damage("an old pickle named .safetensors", pickle(WEIGHTS, _use_new_zipfile_serialization=False))
     for suffix in (".bin", ".pt", ".ckpt"):
-        yield Damage(f"a pickle alone, {suffix}", pickle(WEIGHTS.with_suffix(suffix)))
+        yield Damage(f"only a pickle, {suffix}", pickle(WEIGHTS.with_suffix(suffix)))
 
 
 def json_file(path: Path, model: str = "plain", broken: tuple[int, ...] = (REFUSED,), keys=()) -> Iterator[Damage]:
-    """Missing, damaged, of another kind, and with each of its values replaced by others."""
+    """A JSON file that is missing, damaged, not an object, or has each of its values replaced by wrong ones."""
     yield Damage("missing", lambda folder: (folder / path).unlink(), broken, model)
     yield Damage("a folder", lambda folder: ((folder / path).unlink(), (folder / path).mkdir()), broken, model)
     for content in NOT_OBJECTS:
         yield Damage(f"{content[:10]!r}", change(path, lambda _, content=content: content), broken, model)
     for fraction in (0.3, 0.9, 0.99):
-        yield Damage(f"cut to {fraction}", cut(path, fraction), broken, model)
+        yield Damage(f"truncated to {fraction}", truncate(path, fraction), broken, model)
     for seed in range(10):
         yield Damage(f"flip {seed}", flip(path, seed, number=2), (IMAGE, FAILED, REFUSED), model)
     for key in [*keys, "_class_name"]:
         for value in WRONG:
-            if (key, value) != ("downsample_padding", True):  # which convolutions take for a number at first
+            if (key, value) != ("downsample_padding", True):  # which convolutions accept as a number at first
                 yield Damage(f"{key} is {value!r}", edit(path, **{key: value}), (IMAGE, FAILED, REFUSED), model)
         yield Damage(f"no {key}", edit(path, **{key: ...}), (IMAGE, REFUSED), model)
     yield Damage("an unknown key", edit(path, evil="yes"), (IMAGE, REFUSED), model)
@@ -201,41 +201,41 @@ def sde() -> Iterator[Damage]:
     keys = "objective prediction_type beta_min beta_max sigma_min sigma_max sigma_data noise_mean noise_std"
     for model in ("vp", "edm"):
         yield from json_file(SCHEDULER, model, keys=keys.split())
-    no_number = ("text", [], True, NAN, INF, -INF, 1e300, 1e39)
+    not_numbers = ("text", [], True, NAN, INF, -INF, 1e300, 1e39)
     vp = {
-        "beta_min": (*no_number, None, 0, 30),
-        "beta_max": (*no_number, None, 1e4, 10**30),
+        "beta_min": (*not_numbers, None, 0, 30),
+        "beta_max": (*not_numbers, None, 1e4, 10**30),
         "objective": ("edm", "ve", "VP", "../evil", "__class__", *WRONG),
         "prediction_type": ("score", "edm", "flow", *WRONG),
     }
     edm = {
-        "sigma_min": (*no_number, 81, -1),
-        "sigma_max": (*no_number, 0.002),
+        "sigma_min": (*not_numbers, 81, -1),
+        "sigma_max": (*not_numbers, 0.002),
         "sigma_data": (0,),
         "noise_std": (0, "1"),
         "noise_mean": (True,),
-        # the last two are no SDEs: the prediction type does not suit them
+        # the last two are not SDEs and do not support the prediction type
         "_class_name": ("SDE", "EDMSDE", "../evil", "DDIMScheduler ", None, 5, [], "DDIMScheduler", "DDPMScheduler"),
     }
     yield from values(SCHEDULER, vp, "vp")
     yield from values(SCHEDULER, edm, "edm")
     flow = {"objective": "flow", "prediction_type": "flow_prediction"}
-    yield Damage("a flow", edit(SCHEDULER, **flow, time_density="logit_normal"), (IMAGE,), "vp")
+    yield Damage("rectified flow", edit(SCHEDULER, **flow, time_density="logit_normal"), (IMAGE,), "vp")
     for value in ("logit", "", None, 5, ["uniform"], {}):
         yield Damage(f"time_density is {value!r}", edit(SCHEDULER, **flow, time_density=value), model="vp")
     for names in ("sigma_min sigma_max", "beta_min beta_max noise_mean noise_std", "_diffusers_version"):
         left_out = edit(SCHEDULER, **dict.fromkeys(names.split(), ...))
         yield Damage(f"no {names}", left_out, (IMAGE,), "edm")  # they have defaults
-    yield Damage("no objective, which is then vp", edit(SCHEDULER, objective=...), model="edm")
+    yield Damage("no objective, so that it is vp", edit(SCHEDULER, objective=...), model="edm")
     learned = edit(UNET, time_embedding_type="learned", num_train_timesteps=1000)
-    yield Damage("a network of whole timesteps", learned, model="edm")
+    yield Damage("a learned time embedding", learned, model="edm")
     fourier = edit(UNET, time_embedding_type="fourier")
     yield Damage("a logarithm of a negative number", fourier, (REFUSED, FAILED), "edm")
 
 
 def shards() -> Iterator[Damage]:
     def point(target: object, move: bool = False) -> Callable[[Path], object]:
-        def spoil(folder: Path) -> None:
+        def apply(folder: Path) -> None:
             index = json.loads((folder / INDEX).read_text())
             first = min(index["weight_map"].values())
             index["weight_map"] = {k: target if v == first else v for k, v in index["weight_map"].items()}
@@ -243,19 +243,19 @@ def shards() -> Iterator[Damage]:
             if move:
                 shutil.move(folder / "unet" / first, folder.parent / "outside.safetensors")
 
-        return spoil
+        return apply
 
     yield from json_file(INDEX, "sharded", (IMAGE, REFUSED), keys=("weight_map", "metadata"))
     for target in ("diffusion_pytorch_model-00009-of-00009.safetensors", "/etc/hostname", 5, ["x"], "model.bin"):
         yield Damage(f"points to {target}", point(target), (IMAGE, REFUSED), "sharded")
     for move in (False, True):
         outside = point("../../outside.safetensors", move)
-        yield Damage(f"points outside, the shard there: {move}", outside, (IMAGE, REFUSED), "sharded")
+        yield Damage(f"points outside, with the shard moved: {move}", outside, (IMAGE, REFUSED), "sharded")
     second = "diffusion_pytorch_model-00002-of-*"
     missing = lambda folder: next((folder / "unet").glob(second)).unlink()  # noqa: E731
     yield Damage("a missing shard", missing, (REFUSED,), "sharded")
-    shortened = lambda folder: cut(next((folder / "unet").glob(second)), 0.5)(Path())  # noqa: E731
-    yield Damage("a cut shard", shortened, (REFUSED,), "sharded")
+    shortened = lambda folder: truncate(next((folder / "unet").glob(second)), 0.5)(Path())  # noqa: E731
+    yield Damage("a truncated shard", shortened, (REFUSED,), "sharded")
 
 
 def folder() -> Iterator[Damage]:
@@ -270,8 +270,8 @@ def folder() -> Iterator[Damage]:
             yield Damage(f"{path.name} is a link to {target}", link)
 
 
-def what_is_not_read() -> Iterator[Damage]:
-    """Code in the folder, which is not run, and the index that names it."""
+def unread_files() -> Iterator[Damage]:
+    """Files that are not read: code in the folder, which is never run, and the pipeline's index."""
     for name, model in {
         "custom_unet_pipeline.py": "plain",
         "unet/custom_unet_2d.py": "plain",
@@ -288,17 +288,17 @@ def what_is_not_read() -> Iterator[Damage]:
 
 UNET_KEYS = [key for key in CustomUNet2DModel(**TINY).config if key[0] != "_"]
 DDIM_KEYS = [key for key in DDIMScheduler().config if key[0] != "_"]
-KINDS = {make.__name__: [*make()] for make in (weights, unet_config, scheduler, sde, shards, folder, what_is_not_read)}
+KINDS = {make.__name__: [*make()] for make in (weights, unet_config, scheduler, sde, shards, folder, unread_files)}
 LEAST_REFUSED = {"weights": 50, "unet_config": 200, "scheduler": 110, "sde": 160, "shards": 30, "folder": 20}
 
 
-# ---- What becomes of them
+# ---- Outcomes
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> dict[str, Path]:
-    """The same small model in one file of weights, in shards, and with SDEs in place of the timesteps."""
-    root = tmp_path_factory.mktemp("sound")
+def intact(tmp_path_factory) -> dict[str, Path]:
+    """The same small model with a single weights file, with shards, and with SDE schedulers."""
+    root = tmp_path_factory.mktemp("intact")
     torch.manual_seed(0)
     pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler())
     edm = SDEScheduler(objective="edm", prediction_type="edm")
@@ -311,14 +311,14 @@ def sound(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def outcome_of(sound, tmp_path, capfd, monkeypatch):
-    """Runs a command on a damaged copy: its exit code, its only line of error, if any, and the image that it drew."""
+def outcome_of(intact, tmp_path, capfd, monkeypatch):
+    """Runs a command on a damaged copy; returns the exit code, the error line, if any, and the generated image."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def outcome_of(damage: Damage, command: str = "generate") -> tuple[int, str, np.ndarray | None]:
         work = tmp_path / "work"
-        model, out = shutil.copytree(sound[damage.model], work / "model"), work / "out"
-        damage.spoil(model)
+        model, out = shutil.copytree(intact[damage.model], work / "model"), work / "out"
+        damage.apply(model)
         capfd.readouterr()
         flags = ["--out", str(out), "--num_images", "1", "--steps", "2", "--num_cpu_threads", "1"]
         if command == "generate":
@@ -339,9 +339,9 @@ def outcome_of(sound, tmp_path, capfd, monkeypatch):
     return outcome_of
 
 
-def test_the_sound_models_draw_an_image_the_same_in_shards(outcome_of, sound):
+def test_intact_models_generate_images_and_sharding_changes_nothing(outcome_of, intact):
     images = {}
-    for model in sound:
+    for model in intact:
         code, error, images[model] = outcome_of(Damage("none", lambda folder: None, model=model))
         assert (code, error) == (IMAGE, "")
         assert images[model].std() > 10
@@ -349,7 +349,7 @@ def test_the_sound_models_draw_an_image_the_same_in_shards(outcome_of, sound):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_model_draws_an_image_or_says_in_one_line_why_not(kind, outcome_of):
+def test_damaged_models_generate_an_image_or_fail_with_one_line(kind, outcome_of):
     codes = Counter()
     for damage in KINDS[kind]:
         code, error, image = outcome_of(damage)
@@ -361,7 +361,7 @@ def test_a_damaged_model_draws_an_image_or_says_in_one_line_why_not(kind, outcom
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_model_is_described_or_refused_in_one_line(kind, outcome_of):
+def test_cards_of_damaged_models_are_written_or_fail_with_one_line(kind, outcome_of):
     codes = Counter(
         outcome_of(damage, "card")[0] for damage in KINDS[kind][:: 3 if kind in ("shards", "weights") else 9]
     )

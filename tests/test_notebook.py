@@ -19,7 +19,7 @@ SOLUTION = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def names():
-    """What the cells and the solutions define, run from top to bottom with few steps."""
+    """The names defined by the cells and the solutions, run from top to bottom with few steps."""
     names = {"__name__": "notebook"}
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, matplotlib.rc_context():
@@ -35,7 +35,7 @@ def names():
     return names
 
 
-def test_the_claims_hold(names):
+def test_claims_hold(names):
     assert names["ddim_difference"] < 1e-5
     assert names["ddpm_difference"] < 1e-5
     x, t = torch.randn(50, 2, dtype=torch.float64), names["at"](0.3)
@@ -44,10 +44,10 @@ def test_the_claims_hold(names):
     assert names["fid"](*features) == pytest.approx(frechet_distance(*features))
     assert names["bias"] * 100 == pytest.approx(3, rel=0.05)
     drawn, faces = (images.flatten(1) for images in (names["drawn_faces"], names["remembered"]))
-    assert torch.cdist(faces, drawn).min(dim=1).values.max() < 0.1  # the perfect denoiser only remembers
+    assert torch.cdist(faces, drawn).min(dim=1).values.max() < 0.1  # the perfect denoiser only memorises
 
 
-def test_the_outputs_are_those_of_a_clean_run():
+def test_outputs_come_from_a_clean_run():
     code = [cell for cell in CELLS if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]

@@ -1,4 +1,4 @@
-"""Optimizer, learning rate and moving average against closed forms and diffusers."""
+"""Optimizer, learning rate and moving average compared with closed forms, torch and diffusers."""
 
 import copy
 import math
@@ -20,12 +20,12 @@ from training.optimization import (
 )
 
 
-def config_of(**changes) -> TrainConfig:
+def make_config(**changes) -> TrainConfig:
     return TrainConfig(dataset_name="synthetic-faces", max_train_steps=100, **changes)
 
 
 def test_cosine_warms_up_and_ends_at_zero():
-    learning_rate_at = learning_rate_schedule(config_of(learning_rate=2.0, lr_warmup_steps=10), 100)
+    learning_rate_at = learning_rate_schedule(make_config(learning_rate=2.0, lr_warmup_steps=10), 100)
     assert learning_rate_at(0) == 0
     assert learning_rate_at(5) == pytest.approx(1.0)
     assert learning_rate_at(10) == pytest.approx(2.0)
@@ -35,12 +35,12 @@ def test_cosine_warms_up_and_ends_at_zero():
 
 
 @pytest.mark.parametrize(("name", "at_50"), [("constant", 2.0), ("constant_with_warmup", 2.0), ("linear", 10 / 9)])
-def test_other_schedules(name, at_50):
-    config = config_of(learning_rate=2.0, lr_warmup_steps=10, lr_scheduler=name)
+def test_other_schedules_have_the_expected_learning_rate(name, at_50):
+    config = make_config(learning_rate=2.0, lr_warmup_steps=10, lr_scheduler=name)
     assert learning_rate_schedule(config, 100)(50) == pytest.approx(at_50)
 
 
-def test_ema_follows_diffusers():
+def test_ema_matches_diffusers():
     torch.manual_seed(0)
     network, ema_network = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     ema_network.load_state_dict(network.state_dict())
@@ -53,22 +53,22 @@ def test_ema_follows_diffusers():
         assert decay == pytest.approx(reference.get_decay(step))
         reference.step(network.parameters())
         update_ema(ema_network, network, decay)
-    for mine, theirs in zip(ema_network.parameters(), reference.shadow_params, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for ours, theirs in zip(ema_network.parameters(), reference.shadow_params, strict=True):
+        torch.testing.assert_close(ours, theirs)
     assert decay == 0.9
 
 
-def test_optimizer_takes_the_trainable_parameters_and_every_setting():
+def test_optimizer_gets_the_trainable_parameters_and_all_settings():
     network = torch.nn.Linear(2, 2)
     network.bias.requires_grad_(False)
-    config = config_of(adam_beta1=0.8, adam_beta2=0.7, adam_weight_decay=0.6, adam_epsilon=0.5, learning_rate=0.4)
+    config = make_config(adam_beta1=0.8, adam_beta2=0.7, adam_weight_decay=0.6, adam_epsilon=0.5, learning_rate=0.4)
     (group,) = build_optimizer(config, network).param_groups
     assert group["params"] == [network.weight]
     assert (group["betas"], group["weight_decay"], group["eps"], group["lr"]) == ((0.8, 0.7), 0.6, 0.5, 0.4)
 
 
-def test_orthogonalize_maps_the_singular_values():
-    """Each by the same polynomial, whatever the scale; the singular vectors stay."""
+def test_orthogonalize_maps_singular_values_by_the_polynomial():
+    """The polynomial does not depend on the scale, and the singular vectors stay the same."""
     torch.manual_seed(0)
     for shape in ((2, 4, 7), (2, 7, 4), (1, 5, 5)):
         matrices = torch.randn(shape, dtype=torch.float64) * 300
@@ -79,9 +79,9 @@ def test_orthogonalize_maps_the_singular_values():
         torch.testing.assert_close(orthogonalize(matrices), u * s[:, None] @ vh)
 
 
-def test_muon_follows_that_of_torch_on_matrices_and_adamw_on_the_rest():
+def test_muon_matches_torch_muon_on_matrices_and_adamw_elsewhere():
     torch.manual_seed(0)
-    config = config_of(optimizer="muon", learning_rate=0.02, adam_weight_decay=0.1)
+    config = make_config(optimizer="muon", learning_rate=0.02, adam_weight_decay=0.1)
     network = torch.nn.ModuleDict({"hidden": torch.nn.Linear(24, 12), "conv_out": torch.nn.Linear(6, 5)})
     reference = copy.deepcopy(network)
     optimizer = build_optimizer(config, network)
@@ -93,17 +93,17 @@ def test_muon_follows_that_of_torch_on_matrices_and_adamw_on_the_rest():
         torch.optim.AdamW(others, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, **settings),
     ]
     for _ in range(5):
-        for mine, theirs in zip(network.parameters(), reference.parameters(), strict=True):
-            mine.grad = torch.randn_like(mine)
-            theirs.grad = mine.grad.clone()
+        for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
+            ours.grad = torch.randn_like(ours)
+            theirs.grad = ours.grad.clone()
         for each in (optimizer, *references):
             each.step()
-    for (name, mine), theirs in zip(network.named_parameters(), reference.parameters(), strict=True):
-        atol = 1e-3 if name == "hidden.weight" else 1e-6  # torch's own computes in bf16; five steps move by up to 0.1
-        torch.testing.assert_close(mine, theirs, atol=atol, rtol=0)
+    for (name, ours), theirs in zip(network.named_parameters(), reference.parameters(), strict=True):
+        atol = 1e-3 if name == "hidden.weight" else 1e-6  # torch's Muon computes in bf16; five steps add up to 0.1
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
-def test_muon_takes_the_kernel_of_a_convolution_for_a_matrix():
+def test_muon_treats_convolution_kernels_as_matrices():
     torch.manual_seed(0)
     kernel, matrix = torch.nn.Parameter(torch.randn(6, 4, 3, 3)), torch.nn.Parameter(torch.empty(6, 36))
     matrix.data = kernel.detach().flatten(1).clone()
@@ -114,12 +114,12 @@ def test_muon_takes_the_kernel_of_a_convolution_for_a_matrix():
     torch.testing.assert_close(kernel.flatten(1), matrix)
 
 
-def test_muon_gets_the_hidden_matrices_of_the_network_alone():
+def test_muon_gets_only_the_hidden_matrices_of_the_network():
     network = CustomUNet2DModel(**TINY)
     names = {parameter: name for name, parameter in network.named_parameters()}
     others, matrices = (
         {names[parameter] for parameter in group["params"]}
-        for group in build_optimizer(config_of(optimizer="muon"), network).param_groups
+        for group in build_optimizer(make_config(optimizer="muon"), network).param_groups
     )
     assert matrices.isdisjoint(others)
     assert matrices | others == set(names.values())

@@ -1,4 +1,4 @@
-"""The pipeline against diffusers' own."""
+"""The pipeline compared with diffusers' pipelines."""
 
 import itertools
 
@@ -26,8 +26,8 @@ from pipelines.applications import invert
 from pipelines.custom_unet_pipeline import SAMPLERS
 from training.sde import continuous_samplers
 
-# Of epsilon the image is (x_t - n eps) / a, and the last a is 1/157: two roundings of float32, which differ between
-# CPUs and orders of sums, are 4e-5 in the image. Of v and x_0 nothing is divided.
+# With epsilon prediction the image is (x_t - n eps) / a, where the last a is 1/157: two float32 rounding errors, which
+# depend on the CPU and the order of sums, become 4e-5 in the image. Predictions of v and x_0 are not divided.
 ROUNDING = 2 * np.finfo(np.float32).eps / DDIMScheduler().alphas_cumprod[-1].sqrt().item()
 
 
@@ -44,7 +44,7 @@ def pipe() -> CustomUNetPipeline:
 
 @pytest.fixture
 def v_pipe(pipe) -> CustomUNetPipeline:
-    """Predicts v, so that the images of untrained weights are not black and white."""
+    """Predicts v, so that the images of untrained weights are not saturated."""
     return quiet(CustomUNetPipeline(pipe.unet, DDIMScheduler(prediction_type="v_prediction")))
 
 
@@ -53,7 +53,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def check_against_stock(pipe: CustomUNetPipeline, stock, scheduler, atol: float, **call) -> np.ndarray:
-    """Our images of a scheduler, which must be those of diffusers' pipeline."""
+    """Our images with a scheduler, after checking that diffusers' pipeline gives the same."""
     reference = quiet(stock(UNet2DModel(**TINY).eval(), scheduler))
     reference.unet.load_state_dict(pipe.unet.state_dict())
     call = {"batch_size": 2, "num_inference_steps": 7, "output_type": "np"} | call
@@ -66,12 +66,12 @@ def check_against_stock(pipe: CustomUNetPipeline, stock, scheduler, atol: float,
 @pytest.mark.parametrize(("stock", "scheduler"), [(DDIMPipeline, DDIMScheduler), (DDPMPipeline, DDPMScheduler)])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("clip_sample", [True, False])
-def test_same_images_as_the_stock_pipeline(pipe, stock, scheduler, prediction_type, clip_sample):
+def test_images_match_the_stock_pipeline(pipe, stock, scheduler, prediction_type, clip_sample):
     settings = {"prediction_type": prediction_type, "clip_sample": clip_sample}
     check_against_stock(pipe, stock, scheduler(**settings), ROUNDING if prediction_type == "epsilon" else 1e-5)
 
 
-def test_same_images_as_the_stock_pipeline_with_thresholding_and_with_noise(pipe):
+def test_images_match_the_stock_pipeline_with_thresholding_and_noise(pipe):
     check_against_stock(pipe, DDIMPipeline, DDIMScheduler(thresholding=True, sample_max_value=1.5), ROUNDING)
     clipped = {"eta": 0.5, "use_clipped_model_output": True}
     different = [
@@ -85,7 +85,7 @@ def test_same_images_as_the_stock_pipeline_with_thresholding_and_with_noise(pipe
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_image_depends_on_its_own_seed_alone(v_pipe, sampler):
+def test_images_depend_only_on_their_own_seeds(v_pipe, sampler):
     v_pipe.set_sampler(sampler)
     together = v_pipe(seeds=[5, 6, 7], num_inference_steps=5, output_type="pt").images
     backwards = v_pipe(seeds=[7, 6], num_inference_steps=5, output_type="pt").images
@@ -94,13 +94,13 @@ def test_an_image_depends_on_its_own_seed_alone(v_pipe, sampler):
     assert 0.05 < together.std() < 0.4
 
 
-def test_seeds_are_generators(pipe):
+def test_seeds_are_equivalent_to_generators(pipe):
     by_seeds = pipe(seeds=range(2), num_inference_steps=3, eta=1.0, output_type="pt").images
     by_generators = pipe(2, generators(0, 1), 3, "pt", eta=1.0).images
     assert torch.equal(by_seeds, by_generators)
 
 
-def test_latents_are_where_sampling_starts(v_pipe):
+def test_sampling_starts_from_given_latents(v_pipe):
     noise = torch.cat([torch.randn(1, 3, 8, 8, generator=generator) for generator in generators(1, 2)])
     for sampler in ("ddim", "euler"):
         v_pipe.set_sampler(sampler)
@@ -111,7 +111,7 @@ def test_latents_are_where_sampling_starts(v_pipe):
 # Output, mode, precision
 
 
-def test_output_types_and_rectangular_images(pipe):
+def test_output_types_agree_and_images_may_be_rectangular(pipe):
     as_pt = pipe(2, generators(1, 2), 3, output_type="pt").images
     (as_np,) = pipe(2, generators(1, 2), 3, output_type="np", return_dict=False)
     as_pil = pipe(2, generators(1, 2), 3).images
@@ -125,14 +125,14 @@ def test_output_types_and_rectangular_images(pipe):
     assert pipe(1, generators(1), 2).images[0].size == (16, 8)
 
 
-def test_dropout_is_off_while_sampling_and_the_mode_comes_back(pipe):
+def test_sampling_disables_dropout_and_restores_the_mode(pipe):
     pipe.unet.train()
     first, second = (pipe(1, generators(1), 3, output_type="pt").images for _ in range(2))
     assert torch.equal(first, second)
     assert pipe.unet.training
 
 
-def test_broken_weights_raise_instead_of_giving_black_images(pipe):
+def test_nan_weights_raise_instead_of_giving_black_images(pipe):
     with torch.no_grad():
         pipe.unet.conv_out.bias[0] = float("nan")
     with pytest.raises(ValueError, match="2 of 2 images are not finite"):
@@ -152,7 +152,7 @@ def test_half_precision_gives_nearly_the_same_images(v_pipe, dtype, sampler):
     assert not torch.equal(images, expected)
 
 
-def test_a_compiled_network(pipe):
+def test_compiled_networks_give_the_same_images(pipe):
     expected = pipe(seeds=[1], num_inference_steps=3, output_type="pt").images
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     torch.testing.assert_close(
@@ -161,7 +161,7 @@ def test_a_compiled_network(pipe):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_seed_means_the_same_image_on_the_gpu(pipe):
+def test_seeds_give_the_same_images_on_the_gpu(pipe):
     expected = pipe(seeds=[1, 2], num_inference_steps=5, eta=1.0, output_type="pt").images
     images = pipe.to("cuda")(seeds=[1, 2], num_inference_steps=5, eta=1.0, output_type="pt").images
     torch.testing.assert_close(images.cpu(), expected, atol=1e-2, rtol=0)
@@ -170,7 +170,7 @@ def test_a_seed_means_the_same_image_on_the_gpu(pipe):
 # Callbacks and class labels
 
 
-def test_a_callback_sees_each_step_and_may_change_it(pipe):
+def test_callbacks_see_every_step_and_may_change_it(pipe):
     calls = []
 
     def watch(pipeline, index, timestep, tensors):
@@ -186,8 +186,8 @@ def test_a_callback_sees_each_step_and_may_change_it(pipe):
         pipe(callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["sigma"])
 
 
-def test_a_callback_may_interrupt(v_pipe):
-    """As in diffusers' pipelines, and the next call is a whole one."""
+def test_callbacks_may_interrupt_sampling(v_pipe):
+    """As in diffusers' pipelines; the next call is complete again."""
     shown = []
 
     def watch(pipeline, index, timestep, tensors):
@@ -206,7 +206,7 @@ def test_a_callback_may_interrupt(v_pipe):
     assert v_pipe.num_timesteps == 9
 
 
-def test_from_and_to_pipelines_of_diffusers(v_pipe):
+def test_from_pipe_converts_from_and_to_diffusers_pipelines(v_pipe):
     stock = DDIMPipeline.from_pipe(v_pipe, unet=v_pipe.unet.eval())
     ours = quiet(CustomUNetPipeline.from_pipe(quiet(stock)))
     assert ours.unet is stock.unet is v_pipe.unet
@@ -232,7 +232,7 @@ def test_class_labels_reach_the_network():
             pipe(**arguments, class_labels=labels)
 
 
-# What is refused
+# Invalid arguments
 
 
 @pytest.mark.parametrize(
@@ -258,21 +258,21 @@ def test_class_labels_reach_the_network():
         ),
     ],
 )
-def test_bad_arguments(pipe, arguments, message):
+def test_bad_arguments_raise_value_errors(pipe, arguments, message):
     pipe.set_sampler(arguments.get("sampler", "ddim"))
     arguments = {name: value for name, value in arguments.items() if name != "sampler"}
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
 
 
-def test_samplers_by_name_keep_the_noise_schedule(pipe):
+def test_set_sampler_keeps_the_noise_schedule(pipe):
     pipe = CustomUNetPipeline(pipe.unet, DDIMScheduler(timestep_spacing="trailing", prediction_type="v_prediction"))
     before = pipe.scheduler.alphas_cumprod
     for name in [*SAMPLERS, "ddim"]:
         pipe.set_sampler(name)
         torch.testing.assert_close(pipe.scheduler.alphas_cumprod, before)
         assert pipe.scheduler.config.prediction_type == "v_prediction"
-    assert pipe.scheduler.config.timestep_spacing == "trailing"  # nothing is left of the samplers in between
+    assert pipe.scheduler.config.timestep_spacing == "trailing"  # the samplers in between leave nothing behind
     with pytest.raises(ValueError, match="no sampler 'dim'; there are ddpm, ddim, dpmsolver"):
         pipe.set_sampler("dim")
 
@@ -296,30 +296,30 @@ def test_samplers_by_name_keep_the_noise_schedule(pipe):
         (UniPCMultistepScheduler(use_flow_sigmas=True, beta_end=0.02), "use_flow_sigmas"),
     ],
 )
-def test_schedulers_that_do_not_suit_are_refused(pipe, scheduler, message):
+def test_unsuitable_schedulers_raise_one_line_errors(pipe, scheduler, message):
     pipe.scheduler = scheduler
     with pytest.raises(ValueError, match=message) as error:
         pipe(num_inference_steps=50)
     assert "\n" not in str(error.value)
 
 
-def test_steps_that_would_repeat_a_timestep_are_refused(pipe):
+def test_steps_that_would_repeat_a_timestep_are_rejected(pipe):
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(DDIMScheduler().config, timestep_spacing="leading")
     with pytest.raises(ValueError, match="1000 steps repeat a timestep with timestep_spacing 'leading'"):
         pipe(num_inference_steps=1000)
 
 
-def test_any_suitable_scheduler_may_be_set_by_hand(v_pipe):
+def test_suitable_schedulers_may_be_assigned_directly(v_pipe):
     v_pipe.scheduler = UniPCMultistepScheduler.from_config(v_pipe.scheduler.config, timestep_spacing="trailing")
-    by_hand = v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
+    assigned = v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
     v_pipe.set_sampler("unipc")
-    assert torch.equal(v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images, by_hand)
+    assert torch.equal(v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images, assigned)
 
 
-# Loading without code of the model repository
+# Loading without remote code
 
 
-def test_components_and_keywords_of_from_pretrained(pipe, tmp_path):
+def test_from_pretrained_takes_components_and_rejects_other_keywords(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
     loaded = CustomUNetPipeline.from_pretrained(tmp_path, scheduler=scheduler, torch_dtype=torch.bfloat16)
@@ -334,7 +334,7 @@ def test_components_and_keywords_of_from_pretrained(pipe, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_sampler_that_cannot_be_saved_is_told(v_pipe, tmp_path, caplog):
+def test_saving_warns_about_samplers_that_cannot_be_saved(v_pipe, tmp_path, caplog):
     v_pipe.set_sampler("unipc")
     v_pipe.save_pretrained(tmp_path / "unipc")
     assert type(CustomUNetPipeline.from_pretrained(tmp_path / "unipc").scheduler) is UniPCMultistepScheduler
@@ -344,7 +344,7 @@ def test_a_sampler_that_cannot_be_saved_is_told(v_pipe, tmp_path, caplog):
     assert caplog.messages == ["the sampler edm_heun is not saved: set it again after loading"]
 
 
-def test_the_pipeline_that_is_shipped_has_diffusers_samplers(pipe):
+def test_shipped_pipeline_offers_only_diffusers_samplers(pipe):
     shipped = quiet(custom_unet_pipeline.CustomUNetPipeline(pipe.unet, pipe.scheduler))
     assert shipped.samplers == tuple(SAMPLERS)
     assert pipe.samplers == (*SAMPLERS, *continuous_samplers("ddpm"))

@@ -1,4 +1,4 @@
-"""Averages of any length, reconstructed after training, against explicit weighted sums of the trajectory."""
+"""Averages of any length, reconstructed after training, compared with explicit weighted sums of the trajectory."""
 
 import json
 import shutil
@@ -26,13 +26,13 @@ pytest_plugins = ["tiny_training"]
 
 
 def profile(step: int, sigma_rel: float) -> np.ndarray:
-    """Weights of the updates 1 to `step` in the average, float64 (step,); they add up to 1."""
+    """Weights of the updates 1 to `step` in the average, float64 (step,); they sum to 1."""
     borders = (np.arange(step + 1) / step) ** (power_of(sigma_rel) + 1)
     return np.diff(borders)
 
 
 def average(trajectory: np.ndarray, step: int, sigma_rel: float) -> np.ndarray:
-    """The long way: (T, P) -> (P,)."""
+    """The explicit weighted sum: (T, P) -> (P,)."""
     return profile(step, sigma_rel) @ trajectory[:step]
 
 
@@ -44,7 +44,7 @@ def test_sigma_rel_is_the_standard_deviation_of_the_profile(sigma_rel):
     assert np.sqrt(weights @ (positions - mean) ** 2) == pytest.approx(sigma_rel, rel=1e-5)
 
 
-def test_updates_add_up_to_the_weights_of_the_profile_and_leave_frozen_parameters_out():
+def test_updates_reproduce_the_profile_and_skip_frozen_parameters():
     torch.manual_seed(0)
     network = torch.nn.Linear(5, 3).double()
     network.bias.requires_grad_(False)
@@ -61,7 +61,7 @@ def test_updates_add_up_to_the_weights_of_the_profile_and_leave_frozen_parameter
         np.testing.assert_allclose(tensors["weight"].numpy().ravel(), expected, rtol=0, atol=1e-12)
 
 
-def test_inner_products_are_the_integrals_of_the_products():
+def test_inner_products_match_numerical_integrals():
     steps, powers = [10.0, 25.0, 25.0], [5.0, 16.97, 0.5]
     nodes, weights = np.polynomial.legendre.leggauss(40)
     expected = np.empty((3, 3))
@@ -75,13 +75,13 @@ def test_inner_products_are_the_integrals_of_the_products():
 
 @pytest.fixture(scope="module")
 def random_walk() -> np.ndarray:
-    """4,096 updates of 64 parameters, float64, with a drift that ends as a training does."""
+    """4,096 updates of 64 parameters, float64, with a drift that slows down as in training."""
     steps = np.random.default_rng(0).normal(size=(4096, 64))
     return np.cumsum(steps, axis=0) + 50 * np.sqrt(np.arange(1, 4097))[:, None] / 64
 
 
 def reconstruction_error(trajectory: np.ndarray, num_snapshots: int, step: int, sigma_rel: float) -> float:
-    """Of the average from equally spaced snapshots, relative to how far the newest weights are from it."""
+    """Error of the average from equally spaced snapshots, relative to the newest weights' distance from it."""
     every = len(trajectory) // num_snapshots
     steps = list(range(every, step + 1, every))
     stored = np.array([[average(trajectory, s, value) for value in STORED.values()] for s in steps])
@@ -92,8 +92,8 @@ def reconstruction_error(trajectory: np.ndarray, num_snapshots: int, step: int, 
 
 
 @pytest.mark.parametrize("sigma_rel", [0.03, 0.075, 0.15, 0.2])
-def test_a_random_walk_is_averaged_over_any_length_and_the_error_falls_with_more_snapshots(random_walk, sigma_rel):
-    """The tolerance: a thousandth of the distance between weights and average, with 64 snapshots."""
+def test_average_of_a_random_walk_improves_with_more_snapshots(random_walk, sigma_rel):
+    """With 64 snapshots, the error is below a thousandth of the distance between weights and average."""
     errors = [reconstruction_error(random_walk, number, 4096, sigma_rel) for number in (8, 16, 32, 64)]
     assert all(more < fewer / 2 for fewer, more in pairwise(errors)), errors
     assert errors[-1] < 1e-3
@@ -101,7 +101,7 @@ def test_a_random_walk_is_averaged_over_any_length_and_the_error_falls_with_more
 
 
 @pytest.mark.parametrize("sigma_rel", STORED.values())
-def test_a_stored_average_is_itself(sigma_rel):
+def test_stored_averages_are_reproduced(sigma_rel):
     steps = list(range(100, 3300, 100))
     factors, error = combine_profiles(steps, 3200, sigma_rel)
     expected = np.zeros((32, 2))
@@ -110,8 +110,8 @@ def test_a_stored_average_is_itself(sigma_rel):
     assert error < 1e-6
 
 
-def test_the_error_of_the_profile_is_that_of_the_weights():
-    """Against the weights of single updates, which the profile has in the limit of many."""
+def test_profile_error_matches_that_of_explicit_weights():
+    """Compared with the weights of single updates, which approach the profile as their number grows."""
     steps = [500, 1000, 1500, 2000]
     for sigma_rel in (0.02, 0.075, 0.25):
         factors, error = combine_profiles(steps, 2000, sigma_rel)
@@ -123,12 +123,12 @@ def test_the_error_of_the_profile_is_that_of_the_weights():
         assert error == pytest.approx(np.linalg.norm(combined - target) / np.linalg.norm(target), rel=0.02)
 
 
-# A run and the command
+# A run and the command line
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, cache_dir):
-    """A run of 40 updates with its output folder, and the weights after each of them by name, float64 (40, ...)."""
+    """The output folder of a run of 40 updates and the weights after each update by name, float64 (40, ...)."""
     changes = {"max_train_steps": 40, "checkpointing_steps": 40, "lr_scheduler": "constant_with_warmup"}
     changes |= {"output_dir": str(tmp_path_factory.mktemp("trained") / "run"), "cache_dir": str(cache_dir)}
     trainer = new_trainer(learning_rate=1e-2, **changes)
@@ -150,7 +150,7 @@ def reconstruct(run, out, *flags) -> int:
 
 
 @pytest.mark.parametrize(("step", "sigma_rel"), [(None, 0.075), (30, 0.12)])
-def test_the_command_writes_a_model_with_the_average_of_the_trajectory(trained, tmp_path, step, sigma_rel, capsys):
+def test_command_exports_the_average_of_the_trajectory(trained, tmp_path, step, sigma_rel, capsys):
     """From 20 or 15 snapshots in half precision."""
     run, trajectory = trained
     out, end = tmp_path / "averaged", step or 40
@@ -177,7 +177,7 @@ def test_the_command_writes_a_model_with_the_average_of_the_trajectory(trained, 
     assert not (out / "samples.png").exists()
 
 
-def test_the_checkpoint_has_the_averages_in_full_precision_and_the_snapshot_in_half(trained):
+def test_checkpoints_store_float32_averages_and_snapshots_float16(trained):
     run, trajectory = trained
     for stem, sigma_rel in STORED.items():
         full = load_file(run / "checkpoint-40" / f"{stem}.safetensors")
@@ -189,7 +189,7 @@ def test_the_checkpoint_has_the_averages_in_full_precision_and_the_snapshot_in_h
             assert torch.equal(half[name], full[name].half())
 
 
-def test_a_checkpoint_between_two_snapshots_is_one_too(trained, tmp_path, capsys):
+def test_checkpoints_also_serve_as_snapshots(trained, tmp_path, capsys):
     run = shutil.copytree(trained[0], tmp_path / "run")
     shutil.rmtree(run / "ema_snapshots" / "checkpoint-40")
     assert reconstruct(run, tmp_path / "out", "--sigma_rel", "0.05") == 0
@@ -207,13 +207,13 @@ def test_a_checkpoint_between_two_snapshots_is_one_too(trained, tmp_path, capsys
         (["--sigma_rel", "0.1", "--run", "nowhere"], "no averages to build on"),
     ],
 )
-def test_bad_input_is_one_line(trained, tmp_path, flags, message, capsys):
+def test_bad_input_exits_with_code_2_and_one_line(trained, tmp_path, flags, message, capsys):
     assert reconstruct(trained[0], tmp_path / "out", *flags) == 2
     assert message in error_line(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_snapshot_is_refused(trained, tmp_path, capsys):
+def test_damaged_snapshots_exit_with_code_1_and_one_line(trained, tmp_path, capsys):
     run = shutil.copytree(trained[0], tmp_path / "run")
     path = run / "ema_snapshots" / "checkpoint-12" / "ema_sigma_rel_0.10.safetensors"
     content = bytearray(path.read_bytes())
@@ -225,7 +225,7 @@ def test_a_damaged_snapshot_is_refused(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("sigma_rel", [0.02, 0.1, 0.28])
-def test_the_factors_make_a_weighted_mean(sigma_rel):
-    """Weights that do not change come out as they are, also where the profile fits badly."""
+def test_combination_factors_sum_to_one(sigma_rel):
+    """Constant weights are reproduced, even where the profile fits badly."""
     factors, _ = combine_profiles([*range(100, 2100, 100)], 2000, sigma_rel)
     assert factors.sum() == pytest.approx(1, abs=1e-9)

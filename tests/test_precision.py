@@ -1,4 +1,4 @@
-"""`--mixed_precision auto`: the precision that is chosen, kept on resume and agreed on, with injected timings."""
+"""`--mixed_precision auto` chooses a precision, keeps it on resume and agrees across processes (injected timings)."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ SLOW_BF16, FAST_BF16 = {"no": 0.1, "bf16": 0.2}, {"no": 0.4, "bf16": 0.2}
 
 @pytest.fixture
 def timings(monkeypatch):
-    """Sets what the timing finds, after it was really made; None: it must not be made."""
+    """Sets the result of the timing, which is still run; with None, it must not be run."""
     update_seconds = precision.update_seconds
 
     def inject(seconds: dict[str, float] | None) -> None:
@@ -38,29 +38,29 @@ AUTO = ("--mixed_precision", "auto")
 
 
 @pytest.mark.parametrize(
-    ("seconds", "taken", "told"),
+    ("seconds", "chosen", "message"),
     [
         (SLOW_BF16, "no", "70.0 images/s with no against 35.0 images/s with bf16; using no"),
         (FAST_BF16, "bf16", "17.5 images/s with no against 35.0 images/s with bf16; using bf16"),
     ],
 )
-def test_the_faster_one_is_taken_told_and_the_same_run_as_if_it_had_been_asked_for(
-    seconds, taken, told, timings, train, tmp_path
+def test_auto_trains_like_an_explicit_choice_of_the_faster_precision(
+    seconds, chosen, message, timings, train, tmp_path
 ):
     timings(seconds)
-    assert f"--mixed_precision auto: {told}\n" in train(tmp_path / "auto", *AUTO, max_train_steps=3)
-    assert yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["mixed_precision"] == taken
+    assert f"--mixed_precision auto: {message}\n" in train(tmp_path / "auto", *AUTO, max_train_steps=3)
+    assert yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["mixed_precision"] == chosen
     timings(None)
-    train(tmp_path / "asked", "--mixed_precision", taken, max_train_steps=3)
-    assert records(tmp_path / "auto", "loss") == records(tmp_path / "asked", "loss")
-    assert_same_tensors(tmp_path / "auto" / "checkpoint-3", tmp_path / "asked" / "checkpoint-3")
+    train(tmp_path / "explicit", "--mixed_precision", chosen, max_train_steps=3)
+    assert records(tmp_path / "auto", "loss") == records(tmp_path / "explicit", "loss")
+    assert_same_tensors(tmp_path / "auto" / "checkpoint-3", tmp_path / "explicit" / "checkpoint-3")
 
 
-def test_a_resumed_run_keeps_the_choice_and_times_nothing(timings, train, tmp_path):
+def test_resuming_keeps_the_choice_without_timing(timings, train, tmp_path):
     run = tmp_path / "run"
     timings(FAST_BF16)
     train(run, *AUTO, max_train_steps=3)
-    (run / "config.yaml").unlink()  # the checkpoint tells
+    (run / "config.yaml").unlink()  # the checkpoint records it
     timings(None)
     assert "--mixed_precision auto: bf16, as in the checkpoint\n" in train(run, *AUTO, max_train_steps=6)
     assert read_state(run / "checkpoint-6")["mixed_precision"] == "bf16"
@@ -69,7 +69,7 @@ def test_a_resumed_run_keeps_the_choice_and_times_nothing(timings, train, tmp_pa
     assert_same_file(tmp_path / "other" / "checkpoint-6", run / "checkpoint-6", "unet")
 
 
-def test_a_run_from_scratch_is_timed_again(timings, train, tmp_path):
+def test_runs_from_scratch_are_timed_again(timings, train, tmp_path):
     timings(FAST_BF16)
     train(tmp_path, *AUTO, max_train_steps=1)
     timings(SLOW_BF16)
@@ -79,7 +79,7 @@ def test_a_run_from_scratch_is_timed_again(timings, train, tmp_path):
     assert "using bf16" in train(tmp_path, *AUTO, max_train_steps=1)
 
 
-def test_the_timing_uses_the_precisions_and_restores_the_generator():
+def test_timing_uses_every_precision_and_restores_the_generator():
     config, seen = TrainConfig(**TINY | {"gradient_checkpointing": True, "channels_last": True}), []
 
     class Watched(CustomUNet2DModel):
@@ -96,21 +96,21 @@ def test_the_timing_uses_the_precisions_and_restores_the_generator():
     assert seen == [torch.float32, torch.bfloat16] * number
 
 
-def test_what_is_compared_with_float32(monkeypatch):
+def test_candidates_are_float32_and_the_supported_half_precision(monkeypatch):
     assert precision.candidates(torch.device("cpu")) == ["no", "bf16"]
     for has_bf16, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bf16: has)
         assert precision.candidates(torch.device("cuda")) == ["no", expected]
 
 
-def other_on_each_process() -> None:
+def different_on_each_process() -> None:
     """Float32 is faster on the main process, bf16 on the other."""
     fast = {"0": "no", "1": "bf16"}[os.environ["RANK"]]
     precision.update_seconds = lambda *_: {name: 0.1 if name == fast else 0.2 for name in ("no", "bf16")}
 
 
-def test_all_processes_take_the_choice_of_the_main_one(start, tmp_path):
-    job = start(tmp_path / "run", *AUTO, "--max_train_steps", "3", num_processes=2, fault=other_on_each_process)
+def test_all_processes_use_the_choice_of_the_main_process(start, tmp_path):
+    job = start(tmp_path / "run", *AUTO, "--max_train_steps", "3", num_processes=2, fault=different_on_each_process)
     output = job.finish(0)
     assert output.count("--mixed_precision auto: ") == 1
     assert "using no" in output

@@ -1,4 +1,4 @@
-"""The figures of REPORT.md: the drawn network is the real one, and ratios and weights match the closed forms."""
+"""The figures in REPORT.md: the drawn network is the real one, and ratios and weights match the closed forms."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def network() -> CustomUNet2DModel:
         ).eval()
 
 
-def test_layers_come_in_the_order_of_the_forward_pass_with_their_skip_connections(network):
+def test_layers_are_in_forward_order_with_their_skip_connections(network):
     """Each residual block takes the channels of the layer before it and of its skip connection."""
     layers = layers_of(network, 16)
     for before, layer in itertools.pairwise(layers):
@@ -41,19 +41,19 @@ def test_layers_come_in_the_order_of_the_forward_pass_with_their_skip_connection
     assert [(layer.level, layer.side) for layer in layers] == [(level, 16 // 2**level) for level in levels]
 
 
-def test_signal_to_noise_is_that_of_the_closed_forms():
+def test_signal_to_noise_matches_the_closed_forms():
     beta = np.linspace(1e-4, 0.02, 1000)
     abar = np.cumprod(1 - beta)
     np.testing.assert_allclose(signal_to_noise("linear"), abar / (1 - abar), rtol=2e-3)  # the scheduler is float32
     t = np.arange(1000)
     ratio = np.cos(((t + 1) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
     start = np.cos(0.008 / 1.008 * np.pi / 2) ** 2
-    abar = (ratio / start)[:990]  # before betas are cut off at 0.999
+    abar = (ratio / start)[:990]  # before betas are clipped at 0.999
     np.testing.assert_allclose(signal_to_noise("cosine")[:990], abar / (1 - abar), rtol=5e-3)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_weights_of_the_error_of_x_0(schedule):
+def test_clean_error_weights_match_the_closed_forms(schedule):
     snr = signal_to_noise(schedule)
     np.testing.assert_allclose(clean_error_weights(schedule, "epsilon", None), snr, rtol=1e-4)
     np.testing.assert_allclose(clean_error_weights(schedule, "sample", None), np.ones(1000), rtol=1e-4)
@@ -63,7 +63,7 @@ def test_weights_of_the_error_of_x_0(schedule):
         np.testing.assert_allclose(weights, np.minimum(snr, 5.0), rtol=1e-4)
 
 
-def test_the_command_writes_the_figures(tmp_path, capsys):
+def test_command_writes_the_figures(tmp_path, capsys):
     assert main(["--out", str(tmp_path / "figures")]) == 0
     figures = {f"{name}.png" for name in ("unet", "time_embedding", "forward", "schedules", "weights")}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == figures

@@ -53,7 +53,7 @@ def table_in(folder: Path, file: str, family: str) -> list[str]:
     return lines[2:-2]
 
 
-def test_quality():
+def test_quality_table_formats_values_and_missing_ones():
     assert quality_table(RESULTS).splitlines() == [
         "| metric | value | real against real | n | split | sampler |",
         "|---|---|---|---|---|---|",
@@ -64,7 +64,7 @@ def test_quality():
     assert [number(value) for value in (None, 12345, 0.000123456, "x")] == ["", "12,345", "0.0001235", "x"]
 
 
-def test_costs(folder):
+def test_cost_table_lists_samplers_and_the_floor(folder):
     lines = [
         "| sampler | SWD | network evaluations | seconds per image |",
         "|---|---|---|---|",
@@ -77,14 +77,14 @@ def test_costs(folder):
     assert table_in(folder, "results.json", "cost") == lines
 
 
-def test_a_sampler_is_told_with_what_is_not_its_default():
+def test_sampler_text_lists_settings_that_are_not_defaults():
     own = {"churn": 5.0, "churn_min": 0.0, "noise_factor": 1.0}
     entry = {"sampler": "edm_heun", "steps": 9, "sampler_settings": own, "class_label": [0, 2], "guidance_scale": 2.0}
     assert sampler_text(entry) == "edm_heun, 9 steps, churn 5, class 0 2, guidance scale 2"
     assert sampler_text({"metric": "bits_per_dim_ode"}) is None
 
 
-def test_tables_of_other_files(tmp_path):
+def test_tables_come_from_markdown_and_log_files(tmp_path):
     (tmp_path / "guidance.md").write_text("| a |\n|---|\n| 1 |\n")
     assert table_in(tmp_path, "guidance.md", "table") == ["| a |", "|---|", "| 1 |"]
     losses = {f"heldout_loss_q{quarter}": quarter / 8 for quarter in (1, 2, 3, 4)}
@@ -103,7 +103,7 @@ def test_tables_of_other_files(tmp_path):
             with_tables(marked(file, family), tmp_path)
 
 
-def test_columns_and_rows_of_a_table_are_selected(tmp_path, folder):
+def test_columns_and_rows_of_a_table_can_be_selected(tmp_path, folder):
     lines = "| name | a | b |\n|---|---|---|\n| x | 1 |  |\n| y | 3 | 4 |\n| x | 5 | 6 |\n\nA note.\n"
     (tmp_path / "f.md").write_text(lines)
     assert table_in(tmp_path, "f.md", "table [b; name]")[2:] == ["|  | x |", "| 4 | y |", "| 6 | x |"]
@@ -114,7 +114,7 @@ def test_columns_and_rows_of_a_table_are_selected(tmp_path, folder):
             with_tables(marked("f.md", f"table {selection}"), tmp_path)
 
 
-def test_the_command_renews_a_file_or_says_what_is_wrong(folder, capsys):
+def test_command_updates_a_file_or_reports_an_error(folder, capsys):
     readme = folder / "README.md"
     readme.write_text(marked("results.json", "quality"))
     assert main([str(readme)]) == 0
@@ -124,7 +124,7 @@ def test_the_command_renews_a_file_or_says_what_is_wrong(folder, capsys):
     assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, cost\n"
 
 
-def test_what_cannot_be_written_or_read_is_refused(tmp_path):
+def test_invalid_values_and_files_are_rejected(tmp_path):
     for value in (math.nan, math.inf):
         with pytest.raises(InputError, match=r"FID is (nan|inf)"):
             result("features", "FID", "fid", value)
@@ -136,7 +136,7 @@ def test_what_cannot_be_written_or_read_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["README.md", "REPORT.md", "samples/README.md"])
-def test_the_tables_of_the_readme_are_those_of_the_results(name):
+def test_committed_tables_match_the_results(name):
     readme = Path(__file__).parent.parent / name
     text = readme.read_text()
     assert "<!-- results: " in text

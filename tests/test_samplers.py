@@ -1,4 +1,4 @@
-"""Every sampler on data whose exact denoiser is known, and with planted bugs that must be found.
+"""Every sampler on data whose exact denoiser is known, and planted bugs that the checks must find.
 
 The data are "images" of one RGB pixel. If they are a mixture of Gaussians, so is x_t, and E[epsilon | x_t] has a
 closed form. With it as the network,
@@ -21,7 +21,7 @@ from pipelines.custom_unet_pipeline import SAMPLERS
 
 STOCHASTIC = ("ddpm", "euler_ancestral", "ddim eta 1")
 DETERMINISTIC = [name for name in SAMPLERS if name not in STOCHASTIC]
-TRAINED = {  # as networks are trained: prediction type and noise schedule
+TRAINED = {  # prediction types with the usual noise schedules
     "epsilon": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "leading"},
     "v_prediction": {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"},
     "sample": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing"},
@@ -39,7 +39,7 @@ def make_pipeline(sampler: str, prediction_type: str, data: Mixture, timestep_er
 
 
 def quasirandom_noise(num_images: int) -> Tensor:
-    """Standard normal noise that fills space evenly: with it, a few thousand samples tell errors of 1e-3."""
+    """Standard normal noise that fills space evenly, so that a few thousand samples resolve errors of 1e-3."""
     uniform = qmc.Sobol(3, seed=0).random(num_images).clip(1e-6, 1 - 1e-6)
     return torch.tensor(norm.ppf(uniform), dtype=torch.float32).view(-1, 3, 1, 1)
 
@@ -65,15 +65,15 @@ def check_mixture(pipe: CustomUNetPipeline, sampler: str, steps: int) -> None:
 
 @pytest.mark.parametrize("sampler", [*SAMPLERS, "ddim eta 1"])
 @pytest.mark.parametrize("prediction_type", TRAINED)
-def test_samplers_draw_the_mixture(sampler, prediction_type):
+def test_samplers_reproduce_the_mixture(sampler, prediction_type):
     for steps in (25, 200):
         check_mixture(make_pipeline(sampler, prediction_type, mixture()), sampler, steps)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "ddim eta 1", "unipc", "euler"])
-def test_step_counts_that_do_not_divide_the_timesteps(sampler):
+def test_step_counts_need_not_divide_the_timesteps(sampler):
     pipe = make_pipeline(sampler, "v_prediction", mixture())
-    check_mixture(pipe, sampler, 400)  # DDIMScheduler.step would take each step for 2 timesteps instead of 2.5
+    check_mixture(pipe, sampler, 400)  # DDIMScheduler.step would treat each step as 2 timesteps instead of 2.5
 
 
 def path_error(sampler: str, prediction_type: str, steps: int) -> float:
@@ -108,12 +108,12 @@ def point() -> Mixture:
 
 
 def check_noise_levels(pipe: CustomUNetPipeline, sampler: str, steps: int) -> None:
-    """What the network sees is signal x mean + noise scale x noise: the same noise always, or other standard noise.
+    """The network's input is signal x mean + noise scale x noise, with constant or with fresh standard noise.
 
-    What comes out is the mean.
+    The samples are the mean.
     """
     result = draw(pipe, sampler, steps)
-    # float32 rounds where sigma is thousands, as it is at the end of the cosine schedule
+    # float32 rounding errors grow where sigma is in the thousands, as at the end of the cosine schedule
     tolerance = 6e-3 if pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2" else 5e-4
     noises = [(x - signal * point().means) / scale for x, signal, scale in pipe.unet.seen]
     for noise, (_, _, scale) in zip(noises, pipe.unet.seen, strict=True):
@@ -129,7 +129,7 @@ def check_noise_levels(pipe: CustomUNetPipeline, sampler: str, steps: int) -> No
 
 @pytest.mark.parametrize("sampler", [*SAMPLERS, "ddim eta 1"])
 @pytest.mark.parametrize("prediction_type", TRAINED)
-def test_the_network_sees_the_noise_level_that_it_is_told(sampler, prediction_type):
+def test_noise_level_of_the_input_matches_the_timestep(sampler, prediction_type):
     for steps in (5, 40):
         check_noise_levels(make_pipeline(sampler, prediction_type, point()), sampler, steps)
 
@@ -137,8 +137,8 @@ def test_the_network_sees_the_noise_level_that_it_is_told(sampler, prediction_ty
 # Planted bugs
 
 
-class LargerVariance(DDPMScheduler):
-    """A variance that is twice too large."""
+class DoubledVariance(DDPMScheduler):
+    """Twice the correct variance."""
 
     def _get_variance(self, *args, **kwargs):
         return 2 * super()._get_variance(*args, **kwargs)
@@ -159,7 +159,7 @@ def plant_unscaled_start(pipe: CustomUNetPipeline, monkeypatch) -> None:
 
 
 def plant_wrong_variance(pipe: CustomUNetPipeline, monkeypatch) -> None:
-    pipe.scheduler = LargerVariance.from_config(pipe.scheduler.config)
+    pipe.scheduler = DoubledVariance.from_config(pipe.scheduler.config)
 
 
 def plant_missing_last_step(pipe: CustomUNetPipeline, monkeypatch) -> None:
@@ -180,7 +180,7 @@ def plant_missing_last_step(pipe: CustomUNetPipeline, monkeypatch) -> None:
         (plant_wrong_variance, "ddpm"),
     ],
 )
-def test_a_planted_bug_is_found_by_the_mixture(plant, sampler, monkeypatch):
+def test_mixture_check_finds_planted_bugs(plant, sampler, monkeypatch):
     pipe = make_pipeline(sampler, "v_prediction", mixture())
     check_mixture(pipe, sampler, 100)
     plant(pipe, monkeypatch)
@@ -195,7 +195,7 @@ def test_a_planted_bug_is_found_by_the_mixture(plant, sampler, monkeypatch):
         (plant_missing_last_step, "euler", "left"),
     ],
 )
-def test_a_planted_bug_is_found_by_the_noise_levels(plant, sampler, found, monkeypatch):
+def test_noise_level_check_finds_planted_bugs(plant, sampler, found, monkeypatch):
     pipe = make_pipeline(sampler, "epsilon", point())
     plant(pipe, monkeypatch)
     with pytest.raises(AssertionError, match=found):
@@ -204,7 +204,7 @@ def test_a_planted_bug_is_found_by_the_noise_levels(plant, sampler, found, monke
 
 @pytest.mark.parametrize("sampler", [*SAMPLERS, "ddim eta 1"])
 @pytest.mark.parametrize("timestep_error", [-1, 1])
-def test_a_timestep_that_is_off_by_one_in_a_thousand_is_found(sampler, timestep_error):
+def test_timesteps_off_by_one_in_a_thousand_are_found(sampler, timestep_error):
     with pytest.raises(AssertionError):
         check_noise_levels(make_pipeline(sampler, "sample", point(), timestep_error), sampler, 100)
     check_noise_levels(make_pipeline(sampler, "sample", point()), sampler, 100)

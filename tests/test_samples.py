@@ -9,7 +9,7 @@ from pipelines import CustomUNetPipeline
 from training.samples import draw_grid, list_grids
 
 
-def test_the_grid_shows_the_seeds_in_order():
+def test_grid_shows_the_seeds_in_order():
     torch.manual_seed(0)
     levels = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     network = CustomUNet2DModel(sample_size=8, norm_num_groups=4, layers_per_block=1, **levels)
@@ -21,7 +21,7 @@ def test_the_grid_shows_the_seeds_in_order():
     assert np.abs(fifth.astype(int) - alone).max() <= 1
 
 
-def test_files_of_other_names_are_no_grids(tmp_path):
+def test_list_grids_ignores_files_with_other_names(tmp_path):
     for name in ("step-0000010.png", "step-0000005.png", "step-0000019 (copy).png", "step-best.png"):
         (tmp_path / name).touch()
     assert list_grids(tmp_path) == {step: tmp_path / f"step-{step:07}.png" for step in (5, 10)}

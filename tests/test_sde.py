@@ -1,4 +1,4 @@
-"""The SDEs against simulation, against each other, and against the discrete processes that they are limits of."""
+"""The SDEs compared with simulation, with each other, and with the discrete processes whose limits they are."""
 
 import math
 
@@ -35,7 +35,7 @@ def times(sde, number: int = 9) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SDES)
-def test_simulated_paths_have_the_marginals(name):
+def test_simulated_paths_match_the_marginals(name):
     """Euler-Maruyama paths of eq. 5 from one point."""
     sde, num_paths, num_steps = SDES[name], 20_000, 1000
     generator = torch.Generator().manual_seed(0)
@@ -47,11 +47,11 @@ def test_simulated_paths_have_the_marginals(name):
         x = x + sde.drift(now) * x * dt + sde.diffusion(now) * dt.sqrt() * noise
     mean, std = float(sde.signal_scale(t[-1])) * x_0, float(sde.noise_scale(t[-1]))
     assert float(x.mean()) == pytest.approx(mean, abs=5 * std / math.sqrt(num_paths))
-    assert float(x.std()) == pytest.approx(std, rel=5 / math.sqrt(2 * num_paths) + 0.01)  # and the steps' own error
+    assert float(x.std()) == pytest.approx(std, rel=5 / math.sqrt(2 * num_paths) + 0.01)  # plus discretisation error
 
 
 @pytest.mark.parametrize("name", SDES)
-def test_the_functions_of_an_sde_agree(name):
+def test_functions_of_an_sde_are_consistent(name):
     """f = alpha' / alpha and g^2 = 2 n^2 sigma' / sigma by autograd (Karras et al. 2022, appendix B), and the rest."""
     sde = SDES[name]
     t = (times(sde, 37)[1:-1] + 1e-5).requires_grad_()
@@ -74,7 +74,7 @@ def test_vp_is_the_limit_of_ddpm():
     torch.testing.assert_close(VPSDE().signal_scale(t).square(), LINEAR.double(), rtol=0.02, atol=2e-4)
 
 
-def test_the_discrete_schedule_is_met_at_its_timesteps():
+def test_discrete_schedule_is_exact_at_its_timesteps():
     for alphas_cumprod in (LINEAR, COSINE):
         sde = DiscreteVPSDE(alphas_cumprod)
         t = torch.arange(len(alphas_cumprod), dtype=torch.float64) / (len(alphas_cumprod) - 1)
@@ -85,8 +85,8 @@ def test_the_discrete_schedule_is_met_at_its_timesteps():
         )
 
 
-def test_the_score_of_the_perturbed_data_gives_their_posterior_mean():
-    """Of a mixture of two points, with the score by autograd."""
+def test_score_gives_the_posterior_mean_of_the_data():
+    """For a mixture of two points, with the score computed by autograd."""
     points = torch.tensor([-0.5, 0.8], dtype=torch.float64)
     for sde in (VESDE(), VPSDE(), SubVPSDE(), FlowSDE()):
         t = torch.tensor(0.3, dtype=torch.float64)
@@ -110,6 +110,6 @@ def test_the_score_of_the_perturbed_data_gives_their_posterior_mean():
         (lambda: DiscreteVPSDE(torch.tensor([1.0, 0.5])), "between 0 and 1"),
     ],
 )
-def test_bad_arguments(make, message):
+def test_bad_arguments_raise_value_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""The continuous-time samplers on data whose exact score is known, and the ODE solver against SciPy's."""
+"""The continuous-time samplers on data whose exact score is known, and the ODE solver compared with SciPy's."""
 
 import math
 
@@ -38,12 +38,12 @@ SDES = {
     "flow": FlowSDE(),
     "discrete": DiscreteVPSDE(DDPMScheduler().alphas_cumprod),
 }
-# largest error of weights, means and (relative) covariances that chance leaves of N samples
+# upper bound on the sampling errors of weights, means and (relative) covariances with N samples
 TOLERANCE = torch.tensor([0.03, 0.02, 0.15], dtype=torch.float64)
 
 
-def draw(name: str, method: str, steps: int) -> torch.Tensor:
-    """Errors of weights, means and covariances."""
+def data_errors(name: str, method: str, steps: int) -> torch.Tensor:
+    """Errors of the samples' weights, means and covariances."""
     sde, generator = SDES[name], torch.Generator().manual_seed(0)
     denoise = Denoiser(sde, lambda x, t: DATA.clean_images(x, sde.signal_scale(t), sde.noise_scale(t)))
 
@@ -71,13 +71,13 @@ def draw(name: str, method: str, steps: int) -> torch.Tensor:
 )
 @pytest.mark.parametrize("name", SDES)
 def test_stochastic_samplers_reproduce_the_data(name, method, steps):
-    few, many = (draw(name, method, n) for n in steps)
+    few, many = (data_errors(name, method, n) for n in steps)
     assert (many < TOLERANCE).all(), many
     assert many[2] < max(few[2] / 2, 0.1), "more steps must be better, down to chance"
 
 
-def test_the_noise_of_churn_is_scaled_by_its_factor():
-    """Algorithm 2 by hand, for a network that sees a black image in everything, so that y is proportional to sigma."""
+def test_churn_noise_is_scaled_by_noise_factor():
+    """Algorithm 2 by hand for a network that always predicts zeros, so that x is proportional to sigma."""
     start, sigmas = torch.full((2, 3), 5.0, dtype=torch.float64), torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
     denoise = Denoiser(SDES["edm"], lambda x, t: torch.zeros_like(x))
     found = edm_heun(denoise, start, sigmas, lambda: torch.ones(2, 3), churn=0.4, noise_factor=3)
@@ -87,8 +87,8 @@ def test_the_noise_of_churn_is_scaled_by_its_factor():
 
 
 @pytest.mark.parametrize(("method", "order"), [("edm_heun", 2), ("flow_heun", 2), ("flow_euler", 1)])
-def test_halving_the_steps_divides_the_error_by_2_to_the_order(method, order):
-    """One Gaussian N(0, 1/4), whose ODE keeps x / std."""
+def test_halving_the_step_size_divides_the_error_by_2_to_the_order(method, order):
+    """For a Gaussian N(0, 1/4), whose ODE conserves x / std."""
     sde = EDMSDE(0.002, 10.0) if method == "edm_heun" else FlowSDE()
 
     def clean(x, t):
@@ -107,7 +107,7 @@ def test_halving_the_steps_divides_the_error_by_2_to_the_order(method, order):
     assert errors[1] / errors[2] == pytest.approx(2**order, rel=0.2)
 
 
-def test_the_solver_is_scipys_method():
+def test_ode_solver_matches_scipys_rk45():
     def rate(t, x):
         return [x[1], -x[0] * (1 + t)]
 
@@ -119,15 +119,15 @@ def test_the_solver_is_scipys_method():
     assert evaluations < 1.3 * theirs.nfev
 
 
-def test_the_solver_starts_from_zero_and_gives_up_in_one_line():
-    """At zero the size of x gives no first step."""
+def test_ode_solver_starts_from_zero_and_reports_failure():
+    """At x = 0, the size of x gives no scale for the first step."""
     end, _ = solve_ode(lambda x, t: torch.ones_like(x), torch.zeros(3), 0.0, 5.0, 1e-7)
     torch.testing.assert_close(end, torch.full((3,), 5.0, dtype=torch.float64))
     with pytest.raises(ValueError, match="could not be solved"):
         solve_ode(lambda x, t: x**2, torch.ones(1), 0.0, 2.0, 1e-6)
 
 
-def test_a_predictor_and_a_corrector_step_are_those_of_diffusers_ve_scheduler():
+def test_predictor_and_corrector_steps_match_diffusers_ve_scheduler():
     scheduler = ScoreSdeVeScheduler(num_train_timesteps=10, sigma_min=0.01, sigma_max=10.0, snr=0.17)
     scheduler.set_timesteps(10)
     scheduler.set_sigmas(10, 0.01, 10.0)
@@ -148,7 +148,7 @@ def test_a_predictor_and_a_corrector_step_are_those_of_diffusers_ve_scheduler():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_the_noise_levels_are_those_of_diffusers_edm_scheduler():
+def test_noise_levels_match_diffusers_edm_scheduler():
     scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, rho=7.0)
     scheduler.set_timesteps(18)
     torch.testing.assert_close(karras_sigmas(18, 0.002, 80.0).float(), scheduler.sigmas)

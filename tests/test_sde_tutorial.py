@@ -1,4 +1,4 @@
-"""The tutorial: its data against autograd and torch, and a small complete run."""
+"""The SDE tutorial: its data compared with autograd and torch, and a small complete run."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def steps(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SDES)
-def test_the_score_of_the_data_is_the_gradient_of_their_log_density(name):
+def test_score_is_the_gradient_of_the_log_density(name):
     t = torch.tensor(0.3, dtype=torch.float64)
     marginal = eight_modes().at(SDES[name], t)
     x = marginal.sample(50, torch.Generator().manual_seed(0)).requires_grad_()
@@ -34,7 +34,7 @@ def test_the_score_of_the_data_is_the_gradient_of_their_log_density(name):
     torch.testing.assert_close(marginal.score(x.detach()), expected)
 
 
-def test_the_log_density_is_that_of_torch():
+def test_log_density_and_cdf_match_torch():
     data = GaussianMixture(torch.tensor([0.3, 0.7]).double(), torch.tensor([[-1.0], [0.6]]).double(), 0.15)
     x = torch.linspace(-2, 2, 21, dtype=torch.float64)
     components = torch.distributions.Normal(data.means[:, 0], torch.tensor(0.15, dtype=torch.float64))
@@ -44,20 +44,20 @@ def test_the_log_density_is_that_of_torch():
     torch.testing.assert_close(torch.from_numpy(data.cdf(x.numpy())), cdf)
 
 
-def test_the_likelihood_of_a_gaussian_is_its_density():
+def test_log_likelihood_of_a_gaussian_matches_its_density():
     data = GaussianMixture(torch.ones(1).double(), torch.zeros(1, 2).double(), 2.0)
     x = torch.tensor([[0.5, -1.0], [3.0, 0.1]], dtype=torch.float64)
     found = log_likelihood(SDES["VP"], exact_score(data, SDES["VP"]), x, 1e-6)
     torch.testing.assert_close(found, data.log_density(x), rtol=0, atol=2e-4)
 
 
-def test_paths_have_the_exact_marginals(steps):
+def test_paths_match_the_exact_marginals(steps):
     forward = steps["forward"]
     for name in SDES:
         assert max(forward[name].values()) < 1.5 * forward["chance_level_95_percent"], name
 
 
-def test_the_network_learns_the_score(steps):
+def test_network_learns_the_score(steps):
     learning = steps["learning"]
     errors = dict(zip(learning["times"], learning["relative_rms_error"]["learned"], strict=True))
     assert errors[0.3981] < 0.1
@@ -67,7 +67,7 @@ def test_the_network_learns_the_score(steps):
         assert all(loss > exact - 0.05 for loss, exact in losses), f"nothing is below the exact score's loss: {kind}"
 
 
-def test_samplers_come_near_the_data_and_plain_langevin_does_not(steps):
+def test_samplers_match_the_data_but_single_level_langevin_does_not(steps):
     rows = {row["method"]: row for row in steps["samplers"]["table"] if row["score"] == "exact"}
     plain = rows.pop("Langevin, one level")
     assert plain["mode_weight_error"] > 0.15
@@ -77,7 +77,7 @@ def test_samplers_come_near_the_data_and_plain_langevin_does_not(steps):
         assert row["evaluations"] in (99, 100) or method == "ODE, adaptive"
 
 
-def test_orders_are_those_of_the_methods(steps):
+def test_measured_orders_match_theory(steps):
     orders = {name: line["order"] for name, line in steps["orders"].items() if name != "figure"}
     assert orders["Euler-Maruyama"] == pytest.approx(1, abs=0.1)
     assert orders["reverse diffusion"] == pytest.approx(1, abs=0.1)
@@ -85,7 +85,7 @@ def test_orders_are_those_of_the_methods(steps):
     assert orders["Dormand-Prince, adaptive"] > 4
 
 
-def test_codes_return_and_hardly_depend_on_the_sde_and_likelihoods_are_exact_up_to_the_tolerance(steps):
+def test_encodings_round_trip_and_likelihoods_are_accurate(steps):
     assert all(errors[-1] < 1e-3 for errors in steps["encoding"]["round_trip_rms_error"].values())
     assert steps["encoding"]["rms_difference_of_codes"]["VE from VP, exact score"] < 0.01
     errors = steps["likelihood"]["rms_error_nats"]
@@ -95,7 +95,7 @@ def test_codes_return_and_hardly_depend_on_the_sde_and_likelihoods_are_exact_up_
     assert mean["exact"] - 3 < mean["learned"] < mean["exact"]
 
 
-def test_the_committed_figures_are_those_of_the_record():
+def test_committed_figures_match_the_record():
     record = json.loads(COMMITTED.read_text())
     assert record["size"] == "full"
     assert list(record["steps"]) == [step.__name__ for step in STEPS]

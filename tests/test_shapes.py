@@ -1,4 +1,4 @@
-"""Images of 1 to 4 channels, of 16 bits, and rectangles: decoding, and all the way from files to an evaluation."""
+"""Images with 1 to 4 channels or 16 bits, and rectangles: decoding, and the whole way from files to evaluation."""
 
 import io
 import itertools
@@ -40,14 +40,14 @@ def save(folder: Path, *images: Image.Image) -> Path:
 
 
 def grey_images(count: int) -> list[Image.Image]:
-    """Of the modes that a PNG without colours may have, also RGB with equal channels."""
+    """Grey images in all modes that a PNG may use for them, including RGB with equal channels."""
     modes = itertools.cycle(("L", "RGB", "LA", "1", "P"))
     return [Image.fromarray(pixels).convert(mode) for pixels, mode in zip(noise(count, 30, 44), modes, strict=False)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (41, 41)])
-def test_crop_and_resize_are_those_of_pillow(shape, size):
+def test_crop_and_resize_match_pillow(shape, size):
     image, mode = Image.fromarray(noise(*size, 3 + (shape[0] % 2 == 0))), ["L", "LA", "RGB", "RGBA"][shape[0] - 1]
     content = io.BytesIO()
     image.save(content, "PNG")
@@ -82,7 +82,7 @@ def test_one_channel_is_chosen_if_all_images_are_grey(tmp_path):
     assert open_folder(coloured, None, max_images=12).images.shape[1] == 1
 
 
-def test_synthetic_faces_of_other_shapes_are_cut_out_of_squares(tmp_path):
+def test_synthetic_faces_of_other_shapes_are_cropped_from_squares(tmp_path):
     faces = {"dataset_name": "synthetic-faces", "max_images": 3, "cache_dir": str(tmp_path)}
     square = open_image_store(**faces, resolution=20).images
     np.testing.assert_array_equal(open_image_store(**faces, resolution=(12, 20)).images, square[:, :, 4:16])
@@ -90,7 +90,7 @@ def test_synthetic_faces_of_other_shapes_are_cut_out_of_squares(tmp_path):
     np.testing.assert_array_equal(grey[1, 0], Image.fromarray(np.moveaxis(square[1], 0, -1)).convert("L"))
 
 
-def test_a_resolution_is_one_number_or_two():
+def test_resolution_is_one_number_or_height_and_width():
     settings = {"dataset_name": "synthetic-faces", "max_train_steps": 1, "in_channels": 1}
     for given, found, size in ((16, 16, 16), ([16], 16, 16), ([16, 16], 16, 16), ([16, 32], [16, 32], (16, 32))):
         config = TrainConfig(**settings, resolution=given)
@@ -107,17 +107,17 @@ def test_a_resolution_is_one_number_or_two():
         ("--in_channels 5", "invalid choice: '5' (choose from 1, 2, 3, 4, None)"),
     ],
 )
-def test_shapes_that_are_refused(train, tmp_path, flags, message):
+def test_unsupported_shapes_exit_with_code_2(train, tmp_path, flags, message):
     (line,) = [line for line in train(tmp_path, *flags.split(), code=2).splitlines() if "error" in line]
     assert message in line
 
 
-def sixteen_bits(count: int) -> list[Image.Image]:
+def sixteen_bit_images(count: int) -> list[Image.Image]:
     return [Image.fromarray(pixels.astype(np.uint16) * 200 + 77) for pixels in noise(count, 30, 44)]
 
 
-def test_sixteen_bits_are_kept_if_asked_for(tmp_path):
-    images = sixteen_bits(3)
+def test_preserve_input_precision_keeps_16_bits(tmp_path):
+    images = sixteen_bit_images(3)
     folder = save(tmp_path / "data", *images, Image.fromarray(noise(30, 44)))
     which = {"train_data_dir": str(folder), "crop": "none", "cache_dir": str(tmp_path / "cache")}
     kept, rounded = (
@@ -140,10 +140,10 @@ def test_sixteen_bits_are_kept_if_asked_for(tmp_path):
     [
         ("--in_channels 4", [Image.fromarray(pixels) for pixels in noise(16, 20, 24, 4)], "uint8", "RGBA"),
         ("--in_channels 2", [Image.fromarray(pixels) for pixels in noise(16, 20, 24, 2)], "uint8", "LA"),
-        ("--preserve_input_precision true", sixteen_bits(16), "uint16", "L"),
+        ("--preserve_input_precision true", sixteen_bit_images(16), "uint16", "L"),
     ],
 )
-def test_other_channels_and_bits_reach_the_images_and_the_evaluation(
+def test_channels_and_16_bits_work_from_training_to_evaluation(
     train, tmp_path, monkeypatch, flags, images, dtype, mode
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -165,7 +165,7 @@ def test_other_channels_and_bits_reach_the_images_and_the_evaluation(
     assert {image.mode for image in map(Image.open, folder.glob("seed-*.png"))} == {mode}
 
 
-def test_transparent_images_are_judged_on_white():
+def test_transparent_images_are_evaluated_over_white():
     images = torch.tensor([[200.0, 100, 0], [0, 255, 51]]).to(torch.uint8)[None, :, :, None]  # (1, 2, 3, 1)
     assert over_white(images).flatten().tolist() == [255, 100, 204]
     coloured = torch.cat([images[:, :1].expand(-1, 3, -1, -1), images[:, 1:]], dim=1)
@@ -173,7 +173,7 @@ def test_transparent_images_are_judged_on_white():
     assert torch.equal(over_white(coloured[:, :3]), coloured[:, :3])
 
 
-def test_from_grey_files_to_an_evaluation(train, tmp_path, monkeypatch):
+def test_grey_images_work_from_training_to_evaluation(train, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     images = grey_images(32)
     save(tmp_path / "data" / "train", *images[:24])
@@ -206,7 +206,7 @@ def test_from_grey_files_to_an_evaluation(train, tmp_path, monkeypatch):
     assert "SWD, level 16x32" in {entry["name"] for entry in results}
 
 
-def test_a_run_on_grey_images_that_began_in_rgb_goes_on_in_rgb(train, tmp_path):
+def test_resuming_an_rgb_run_on_grey_images_stays_rgb(train, tmp_path):
     data = {"dataset_name": None, "train_data_dir": str(save(tmp_path / "data", *grey_images(14)))}
     train(tmp_path / "run", **data | {"max_train_steps": 3, "in_channels": 3})
     printed = train(tmp_path / "run", **data | {"max_train_steps": 4})
@@ -214,7 +214,7 @@ def test_a_run_on_grey_images_that_began_in_rgb_goes_on_in_rgb(train, tmp_path):
     assert "resuming from" in printed
 
 
-def test_applications_take_images_of_any_mode_for_a_grey_network():
+def test_applications_accept_images_of_any_mode_for_grey_networks():
     network = CustomUNet2DModel(**TINY | {"sample_size": (8, 16), "in_channels": 1, "out_channels": 1})
     pipe = CustomUNetPipeline(network, DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
@@ -229,7 +229,7 @@ def test_applications_take_images_of_any_mode_for_a_grey_network():
         applications.colorize(pipe, image)
 
 
-def test_bits_per_dim_do_not_depend_on_how_the_pixels_are_laid_out():
+def test_bits_per_dim_do_not_depend_on_the_pixel_layout():
     scheduler = DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
     network, images = exact_network(ExactDenoiser, INDEPENDENT, scheduler), draw_images(INDEPENDENT, 4)
     values = [ode_likelihood(network, scheduler, x).bits_per_dim for x in (images, images.view(4, 1, 1, 3))]

@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "samples" / "celeba32_cpu" / "pipeline"
 
 
-def test_the_card_is_that_of_its_files():
+def test_card_matches_its_files():
     assert (MODEL / "README.md").read_text() == render_card(MODEL), "run `python -m pipelines.export card`"
 
 
@@ -22,11 +22,11 @@ def test_the_card_is_that_of_its_files():
         ("unet/custom_unet_2d.py", "custom_unet/custom_unet_2d.py"),
     ],
 )
-def test_the_code_is_that_of_the_repository(copy, original):
+def test_shipped_code_matches_the_repository(copy, original):
     assert (MODEL / copy).read_bytes() == (REPOSITORY / original).read_bytes()
 
 
-def test_the_results_are_of_these_weights_and_the_evaluations():
+def test_results_match_the_weights_and_the_evaluation():
     evaluation, shipped = (read_results(path / "results.json") for path in (MODEL.parent / "evaluation", MODEL))
     assert shipped["weights_sha256"] == evaluation["weights_sha256"]
     assert shipped["results"] == [entry for entry in evaluation["results"] if entry in shipped["results"]]

@@ -1,4 +1,4 @@
-"""The soak test for a few kills; `make soak` does a hundred."""
+"""The soak test with a few kills; `make soak` runs a hundred."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 from tiny_training import REPOSITORY
 
 
-def test_a_few_kills_leave_no_trace():
+def test_resume_after_several_kills_is_bit_identical():
     command = [sys.executable, "-W", "ignore", "-m", "tests.soak", "--kills", "4"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

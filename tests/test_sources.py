@@ -1,4 +1,4 @@
-"""Image sources: folders, parquet, `save_to_disk`, the Hub (played by a loopback server) and synthetic faces."""
+"""Image sources: folders, parquet, `save_to_disk`, the Hub (simulated by a loopback server) and synthetic faces."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ SIDE = 8
 
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path, monkeypatch, caplog):
-    """Nothing is read from or left in the user's caches, in this process or its children."""
+    """Isolates this process and its children from the user's caches."""
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -78,7 +78,7 @@ def zipped(files: dict[str, int | bytes]) -> bytes:
 
 
 def write(folder: Path, files: dict[str, int | bytes | str] | list[str]) -> Path:
-    """Number i is picture i as PNG; "-> path" a link; of a list, picture i is in the i-th file."""
+    """Writes files: a number i is picture i as PNG, "-> path" is a link; in a list, the i-th file is picture i."""
     files = {name: i for i, name in enumerate(files)} if isinstance(files, list) else files
     for name, content in files.items():
         path = folder / name
@@ -100,7 +100,7 @@ def assert_pictures(images: np.ndarray, indices) -> None:
     np.testing.assert_array_equal(images, np.stack([picture(i) for i in indices]).transpose(0, 3, 1, 2))
 
 
-# Folders of images: the files, the numbers of the pictures that are taken in their order, what is told
+# Folders of images: the files, the numbers of the pictures taken (in order), the report of files left out
 
 UNREADABLE = "not an image that Pillow can read"
 OUTSIDE = "outside of the splits, the top-level folders train, validation and test"
@@ -112,9 +112,9 @@ FOLDERS = {
         [0, 1, 2],
         f"1 ({UNREADABLE}: .md)",
     ),
-    "in the order of the names": (["10.png", "9.PNG", "B/2.png", "a b/1.png", "a-b/1.png", "a.png", "a/1.png"],),
-    "words in names are no splits": (["1.png", "alice/test/1.png", "test.png", "train2017/1.png", "val-2.png"],),
-    "names that are patterns or addresses": (["2::3.png", "[1].png", "a*b.png", "hf:/x.png", "q?.png", "{x}.png"],),
+    "sorted by name": (["10.png", "9.PNG", "B/2.png", "a b/1.png", "a-b/1.png", "a.png", "a/1.png"],),
+    "split words within names": (["1.png", "alice/test/1.png", "test.png", "train2017/1.png", "val-2.png"],),
+    "names like patterns or URLs": (["2::3.png", "[1].png", "a*b.png", "hf:/x.png", "q?.png", "{x}.png"],),
     "hidden": ({"1.png": 1, ".2.png": 2, "__MACOSX/3.png": 3, "c/.cache/4.png": 4}, [1], "3 (hidden)"),
     "beside the splits": (
         {"Train/a_test.png": 0, "masks/1.png": 1, "test/b.jpg/1.png": 2, "3.png": 3},
@@ -127,17 +127,17 @@ FOLDERS = {
     ),
     "one folder is a link": ({"a/0.png": 0, "../src/b/1.png": 1, "b": "-> ../src/b"}, [0, 1]),
     "a link to a link to a folder": ({"../c/0.png": 0, "../b": "-> c", "a": "-> ../b", "1.png": 1}, [1, 0]),
-    "the same folder by two names": ({"b/0.png": 0, "a": "-> b"}, [0], f"1 ({LINKS})"),
-    "the same file by two names": ({"b/0.png": 0, "a.png": "-> b/0.png", "c.png": "-> a.png"}, [0], f"2 ({LINKS})"),
-    "a file elsewhere by two names": (
+    "one folder under two names": ({"b/0.png": 0, "a": "-> b"}, [0], f"1 ({LINKS})"),
+    "one file under two names": ({"b/0.png": 0, "a.png": "-> b/0.png", "c.png": "-> a.png"}, [0], f"2 ({LINKS})"),
+    "an outside file under two names": (
         {"../0.png": 0, "a.png": "-> ../0.png", "b.png": "-> a.png"},
         [0],
         f"1 ({LINKS})",
     ),
-    "a link to the folder above": ({"a/0.png": 0, "a/b": "-> .."}, [0], "1 (a link to a folder that it is in)"),
-    "a link to nothing": ({"0.png": 0, "1.png": "-> nowhere.png"}, [0], "1 (a broken link or no regular file)"),
-    "a split that is made of links": ({"all/0.png": 0, "train/1.png": "-> ../all/0.png"}, [0], f"1 ({OUTSIDE})"),
-    "kinds that `datasets` does not list": (
+    "a link to the parent folder": ({"a/0.png": 0, "a/b": "-> .."}, [0], "1 (a link to a folder that it is in)"),
+    "a broken link": ({"0.png": 0, "1.png": "-> nowhere.png"}, [0], "1 (a broken link or no regular file)"),
+    "a split made of links": ({"all/0.png": 0, "train/1.png": "-> ../all/0.png"}, [0], f"1 ({OUTSIDE})"),
+    "formats that `datasets` does not list": (
         {"0.png": 0, "1.qoi": encoded(1, "QOI"), "2.MPO": encoded(2), "3.pnm": encoded(3, "PPM")},
         [0, 1, 2, 3],
     ),
@@ -146,14 +146,14 @@ FOLDERS = {
         [0, 1, 2, 3],
         f"3 ({UNREADABLE}: .heic, .jxl, .txt)",
     ),
-    "no name has an extension": ({"0": 0, "1": 1, "labels.csv": b"x,y\n0,1\n"}, [0, 1], f"1 ({UNREADABLE}: .csv)"),
+    "no file extensions": ({"0": 0, "1": 1, "labels.csv": b"x,y\n0,1\n"}, [0, 1], f"1 ({UNREADABLE}: .csv)"),
     "an archive": ({"a.zip": zipped({"0.png": 0, "b/1.qoi": encoded(1, "QOI"), "__MACOSX/._0.png": b""})}, [0, 1]),
-    "an archive beside its content": (
+    "an archive beside its contents": (
         {"a.zip": zipped({"x/0.png": 0, "x/1.png": 1}), "x/0.png": 0, "x/1.png": 1},
         [0, 1],
         f"2 ({COPIES})",
     ),
-    "an archive beside a part of its content": (
+    "an archive beside part of its contents": (
         {"a.zip": zipped({"0.png": 0, "1.png": 1}), "else/where/0.png": 0, "1.png": 2},
         [2, 1, 0],
         f"1 ({COPIES})",
@@ -168,22 +168,22 @@ FOLDERS = {
         [0],
         "1 (in another split)",
     ),
-    "metadata choose and order": (
+    "metadata selects and sorts": (
         {"metadata.csv": b"file_name,age\nb.png,30\na.png,40\n", "a.png": 0, "b.png": 1, "c.png": 2},
         [1, 0],
         f"1 ({UNNAMED})",
     ),
-    "metadata name an image twice": (
+    "metadata names an image twice": (
         {"metadata.jsonl": b'{"file_name": "b.png"}\n{"file_name": "./b.png"}\n{"file_name": "a.png"}\n', "a.png": 0}
         | {"b.png": 1},
         [1, 0],
         "1 (named by the metadata before)",
     ),
-    "metadata of a spreadsheet": (
+    "metadata from a spreadsheet": (
         {"metadata.csv": "\ufefffile_name\nx\\7\nx\\e\u0301.png\n".encode(), "x/7": 0, "x/\u00e9.png": 1},
         [0, 1],
     ),
-    "metadata name a link": (
+    "metadata names a link": (
         {"all/metadata.csv": b"file_name\n1.png\n", "all/1.png": "-> ../raw/0.png", "raw/0.png": 0, "raw/1.png": 1},
         [0],
         f"1 ({LINKS}), 1 ({UNNAMED})",
@@ -198,13 +198,13 @@ FOLDERS = {
         [1, 0],
         "1 (in another split)",
     ),
-    "a metadata table of something else": (
+    "an unrelated metadata table": (
         {"metadata.csv": b"id,age\n1,2\n", "0.png": 0},
         [0],
         "1 (a metadata table without a column file_name)",
     ),
     "names that are not UTF-8": ({os.fsdecode(b"\xe9/\xff.png"): 0, "1.png": 1}, [1, 0]),
-    "what a run has written": (
+    "output of a run": (
         {
             "0.png": 0,
             "out/config.yaml": b"",
@@ -217,7 +217,7 @@ FOLDERS = {
         [0],
         "4 (a folder that a run, an evaluation or a cache has written)",
     ),
-    "a README with a broken head": ({"README.md": b"---\na: [\n---\n", "0.png": 0}, [0], f"1 ({UNREADABLE}: .md)"),
+    "a README with bad front matter": ({"README.md": b"---\na: [\n---\n", "0.png": 0}, [0], f"1 ({UNREADABLE}: .md)"),
     "a script": ({"faces.py": b"raise SystemExit('it was run')\n", "0.png": 0}, [0], f"1 ({UNREADABLE}: .py)"),
     "more images than tables": (
         {"0.png": 0, "1.png": 1, "old.parquet": b"PAR1"},
@@ -228,13 +228,13 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_what_is_taken_from_a_folder_and_told(tmp_path, open_store, caplog, name):
+def test_images_are_taken_from_folders_and_reported(tmp_path, open_store, caplog, name):
     files, *expected = FOLDERS[name]
     taken, left_out = [*expected, *[None, ""][len(expected) :]]
     store = open_store(write(tmp_path / "faces", files))
     assert_pictures(store.images, range(len(files)) if taken is None else taken)
-    told = f", taken for split train: {len(store)}{left_out and '; left out: '}{left_out}"
-    assert store.summary.endswith(told)
+    report = f", taken for split train: {len(store)}{left_out and '; left out: '}{left_out}"
+    assert store.summary.endswith(report)
     caplog.clear()
     open_store(tmp_path / "faces")  # again: from the store
     assert store.summary in caplog.text
@@ -248,11 +248,11 @@ def test_top_level_folders_are_splits(tmp_path, open_store, error_of, name):
     assert error_of(folder, split="test").endswith("has no split 'test'; it has train, validation")
 
 
-def test_a_relative_folder_and_one_named_like_a_module_of_datasets(tmp_path, open_store, monkeypatch):
+def test_relative_home_and_module_like_folder_names_work(tmp_path, open_store, monkeypatch):
     write(tmp_path / "imagefolder", ["0.png", "1.png"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("imagefolder", "~/imagefolder"):  # a shell replaces no ~ of a file
+    for name in ("imagefolder", "~/imagefolder"):  # shells do not expand a ~ in a file
         store = open_store(name, cache_dir="~/cache")
         assert_pictures(store.images, [0, 1])
         assert store.description["source"] == "imagefolder"
@@ -261,7 +261,7 @@ def test_a_relative_folder_and_one_named_like_a_module_of_datasets(tmp_path, ope
     assert open_store(".", cache_dir="~/cache").folder == store.folder
 
 
-def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, error_of):
+def test_unreadable_folders_raise_one_line_errors(tmp_path, error_of):
     assert "faces: a.zip is no intact zip archive: " in error_of(
         write(tmp_path / "faces", {"a.zip": b"PK", "0.png": 0})
     )
@@ -286,7 +286,7 @@ def write_dataset_dict(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_dataset_dict])
-def test_parquet_and_a_saved_dict_of_splits(tmp_path, open_store, error_of, write):
+def test_parquet_and_saved_dataset_dicts_have_splits(tmp_path, open_store, error_of, write):
     folder = tmp_path / "data"
     write(folder)
     assert_pictures(open_store(folder).images, range(5))
@@ -301,13 +301,13 @@ def test_parquet_and_a_saved_dict_of_splits(tmp_path, open_store, error_of, writ
     assert error_of(folder, image_column="age") == f"the column 'age' of {folder} holds Value('int64'), not images"
 
 
-def test_a_saved_data_set_is_the_split_train(tmp_path, open_store, error_of):
+def test_saved_data_set_is_the_train_split(tmp_path, open_store, error_of):
     rows([2, 0, 1]).save_to_disk(tmp_path / "data")
     assert_pictures(open_store(tmp_path / "data").images, [2, 0, 1])
     assert error_of(tmp_path / "data", split="validation").endswith("has no split 'validation'; it has train")
 
 
-def test_a_row_without_an_image_is_named(tmp_path, open_store, error_of):
+def test_error_names_the_row_without_an_image(tmp_path, open_store, error_of):
     features = datasets.Features({"image": datasets.Image()})
     cells = [{"bytes": encoded(0), "path": "faces/zero.png"}, None]
     datasets.Dataset.from_dict({"image": cells}, features=features).save_to_disk(tmp_path / "data")
@@ -315,16 +315,16 @@ def test_a_row_without_an_image_is_named(tmp_path, open_store, error_of):
     assert_pictures(open_store(tmp_path / "data", skip_bad_images=True).images, [0])
 
 
-def test_what_lies_beside_tables_is_told(tmp_path, open_store):
+def test_files_beside_tables_are_reported(tmp_path, open_store):
     write_parquet(tmp_path / "data")
     write(tmp_path / "data", {"preview.png": 9, "README.md": b"?"})
-    rows([6]).to_parquet(tmp_path / "data" / "more.parquet")  # `datasets` takes it for no split
+    rows([6]).to_parquet(tmp_path / "data" / "more.parquet")  # `datasets` assigns it to no split
     store = open_store(tmp_path / "data")
     assert_pictures(store.images, range(5))
     assert store.summary == "data: files found: 6, read: 3; left out: 2 (not taken by `datasets`: .parquet, .png)"
 
 
-def test_a_readme_that_lists_the_files_is_followed(tmp_path, open_store):
+def test_data_files_listed_in_the_readme_are_respected(tmp_path, open_store):
     data_files = "[{split: train, path: y/*}, {split: test, path: x/*}]"
     head = f"---\nconfigs:\n- config_name: default\n  data_files: {data_files}\n---\n".encode()
     folder = write(tmp_path / "faces", {"x/1.png": 0, "y/2.png": 1, "README.md": head})
@@ -334,7 +334,7 @@ def test_a_readme_that_lists_the_files_is_followed(tmp_path, open_store):
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_column_of_plain_bytes_holds_images(tmp_path, kind, streaming):
+def test_binary_columns_may_hold_images(tmp_path, kind, streaming):
     features = datasets.Features({"image": datasets.Value(kind)})
     (tmp_path / "data").mkdir()
     table = datasets.Dataset.from_dict({"image": [encoded(0), encoded(1)]}, features=features)
@@ -343,10 +343,10 @@ def test_a_column_of_plain_bytes_holds_images(tmp_path, kind, streaming):
     assert_pictures(np.stack([image for image, _ in source.decode(Format("none", (3, SIDE, SIDE)))]), [0, 1])
 
 
-# Columns of labels
+# Label columns
 
 
-LABELS = {  # values, feature, their numbers and names
+LABELS = {  # values, feature, class numbers and names
     "classes": (
         [1, 0, 2, 0],
         datasets.ClassLabel(names=["red", "blue", "grey"]),
@@ -367,7 +367,7 @@ def labelled(values, feature) -> datasets.Dataset:
 
 
 @pytest.mark.parametrize("name", LABELS)
-def test_a_column_of_labels_is_kept_with_its_names(tmp_path, open_store, name):
+def test_labels_are_stored_with_their_names(tmp_path, open_store, name):
     values, feature, numbers, names = LABELS[name]
     labelled(values, feature).save_to_disk(tmp_path / "data")
     store = open_store(tmp_path / "data", label_column="kind")
@@ -393,7 +393,7 @@ def test_streaming_gives_the_same_images_and_labels(tmp_path, name):
         assert streamed.label_names == read.label_names
 
 
-def test_folders_of_classes_are_labels(tmp_path, open_store, error_of):
+def test_class_folders_become_labels(tmp_path, open_store, error_of):
     names = ["train/dogs/0.png", "train/cats/1.png", "train/cats/2.png", "valid/cats/3.png", "valid/dogs/4.png"]
     folder = write(tmp_path / "faces", names)
     for split, images, labels in (("train", [1, 2, 0], [0, 0, 1]), ("valid", [3, 4], [0, 1])):
@@ -418,7 +418,7 @@ def test_folders_of_classes_are_labels(tmp_path, open_store, error_of):
         (b"photo_file_name,label\nx,y\na.png,2\nc.png,1\n", "label", [0, 1, 0], None),
     ],
 )
-def test_a_column_of_metadata_is_a_label(tmp_path, open_store, error_of, table, column, labels, names):
+def test_metadata_columns_become_labels(tmp_path, open_store, error_of, table, column, labels, names):
     folder = write(tmp_path / "faces", {"a.png": 0, "b.png": 1, "c.png": 2, "metadata.csv": table})
     if names is None:
         message = error_of(folder, label_column=column, image_column="photo")
@@ -430,7 +430,7 @@ def test_a_column_of_metadata_is_a_label(tmp_path, open_store, error_of, table, 
     assert "did you mean " + column in error_of(folder, label_column=column + "s")
 
 
-def test_the_labels_of_skipped_images_are_skipped(tmp_path, open_store):
+def test_labels_of_skipped_images_are_skipped(tmp_path, open_store):
     table = labelled(["a", "only here", "b", "a"], datasets.Value("string"))
     cells = [cell if i != 1 else {"bytes": b"text", "path": None} for i, cell in enumerate(table.to_dict()["image"])]
     columns = table.remove_columns("image").to_dict() | {"image": cells}
@@ -455,7 +455,7 @@ def test_the_labels_of_skipped_images_are_skipped(tmp_path, open_store):
         ([*range(1001)], datasets.Value("int64"), "has more than 1,000 different values; name a column of classes"),
     ],
 )
-def test_labels_that_cannot_be_used_are_refused(tmp_path, error_of, values, feature, message):
+def test_unusable_labels_are_rejected(tmp_path, error_of, values, feature, message):
     labelled(values, feature).save_to_disk(tmp_path / "data")
     assert error_of(tmp_path / "data", label_column="kind").startswith(
         f"the column 'kind' of {tmp_path}/data {message}"
@@ -464,7 +464,7 @@ def test_labels_that_cannot_be_used_are_refused(tmp_path, error_of, values, feat
 
 
 @pytest.mark.parametrize("name", ["strings", "classes"])
-def test_held_out_images_may_be_of_one_class(tmp_path, open_store, name):
+def test_heldout_images_may_have_a_single_class(tmp_path, open_store, name):
     values, feature, *_ = LABELS[name]
     table = labelled(values, feature)
     datasets.DatasetDict({"train": table, "validation": table}).save_to_disk(tmp_path / "data")
@@ -472,7 +472,7 @@ def test_held_out_images_may_be_of_one_class(tmp_path, open_store, name):
     assert store.labels_among(["blue", "b"]).tolist() == [values[0] == "b"]
 
 
-def test_a_class_number_beyond_the_names_is_refused(tmp_path, error_of):
+def test_class_numbers_without_a_name_are_rejected(tmp_path, error_of):
     table = labelled([0, 1, 7], datasets.Value("int64"))
     features = table.features | {"kind": datasets.ClassLabel(names=["a", "b"])}
     table = datasets.Dataset(table.data, info=datasets.DatasetInfo(features=datasets.Features(features)))
@@ -481,7 +481,7 @@ def test_a_class_number_beyond_the_names_is_refused(tmp_path, error_of):
     assert message.endswith("has the class 7 in row 2, but there are 2 classes")
 
 
-def test_a_column_of_labels_that_is_not_there_is_refused(tmp_path, error_of):
+def test_missing_label_columns_are_rejected(tmp_path, error_of):
     labelled([True, False], datasets.Value("bool")).save_to_disk(tmp_path / "data")
     message = error_of(tmp_path / "data", label_column="kinds")
     assert message.endswith("has no column 'kinds' of labels; did you mean kind? it has image, kind, age")
@@ -494,7 +494,7 @@ def test_a_column_of_labels_that_is_not_there_is_refused(tmp_path, error_of):
 
 
 @pytest.mark.parametrize("column", [None, "hair_style", "glasses"])
-def test_synthetic_faces_with_their_classes_as_labels(open_store, column):
+def test_synthetic_faces_have_class_labels(open_store, column):
     options = {"dataset_name": "synthetic-faces", "max_images": 70, "label_column": column}
     for split in ("train", "validation"):
         store, indices = open_store(**options, split=split), split_indices(split, 70)
@@ -522,23 +522,23 @@ def test_synthetic_faces_with_their_classes_as_labels(open_store, column):
         ({"crop": "celeba_140"}, "crop celeba_140 is for CelebA's photographs; choose none for synthetic-faces"),
     ],
 )
-def test_synthetic_faces_refuse_what_they_have_not(error_of, options, message):
+def test_synthetic_faces_reject_unsupported_options(error_of, options, message):
     assert error_of(dataset_name="synthetic-faces", **options) == message
 
 
-# Ways out of the data set
+# Paths that lead out of the data set
 
 
 @pytest.fixture
 def secret(tmp_path) -> Path:
-    """A picture that is none of the data set's business."""
+    """A picture outside the data set."""
     write(tmp_path / "private", {"secret.png": 7})
     return tmp_path / "private" / "secret.png"
 
 
 @pytest.mark.parametrize("way", ["../private/secret.png", "absolute", "file://"])
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
-def test_metadata_that_lead_out_of_the_folder_are_refused(tmp_path, open_store, error_of, secret, name, way):
+def test_metadata_paths_out_of_the_folder_are_rejected(tmp_path, open_store, error_of, secret, name, way):
     target = {"absolute": str(secret), "file://": f"file://{secret}"}.get(way, way)
     lines = [json.dumps({"file_name": file}) for file in (target, "0.png")]
     lines = ["file_name", target, "0.png"] if name.endswith("csv") else lines
@@ -550,7 +550,7 @@ def test_metadata_that_lead_out_of_the_folder_are_refused(tmp_path, open_store, 
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
-def test_paths_in_a_table_that_lead_out_of_the_data_set_are_not_read(tmp_path, open_store, error_of, secret, kind):
+def test_table_paths_out_of_the_data_set_are_not_read(tmp_path, open_store, error_of, secret, kind):
     folder, inside = tmp_path / "data", {"bytes": encoded(0), "path": "../private/secret.png"}
     archive = tmp_path / "data" / "inner.zip"
     ways = [secret, f"file://{secret}", f"{folder}/../private/secret.png", f"file://{secret}::{archive}"]
@@ -567,11 +567,11 @@ def test_paths_in_a_table_that_lead_out_of_the_data_set_are_not_read(tmp_path, o
     assert "row 1 (secret.png): its path '" in message
     assert "leads out of the data set and is not read" in message
     store = open_store(folder, skip_bad_images=True)
-    assert_pictures(store.images, [0])  # a row with its bytes does not need its path
+    assert_pictures(store.images, [0])  # a row that holds the bytes does not need its path
     assert store.description["num_skipped"] == len(ways)
 
 
-def test_an_archive_with_ways_out_writes_nothing_outside(tmp_path, open_store):
+def test_archives_with_outside_paths_write_nothing_outside(tmp_path, open_store):
     archive = zipped({"a/0.png": 0, "../../../escaped.png": 1, "/escaped.png": 2})
     folder = write(tmp_path / "faces", {"faces.zip": archive})
     before = {*tmp_path.rglob("*")}
@@ -580,7 +580,7 @@ def test_an_archive_with_ways_out_writes_nothing_outside(tmp_path, open_store):
     assert not [*tmp_path.rglob("escaped.png"), *tmp_path.parent.glob("escaped.png"), *Path("/").glob("escaped.png")]
 
 
-def test_a_stream_that_breaks_off_is_told(tmp_path, monkeypatch):
+def test_interrupted_streams_raise_input_errors(tmp_path, monkeypatch):
     def broken():
         yield {"image": {"bytes": encoded(0), "path": None}}
         raise ConnectionError("the server\nis gone")
@@ -591,10 +591,10 @@ def test_a_stream_that_breaks_off_is_told(tmp_path, monkeypatch):
         list(source.decode(Format("none", (3, SIDE, SIDE))))
 
 
-# What is not there, and what is damaged
+# Missing and damaged data
 
 
-def test_missing_and_empty_folders_list_what_is_there(tmp_path, error_of):
+def test_errors_for_missing_and_empty_folders_say_what_exists(tmp_path, error_of):
     for name in "abcdefg":
         (tmp_path / "parent" / name / "empty").mkdir(parents=True)
     parent = tmp_path / "parent"
@@ -608,7 +608,7 @@ def test_missing_and_empty_folders_list_what_is_there(tmp_path, error_of):
 
 
 @pytest.mark.parametrize("fault", ["text", "parquet", "arrow", "state", "missing"])
-def test_damaged_data_sets_are_one_line(tmp_path, error_of, fault):
+def test_damaged_data_sets_raise_one_line_errors(tmp_path, error_of, fault):
     folder = tmp_path / "data"
     if fault in ("text", "parquet"):
         write(folder, {"model.xyz": b"?"} if fault == "text" else {"train.parquet": b"PAR1 and nothing else"})
@@ -624,7 +624,7 @@ def test_damaged_data_sets_are_one_line(tmp_path, error_of, fault):
     assert error_of(folder).startswith(f"no readable data set in {folder}, which holds ")
 
 
-def test_contradicting_arguments(tmp_path, error_of):
+def test_contradictory_arguments_are_rejected(tmp_path, error_of):
     exactly_one = "give either dataset_name or train_data_dir, exactly one of them"
     assert error_of() == exactly_one
     assert error_of(tmp_path, dataset_name="synthetic-faces") == exactly_one
@@ -634,7 +634,7 @@ def test_contradicting_arguments(tmp_path, error_of):
     assert error_of(tmp_path / "faces", dataset_config_name="x").endswith("'x' not found. Available: ['default']")
 
 
-def test_images_among_the_output_of_a_run_are_refused(tmp_path):
+def test_output_dir_equal_to_the_image_folder_is_rejected(tmp_path):
     config = TrainConfig(train_data_dir=str(tmp_path), output_dir=f"{tmp_path}/x/..", max_train_steps=1)
     with pytest.raises(InputError, match="is the folder of the images, among which the samples would be"):
         training_data.TrainingData(config, SimpleNamespace(num_processes=1))
@@ -646,9 +646,9 @@ COMMIT, LATER_COMMIT = "0123456789abcdef0123456789abcdef01234567", "89abcdef" * 
 
 
 class LoopbackHub(BaseHTTPRequestHandler):
-    """Answers for data sets as the Hub does: `someone/faces` is public, `someone/gated` has its files behind terms."""
+    """Serves data sets like the Hub: `someone/faces` is public, the files of `someone/gated` are gated."""
 
-    repositories: dict[str, dict[str, dict[str, bytes]]]  # name -> commit, main being the first -> path -> content
+    repositories: dict[str, dict[str, dict[str, bytes]]]  # name -> commit (main first) -> path -> content
     lost: str | None  # a file that is listed but cannot be downloaded
 
     def do_GET(self):
@@ -723,7 +723,7 @@ def parquet(indices) -> bytes:
 
 @pytest.fixture
 def hub():
-    """The address of a Hub that runs until the test ends."""
+    """The URL of a loopback Hub that runs until the test ends."""
     files = {"train-00000-of-00001.parquet": parquet([0, 1, 2]), "README.md": b"# Faces\n"}
     LoopbackHub.repositories = {name: {COMMIT: files} for name in ("someone/faces", "someone/gated")}
     LoopbackHub.lost = None
@@ -767,7 +767,7 @@ def ask(cases: list[dict], endpoint: str, **environment) -> list:
 NOWHERE = "http://127.0.0.1:9"  # the discard port: refuses connections
 
 
-def test_the_hub_with_and_without_a_network(tmp_path, hub, open_store):
+def test_hub_data_sets_open_online_and_offline(tmp_path, hub, open_store):
     write_parquet(tmp_path / "local")
     fingerprint = open_store(tmp_path / "local", max_images=3).fingerprint
     faces = {"dataset_name": "someone/faces", "resolution": SIDE, "cache_dir": str(tmp_path / "stores")}
@@ -794,7 +794,7 @@ def test_the_hub_with_and_without_a_network(tmp_path, hub, open_store):
     ]
     assert len([path for path in (tmp_path / "stores").iterdir() if path.is_dir()]) == 1  # main is that commit
 
-    # Without a network: the store, then another resolution from what `datasets` keeps, then what was never fetched
+    # Offline: the store, then another resolution from the cache of `datasets`, then data that was never fetched
     never = {"dataset_name": "someone/other", "cache_dir": str(tmp_path / "stores")}
     cases = [faces, streamed, faces | {"resolution": 4}, never, never | {"streaming": True}]
     for endpoint, environment in ((NOWHERE, {}), (hub, {"HF_HUB_OFFLINE": "1"})):
@@ -806,7 +806,7 @@ def test_the_hub_with_and_without_a_network(tmp_path, hub, open_store):
             assert answer.endswith("or give --train_data_dir, or --dataset_name synthetic-faces, which needs none")
 
 
-def test_without_a_network_a_store_holds_what_its_key_says(tmp_path, hub, open_store):
+def test_offline_stores_hold_the_requested_revision(tmp_path, hub, open_store):
     fingerprints = []
     for name, indices in (("first", [0, 1, 2]), ("later", [3, 4])):
         rows(indices).save_to_disk(tmp_path / name)
@@ -822,47 +822,47 @@ def test_without_a_network_a_store_holds_what_its_key_says(tmp_path, hub, open_s
     later = faces | {"dataset_revision": LATER_COMMIT}
     two = faces | {"dataset_name": "someone/two"}
     two_b = two | {"dataset_config_name": "b"}
-    answers = ask([faces, later, two_b], hub)  # `datasets` tells by the time that the later one is the newest
+    answers = ask([faces, later, two_b], hub)  # by its time, `datasets` takes the later one for the newest
     assert answers[:2] == [[fingerprints[0], COMMIT, 3], [fingerprints[1], LATER_COMMIT, 2]]
 
-    anew = {"resolution": 4}  # what is in no store yet
-    unknown = faces | {"cache_dir": str(tmp_path / "unknown")}  # without a record of what main is
+    small = {"resolution": 4}  # not in any store yet
+    unknown = faces | {"cache_dir": str(tmp_path / "unknown")}  # no record of which commit main is
     cases = [faces, later, two_b]
-    cases += [later | anew, two_b | anew]
-    cases += [faces | anew, faces | anew | {"dataset_revision": COMMIT}, faces | anew | {"dataset_revision": "v9"}]
-    cases += [unknown, unknown | {"streaming": True}, two | anew]
-    without = ask(cases, NOWHERE)
-    assert without[:3] == answers
-    assert [answer[1:] for answer in without[3:5]] == [[LATER_COMMIT, 2], [COMMIT, 1]]
+    cases += [later | small, two_b | small]
+    cases += [faces | small, faces | small | {"dataset_revision": COMMIT}, faces | small | {"dataset_revision": "v9"}]
+    cases += [unknown, unknown | {"streaming": True}, two | small]
+    offline = ask(cases, NOWHERE)
+    assert offline[:3] == answers
+    assert [answer[1:] for answer in offline[3:5]] == [[LATER_COMMIT, 2], [COMMIT, 1]]
     there = f"what is cached of someone/faces is commit {LATER_COMMIT}"
     remedy = f"connect to the Hub or give --dataset_revision {LATER_COMMIT}"
     asked_for = (COMMIT, COMMIT, "v9", "main", "main")
-    assert without[5:10] == [f"{there}, not {revision}; {remedy}" for revision in asked_for]
-    assert without[10] == (
+    assert offline[5:10] == [f"{there}, not {revision}; {remedy}" for revision in asked_for]
+    assert offline[10] == (
         "what is cached of someone/two is its configuration 'b', perhaps not the one it has by default;"
         " connect to the Hub or give --dataset_config_name b"
     )
 
 
-def test_a_data_set_of_image_files_on_the_hub_streamed_and_not(tmp_path, hub, open_store):
+def test_hub_image_files_are_read_with_and_without_streaming(tmp_path, hub, open_store):
     folder = write(tmp_path / "local", ["1.png", "2.png", "3.png"])
     fingerprint = open_store(folder).fingerprint
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())} | {"4.avif": encoded(4, "AVIF")}
     broken = {f"_{name}": content for name, content in files.items()}
     LoopbackHub.repositories = {"someone/faces": {COMMIT: files}, "someone/broken": {COMMIT: broken}}
-    LoopbackHub.lost = "_2.png"  # is no bad image, which might be skipped
+    LoopbackHub.lost = "_2.png"  # not a bad image that may be skipped
     faces = {"dataset_name": "someone/faces", "resolution": SIDE, "cache_dir": str(tmp_path / "stores")}
     streamed = faces | {"cache_dir": str(tmp_path / "streamed"), "streaming": True}
     answers = ask([streamed, faces, streamed | {"dataset_name": "someone/broken", "skip_bad_images": True}], hub)
     assert answers[:2] == [[fingerprint, COMMIT, 3]] * 2
     (store,) = (tmp_path / "stores").glob("*/meta.json")
-    told = "faces: files found: 4, read: 3; left out: 1 (not taken by `datasets`: .avif)"
-    assert json.loads(store.read_text())["summary"] == told
+    summary = "faces: files found: 4, read: 3; left out: 1 (not taken by `datasets`: .avif)"
+    assert json.loads(store.read_text())["summary"] == summary
     assert answers[2].startswith("the stream of someone/broken broke off after 1 rows: ")
 
 
-def test_the_hub_is_asked_again_after_it_did_not_answer(tmp_path, monkeypatch, open_store):
-    """A time-out is of one request; it does not take the network from the rest of the process."""
+def test_hub_is_contacted_again_after_a_connection_error(tmp_path, monkeypatch, open_store):
+    """A timeout affects a single request and does not put the rest of the process offline."""
     answers = iter([ConnectionError("down"), ConnectionError("down")])
     offline_while_loading = []
 
@@ -882,8 +882,8 @@ def test_the_hub_is_asked_again_after_it_did_not_answer(tmp_path, monkeypatch, o
     assert offline_while_loading == [True, True]
 
 
-def test_the_main_process_alone_asks_for_the_commit(monkeypatch, tmp_path):
-    """A branch that moves would give the others other images."""
+def test_only_the_main_process_resolves_the_commit(monkeypatch, tmp_path):
+    """Otherwise, a moving branch could give the processes different images."""
     folder = open_image_store(
         dataset_name="synthetic-faces", max_images=20, resolution=8, cache_dir=str(tmp_path)
     ).folder

@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distance: the pyramid, the patches and the distance, each against an independent reference."""
+"""Sliced Wasserstein distance: pyramid, patches and distance, each compared with an independent reference."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def blurred(images: np.ndarray, sigma: float = 1) -> np.ndarray:
 
 
 def reference_blur(images: np.ndarray) -> np.ndarray:
-    """By scipy; `mirror` is the border without a repeated edge."""
+    """Blurs with scipy; `mirror` reflects at the border without repeating the edge."""
     for axis in (-2, -1):
         images = scipy.ndimage.convolve1d(images, [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16], axis, mode="mirror")
     return images
@@ -47,25 +47,25 @@ def reference_pyramid(images: np.ndarray, num_levels: int) -> list[np.ndarray]:
     return pyramid
 
 
-def test_identical_sets_are_at_zero_and_the_distance_is_symmetric(faces):
+def test_distance_is_symmetric_and_zero_for_identical_sets(faces):
     assert sliced_wasserstein(faces, faces.copy(), **FEW) == {32: 0.0, 16: 0.0}
     there, back = sliced_wasserstein(faces, blurred(faces), **FEW), sliced_wasserstein(blurred(faces), faces, **FEW)
     assert there == back
 
 
-@pytest.mark.parametrize("fault", ["blur", "noise", "gamma", "some images shifted", "mirrored borders"])
-def test_distance_grows_with_the_fault(faces, fault):
+@pytest.mark.parametrize("distortion", ["blur", "noise", "gamma", "some images shifted", "mirrored borders"])
+def test_distance_grows_with_the_distortion(faces, distortion):
     noise = np.random.default_rng(0).standard_normal(faces.shape)
 
     def worsened(strength: float) -> np.ndarray:
         images = faces.astype(float)
-        if fault == "blur":
+        if distortion == "blur":
             return blurred(images, strength)
-        if fault == "noise":
+        if distortion == "noise":
             return as_uint8(images + 8 * strength * noise)
-        if fault == "gamma":
+        if distortion == "gamma":
             return as_uint8(255 * (images / 255) ** (1 + strength))
-        if fault == "some images shifted":  # in brightness
+        if distortion == "some images shifted":  # in brightness
             images[:64] += 30 * strength
             return as_uint8(images)
         width = int(4 * strength)
@@ -74,13 +74,13 @@ def test_distance_grows_with_the_fault(faces, fault):
     distances = [sliced_wasserstein(faces, worsened(strength), **FEW) for strength in (0.5, 1, 2)]
     for resolution in (32, 16):
         series = [distance[resolution] for distance in distances]
-        if fault == "some images shifted" and resolution == 32:
+        if distortion == "some images shifted" and resolution == 32:
             assert series == [0, 0, 0]  # a level of differences does not contain the mean brightness
         else:
             assert 0 < series[0] < series[1] < series[2], (resolution, series)
 
 
-def test_shift_and_scale_common_to_all_images_are_not_seen_as_the_paper_normalises_each_set(faces):
+def test_distance_ignores_common_shift_and_scale_as_in_the_paper(faces):
     shifted = (faces + np.array([20, -30, 40]).reshape(3, 1, 1)).astype(np.uint8)
     assert max(sliced_wasserstein(faces, shifted, **FEW).values()) < 1e-3
     even = faces - faces % 2
@@ -88,7 +88,7 @@ def test_shift_and_scale_common_to_all_images_are_not_seen_as_the_paper_normalis
 
 
 @pytest.mark.parametrize(("resolution", "num_levels"), [(32, 2), (64, 3), (34, 2), (16, 1)])
-def test_pyramid_agrees_with_scipy_and_gives_the_image_back(resolution, num_levels):
+def test_pyramid_matches_scipy_and_reconstructs_the_image(resolution, num_levels):
     images = np.random.default_rng(0).integers(0, 256, (2, 3, resolution, resolution)).astype(np.uint8)
     assert len(swd.pyramid_heights(resolution, resolution)) == num_levels
     pyramid = laplacian_pyramid(torch.from_numpy(images).float(), num_levels)
@@ -108,8 +108,8 @@ def test_directions_are_uniform_on_the_sphere():
 
 
 @pytest.mark.parametrize("is_grey_rectangle", [False, True])
-def test_whole_distance_against_a_straightforward_reference(faces, is_grey_rectangle):
-    """The same positions and directions, more than are taken at once; the rest by numpy and scipy in float64."""
+def test_distance_matches_a_straightforward_reference(faces, is_grey_rectangle):
+    """With the same positions and directions (more than one chunk); the rest uses numpy and scipy in float64."""
     images1, images2 = faces[:20], as_uint8(faces[20:40] * 1.1)
     if is_grey_rectangle:  # (20, 1, 64, 32)
         images1, images2 = (images[:, :2].reshape(20, 1, 64, 32) for images in (images1, images2))
@@ -141,19 +141,19 @@ def test_distance_depends_on_the_seed_not_on_the_batch_size(faces):
     assert other == pytest.approx(distances, rel=0.3)
 
 
-def test_floor_is_that_of_disjoint_halves_and_falls_with_the_number_of_images(faces):
+def test_floor_compares_disjoint_halves_and_falls_with_more_images(faces):
     floor = swd_floor(faces, **FEW)
     assert swd_floor(faces, **FEW) == floor
     distances, few = sliced_wasserstein(faces[:128], blurred(faces)[128:], **FEW), swd_floor(faces[:32], **FEW)
     for resolution in (32, 16):
         assert 0 < floor[resolution] < distances[resolution]
         assert floor[resolution] < few[resolution]
-    twins = np.concatenate([faces[:1], faces[:1]])  # disjoint halves of two: one each, so a floor of 0
+    twins = np.concatenate([faces[:1], faces[:1]])  # each half has one of the two, so the floor is 0
     assert max(swd_floor(twins, **FEW).values()) == 0
     assert swd_floor(faces[:33], **FEW).keys() == {32, 16}  # the odd one is left out
 
 
-def test_images_of_one_colour_are_refused():
+def test_images_of_one_colour_are_rejected():
     images = np.zeros((4, 3, 32, 32), np.uint8)
     with pytest.raises(InputError, match="all patches of level 0 have one value in a channel"):
         sliced_wasserstein(images, images, **FEW)

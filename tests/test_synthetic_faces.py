@@ -22,7 +22,7 @@ EYES = (-0.72, -0.30, 0.72, 0.40)
 BROWS = (-0.75, -0.55, 0.75, -0.05)
 NOSE = (-0.25, 0.00, 0.25, 0.55)
 MOUTH = (-0.45, 0.40, 0.45, 0.95)
-# Where a factor may change the picture: left, top, right, bottom in head units. Factors not named: anywhere.
+# Where a factor may change the picture: left, top, right, bottom in head units. Other factors: anywhere.
 REGIONS = {
     "blush": (-0.80, 0.05, 0.80, 0.75),
     "eye_size": EYES,
@@ -61,7 +61,7 @@ def extremes(name):
 # Splits
 
 
-def test_splits_have_their_sizes_and_share_no_face():
+def test_splits_have_their_sizes_and_do_not_overlap():
     train, validation = split_indices("train"), split_indices("validation")
     assert (len(train), len(validation)) == (SPLIT_SIZES["train"], SPLIT_SIZES["validation"])
     assert train.start == 0
@@ -79,16 +79,16 @@ def test_splits_have_their_sizes_and_share_no_face():
         ("train", 2**40 + 1, "1 to 2"),
     ],
 )
-def test_a_bad_split_is_refused_in_one_line(split, num_images, message):
-    with pytest.raises(ValueError, match=message) as refusal:
+def test_bad_splits_raise_one_line_errors(split, num_images, message):
+    with pytest.raises(ValueError, match=message) as error:
         split_indices(split, num_images)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
 
 
 # Factors
 
 
-def test_factors_keep_to_their_ranges_and_fill_them():
+def test_factors_stay_within_and_cover_their_ranges():
     factors = face_factors(range(4000))
     assert tuple(factors) == FACTORS
     for name, (low, high) in CONTINUOUS.items():
@@ -105,7 +105,7 @@ def test_factors_keep_to_their_ranges_and_fill_them():
         assert abs(factors[name].mean() - probability) < 0.03
 
 
-def test_factors_are_independent():
+def test_factors_are_uncorrelated():
     correlations = np.corrcoef(np.stack([column.astype(np.float64) for column in face_factors(range(4000)).values()]))
     assert np.abs(correlations - np.eye(len(FACTORS))).max() < 5 / math.sqrt(4000)
 
@@ -126,7 +126,7 @@ def test_pictures_have_shape_dtype_and_contrast():
     assert render_faces([], 32).shape == (0, 32, 32, 3)
 
 
-def test_a_face_does_not_depend_on_its_batch():
+def test_faces_do_not_depend_on_their_batch():
     num_faces = PIXELS_PER_CHUNK // 32**2 + 5  # more than one chunk
     images = render_faces(range(num_faces), 32)
     np.testing.assert_array_equal(render_faces(range(num_faces)[::-1], 32), images[::-1])
@@ -134,7 +134,7 @@ def test_a_face_does_not_depend_on_its_batch():
         np.testing.assert_array_equal(render_faces([index], 32)[0], images[index])
 
 
-def test_resolutions_show_the_same_face():
+def test_face_is_the_same_at_every_resolution():
     small, large = render_faces(range(64), 32), render_faces(range(64), 64)
     averaged = large.reshape(64, 32, 2, 32, 2, 3).mean(axis=(2, 4))
     difference = np.abs(small - averaged).reshape(64, -1).mean(axis=1)
@@ -144,7 +144,7 @@ def test_resolutions_show_the_same_face():
 
 
 @pytest.mark.parametrize("name", FACTORS)
-def test_a_factor_changes_its_part_of_the_picture(name):
+def test_factors_change_only_their_part_of_the_picture(name):
     resolution, num_faces = 64, 32
     factors = with_factors(face_factors(range(num_faces)), **NEUTRAL_POSE)
     low, high = (draw_faces(with_factors(factors, **{name: value}), resolution) for value in extremes(name))
@@ -158,8 +158,8 @@ def test_a_factor_changes_its_part_of_the_picture(name):
     assert difference[:, ~inside].max(initial=0) <= 1
 
 
-def test_a_smile_lifts_the_corners_of_the_mouth():
-    """Redness is what the lips add, so its height at the corners against the middle tells a smile from a frown."""
+def test_smile_lifts_the_corners_of_the_mouth():
+    """The lips add redness; its height at the corners relative to the middle distinguishes a smile from a frown."""
     neutral = with_factors(face_factors(range(32)), **NEUTRAL_POSE, facial_hair=0, mouth_open=0.0, blush=0.0)
     frown, smile = (draw_faces(with_factors(neutral, smile=value), 64).astype(float) for value in (-0.3, 1.0))
     redder = (smile[..., 0] - smile[..., 1:].mean(axis=-1)) - (frown[..., 0] - frown[..., 1:].mean(axis=-1))
@@ -169,7 +169,7 @@ def test_a_smile_lifts_the_corners_of_the_mouth():
     assert height[30:34].mean() > height[[26, 27, 36, 37]].mean() + 1  # y points down: the middle hangs lower
 
 
-def test_turned_heads_look_the_way_they_turn():
+def test_yaw_shifts_the_mouth_sideways():
     factors = with_factors(face_factors(range(16)), **NEUTRAL_POSE)
     centres = []
     for yaw in (-1.0, 1.0):

@@ -1,4 +1,4 @@
-"""train_unet.py as its users start it: whole runs, kills, resumes and refusals, and a single training step."""
+"""train_unet.py as users run it: complete runs, kills, resumes and errors, and single training steps."""
 
 import importlib.machinery
 import json
@@ -42,7 +42,7 @@ from training.resumable import save_checkpoint
 pytest_plugins = ["tiny_training"]
 
 
-def test_a_run_from_start_to_pipeline_and_the_same_command_again(start, tmp_path):
+def test_run_exports_a_pipeline_and_a_repeated_command_changes_nothing(start, tmp_path):
     run = tmp_path / "run"
     flags = ["--validation_split", "validation", "--validation_images", "20", "--report_to", "tensorboard"]
     output = start(run, *flags).finish(0)
@@ -60,9 +60,9 @@ def test_a_run_from_start_to_pipeline_and_the_same_command_again(start, tmp_path
     ema = load_file(run / "checkpoint-9" / "ema_unet.safetensors")
     assert all(torch.equal(value, ema[key]) for key, value in pipe.unet.state_dict().items())
     assert len(pipe(batch_size=2, num_inference_steps=2).images) == 2
-    told = json.loads((run / "pipeline" / "training.json").read_text())
-    assert (told["step"], told["total_steps"], told["images_seen"], told["samples_step"]) == (9, 9, 126, 9)
-    assert told["heldout"]["heldout_loss"] == records(run, "heldout_loss")[9]
+    record = json.loads((run / "pipeline" / "training.json").read_text())
+    assert (record["step"], record["total_steps"], record["images_seen"], record["samples_step"]) == (9, 9, 126, 9)
+    assert record["heldout"]["heldout_loss"] == records(run, "heldout_loss")[9]
     assert (run / "pipeline" / "samples.png").read_bytes() == (run / "samples" / "step-0000009.png").read_bytes()
     for path in (run / "pipeline" / "training_config.yaml", run / "config.yaml"):
         saved = yaml.safe_load(path.read_text())
@@ -78,8 +78,8 @@ def test_a_run_from_start_to_pipeline_and_the_same_command_again(start, tmp_path
     assert (run / "pipeline" / "results.json").exists(), "the weights that were measured are still these"
 
 
-def test_trackers_go_on_after_a_stop(train, tmp_path, monkeypatch):
-    """In the same run of W&B, inside the output folder; TensorBoard drops what came after the checkpoint."""
+def test_trackers_continue_after_a_stop(train, tmp_path, monkeypatch):
+    """W&B continues the same run inside the output folder; TensorBoard drops events after the checkpoint."""
     calls = []
     wandb = ModuleType("wandb")
     wandb.init = lambda **options: calls.append(options) or MagicMock()
@@ -97,8 +97,8 @@ def test_trackers_go_on_after_a_stop(train, tmp_path, monkeypatch):
     assert [event.step for event in events] == [*range(1, 10)]
 
 
-KILLS = {  # flags, processes, the step whose record is not written, the checkpoints then
-    "mid-epoch": ("", 1, 6, [3]),  # 50 images, 14 an update: checkpoints fall inside epochs
+KILLS = {  # flags, processes, the step whose record is not written, the checkpoints at that time
+    "mid-epoch": ("", 1, 6, [3]),  # 50 images, 14 per update: checkpoints fall inside epochs
     "two workers": ("--dataloader_num_workers 2", 1, 9, [3, 6]),
     "two processes": ("", 2, 6, [3]),
     "end of an epoch": ("--max_images 35 --checkpointing_steps 5", 1, 9, [5]),
@@ -109,8 +109,8 @@ KILLS = {  # flags, processes, the step whose record is not written, the checkpo
 
 
 @pytest.mark.parametrize("kill", KILLS)
-def test_killed_and_resumed_equals_never_killed(start, straight, tmp_path, kill):
-    """Dropout, flips and accumulation are on."""
+def test_resume_after_sigkill_is_bit_identical(start, straight, tmp_path, kill):
+    """With dropout, flips and gradient accumulation."""
     flags, num_processes, step, checkpoints = KILLS[kill]
     flags, run, undisturbed = flags.split(), tmp_path / "run", tmp_path / "undisturbed"
     if kill in ("mid-epoch", "two workers"):
@@ -126,7 +126,7 @@ def test_killed_and_resumed_equals_never_killed(start, straight, tmp_path, kill)
     assert_same_tensors(run / "checkpoint-9", undisturbed / "checkpoint-9")
 
 
-def test_two_processes_and_accumulation_change_neither_the_learning_rate_nor_the_images(start, tmp_path):
+def test_two_processes_keep_the_learning_rate_and_the_images_seen(start, tmp_path):
     start(tmp_path / "one", "--train_batch_size", "14").finish(0)
     start(tmp_path / "two", num_processes=2).finish(0)
     one, two = (records(tmp_path / name, "learning_rate") for name in ("one", "two"))
@@ -135,8 +135,8 @@ def test_two_processes_and_accumulation_change_neither_the_learning_rate_nor_the
     assert [records(tmp_path / name, "images_seen")[9] for name in ("one", "two")] == [9 * 28, 9 * 28]
 
 
-def on_a_machine_of_its_own(folders: list[Path]) -> None:
-    """As a process of torchrun with several nodes, in the folder for its rank."""
+def on_separate_machines(folders: list[Path]) -> None:
+    """Imitates a multi-node torchrun process, in the folder for its rank."""
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     os.chdir(folders[int(os.environ["RANK"])])
 
@@ -145,14 +145,14 @@ def test_several_machines_must_share_the_output_folder(start, tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
     apart, together = ([tmp_path / name for name in names] for names in ("ab", "aa"))
-    output = start(Path("run"), fault=partial(on_a_machine_of_its_own, apart), num_processes=2).finish(2)
+    output = start(Path("run"), fault=partial(on_separate_machines, apart), num_processes=2).finish(2)
     assert "error: --output_dir run is not one folder that all machines share" in output
     assert list((tmp_path / "a" / "run").iterdir()) == []
-    start(Path("run"), fault=partial(on_a_machine_of_its_own, together), num_processes=2).finish(0)
+    start(Path("run"), fault=partial(on_separate_machines, together), num_processes=2).finish(0)
     assert list(list_checkpoints(tmp_path / "a" / "run")) == [6, 9]
 
 
-def test_a_time_budget_then_the_same_command_goes_on(make_trainer):
+def test_time_budget_ends_the_run_and_the_same_command_resumes_it(make_trainer):
     trainer = make_trainer(max_train_steps=10_000, checkpointing_steps=10_000)
     step_once = trainer.training_step
 
@@ -191,13 +191,13 @@ def test_dry_run_writes_nothing(train, tmp_path):
         ("--label_column mouth", "glasses"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(flags, message, train, tmp_path):
+def test_bad_input_exits_with_code_2_and_one_line(flags, message, train, tmp_path):
     assert message in error_line(train(tmp_path / "run", *flags.split(), code=2))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_of_images_is_all_that_a_newcomer_gives(tmp_path, cache_dir, on_cpu, capfd):
-    """The configuration is then the quickstart's, which names other images and a split that the folder lacks."""
+def test_a_folder_of_images_is_enough_to_train(tmp_path, cache_dir, on_cpu, capfd):
+    """The quickstart configuration is used, without its data set and its validation split."""
     (tmp_path / "faces").mkdir()
     for number in range(16):
         Image.new("RGB", (20, 30), (number, 0, 0)).save(tmp_path / "faces" / f"{number}.png")
@@ -209,13 +209,13 @@ def test_a_folder_of_images_is_all_that_a_newcomer_gives(tmp_path, cache_dir, on
     assert len(list_checkpoints(tmp_path / "run")) == 1
 
 
-def test_an_environment_variable_of_accelerate_does_not_divide_the_gradient(monkeypatch, on_cpu):
+def test_accelerate_environment_variable_does_not_scale_gradients(monkeypatch, on_cpu):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     assert build_accelerator(TrainConfig(**TINY)).gradient_accumulation_steps == 1
 
 
-def test_an_error_of_the_main_process_ends_all_processes(tmp_path, cache_dir, on_cpu):
-    """Under torchrun, which stops the others once one has ended."""
+def test_errors_on_the_main_process_end_all_processes(tmp_path, cache_dir, on_cpu):
+    """With torchrun, which stops the others as soon as one has ended."""
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_unet.py"]
     flags = ["--config", tmp_path / "tiny.yaml", "--cache_dir", cache_dir, "--split", "nowhere"]
@@ -231,7 +231,7 @@ def test_an_error_of_the_main_process_ends_all_processes(tmp_path, cache_dir, on
         assert re.search(rf"^{rank}error: .*nowhere", done.stderr, re.MULTILINE), done.stderr
 
 
-# ---- Objectives in continuous time
+# ---- Continuous-time objectives
 
 OBJECTIVES = {
     "vp": "",
@@ -243,7 +243,7 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_lowers_the_heldout_loss_and_leaves_its_pipeline(objective, train, tmp_path):
+def test_every_objective_lowers_the_heldout_loss_and_exports_its_pipeline(objective, train, tmp_path):
     run = tmp_path / "run"
     toy = {"dropout": 0.0, "max_train_steps": 80, "checkpointing_steps": 80, "learning_rate": 1e-2, "ema_power": 0.5}
     toy |= {"validation_split": "validation", "validation_images": 40, "gradient_accumulation_steps": 1}
@@ -259,12 +259,12 @@ def test_every_objective_lowers_the_heldout_loss_and_leaves_its_pipeline(objecti
     assert (run / "samples" / "step-0000080.png").is_file()
 
 
-# ---- A start from the weights of a trained model
+# ---- Starting from pretrained weights
 
 
 @pytest.fixture
-def taught(make_trainer) -> train_unet.Trainer:
-    """A trainer after two steps, with its pipeline folder."""
+def pretrained(make_trainer) -> train_unet.Trainer:
+    """A trainer after two steps, with its exported pipeline."""
     trainer = make_trainer(learning_rate=0.05, lr_warmup_steps=0)
     trainer.training_step()
     trainer.training_step()
@@ -277,14 +277,14 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_run_starts_from_the_weights_of_a_model(taught, make_trainer):
-    """From the averaged ones; only its first start does, and its model tells."""
-    name = {"pretrained_model_name_or_path": str(taught.pipeline_dir)}
+def test_run_starts_from_the_ema_weights_of_a_pretrained_model(pretrained, make_trainer):
+    """Only the first start loads them, and the exported model records where they came from."""
+    name = {"pretrained_model_name_or_path": str(pretrained.pipeline_dir)}
     other = {"dropout": 0.2, "resolution": 16, "seed": 5}
     run = make_trainer(**name, **other)
-    assert not same_weights(taught.network, taught.ema_network)
-    assert same_weights(run.network, taught.ema_network)
-    assert same_weights(run.ema_network, taught.ema_network)
+    assert not same_weights(pretrained.network, pretrained.ema_network)
+    assert same_weights(run.network, pretrained.ema_network)
+    assert same_weights(run.ema_network, pretrained.ema_network)
     assert run.progress.step == 0
     run.training_step()
     run.training_step()
@@ -294,11 +294,11 @@ def test_a_run_starts_from_the_weights_of_a_model(taught, make_trainer):
     again = make_trainer(**name, **other, output_dir=run.config.output_dir)
     assert again.progress.step == 2
     assert same_weights(again.network, run.network)
-    assert not same_weights(again.network, taught.ema_network)
+    assert not same_weights(again.network, pretrained.ema_network)
 
-    told = json.loads((run.pipeline_dir / "training.json").read_text())
-    seconds = taught.progress.train_seconds
-    assert told["pretrained"] == {"name": "run0", "images_seen": 28, "train_seconds": seconds}
+    record = json.loads((run.pipeline_dir / "training.json").read_text())
+    seconds = pretrained.progress.train_seconds
+    assert record["pretrained"] == {"name": "run0", "images_seen": 28, "train_seconds": seconds}
     card = (run.pipeline_dir / "README.md").read_text()
     assert "the weights of `run0`, which had seen 28 images in 0.0 minutes of training" in card
     public = yaml.safe_load((run.pipeline_dir / "training_config.yaml").read_text())
@@ -319,26 +319,26 @@ def test_a_run_starts_from_the_weights_of_a_model(taught, make_trainer):
         ("--label_column hair_style", "num_class_embeds: None -> 8"),
     ],
 )
-def test_a_model_that_does_not_fit_is_refused(flags, message, taught, train, tmp_path):
-    flags = ["--pretrained_model_name_or_path", taught.pipeline_dir, *flags.split()]
+def test_incompatible_pretrained_models_are_rejected(flags, message, pretrained, train, tmp_path):
+    flags = ["--pretrained_model_name_or_path", pretrained.pipeline_dir, *flags.split()]
     assert message in error_line(train(tmp_path / "new", *flags, code=2))
     assert not (tmp_path / "new").exists()
 
 
-def test_a_class_conditional_model_is_no_start_of_an_unconditional_one(make_trainer):
+def test_unconditional_run_rejects_class_conditional_weights(make_trainer):
     conditional = make_trainer(label_column="glasses")
     conditional.export()
     with pytest.raises(InputError, match="num_class_embeds: 3 -> None"):
         make_trainer(pretrained_model_name_or_path=str(conditional.pipeline_dir))
 
 
-def test_a_model_that_cannot_be_had_is_told_before_the_data_are_read(taught, train, tmp_path, monkeypatch):
+def test_unavailable_pretrained_models_fail_before_data_is_read(pretrained, train, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    weights = taught.pipeline_dir / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = pretrained.pipeline_dir / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    for name, message in ((taught.pipeline_dir, "could not be loaded"), ("no/where/at/all", "is neither a folder")):
+    for name, text in ((pretrained.pipeline_dir, "could not be loaded"), ("no/where/at/all", "is neither a folder")):
         flags = ["--split", "nowhere", "--pretrained_model_name_or_path", name]
-        assert message in error_line(train(tmp_path / "new", *flags, code=2))
+        assert text in error_line(train(tmp_path / "new", *flags, code=2))
 
 
 # ---- Classes
@@ -352,7 +352,7 @@ def labels_seen_by(network, call) -> torch.Tensor:
     return torch.cat(seen)
 
 
-def test_labels_reach_the_network_and_are_dropped_with_their_probability(make_trainer):
+def test_labels_reach_the_network_and_are_dropped_at_the_given_rate(make_trainer):
     trainer = make_trainer(label_column="eye_colour", label_dropout=0.25)
     num_classes = len(trainer.data.label_names)
     assert trainer.network.config.num_class_embeds == num_classes + 1
@@ -364,7 +364,7 @@ def test_labels_reach_the_network_and_are_dropped_with_their_probability(make_tr
     assert (~kept).double().mean().item() == pytest.approx(0.25, abs=0.06)
 
 
-def test_heldout_losses_have_the_true_labels_and_grids_each_class_in_turn(make_trainer, capfd):
+def test_heldout_loss_uses_true_labels_and_grids_cycle_through_classes(make_trainer, capfd):
     trainer = make_trainer(
         label_column="glasses", validation_split="validation", validation_images=20, objective="edm", eval_batch_size=5
     )
@@ -377,13 +377,13 @@ def test_heldout_losses_have_the_true_labels_and_grids_each_class_in_turn(make_t
     assert "sampling failed" not in "".join(capfd.readouterr())
 
 
-def test_images_are_flipped_alike_with_and_without_labels(make_trainer, monkeypatch):
+def test_flips_are_the_same_with_and_without_labels(make_trainer, monkeypatch):
     flipped = []
     flip = training_data.random_flip
     monkeypatch.setattr(training_data, "random_flip", lambda images: flipped.append(flip(images)) or flipped[-1])
     for trainer in (make_trainer(), make_trainer(label_column="glasses")):
         trainer.training_step()
-    one, _, other, _ = flipped  # of two micro-batches each, the second after noise and dropped labels
+    one, _, other, _ = flipped  # two micro-batches each, the second after noise and label dropout
     assert torch.equal(one, other)
 
 
@@ -399,7 +399,7 @@ def weights(trainer) -> list[torch.Tensor]:
     return [p.detach().clone() for n in (trainer.network, trainer.ema_network) for p in n.parameters()]
 
 
-def test_a_step_moves_network_and_ema_by_the_documented_amount(trainer):
+def test_training_step_updates_the_ema_with_the_documented_decay(trainer):
     trainer.training_step()  # the first learning rate is 0
     ema_before = [p.clone() for p in trainer.ema_network.parameters()]
     trainer.training_step()
@@ -410,7 +410,7 @@ def test_a_step_moves_network_and_ema_by_the_documented_amount(trainer):
     assert not all(torch.equal(b, e) for b, e in zip(ema_before, trainer.ema_network.parameters(), strict=True))
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_whole(trainer, monkeypatch):
+def test_nonfinite_gradients_skip_the_whole_update(trainer, monkeypatch):
     trainer.training_step()
     before, rate = weights(trainer), trainer.optimizer.param_groups[0]["lr"]
     monkeypatch.setattr(training_data, "to_model_range", lambda images: images.float() * float("nan"))
@@ -425,7 +425,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_whole(trainer, monkeypatch):
     assert trainer.optimizer.param_groups[0]["lr"] > rate
 
 
-def test_accumulated_gradient_is_that_of_the_whole_batch(trainer, monkeypatch):
+def test_accumulated_gradient_equals_that_of_the_whole_batch(trainer, monkeypatch):
     """Two micro-batches of 7 give the mean of their gradients."""
     gradients, losses = [], []
     loss_of = train_unet.diffusion_loss
@@ -443,7 +443,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(trainer, monkeypatch):
     assert grad_norm.item() == pytest.approx(mean.norm().item(), rel=1e-5)
 
 
-def test_a_failing_sampler_leaves_weights_and_mode_as_they_were(trainer, capfd):
+def test_failed_sampling_leaves_weights_and_mode_unchanged(trainer, capfd):
     with torch.no_grad():
         trainer.ema_network.conv_out.weight.fill_(float("nan"))
     before = weights(trainer)
@@ -454,7 +454,7 @@ def test_a_failing_sampler_leaves_weights_and_mode_as_they_were(trainer, capfd):
     assert trainer.training_step()[2]
 
 
-def test_bf16_autocast_reaches_the_network_alone(make_trainer, monkeypatch):
+def test_bf16_autocast_applies_only_to_the_network(make_trainer, monkeypatch):
     """The convolutions run in bfloat16; images, noise and loss stay float32."""
     trainer, seen = make_trainer(mixed_precision="bf16"), {}
     trainer.network.conv_in.register_forward_hook(
@@ -469,10 +469,10 @@ def test_bf16_autocast_reaches_the_network_alone(make_trainer, monkeypatch):
     assert {*seen.values(), loss.dtype} == {torch.float32}
 
 
-# ---- What a run tells
+# ---- What a run reports
 
 
-def test_the_pipeline_carries_the_grid_of_its_step_or_says_which(trainer):
+def test_pipeline_records_the_step_of_its_sample_grid(trainer):
     trainer.config.save_images_steps, trainer.config.checkpointing_steps, trainer.total_steps = 2, 3, 6
     exported = []
 
@@ -482,31 +482,31 @@ def test_the_pipeline_carries_the_grid_of_its_step_or_says_which(trainer):
 
     trainer.export = export
     trainer.train()
-    assert [(told["step"], told["samples_step"]) for told in exported] == [(3, 2), (6, 6), (6, 6)]
+    assert [(record["step"], record["samples_step"]) for record in exported] == [(3, 2), (6, 6), (6, 6)]
     (trainer.pipeline_dir / "training.json").write_text('{"step": 1}')
-    trainer.train()  # nothing is left to train, but an export that a kill may have prevented
+    trainer.train()  # nothing is left to train, but a kill may have prevented the export
     assert exported[-1]["step"] == 6
     assert len(exported) == 4
 
 
-def test_the_facts_are_of_the_newest_heldout_loss_and_tell_no_path(make_trainer, tmp_path):
+def test_facts_contain_the_newest_heldout_loss_and_no_paths(make_trainer, tmp_path):
     trainer = make_trainer(validation_split="validation", validation_images=20)
     assert facts(trainer)["heldout"] is None
     for _ in range(2):
         trainer.training_step()
         report_heldout_loss(trainer)
-    told = facts(trainer)
-    assert json.loads(json.dumps(told)) == told
-    assert str(tmp_path) not in json.dumps(told)
-    assert (told["heldout"]["step"], told["heldout"]["split"]) == (2, "validation")
-    assert told["heldout"].keys() > {"heldout_loss", "heldout_loss_q1", "heldout_loss_q4"}
-    assert told["objective"] == trainer.config.objective_settings()
-    trainer.config.validation_split = None  # given up by a resumed run
+    record = facts(trainer)
+    assert json.loads(json.dumps(record)) == record
+    assert str(tmp_path) not in json.dumps(record)
+    assert (record["heldout"]["step"], record["heldout"]["split"]) == (2, "validation")
+    assert record["heldout"].keys() > {"heldout_loss", "heldout_loss_q1", "heldout_loss_q4"}
+    assert record["objective"] == trainer.config.objective_settings()
+    trainer.config.validation_split = None  # dropped by a resumed run
     assert facts(trainer)["heldout"] is None
 
 
 @pytest.mark.parametrize(("post_hoc_ema", "copies"), [(False, 5), (True, 7)])
-def test_the_summary_tells_sizes_precision_and_memory(make_trainer, post_hoc_ema, copies):
+def test_preflight_summary_shows_sizes_precision_and_memory(make_trainer, post_hoc_ema, copies):
     trainer = make_trainer(post_hoc_ema=post_hoc_ema, mixed_precision="bf16", block_out_channels=[64, 128])
     mebibytes = copies * 4 * sum(p.numel() for p in trainer.network.parameters()) / 2**20
     text = preflight_summary(trainer)

@@ -1,4 +1,4 @@
-"""The trainer when its process, its disk or its numbers fail; every fault is a real one."""
+"""The trainer under process, disk and numerical failures; every fault is real."""
 
 import io
 import json
@@ -48,13 +48,13 @@ SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 ENDLESS = {"max_train_steps": 10**6, "checkpointing_steps": 10**6, "lr_scheduler": "constant"}
 
 
-def little_memory(num_bytes: int) -> None:
+def limit_memory(num_bytes: int) -> None:
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + num_bytes, used + num_bytes))
 
 
 def copy_until(straight: Path, folder: Path, step: int) -> Path:
-    """The output folder as it was just after the checkpoint of this step."""
+    """Copies the output folder as it was just after the checkpoint of this step."""
     shutil.copytree(straight, folder)
     for path in (*folder.glob("checkpoint-*"), *folder.glob("ema_snapshots/checkpoint-*")):
         if int(path.name.split("-")[1]) > step:
@@ -63,14 +63,14 @@ def copy_until(straight: Path, folder: Path, step: int) -> Path:
 
 
 def rewrite(folder: Path, name: str, change) -> None:
-    """Changes every tensor of a checkpoint's file, and its manifest to agree."""
+    """Changes every tensor in a file of a checkpoint, and updates the manifest."""
     path = folder / f"{name}.safetensors"
     save_file({key: change(value) for key, value in load_file(path).items()}, path)
     update_manifest(folder)
 
 
 def change_identity(folder: Path, **changes) -> None:
-    """Entries of a checkpoint's identity; None removes one."""
+    """Changes entries of a checkpoint's identity; None removes an entry."""
     state = checkpoint.read_state(folder)
     identity = state["identity"] | changes
     state["identity"] = {name: value for name, value in identity.items() if value is not None or name not in changes}
@@ -87,7 +87,7 @@ def update_manifest(folder: Path) -> None:
 # ---- SIGKILL and resume
 
 
-def test_a_save_that_was_cut_off_is_told_and_the_checkpoint_before_taken(start, straight, tmp_path):
+def test_interrupted_save_is_reported_and_the_previous_checkpoint_used(start, straight, tmp_path):
     flags = ["--checkpoints_total_limit", "1"]
     run = copy_until(straight, tmp_path / "run", 3)
     kill = partial(signal_at, signal.SIGKILL, "open", "/run/.tmp-checkpoint-6/manifest", 1)
@@ -100,7 +100,7 @@ def test_a_save_that_was_cut_off_is_told_and_the_checkpoint_before_taken(start, 
     assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
 
 
-def test_a_snapshot_that_was_cut_off_is_taken_again(start, straight, tmp_path):
+def test_interrupted_snapshots_are_taken_again(start, straight, tmp_path):
     run = copy_until(straight, tmp_path / "run", 3)
     kill = partial(signal_at, signal.SIGKILL, "open", "/ema_snapshots/.tmp-checkpoint-6/manifest", 1)
     start(run, fault=kill).finish(-signal.SIGKILL)
@@ -123,7 +123,7 @@ def test_a_snapshot_that_was_cut_off_is_taken_again(start, straight, tmp_path):
         (2000, "log.jsonl"),
     ],
 )
-def test_a_full_disk_names_the_path_and_the_run_goes_on_later(start, straight, tmp_path, num_bytes, name):
+def test_full_disk_error_names_the_path_and_the_run_can_be_resumed(start, straight, tmp_path, num_bytes, name):
     run = copy_until(straight, tmp_path / "run", 3)
     if name == "log.jsonl":
         (run / name).write_text("".join(f'{{"step": {step}, "text": "{"x" * 600}"}}\n' for step in range(4)))
@@ -141,7 +141,7 @@ def test_a_full_disk_names_the_path_and_the_run_goes_on_later(start, straight, t
     assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
 
 
-def test_an_export_that_does_not_fit_the_disk_leaves_the_older_pipeline(start, straight, tmp_path):
+def test_failed_export_keeps_the_previous_pipeline(start, straight, tmp_path):
     run = tmp_path / "run"
     start(run, "--max_train_steps", "3").finish(0)
     before = contents(run / "pipeline")
@@ -153,8 +153,8 @@ def test_an_export_that_does_not_fit_the_disk_leaves_the_older_pipeline(start, s
     assert json.loads((run / "pipeline" / "training.json").read_text())["step"] == 9
 
 
-@pytest.mark.parametrize("fault", ["no folder for the grids", "EMA weights that are NaN"])
-def test_a_sampling_that_fails_changes_no_loss(start, straight, tmp_path, fault):
+@pytest.mark.parametrize("fault", ["no folder for the grids", "NaN EMA weights"])
+def test_failed_sampling_does_not_change_the_losses(start, straight, tmp_path, fault):
     run = copy_until(straight, tmp_path / "run", 3)
     if fault == "no folder for the grids":
         shutil.rmtree(run / "samples")
@@ -168,10 +168,10 @@ def test_a_sampling_that_fails_changes_no_loss(start, straight, tmp_path, fault)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-# ---- Checkpoints that do not fit
+# ---- Incompatible checkpoints
 
 
-def test_what_differs_from_the_checkpoint_is_listed(start, straight, tmp_path):
+def test_error_lists_all_differences_from_the_checkpoint(start, straight, tmp_path):
     run = copy_until(straight, tmp_path / "run", 3)
     change_identity(run / "checkpoint-3", num_processes=2)
     flags = ["--block_out_channels", "8", "24", "--beta_end", "0.03", "--train_batch_size", "5"]
@@ -195,7 +195,7 @@ def test_what_differs_from_the_checkpoint_is_listed(start, straight, tmp_path):
     assert contents(run) == before
 
 
-def test_a_checkpoint_from_before_there_were_objectives_is_one_of_ddpm(start, straight, tmp_path):
+def test_checkpoints_without_an_objective_count_as_ddpm(start, straight, tmp_path):
     run = copy_until(straight, tmp_path / "run", 3)
     old = "prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr".split()
     new = [name for name in resumable.OBJECTIVE if name not in old]
@@ -204,20 +204,20 @@ def test_a_checkpoint_from_before_there_were_objectives_is_one_of_ddpm(start, st
     assert "objective: 'ddpm' -> 'edm'; post_hoc_ema: False -> True" in line
     without = ["--post_hoc_ema", "false"]
     weighted = copy_until(run, tmp_path / "weighted", 3)
-    start(weighted, "--snr_gamma", "5", *without).finish(0)  # it told nothing of weights
+    start(weighted, "--snr_gamma", "5", *without).finish(0)  # old checkpoints do not record loss weights
     start(run, *without).finish(0)
     assert records(run, "loss") == records(straight, "loss")
 
 
-def test_to_overwrite_deletes_what_the_earlier_run_wrote_and_nothing_else(start, straight, tmp_path):
+def test_overwriting_deletes_only_the_files_of_the_earlier_run(start, straight, tmp_path):
     run = copy_until(straight, tmp_path / "run", 3)
     (run / "abandoned-checkpoint-4").mkdir()
     for name in ("samples/step-0000006.png", "logs/unet/events", "logs/mine", "my-checkpoint-notes.txt"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)
     start(run, "--overwrite_output_dir", "--max_train_steps", "1").finish(0)
-    there = "checkpoint-1 config.yaml log.jsonl logs my-checkpoint-notes.txt pipeline samples".split()
-    assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == there
+    expected = "checkpoint-1 config.yaml log.jsonl logs my-checkpoint-notes.txt pipeline samples".split()
+    assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == expected
     assert [path.name for path in run.glob("samples/*")] == ["step-0000001.png"]
     assert [path.name for path in run.glob("logs/*")] == ["mine"]
     assert records(run, "loss").keys() == {1}
@@ -225,7 +225,7 @@ def test_to_overwrite_deletes_what_the_earlier_run_wrote_and_nothing_else(start,
     assert list(checkpoint.list_checkpoints(run)) == [1, 2]
 
 
-def test_a_run_stopped_before_its_first_update_exports_no_model(start, straight, tmp_path):
+def test_run_stopped_before_its_first_update_exports_no_model(start, straight, tmp_path):
     run = copy_until(straight, tmp_path / "run", 3)
     before = contents(run / "pipeline")
     output = start(run, "--overwrite_output_dir", "--max_train_minutes", "1e-9").finish(0)
@@ -233,7 +233,7 @@ def test_a_run_stopped_before_its_first_update_exports_no_model(start, straight,
     assert contents(run / "pipeline") == before
 
 
-def test_a_tracker_that_cannot_start_is_one_line(start, tmp_path):
+def test_tracker_failure_exits_with_code_1_and_one_line(start, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "logs").touch()
@@ -244,7 +244,7 @@ def test_a_tracker_that_cannot_start_is_one_line(start, tmp_path):
 
 
 def signal_while_sampling(number: int) -> None:
-    """In the second step of the sampler."""
+    """Sends the signal in the second step of the sampler."""
     stop_callback, asked = samples.stop_callback, []
 
     def stop_callback_with_signal(should_stop):
@@ -261,20 +261,20 @@ def signal_while_sampling(number: int) -> None:
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 @pytest.mark.parametrize(
-    ("file", "checkpoints", "told"),
+    ("file", "checkpoints", "message"),
     [
         ("/run/.tmp-config.yaml", [], "before the training began"),
         ("/run/log.jsonl", [1], "the pipeline is"),
         ("/run/.tmp-checkpoint-3/", [3], "the pipeline is"),
         (None, [2], "step 2: sampling given up"),
     ],
-    ids=["before the first step", "in a step", "while saving", "while sampling"],
+    ids=["before the first step", "during a step", "while saving", "while sampling"],
 )
-def test_a_signal_ends_the_run_in_good_order(start, tmp_path, number, code, file, checkpoints, told):
+def test_signals_end_the_run_gracefully(start, tmp_path, number, code, file, checkpoints, message):
     run, flags = tmp_path / "run", ["--save_images_steps", "2"] if file is None else []
     fault = partial(signal_at, number, "open", file, 1) if file else partial(signal_while_sampling, number)
     output = start(run, *flags, fault=fault).finish(code)
-    assert told in (output if checkpoints else error_line(output))
+    assert message in (output if checkpoints else error_line(output))
     assert list(checkpoint.list_checkpoints(run)) == checkpoints
     assert not list(run.glob("samples/*"))
     for step in checkpoints:
@@ -282,8 +282,8 @@ def test_a_signal_ends_the_run_in_good_order(start, tmp_path, number, code, file
         assert json.loads((run / "pipeline" / "training.json").read_text())["step"] == step
 
 
-class Writes(io.RawIOBase):
-    """What stderr is where Python is told not to buffer (PYTHONUNBUFFERED), with each write kept by itself."""
+class WriteRecorder(io.RawIOBase):
+    """An unbuffered stderr, as with PYTHONUNBUFFERED, that records each write."""
 
     def __init__(self, before_each=lambda: None):
         self.texts, self.before_each = [], before_each
@@ -296,29 +296,29 @@ class Writes(io.RawIOBase):
         self.texts.append(bytes(data).decode())
         return len(data)
 
-    def put_in_place(self, monkeypatch) -> None:
+    def replace_stderr(self, monkeypatch) -> None:
         monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(self, write_through=True))
 
 
 @pytest.mark.parametrize("main", [train_unet.main, guidance.main, generate.main], ids=lambda main: main.__module__)
-def test_an_error_is_one_write_so_that_those_of_several_processes_do_not_mix(main, monkeypatch):
-    stderr = Writes()
-    stderr.put_in_place(monkeypatch)
+def test_errors_are_a_single_write_so_that_processes_do_not_interleave(main, monkeypatch):
+    stderr = WriteRecorder()
+    stderr.replace_stderr(monkeypatch)
     monkeypatch.setenv("RANK", "1")
     assert main(["--nonsense", "1"]) == 2
     (text,) = [text for text in stderr.texts if text]
     assert re.fullmatch(r"\[rank 1\] error: .+\n", text)
 
 
-def test_a_signal_while_an_error_is_told_does_not_keep_it_from_being_told(monkeypatch):
-    stderr = Writes(before_each=lambda: signal.raise_signal(signal.SIGTERM))
-    stderr.put_in_place(monkeypatch)
+def test_signals_during_error_reporting_do_not_suppress_the_error(monkeypatch):
+    stderr = WriteRecorder(before_each=lambda: signal.raise_signal(signal.SIGTERM))
+    stderr.replace_stderr(monkeypatch)
     assert train_unet.main(["--nonsense", "1"]) == 2
     assert re.fullmatch(r"error: .+\n", "".join(stderr.texts))
 
 
-def signal_to_all_at(number: int, path_part: str, count: int) -> None:
-    """To the whole process group, as Ctrl-C in a terminal sends it."""
+def signal_group_at(number: int, path_part: str, count: int) -> None:
+    """Signals the whole process group, as Ctrl-C in a terminal does."""
     os.setsid()
     act_at(lambda: os.killpg(0, number), "open", path_part, count)
 
@@ -332,17 +332,17 @@ def is_group_gone(group: int) -> bool:
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_a_signal_to_the_loaders_workers_too_ends_the_run_in_good_order(start, tmp_path, number, code):
+def test_signals_to_the_process_group_end_the_run_gracefully(start, tmp_path, number, code):
     run = tmp_path / "run"
-    job = start(run, "--dataloader_num_workers", "2", fault=partial(signal_to_all_at, number, "/run/log.jsonl", 2))
+    job = start(run, "--dataloader_num_workers", "2", fault=partial(signal_group_at, number, "/run/log.jsonl", 2))
     assert "Traceback" not in job.finish(code)
     assert list(checkpoint.list_checkpoints(run)) == [2]
     wait_until(lambda: is_group_gone(job.process.pid))
 
 
 def stall_and_stop() -> None:
-    """The loader's worker gives six batches; then it asks for the end of the run, and gives none."""
-    multiprocessing.set_start_method("fork", force=True)  # so that the worker has what follows
+    """The data loader's worker yields six batches; then it sends SIGTERM to the trainer and stalls."""
+    multiprocessing.set_start_method("fork", force=True)  # so that the worker inherits the patch
     take, taken = data._Batches.__getitems__, []
 
     def stalling(self, indices):
@@ -355,11 +355,11 @@ def stall_and_stop() -> None:
     data._Batches.__getitems__ = stalling
 
 
-def test_a_signal_ends_a_run_whose_loader_gives_nothing_any_more(start, tmp_path):
+def test_signals_end_a_run_whose_data_loader_stalls(start, tmp_path):
     run = tmp_path / "run"
     job = start(run, "--dataloader_num_workers", "1", fault=stall_and_stop)
     assert "Traceback" not in job.finish(143)
-    assert list(checkpoint.list_checkpoints(run)) == [max(records(run, "loss"))] == [3]  # two batches an update
+    assert list(checkpoint.list_checkpoints(run)) == [max(records(run, "loss"))] == [3]  # two batches per update
 
 
 DECODING = """
@@ -378,10 +378,10 @@ for _ in on_all_cores(decode, 100 * CHUNK):
 """
 
 
-def test_ctrl_c_while_images_are_decoded_is_told_by_the_main_process_alone():
+def test_ctrl_c_while_decoding_is_reported_only_by_the_main_process():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", DECODING], cwd=REPOSITORY, start_new_session=True, **pipes)
-    for _ in range(4):  # the workers take turns, and then wait in the fifth chunk for ever
+    for _ in range(4):  # the workers take turns, then wait forever in the fifth chunk
         assert process.stdout.readline() == "decoding\n"
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=HANG_SECONDS)
@@ -390,7 +390,7 @@ def test_ctrl_c_while_images_are_decoded_is_told_by_the_main_process_alone():
     assert stderr.endswith("KeyboardInterrupt\n")
 
 
-def test_the_end_of_accelerate_launch_ends_its_trainer_after_a_checkpoint(start, tmp_path):
+def test_stopping_accelerate_launch_stops_the_trainer_after_a_checkpoint(start, tmp_path):
     run = tmp_path / "run"
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | ENDLESS))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "train_unet.py"]
@@ -416,7 +416,7 @@ def test_the_end_of_accelerate_launch_ends_its_trainer_after_a_checkpoint(start,
 
 
 @pytest.mark.parametrize(
-    ("words", "answer"),
+    ("words", "expected"),
     [
         ("/usr/bin/python /usr/bin/accelerate launch train_unet.py", True),
         ("python -m accelerate.commands.launch train_unet.py", True),
@@ -426,13 +426,13 @@ def test_the_end_of_accelerate_launch_ends_its_trainer_after_a_checkpoint(start,
         ("", False),
     ],
 )
-def test_only_accelerate_launch_is_a_launcher(words, answer):
-    # a shell gets its whole command as one word
+def test_only_accelerate_launch_is_recognised_as_a_launcher(words, expected):
+    # a shell gets its whole command as one argument
     command = ["bash", "-c", words.removeprefix("bash -c ")] if words.startswith("bash") else words.split()
-    assert is_accelerate_launch(command) == answer
+    assert is_accelerate_launch(command) == expected
 
 
-def test_a_second_process_ends_at_once_and_the_first_goes_on_undisturbed(start, straight, tmp_path):
+def test_second_process_exits_and_the_first_continues_undisturbed(start, straight, tmp_path):
     run = tmp_path / "run"
     first = start(run, fault=partial(signal_at, signal.SIGSTOP, "open", "/run/log.jsonl", 5))
     wait_until(lambda: run.exists() and psutil.Process(first.process.pid).status() == psutil.STATUS_STOPPED)
@@ -446,10 +446,10 @@ def test_a_second_process_ends_at_once_and_the_first_goes_on_undisturbed(start, 
     assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
 
 
-# ---- Numbers
+# ---- Numerical failures
 
 
-def test_weights_that_are_not_finite_end_the_run_after_so_many_skipped_steps(start, straight, tmp_path):
+def test_nonfinite_weights_end_the_run_after_max_nonfinite_steps(start, straight, tmp_path):
     run = copy_until(straight, tmp_path / "run", 3)
     rewrite(run / "checkpoint-3", "unet", lambda value: value * float("nan"))
     before = contents(run / "checkpoint-3")
@@ -461,15 +461,15 @@ def test_weights_that_are_not_finite_end_the_run_after_so_many_skipped_steps(sta
     assert list(checkpoint.list_checkpoints(run)) == [3]
 
 
-def test_out_of_memory_is_one_line_that_names_what_to_lower(start, tmp_path):
+def test_out_of_memory_error_names_the_option_to_lower(start, tmp_path):
     flags = ["--block_out_channels", "2048", "4096"]
-    output = start(tmp_path / "run", *flags, fault=partial(little_memory, 300_000_000)).finish(1)
+    output = start(tmp_path / "run", *flags, fault=partial(limit_memory, 300_000_000)).finish(1)
     line = error_line(output)
     assert "out of memory; lower --train_batch_size" in line
 
 
 def use_gradient_scaler(trainer, scale: float, monkeypatch) -> torch.amp.GradScaler:
-    """Accelerate makes one for fp16 alone, which it refuses on a CPU; the autocast and its overflows are real."""
+    """Accelerate creates one only for fp16, which it rejects on CPUs; the autocast and its overflows are real."""
     accelerator, scaler = trainer.accelerator, torch.amp.GradScaler("cpu", init_scale=scale)
     monkeypatch.setattr(accelerator, "scaler", scaler)
     monkeypatch.setattr(accelerator, "native_amp", True)
@@ -481,7 +481,7 @@ def use_gradient_scaler(trainer, scale: float, monkeypatch) -> torch.amp.GradSca
     return scaler
 
 
-def test_an_overflow_of_fp16_skips_weights_ema_learning_rate_and_step_together(make_trainer, monkeypatch):
+def test_fp16_overflow_skips_weights_ema_learning_rate_and_step(make_trainer, monkeypatch):
     trainer = make_trainer(dropout=0.3)
     scaler = use_gradient_scaler(trainer, 2.0**26, monkeypatch)
     trainer.learning_rate_at = lambda step: 1e-3 * (step + 1)

@@ -28,7 +28,7 @@ from training.processes import build_accelerator
 
 pytest_plugins = ["tiny_training"]
 METRIC = ["--metric", "fid", "--metric_images", "20"]
-VALUES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5, 9: 1.5, 10: 7.0, 11: 8.0}  # by steps
+VALUES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5, 9: 1.5, 10: 7.0, 11: 8.0}  # by step
 
 
 class StandIn:
@@ -43,8 +43,8 @@ class StandIn:
         return torch.tanh((images.flatten(1) / 128 - 1) @ self.matrix)
 
 
-def stand_in_and(cache: Path, *faults) -> None:
-    """Puts the stand-in in the place of Inception in a process of its own, and does the faults."""
+def patch_inception(cache: Path, *faults) -> None:
+    """Replaces Inception by the stand-in in a separate process and injects the faults."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
     training_metric.find_weights = lambda path: None
     training_metric.open_inception = StandIn
@@ -57,7 +57,7 @@ def values_by_step() -> None:
 
 
 def act_at_batch(action, *counts: int) -> None:
-    """Does something at these batches of images of this process."""
+    """Performs an action at the given batches of images in this process."""
     features, seen = training_metric.TrainingMetric.features, 0
 
     def act_or_draw(self, seeds, should_stop):
@@ -97,7 +97,7 @@ def stand_in(tmp_path, monkeypatch) -> None:
         ),
     ],
 )
-def test_the_value_is_that_of_the_images_of_the_seeds(changes, sampler, steps, make_trainer, stand_in, capfd):
+def test_metric_matches_images_generated_from_the_seeds(changes, sampler, steps, make_trainer, stand_in, capfd):
     trainer, metric = make_trainer(metric_images=20, **changes), changes["metric"]
     for _ in range(3):
         trainer.training_step()
@@ -131,11 +131,11 @@ def test_the_value_is_that_of_the_images_of_the_seeds(changes, sampler, steps, m
     assert f"the lowest {title} measured during training" in (trainer.best_dir / "README.md").read_text()
 
 
-def test_the_best_weights_are_kept_through_a_kill_until_another_measurement_or_run(start, tmp_path):
-    """The kill strikes when the old folder is moved away and the new one is not yet in its place."""
+def test_best_weights_survive_a_kill_until_the_measurement_or_run_changes(start, tmp_path):
+    """The kill comes after the old folder is moved away and before the new one is in place."""
     run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "2", "--checkpointing_steps", "4"]
     flags += ["--checkpoints_total_limit", "null"]
-    patched = partial(stand_in_and, tmp_path / "cache", values_by_step)
+    patched = partial(patch_inception, tmp_path / "cache", values_by_step)
     kill = partial(signal_at, signal.SIGKILL, "os.rename", "best_pipeline", 3)
     start(run, *flags, fault=partial(patched, kill)).finish(-signal.SIGKILL)
     assert not (run / "best_pipeline").exists()
@@ -158,9 +158,9 @@ def test_the_best_weights_are_kept_through_a_kill_until_another_measurement_or_r
     assert not (run / "best_pipeline").exists()
 
 
-def test_a_metric_changes_no_loss_whether_it_succeeds_or_fails(start, tmp_path):
+def test_metric_does_not_change_the_losses_even_if_it_fails(start, tmp_path):
     start(tmp_path / "without").finish(0)
-    patched = partial(stand_in_and, tmp_path / "cache")
+    patched = partial(patch_inception, tmp_path / "cache")
     some_fail = partial(patched, partial(act_at_batch, fail, 1, 5))
     output = start(tmp_path / "with", *METRIC, "--metric_steps", "3", fault=some_fail).finish(0)
     for step in (3, 9):
@@ -168,34 +168,34 @@ def test_a_metric_changes_no_loss_whether_it_succeeds_or_fails(start, tmp_path):
     assert records(tmp_path / "with", "fid").keys() == {6}
     assert records(tmp_path / "with", "loss") == records(tmp_path / "without", "loss")
     assert_same_tensors(tmp_path / "with" / "checkpoint-9", tmp_path / "without" / "checkpoint-9")
-    # what failed in the last step is made up for by another start
+    # a measurement that failed in the last step is repeated by the next start
     start(tmp_path / "with", *METRIC, "--metric_steps", "3", fault=patched).finish(0)
     assert records(tmp_path / "with", "fid").keys() == {6, 9}
 
 
-def test_best_weights_that_do_not_fit_the_disk_end_the_run(start, tmp_path):
+def test_full_disk_while_saving_the_best_weights_ends_the_run(start, tmp_path):
     run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "3"]
-    fault = partial(stand_in_and, tmp_path / "cache", partial(full_disk_at, 5000, "os.mkdir", ".tmp-best"))
+    fault = partial(patch_inception, tmp_path / "cache", partial(full_disk_at, 5000, "os.mkdir", ".tmp-best"))
     assert f"could not write {run / 'best_pipeline'}" in error_line(start(run, *flags, fault=fault).finish(1))
     assert not (run / "best_pipeline").exists()
     verify_checkpoint(run / "checkpoint-3")
 
 
 def as_process(rank: int, port: int) -> None:
-    """What torchrun tells one of two processes."""
+    """Sets the environment in which torchrun starts one of two processes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def test_two_processes_measure_the_value_of_one_and_agree_when_one_fails_or_is_stopped(start, tmp_path, stand_in):
-    """Process 1 fails after step 3, and is sent SIGTERM in the measurement after step 9."""
+def test_two_processes_measure_the_value_of_one_and_agree_on_failures(start, tmp_path, stand_in):
+    """Process 1 fails after step 3 and receives SIGTERM in the measurement after step 9."""
     run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "3"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     second = [partial(act_at_batch, fail, 1), partial(act_at_batch, stop, 4)]
     jobs = [
-        start(run, *flags, fault=partial(stand_in_and, tmp_path / "cache", partial(as_process, rank, port), *more))
+        start(run, *flags, fault=partial(patch_inception, tmp_path / "cache", partial(as_process, rank, port), *more))
         for rank, more in enumerate([[], second])
     ]
     output = jobs[0].finish(0) + jobs[1].finish(128 + signal.SIGTERM)
@@ -225,7 +225,7 @@ def test_two_processes_measure_the_value_of_one_and_agree_when_one_fails_or_is_s
         (["--metric", "is"], "--metric"),
     ],
 )
-def test_what_cannot_be_measured_is_told_before_anything_is_written(flags, message, tmp_path, cache_dir, capfd):
+def test_bad_metric_settings_are_rejected_before_anything_is_written(flags, message, tmp_path, cache_dir, capfd):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     own = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / "run", "--cache_dir", cache_dir]
     assert train_unet.main([str(part) for part in (*own, *flags)]) == 2

@@ -26,7 +26,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("name", "has_skips"), [("no_skips", False), ("added_skips", True), ("no_time", True)])
-def test_only_without_skips_nothing_bypasses_the_bottleneck(name, has_skips):
+def test_only_no_skips_lets_nothing_bypass_the_bottleneck(name, has_skips):
     """The first convolution is detached from the contracting path, so that only its skip connection is left."""
     network = build(name)
     network.down_blocks[0].register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
@@ -35,7 +35,7 @@ def test_only_without_skips_nothing_bypasses_the_bottleneck(name, has_skips):
     assert (gradient is not None and bool(gradient.any())) == has_skips
 
 
-def test_added_skips_are_the_sum_of_features_and_skip():
+def test_added_skips_sum_features_and_projected_skips():
     network = build("added_skips")
     block = network.up_blocks[0]
     seen = {}
@@ -51,7 +51,7 @@ def test_added_skips_are_the_sum_of_features_and_skip():
         assert torch.equal(seen["sum"], hidden + block.projections[0](skips[0]))
 
 
-def test_without_time_the_output_is_the_same_at_all_timesteps_and_else_not():
+def test_only_no_time_ignores_the_timestep():
     images, _ = inputs()
     with torch.no_grad():
         for name, is_same in (("no_time", True), ("added_skips", False)):
@@ -60,7 +60,7 @@ def test_without_time_the_output_is_the_same_at_all_timesteps_and_else_not():
             assert torch.equal(first, second) == is_same
 
 
-def test_without_group_norm_there_is_none_and_the_rest_is_there():
+def test_no_group_norm_removes_only_the_norms():
     network = build("no_group_norm")
     assert not any(isinstance(module, nn.GroupNorm) for module in network.modules())
     plain = CustomUNet2DModel(**NETWORK).state_dict()
@@ -70,7 +70,7 @@ def test_without_group_norm_there_is_none_and_the_rest_is_there():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_saved_and_loaded_with_the_same_options_and_output(name, tmp_path):
+def test_variants_round_trip_through_save_pretrained(name, tmp_path):
     network = build(name)
     network.save_pretrained(tmp_path)
     loaded = VARIANTS[name].from_pretrained(tmp_path).eval()
@@ -81,13 +81,13 @@ def test_a_variant_is_saved_and_loaded_with_the_same_options_and_output(name, tm
 
 
 @pytest.mark.parametrize("name", ["no_skips", "added_skips"])
-def test_the_blocks_of_ncsnpp_have_no_such_variant(name):
+def test_skip_variants_reject_ncsnpp_blocks(name):
     blocks = {"up_block_types": ("SkipUpBlock2D",) * 2, "down_block_types": ("SkipDownBlock2D",) * 2}
     with pytest.raises(ValueError, match="up_block_types has SkipUpBlock2D"):
         build(name, **blocks)
 
 
-def test_the_command_trains_and_evaluates_the_variant(tmp_path, capsys):
+def test_command_trains_and_evaluates_a_variant(tmp_path, capsys):
     flags = "--config configs/quickstart.yaml --resolution 16 --attention_head_dim 16 --block_out_channels 16 32"
     flags += " --down_block_types DownBlock2D DownBlock2D --up_block_types UpBlock2D UpBlock2D --max_train_steps 2"
     flags += " --lr_warmup_steps 1 --validation_images 8 --train_batch_size 4 --save_images_steps 100"
@@ -98,7 +98,7 @@ def test_the_command_trains_and_evaluates_the_variant(tmp_path, capsys):
     evaluation += f" --metrics swd --num_cpu_threads 1 --out {tmp_path / 'eval'}"
     assert main(["no_skips", "evaluate", *evaluation.split()]) == 0
     assert (tmp_path / "eval" / "results.json").exists()
-    assert main(["no_group_norm", "evaluate", *evaluation.split()]) == 2  # of another network
+    assert main(["no_group_norm", "evaluate", *evaluation.split()]) == 2  # a different network
     assert "could not be loaded" in capsys.readouterr().err
     for arguments in ([], ["no_skips"], ["no_head", "train"], ["no_skips", "push"]):
         assert main(arguments) == 2
