@@ -147,7 +147,7 @@ def inversion(pipe: CustomUNetPipeline, out: Path) -> Picture:
 def inpainting(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:3], num_inference_steps=50, output_type="np").images
     rows = {}
-    for seed, (name, mask) in enumerate(masks(images.shape[1]).items()):
+    for seed, (name, mask) in enumerate(masks(*images.shape[1:3]).items()):
         painted = applications.inpaint(pipe, images[seed, None], mask, seeds=range(6))
         rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(with_masked(images[seed], mask)), *painted]
     facts = {"image_seeds": SEEDS[:3], "seeds": [*range(6)], "steps": 50, "jump_length": 1, "num_resamples": 5}
@@ -156,7 +156,7 @@ def inpainting(pipe: CustomUNetPipeline, out: Path) -> Picture:
 
 def conditional(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:4], num_inference_steps=50, output_type="np").images
-    rows, all_masks = {}, masks(images.shape[1])
+    rows, all_masks = {}, masks(*images.shape[1:3])
     for seed, name in enumerate(("right half", "centre")):
         painted = applications.impute(pipe, images[seed, None], all_masks[name], seeds=range(6))
         rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(with_masked(images[seed], all_masks[name])), *painted]
@@ -168,13 +168,13 @@ def conditional(pipe: CustomUNetPipeline, out: Path) -> Picture:
     return rows, ["image", "given", *(f"seed {seed}" for seed in range(6))], facts
 
 
-def masks(size: int) -> dict[str, np.ndarray]:
-    """Masks by name, float32 (size, size), 1 where the image is to be painted."""
-    regions = {name: np.zeros((size, size), np.float32) for name in ("eyes", "right half", "centre")}
-    quarter = size // 4
-    regions["eyes"][quarter : 2 * quarter] = 1
-    regions["right half"][:, 2 * quarter :] = 1
-    regions["centre"][quarter : 3 * quarter, quarter : 3 * quarter] = 1
+def masks(height: int, width: int) -> dict[str, np.ndarray]:
+    """Masks by name, float32 (height, width), 1 where the image is to be painted."""
+    regions = {name: np.zeros((height, width), np.float32) for name in ("eyes", "right half", "centre")}
+    top, left = height // 4, width // 4
+    regions["eyes"][top : 2 * top] = 1
+    regions["right half"][:, 2 * left :] = 1
+    regions["centre"][top : 3 * top, left : 3 * left] = 1
     return regions
 
 
@@ -212,9 +212,9 @@ def run(arguments: list[str]) -> None:
         raise InputError("the network has class embeddings; the gallery needs an unconditional network")
     make_folder(options.out)
     torch.manual_seed(0)
-    settings = {}
+    settings, channels = {}, pipe.unet.config.in_channels
     for picture in PICTURES:
-        if picture in NEED_TIMESTEPS and pipe.is_continuous:
+        if (picture in NEED_TIMESTEPS and pipe.is_continuous) or (picture is conditional and channels != 3):
             continue
         pipe.set_sampler(default_sampler(pipe))
         path = options.out / f"{picture.__name__}.png"

@@ -22,9 +22,7 @@ class CustomUNetPipeline(shipped.CustomUNetPipeline):
 
     @property
     def process(self) -> SDEScheduler:
-        return (
-            self.scheduler if self.is_continuous else DiscreteVPScheduler(self._alphas_cumprod, self._prediction_type)
-        )
+        return super().process or DiscreteVPScheduler(self._alphas_cumprod, self._prediction_type)
 
 
 __all__ = ["CustomUNetPipeline"]

@@ -49,8 +49,8 @@ def _split(card: str) -> tuple[dict[str, str], list[str]]:
     """The entries of the metadata by key, and the blocks of the text."""
     card = re.sub(f"{_pattern(BLOCKS)}|{_pattern(FILES)}", "", card.replace("\r\n", "\n"))
     match = re.match(r"---\n(.*?\n)?---\n", card, re.DOTALL)
-    entries = re.split(r"\n(?=[^\s#-])", (match[1] or "").strip("\n")) if match else []
-    metadata = {re.search(r"^[^\s#-][^:]*|$", entry, re.MULTILINE)[0]: entry for entry in entries if entry}
+    entries = re.split(r"\n(?=[^\s-])", (match[1] or "").strip("\n")) if match else []
+    metadata = {entry if entry[0] == "#" else entry.partition(":")[0]: entry for entry in entries if entry}
     blocks, in_code = [""], False
     for line in card[match.end() if match else 0 :].splitlines():
         if line.strip() or in_code:

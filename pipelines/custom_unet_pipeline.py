@@ -45,8 +45,11 @@ SUITABLE = tuple({cls: None for cls, _ in SAMPLERS.values()})
 # These solve for x_t / sqrt(abar_t), whose noise has the scale sigma = sqrt(1 / abar_t - 1); the others solve for x_t
 SIGMA_TYPE = tuple(SAMPLERS[name][0] for name in ("euler", "euler_ancestral"))
 MULTISTEP = tuple(SAMPLERS[name][0] for name in ("dpmsolver++2m", "unipc", "deis"))
-# Scheduler options with which the noise levels do not match the timesteps passed to the network
-OTHER_LEVELS = "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas".split()
+# Scheduler options that do not suit the timesteps passed to the network, or fail on images, and their usual values
+USUAL = dict.fromkeys(
+    "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas".split()
+)
+USUAL |= {"interpolation_type": "linear", "timestep_type": "discrete", "predict_x0": True}
 # Keyword arguments of `from_pretrained` for loading the network
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 NETWORK_ARGUMENTS = (*HUB_ARGUMENTS, "device_map", "low_cpu_mem_usage", "torch_dtype", "variant")
@@ -84,6 +87,7 @@ class CustomUNetPipeline(DiffusionPipeline):
         # How the network was trained: other samplers are built from it, and those that do not match it are refused
         self._trained_config = scheduler.config
         self._prediction_type = scheduler.config.get("prediction_type")
+        self._process = scheduler if hasattr(scheduler, "sde") else None
         self._alphas_cumprod = scheduler.alphas_cumprod.cpu() if hasattr(scheduler, "alphas_cumprod") else None
         self._continuous: tuple | None = None  # continuous-time sampler, and the scheduler that it was set for
         channels = unet.config.in_channels  # with an alpha channel, nothing is converted
@@ -101,12 +105,22 @@ class CustomUNetPipeline(DiffusionPipeline):
                 `trust_remote_code=True`, the arguments of `DiffusionPipeline.from_pretrained`.
 
         Raises:
-            ValueError: for other keyword arguments, or if the repository's scheduler is not in `scheduler_classes`.
+            ValueError: for other keyword arguments or values, or if the repository's scheduler is not in
+                `scheduler_classes`.
         """
         path = pretrained_model_name_or_path
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors is False, but weights are read from safetensors only")
+        unet = kwargs.pop("unet", None)
         if trust_remote_code:
-            return super().from_pretrained(path, trust_remote_code=True, **kwargs | {"use_safetensors": True})
-        unet, scheduler, _ = (kwargs.pop(name, None) for name in ("unet", "scheduler", "use_safetensors"))
+            pipeline = super().from_pretrained(path, trust_remote_code=True, use_safetensors=True, **kwargs)
+            return pipeline if unet is None else cls(unet, pipeline.scheduler)
+        scheduler, dtype = kwargs.pop("scheduler", None), kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+        if isinstance(dtype, dict):
+            dtype = dtype.get("unet", dtype.get("default"))
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"torch_dtype is {dtype!r}; it must be a torch.dtype, or a dictionary of them")
+        kwargs |= {} if dtype is None else {"torch_dtype": dtype}
         unknown = sorted(kwargs.keys() - set(NETWORK_ARGUMENTS))
         if unknown:
             known = ", ".join(("unet", "scheduler", *NETWORK_ARGUMENTS))
@@ -157,24 +171,24 @@ class CustomUNetPipeline(DiffusionPipeline):
     @property
     def is_continuous(self) -> bool:
         """Whether the network was trained in continuous time."""
-        return hasattr(self.scheduler, "sde")
+        return self._process is not None
 
     @property
     def process(self):
         """The `SDEScheduler` of the SDE that continuous-time samplers reverse."""
-        return self.scheduler
+        return self.scheduler if hasattr(self.scheduler, "sde") else self._process
 
     @property
     def samplers(self) -> tuple[str, ...]:
         """The names that `set_sampler` accepts for this model."""
-        return self.scheduler.samplers if self.is_continuous else tuple(SAMPLERS)
+        return self.process.samplers if self.is_continuous else tuple(SAMPLERS)
 
     @property
     def continuous_sampler(self):
         """The current continuous-time sampler, with `name` and `settings`; None if the scheduler is the sampler."""
         if self._continuous is not None and self._continuous[1] is self.scheduler:  # not replaced since
             return self._continuous[0]
-        return self.scheduler.default_sampler if self.is_continuous else None
+        return self.scheduler.default_sampler if hasattr(self.scheduler, "sde") else None
 
     def set_sampler(self, name: str, **settings: float) -> None:
         """Replaces the sampler and keeps the noise schedule.
@@ -191,6 +205,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             raise ValueError(f"there is no sampler {name!r}{why}; there are {', '.join(self.samplers)}")
         if name not in SAMPLERS:
             check_fractional_timesteps(self.unet)
+            self.scheduler = self.process if self.is_continuous else self.scheduler
             self._continuous = self.process.sampler(name, **settings), self.scheduler
             return
         if settings:
@@ -288,6 +303,10 @@ class CustomUNetPipeline(DiffusionPipeline):
             step_type = "v_prediction"  # not all of these schedulers support x_0 prediction
             scheduler = scheduler_like(scheduler.config, type(scheduler), prediction_type=step_type)
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
+            raise ValueError(f"steps_offset {scheduler.config.steps_offset} leads beyond the last timestep")
+        if isinstance(scheduler, diffusers.EulerAncestralDiscreteScheduler):
+            scheduler.sigmas = scheduler.sigmas.double()  # float32 can give it the square root of less than 0
         if isinstance(scheduler, MULTISTEP) and len(scheduler.timesteps.unique()) < num_inference_steps:
             spacing = scheduler.config.timestep_spacing
             raise ValueError(f"{num_inference_steps} steps repeat a timestep with timestep_spacing {spacing!r}")
@@ -429,7 +448,12 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     def to_output(self, images: Tensor, output_type: str):
         """Converts images from the model's range to `output_type`; raises ValueError if they are not finite."""
-        return self.image_processor.postprocess(finite(images), output_type)
+        try:
+            return self.image_processor.postprocess(finite(images), output_type)
+        except ValueError as error:
+            unusual = [] if self.continuous_sampler is not None else unusual_options(self.scheduler)
+            hint = f", or the scheduler's {', '.join(unusual)} do not suit these steps" if unusual else ""
+            raise ValueError(f"{error}{hint}") from error
 
     def check_inputs(
         self, num_inference_steps: int, eta: float = 0.0, output_type: str = "pil", use_clipped: bool = False
@@ -438,6 +462,13 @@ class CustomUNetPipeline(DiffusionPipeline):
         scheduler, config, sampler = self.scheduler, self.scheduler.config, self.continuous_sampler
         name = type(scheduler).__name__ if sampler is None else sampler.name
         check_output_type(output_type)
+        channels = self.unet.config.in_channels
+        if output_type == "pil" and channels > 4:
+            raise ValueError(f"PIL has no images of {channels} channels; take output_type pt or np")
+        if self.unet.config.get("out_channels", channels) != channels:
+            raise ValueError(
+                "the network has other out_channels than in_channels; a learned variance is not supported"
+            )
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
         if (eta > 0 or use_clipped) and (sampler is not None or not isinstance(scheduler, diffusers.DDIMScheduler)):
@@ -457,6 +488,8 @@ def check_scheduler(pipeline: CustomUNetPipeline) -> None:
     """Raises ValueError unless the scheduler, of discrete timesteps, suits the pipeline's network."""
     scheduler, config = pipeline.scheduler, pipeline.scheduler.config
     name = type(scheduler).__name__
+    if pipeline.is_continuous:
+        raise ValueError(f"{name} does not suit a network trained in continuous time; take set_sampler(NAME)")
     if not isinstance(scheduler, SUITABLE):
         suitable = ", ".join(cls.__name__ for cls in SUITABLE)
         raise ValueError(f"{name} does not suit a network of discrete timesteps; take one of {suitable}")
@@ -477,9 +510,11 @@ def check_scheduler(pipeline: CustomUNetPipeline) -> None:
         check_fractional_timesteps(pipeline.unet)
     if str(config.get("variance_type")).startswith("learned"):
         raise ValueError(f"variance_type is {config.variance_type!r}, but the network predicts no variance")
-    for option in OTHER_LEVELS:
-        if config.get(option):
-            raise ValueError(f"{name} has {option}, whose noise levels are not those of its timesteps")
+    for option, usual in USUAL.items():
+        if config.get(option, usual) not in (usual, False if usual is None else usual):
+            raise ValueError(f"{name} has {option} {config[option]}, which is not supported here")
+    if config.get("algorithm_type") == "sde-dpmsolver":
+        raise ValueError(f"{name} has algorithm_type sde-dpmsolver, which is not supported here; take sde-dpmsolver++")
 
 
 def check_output_type(output_type: str) -> None:
@@ -509,6 +544,14 @@ def scheduler_like(config, cls: type[SchedulerMixin], **settings) -> SchedulerMi
     `from_config` alone would replace values that were defaults of the other class by its own, such as other betas.
     """
     return cls.from_config({key: value for key, value in config.items() if key != "_use_default_values"}, **settings)
+
+
+def unusual_options(scheduler: SchedulerMixin) -> list[str]:
+    """The options of a scheduler that are neither its class's defaults nor those of a sampler in `SAMPLERS`."""
+    usual = [type(scheduler)(**settings).config for cls, settings in SAMPLERS.values() if cls is type(scheduler)]
+    of_the_model = "beta_start beta_end beta_schedule trained_betas num_train_timesteps prediction_type"
+    same = {*of_the_model.split(), "timestep_spacing", "_use_default_values"}
+    return [key for key in usual[0] if key not in same and scheduler.config[key] not in [c[key] for c in usual]]
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -47,7 +47,8 @@ def model_files(folder: Path) -> list[str]:
         pair = index.get(component)
         if not (isinstance(pair, list) and len(pair) == 2 and all(str(part).isidentifier() for part in pair)):
             raise InputError(
-                f"{folder}/model_index.json: {component} is {pair!r:.80}; it should be a module's name and a class's"
+                f"{folder}/model_index.json: {component} is {pair!r:.80}; it should be a module's name and a"
+                " class's; load it with CustomUNetPipeline and write it with save_pretrained"
             )
         if pair[0] != "diffusers":
             names.append(f"{pair[0]}.py" if component == "_class_name" else f"{component}/{pair[0]}.py")

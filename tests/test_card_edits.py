@@ -103,6 +103,14 @@ def test_metadata_edits_override_generated_values():
     }
 
 
+def test_comment_on_top_of_the_metadata_keeps_no_generated_entry_alive():
+    card = keep_edits(generated(1, datasets="old"), "").replace("---\n", "---\n# ours\nlanguage: en\n", 1)
+    for _ in range(3):
+        card = keep_edits(generated(2, datasets="new"), card)
+        metadata, _ = parts(card)
+        assert (metadata["datasets"], metadata["language"], card.count("# ours")) == ("new", "en", 1)
+
+
 def test_card_without_a_record_keeps_parts_that_are_not_generated():
     """A card of an earlier version, and an unedited one made by diffusers' own `push_to_hub`."""
     earlier = (

@@ -91,7 +91,26 @@ def test_num_epochs_flag_replaces_max_train_steps_of_the_file(parse, caplog):
     assert (config.num_epochs, config.max_train_steps) == (3, None)
     assert "--num_epochs replaces max_train_steps of" in caplog.text
     assert parse(BASE + "num_epochs: 2\n").max_train_steps == 10
+    caplog.clear()
     assert parse(BASE, "--num_epochs", "3", "--max_train_steps", "5").max_train_steps == 5
+    assert "replaces" not in caplog.text
+
+
+def test_objective_flag_replaces_options_of_other_objectives_in_the_file(parse, caplog):
+    caplog.set_level("INFO")
+    ddpm = BASE + "ddpm_beta_schedule: squaredcos_cap_v2\nsnr_gamma: 5.0\nprediction_type: v_prediction\n"
+    config = parse(ddpm, "--objective", "flow")
+    assert (config.objective, config.snr_gamma, config.ddpm_beta_schedule) == ("flow", None, "linear")
+    assert "--objective replaces ddpm_beta_schedule, snr_gamma, prediction_type of" in caplog.text
+    assert "snr_gamma is 2.0, which means nothing" in parse_error(parse, ddpm, "--objective", "vp", "--snr_gamma", "2")
+
+
+def test_home_folder_is_expanded_in_every_path(parse, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text(BASE)
+    config = parse_config(["--config=~/own.yaml", "--output_dir=~/out", "--pretrained_model_name_or_path=~/model"])
+    assert config.output_dir == f"{tmp_path}/out"
+    assert config.pretrained_model_name_or_path == f"{tmp_path}/model"
 
 
 @pytest.mark.parametrize("flag", OF_DIFFUSERS)

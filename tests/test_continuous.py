@@ -148,6 +148,18 @@ def test_image_depends_only_on_its_own_seed(objective, sampler):
     assert not torch.allclose(together[0], together[1], atol=0.01)
 
 
+def test_set_sampler_recovers_from_an_unsuitable_scheduler():
+    pipe = tiny_pipeline("vp")
+    names, own = pipe.samplers, pipe.scheduler
+    pipe.scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(ValueError, match=r"DDIMScheduler does not suit .* in continuous time; take set_sampler"):
+        pipe(num_inference_steps=2)
+    assert pipe.samplers == names
+    pipe.set_sampler("edm_heun")
+    assert pipe.scheduler is own
+    assert len(pipe(num_inference_steps=2).images) == 1
+
+
 @pytest.mark.parametrize(
     ("sampler", "settings", "expected"),
     [

@@ -511,6 +511,24 @@ def test_failure_to_start_workers_raises_one_line_error(monkeypatch):
         load_batches([0, 1], 2, batch_size=None)
 
 
+def test_workers_started_before_a_failure_are_killed(monkeypatch):
+    """They ignore SIGTERM, so the exit of the process would wait for them."""
+    before, starts = {*multiprocessing.active_children()}, itertools.count()
+    start = multiprocessing.process.BaseProcess.start
+
+    def second_fails(process):
+        if next(starts):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", second_fails)
+    with pytest.raises(Failed, match="cannot start 2 worker processes: Too many open files"):
+        load_batches(Blocked(), 2, batch_size=None)
+    for worker in {*multiprocessing.active_children()} - before:
+        worker.join()
+    assert {*multiprocessing.active_children()} == before
+
+
 def test_only_the_loaders_workers_are_killed_at_exit(faces, monkeypatch):
     at_exit = []
     monkeypatch.setattr(workers, "Finalize", lambda _, kill, exitpriority: at_exit.append(kill))

@@ -186,10 +186,22 @@ LARGE_TEXT = b"workflow\0\0" + zlib.compress(bytes(3 << 20))
         with_chunk(INTACT, b"iCCP", b"profile\0\x07"),
         with_chunk(INTACT, b"tEXt", b"Comment\0x", has_valid_crc=False),
         with_chunk(INTACT, b"pHYs", b"?"),
+        with_chunk(INTACT, b"acTL", b"?"),
+        with_chunk(INTACT, b"abCd", b"private", has_valid_crc=False),
     ],
 )
 def test_broken_and_oversized_metadata_is_ignored(encoded):
     np.testing.assert_array_equal(decode_image(encoded, "none", (3, 6, 6)), noise(6, 6).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("segment", [b"\xff\xe0\0\4JF", b"\xff\xe2\0\7ICC_P", b"\xff\xee\0\7Adobe"])
+def test_short_metadata_segments_of_a_jpeg_are_ignored(segment):
+    exif = Image.Exif()
+    exif[274] = 6
+    jpeg = encode(noise(6, 8), "JPEG", exif=exif)
+    np.testing.assert_array_equal(
+        decode_image(jpeg[:2] + segment + jpeg[2:], "none", (3, 8, 6)), decode_image(jpeg, "none", (3, 8, 6))
+    )
 
 
 def test_orientation_is_applied_despite_oversized_metadata():

@@ -316,6 +316,35 @@ def test_suitable_schedulers_may_be_assigned_directly(v_pipe):
     assert torch.equal(v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images, assigned)
 
 
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (EulerDiscreteScheduler, {"interpolation_type": "log_linear"}, "has interpolation_type log_linear"),
+        (EulerDiscreteScheduler, {"timestep_type": "continuous"}, "has timestep_type continuous"),
+        (UniPCMultistepScheduler, {"predict_x0": False}, "has predict_x0 False"),
+        (
+            DPMSolverMultistepScheduler,
+            {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"},
+            r"take sde-dpmsolver\+\+",
+        ),
+        (DDIMScheduler, {"timestep_spacing": "leading", "steps_offset": 60}, "steps_offset 60 leads beyond"),
+        (UniPCMultistepScheduler, {"lower_order_final": False}, "or the scheduler's lower_order_final do not suit"),
+    ],
+)
+def test_scheduler_options_that_spoil_the_images_are_named(v_pipe, cls, options, message):
+    v_pipe.scheduler = cls.from_config(v_pipe.scheduler.config, **options)
+    with pytest.raises(ValueError, match=message):
+        v_pipe(seeds=[0], num_inference_steps=20)
+
+
+def test_euler_ancestral_draws_finite_images_for_every_number_of_steps(v_pipe):
+    schedule = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    pipe = quiet(CustomUNetPipeline(v_pipe.unet, DDIMScheduler(**schedule)))
+    pipe.set_sampler("euler_ancestral")
+    for steps in (1, 2, 3, 4):
+        assert pipe(seeds=[0], num_inference_steps=steps, output_type="pt").images.isfinite().all()
+
+
 # Loading without remote code
 
 
@@ -329,6 +358,13 @@ def test_from_pretrained_takes_components_and_rejects_other_keywords(pipe, tmp_p
     network = UNet2DModel(**TINY)
     assert CustomUNetPipeline.from_pretrained(tmp_path, unet=network).unet is network
     assert type(custom_unet_pipeline.CustomUNetPipeline.from_pretrained(tmp_path).unet) is UNet2DModel
+    for dtype in ({"unet": torch.bfloat16}, {"default": torch.bfloat16, "vae": torch.float16}):
+        assert CustomUNetPipeline.from_pretrained(tmp_path, torch_dtype=dtype).unet.dtype == torch.bfloat16
+    assert CustomUNetPipeline.from_pretrained(tmp_path, trust_remote_code=True, unet=network).unet is network
+    with pytest.raises(ValueError, match="torch_dtype is 'float16'; it must be a torch.dtype"):
+        CustomUNetPipeline.from_pretrained(tmp_path, torch_dtype="float16")
+    with pytest.raises(ValueError, match="read from safetensors only"):
+        CustomUNetPipeline.from_pretrained(tmp_path, use_safetensors=False)
     with pytest.raises(ValueError, match="takes no dropout, shceduler; without remote code it takes unet") as error:
         CustomUNetPipeline.from_pretrained(tmp_path, dropout=0.5, shceduler=scheduler)
     assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -66,6 +67,12 @@ def picture(i: int) -> np.ndarray:
 def encoded(i: int, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture(i)).save(file, kind)
+    return file.getvalue()
+
+
+def several_frames(*indices: int) -> bytes:
+    file, (first, *others) = io.BytesIO(), [Image.fromarray(picture(i)) for i in indices]
+    first.save(file, "TIFF", save_all=True, append_images=others)
     return file.getvalue()
 
 
@@ -147,7 +154,30 @@ FOLDERS = {
         f"3 ({UNREADABLE}: .heic, .jxl, .txt)",
     ),
     "no file extensions": ({"0": 0, "1": 1, "labels.csv": b"x,y\n0,1\n"}, [0, 1], f"1 ({UNREADABLE}: .csv)"),
-    "an archive": ({"a.zip": zipped({"0.png": 0, "b/1.qoi": encoded(1, "QOI"), "__MACOSX/._0.png": b""})}, [0, 1]),
+    "an archive": (
+        {"a.zip": zipped({"0.png": 0, "b/1.qoi": encoded(1, "QOI"), "__MACOSX/._0.png": b""})},
+        [0, 1],
+        "1 (hidden in an archive)",
+    ),
+    "an archive with ./ in its names": ({"a.zip": zipped({"./1.png": 0, "./b/0.png": 1})}, [0, 1]),
+    "an archive beside an edited folder of its name": (
+        {"a.zip": zipped({"0.png": 2, "1.png": 1}), "a/0.png": 0, "a/1.png": 1},
+        [0, 1, 2],
+        f"1 ({COPIES})",
+    ),
+    "splits below a shared folder": ({"x/train/0.png": 0, "x/test/1.png": 1}, [0], "1 (in another split)"),
+    "splits in an archive": (
+        {"a.zip": zipped({"b/train/0.png": 0, "b/val/1.png": 1})},
+        [0],
+        "1 (in another split)",
+    ),
+    "several frames": (
+        {"0.tif": several_frames(0, 1), "1.tif": encoded(1, "TIFF")},
+        [0, 1],
+        "1 (files with several frames or pages, of which the first is used)",
+    ),
+    "a link to itself": ({"0.png": 0, "a": "-> a"}, [0], "1 (a broken link or no regular file)"),
+    "two names that Unicode considers equal": ({"\u212b.png": 1, "\u00c5.png": 0}, [0, 1]),
     "an archive beside its contents": (
         {"a.zip": zipped({"x/0.png": 0, "x/1.png": 1}), "x/0.png": 0, "x/1.png": 1},
         [0, 1],
@@ -178,6 +208,15 @@ FOLDERS = {
         | {"b.png": 1},
         [1, 0],
         "1 (named by the metadata before)",
+    ),
+    "metadata without rows": (
+        {"metadata.csv": b"file_name,age\n", "0.png": 0},
+        [0],
+        "1 (a metadata table without rows)",
+    ),
+    "metadata with commas at the ends of rows and a column image": (
+        {"metadata.csv": b"file_name,image\nb.png,3,\na.png,4,\n", "a.png": 0, "b.png": 1},
+        [1, 0],
     ),
     "metadata from a spreadsheet": (
         {"metadata.csv": "\ufefffile_name\nx\\7\nx\\e\u0301.png\n".encode(), "x/7": 0, "x/\u00e9.png": 1},
@@ -269,6 +308,39 @@ def test_unreadable_folders_raise_one_line_errors(tmp_path, error_of):
     assert error_of(write(folder, ["0.png"])) == f"the name of the folder {tmp_path}/\\xff is not UTF-8; rename it"
     faces = write(tmp_path / "others", {"metadata.csv": b"\xff,\n", "0.png": 0})
     assert "others: metadata.csv is damaged: " in error_of(faces)
+
+
+def test_folders_that_link_to_each_other_are_listed_in_bounded_time(tmp_path, open_store):
+    folder = write(tmp_path / "faces", {f"{i}/{i}.png": i for i in range(7)})
+    for i, j in itertools.permutations(range(7), 2):
+        (folder / f"{i}" / f"to {j}").symlink_to(f"../{j}")
+    store = open_store(folder)
+    assert_pictures(store.images, range(7))
+    assert "(one of too many links to a folder)" in store.summary
+
+
+def test_integer_labels_stay_integers_beside_tables_without_them(tmp_path, open_store, error_of):
+    files = {"train/0.png": 0, "train/1.png": 1, "val/2.png": 2, "val/metadata.csv": b"file_name\n2.png\n"}
+    folder = write(tmp_path / "faces", files | {"train/metadata.csv": b"file_name,age\n0.png,7\n1.png,3\n"})
+    store = open_store(folder, label_column="age")
+    assert (store.description["label_names"], store.labels.tolist()) == (["3", "7"], [1, 0])
+    gap = write(tmp_path / "gap", {"0.png": 0, "1.png": 1, "metadata.csv": b"file_name,age\n0.png,7\n1.png,\n"})
+    assert "row 1" in error_of(gap, label_column="age")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.zip", b"PK", "File is not a zip file"),
+        ("a.tar", b"?", "truncated header"),
+        ("a.parquet", b"PAR1", "Parquet"),
+        ("a.jsonl", b"{", "JSON"),
+    ],
+)
+def test_damaged_tables_raise_one_line_errors_with_the_reason(tmp_path, error_of, name, content, reason):
+    error = error_of(write(tmp_path / "data", {name: content}))
+    assert reason in error
+    assert "generating the dataset" not in error
 
 
 # Parquet and save_to_disk

@@ -91,8 +91,11 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     if not isinstance(values, dict):
         raise InputError(f"the configuration {path} is not a mapping of keys to values")
     flags_of_file = _flags(path, values)
+    given = {token.removeprefix("--").split("=")[0].replace("-", "_") for token in arguments if token.startswith("--")}
     for flag in ("dataset_name", "train_data_dir", "num_epochs", "objective"):
-        displaced = [key for key in _displaced(values, flag, getattr(known, flag)) if getattr(known, key) is None]
+        value = getattr(known, flag)
+        displaced = [] if flag not in given or value is None else _displaced(values, flag, value)
+        displaced = [key for key in displaced if key == flag or key not in given]
         if displaced:
             logger.info("--%s replaces %s of %s", flag, ", ".join(displaced), path.name)
             flags_of_file = {key: flags for key, flags in flags_of_file.items() if key not in displaced}
@@ -103,15 +106,14 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     return config
 
 
-def _displaced(values: dict, flag: str, given: str | None) -> list[str]:
-    """The keys of the file that a flag for the data, the length or the objective on the command line replaces."""
+def _displaced(values: dict, flag: str, value: str) -> list[str]:
+    """The keys of the file that a flag for the data, the length or the objective replaces."""
     if flag == "objective":
-        of_others = [key for key in values if given not in LIMITS.get(key, {}).get("only", str(given)).split()]
-        return of_others if given is not None else []
+        return [key for key in values if value not in LIMITS[key].get("only", value).split()]
     if flag == "num_epochs":
-        return ["max_train_steps"] if given is not None and values.get("max_train_steps") is not None else []
+        return ["max_train_steps"] if values.get("max_train_steps") is not None else []
     there = [key for key in ("dataset_name", "train_data_dir") if values.get(key) is not None]
-    if not there or given is None or values.get(flag) == given:
+    if not there or values.get(flag) == value:
         return []
     of_other_images = [*FOR_HUB, "validation_split"] if flag not in there else FOR_HUB
     return [*there, *(key for key in of_other_images if values.get(key))]

@@ -197,6 +197,9 @@ class TrainConfig:
     hub_private_repo: bool = option(False, "create a private repository", needs="push_to_hub")
 
     def __post_init__(self):
+        for name in ("output_dir", "pretrained_model_name_or_path", "resume_from_checkpoint"):
+            value = getattr(self, name)
+            setattr(self, name, value and os.path.expanduser(value))
         for name, limits in LIMITS.items():
             value, objectives, needed = getattr(self, name), limits.get("only", self.objective), limits.get("needs")
             for entry in value if isinstance(value, list) else [value]:

@@ -355,7 +355,8 @@ def choose_images(listed: list[FolderFile], pick: Callable[[list[str]], str], im
     rows, left_out["a metadata table without a column file_name"] = metadata_rows(tables, image_column)
     elsewhere = {comparable(name) for name, its_split in splits.items() if its_split != split}
     elsewhere |= {name for name in rows.iloc[:, 0] if has_splits and split_of(name, shared) not in (split, None)}
-    left_out["a metadata table without rows"] = int(bool(tables) and rows.empty)
+    without_names = left_out["a metadata table without a column file_name"]
+    left_out["a metadata table without rows"] = int(rows.empty and len(tables) > without_names)
     rows = rows[~rows.iloc[:, 0].isin(elsewhere)].copy()
     rows.isetitem(0, [files[name].name if name in files else name for name in rows.iloc[:, 0]])
     is_repeated = rows.duplicated(rows.columns[0])

@@ -129,7 +129,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             # the other processes wait while the main one samples
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise InputError(f"Accelerate cannot set up this run: {error}") from error
     if accelerator.distributed_type not in SUPPORTED:
         supported = ", ".join(kind.value for kind in SUPPORTED)
