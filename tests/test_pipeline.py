@@ -361,7 +361,7 @@ def test_from_pretrained_takes_components_and_rejects_other_keywords(pipe, tmp_p
     for dtype in ({"unet": torch.bfloat16}, {"default": torch.bfloat16, "vae": torch.float16}):
         assert CustomUNetPipeline.from_pretrained(tmp_path, torch_dtype=dtype).unet.dtype == torch.bfloat16
     assert CustomUNetPipeline.from_pretrained(tmp_path, trust_remote_code=True, unet=network).unet is network
-    with pytest.raises(ValueError, match="torch_dtype is 'float16'; it must be a torch.dtype"):
+    with pytest.raises(ValueError, match=r"torch_dtype is .float16.; it must be a torch\.dtype"):
         CustomUNetPipeline.from_pretrained(tmp_path, torch_dtype="float16")
     with pytest.raises(ValueError, match="read from safetensors only"):
         CustomUNetPipeline.from_pretrained(tmp_path, use_safetensors=False)

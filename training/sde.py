@@ -647,13 +647,18 @@ def predictor_corrector(
 def straight_flow(denoise: Denoiser, x: Tensor, num_steps: int, heun: bool = False) -> Tensor:
     """Euler's or Heun's method on the ODE of rectified flow, dx/dt = epsilon - x_0 = (x - x_0) / t (arXiv 2209.03003).
 
-    Times are those of diffusers' `FlowMatchEulerDiscreteScheduler`: evenly spaced from 1 to the first time, then 0.
+    Euler's times are those of diffusers' `FlowMatchEulerDiscreteScheduler`: evenly spaced from 1 to the first time,
+    then 0. Heun's are evenly spaced from 1 to 0: near 0, its second slope would divide errors of x_0 by a small time.
 
     Args:
         x: pure noise of unit variance.
     """
-    times = torch.linspace(1, denoise.sde.first_time, num_steps, dtype=torch.float64)
-    for now, later in itertools.pairwise([*times, torch.zeros_like(times[0])]):
+    if heun:
+        times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    else:
+        times = torch.linspace(1, denoise.sde.first_time, num_steps, dtype=torch.float64)
+        times = torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+    for now, later in itertools.pairwise(times):
         slope = (x - denoise(x, now)) / now
         new = x + (later - now) * slope
         if heun and later > 0:
