@@ -27,11 +27,20 @@ class Muon(torch.optim.AdamW):
         matrices: parameters for Muon, with two or more dimensions.
         others: parameters for AdamW.
         momentum: Muon's momentum.
+        dtype: the precision in which matrices are orthogonalized.
         adamw: arguments of AdamW.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], momentum: float = 0.95, **adamw):
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: list[nn.Parameter],
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+        **adamw,
+    ):
         super().__init__([{"params": others}, {"params": matrices, "momentum": momentum}], **adamw)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -52,7 +61,7 @@ class Muon(torch.optim.AdamW):
                 average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 directions.append(parameter.grad.lerp(average, group["momentum"]).flatten(1))
             size = group["lr"] * 0.2 * max(shape) ** 0.5
-            for parameter, update in zip(parameters, orthogonalize(torch.stack(directions)), strict=True):
+            for parameter, update in zip(parameters, orthogonalize(torch.stack(directions).to(self.dtype)), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update.view_as(parameter), alpha=size)
         return loss
@@ -61,8 +70,9 @@ class Muon(torch.optim.AdamW):
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Brings all singular values near 1 (0.7 to 1.2) by a Newton-Schulz iteration.
 
-    The usual iteration multiplies X by P = a + b X X^T + c (X X^T)^2 in each step. Here only the small Gram matrix
-    X X^T is iterated, as P X X^T P, and X is multiplied once by the product of all P.
+    The usual iteration X <- P X with P = a + b X X^T + c (X X^T)^2 takes bf16, where each step corrects the rounding of
+    the one before. In other precisions only the small Gram matrix X X^T is iterated, as P X X^T P, and X is multiplied
+    once by the product of all P, which takes half the time.
 
     Args:
         matrices: shape (N, rows, columns), at any scale.
@@ -71,12 +81,17 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram, identity = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    product = identity
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        factor = a * identity + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        product, gram = factor @ product, factor @ gram @ factor
-    x = product @ x
+    if x.dtype == torch.bfloat16:
+        for _ in range(NEWTON_SCHULZ_STEPS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    else:
+        gram = x @ x.mT
+        product = identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        for _ in range(NEWTON_SCHULZ_STEPS):
+            factor = a * identity + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            product, gram = factor @ product, factor @ gram @ factor
+        x = product @ x
     return x.mT if is_tall else x
 
 
@@ -94,7 +109,8 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Adam
         return torch.optim.AdamW(trainable.values(), **adamw)
     hidden = {name for name, parameter in trainable.items() if parameter.ndim > 1 and not name.startswith(OUTER)}
     matrices, others = ([p for name, p in trainable.items() if (name in hidden) == is_hidden] for is_hidden in (1, 0))
-    return Muon(matrices, others, **adamw)
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    return Muon(matrices, others, dtype=dtype, **adamw)
 
 
 def learning_rate_schedule(config: TrainConfig, total_steps: int | None) -> Callable[[int], float]:
