@@ -12,7 +12,6 @@ conditional sampling. A linear classifier, fitted to the pixels of the training 
 Image i has seed i and class i mod K. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
-import json
 import math
 import sys
 import time
@@ -25,18 +24,17 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.nn.functional import one_hot
 
 from common import Failed, InputError, Parser, check_numbers, command_line, make_folder, run_command, sha256_of
 from eval.figures import plot_image_rows
 from eval.results import number, result, table, write_results
-from eval.swd import SMALLEST_RESOLUTION, sliced_wasserstein
+from eval.swd import sliced_wasserstein
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
-from training.log import device_name
+from training.log import device_name, recorded
 from training.sde import CONTINUOUS_SAMPLERS
 
 SPLITS = ("train", "validation")  # of the synthetic faces, for judge and SWD, and for the judge's accuracy
@@ -49,26 +47,19 @@ def open_model(options: Namespace) -> tuple[CustomUNetPipeline, str, list[str], 
     """Opens the pipeline; returns it with its label column, the names of its classes, and a record of what it is.
 
     Raises:
-        InputError: if it has no classes of the synthetic faces, or does not suit the options.
+        InputError: if it has no classes of the synthetic faces, or there are fewer images than classes.
     """
     if options.num_cpu_threads is not None:
         torch.set_num_threads(options.num_cpu_threads)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     source, _ = find_pipeline(options.pipeline, None)
     pipeline = load_pipeline(source, "fp32", options.scheduler).to(device)
-    training, size = source / "training.json", pipeline.unet.config.sample_size
-    data = json.loads(training.read_text()).get("data", {}) if training.exists() else {}
+    data = recorded(source, "data") or {}
     names = data.get("label_names") or []
     if data.get("source") != "synthetic-faces" or pipeline.unet.config.get("num_class_embeds") != len(names) + 1:
         raise InputError(f"{source} was not trained on synthetic-faces with --label_column and a null class")
     if options.num_images < len(names):
         raise InputError(f"--num_images is {options.num_images}, but there are {len(names)} classes; ask for as many")
-    if not isinstance(size, int) or size < SMALLEST_RESOLUTION:
-        raise InputError(f"the images have the size {size}, but SWD needs squares of {SMALLEST_RESOLUTION} or more")
-    try:
-        pipeline.check_inputs(options.steps, 0.0)
-    except ValueError as error:
-        raise InputError(str(error)) from error
     record = {"weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)}}
     return pipeline, data["label_column"], names, record | {"device": device_name(device)}
 
@@ -125,13 +116,13 @@ class Judge:
         squares = x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
         self.weights = torch.linalg.solve(squares, x.T @ (targets - self.means[1]))
 
-    @staticmethod
-    def pixels(images: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(images)).flatten(1).double() / 127.5 - 1
-
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """The classes (N,) of uint8 images (N, C, R, R)."""
         return ((self.pixels(images) - self.means[0]) @ self.weights + self.means[1]).argmax(1).numpy()
+
+    @staticmethod
+    def pixels(images: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(images)).flatten(1).double() / 127.5 - 1
 
 
 def class_shares(found: np.ndarray, asked: np.ndarray, names: Sequence[str]) -> dict:
@@ -152,14 +143,14 @@ def summary(record: dict) -> str:
         shares = {f"class {k}": of_class["value"] for k, of_class in enumerate(entry["classes"])}
         rows.append(entry | shares | {"swd": f"{number(entry['swd'])} ({number(entry['swd_floor'])})"})
     columns = {"guidance_scale": "guidance scale", "value": "in the class asked for"}
-    columns |= {f"class {k}": entry["name"] for k, entry in enumerate(results[0]["classes"])}
+    columns |= {f"class {k}": of_class["name"] for k, of_class in enumerate(results[0]["classes"])}
     columns |= {"swd": "SWD (real against real)", "network_evaluations": "network evaluations per image"}
-    text = (
+    return (
+        f"{table(rows, columns | {'seconds_per_image': 'seconds per image'})}\n\n"
         f"{results[0]['n']} images of each scale, seeds {results[0]['seeds']}; ± is one standard error. The judge puts"
         f" {judge['accuracy']:.1%} of {judge['num_images']:,} real images into their class. SWD is against as many"
-        " real images of each class as are asked for; at scale 0 the model chooses the classes itself."
+        " real images of each class as are asked for; at scale 0 the model chooses the classes itself.\n"
     )
-    return f"{table(rows, columns | {'seconds_per_image': 'seconds per image'})}\n\n{text}\n"
 
 
 def parse_options(arguments: list[str]) -> Namespace:
@@ -194,30 +185,32 @@ def run(arguments: list[str]) -> None:
     real, real_others = real_sets(store, names, labels)
     judge = Judge(store.images, store.labels_among(names), len(names))
     accuracy = float((judge(others.images) == others.labels_among(names)).mean())
-    record |= {"judge": {"accuracy": accuracy, "split": SPLITS[1], "num_images": len(others)}}
     about = {"swd_floor": swd(real_others, real), "seeds": f"0 to {n - 1}", "batch_size": BATCH_SIZE}
+    record |= {
+        "judge": {"accuracy": accuracy, "split": SPLITS[1], "num_images": len(others)},
+        "command": command_line("experiments.guidance", arguments),
+        "reference": {key: store.description[key] for key in ("source", "split", "resolution", "fingerprint")},
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "date": datetime.now(UTC).date().isoformat(),
+        "results": [],
+    }
     make_folder(options.out)
-    record |= {"command": command_line("experiments.guidance", arguments)}
-    record |= {"reference": {key: store.description[key] for key in ("source", "split", "resolution", "fingerprint")}}
-    record |= {"versions": {"torch": torch.__version__, "diffusers": diffusers.__version__}}
-    record |= {"date": datetime.now(UTC).date().isoformat(), "results": []}
     rows = {f"{name}, at scales {', '.join(f'{scale:g}' for scale in options.scales)}": [] for name in names}
     for scale in options.scales:
         started_at_seconds = time.perf_counter()
         try:
             images, evaluations = draw(pipeline, scale, n, options.steps, len(names))
-        except ValueError as error:  # images that are not finite
+        except ValueError as error:  # images that are not finite, or steps that the sampler cannot take
             raise Failed(f"at scale {scale:g} {error}") from error
         seconds = time.perf_counter() - started_at_seconds
         for k, row in enumerate(rows.values()):
-            shown = images[k :: len(names)][:SHOWN_OF_A_CLASS]
-            row += [Image.fromarray(image.transpose(1, 2, 0)) for image in shown]
-        shares = class_shares(judge(images), np.array(labels), names)
-        measured = {"guidance_scale": scale, **shares, "swd": swd(images, real), **about}
+            row += [Image.fromarray(image.transpose(1, 2, 0)) for image in images[k :: len(names)][:SHOWN_OF_A_CLASS]]
+        measured = about | class_shares(judge(images), np.array(labels), names)
+        measured |= {"guidance_scale": scale, "swd": swd(images, real)}
         measured |= {"network_evaluations": evaluations, "seconds_per_image": seconds / n}
         record["results"].append(result("guidance", "Share in the class asked for", "class_share", **measured))
         write_results(options.out / "guidance.json", record)
-        share = f"{shares['value']:.1%} ± {shares['std']:.1%} in the class asked for"
+        share = f"{measured['value']:.1%} ± {measured['std']:.1%} in the class asked for"
         print(f"scale {scale:g}: {share}, SWD {measured['swd']:.4g}, {seconds:.0f} s", flush=True)
     (options.out / "guidance.md").write_text(summary(record))
     plot_image_rows(rows, options.out / "guidance.png")

@@ -17,10 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -70,14 +66,14 @@ SMALL = Size(paths=4000, train_steps=1500, samples=2000, seeds=2, budgets=(20, 5
 
 
 class Lesson:
-    """The state that the steps share: sizes, the output folder, the 2-D data, its exact score and a learned score."""
+    """What the steps share: sizes, the output folder, the 2-D data, its exact score and a learned score."""
 
     def __init__(self, size: Size, out: Path):
         self.size, self.out = size, out
         self.data, self.sde = eight_modes(), SDES["VP"]
         self.training_points = self.data.sample(10_000, generator(1))
-        self.network = train(self.sde, self.training_points, size.train_steps)
-        self.scores: dict[str, Score] = {"exact": exact_score(self.data, self.sde), "learned": self.network}
+        self.learned = train(self.sde, self.training_points, size.train_steps)
+        self.scores: dict[str, Score] = {"exact": exact_score(self.data, self.sde), "learned": self.learned}
 
     def save(self, figure: plt.Figure, name: str) -> dict[str, str]:
         """Writes a figure with 128 colours, for a third of the file size, and returns its entry in the record."""
@@ -86,6 +82,15 @@ class Lesson:
         plt.close(figure)
         Image.open(self.out / name).convert("RGB").quantize(128).save(self.out / name, optimize=True)
         return {"figure": name}
+
+
+def finish(axes: plt.Axes, **legend) -> None:
+    axes.grid(alpha=0.3)
+    axes.legend(**legend)
+
+
+def rms(difference: Tensor) -> float:
+    return float(difference.square().mean().sqrt())
 
 
 # ---- 1. Data become noise: the forward SDE
@@ -129,10 +134,9 @@ def forward(lesson: Lesson) -> dict:
         grid = torch.linspace(-height, height, 500, dtype=torch.float64)[:, None]
         density = torch.stack([TWO_MODES.at(sde, t).log_density(grid).exp() for t in times[::5]], 1)
         density /= density.amax(0)  # otherwise the colours of late times are too faint
+        background = {"extent": (0, 1, -height, height), "origin": "lower", "aspect": "auto", "cmap": "Blues"}
         for panel in (top, bottom):
-            panel.imshow(
-                density, extent=(0, 1, -height, height), origin="lower", aspect="auto", cmap="Blues", alpha=0.9
-            )
+            panel.imshow(density, alpha=0.9, **background)
             panel.set(ylim=(-height, height))
         top.plot(times[::5], paths[::5, :6], color=ORANGE, linewidth=0.8)
         for source, color in ((noise, ORANGE), (None, "black")):
@@ -201,9 +205,8 @@ def draw_learning(lesson: Lesson, numbers: dict) -> dict[str, str]:
         right.plot(numbers["times"], numbers["denoising_loss"][name], **style)
     left.set(xscale="log", yscale="log", xlabel="time t", ylabel="relative RMS error of the score")
     right.set(xscale="log", xlabel="time t", ylabel="denoising loss on new data (eq. 7)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    finish(left, fontsize=8)
+    finish(right, fontsize=8)
     figure.suptitle("n times the exact score of the noisy data; long arrows are shortened", fontsize=10)
     return lesson.save(figure, "score.png")
 
@@ -342,8 +345,7 @@ def orders(lesson: Lesson) -> dict:
         panel.set(xlabel="evaluations of the score")
         panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         panel.set_xticks([50, 100, 200, 500], ["50", "100", "200", "500"])
-        panel.grid(alpha=0.3)
-        panel.legend(loc="upper right")
+        finish(panel, loc="upper right")
     return of_sde | of_ode | lesson.save(figure, "orders.png")
 
 
@@ -400,18 +402,15 @@ def encoding(lesson: Lesson) -> dict:
     for (kind, score), tolerance in itertools.product(lesson.scores.items(), tolerances):
         code, _ = solve(vp, score, x, vp.first_time, vp.last_time, tolerance)
         back, _ = solve(vp, score, code, vp.last_time, vp.first_time, tolerance)
-        errors[kind].append(float((back - x).square().mean().sqrt()))
+        errors[kind].append(rms(back - x))
 
     def codes(sde: SDE, score: Score) -> Tensor:
         start = float(sde.signal_scale(at(sde.first_time))) * x
         return solve(sde, score, start, sde.first_time, sde.last_time, 1e-6)[0] / sde.prior_std
 
-    of_vp, of_ve = codes(vp, lesson.scores["exact"]), codes(ve, exact_score(data, ve))
-    learned = codes(vp, lesson.network)
-    differences = {
-        "VE from VP, exact score": float((of_ve - of_vp).square().mean().sqrt()),
-        "learned from exact score, VP": float((learned - of_vp).square().mean().sqrt()),
-    }
+    of_vp = codes(vp, lesson.scores["exact"])
+    differences = {"VE from VP, exact score": rms(codes(ve, exact_score(data, ve)) - of_vp)}
+    differences |= {"learned from exact score, VP": rms(codes(vp, lesson.learned) - of_vp)}
     numbers = {"points": n, "tolerances": tolerances, "round_trip_rms_error": errors}
     return numbers | {"rms_difference_of_codes": differences}
 
@@ -454,24 +453,23 @@ def likelihood(lesson: Lesson) -> dict:
         marginal = data.at(sde, at(sde.first_time))
         x, score = marginal.sample(n, generator(13)), exact_score(data, sde)
         found = [log_likelihood(sde, score, x, tolerance) for tolerance in tolerances]
-        errors[name] = [float((values - marginal.log_density(x)).square().mean().sqrt()) for values in found]
+        errors[name] = [rms(values - marginal.log_density(x)) for values in found]
 
     marginal = data.at(lesson.sde, at(lesson.sde.first_time))
     x = marginal.sample(n, generator(13))
-    exact, learned = marginal.log_density(x), log_likelihood(lesson.sde, lesson.network, x, 1e-4)
+    exact, learned = marginal.log_density(x), log_likelihood(lesson.sde, lesson.learned, x, 1e-4)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
     for (name, values), color in zip(errors.items(), (GREEN, BLUE, ORANGE), strict=True):
         left.loglog(tolerances, values, "o-", color=color, label=name)
     left.set(xlabel="tolerance of the ODE solver", ylabel="RMS error of log p, nats", title="exact score")
-    left.grid(alpha=0.3)
-    left.legend()
+    finish(left)
     ends = [float(exact.min()) - 0.5, float(exact.max()) + 0.5]
     right.plot(ends, ends, color=GREY, linewidth=0.8)
     right.plot(exact, learned, ".", color=ORANGE, markersize=3)
     right.set(xlabel="exact log p(x), nats", ylabel="log p(x) by the ODE, nats", title="learned score, VP")
     means = {"exact": float(exact.mean()), "learned": float(learned.mean())}
     numbers = {"points": n, "tolerances": tolerances, "rms_error_nats": errors, "mean_log_likelihood_nats": means}
-    numbers |= {"learned_rms_error_nats": float((learned - exact).square().mean().sqrt())}
+    numbers |= {"learned_rms_error_nats": rms(learned - exact)}
     return numbers | lesson.save(figure, "likelihood.png")
 
 
@@ -483,31 +481,23 @@ def rounded(numbers: dict) -> dict:
     return json.loads(json.dumps(numbers), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
-def run(arguments: list[str]) -> None:
-    """Runs the steps and writes the record after each one.
-
-    Raises:
-        InputError: for bad arguments.
-    """
-    parser = Parser(prog="python -m experiments.sde_tutorial", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the figures and tutorial.json")
-    parser.add_argument("--quick", action="store_true", help="small sizes for tests: rough numbers within seconds")
-    options = parser.parse_args(arguments)
-    make_folder(options.out)
+def run(out: Path, quick: bool) -> None:
+    """Runs the steps and writes the record after each one."""
+    make_folder(out)
     torch.set_num_threads(1)  # the tensors are small, and sums agree between machines
-    lesson = Lesson(SMALL if options.quick else Size(), options.out)
-    steps = {}
+    lesson, steps = Lesson(SMALL if quick else Size(), out), {}
     for step in STEPS:
         started_at_seconds = time.perf_counter()
         steps[step.__name__] = rounded(step(lesson))
-        record = {"size": "small" if options.quick else "full", "steps": steps}
-        write_results(options.out / "tutorial.json", record)
-        seconds = time.perf_counter() - started_at_seconds
-        print(f"{step.__name__}: {seconds:.0f} s", flush=True)
+        write_results(out / "tutorial.json", {"size": "small" if quick else "full", "steps": steps})
+        print(f"{step.__name__}: {time.perf_counter() - started_at_seconds:.0f} s", flush=True)
 
 
 def main(arguments: list[str]) -> int:
-    return run_command(lambda: run(arguments), stopped="stopped; finished steps are kept")
+    parser = Parser(prog="python -m experiments.sde_tutorial", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the figures and tutorial.json")
+    parser.add_argument("--quick", action="store_true", help="small sizes for tests: rough numbers within seconds")
+    return run_command(lambda: run(**vars(parser.parse_args(arguments))), "stopped; finished steps are kept")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,8 @@ def steps(tmp_path_factory):
     return record["steps"]
 
 
-@pytest.mark.parametrize("name", SDES)
-def test_score_is_the_gradient_of_the_log_density(name):
-    t = torch.tensor(0.3, dtype=torch.float64)
-    marginal = eight_modes().at(SDES[name], t)
+def test_score_is_the_gradient_of_the_log_density():
+    marginal = eight_modes().at(SDES["VE"], torch.tensor(0.3, dtype=torch.float64))
     x = marginal.sample(50, torch.Generator().manual_seed(0)).requires_grad_()
     (expected,) = torch.autograd.grad(marginal.log_density(x).sum(), x)
     torch.testing.assert_close(marginal.score(x.detach()), expected)

@@ -1,9 +1,5 @@
 """Networks with one part removed or replaced."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_network import TINY
@@ -12,7 +8,6 @@ from torch import nn
 from custom_unet import CustomUNet2DModel
 from experiments.unet_variants import VARIANTS, main
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 NETWORK = TINY | {"sample_size": 16}
 
 
@@ -80,26 +75,13 @@ def test_variants_round_trip_through_save_pretrained(name, tmp_path):
         assert torch.equal(loaded(images, timesteps).sample, network(images, timesteps).sample)
 
 
-@pytest.mark.parametrize("name", ["no_skips", "added_skips"])
-def test_skip_variants_reject_ncsnpp_blocks(name):
+def test_skip_variants_reject_ncsnpp_blocks():
     blocks = {"up_block_types": ("SkipUpBlock2D",) * 2, "down_block_types": ("SkipDownBlock2D",) * 2}
     with pytest.raises(ValueError, match="up_block_types has SkipUpBlock2D"):
-        build(name, **blocks)
+        build("no_skips", **blocks)
 
 
-def test_command_trains_and_evaluates_a_variant(tmp_path, capsys):
-    flags = "--config configs/quickstart.yaml --resolution 16 --attention_head_dim 16 --block_out_channels 16 32"
-    flags += " --down_block_types DownBlock2D DownBlock2D --up_block_types UpBlock2D UpBlock2D --max_train_steps 2"
-    flags += " --lr_warmup_steps 1 --validation_images 8 --train_batch_size 4 --save_images_steps 100"
-    flags += " --eval_batch_size 1 --report_to none --num_cpu_threads 1"
-    command = [sys.executable, "-m", "experiments.unet_variants", "no_skips", "train", *flags.split()]
-    subprocess.run([*command, "--output_dir", str(tmp_path / "run")], cwd=REPOSITORY, check=True, capture_output=True)
-    evaluation = f"--pipeline {tmp_path / 'run' / 'pipeline'} --reference synthetic-faces --num_images 8 --steps 2"
-    evaluation += f" --metrics swd --num_cpu_threads 1 --out {tmp_path / 'eval'}"
-    assert main(["no_skips", "evaluate", *evaluation.split()]) == 0
-    assert (tmp_path / "eval" / "results.json").exists()
-    assert main(["no_group_norm", "evaluate", *evaluation.split()]) == 2  # a different network
-    assert "could not be loaded" in capsys.readouterr().err
-    for arguments in ([], ["no_skips"], ["no_head", "train"], ["no_skips", "push"]):
+def test_unknown_variants_and_commands_print_the_usage(capsys):
+    for arguments in (["no_skips"], ["no_head", "train"], ["no_skips", "push"]):
         assert main(arguments) == 2
         assert capsys.readouterr().err.startswith("usage: ")
