@@ -75,7 +75,7 @@ COLUMNS = {  # key in a row: heading
     "epsilon_mse": "error of the noise",
 } | {quarter: quarter for quarter in QUARTERS}
 DISTANCES = ("fid", "kid", "swd")
-MEASURED = [key for key in COLUMNS if key not in ("variant", "changed", "parameters", "images_seen", "drawn_by")]
+MEASURED = [*RESULTS, *QUARTERS, "train_minutes"]
 
 
 # ---- Trainings and evaluations
@@ -118,9 +118,9 @@ class Job:
         """Starts the task, `train` or `evaluate`, in a subprocess whose output goes to `log.txt`."""
         search = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])  # works from any folder
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "OMP_NUM_THREADS": str(num_threads)}
-        command = [sys.executable, "-m", "experiments.unet_variants", self.variant.network, task, *self.flags[task]]
+        flags = [*self.flags[task], f"--num_cpu_threads={num_threads}"]
+        command = [sys.executable, "-m", "experiments.unet_variants", self.variant.network, task, *flags]
         with (self.folder / "log.txt").open("w") as log:
-            command.append(f"--num_cpu_threads={num_threads}")
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def failure(self, exit_code: int) -> Failed:

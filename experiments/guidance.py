@@ -43,25 +43,18 @@ SHOWN_OF_A_CLASS = 3  # images per class and scale in the figure
 RIDGE = 1.0  # penalty of the judge's weights, for pixels in [-1, 1]
 
 
-def open_model(options: Namespace) -> tuple[CustomUNetPipeline, str, list[str], dict]:
-    """Opens the pipeline; returns it with its label column, the names of its classes, and a record of what it is.
+def open_model(source: Path, sampler: str | None) -> tuple[CustomUNetPipeline, dict]:
+    """Opens the pipeline, and what it knows about its training data.
 
     Raises:
-        InputError: if it has no classes of the synthetic faces, or there are fewer images than classes.
+        InputError: if it has no classes of the synthetic faces.
     """
-    if options.num_cpu_threads is not None:
-        torch.set_num_threads(options.num_cpu_threads)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    source, _ = find_pipeline(options.pipeline, None)
-    pipeline = load_pipeline(source, "fp32", options.scheduler).to(device)
-    data = recorded(source, "data") or {}
-    names = data.get("label_names") or []
-    if data.get("source") != "synthetic-faces" or pipeline.unet.config.get("num_class_embeds") != len(names) + 1:
+    pipeline, data = load_pipeline(source, "fp32", sampler).to(device), recorded(source, "data") or {}
+    num_classes = len(data.get("label_names") or [])
+    if data.get("source") != "synthetic-faces" or pipeline.unet.config.get("num_class_embeds") != num_classes + 1:
         raise InputError(f"{source} was not trained on synthetic-faces with --label_column and a null class")
-    if options.num_images < len(names):
-        raise InputError(f"--num_images is {options.num_images}, but there are {len(names)} classes; ask for as many")
-    record = {"weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)}}
-    return pipeline, data["label_column"], names, record | {"device": device_name(device)}
+    return pipeline, data
 
 
 def draw(
@@ -95,8 +88,8 @@ def real_sets(store: ImageStore, names: Sequence[str], labels: Sequence[int]) ->
         if len(found) < 2 * count:
             there = f"split {SPLITS[0]} has {len(found)} images of {name!r}"
             raise InputError(f"{there}, and two sets of {count} are needed; use fewer --num_images")
-        for part, positions in enumerate(chosen):
-            positions.extend(found[part * count : (part + 1) * count])
+        chosen[0].extend(found[:count])
+        chosen[1].extend(found[count : 2 * count])
     return [np.asarray(store.images[np.sort(positions)]) for positions in chosen]
 
 
@@ -153,42 +146,33 @@ def summary(record: dict) -> str:
     )
 
 
-def parse_options(arguments: list[str]) -> Namespace:
-    """Parses and checks the arguments; raises InputError."""
-    parser = Parser(prog="python -m experiments.guidance", description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
-    add("--scales", required=True, nargs="+", type=float, help="guidance scales; at 0 the class has no effect")
-    add("--out", required=True, type=Path, help="folder for the numbers, table and figure")
-    add("--num_images", type=int, default=256, help="images per scale; the classes take turns (default 256)")
-    add("--scheduler", choices=[*SAMPLERS, *CONTINUOUS_SAMPLERS], help="sampler (default: the repository's own)")
-    add("--num_inference_steps", type=int, default=50, dest="steps", help="default 50; ode chooses its own")
-    add("--num_cpu_threads", type=int)
-    options = parser.parse_args(arguments)
-    check_numbers(options, {"num_images": 1, "num_cpu_threads": 1, "scales": 0}, {})
-    return options
-
-
-def run(arguments: list[str]) -> None:
-    """Checks the input, then draws and measures images; writes the results after each scale.
+def run(options: Namespace, command: str) -> None:
+    """Draws and measures images; writes the results after each scale.
 
     Raises:
         InputError: for bad input.
         Failed: if sampling fails at a scale.
     """
-    options = parse_options(arguments)
-    pipeline, column, names, record = open_model(options)
-    n, size = options.num_images, pipeline.unet.config.sample_size
-    which = {"dataset_name": "synthetic-faces", "label_column": column, "resolution": size, "crop": "none"}
-    store, others = (open_image_store(**which, split=split) for split in SPLITS)
+    check_numbers(options, {"num_images": 1, "num_cpu_threads": 1, "scales": 0}, {})
+    if options.num_cpu_threads is not None:
+        torch.set_num_threads(options.num_cpu_threads)
+    source, _ = find_pipeline(options.pipeline, None)
+    pipeline, data = open_model(source, options.scheduler)
+    names, n, size = data["label_names"], options.num_images, pipeline.unet.config.sample_size
+    if n < len(names):
+        raise InputError(f"--num_images is {n}, but there are {len(names)} classes; ask for as many")
+    which = {"label_column": data["label_column"], "resolution": size, "crop": "none"}
+    store, others = (open_image_store(dataset_name="synthetic-faces", split=split, **which) for split in SPLITS)
     labels = [i % len(names) for i in range(n)]
     real, real_others = real_sets(store, names, labels)
     judge = Judge(store.images, store.labels_among(names), len(names))
     accuracy = float((judge(others.images) == others.labels_among(names)).mean())
     about = {"swd_floor": swd(real_others, real), "seeds": f"0 to {n - 1}", "batch_size": BATCH_SIZE}
-    record |= {
+    record = {
+        "weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)},
+        "device": device_name(pipeline.device),
         "judge": {"accuracy": accuracy, "split": SPLITS[1], "num_images": len(others)},
-        "command": command_line("experiments.guidance", arguments),
+        "command": command,
         "reference": {key: store.description[key] for key in ("source", "split", "resolution", "fingerprint")},
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "date": datetime.now(UTC).date().isoformat(),
@@ -218,7 +202,19 @@ def run(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    return run_command(lambda: run(arguments), "stopped; the scales measured so far are in guidance.json")
+    parser = Parser(prog="python -m experiments.guidance", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
+    add("--scales", required=True, nargs="+", type=float, help="guidance scales; at 0 the class has no effect")
+    add("--out", required=True, type=Path, help="folder for the numbers, table and figure")
+    add("--num_images", type=int, default=256, help="images per scale; the classes take turns (default 256)")
+    add("--scheduler", choices=[*SAMPLERS, *CONTINUOUS_SAMPLERS], help="sampler (default: the repository's own)")
+    add("--num_inference_steps", type=int, default=50, dest="steps", help="default 50; ode chooses its own")
+    add("--num_cpu_threads", type=int)
+    return run_command(
+        lambda: run(parser.parse_args(arguments), command_line("experiments.guidance", arguments)),
+        "stopped; the scales measured so far are in guidance.json",
+    )
 
 
 if __name__ == "__main__":

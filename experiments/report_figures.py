@@ -14,6 +14,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
@@ -25,21 +26,13 @@ from eval.figures import plot_curves, save_figure
 from experiments.gallery import labelled_grid
 from training.arguments import parse_config
 from training.data import to_model_range, to_uint8
-from training.diffusion import ddpm_regression, make_noise_scheduler
 from training.synthetic_faces import render_faces
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DRAWN_CONFIG = REPOSITORY / "configs" / "celeba32_cpu.yaml"
-NUM_TIMESTEPS, BETA_START, BETA_END = 1000, 1e-4, 0.02
-SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # names in diffusers
+SCHEDULES = {"linear": DDPMScheduler(), "cosine": DDPMScheduler(beta_schedule="squaredcos_cap_v2")}
 SHOWN_TIMESTEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 SNR_GAMMA = 5.0
-TARGETS = {  # prediction type and gamma of each line
-    "epsilon": ("epsilon", None),
-    "x_0": ("sample", None),
-    "v": ("v_prediction", None),
-    f"v with min-SNR, gamma {SNR_GAMMA:g}": ("v_prediction", SNR_GAMMA),
-}
 FACE_PIXELS = 64
 EMBEDDED_TIMESTEPS = 400
 KINDS = {  # colour and name of each kind of layer
@@ -115,27 +108,10 @@ def draw_network(layers: list[Layer], path: Path) -> None:
     save_figure(figure, path)
 
 
-def noise_schedule(name: str, prediction_type: str = "epsilon"):
-    """A noise schedule from SCHEDULES with DDPM's number of timesteps and betas."""
-    return make_noise_scheduler(NUM_TIMESTEPS, SCHEDULES[name], BETA_START, BETA_END, prediction_type, False)
-
-
 def signal_to_noise(name: str) -> np.ndarray:
     """snr(t) = abar_t / (1 - abar_t) at every timestep; float64 (T,)."""
-    alphas_cumprod = noise_schedule(name).alphas_cumprod.double()
+    alphas_cumprod = SCHEDULES[name].alphas_cumprod.double()
     return (alphas_cumprod / (1 - alphas_cumprod)).numpy()
-
-
-def clean_error_weights(schedule: str, prediction_type: str, snr_gamma: float | None) -> np.ndarray:
-    """Weight of the squared error of x_0 in the training loss at every timestep; float64 (T,).
-
-    `ddpm_regression`, which training uses, gives the weight of the prediction's squared error and the factor from that
-    error to the squared error of epsilon, which is snr times that of x_0.
-    """
-    images = torch.zeros(NUM_TIMESTEPS, 1, 1, 1)
-    positions = (torch.arange(NUM_TIMESTEPS).double() + 0.5) / NUM_TIMESTEPS
-    task = ddpm_regression(noise_schedule(schedule, prediction_type), images, images, positions, snr_gamma)
-    return (task.loss_weight / task.noise_weight).double().numpy() * signal_to_noise(schedule)
 
 
 def draw_schedules(path: Path) -> None:
@@ -151,6 +127,16 @@ def draw_schedules(path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     save_figure(figure, path)
+
+
+def draw_weights(path: Path) -> None:
+    """Draws the weight of the squared error of x_0 that the unweighted loss of each target implies, and min-SNR."""
+    snr = signal_to_noise("cosine")
+    weights = {"epsilon": snr, "x_0": np.ones_like(snr), "v": snr + 1}
+    weights[f"v with min-SNR, gamma {SNR_GAMMA:g}"] = np.minimum(snr, SNR_GAMMA)
+    lines = {label: (weight, None) for label, weight in weights.items()}
+    labels = {"xlabel": "timestep, cosine schedule", "ylabel": "weight of the squared error of x_0"}
+    plot_curves(np.arange(len(snr)), lines, labels | {"yscale": "log", "ylim": (1e-3, 1e3)}, path)
 
 
 def draw_time_embedding(projection: PositionalProjection, path: Path) -> None:
@@ -169,7 +155,7 @@ def noised_faces() -> dict[str, list[Image.Image]]:
     noise = torch.randn(1, 3, FACE_PIXELS, FACE_PIXELS, generator=torch.Generator().manual_seed(0))
     face = to_model_range(torch.from_numpy(render_faces([0], FACE_PIXELS)).permute(0, 3, 1, 2))
     faces, timesteps = face.expand(len(SHOWN_TIMESTEPS), -1, -1, -1), torch.tensor(SHOWN_TIMESTEPS)
-    noisy = {name: to_uint8(noise_schedule(name).add_noise(faces, noise, timesteps)) for name in SCHEDULES}
+    noisy = {name: to_uint8(schedule.add_noise(faces, noise, timesteps)) for name, schedule in SCHEDULES.items()}
     return {name: [to_pil_image(image) for image in images] for name, images in noisy.items()}
 
 
@@ -188,10 +174,7 @@ def write_figures(out: Path) -> None:
     columns = [f"t = {timestep}" for timestep in SHOWN_TIMESTEPS]
     labelled_grid(noised_faces(), columns, FACE_PIXELS).save(out / "forward.png")
     draw_schedules(out / "schedules.png")
-    lines = {label: (clean_error_weights("cosine", *target), None) for label, target in TARGETS.items()}
-    labels = {"xlabel": "timestep, cosine schedule", "ylabel": "weight of the squared error of x_0"}
-    labels |= {"yscale": "log", "ylim": (1e-3, 1e3)}
-    plot_curves(np.arange(NUM_TIMESTEPS), lines, labels, out / "weights.png")
+    draw_weights(out / "weights.png")
 
 
 def main(arguments: list[str]) -> int:

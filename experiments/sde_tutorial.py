@@ -96,27 +96,21 @@ def rms(difference: Tensor) -> float:
 # ---- 1. Data become noise: the forward SDE
 
 
-def forward_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Solves dx = f x dt + g dw (eq. 5) by Euler-Maruyama from data x (N, 1): times (S + 1,), paths (S + 1, N)."""
-    times = solvers.sampling_times(sde, num_steps).flip(0)  # sampling times run from noise to data
-    paths = [x + sde.noise_scale(times[0]) * noise()]
-    for now, later in itertools.pairwise(times):
-        dt, x = later - now, paths[-1]
-        paths.append(x + sde.drift(now) * x * dt + sde.diffusion(now) * dt.sqrt() * noise())
-    return times, torch.stack(paths)[..., 0]
+def solve_paths(sde: SDE, x: Tensor, times: Tensor, weight: float, noise: Callable[[], Tensor] | None) -> Tensor:
+    """Solves dx = (f x - weight g^2 score) dt + g dw by Euler-Maruyama, from x (N, 1) at times (S + 1,): (S + 1, N).
 
-
-def reverse_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Solves the reverse SDE (eq. 6), or without noise the ODE (eq. 13), by the exact score of TWO_MODES.
-
-    Returns times (S + 1,) and paths (S + 1, N).
+    Weight 0 gives the forward SDE (eq. 5), 1 the reverse SDE (eq. 6), and 1/2 without noise the ODE (eq. 13). The
+    score is that of TWO_MODES.
     """
-    times, paths, weight = solvers.sampling_times(sde, num_steps), [x], 0.5 if noise is None else 1
+    paths = [x]
     for now, later in itertools.pairwise(times):
-        dt, g, x = now - later, sde.diffusion(now), paths[-1]
-        x = x - (sde.drift(now) * x - weight * g**2 * TWO_MODES.at(sde, now).score(x)) * dt
-        paths.append(x if noise is None else x + g * dt.sqrt() * noise())
-    return times, torch.stack(paths)[..., 0]
+        dt, g, x = later - now, sde.diffusion(now), paths[-1]
+        velocity = sde.drift(now) * x
+        if weight > 0:
+            velocity = velocity - weight * g**2 * TWO_MODES.at(sde, now).score(x)
+        x = x + velocity * dt
+        paths.append(x if noise is None else x + g * dt.abs().sqrt() * noise())
+    return torch.stack(paths)[..., 0]
 
 
 def forward(lesson: Lesson) -> dict:
@@ -128,8 +122,10 @@ def forward(lesson: Lesson) -> dict:
     numbers = {"paths": n, "chance_level_95_percent": 1.358 / math.sqrt(n)}
     figure, axes = plt.subplots(2, 3, figsize=(9, 6), sharex=True)
     for (name, sde), (top, bottom) in zip(SDES.items(), axes.T, strict=True):
-        times, paths = forward_paths(sde, TWO_MODES.sample(n, generator(2)), 1000, noise_source((n, 1), 3))
-        start, noise = sde.prior_std * torch.linspace(-1.8, 1.8, 6)[:, None].double(), noise_source((6, 1), 4)
+        backwards = solvers.sampling_times(sde, 1000)
+        times, noise = backwards.flip(0), noise_source((n, 1), 3)
+        x = TWO_MODES.sample(n, generator(2)) + sde.noise_scale(times[0]) * noise()
+        paths = solve_paths(sde, x, times, 0, noise)
         height = 2.4 * math.hypot(1, sde.prior_std)
         grid = torch.linspace(-height, height, 500, dtype=torch.float64)[:, None]
         density = torch.stack([TWO_MODES.at(sde, t).log_density(grid).exp() for t in times[::5]], 1)
@@ -139,8 +135,9 @@ def forward(lesson: Lesson) -> dict:
             panel.imshow(density, alpha=0.9, **background)
             panel.set(ylim=(-height, height))
         top.plot(times[::5], paths[::5, :6], color=ORANGE, linewidth=0.8)
-        for source, color in ((noise, ORANGE), (None, "black")):
-            backwards, lines = reverse_paths(sde, start, 1000, source)
+        start = sde.prior_std * torch.linspace(-1.8, 1.8, 6)[:, None].double()
+        for weight, noise, color in ((1, noise_source((6, 1), 4), ORANGE), (0.5, None, "black")):
+            lines = solve_paths(sde, start, backwards, weight, noise)
             bottom.plot(backwards[::5], lines[::5], color=color, linewidth=0.8)
         top.set(title=name)
         bottom.set(xlabel="time t")

@@ -15,16 +15,13 @@ side, and each trains for the number of updates that it makes in that time on an
 during the trainings therefore makes no difference.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import InputError
 from experiments.unet_variants import VARIANTS
 from training.arguments import read_yaml
-from training.config import shown
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # of a variant: it becomes a folder
 FLAGS_SET = set("config dataset_name train_data_dir seed output_dir overwrite_output_dir num_cpu_threads".split())
 EVALUATION_FLAGS_SET = set("pipeline reference out images_dir num_cpu_threads".split())
 
@@ -72,8 +69,6 @@ def check(study: Study) -> None:
     if len(study.variants) < 2:
         raise InputError("the study has a single variant; give a baseline and at least one other")
     for variant in study.variants:
-        if not NAME.fullmatch(variant.name):
-            raise InputError(f"a variant is called {shown(variant.name)}; use letters, digits and . _ + -")
         if variant.network not in VARIANTS:
             raise InputError(f"{variant.name} has the network {variant.network}; choose from {', '.join(VARIANTS)}")
     flags_set = FLAGS_SET if study.minutes is None else {*FLAGS_SET, "max_train_steps"}

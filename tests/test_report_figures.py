@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from custom_unet import CustomUNet2DModel
-from experiments.report_figures import clean_error_weights, layers_of, main, signal_to_noise
+from experiments.report_figures import layers_of, main, signal_to_noise
 
 
 def test_layers_are_in_forward_order_with_their_skip_connections():
@@ -43,14 +43,6 @@ def test_signal_to_noise_matches_the_closed_forms():
     start = np.cos(0.008 / 1.008 * np.pi / 2) ** 2
     abar = (ratio / start)[:990]  # before betas are clipped at 0.999
     np.testing.assert_allclose(signal_to_noise("cosine")[:990], abar / (1 - abar), rtol=5e-3)
-
-
-def test_clean_error_weights_match_the_closed_forms():
-    snr = signal_to_noise("cosine")
-    for prediction_type, expected in {"epsilon": snr, "sample": np.ones(1000), "v_prediction": snr + 1}.items():
-        np.testing.assert_allclose(clean_error_weights("cosine", prediction_type, None), expected, rtol=1e-4)
-        weights = clean_error_weights("cosine", prediction_type, 5.0)
-        np.testing.assert_allclose(weights, np.minimum(snr, 5.0), rtol=1e-4)
 
 
 def test_command_writes_the_figures(tmp_path):
