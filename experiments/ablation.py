@@ -11,6 +11,7 @@ machine idle for that minute. The same command resumes a study, and repeats the 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,14 +27,14 @@ import numpy as np
 import torch
 
 from common import Failed, InputError, Parser, check_numbers, make_folder, run_command
-from eval.compare import Run, errors_by_noise_level, images_of, open_runs, rows_of
+from eval.compare import Run, errors_by_noise_level, images_of, open_runs
 from eval.figures import plot_curves, plot_image_rows
-from eval.results import number, table, value_text, write_results
+from eval.results import number, sampler_text, table, value_text, write_results
 from eval.run import parse_options as parse_evaluation
 from experiments.bench import measure_speeds
 from experiments.study import Study, Variant, flags_as_arguments, read_study
 from pipelines.custom_unet_pipeline import SAMPLERS
-from training.arguments import parse_config, read_yaml
+from training.arguments import parse_config
 from training.config import DEFAULTS, TrainConfig
 from training.sde import continuous_samplers
 
@@ -43,10 +43,23 @@ NEVER = PLACEHOLDER_STEPS = 10**9
 POLL_SECONDS = 0.5
 IMAGES_OF_A_VARIANT = 8  # in the figure
 SHOWN_ERRORS = (0.5, 2.0)  # range of the axis, relative to the first variant
-UNWATCHED = {"report_to": "none", "save_images_steps": NEVER, "eval_batch_size": 1}  # a grid is drawn only at the end
+FLAGS = {  # of every training, unless the study has others; a grid is drawn only at the end
+    "report_to": "none",
+    "save_images_steps": NEVER,
+    "eval_batch_size": 1,
+    "validation_split": "validation",
+}
+METRICS = {"metrics": ["swd", "memorisation", "heldout"]}  # of every evaluation, unless the study has others
 QUARTERS = ("q1", "q2", "q3", "q4")
-TIMESTEPS = "Error of the noise, mean over timesteps, held-out"
 SCHEDULE = "objective ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr".split()
+RESULTS = {  # key in a row: name of the result
+    "fid": "FID (clean)",
+    "kid": "KID (clean)",
+    "swd": "SWD, mean",
+    "memorisation_ratio": "Nearest training image, generated / held-out (median)",
+    "sample_mse": "Error of x_0, mean over log sigma, held-out",
+    "epsilon_mse": "Error of the noise, mean over timesteps, held-out",
+}
 COLUMNS = {  # key in a row: heading
     "variant": "variant",
     "changed": "what is changed",
@@ -62,7 +75,7 @@ COLUMNS = {  # key in a row: heading
     "epsilon_mse": "error of the noise",
 } | {quarter: quarter for quarter in QUARTERS}
 DISTANCES = ("fid", "kid", "swd")
-MEASURED = [key for key in COLUMNS if key not in ("variant", "changed", "parameters", "images_seen", "drawn_by")]
+MEASURED = [*RESULTS, *QUARTERS, "train_minutes"]
 
 
 # ---- Trainings and evaluations
@@ -73,7 +86,7 @@ class Job:
     """The training and the evaluation of one variant with one seed.
 
     Attributes:
-        commands: the arguments of Python for `train` and for `evaluate`.
+        flags: the arguments of the tasks `train` and `evaluate`.
         record: the settings of training and evaluation without their folders; stored in `job.json`.
     """
 
@@ -81,30 +94,32 @@ class Job:
     seed: int
     folder: Path
     config: TrainConfig
-    commands: dict[str, list[str]]
+    flags: dict[str, list[str]]
     record: dict
 
     @property
     def is_done(self) -> bool:
-        """Whether the job has finished with the same flags."""
+        """Whether the job has finished with the same settings."""
         return read_json(self.folder / "job.json") == self.record | {"is_done": True}
 
     def begin(self) -> None:
-        """Removes the output of other flags, from which the training would otherwise resume."""
-        path, earlier = self.folder / "job.json", read_json(self.folder / "job.json")
+        """Removes the output of other settings, from which the training would otherwise resume."""
+        path, before = self.folder / "job.json", read_json(self.folder / "job.json")
+        same = {key: value for key, value in self.record.items() if before.get(key) == value}
         self.folder.mkdir(parents=True, exist_ok=True)
-        if earlier and any(earlier.get(key) != value for key, value in self.record.items()):
-            write_results(path, dict.fromkeys(self.record))  # if stopped here, leftovers match no record
-            stale = ["evaluation"] if earlier.get("training") == self.record["training"] else ["evaluation", "run"]
-            for folder in [self.folder / name for name in stale if (self.folder / name).exists()]:
-                shutil.rmtree(folder)
+        if same != self.record:
+            write_results(path, same)  # if stopped here, the next start removes the rest
+            for name in ["evaluation"] if "training" in same else ["evaluation", "run"]:
+                if (self.folder / name).exists():
+                    shutil.rmtree(self.folder / name)
         write_results(path, self.record)
 
     def start(self, task: str, num_threads: int) -> subprocess.Popen:
         """Starts the task, `train` or `evaluate`, in a subprocess whose output goes to `log.txt`."""
         search = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])  # works from any folder
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "OMP_NUM_THREADS": str(num_threads)}
-        command = [sys.executable, *self.commands[task], f"--num_cpu_threads={num_threads}"]
+        flags = [*self.flags[task], f"--num_cpu_threads={num_threads}"]
+        command = [sys.executable, "-m", "experiments.unet_variants", self.variant.network, task, *flags]
         with (self.folder / "log.txt").open("w") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
@@ -116,15 +131,7 @@ class Job:
 
 
 def read_json(path: Path) -> dict:
-    """The content of a JSON file, empty if the file does not exist.
-
-    Raises:
-        Failed: if the file is damaged.
-    """
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise Failed(f"{path} is damaged; delete it to start from scratch") from error
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def jobs_of(
@@ -138,54 +145,36 @@ def jobs_of(
     Raises:
         InputError: if the arguments of a training or an evaluation are invalid.
     """
-    path, is_folder = REPOSITORY / study.config, os.path.isdir(data)
-    content = read_yaml(path)
+    jobs, path, is_folder = [], REPOSITORY / study.config, os.path.isdir(data)
     data = os.path.abspath(data) if is_folder else data
-    where = {"train_data_dir": data if is_folder else None, "dataset_name": None if is_folder else data}
-    where |= {} if crop is None else {"crop": crop}
-    # other data than the configuration's would drop its validation split, so it is passed as a flag
-    split = content.get("validation_split") if isinstance(content, dict) else None
-    shared = UNWATCHED | ({} if split is None else {"validation_split": split}) | study.flags | where
-    jobs = []
-    for seed in study.seeds:
-        for variant in study.variants:
-            folder = out / variant.name / f"seed-{seed}"
-            flags = shared | variant.flags | {"seed": seed, "output_dir": str(folder / "run")}
-            if study.minutes is not None:
-                flags["max_train_steps"] = PLACEHOLDER_STEPS if num_steps is None else num_steps[variant.name]
-            training = ["--config", str(path), *flags_as_arguments(flags)]
-            metrics = {"reference": data, "metrics": ["swd", "memorisation", "heldout"]}
-            measured = flags_as_arguments(metrics | study.evaluation | variant.evaluation)
-            evaluation = [f"--pipeline={folder / 'run' / 'pipeline'}", f"--out={folder / 'evaluation'}", *measured]
-            try:
-                config = parse_config(training)
-                check_fits(config, parse_evaluation(evaluation), jobs[0].config if jobs else config)
-            except InputError as error:
-                raise InputError(f"variant {variant.name}: {error}") from error
-            unusual = {name: value for name, value in asdict(config).items() if value != DEFAULTS[name]}
-            del unusual["output_dir"]
-            unusual |= {} if variant.network == "plain" else {"network": variant.network}
-            flags_of = {"train": training, "evaluate": evaluation}
-            program = ["-m", "experiments.unet_variants", variant.network]
-            commands = {task: [*program, task, *flags] for task, flags in flags_of.items()}
-            record = {"training": unusual, "evaluation": measured}
-            jobs.append(Job(variant, seed, folder, config, commands, record))
+    images = {"train_data_dir": data if is_folder else None, "dataset_name": None if is_folder else data}
+    images |= {} if crop is None else {"crop": crop}
+    for seed, variant in itertools.product(study.seeds, study.variants):
+        folder = out / variant.name / f"seed-{seed}"
+        flags = FLAGS | study.flags | images | variant.flags | {"seed": seed, "output_dir": folder / "run"}
+        if study.minutes is not None:
+            flags["max_train_steps"] = PLACEHOLDER_STEPS if num_steps is None else num_steps[variant.name]
+        train = ["--config", str(path), *flags_as_arguments(flags)]
+        how = flags_as_arguments({"reference": data} | METRICS | study.evaluation | variant.evaluation)
+        evaluate = [f"--pipeline={folder / 'run' / 'pipeline'}", f"--out={folder / 'evaluation'}", *how]
+        try:
+            config = parse_config(train)
+            check_sampler(parse_evaluation(evaluate).sampler, config.objective)
+        except InputError as error:
+            raise InputError(f"variant {variant.name}: {error}") from error
+        unusual = {name: value for name, value in asdict(config).items() if value != DEFAULTS[name]}
+        del unusual["output_dir"]
+        unusual |= {} if variant.network == "plain" else {"network": variant.network}
+        tasks, record = {"train": train, "evaluate": evaluate}, {"training": unusual, "evaluation": how}
+        jobs.append(Job(variant, seed, folder, config, tasks, record))
     return jobs
 
 
-def check_fits(config: TrainConfig, options: Namespace, first: TrainConfig) -> None:
-    """Raises InputError if a training does not match its evaluation, or the images of the first training."""
-    if config.validation_split is None:
-        raise InputError("there is no --validation_split, but the study compares held-out images; give one")
-    samplers = [*(SAMPLERS if config.objective == "ddpm" else ()), *continuous_samplers(config.objective)]
-    if options.sampler not in (None, *samplers):
-        raise InputError(
-            f"--sampler {options.sampler} is not for --objective {config.objective}; choose {', '.join(samplers)}"
-        )
-    for name in ("resolution", "crop"):
-        here, there = getattr(config, name), getattr(first, name)
-        if here != there:
-            raise InputError(f"--{name} is {here}, of the first variant {there}; all variants need the same images")
+def check_sampler(name: str | None, objective: str) -> None:
+    """Raises InputError if a model cannot be sampled in this way."""
+    samplers = [*(SAMPLERS if objective == "ddpm" else ()), *continuous_samplers(objective)]
+    if name not in (None, *samplers):
+        raise InputError(f"--sampler {name} is not for --objective {objective}; choose {', '.join(samplers)}")
 
 
 def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
@@ -195,60 +184,55 @@ def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
 
     Args:
         jobs: one per variant; the first is the baseline.
-
-    Raises:
-        Failed: if the file is damaged.
-        OSError: if the file cannot be written.
     """
-    known, first = read_json(path), jobs[0].variant.name
-    missing = [job for job in jobs if job.variant.name not in known]
+    speeds, first = read_json(path), jobs[0].variant.name
+    missing = {job.variant.name: (job.config, job.variant.network) for job in jobs if job.variant.name not in speeds}
     if missing:
-        beside = missing if jobs[0] in missing else [jobs[0], *missing]
-        print(f"measuring the speed of {len(beside)} trainings side by side", flush=True)
-        found = measure_speeds({job.variant.name: (job.config, job.variant.network) for job in beside})
-        scale = known.get(first, found[first]) / found[first]
-        known |= {job.variant.name: round(found[job.variant.name] * scale, 2) for job in missing}
+        print(f"measuring the speed of {len(missing)} trainings side by side", flush=True)
+        found = measure_speeds({first: (jobs[0].config, jobs[0].variant.network)} | missing)
+        scale = speeds.get(first, found[first]) / found[first]
+        speeds |= {name: round(found[name] * scale, 2) for name in missing}
         make_folder(path.parent)
-        write_results(path, known)
+        write_results(path, speeds)
     num_steps = {}
     for job in jobs:
         images_per_update = job.config.train_batch_size * job.config.gradient_accumulation_steps
-        steps = round(minutes * 60 * known[job.variant.name] / images_per_update)
+        steps = round(minutes * 60 * speeds[job.variant.name] / images_per_update)
         num_steps[job.variant.name] = max(steps, job.config.lr_warmup_steps + 1)
     return num_steps
 
 
 def do_all(jobs: list[Job], at_once: int) -> None:
-    """Runs the unfinished jobs, `at_once` at a time; after a failure, running jobs finish but no others start.
+    """Runs the unfinished jobs, `at_once` at a time. A failure or a signal stops those that are running.
 
     Raises:
-        Failed: for the first job that failed.
-        KeyboardInterrupt: after SIGINT or SIGTERM, which ends the processes.
+        Failed: if a training or an evaluation fails.
+        KeyboardInterrupt: after SIGINT or SIGTERM.
     """
     left = [job for job in jobs if not job.is_done]
     print(f"{len(jobs)} trainings and evaluations, {len(jobs) - len(left)} of them done before", flush=True)
     num_threads = max(1, torch.get_num_threads() // at_once)
-    failures, running, stopped_by = [], {}, []  # `running` has the task and the process of each job
+    running, signals = {}, []  # `running` has the task and the process of each job
     for kind in (signal.SIGINT, signal.SIGTERM):  # an exception might strike before a process is in `running`
-        signal.signal(kind, lambda number, frame: stopped_by.append(number))
+        signal.signal(kind, lambda number, frame: signals.append(number))
     try:
-        while running or (left and not failures):
-            while left and not failures and len(running) < at_once:
+        while left or running:
+            while left and len(running) < at_once:
                 job = left.pop(0)
                 job.begin()
                 running[job] = "train", job.start("train", num_threads)
             time.sleep(POLL_SECONDS)
-            if stopped_by:
+            if signals:
                 raise KeyboardInterrupt
             for job, (task, process) in list(running.items()):
                 if process.poll() is None:
                     continue
-                del running[job]
                 if process.returncode != 0:
-                    failures.append(job.failure(process.returncode))
-                elif task == "train":
+                    raise job.failure(process.returncode)
+                if task == "train":
                     running[job] = "evaluate", job.start("evaluate", num_threads)
                 else:
+                    del running[job]
                     write_results(job.folder / "job.json", job.record | {"is_done": True})
                     print(f"{job.variant.name}, {job.folder.name}: done", flush=True)
     finally:
@@ -258,56 +242,42 @@ def do_all(jobs: list[Job], at_once: int) -> None:
             process.wait()
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, signal.default_int_handler)
-    if failures:
-        raise failures[0]
 
 
 # ---- Table and figures
 
 
-def values_of(run: Run, comparable_timesteps: bool) -> dict:
-    """The results of one training; None for values that were not measured."""
-    (row,), model = rows_of(run), run.record["model"]
-    found = row | {"fid": row.get("FID (clean)"), "kid": row.get("KID (clean)")}
-    measured = (*DISTANCES, "memorisation_ratio", "sample_mse")
-    values = dict.fromkeys(MEASURED) | {name: found[name] and found[name]["value"] for name in measured}
-    floors = {name: found[name]["floor"] for name in DISTANCES if found[name] is not None}
-    if not floors:
-        raise ValueError("no distance between its images and real ones")
-    values |= {"train_minutes": model["train_seconds"] / 60, "floors": floors}
-    curve = next((entry for entry in run.results if entry["name"] == TIMESTEPS), None)
-    if curve is not None and comparable_timesteps:
+def values_of(run: Run, has_same_timesteps: bool) -> dict:
+    """The results of one training; None for values that were not measured or do not compare."""
+    entries = {entry["name"]: entry for entry in run.results if entry["family"] != "cost"}
+    found = {key: entries[name] for key, name in RESULTS.items() if name in entries}
+    curve, model = found.pop("epsilon_mse", None), run.record["model"]
+    values = dict.fromkeys(MEASURED) | {key: entry["value"] for key, entry in found.items()}
+    if curve is not None and has_same_timesteps:
         parts = np.array_split(np.array(curve["curve"]), len(QUARTERS))
         values |= {quarter: float(part.mean()) for quarter, part in zip(QUARTERS, parts, strict=True)}
         values["epsilon_mse"] = curve["value"]
-    return values | {name: (model | row)[name] for name in ("parameters", "images_seen", "drawn_by", "n")}
+    values |= {"parameters": model["parameters"], "images_seen": model["images_seen"]}
+    values["train_minutes"] = model["train_seconds"] / 60
+    values["floors"] = {name: found[name]["floor"] for name in DISTANCES if "floor" in found.get(name, {})}
+    drawn = next((entry for entry in found.values() if "sampler" in entry), {})
+    return values | {"drawn_by": sampler_text(drawn), "n": drawn.get("n")}
 
 
-def rows_of_study(study: Study, jobs: list[Job]) -> list[dict]:
-    """One row per variant: for each value, its mean and standard deviation over the seeds, and the values.
+def row_of(variant: Variant, study: Study, found: list[dict]) -> dict:
+    """The mean and standard deviation of each value over the seeds, and the values.
 
-    Raises:
-        InputError: if results are missing.
+    Args:
+        found: the `values_of` each seed.
     """
-    rows = []
-    for variant in study.variants:
-        own = [job for job in jobs if job.variant is variant]
-        comparable = all(getattr(own[0].config, name) == getattr(jobs[0].config, name) for name in SCHEDULE)
-        runs = open_runs([job.folder / "evaluation" for job in own], [str(job.folder) for job in own])
-        try:
-            found = [values_of(run, comparable) for run in runs]
-        except (KeyError, TypeError, ValueError) as error:
-            what = "lacks what is compared, or was measured in several ways"
-            raise InputError(f"a result of {variant.name} {what}: {error}") from error
-        changes = [] if variant.network == "plain" else [f"network {variant.network}"]
-        changes += [f"{name} {'null' if value is None else value}" for name, value in variant.flags.items()]
-        row = {"variant": variant.name, "changed": ", ".join(changes) or "nothing", "seeds": study.seeds, **found[0]}
-        for key in MEASURED:
-            values = [study.minutes or one[key] if key == "train_minutes" else one[key] for one in found]
-            spread = {"std": statistics.stdev(values)} if len(values) > 1 and None not in values else {}
-            row[key] = None if None in values else {"value": statistics.mean(values), **spread, "values": values}
-        rows.append(row)
-    return rows
+    changes = [] if variant.network == "plain" else [f"network {variant.network}"]
+    changes += [f"{name} {'null' if value is None else value}" for name, value in variant.flags.items()]
+    row = {"variant": variant.name, "changed": ", ".join(changes) or "nothing", "seeds": study.seeds, **found[0]}
+    for key in MEASURED:
+        values = [study.minutes or one[key] if key == "train_minutes" else one[key] for one in found]
+        spread = {"std": statistics.stdev(values)} if len(values) > 1 and None not in values else {}
+        row[key] = None if None in values else {"value": statistics.mean(values), **spread, "values": values}
+    return row
 
 
 def table_of(rows: list[dict]) -> str:
@@ -316,7 +286,7 @@ def table_of(rows: list[dict]) -> str:
     def cell(value) -> str:
         if value is None:
             return "–"
-        return value_text(value) if isinstance(value, dict) else number(value).replace("|", r"\|")
+        return value_text(value) if isinstance(value, dict) else number(value)
 
     columns = {key: heading for key, heading in COLUMNS.items() if any(row[key] is not None for row in rows)}
     cells = [{key: cell(row[key]) for key in columns} for row in rows]
@@ -324,10 +294,11 @@ def table_of(rows: list[dict]) -> str:
     same = ", ".join(f"{columns.pop(key)} {cells[0][key]}" for key in shared)
     first, seeds = rows[0], rows[0]["seeds"]
     floors = ", ".join(f"{COLUMNS[name]} is {number(floor)}" for name, floor in first["floors"].items())
+    floors = f"; between two sets of real ones {floors}" if floors else ""
     spread = f" Means and standard deviations over {len(seeds)} trainings." if len(seeds) > 1 else ""
     return (
-        f"{table(cells, columns)}\n\nDistances between {number(first['n'])} generated and as many real images; between"
-        f" two sets of real ones {floors}. Errors are mean squared errors on held-out images: of x_0 at noise levels"
+        f"{table(cells, columns)}\n\nDistances between {number(first['n'])} generated and as many real images"
+        f"{floors}. Errors are mean squared errors on held-out images: of x_0 at noise levels"
         " that are the same for all, of the noise over the timesteps and by their quarters, q1 with the least noise"
         f" (–: other noise levels, which do not compare).{f' In all rows: {same}.' if same else ''}{spread}\n"
     )
@@ -337,22 +308,26 @@ def write_study(study: Study, jobs: list[Job], out: Path) -> None:
     """Writes the table and the figures.
 
     Raises:
-        InputError: if results of a variant are missing or invalid.
-        OSError: if a file cannot be written.
+        InputError: if results are missing, or measured with other real images.
     """
-    rows, base = rows_of_study(study, jobs), study.variants[0].name
-    first_seed = jobs[: len(study.variants)]
-    runs = open_runs([job.folder / "evaluation" for job in first_seed], [job.variant.name for job in first_seed])
+    runs = open_runs([job.folder / "evaluation" for job in jobs], [str(job.folder) for job in jobs])
+    found = {variant: [] for variant in study.variants}
+    for job, run in zip(jobs, runs, strict=True):
+        has_same_timesteps = all(getattr(job.config, name) == getattr(jobs[0].config, name) for name in SCHEDULE)
+        found[job.variant].append(values_of(run, has_same_timesteps))
+    rows = [row_of(variant, study, values) for variant, values in found.items()]
     (out / "ablation.md").write_text(table_of(rows))
     about = {key: runs[0].record[key] for key in ("reference", "versions")}
     write_results(out / "ablation.json", about | {"results": [], "rows": rows})
-    sigmas, curves = errors_by_noise_level(runs)
+    names = [variant.name for variant in study.variants]
+    shown = [run._replace(title=name) for name, run in zip(names, runs, strict=False)]  # those of the first seed
+    (sigmas, curves), base = errors_by_noise_level(shown), names[0]
     if base in curves:
         bands = {name: (curve / curves[base], None) for name, curve in curves.items()}
         labels = {"xlabel": "noise level sigma", "ylabel": f"held-out error of x_0, of {base} = 1"}
         labels |= {"xscale": "log", "ylim": SHOWN_ERRORS}  # one bad variant would hide the other differences
         plot_curves(np.array(sigmas), bands, labels, out / "ablation_errors.png")
-    _, images = images_of(runs, IMAGES_OF_A_VARIANT)
+    _, images = images_of(shown, IMAGES_OF_A_VARIANT)
     if images:
         plot_image_rows(images, out / "ablation_images.png")
     print(f"wrote {out / 'ablation.md'}: {len(rows)} rows", flush=True)

@@ -10,6 +10,7 @@ group norm, which see the whole image. Exit codes: 0 done, 2 bad input.
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -66,8 +67,7 @@ def costs(config: TrainConfig) -> list[dict]:
         network = CustomUNet2DModel(**config.unet_kwargs()).eval()
         outputs = outputs_of(network)
         network(torch.empty(1, *config.image_shape), torch.ones(1))
-    counts, total = counter.get_flop_counts(), counter.get_total_flops()
-    rows = []
+    counts, total, rows = counter.get_flop_counts(), counter.get_total_flops(), []
     for part, name in parts_of(network).items():
         operators = counts.get(f"{type(network).__name__}.{name}", {})
         flops = sum(operators.values())
@@ -87,11 +87,9 @@ def receptive_fields(config: TrainConfig) -> dict[str, int]:
     pixel with respect to it is not zero.
     """
     levels = len(config.block_out_channels)
-    has_skip_blocks = any("Skip" in block for block in (*config.down_block_types, *config.up_block_types))
-    width = NARROW_NCSNPP if has_skip_blocks else NARROW
-    kwargs = config.unet_kwargs() | {"block_out_channels": (width,) * levels, "norm_num_groups": 1}
-    kwargs |= {"attention_head_dim": None, "attn_norm_num_groups": 1}
-    network = CustomUNet2DModel(**kwargs).double().eval()
+    width = NARROW_NCSNPP if any("Skip" in block for block in config.down_block_types) else NARROW
+    kwargs = {"block_out_channels": (width,) * levels, "norm_num_groups": 1, "attn_norm_num_groups": 1}
+    network = CustomUNet2DModel(**config.unet_kwargs() | kwargs | {"attention_head_dim": None}).double().eval()
     remove_layers(network, nn.GroupNorm, SelfAttention)
     for parameter in network.parameters():
         nn.init.constant_(parameter, 1 / max(1, parameter[0].numel()))
@@ -110,12 +108,8 @@ def receptive_fields(config: TrainConfig) -> dict[str, int]:
         side *= 2
 
 
-def run(arguments: list[str]) -> None:
-    """Writes the table and its numbers; raises InputError for bad arguments."""
-    parser = Parser(prog="python -m experiments.architecture", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of a training configuration")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the table and its numbers")
-    options = parser.parse_args(arguments)
+def write_table(options: Namespace) -> None:
+    """Prints and writes the table, and writes its numbers."""
     config = parse_config(["--config", str(options.config), *ANY_DATA])
     make_folder(options.out)
     fields, (*parts, whole) = receptive_fields(config), costs(config)
@@ -128,7 +122,10 @@ def run(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    return run_command(lambda: run(arguments))
+    parser = Parser(prog="python -m experiments.architecture", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of a training configuration")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the table and its numbers")
+    return run_command(lambda: write_table(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -4,26 +4,26 @@
         [--only training:ours:compiled ...] [--flag value ...]
 
 Each row is one combination. A training row times updates of the configured objective (forward, loss, backward,
-clipping, AdamW, EMA) on random images on the device, and compares their operations per second with a matrix product in
-the same precision. A sampling row times DDIM by our pipeline or the stock DDIMPipeline. A row that runs out of memory
-or does not compile shows the reason. Rows that need no compilation come first. All other flags are those of
-train_unet.py, such as --train_batch_size. Exit codes: 0 done, 1 if no row succeeded, 2 bad input.
+clipping, AdamW, EMA) on random images on the device. A sampling row times DDIM by our pipeline or the stock
+DDIMPipeline. A row that runs out of memory or does not compile shows the reason. Rows that need no compilation come
+first. All other flags are those of train_unet.py, such as --train_batch_size. Exit codes: 0 done, 1 if no row
+succeeded, 2 bad input.
 """
 
 import copy
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import nn
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import Failed, InputError, Parser, one_line, run_command
 from custom_unet import CustomUNet2DModel
@@ -41,9 +41,7 @@ from training.precision import DTYPES, under_autocast
 NETWORKS = {"ours": CustomUNet2DModel, "diffusers": UNet2DModel}
 TASKS, MODES, LAYOUTS = ("training", "sampling"), ("eager", "compiled"), ("channels_last", "contiguous")
 WARM_UP_CALLS, MEASURED_SECONDS, SAMPLING_STEPS = 3, 5.0, 10  # the first call compiles
-MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
-MEASURED = ("images/s", "peak GiB", "share of the matmul rate")
-COLUMNS = {name: name for name in "task network mode layout precision".split()}
+COLUMNS = {name: name for name in ("task", "network", "mode", "layout", "precision", "images/s", "peak GiB")}
 
 
 def rows_of(config: TrainConfig, precisions: list[str], only: list[str]) -> list[dict[str, str]]:
@@ -56,15 +54,13 @@ def rows_of(config: TrainConfig, precisions: list[str], only: list[str]) -> list
     selections = [set(selection.split(":")) for selection in only] or [set()]
     for word in set().union(*selections) - known:
         raise InputError(f"--only has {word!r}; choose from {', '.join(sorted(known))}, joined by colons")
-    rows = [
-        dict(zip(COLUMNS, (task, network, mode, layout, precision), strict=True))
-        for mode in MODES
-        for task in (TASKS if mode == "eager" and config.objective == "ddpm" else TASKS[:1])
-        for precision in precisions
-        for layout in LAYOUTS
-        for network in NETWORKS
-    ]
-    return [row for row in rows if any(words <= set(row.values()) for words in selections)]
+    rows = []
+    for mode, task, precision, layout, network in itertools.product(MODES, TASKS, precisions, LAYOUTS, NETWORKS):
+        row = {"task": task, "network": network, "mode": mode, "layout": layout, "precision": precision}
+        is_possible = task == "training" or (mode == "eager" and config.objective == "ddpm")
+        if is_possible and any(words <= set(row.values()) for words in selections):
+            rows.append(row)
+    return rows
 
 
 def training_update(
@@ -95,7 +91,7 @@ def training_update(
 
 
 def sampling_call(config: TrainConfig, network_class: type[nn.Module], device: torch.device) -> Callable[[], None]:
-    """Returns a function that draws a batch with untrained weights; sampling cost does not depend on the weights."""
+    """Returns a function that draws a batch with untrained weights; the cost does not depend on them."""
     unet = network_class(**config.unet_kwargs()).eval()
     unet.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     scheduler = DDIMScheduler.from_config(config.noise_scheduler().config)
@@ -110,27 +106,8 @@ def sampling_call(config: TrainConfig, network_class: type[nn.Module], device: t
     return draw
 
 
-def flops_per_image(config: TrainConfig) -> int:
-    """Floating-point operations of the forward and backward pass for one image, counted on the meta device."""
-    with torch.device("meta"):
-        unet = CustomUNet2DModel(**config.unet_kwargs())
-        image = torch.zeros(1, *config.image_shape)
-    with FlopCounterMode(display=False) as counter:
-        diffusion_loss(unet, config.noise_scheduler(), image, **config.loss_settings()).backward()
-    return counter.get_total_flops()
-
-
-@cache
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the product of two square matrices."""
-    size = MATMUL_SIZE[device.type]
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-    return 2 * size**3 / timer.blocked_autorange(min_run_time=1).median
-
-
 def measure(row: dict[str, str], config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Images/s (median over calls after a warm-up), peak memory on a GPU, and for training the matmul-rate share."""
+    """Images/s (median over calls after a warm-up), and the peak memory on a GPU."""
     how = {"mixed_precision": row["precision"], "compile": row["mode"] == "compiled"}
     how |= {"channels_last": row["layout"] == "channels_last", "gradient_accumulation_steps": 1}
     config = replace(config, **how)
@@ -143,13 +120,9 @@ def measure(row: dict[str, str], config: TrainConfig, device: torch.device) -> d
     for _ in range(WARM_UP_CALLS):
         call()
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    rate = config.train_batch_size / timer.blocked_autorange(min_run_time=MEASURED_SECONDS).median
-    result = {"images/s": rate}
+    result = {"images/s": config.train_batch_size / timer.blocked_autorange(min_run_time=MEASURED_SECONDS).median}
     if device.type == "cuda":
         result["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    if row["task"] == "training":
-        peak = matmul_flops_per_second(device, DTYPES[config.mixed_precision])
-        result["share of the matmul rate"] = rate * flops_per_image(config) / peak
     return result
 
 
@@ -173,16 +146,14 @@ def run(arguments: list[str]) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     machine = f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{options.config.name}, batches of {config.train_batch_size}, on {machine}", flush=True)
-    has_succeeded = False
     for row in rows:
         try:
             row |= measure(row, config, device)
-            has_succeeded = True
         except Exception as error:  # any error concerns only this row
             row["images/s"] = f"{type(error).__name__}: {one_line(error)}"[:200].replace("|", "/")
         print(", ".join(map(number, row.values())), flush=True)
-    print(table(rows, COLUMNS | {name: name for name in MEASURED}))
-    if not has_succeeded:
+    print(table(rows, COLUMNS))
+    if all(isinstance(row["images/s"], str) for row in rows):
         raise Failed("no row could be measured; the table says why")
 
 
@@ -194,9 +165,10 @@ def measure_speeds(trainings: dict[str, tuple[TrainConfig, str]], num_updates: i
             `experiments.unet_variants`.
         num_updates: updates per training, after two warm-up updates.
     """
-    updates, seconds = {}, {name: [] for name in trainings}
-    for name, (config, network) in trainings.items():
-        updates[name] = training_update(config, VARIANTS[network], "cpu")
+    updates = {
+        name: training_update(config, VARIANTS[network], "cpu") for name, (config, network) in trainings.items()
+    }
+    seconds = {name: [] for name in trainings}
     for _ in range(2 + num_updates):
         for name, update in updates.items():
             started_at_seconds = time.perf_counter()

@@ -18,8 +18,8 @@ failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
 import itertools
-import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -39,14 +39,10 @@ STEPS = (5, 50)
 SHEET_SAMPLERS, SHEET_STEPS, SHEET_SEEDS = ("ddpm", "ddim", "dpmsolver++2m", "unipc"), (5, 10, 20, 50, 250), range(16)
 INVERSION_STEPS = (10, 20, 50, 100)
 FIXED_POINT_ITERATIONS = (1, 2, 3, 5)
+PAINTED_SEEDS = range(6)
 LEVELS = (200, 400, 600, 800)
-CONTINUOUS_STEPS = {
-    "euler_maruyama": 200,
-    "reverse_diffusion": 200,
-    "predictor_corrector": 100,
-    "edm_heun": 18,
-    "ode": 2,
-}
+CONTINUOUS_STEPS = {"euler_maruyama": 200, "reverse_diffusion": 200, "predictor_corrector": 100}
+CONTINUOUS_STEPS |= {"edm_heun": 18, "ode": 2}
 
 
 def labelled_grid(rows: dict[str, list], columns: list[str] | None = None, side: int = 64) -> Image.Image:
@@ -71,10 +67,10 @@ def labelled_grid(rows: dict[str, list], columns: list[str] | None = None, side:
 Picture = tuple[dict[str, list], list[str] | None, dict]
 
 
-def rows_by_sampler(pipe: CustomUNetPipeline, settings: list[tuple[str, int]], seeds, unit: str = "steps") -> dict:
+def rows_by_sampler(pipe: CustomUNetPipeline, settings: Iterable, seeds: Sequence[int], unit: str = "steps") -> dict:
     """One row per sampler and number of steps; `ode`, which chooses its own steps, is labelled by its evaluations."""
     rows = {}
-    for name, steps in tqdm(settings):
+    for name, steps in tqdm([*settings]):
         pipe.set_sampler(name)
         result = pipe(seeds=seeds, num_inference_steps=steps)
         by_evaluations = name == "ode" or unit == "evaluations"
@@ -85,19 +81,18 @@ def rows_by_sampler(pipe: CustomUNetPipeline, settings: list[tuple[str, int]], s
 
 def samplers(pipe: CustomUNetPipeline, out: Path) -> Picture:
     names = pipe.samplers if pipe.is_continuous else SAMPLERS
-    settings = [(name, n) for name in names for n in (STEPS if name != "ode" else STEPS[-1:])]
+    settings = [(name, steps) for name in names for steps in (STEPS if name != "ode" else STEPS[-1:])]
     rows = rows_by_sampler(pipe, settings, SEEDS)
     return rows, None, {"seeds": SEEDS, "rows": list(rows)}
 
 
 def contact_sheets(pipe: CustomUNetPipeline, out: Path) -> Picture:
-    rows = rows_by_sampler(pipe, [(name, n) for name in SHEET_SAMPLERS for n in SHEET_STEPS], SHEET_SEEDS)
-    columns = [f"seed {seed}" for seed in SHEET_SEEDS]
-    return rows, columns, {"seeds": [*SHEET_SEEDS], "rows": list(rows), "eta": 0.0}
+    rows = rows_by_sampler(pipe, itertools.product(SHEET_SAMPLERS, SHEET_STEPS), SHEET_SEEDS)
+    return rows, seed_labels(SHEET_SEEDS), {"seeds": [*SHEET_SEEDS], "rows": list(rows), "eta": 0.0}
 
 
 def continuous(pipe: CustomUNetPipeline, out: Path) -> Picture:
-    rows = rows_by_sampler(pipe, list(CONTINUOUS_STEPS.items()), SEEDS, unit="evaluations")
+    rows = rows_by_sampler(pipe, CONTINUOUS_STEPS.items(), SEEDS, unit="evaluations")
     return rows, None, {"seeds": SEEDS, "rows": list(rows)}
 
 
@@ -132,15 +127,14 @@ def inversion(pipe: CustomUNetPipeline, out: Path) -> Picture:
     for steps, iterations in tqdm([*itertools.product(INVERSION_STEPS, FIXED_POINT_ITERATIONS)]):
         latents = applications.invert(pipe, images, steps, iterations)
         again = pipe(latents=latents, num_inference_steps=steps, output_type="pt").images
-        error = {"steps": steps, "fixed_point_iterations": iterations}
-        error |= {"network_evaluations_of_the_inversion": steps * iterations}
-        error |= {"rms_error_grey_levels": round((again - images).square().mean().sqrt().item() * 255, 3)}
-        latents_mean, latents_std = latents.mean().item(), latents.std().item()
-        errors.append(error | {"latents_mean": round(latents_mean, 4), "latents_std": round(latents_std, 4)})
+        measured = {"rms_error_grey_levels": round((again - images).square().mean().sqrt().item() * 255, 3)}
+        measured |= {"latents_mean": round(latents.mean().item(), 4), "latents_std": round(latents.std().item(), 4)}
+        work = {"fixed_point_iterations": iterations, "network_evaluations_of_the_inversion": steps * iterations}
+        errors.append({"steps": steps} | work | measured)
         if iterations == 3:
             rows[f"{steps} steps"] = pipe.numpy_to_pil(again.permute(0, 2, 3, 1).numpy())
     facts = {"seeds": SEEDS, "images_by": "dpmsolver++2m, 100 steps"}
-    (out / "inversion.json").write_text(json.dumps(facts | {"reconstructions": errors}, indent=1) + "\n")
+    write_results(out / "inversion.json", facts | {"reconstructions": errors})
     return rows, None, facts | {"steps": INVERSION_STEPS}
 
 
@@ -148,24 +142,24 @@ def inpainting(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:3], num_inference_steps=50, output_type="np").images
     rows = {}
     for seed, (name, mask) in enumerate(masks(*images.shape[1:3]).items()):
-        painted = applications.inpaint(pipe, images[seed, None], mask, seeds=range(6))
+        painted = applications.inpaint(pipe, images[seed, None], mask, seeds=PAINTED_SEEDS)
         rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(with_masked(images[seed], mask)), *painted]
-    facts = {"image_seeds": SEEDS[:3], "seeds": [*range(6)], "steps": 50, "jump_length": 1, "num_resamples": 5}
-    return rows, ["image", "masked", *(f"seed {seed}" for seed in range(6))], facts
+    facts = {"image_seeds": SEEDS[:3], "seeds": [*PAINTED_SEEDS], "steps": 50, "jump_length": 1, "num_resamples": 5}
+    return rows, ["image", "masked", *seed_labels(PAINTED_SEEDS)], facts
 
 
 def conditional(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:4], num_inference_steps=50, output_type="np").images
     rows, all_masks = {}, masks(*images.shape[1:3])
     for seed, name in enumerate(("right half", "centre")):
-        painted = applications.impute(pipe, images[seed, None], all_masks[name], seeds=range(6))
+        painted = applications.impute(pipe, images[seed, None], all_masks[name], seeds=PAINTED_SEEDS)
         rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(with_masked(images[seed], all_masks[name])), *painted]
     for seed in (2, 3):
         grey = images[seed].mean(-1, keepdims=True).repeat(3, -1)
-        coloured = applications.colorize(pipe, grey[None], seeds=range(6))
+        coloured = applications.colorize(pipe, grey[None], seeds=PAINTED_SEEDS)
         rows[f"colours of seed {seed}"] = [*pipe.numpy_to_pil(np.stack([images[seed], grey])), *coloured]
-    facts = {"image_seeds": SEEDS[:4], "seeds": [*range(6)], "steps": 100, "snr": 0.16, "corrector_steps": 1}
-    return rows, ["image", "given", *(f"seed {seed}" for seed in range(6))], facts
+    facts = {"image_seeds": SEEDS[:4], "seeds": [*PAINTED_SEEDS], "steps": 100, "snr": 0.16, "corrector_steps": 1}
+    return rows, ["image", "given", *seed_labels(PAINTED_SEEDS)], facts
 
 
 def masks(height: int, width: int) -> dict[str, np.ndarray]:
@@ -185,16 +179,20 @@ def with_masked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def variations(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:2], num_inference_steps=50, output_type="np").images
-    rows = {}
+    rows, seeds = {}, range(7)
     for (seed, image), level in itertools.product(enumerate(images), LEVELS):
-        varied = applications.variations(pipe, image[None], level, seeds=range(7))
+        varied = applications.variations(pipe, image[None], level, seeds=seeds)
         rows[f"seed {seed}, t = {level}"] = [*pipe.numpy_to_pil(image), *varied]
-    facts = {"image_seeds": SEEDS[:2], "seeds": [*range(7)], "timesteps": LEVELS, "eta": 1.0, "steps": 50}
-    return rows, ["image", *(f"seed {seed}" for seed in range(7))], facts
+    facts = {"image_seeds": SEEDS[:2], "seeds": [*seeds], "timesteps": LEVELS, "eta": 1.0, "steps": 50}
+    return rows, ["image", *seed_labels(seeds)], facts
 
 
 NEED_TIMESTEPS = (contact_sheets, inversion, inpainting, variations)
 PICTURES = (samplers, interpolation, denoising, continuous, conditional, *NEED_TIMESTEPS)
+
+
+def seed_labels(seeds: Sequence[int]) -> list[str]:
+    return [f"seed {seed}" for seed in seeds]
 
 
 def default_sampler(pipe: CustomUNetPipeline) -> str:

@@ -12,7 +12,6 @@ conditional sampling. A linear classifier, fitted to the pixels of the training 
 Image i has seed i and class i mod K. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
-import json
 import math
 import sys
 import time
@@ -25,18 +24,17 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.nn.functional import one_hot
 
 from common import Failed, InputError, Parser, check_numbers, command_line, make_folder, run_command, sha256_of
 from eval.figures import plot_image_rows
 from eval.results import number, result, table, write_results
-from eval.swd import SMALLEST_RESOLUTION, sliced_wasserstein
+from eval.swd import sliced_wasserstein
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
-from training.log import device_name
+from training.log import device_name, recorded
 from training.sde import CONTINUOUS_SAMPLERS
 
 SPLITS = ("train", "validation")  # of the synthetic faces, for judge and SWD, and for the judge's accuracy
@@ -45,32 +43,18 @@ SHOWN_OF_A_CLASS = 3  # images per class and scale in the figure
 RIDGE = 1.0  # penalty of the judge's weights, for pixels in [-1, 1]
 
 
-def open_model(options: Namespace) -> tuple[CustomUNetPipeline, str, list[str], dict]:
-    """Opens the pipeline; returns it with its label column, the names of its classes, and a record of what it is.
+def open_model(source: Path, sampler: str | None) -> tuple[CustomUNetPipeline, dict]:
+    """Opens the pipeline, and what it knows about its training data.
 
     Raises:
-        InputError: if it has no classes of the synthetic faces, or does not suit the options.
+        InputError: if it has no classes of the synthetic faces.
     """
-    if options.num_cpu_threads is not None:
-        torch.set_num_threads(options.num_cpu_threads)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    source, _ = find_pipeline(options.pipeline, None)
-    pipeline = load_pipeline(source, "fp32", options.scheduler).to(device)
-    training, size = source / "training.json", pipeline.unet.config.sample_size
-    data = json.loads(training.read_text()).get("data", {}) if training.exists() else {}
-    names = data.get("label_names") or []
-    if data.get("source") != "synthetic-faces" or pipeline.unet.config.get("num_class_embeds") != len(names) + 1:
+    pipeline, data = load_pipeline(source, "fp32", sampler).to(device), recorded(source, "data") or {}
+    num_classes = len(data.get("label_names") or [])
+    if data.get("source") != "synthetic-faces" or pipeline.unet.config.get("num_class_embeds") != num_classes + 1:
         raise InputError(f"{source} was not trained on synthetic-faces with --label_column and a null class")
-    if options.num_images < len(names):
-        raise InputError(f"--num_images is {options.num_images}, but there are {len(names)} classes; ask for as many")
-    if not isinstance(size, int) or size < SMALLEST_RESOLUTION:
-        raise InputError(f"the images have the size {size}, but SWD needs squares of {SMALLEST_RESOLUTION} or more")
-    try:
-        pipeline.check_inputs(options.steps, 0.0)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    record = {"weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)}}
-    return pipeline, data["label_column"], names, record | {"device": device_name(device)}
+    return pipeline, data
 
 
 def draw(
@@ -104,8 +88,8 @@ def real_sets(store: ImageStore, names: Sequence[str], labels: Sequence[int]) ->
         if len(found) < 2 * count:
             there = f"split {SPLITS[0]} has {len(found)} images of {name!r}"
             raise InputError(f"{there}, and two sets of {count} are needed; use fewer --num_images")
-        for part, positions in enumerate(chosen):
-            positions.extend(found[part * count : (part + 1) * count])
+        chosen[0].extend(found[:count])
+        chosen[1].extend(found[count : 2 * count])
     return [np.asarray(store.images[np.sort(positions)]) for positions in chosen]
 
 
@@ -125,13 +109,13 @@ class Judge:
         squares = x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
         self.weights = torch.linalg.solve(squares, x.T @ (targets - self.means[1]))
 
-    @staticmethod
-    def pixels(images: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(images)).flatten(1).double() / 127.5 - 1
-
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """The classes (N,) of uint8 images (N, C, R, R)."""
         return ((self.pixels(images) - self.means[0]) @ self.weights + self.means[1]).argmax(1).numpy()
+
+    @staticmethod
+    def pixels(images: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(images)).flatten(1).double() / 127.5 - 1
 
 
 def class_shares(found: np.ndarray, asked: np.ndarray, names: Sequence[str]) -> dict:
@@ -152,18 +136,72 @@ def summary(record: dict) -> str:
         shares = {f"class {k}": of_class["value"] for k, of_class in enumerate(entry["classes"])}
         rows.append(entry | shares | {"swd": f"{number(entry['swd'])} ({number(entry['swd_floor'])})"})
     columns = {"guidance_scale": "guidance scale", "value": "in the class asked for"}
-    columns |= {f"class {k}": entry["name"] for k, entry in enumerate(results[0]["classes"])}
+    columns |= {f"class {k}": of_class["name"] for k, of_class in enumerate(results[0]["classes"])}
     columns |= {"swd": "SWD (real against real)", "network_evaluations": "network evaluations per image"}
-    text = (
+    return (
+        f"{table(rows, columns | {'seconds_per_image': 'seconds per image'})}\n\n"
         f"{results[0]['n']} images of each scale, seeds {results[0]['seeds']}; ± is one standard error. The judge puts"
         f" {judge['accuracy']:.1%} of {judge['num_images']:,} real images into their class. SWD is against as many"
-        " real images of each class as are asked for; at scale 0 the model chooses the classes itself."
+        " real images of each class as are asked for; at scale 0 the model chooses the classes itself.\n"
     )
-    return f"{table(rows, columns | {'seconds_per_image': 'seconds per image'})}\n\n{text}\n"
 
 
-def parse_options(arguments: list[str]) -> Namespace:
-    """Parses and checks the arguments; raises InputError."""
+def run(options: Namespace, command: str) -> None:
+    """Draws and measures images; writes the results after each scale.
+
+    Raises:
+        InputError: for bad input.
+        Failed: if sampling fails at a scale.
+    """
+    check_numbers(options, {"num_images": 1, "num_cpu_threads": 1, "scales": 0}, {})
+    if options.num_cpu_threads is not None:
+        torch.set_num_threads(options.num_cpu_threads)
+    source, _ = find_pipeline(options.pipeline, None)
+    pipeline, data = open_model(source, options.scheduler)
+    names, n, size = data["label_names"], options.num_images, pipeline.unet.config.sample_size
+    if n < len(names):
+        raise InputError(f"--num_images is {n}, but there are {len(names)} classes; ask for as many")
+    which = {"label_column": data["label_column"], "resolution": size, "crop": "none"}
+    store, others = (open_image_store(dataset_name="synthetic-faces", split=split, **which) for split in SPLITS)
+    labels = [i % len(names) for i in range(n)]
+    real, real_others = real_sets(store, names, labels)
+    judge = Judge(store.images, store.labels_among(names), len(names))
+    accuracy = float((judge(others.images) == others.labels_among(names)).mean())
+    about = {"swd_floor": swd(real_others, real), "seeds": f"0 to {n - 1}", "batch_size": BATCH_SIZE}
+    record = {
+        "weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)},
+        "device": device_name(pipeline.device),
+        "judge": {"accuracy": accuracy, "split": SPLITS[1], "num_images": len(others)},
+        "command": command,
+        "reference": {key: store.description[key] for key in ("source", "split", "resolution", "fingerprint")},
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "date": datetime.now(UTC).date().isoformat(),
+        "results": [],
+    }
+    make_folder(options.out)
+    rows = {f"{name}, at scales {', '.join(f'{scale:g}' for scale in options.scales)}": [] for name in names}
+    for scale in options.scales:
+        started_at_seconds = time.perf_counter()
+        try:
+            images, evaluations = draw(pipeline, scale, n, options.steps, len(names))
+        except ValueError as error:  # images that are not finite, or steps that the sampler cannot take
+            raise Failed(f"at scale {scale:g} {error}") from error
+        seconds = time.perf_counter() - started_at_seconds
+        for k, row in enumerate(rows.values()):
+            row += [Image.fromarray(image.transpose(1, 2, 0)) for image in images[k :: len(names)][:SHOWN_OF_A_CLASS]]
+        measured = about | class_shares(judge(images), np.array(labels), names)
+        measured |= {"guidance_scale": scale, "swd": swd(images, real)}
+        measured |= {"network_evaluations": evaluations, "seconds_per_image": seconds / n}
+        record["results"].append(result("guidance", "Share in the class asked for", "class_share", **measured))
+        write_results(options.out / "guidance.json", record)
+        share = f"{measured['value']:.1%} ± {measured['std']:.1%} in the class asked for"
+        print(f"scale {scale:g}: {share}, SWD {measured['swd']:.4g}, {seconds:.0f} s", flush=True)
+    (options.out / "guidance.md").write_text(summary(record))
+    plot_image_rows(rows, options.out / "guidance.png")
+    print(f"wrote {options.out / 'guidance.md'}", flush=True)
+
+
+def main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m experiments.guidance", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
@@ -173,59 +211,10 @@ def parse_options(arguments: list[str]) -> Namespace:
     add("--scheduler", choices=[*SAMPLERS, *CONTINUOUS_SAMPLERS], help="sampler (default: the repository's own)")
     add("--num_inference_steps", type=int, default=50, dest="steps", help="default 50; ode chooses its own")
     add("--num_cpu_threads", type=int)
-    options = parser.parse_args(arguments)
-    check_numbers(options, {"num_images": 1, "num_cpu_threads": 1, "scales": 0}, {})
-    return options
-
-
-def run(arguments: list[str]) -> None:
-    """Checks the input, then draws and measures images; writes the results after each scale.
-
-    Raises:
-        InputError: for bad input.
-        Failed: if sampling fails at a scale.
-    """
-    options = parse_options(arguments)
-    pipeline, column, names, record = open_model(options)
-    n, size = options.num_images, pipeline.unet.config.sample_size
-    which = {"dataset_name": "synthetic-faces", "label_column": column, "resolution": size, "crop": "none"}
-    store, others = (open_image_store(**which, split=split) for split in SPLITS)
-    labels = [i % len(names) for i in range(n)]
-    real, real_others = real_sets(store, names, labels)
-    judge = Judge(store.images, store.labels_among(names), len(names))
-    accuracy = float((judge(others.images) == others.labels_among(names)).mean())
-    record |= {"judge": {"accuracy": accuracy, "split": SPLITS[1], "num_images": len(others)}}
-    about = {"swd_floor": swd(real_others, real), "seeds": f"0 to {n - 1}", "batch_size": BATCH_SIZE}
-    make_folder(options.out)
-    record |= {"command": command_line("experiments.guidance", arguments)}
-    record |= {"reference": {key: store.description[key] for key in ("source", "split", "resolution", "fingerprint")}}
-    record |= {"versions": {"torch": torch.__version__, "diffusers": diffusers.__version__}}
-    record |= {"date": datetime.now(UTC).date().isoformat(), "results": []}
-    rows = {f"{name}, at scales {', '.join(f'{scale:g}' for scale in options.scales)}": [] for name in names}
-    for scale in options.scales:
-        started_at_seconds = time.perf_counter()
-        try:
-            images, evaluations = draw(pipeline, scale, n, options.steps, len(names))
-        except ValueError as error:  # images that are not finite
-            raise Failed(f"at scale {scale:g} {error}") from error
-        seconds = time.perf_counter() - started_at_seconds
-        for k, row in enumerate(rows.values()):
-            shown = images[k :: len(names)][:SHOWN_OF_A_CLASS]
-            row += [Image.fromarray(image.transpose(1, 2, 0)) for image in shown]
-        shares = class_shares(judge(images), np.array(labels), names)
-        measured = {"guidance_scale": scale, **shares, "swd": swd(images, real), **about}
-        measured |= {"network_evaluations": evaluations, "seconds_per_image": seconds / n}
-        record["results"].append(result("guidance", "Share in the class asked for", "class_share", **measured))
-        write_results(options.out / "guidance.json", record)
-        share = f"{shares['value']:.1%} ± {shares['std']:.1%} in the class asked for"
-        print(f"scale {scale:g}: {share}, SWD {measured['swd']:.4g}, {seconds:.0f} s", flush=True)
-    (options.out / "guidance.md").write_text(summary(record))
-    plot_image_rows(rows, options.out / "guidance.png")
-    print(f"wrote {options.out / 'guidance.md'}", flush=True)
-
-
-def main(arguments: list[str]) -> int:
-    return run_command(lambda: run(arguments), "stopped; the scales measured so far are in guidance.json")
+    return run_command(
+        lambda: run(parser.parse_args(arguments), command_line("experiments.guidance", arguments)),
+        "stopped; the scales measured so far are in guidance.json",
+    )
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ OUT/weights.png the loss weight that each prediction target implies. Exit codes:
 """
 
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from matplotlib.patches import Rectangle
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from common import Parser, make_folder, run_command
 from custom_unet import CustomUNet2DModel
@@ -24,21 +26,13 @@ from eval.figures import plot_curves, save_figure
 from experiments.gallery import labelled_grid
 from training.arguments import parse_config
 from training.data import to_model_range, to_uint8
-from training.diffusion import ddpm_regression, make_noise_scheduler
 from training.synthetic_faces import render_faces
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DRAWN_CONFIG = REPOSITORY / "configs" / "celeba32_cpu.yaml"
-NUM_TIMESTEPS, BETA_START, BETA_END = 1000, 1e-4, 0.02
-SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # names in diffusers
+SCHEDULES = {"linear": DDPMScheduler(), "cosine": DDPMScheduler(beta_schedule="squaredcos_cap_v2")}
 SHOWN_TIMESTEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 SNR_GAMMA = 5.0
-TARGETS = {  # prediction type and gamma of each line
-    "epsilon": ("epsilon", None),
-    "x_0": ("sample", None),
-    "v": ("v_prediction", None),
-    f"v with min-SNR, gamma {SNR_GAMMA:g}": ("v_prediction", SNR_GAMMA),
-}
 FACE_PIXELS = 64
 EMBEDDED_TIMESTEPS = 400
 KINDS = {  # colour and name of each kind of layer
@@ -51,101 +45,73 @@ KINDS = {  # colour and name of each kind of layer
 SKIP_COLOUR = "#444444"
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One box of the drawn network, in the order of the forward pass.
+class Layer(NamedTuple):
+    """One box of the drawn network; a residual block and the attention after it share a box."""
 
-    Attributes:
-        name: of the module, as in the weights file.
-        kind: a key of KINDS.
-        level: 0 for the resolution of the image; each further level halves it.
-        channels, side: of its output (B, channels, side, side).
-        skip_from: index of the layer whose output is concatenated to its input; None if there is no skip connection.
-    """
-
-    name: str
-    kind: str
-    level: int
-    channels: int
+    name: str  # of the module, as in the weights file
+    kind: str  # a key of KINDS
+    channels: int  # of the output (1, channels, side, side)
     side: int
-    skip_from: int | None = None
+    skip_from: int | None  # index of the layer whose output is concatenated to the input, or None
 
 
 def layers_of(network: CustomUNet2DModel, side: int) -> list[Layer]:
-    """The layers of a network without Skip blocks on the meta device, for images of side x side pixels."""
-    layers: list[Layer] = []
-    skips: list[int] = []
+    """The layers of a network without Skip blocks in the order of the forward pass, for images of side x side pixels.
 
-    def add(name: str, kind: str, shape: torch.Size) -> None:
-        if kind == "attention":  # is merged with the residual block before it
-            layers[-1] = replace(layers[-1], kind=kind)
-            return
-        takes_skip = name.startswith("up_blocks") and kind == "resnet"
-        level = side.bit_length() - int(shape[-1]).bit_length()
-        layers.append(Layer(name, kind, level, shape[1], shape[-1], skips.pop() if takes_skip else None))
-        if name.startswith(("conv_in", "down_blocks")):
-            skips.append(len(layers) - 1)
-
+    Args:
+        network: on the meta device.
+    """
     kinds = {ResidualBlock: "resnet", SelfAttention: "attention", Downsample: "down", Upsample: "up"}
-    drawn = {name: kinds[type(module)] for name, module in network.named_modules() if type(module) in kinds}
-    for name, kind in (drawn | {"conv_in": "conv", "conv_out": "conv"}).items():
-        network.get_submodule(name).register_forward_hook(
-            lambda _, __, output, name=name, kind=kind: add(name, kind, output.shape)
-        )
+    outputs = []
+    for name, module in network.named_modules():
+        kind = "conv" if name in ("conv_in", "conv_out") else kinds.get(type(module))
+        if kind is not None:
+            module.register_forward_hook(
+                lambda _module, _inputs, output, about=(name, kind): outputs.append((*about, *output.shape[1:3]))
+            )
     with torch.device("meta"), torch.no_grad():
         network(torch.empty(1, 3, side, side), torch.ones(1))
+
+    layers, skips = [], []
+    for name, kind, channels, height in outputs:
+        if kind == "attention":
+            layers[-1] = layers[-1]._replace(kind=kind)
+            continue
+        takes_skip = name.startswith("up_blocks") and kind == "resnet"
+        if name.startswith(("conv_in", "down_blocks")):
+            skips.append(len(layers))
+        layers.append(Layer(name, kind, channels, height, skips.pop() if takes_skip else None))
     return layers
 
 
 def draw_network(layers: list[Layer], path: Path) -> None:
     """Draws the layers as boxes from left to right, with one row per level and lines for skip connections."""
-    levels = 1 + max(layer.level for layer in layers)
-    figure, axes = plt.subplots(figsize=(8.5, 0.6 + 1.2 * levels))
-    heights = [layer.side / layers[0].side * 0.45 + 0.25 for layer in layers]
-    sources = [layer.skip_from for layer in layers]
-    for place, (layer, height) in enumerate(zip(layers, heights, strict=True)):
-        colour, top = KINDS[layer.kind][0], height / 2 - layer.level
-        axes.add_patch(Rectangle((place - 0.32, top - height), 0.64, height, color=colour))
-        axes.text(place, -layer.level, layer.channels, ha="center", va="center", rotation=90, fontsize=9)
-        if place in sources:  # above the boxes, and above the connections inside it
-            end, inner = sources.index(place), [source for source in sources if source is not None and source > place]
-            y = top + 0.06 + 0.06 * sum(layers[source].level == layer.level for source in inner)
-            for x in (place, end):
-                axes.plot([x, x], [top + 0.01, y], color=SKIP_COLOUR, linewidth=0.7)
-            axes.plot([place, end], [y, y], color=SKIP_COLOUR, linewidth=0.7)
-    for level in range(levels):
-        side = next(layer.side for layer in layers if layer.level == level)
+    sides = sorted({layer.side for layer in layers}, reverse=True)
+    figure, axes = plt.subplots(figsize=(8.5, 0.6 + 1.2 * len(sides)))
+    ends = {layer.skip_from: place for place, layer in enumerate(layers) if layer.skip_from is not None}
+    for place, layer in enumerate(layers):
+        level, height = sides.index(layer.side), layer.side / sides[0] * 0.45 + 0.25
+        axes.add_patch(Rectangle((place - 0.32, -level - height / 2), 0.64, height, color=KINDS[layer.kind][0]))
+        axes.text(place, -level, layer.channels, ha="center", va="center", rotation=90, fontsize=9)
+        if place in ends:  # above the boxes, and above the connections inside it
+            top, end = height / 2 - level, ends[place]
+            y = top + 0.06 + 0.06 * sum(source > place and layers[source].side == layer.side for source in ends)
+            axes.plot([place, place, end, end], [top + 0.01, y, y, top + 0.01], color=SKIP_COLOUR, linewidth=0.7)
+    for level, side in enumerate(sides):
         axes.text(-1.1, -level, f"{side} x {side}", ha="right", va="center", fontsize=11)
     for colour, label in KINDS.values():
         axes.plot([], [], "s", color=colour, label=label)
     axes.plot([], [], color=SKIP_COLOUR, linewidth=0.7, label="skip connection, concatenated")
-    axes.set(xlim=(-3.5, len(layers)), ylim=(-levels + 0.6, 0.65))
+    axes.set(xlim=(-3.5, len(layers)), ylim=(-len(sides) + 0.6, 0.65))
     axes.axis("off")
     axes.legend(loc="lower right", fontsize=9, frameon=False)
     save_figure(figure, path)
 
 
-def noise_schedule(name: str, prediction_type: str = "epsilon"):
-    """A noise schedule from SCHEDULES with DDPM's number of timesteps and betas."""
-    return make_noise_scheduler(NUM_TIMESTEPS, SCHEDULES[name], BETA_START, BETA_END, prediction_type, False)
-
-
 def signal_to_noise(name: str) -> np.ndarray:
     """snr(t) = abar_t / (1 - abar_t) at every timestep; float64 (T,)."""
-    alphas_cumprod = noise_schedule(name).alphas_cumprod.double()
+    alphas_cumprod = SCHEDULES[name].alphas_cumprod.double()
     return (alphas_cumprod / (1 - alphas_cumprod)).numpy()
-
-
-def clean_error_weights(schedule: str, prediction_type: str, snr_gamma: float | None) -> np.ndarray:
-    """Weight of the squared error of x_0 in the training loss at every timestep; float64 (T,).
-
-    `ddpm_regression`, which training uses, gives the weight of the prediction's squared error and the factor from that
-    error to the squared error of epsilon, which is snr times that of x_0.
-    """
-    images = torch.zeros(NUM_TIMESTEPS, 1, 1, 1)
-    positions = (torch.arange(NUM_TIMESTEPS).double() + 0.5) / NUM_TIMESTEPS
-    task = ddpm_regression(noise_schedule(schedule, prediction_type), images, images, positions, snr_gamma)
-    return (task.loss_weight / task.noise_weight).double().numpy() * signal_to_noise(schedule)
 
 
 def draw_schedules(path: Path) -> None:
@@ -163,6 +129,16 @@ def draw_schedules(path: Path) -> None:
     save_figure(figure, path)
 
 
+def draw_weights(path: Path) -> None:
+    """Draws the weight of the squared error of x_0 that the unweighted loss of each target implies, and min-SNR."""
+    snr = signal_to_noise("cosine")
+    weights = {"epsilon": snr, "x_0": np.ones_like(snr), "v": snr + 1}
+    weights[f"v with min-SNR, gamma {SNR_GAMMA:g}"] = np.minimum(snr, SNR_GAMMA)
+    lines = {label: (weight, None) for label, weight in weights.items()}
+    labels = {"xlabel": "timestep, cosine schedule", "ylabel": "weight of the squared error of x_0"}
+    plot_curves(np.arange(len(snr)), lines, labels | {"yscale": "log", "ylim": (1e-3, 1e3)}, path)
+
+
 def draw_time_embedding(projection: PositionalProjection, path: Path) -> None:
     """Draws the embedding of the first timesteps before the two linear layers, one column per timestep."""
     codes = projection(torch.arange(EMBEDDED_TIMESTEPS)).T.numpy()  # (features, timesteps)
@@ -176,14 +152,11 @@ def draw_time_embedding(projection: PositionalProjection, path: Path) -> None:
 
 def noised_faces() -> dict[str, list[Image.Image]]:
     """A face with the same noise at SHOWN_TIMESTEPS of each schedule."""
-    rows = {}
     noise = torch.randn(1, 3, FACE_PIXELS, FACE_PIXELS, generator=torch.Generator().manual_seed(0))
     face = to_model_range(torch.from_numpy(render_faces([0], FACE_PIXELS)).permute(0, 3, 1, 2))
-    timesteps = torch.tensor(SHOWN_TIMESTEPS)
-    for name in SCHEDULES:
-        noisy = noise_schedule(name).add_noise(face.expand(len(timesteps), -1, -1, -1), noise, timesteps)
-        rows[name] = [Image.fromarray(image) for image in to_uint8(noisy).permute(0, 2, 3, 1).numpy()]
-    return rows
+    faces, timesteps = face.expand(len(SHOWN_TIMESTEPS), -1, -1, -1), torch.tensor(SHOWN_TIMESTEPS)
+    noisy = {name: to_uint8(schedule.add_noise(faces, noise, timesteps)) for name, schedule in SCHEDULES.items()}
+    return {name: [to_pil_image(image) for image in images] for name, images in noisy.items()}
 
 
 def write_figures(out: Path) -> None:
@@ -201,11 +174,7 @@ def write_figures(out: Path) -> None:
     columns = [f"t = {timestep}" for timestep in SHOWN_TIMESTEPS]
     labelled_grid(noised_faces(), columns, FACE_PIXELS).save(out / "forward.png")
     draw_schedules(out / "schedules.png")
-    weights = {label: clean_error_weights("cosine", *target) for label, target in TARGETS.items()}
-    labels = {"xlabel": "timestep, cosine schedule", "ylabel": "weight of the squared error of x_0"}
-    labels |= {"yscale": "log", "ylim": (1e-3, 1e3)}
-    lines = {name: (line, None) for name, line in weights.items()}
-    plot_curves(np.arange(NUM_TIMESTEPS), lines, labels, out / "weights.png")
+    draw_weights(out / "weights.png")
 
 
 def main(arguments: list[str]) -> int:

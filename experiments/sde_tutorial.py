@@ -17,10 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -70,14 +66,14 @@ SMALL = Size(paths=4000, train_steps=1500, samples=2000, seeds=2, budgets=(20, 5
 
 
 class Lesson:
-    """The state that the steps share: sizes, the output folder, the 2-D data, its exact score and a learned score."""
+    """What the steps share: sizes, the output folder, the 2-D data, its exact score and a learned score."""
 
     def __init__(self, size: Size, out: Path):
         self.size, self.out = size, out
         self.data, self.sde = eight_modes(), SDES["VP"]
         self.training_points = self.data.sample(10_000, generator(1))
-        self.network = train(self.sde, self.training_points, size.train_steps)
-        self.scores: dict[str, Score] = {"exact": exact_score(self.data, self.sde), "learned": self.network}
+        self.learned = train(self.sde, self.training_points, size.train_steps)
+        self.scores: dict[str, Score] = {"exact": exact_score(self.data, self.sde), "learned": self.learned}
 
     def save(self, figure: plt.Figure, name: str) -> dict[str, str]:
         """Writes a figure with 128 colours, for a third of the file size, and returns its entry in the record."""
@@ -88,30 +84,33 @@ class Lesson:
         return {"figure": name}
 
 
+def finish(axes: plt.Axes, **legend) -> None:
+    axes.grid(alpha=0.3)
+    axes.legend(**legend)
+
+
+def rms(difference: Tensor) -> float:
+    return float(difference.square().mean().sqrt())
+
+
 # ---- 1. Data become noise: the forward SDE
 
 
-def forward_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Solves dx = f x dt + g dw (eq. 5) by Euler-Maruyama from data x (N, 1): times (S + 1,), paths (S + 1, N)."""
-    times = solvers.sampling_times(sde, num_steps).flip(0)  # sampling times run from noise to data
-    paths = [x + sde.noise_scale(times[0]) * noise()]
-    for now, later in itertools.pairwise(times):
-        dt, x = later - now, paths[-1]
-        paths.append(x + sde.drift(now) * x * dt + sde.diffusion(now) * dt.sqrt() * noise())
-    return times, torch.stack(paths)[..., 0]
+def solve_paths(sde: SDE, x: Tensor, times: Tensor, weight: float, noise: Callable[[], Tensor] | None) -> Tensor:
+    """Solves dx = (f x - weight g^2 score) dt + g dw by Euler-Maruyama, from x (N, 1) at times (S + 1,): (S + 1, N).
 
-
-def reverse_paths(sde: SDE, x: Tensor, num_steps: int, noise: Callable[[], Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Solves the reverse SDE (eq. 6), or without noise the ODE (eq. 13), by the exact score of TWO_MODES.
-
-    Returns times (S + 1,) and paths (S + 1, N).
+    Weight 0 gives the forward SDE (eq. 5), 1 the reverse SDE (eq. 6), and 1/2 without noise the ODE (eq. 13). The
+    score is that of TWO_MODES.
     """
-    times, paths, weight = solvers.sampling_times(sde, num_steps), [x], 0.5 if noise is None else 1
+    paths = [x]
     for now, later in itertools.pairwise(times):
-        dt, g, x = now - later, sde.diffusion(now), paths[-1]
-        x = x - (sde.drift(now) * x - weight * g**2 * TWO_MODES.at(sde, now).score(x)) * dt
-        paths.append(x if noise is None else x + g * dt.sqrt() * noise())
-    return times, torch.stack(paths)[..., 0]
+        dt, g, x = later - now, sde.diffusion(now), paths[-1]
+        velocity = sde.drift(now) * x
+        if weight > 0:
+            velocity = velocity - weight * g**2 * TWO_MODES.at(sde, now).score(x)
+        x = x + velocity * dt
+        paths.append(x if noise is None else x + g * dt.abs().sqrt() * noise())
+    return torch.stack(paths)[..., 0]
 
 
 def forward(lesson: Lesson) -> dict:
@@ -123,20 +122,22 @@ def forward(lesson: Lesson) -> dict:
     numbers = {"paths": n, "chance_level_95_percent": 1.358 / math.sqrt(n)}
     figure, axes = plt.subplots(2, 3, figsize=(9, 6), sharex=True)
     for (name, sde), (top, bottom) in zip(SDES.items(), axes.T, strict=True):
-        times, paths = forward_paths(sde, TWO_MODES.sample(n, generator(2)), 1000, noise_source((n, 1), 3))
-        start, noise = sde.prior_std * torch.linspace(-1.8, 1.8, 6)[:, None].double(), noise_source((6, 1), 4)
+        backwards = solvers.sampling_times(sde, 1000)
+        times, noise = backwards.flip(0), noise_source((n, 1), 3)
+        x = TWO_MODES.sample(n, generator(2)) + sde.noise_scale(times[0]) * noise()
+        paths = solve_paths(sde, x, times, 0, noise)
         height = 2.4 * math.hypot(1, sde.prior_std)
         grid = torch.linspace(-height, height, 500, dtype=torch.float64)[:, None]
         density = torch.stack([TWO_MODES.at(sde, t).log_density(grid).exp() for t in times[::5]], 1)
         density /= density.amax(0)  # otherwise the colours of late times are too faint
+        background = {"extent": (0, 1, -height, height), "origin": "lower", "aspect": "auto", "cmap": "Blues"}
         for panel in (top, bottom):
-            panel.imshow(
-                density, extent=(0, 1, -height, height), origin="lower", aspect="auto", cmap="Blues", alpha=0.9
-            )
+            panel.imshow(density, alpha=0.9, **background)
             panel.set(ylim=(-height, height))
         top.plot(times[::5], paths[::5, :6], color=ORANGE, linewidth=0.8)
-        for source, color in ((noise, ORANGE), (None, "black")):
-            backwards, lines = reverse_paths(sde, start, 1000, source)
+        start = sde.prior_std * torch.linspace(-1.8, 1.8, 6)[:, None].double()
+        for weight, noise, color in ((1, noise_source((6, 1), 4), ORANGE), (0.5, None, "black")):
+            lines = solve_paths(sde, start, backwards, weight, noise)
             bottom.plot(backwards[::5], lines[::5], color=color, linewidth=0.8)
         top.set(title=name)
         bottom.set(xlabel="time t")
@@ -201,9 +202,8 @@ def draw_learning(lesson: Lesson, numbers: dict) -> dict[str, str]:
         right.plot(numbers["times"], numbers["denoising_loss"][name], **style)
     left.set(xscale="log", yscale="log", xlabel="time t", ylabel="relative RMS error of the score")
     right.set(xscale="log", xlabel="time t", ylabel="denoising loss on new data (eq. 7)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    finish(left, fontsize=8)
+    finish(right, fontsize=8)
     figure.suptitle("n times the exact score of the noisy data; long arrows are shortened", fontsize=10)
     return lesson.save(figure, "score.png")
 
@@ -342,8 +342,7 @@ def orders(lesson: Lesson) -> dict:
         panel.set(xlabel="evaluations of the score")
         panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         panel.set_xticks([50, 100, 200, 500], ["50", "100", "200", "500"])
-        panel.grid(alpha=0.3)
-        panel.legend(loc="upper right")
+        finish(panel, loc="upper right")
     return of_sde | of_ode | lesson.save(figure, "orders.png")
 
 
@@ -400,18 +399,15 @@ def encoding(lesson: Lesson) -> dict:
     for (kind, score), tolerance in itertools.product(lesson.scores.items(), tolerances):
         code, _ = solve(vp, score, x, vp.first_time, vp.last_time, tolerance)
         back, _ = solve(vp, score, code, vp.last_time, vp.first_time, tolerance)
-        errors[kind].append(float((back - x).square().mean().sqrt()))
+        errors[kind].append(rms(back - x))
 
     def codes(sde: SDE, score: Score) -> Tensor:
         start = float(sde.signal_scale(at(sde.first_time))) * x
         return solve(sde, score, start, sde.first_time, sde.last_time, 1e-6)[0] / sde.prior_std
 
-    of_vp, of_ve = codes(vp, lesson.scores["exact"]), codes(ve, exact_score(data, ve))
-    learned = codes(vp, lesson.network)
-    differences = {
-        "VE from VP, exact score": float((of_ve - of_vp).square().mean().sqrt()),
-        "learned from exact score, VP": float((learned - of_vp).square().mean().sqrt()),
-    }
+    of_vp = codes(vp, lesson.scores["exact"])
+    differences = {"VE from VP, exact score": rms(codes(ve, exact_score(data, ve)) - of_vp)}
+    differences |= {"learned from exact score, VP": rms(codes(vp, lesson.learned) - of_vp)}
     numbers = {"points": n, "tolerances": tolerances, "round_trip_rms_error": errors}
     return numbers | {"rms_difference_of_codes": differences}
 
@@ -454,24 +450,23 @@ def likelihood(lesson: Lesson) -> dict:
         marginal = data.at(sde, at(sde.first_time))
         x, score = marginal.sample(n, generator(13)), exact_score(data, sde)
         found = [log_likelihood(sde, score, x, tolerance) for tolerance in tolerances]
-        errors[name] = [float((values - marginal.log_density(x)).square().mean().sqrt()) for values in found]
+        errors[name] = [rms(values - marginal.log_density(x)) for values in found]
 
     marginal = data.at(lesson.sde, at(lesson.sde.first_time))
     x = marginal.sample(n, generator(13))
-    exact, learned = marginal.log_density(x), log_likelihood(lesson.sde, lesson.network, x, 1e-4)
+    exact, learned = marginal.log_density(x), log_likelihood(lesson.sde, lesson.learned, x, 1e-4)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
     for (name, values), color in zip(errors.items(), (GREEN, BLUE, ORANGE), strict=True):
         left.loglog(tolerances, values, "o-", color=color, label=name)
     left.set(xlabel="tolerance of the ODE solver", ylabel="RMS error of log p, nats", title="exact score")
-    left.grid(alpha=0.3)
-    left.legend()
+    finish(left)
     ends = [float(exact.min()) - 0.5, float(exact.max()) + 0.5]
     right.plot(ends, ends, color=GREY, linewidth=0.8)
     right.plot(exact, learned, ".", color=ORANGE, markersize=3)
     right.set(xlabel="exact log p(x), nats", ylabel="log p(x) by the ODE, nats", title="learned score, VP")
     means = {"exact": float(exact.mean()), "learned": float(learned.mean())}
     numbers = {"points": n, "tolerances": tolerances, "rms_error_nats": errors, "mean_log_likelihood_nats": means}
-    numbers |= {"learned_rms_error_nats": float((learned - exact).square().mean().sqrt())}
+    numbers |= {"learned_rms_error_nats": rms(learned - exact)}
     return numbers | lesson.save(figure, "likelihood.png")
 
 
@@ -483,31 +478,23 @@ def rounded(numbers: dict) -> dict:
     return json.loads(json.dumps(numbers), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
-def run(arguments: list[str]) -> None:
-    """Runs the steps and writes the record after each one.
-
-    Raises:
-        InputError: for bad arguments.
-    """
-    parser = Parser(prog="python -m experiments.sde_tutorial", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the figures and tutorial.json")
-    parser.add_argument("--quick", action="store_true", help="small sizes for tests: rough numbers within seconds")
-    options = parser.parse_args(arguments)
-    make_folder(options.out)
+def run(out: Path, quick: bool) -> None:
+    """Runs the steps and writes the record after each one."""
+    make_folder(out)
     torch.set_num_threads(1)  # the tensors are small, and sums agree between machines
-    lesson = Lesson(SMALL if options.quick else Size(), options.out)
-    steps = {}
+    lesson, steps = Lesson(SMALL if quick else Size(), out), {}
     for step in STEPS:
         started_at_seconds = time.perf_counter()
         steps[step.__name__] = rounded(step(lesson))
-        record = {"size": "small" if options.quick else "full", "steps": steps}
-        write_results(options.out / "tutorial.json", record)
-        seconds = time.perf_counter() - started_at_seconds
-        print(f"{step.__name__}: {seconds:.0f} s", flush=True)
+        write_results(out / "tutorial.json", {"size": "small" if quick else "full", "steps": steps})
+        print(f"{step.__name__}: {time.perf_counter() - started_at_seconds:.0f} s", flush=True)
 
 
 def main(arguments: list[str]) -> int:
-    return run_command(lambda: run(arguments), stopped="stopped; finished steps are kept")
+    parser = Parser(prog="python -m experiments.sde_tutorial", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the figures and tutorial.json")
+    parser.add_argument("--quick", action="store_true", help="small sizes for tests: rough numbers within seconds")
+    return run_command(lambda: run(**vars(parser.parse_args(arguments))), "stopped; finished steps are kept")
 
 
 if __name__ == "__main__":

@@ -15,22 +15,18 @@ side, and each trains for the number of updates that it makes in that time on an
 during the trainings therefore makes no difference.
 """
 
-import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import InputError
 from experiments.unet_variants import VARIANTS
 from training.arguments import read_yaml
-from training.config import shown
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # of a variant: it becomes a folder
 FLAGS_SET = set("config dataset_name train_data_dir seed output_dir overwrite_output_dir num_cpu_threads".split())
 EVALUATION_FLAGS_SET = set("pipeline reference out images_dir num_cpu_threads".split())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """The changes in one variant: flags of the trainer and of eval.run, and the network."""
 
@@ -60,36 +56,25 @@ def read_study(path: Path) -> Study:
     """
     content = read_yaml(path)
     try:
-        content = dict(content)
-        variants = [Variant(name, **(changes or {})) for name, changes in content.pop("variants").items()]
-        study = Study(variants=variants, **content)
-        _check(study)
+        variants = [Variant(name, **(changes or {})) for name, changes in content["variants"].items()]
+        study = Study(**content | {"variants": variants})
+        check(study)
     except (TypeError, KeyError, AttributeError) as error:  # an unknown or missing key, or a value of the wrong type
         raise InputError(f"{path} is not a study as experiments/study.py describes it: {error}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
     return study
 
 
-def _check(study: Study) -> None:
-    if not isinstance(study.config, str) or len(study.variants) < 2:
-        raise ValueError(
-            f"config is {study.config}, with {len(study.variants)} variants; give a file and at least two variants"
-        )
-    if study.minutes is not None and not 0 < study.minutes < math.inf:
-        raise ValueError(f"minutes is {study.minutes}; give a positive number")
-    if not study.seeds or any(type(seed) is not int or study.seeds.count(seed) > 1 for seed in study.seeds):
-        raise ValueError(f"seeds is {study.seeds!s:.60}; give a list of distinct integers")
+def check(study: Study) -> None:
+    """Raises InputError for values that no study can have; the flags are checked when the trainings are set up."""
+    if len(study.variants) < 2:
+        raise InputError("the study has a single variant; give a baseline and at least one other")
     for variant in study.variants:
-        if not NAME.fullmatch(variant.name):
-            raise ValueError(f"a variant is called {shown(variant.name)}; use letters, digits and . _ + -")
         if variant.network not in VARIANTS:
-            raise ValueError(f"{variant.name} has the network {variant.network}; choose one of {', '.join(VARIANTS)}")
+            raise InputError(f"{variant.name} has the network {variant.network}; choose from {', '.join(VARIANTS)}")
+    flags_set = FLAGS_SET if study.minutes is None else {*FLAGS_SET, "max_train_steps"}
     for part in (study, *study.variants):
-        taken = [*(part.flags.keys() & FLAGS_SET), *(part.evaluation.keys() & EVALUATION_FLAGS_SET)]
-        taken += ["max_train_steps"] if study.minutes is not None and "max_train_steps" in part.flags else []
-        if taken:
-            raise ValueError(f"the flag {taken[0]} is set by the command itself; remove it")
+        for flag in (part.flags.keys() & flags_set) | (part.evaluation.keys() & EVALUATION_FLAGS_SET):
+            raise InputError(f"the flag {flag} is set by the command itself; remove it")
 
 
 def flags_as_arguments(flags: dict) -> list[str]:

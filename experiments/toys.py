@@ -71,11 +71,6 @@ class GaussianMixture:
         """P(X <= x) in one dimension, (N,) -> (N,)."""
         return (torch.special.ndtr((torch.from_numpy(x)[:, None] - self.means.T) / self.std) @ self.weights).numpy()
 
-    def variance(self) -> float:
-        """Variance, averaged over the dimensions."""
-        mean = self.weights @ self.means
-        return float(self.weights @ (self.means - mean).square().mean(1)) + self.std**2
-
 
 TWO_MODES = GaussianMixture(torch.tensor([0.3, 0.7]).double(), torch.tensor([[-1.0], [0.6]]).double(), 0.15)
 
@@ -87,44 +82,38 @@ def eight_modes() -> GaussianMixture:
     return GaussianMixture(weights, torch.stack([angles.cos(), angles.sin()], 1), 0.07)
 
 
-class ScoreNetwork(nn.Module):
-    """A small network s(x, t) for points (N, 2): it predicts epsilon, and the score is -epsilon / n."""
+def train(sde: SDE, points: Tensor, num_steps: int, batch_size: int = 512, width: int = 64) -> Score:
+    """Trains a small network for points (N, 2) by denoising score matching (eq. 7).
 
-    def __init__(self, sde: SDE, width: int):
-        super().__init__()
-        self.sde = sde
-        self.layers = nn.Sequential(
+    The score of x_t given x_0 is -epsilon / n, and its regression on x_t alone gives the score of p_t. The weight
+    lambda(t) = n^2 makes all times equally hard. The network predicts epsilon.
+    """
+    source = generator(4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(
             nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, 2),
         )  # fmt: skip
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The score for t () or (N,), in the dtype of x."""
+    def score(x: Tensor, t: Tensor) -> Tensor:
         t = t.expand(len(x))
-        inputs = torch.cat([x, self.sde.sigma(t).log()[:, None].to(x) / 4, t[:, None].to(x)], 1)
-        noise = self.layers(inputs.float()).to(x)
-        return -noise / spread(self.sde.noise_scale(t), x)
+        inputs = torch.cat([x, sde.sigma(t).log()[:, None].to(x) / 4, t[:, None].to(x)], 1)
+        return -network(inputs.float()).to(x) / spread(sde.noise_scale(t), x)
 
-
-def train(sde: SDE, points: Tensor, num_steps: int, batch_size: int = 512) -> ScoreNetwork:
-    """Denoising score matching (eq. 7): the score of x_t given x_0 is -epsilon / n, and its regression on x_t alone
-    gives the score of p_t. The weight lambda(t) = n^2 makes all times equally hard."""
-    source = generator(4)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ScoreNetwork(sde, width=64)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     for _ in range(num_steps):
         x_0 = points[torch.randint(len(points), (batch_size,), generator=source)]
         u = torch.rand(batch_size, generator=source, dtype=torch.float64)
         t = sde.first_time + (sde.last_time - sde.first_time) * u
-        loss = denoising_loss(sde, network, x_0, t, torch.randn(x_0.shape, generator=source))
+        loss = denoising_loss(sde, score, x_0, t, torch.randn(x_0.shape, generator=source))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return network.requires_grad_(False)
+    network.requires_grad_(False)
+    return score
 
 
 def denoising_loss(sde: SDE, score: Score, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:

@@ -25,35 +25,6 @@ from eval.run import main as evaluate
 from train_unet import main as train
 
 
-class VariantUNet(CustomUNet2DModel):
-    """A network with parts replaced after construction; its configuration is the same as without the changes."""
-
-    up_block_class: type[UpBlock] | None = None  # replaces UpBlock in the expanding path
-    removed: tuple[type[nn.Module], ...] = ()  # types of layers
-
-    @functools.wraps(CustomUNet2DModel.__init__)  # diffusers reads the options from the signature
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.up_block_class is not None:
-            self.rebuild_up_blocks()
-        remove_layers(self, *self.removed)
-
-    def rebuild_up_blocks(self) -> None:
-        """Rebuilds the expanding path from `up_block_class` with the same widths."""
-        channels, blocks = self.config.block_out_channels[-1], nn.ModuleList()
-        for block, block_type in zip(self.up_blocks, self.config.up_block_types, strict=True):
-            if block_type not in ("UpBlock2D", "AttnUpBlock2D"):
-                raise ValueError(f"up_block_types has {block_type}; this variant supports UpBlock2D and AttnUpBlock2D")
-            width, attention = block.resnets[0].conv2.out_channels, block_type == "AttnUpBlock2D"
-            inputs = [channels] + [width] * self.config.layers_per_block
-            skips = [resnet.conv1.in_channels - c for resnet, c in zip(block.resnets, inputs, strict=True)]
-            kind = None if attention else "conv"
-            options = self.config, bool(block.upsamplers), attention, kind
-            blocks.append(self.up_block_class(channels, skips, width, *options))
-            channels = width
-        self.up_blocks = blocks
-
-
 class UpBlockWithoutSkips(UpBlock):
     """Ignores the skip connections: its residual blocks see only the features."""
 
@@ -84,16 +55,28 @@ class AddingUpBlock(UpBlockWithoutSkips):
         return hidden, image
 
 
+class VariantUNet(CustomUNet2DModel):
+    """A network whose parts are replaced after construction; its configuration is that of the whole network."""
+
+    @functools.wraps(CustomUNet2DModel.__init__)  # diffusers reads the options from the signature
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.change()
+
+
 class WithoutSkips(VariantUNet):
-    up_block_class = UpBlockWithoutSkips
+    def change(self):
+        replace_up_blocks(self, UpBlockWithoutSkips)
 
 
 class WithAddedSkips(VariantUNet):
-    up_block_class = AddingUpBlock
+    def change(self):
+        replace_up_blocks(self, AddingUpBlock)
 
 
 class WithoutGroupNorm(VariantUNet):
-    removed = (nn.GroupNorm,)
+    def change(self):
+        remove_layers(self, nn.GroupNorm)
 
 
 class WithoutTime(CustomUNet2DModel):
@@ -101,6 +84,20 @@ class WithoutTime(CustomUNet2DModel):
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
         return super().forward(sample, torch.zeros_like(torch.as_tensor(timestep)), class_labels, return_dict)
+
+
+def replace_up_blocks(network: CustomUNet2DModel, block_class: type[UpBlock]) -> None:
+    """Rebuilds the expanding path with the same widths; raises ValueError if it has blocks of other kinds."""
+    config, channels = network.config, network.config.block_out_channels[-1]
+    for index, (block, block_type) in enumerate(zip(network.up_blocks, config.up_block_types, strict=True)):
+        if block_type not in ("UpBlock2D", "AttnUpBlock2D"):
+            raise ValueError(f"up_block_types has {block_type}; this variant supports UpBlock2D and AttnUpBlock2D")
+        width, attention = block.resnets[0].conv2.out_channels, block_type == "AttnUpBlock2D"
+        inputs = [channels] + [width] * config.layers_per_block
+        skips = [resnet.conv1.in_channels - c for resnet, c in zip(block.resnets, inputs, strict=True)]
+        kind = None if attention else "conv"
+        network.up_blocks[index] = block_class(channels, skips, width, config, bool(block.upsamplers), attention, kind)
+        channels = width
 
 
 def remove_layers(network: nn.Module, *kinds: type[nn.Module]) -> None:
@@ -122,10 +119,8 @@ VARIANTS = {
 
 def main(arguments: list[str]) -> int:
     match arguments:
-        case [variant, "train", *flags] if variant in VARIANTS:
-            return train(flags, VARIANTS[variant])
-        case [variant, "evaluate", *flags] if variant in VARIANTS:
-            return evaluate(flags, VARIANTS[variant])
+        case [variant, ("train" | "evaluate") as task, *flags] if variant in VARIANTS:
+            return (train if task == "train" else evaluate)(flags, VARIANTS[variant])
     variants = ",".join(VARIANTS)
     print(f"usage: python -m experiments.unet_variants {{{variants}}} {{train,evaluate}} [flags]", file=sys.stderr)
     return 2

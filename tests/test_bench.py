@@ -35,7 +35,7 @@ def config_of(path, *flags):
     return parse_config(["--config", str(path), "--dataset_name", "synthetic-faces", *flags])
 
 
-@pytest.mark.parametrize("name", ["edm32", "ncsnpp32", "flow32"])
+@pytest.mark.parametrize("name", ["edm32", "ncsnpp32"])
 def test_benchmark_times_the_configured_objective(name, monkeypatch):
     """Both networks receive the inputs and times of that objective, and their losses are finite."""
     config, losses, original = config_of(f"configs/{name}.yaml", "--train_batch_size", "2"), [], bench.diffusion_loss
@@ -52,18 +52,13 @@ def test_benchmark_times_the_configured_objective(name, monkeypatch):
     assert all(loss.isfinite() for loss in losses)
 
 
-def test_measured_row_has_throughput_and_matmul_share(config_path, monkeypatch):
+def test_measured_row_has_the_throughput(config_path, monkeypatch):
     monkeypatch.setattr(bench, "MEASURED_SECONDS", 0.01)
     for task, network in itertools.product(bench.TASKS, bench.NETWORKS):
-        row = dict(zip(bench.COLUMNS, (task, network, "eager", "contiguous", "bf16"), strict=True))
+        row = {"task": task, "network": network, "mode": "eager", "layout": "contiguous", "precision": "bf16"}
         measured = bench.measure(row, config_of(config_path), torch.device("cpu"))
+        assert measured.keys() == {"images/s"}
         assert measured["images/s"] > 0
-        assert measured.keys() == {"images/s"} | ({"share of the matmul rate"} if task == "training" else set())
-
-
-def test_flops_of_the_ddim_paper_network():
-    config = config_of("configs/celeba64_ddim.yaml")
-    assert bench.flops_per_image(config) == pytest.approx(144e9, rel=0.01)  # counted separately, for UNet2DModel
 
 
 def test_all_rows_are_measured_and_failures_are_shown_in_the_table(config_path, monkeypatch, capsys):
@@ -73,7 +68,7 @@ def test_all_rows_are_measured_and_failures_are_shown_in_the_table(config_path, 
         measured.append(tuple(row.values()))
         if len(measured) == 1:
             raise RuntimeError("a |\nbreak")
-        return {"images/s": 8.0, "peak GiB": 1.5, "share of the matmul rate": 0.25}
+        return {"images/s": 8.0, "peak GiB": 1.5}
 
     monkeypatch.setattr(bench, "measure", measure)
     flags = ["--only", "ours:contiguous", "diffusers:eager:contiguous", "--precisions", "no", "bf16"]
@@ -84,19 +79,11 @@ def test_all_rows_are_measured_and_failures_are_shown_in_the_table(config_path, 
     assert measured == expected
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(expected)
-    assert lines[2] == "| training | ours | eager | contiguous | no | RuntimeError: a / break |  |  |"
-    assert lines[3] == "| training | diffusers | eager | contiguous | no | 8 | 1.5 | 0.25 |"
+    assert lines[2] == "| training | ours | eager | contiguous | no | RuntimeError: a / break |  |"
+    assert lines[3] == "| training | diffusers | eager | contiguous | no | 8 | 1.5 |"
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--train_batch_size", "-1"], "--train_batch_size"),
-        (["--only", "ours:quick"], "'quick'"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
-    ],
-)
-def test_bad_input_exits_with_code_2_and_one_line(capsys, config_path, flags, message):
-    assert main(["--config", str(config_path), *flags]) == 2
+def test_unknown_row_exits_with_code_2_and_one_line(capsys, config_path):
+    assert main(["--config", str(config_path), "--only", "ours:quick"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert message in error
+    assert "'quick'" in error

@@ -33,14 +33,12 @@ def models(tmp_path_factory) -> Path:
     """A suitable model, and unsuitable ones."""
     folder = tmp_path_factory.mktemp("models")
     faces = {"source": "synthetic-faces", "label_column": "glasses", "label_names": NAMES}
-    for name, config, data in [
-        ("conditional", {"num_class_embeds": 3}, faces),
-        ("of_photographs", {"num_class_embeds": 3}, faces | {"source": "photographs"}),
-        ("without_classes", {}, {"source": "synthetic-faces"}),
-        ("without_null_class", {"num_class_embeds": 2}, faces),
-        ("small", {"num_class_embeds": 3, "sample_size": 8}, faces),
+    for name, num_classes, data in [
+        ("conditional", 3, faces),
+        ("of_photographs", 3, faces | {"source": "photographs"}),
+        ("without_null_class", 2, faces),
     ]:
-        export_pipeline(tiny_pipeline(**config), folder / name)
+        export_pipeline(tiny_pipeline(num_class_embeds=num_classes), folder / name)
         (folder / name / "training.json").write_text(json.dumps({"data": data}))
     return folder
 
@@ -117,21 +115,17 @@ def test_model_is_measured_at_every_scale(models, tmp_path):
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
     for row, entry, scale, evaluations in zip(rows, record["results"], (0, 3), (3, 6), strict=True):
         images, _ = draw(pipe, scale, 9, 3, 2)
-        found = judge(images)
-        shares = [np.mean(found[k::2] == k) for k in (0, 1)]
-        assert [of_class["value"] for of_class in entry["classes"]] == shares
-        assert entry["value"] == np.mean(found == labels)
+        expected = class_shares(judge(images), np.array(labels), NAMES)
+        assert expected.items() <= entry.items()
         assert entry["swd"] == pytest.approx(swd(images, real), rel=1e-4)
         assert entry["swd_floor"] == pytest.approx(swd(others, real))
         assert (entry["guidance_scale"], entry["network_evaluations"]) == (scale, evaluations)
-        assert row[0] == f"{scale}"
-        assert row[1].startswith(f"{entry['value']:.4g} ± ")
-        assert row[2:5] == [*(f"{share:.4g}" for share in shares), f"{entry['swd']:.4g} ({entry['swd_floor']:.4g})"]
+        shares = [f"{of_class['value']:.4g}" for of_class in entry["classes"]]
+        assert row[:1] + row[2:5] == [f"{scale}", *shares, f"{entry['swd']:.4g} ({entry['swd_floor']:.4g})"]
     accuracy = np.mean(judge(store.images) == store.labels_among(NAMES))
     assert record["judge"] == {"accuracy": accuracy, "split": "validation", "num_images": 1000}
     assert f"The judge puts {accuracy:.1%} of 1,000 real images" in text
     assert record["command"] == f"python -m experiments.guidance {arguments} --out {tmp_path.name}"
-    assert str(tmp_path) not in json.dumps(record)
     assert {path.name for path in tmp_path.iterdir()} == {"guidance.json", "guidance.md", "guidance.png"}
 
 
@@ -145,17 +139,14 @@ def test_failed_sampling_at_one_scale_keeps_earlier_results(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--pipeline conditional --scales nan", "--scales is nan"),
-        ("--pipeline conditional --scales 1 --num_images 1", "but there are 2 classes"),
-        ("--pipeline conditional --scales 1 --num_images 400", "and two sets of 200 are needed; use fewer"),
-        ("--pipeline of_photographs --scales 1", "was not trained on synthetic-faces with --label_column"),
-        ("--pipeline without_classes --scales 1", "was not trained on synthetic-faces with --label_column"),
-        ("--pipeline without_null_class --scales 1", "and a null class"),
-        ("--pipeline small --scales 1", "the images have the size 8, but SWD needs squares of 16"),
+        ("--pipeline conditional --num_images 1", "but there are 2 classes"),
+        ("--pipeline conditional --num_images 400", "and two sets of 200 are needed; use fewer"),
+        ("--pipeline of_photographs", "was not trained on synthetic-faces with --label_column"),
+        ("--pipeline without_null_class", "and a null class"),
     ],
 )
 def test_bad_input_exits_with_one_line_before_drawing(flags, message, tmp_path, capsys):
-    assert main([*FLAGS.split(), *flags.split(), "--out", str(tmp_path / "out")]) == 2
+    assert main([*FLAGS.split(), *flags.split(), "--scales", "1", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]  # after the progress bar of the first decoding
     assert error.startswith("error: ")
     assert message in error
