@@ -159,7 +159,7 @@ def jobs_of(
         evaluate = [f"--pipeline={folder / 'run' / 'pipeline'}", f"--out={folder / 'evaluation'}", *how]
         try:
             config = parse_config(train)
-            check_sampler(parse_evaluation(evaluate).sampler, config.objective)
+            check_fits(config, parse_evaluation(evaluate).sampler, jobs[0].config if jobs else config)
         except InputError as error:
             raise InputError(f"variant {variant.name}: {error}") from error
         unusual = {name: value for name, value in asdict(config).items() if value != DEFAULTS[name]}
@@ -170,11 +170,17 @@ def jobs_of(
     return jobs
 
 
-def check_sampler(name: str | None, objective: str) -> None:
-    """Raises InputError if a model cannot be sampled in this way."""
-    samplers = [*(SAMPLERS if objective == "ddpm" else ()), *continuous_samplers(objective)]
-    if name not in (None, *samplers):
-        raise InputError(f"--sampler {name} is not for --objective {objective}; choose {', '.join(samplers)}")
+def check_fits(config: TrainConfig, sampler: str | None, first: TrainConfig) -> None:
+    """Raises InputError if the model cannot be sampled like this, or learns other images than the first one."""
+    samplers = [*(SAMPLERS if config.objective == "ddpm" else ()), *continuous_samplers(config.objective)]
+    if sampler not in (None, *samplers):
+        raise InputError(
+            f"--sampler {sampler} is not for --objective {config.objective}; choose {', '.join(samplers)}"
+        )
+    for name in ("resolution", "crop"):
+        here, there = getattr(config, name), getattr(first, name)
+        if here != there:
+            raise InputError(f"--{name} is {here}, of the first variant {there}; all variants need the same images")
 
 
 def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:

@@ -4,10 +4,10 @@
         [--only training:ours:compiled ...] [--flag value ...]
 
 Each row is one combination. A training row times updates of the configured objective (forward, loss, backward,
-clipping, AdamW, EMA) on random images on the device. A sampling row times DDIM by our pipeline or the stock
-DDIMPipeline. A row that runs out of memory or does not compile shows the reason. Rows that need no compilation come
-first. All other flags are those of train_unet.py, such as --train_batch_size. Exit codes: 0 done, 1 if no row
-succeeded, 2 bad input.
+clipping, AdamW, EMA) on random images on the device, and compares their operations per second with a matrix product in
+the same precision. A sampling row times DDIM by our pipeline or the stock DDIMPipeline. A row that runs out of memory
+or does not compile shows the reason. Rows that need no compilation come first. All other flags are those of
+train_unet.py, such as --train_batch_size. Exit codes: 0 done, 1 if no row succeeded, 2 bad input.
 """
 
 import copy
@@ -17,13 +17,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import nn
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import Failed, InputError, Parser, one_line, run_command
 from custom_unet import CustomUNet2DModel
@@ -41,7 +42,9 @@ from training.precision import DTYPES, under_autocast
 NETWORKS = {"ours": CustomUNet2DModel, "diffusers": UNet2DModel}
 TASKS, MODES, LAYOUTS = ("training", "sampling"), ("eager", "compiled"), ("channels_last", "contiguous")
 WARM_UP_CALLS, MEASURED_SECONDS, SAMPLING_STEPS = 3, 5.0, 10  # the first call compiles
-COLUMNS = {name: name for name in ("task", "network", "mode", "layout", "precision", "images/s", "peak GiB")}
+SHARE = "share of the matmul rate"
+COLUMNS = {name: name for name in ("task", "network", "mode", "layout", "precision", "images/s", "peak GiB", SHARE)}
+MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 def rows_of(config: TrainConfig, precisions: list[str], only: list[str]) -> list[dict[str, str]]:
@@ -106,8 +109,27 @@ def sampling_call(config: TrainConfig, network_class: type[nn.Module], device: t
     return draw
 
 
+def flops_per_image(config: TrainConfig) -> int:
+    """Floating-point operations of the forward and backward pass for one image, counted on the meta device."""
+    with torch.device("meta"):
+        unet = CustomUNet2DModel(**config.unet_kwargs())
+        image = torch.zeros(1, *config.image_shape)
+    with FlopCounterMode(display=False) as counter:
+        diffusion_loss(unet, config.noise_scheduler(), image, **config.loss_settings()).backward()
+    return counter.get_total_flops()
+
+
+@cache
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the product of two square matrices."""
+    size = MATMUL_SIZE[device.type]
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=1).median
+
+
 def measure(row: dict[str, str], config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Images/s (median over calls after a warm-up), and the peak memory on a GPU."""
+    """Images/s (median over calls after a warm-up), peak memory on a GPU, and for training the matmul-rate share."""
     how = {"mixed_precision": row["precision"], "compile": row["mode"] == "compiled"}
     how |= {"channels_last": row["layout"] == "channels_last", "gradient_accumulation_steps": 1}
     config = replace(config, **how)
@@ -120,9 +142,13 @@ def measure(row: dict[str, str], config: TrainConfig, device: torch.device) -> d
     for _ in range(WARM_UP_CALLS):
         call()
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    result = {"images/s": config.train_batch_size / timer.blocked_autorange(min_run_time=MEASURED_SECONDS).median}
+    rate = config.train_batch_size / timer.blocked_autorange(min_run_time=MEASURED_SECONDS).median
+    result = {"images/s": rate}
     if device.type == "cuda":
         result["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    if row["task"] == "training":
+        peak = matmul_flops_per_second(device, DTYPES[config.mixed_precision])
+        result[SHARE] = rate * flops_per_image(config) / peak
     return result
 
 

@@ -320,6 +320,7 @@ def study_with(**variant) -> dict:
         (study_with(flags={"learnig_rate": 1.0}), "variant other: unknown flag --learnig_rate"),
         (study_with(evaluation={"num_images": 0}), "variant other: --num_images is 0"),
         (study_with(flags=EDM, evaluation={"sampler": "ddim"}), "ddim is not for --objective edm"),
+        (study_with(flags={"resolution": 64}), "all variants need the same images"),
     ],
 )
 def test_invalid_study_is_rejected_before_any_training(content, message, tmp_path, capsys):
