@@ -20,9 +20,9 @@ class StoppedWaiting(Failed):
 
 def available_cores() -> int:
     """CPU cores that this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )  # macOS has no affinity
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = lambda: False, **settings) -> Iterator:
@@ -33,28 +33,21 @@ def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = la
     reaches their parent, which handles it. They are killed when the parent ends, because multiprocessing would send
     them a SIGTERM and wait.
 
-    Raises:
-        Failed: if the workers cannot be started, or, while iterating, if one of them dies.
-        StoppedWaiting: while iterating, if `should_stop` returns True while no batch is ready.
+    Raises, while iterating:
+        Failed: if a worker dies.
+        StoppedWaiting: if `should_stop` returns True while no batch is ready.
     """
     before, on_child = {*multiprocessing.active_children()}, _child_handler()
     settings |= {"timeout": POLL_SECONDS} if num_workers else {}
-    loader = DataLoader(
-        dataset, num_workers=num_workers, worker_init_fn=_ignore_signals, collate_fn=_as_it_is, **settings
-    )
+    settings |= {"worker_init_fn": _ignore_signals, "collate_fn": _as_it_is}
+    loader = DataLoader(dataset, num_workers=num_workers, **settings)
     try:
         batches = iter(loader)
-    except OSError as error:
+    finally:  # even if only some of them could be started
         for worker in {*multiprocessing.active_children()} - before:
-            worker.kill()
-        raise Failed(
-            f"cannot start {num_workers} worker processes: {error.strerror or error}; lower --dataloader_num_workers,"
-            " or in a container give /dev/shm more space (docker run --shm-size 1g)"
-        ) from error
+            Finalize(None, worker.kill, exitpriority=0)  # before multiprocessing sends SIGTERM
     if _child_handler() is not on_child:  # torch's handler would raise at any point in the main thread
         signal.signal(signal.SIGCHLD, on_child)
-    for worker in {*multiprocessing.active_children()} - before:
-        Finalize(None, worker.kill, exitpriority=0)  # before multiprocessing sends SIGTERM
     return _received(batches, should_stop)
 
 
