@@ -99,7 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, (status, code) in self.hub.refused.items():
             if re.search(pattern, f"{self.command} {path}"):
                 return self.answer(status, {"error": code}, {"X-Error-Code": code})
-        is_write = path.startswith(("/api/models", "/api/repos", "/api/whoami")) and (self.command == "POST" or path.endswith(("/write", "/whoami-v2")))
+        is_write = path.startswith("/api/") and "/paths-info/" not in path
+        is_write = is_write and (self.command == "POST" or path.endswith(("/write", "/whoami-v2")))
         if is_write and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(401, {"error": "Invalid username or password."})
         for pattern, respond in ROUTES.items():
