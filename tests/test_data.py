@@ -148,9 +148,6 @@ def test_skip_bad_images_skips_and_counts_them(faces, pictures, caplog):
     caplog.clear()
     open_faces(faces, skip_bad_images=True)  # opened again, from the store
     assert "left out 2 unreadable images, the first one: row 3 (0003.png)" in caplog.text
-
-
-def test_data_without_a_usable_image_is_rejected(faces):
     for path in faces.iterdir():
         path.write_bytes(b"")
     assert "has no usable image; 150 are unreadable" in error_of(open_faces, faces, skip_bad_images=True)
@@ -242,14 +239,11 @@ def test_full_disk_raises_one_line_error_and_leaves_nothing(faces, tmp_path):
     assert len(open_faces(faces, **options)) == 60
 
 
-def test_unwritable_cache_raises_one_line_error(faces, tmp_path):
+def test_default_cache_is_in_the_users_cache_folder_and_must_be_writable(faces, tmp_path):
+    assert open_faces(faces, cache_dir=None).folder.parent == tmp_path / "xdg" / "train_unet"
     (tmp_path / "file").write_text("in the way")
     message = error_of(open_faces, faces, cache_dir=str(tmp_path / "file" / "cache"))
     assert message == f"cannot write to the cache {tmp_path}/file/cache: Not a directory; set --cache_dir"
-
-
-def test_default_cache_is_in_the_users_cache_folder(faces, tmp_path):
-    assert open_faces(faces, cache_dir=None).folder.parent == tmp_path / "xdg" / "train_unet"
 
 
 # Labels
@@ -279,14 +273,6 @@ def test_labels_are_aligned_with_their_images(labelled, pictures):
         store.labels[0] = 0
 
 
-def test_store_without_label_column_has_no_labels(labelled, pictures):
-    store = open_faces(labelled)
-    assert store.labels is None
-    assert not {"label_column", "label_names"} & store.description.keys()
-    pixels = pictures.transpose(0, 3, 1, 2).tobytes()
-    assert store.fingerprint == hashlib.sha256(pixels).hexdigest()[:16]
-
-
 def test_key_of_a_store_without_labels_is_backward_compatible(tmp_path):
     store = open_image_store(dataset_name="synthetic-faces", max_images=2, resolution=8, cache_dir=str(tmp_path))
     assert store.folder.name == "0a7935f592fe5b6b"
@@ -294,6 +280,9 @@ def test_key_of_a_store_without_labels_is_backward_compatible(tmp_path):
 
 def test_labels_change_the_key_and_the_fingerprint(labelled):
     without, first = open_faces(labelled), open_faces(labelled, label_column="kind")
+    assert without.labels is None
+    assert not {"label_column", "label_names"} & without.description.keys()
+    assert without.fingerprint == hashlib.sha256(first.images).hexdigest()[:16]
     write_metadata(labelled, ["b", "c", "a", "c", "a"])
     other_labels = open_faces(labelled, label_column="kind")
     write_metadata(labelled, ["y", "z", "x", "z", "y"])
@@ -379,9 +368,6 @@ def test_model_range_is_minus_one_to_one_and_round_trips():
     torch.testing.assert_close(floats.double(), torch.linspace(-1, 1, 256, dtype=torch.float64), rtol=0, atol=1e-7)
     assert torch.equal(to_uint8(floats), values)
     assert torch.equal(to_uint8(floats.half()), values)
-
-
-def test_to_uint8_rounds_and_clamps():
     floats = (torch.tensor([-7.0, -0.6, 0.4, 0.6, 254.4, 254.6, 255.4, 300.0])) / 127.5 - 1
     assert to_uint8(floats).tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
 

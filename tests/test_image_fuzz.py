@@ -1,21 +1,14 @@
-"""Hundreds of damaged and unusual images from a fixed seed: each decodes or raises a one-line `BadImage`.
-
-The images are decoded in a separate process (this file, run as a program), so that decoder crashes are caught.
-"""
+"""Hundreds of damaged and unusual images from a fixed seed: each decodes or raises a one-line `BadImage`."""
 
 import hashlib
 import io
-import json
-import os
 import resource
 import struct
-import subprocess
-import sys
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +17,6 @@ from PIL import Image, ImageFile
 
 from training.images import BadImage, decode_image
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SEED, SIDE = 20, 24
 LARGEST_BYTES = 2 << 30
 WHOLE, BAD, EITHER = "the whole picture", "bad", "either"
@@ -225,19 +217,23 @@ def all_cases() -> Iterator[Case]:
         yield from make(intact)
 
 
-# ---- The decoding process
+# ---- The outcomes
 
 
-def outcome_of(encoded: bytes) -> tuple[str, str]:
-    """`picture` and the digest of its pixels, `bad` and the message, or `error` and the unexpected exception."""
+class Result(NamedTuple):
+    case: Case
+    outcome: str  # `picture`, `bad` or `error`
+    detail: str  # the digest of the pixels, the message, the unexpected exception
+
+
+def decoded(encoded: bytes) -> tuple[str, str]:
     try:
         pixels = decode_image(encoded, "none", (3, SIDE, SIDE))
     except BadImage as error:
         return "bad", str(error)
-    except BaseException as error:
+    except Exception as error:
         return "error", repr(error)
-    if pixels.shape != (3, SIDE, SIDE) or pixels.dtype != np.uint8:
-        return "error", f"{pixels.dtype} {pixels.shape}"
+    assert (pixels.shape, pixels.dtype) == ((3, SIDE, SIDE), np.uint8)
     return "picture", hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
@@ -245,73 +241,60 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def decode_all() -> None:
-    """Writes two JSON lines per case: the case and its outcome."""
-    wholes: dict[bytes, str] = {}
-    at_start_bytes = peak_bytes()
-    for case in all_cases():
-        print(json.dumps({"kind": case.kind, "name": case.name, "expected": case.expected}), flush=True)
-        outcome, detail = outcome_of(case.encoded)
-        if case.original is not None and case.original not in wholes:
-            wholes[case.original] = detail if case.original is case.encoded else outcome_of(case.original)[1]
-        answer = {"outcome": outcome, "detail": detail, "whole": wholes.get(case.original)}
-        print(json.dumps(answer | {"peak_bytes": peak_bytes() - at_start_bytes}), flush=True)
-
-
-# ---- The outcomes
-
-
 @pytest.fixture(scope="module")
-def results() -> list[dict]:
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "default"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]} {done.stderr[-2000:]}"
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return [case | answer for case, answer in zip(lines[::2], lines[1::2], strict=True)]
+def results() -> list[Result]:
+    at_start_bytes = peak_bytes()
+    results = [Result(case, *decoded(case.encoded)) for case in all_cases()]
+    assert peak_bytes() - at_start_bytes < LARGEST_BYTES
+    return results
+
+
+@cache
+def whole(original: bytes) -> str:
+    return decoded(original)[1]
+
+
+def is_bad_or_whole(result: Result) -> bool:
+    return result.outcome == "bad" or result.detail == whole(result.case.original)
 
 
 def test_every_kind_and_outcome_has_enough_cases(results):
     assert len(results) >= 600
-    outcomes = Counter((result["kind"], result["outcome"]) for result in results)
+    outcomes = Counter((result.case.kind, result.outcome) for result in results)
     for kind in ("flipped", "header"):
         assert min(outcomes[kind, "picture"], outcomes[kind, "bad"]) >= 3, kind
     assert outcomes["truncated", "bad"] >= 150
 
 
 def test_every_image_decodes_or_raises_a_one_line_error(results):
-    for result in results:
-        assert result["outcome"] in ("picture", "bad"), result
-        if result["outcome"] == "bad":
-            assert 0 < len(result["detail"]) < 300, result
-            assert "\n" not in result["detail"]
-            assert "Error" not in result["detail"], result  # says what is wrong with the image, not with the code
-
-
-def test_peak_memory_stays_below_the_limit(results):
-    assert max(result["peak_bytes"] for result in results) < LARGEST_BYTES
+    for case, outcome, detail in results:
+        assert outcome in ("picture", "bad"), (case.name, detail)
+        if outcome == "bad":
+            assert 0 < len(detail) < 300, case.name
+            assert "\n" not in detail
+            assert "Error" not in detail, case.name  # says what is wrong with the image, not with the code
 
 
 def test_damaged_images_decode_to_the_original_pixels_or_are_rejected(results):
     """All truncated images; other damage only in PNG, the format with checksums."""
     damaged = [
-        r for r in results if r["kind"] == "truncated" or (r["kind"] in DAMAGES and r["name"].startswith("png "))
+        result
+        for result in results
+        if result.case.kind == "truncated" or (result.case.kind in DAMAGES and result.case.name.startswith("png "))
     ]
     assert len(damaged) > 250
     for result in damaged:
-        assert result["outcome"] == "bad" or result["detail"] == result["whole"], result
+        assert is_bad_or_whole(result), result.case.name
 
 
 def test_intact_images_decode_completely_and_bad_ones_are_rejected(results):
     for result in results:
-        if result["expected"] == WHOLE:
-            assert (result["outcome"], result["detail"]) == ("picture", result["whole"]), result
-        if result["expected"] == BAD:
-            assert result["outcome"] == "bad", result
+        if result.case.expected == WHOLE:
+            assert result.outcome == "picture", result.case.name
+            assert is_bad_or_whole(result), result.case.name
+        if result.case.expected == BAD:
+            assert result.outcome == "bad", result.case.name
 
 
 def test_pillow_does_not_load_truncated_images():
     assert not ImageFile.LOAD_TRUNCATED_IMAGES  # whatever other libraries were imported
-
-
-if __name__ == "__main__":
-    decode_all()

@@ -91,13 +91,12 @@ class ImageStore(Dataset):
             InputError: if an image has a class that is not in `names`.
         """
         positions = {name: position for position, name in enumerate(names)}
-        mine = self.description["label_names"]
-        unknown = next((mine[label] for label in np.unique(self.labels) if mine[label] not in positions), None)
-        if unknown is not None:
-            split, column = self.description["split"], self.description["label_column"]
-            known = ", ".join(names)
+        labels = np.array([positions.get(name, -1) for name in self.description["label_names"]], np.int64)[self.labels]
+        if labels.min() < 0:
+            unknown = self.description["label_names"][self.labels[labels.argmin()]]
+            split, column, known = self.description["split"], self.description["label_column"], ", ".join(names)
             raise InputError(f"split {split} has the class {unknown!r:.80} of {column!r}, not one of {known:.200}")
-        return np.array([positions.get(name, -1) for name in mine], np.int64)[self.labels]
+        return labels
 
 
 def cache_root(cache_dir: str | None) -> Path:

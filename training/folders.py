@@ -101,19 +101,6 @@ class FolderFile(NamedTuple):
                 return True
         return False
 
-    def files_inside(self) -> list["FolderFile"]:
-        """The files in this zip archive. Raises InputError if it is damaged."""
-        try:
-            entries = _open_archive(self.path, os.getpid()).infolist()
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
-            raise InputError(f"{self.path} is no intact zip archive: {error}; move it out of the folder") from error
-        folder, files = self.name.removesuffix(self.extension), [entry for entry in entries if not entry.is_dir()]
-        names = [posixpath.normpath(f"{folder}/{file.filename}") for file in files]
-        return [
-            self._replace(name=name, size=file.file_size, member=file.filename)
-            for name, file in zip(names, files, strict=True)
-        ]
-
 
 @lru_cache(maxsize=16)
 def _open_archive(path: str, process_id: int) -> zipfile.ZipFile:
@@ -158,12 +145,17 @@ def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
     files = [file for file in files if file.extension != ".zip"]
     outside = {file.name for file in files}
     for archive in archives:
-        for file in archive.files_inside():
-            unpacked = posixpath.normpath(posixpath.join(posixpath.dirname(archive.name), file.member))
-            if {file.name, unpacked} & outside:
+        try:
+            entries = _open_archive(archive.path, os.getpid()).infolist()
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
+            raise InputError(f"{archive.path} is no intact zip archive: {error}; move it out of the folder") from error
+        for entry in entries:
+            name = posixpath.normpath(f"{posixpath.splitext(archive.name)[0]}/{entry.filename}")
+            unpacked = posixpath.normpath(posixpath.join(posixpath.dirname(archive.name), entry.filename))
+            if {name, unpacked} & outside:
                 left_out["in an archive that is unpacked beside it"] += 1
-            else:
-                files.append(file)
+            elif not entry.is_dir():
+                files.append(archive._replace(name=name, size=entry.file_size, member=entry.filename))
     shown = sorted(file for file in files if not file.is_hidden)
     left_out["hidden"] = len(files) - len(shown)
     return shown, left_out
