@@ -1,4 +1,4 @@
-"""A loopback stand-in for the Hub, with the API that `huggingface_hub` uses to create, push and load a repository.
+"""A loopback stand-in for the Hub, with the API by which models are created, pushed and loaded, and data sets read.
 
 As on the Hub, large files (`.safetensors`, `.png`) are uploaded through git LFS and the others in the commit.
 Repositories are kept in memory, every commit with all its files. `faults` makes chosen requests fail.
@@ -29,6 +29,7 @@ class LoopbackHub:
         error_text: what the body of a failed answer says.
         faults: pattern of "METHOD /path" -> what becomes of the next requests that match, one after another: an HTTP
             status, "cut" to break the connection in the midst of the body, or "stall" to never answer.
+        refused: pattern of "METHOD /path" -> the HTTP status and error code of every answer to such requests.
         before_commit: called once, before the next commit is taken.
         bodies: of all requests, as they came.
     """
@@ -39,6 +40,7 @@ class LoopbackHub:
         self.private: set[str] = set()
         self.large: dict[str, bytes] = {}  # sha256 -> content
         self.faults: dict[str, list[int | str]] = {}
+        self.refused: dict[str, tuple[int, str]] = {}
         self.error_text = "out of order"
         self.before_commit: Callable[[], object] | None = None
         self.bodies: list[bytes] = []
@@ -52,6 +54,11 @@ class LoopbackHub:
         self.stopped.set()
         self.server.shutdown()
         self.server.server_close()
+
+    def add(self, repo_id: str, *commits: dict[str, bytes]) -> list[str]:
+        """Adds a repository, whose first commit is `main`; returns the ids of the commits."""
+        self.commits[repo_id], self.heads[repo_id, "main"] = list(commits), 0
+        return self._ids(repo_id)
 
     def commit_id(self, repo_id: str, branch: str = "main") -> str:
         return self._ids(repo_id)[self.heads[repo_id, branch]]
@@ -89,7 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.bodies.append(body)
         if fault is not None:
             return self.answer(fault, {"error": self.hub.error_text})
-        is_write = path.startswith("/api/") and (self.command == "POST" or path.endswith(("/write", "/whoami-v2")))
+        for pattern, (status, code) in self.hub.refused.items():
+            if re.search(pattern, f"{self.command} {path}"):
+                return self.answer(status, {"error": code}, {"X-Error-Code": code})
+        is_write = path.startswith("/api/") and "/paths-info/" not in path
+        is_write = is_write and (self.command == "POST" or path.endswith(("/write", "/whoami-v2")))
         if is_write and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(401, {"error": "Invalid username or password."})
         for pattern, respond in ROUTES.items():
@@ -202,8 +213,19 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in files:
             return self.answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
         commit = self.hub.commit_id(repo_id, revision) if (repo_id, revision) in self.hub.heads else revision
-        etag = hashlib.sha256(files[path]).hexdigest()
-        self.answer(200, files[path], {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
+        content, status = files[path], 200
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
+        if span := self.headers.get("Range"):
+            first, last = (int(number or len(content)) for number in span.removeprefix("bytes=").split("-"))
+            last, status = min(last, len(content) - 1), 206
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            content = content[first : last + 1]
+        self.answer(status, content, headers)
+
+    def paths_info(self, repo_id: str, revision: str, body: bytes) -> None:
+        files = self.hub.files(repo_id, revision)
+        paths = json.loads(body)["paths"]
+        self.answer(200, [_entry(path, files[path]) for path in paths if path in files])
 
     def no_revision(self) -> None:
         self.answer(404, {"error": "no such repository or revision"}, {"X-Error-Code": "RevisionNotFound"})
@@ -229,7 +251,8 @@ ROUTES = {
     rf"POST /{REPO}\.git/info/lfs/objects/batch": _Handler.lfs_batch,
     r"PUT /lfs/(\w+)": _Handler.lfs_upload,
     rf"POST /api/models/{REPO}/commit/(.+)": _Handler.commit,
-    rf"GET /api/models/{REPO}/tree/([^/]+)": _Handler.tree,
-    rf"GET /api/models/{REPO}(?:/revision/([^/]+))?": _Handler.info,
-    rf"(?:GET|HEAD) /{REPO}/resolve/([^/]+)/(.+)": _Handler.resolve,
+    rf"GET /api/(?:models|datasets)/{REPO}/tree/([^/]+)(?:/.*)?": _Handler.tree,
+    rf"GET /api/(?:models|datasets)/{REPO}(?:/revision/([^/]+))?": _Handler.info,
+    rf"POST /api/datasets/{REPO}/paths-info/([^/]+)": _Handler.paths_info,
+    rf"(?:GET|HEAD) /(?:datasets/)?{REPO}/resolve/([^/]+)/(.+)": _Handler.resolve,
 }

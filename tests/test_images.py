@@ -65,34 +65,17 @@ def test_celeba_crops_of_half_size_images_cover_the_same_region(crop):
     assert np.abs(half + 0.5 - full).max() <= 0.5
 
 
-@pytest.mark.parametrize("size", [(178, 178), (218, 178), (178, 220), (64, 64), (177, 220)])
-@pytest.mark.parametrize("crop", BOXES)
-def test_celeba_crops_reject_other_aspect_ratios(crop, size):
-    with pytest.raises(
-        BadImage, match=rf"^{size[0]} x {size[1]} pixels are not in CelebA's 178 x 218 .*{crop}"
-    ) as error:
-        decode_image(encode(noise(*size)), crop, (3, 8, 8))
-    assert "\n" not in str(error.value)
-
-
-def test_center_crops_the_central_square():
-    wide, tall = (decode_image(encode(coordinates(*size)), "center", (3, 60, 60)) for size in ((100, 60), (60, 100)))
-    assert wide[1, 0].tolist() == list(range(20, 80))
-    assert wide[0, :, 0].tolist() == list(range(60))
-    assert tall[0, :, 0].tolist() == list(range(20, 80))
-    assert tall[1, 0].tolist() == list(range(60))
-
-
-def test_none_keeps_the_whole_image():
-    pixels = decode_image(encode(coordinates(200, 100)), "none", (3, 100, 100))
-    np.testing.assert_allclose(pixels[0, :, 50], np.arange(100), atol=0)
-    np.testing.assert_allclose(pixels[1, 50], np.arange(100) * 2 + 0.5, atol=1)  # the mean of two columns
+@pytest.mark.parametrize("size", [(218, 178), (178, 220), (177, 220)])
+def test_celeba_crops_reject_other_aspect_ratios(size):
+    message = rf"^{size[0]} x {size[1]} pixels are not in CelebA's 178 x 218 .*celeba_140"
+    with pytest.raises(BadImage, match=message):
+        decode_image(encode(noise(*size)), "celeba_140", (3, 8, 8))
 
 
 # Resizing
 
 
-@pytest.mark.parametrize("resolution", [16, 64, 200])
+@pytest.mark.parametrize("resolution", [16, 200])
 @pytest.mark.parametrize("crop", [*BOXES, "none"])
 def test_resizing_matches_torchs_antialiased_bicubic(crop, resolution):
     image = noise(178, 218) // 2 + 64  # no overshoot, which Pillow would clamp between its two passes
@@ -103,12 +86,6 @@ def test_resizing_matches_torchs_antialiased_bicubic(crop, resolution):
     assert actual.dtype == np.uint8
     # Pillow rounds after each of its two passes; at the border of a crop it also reads pixels outside
     assert np.abs(actual - expected)[:, 3:-3, 3:-3].max() <= 1.5
-
-
-def test_downscaling_a_fine_checkerboard_gives_grey():
-    checkerboard = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
-    pixels = decode_image(encode(checkerboard), "none", (3, 32, 32)).astype(int)
-    assert np.abs(pixels[:, 2:-2, 2:-2] - 127.5).max() <= 1  # without antialiasing it would stay black and white
 
 
 # Modes
@@ -150,17 +127,17 @@ def test_every_mode_is_converted_to_rgb(encoded, colour):
     np.testing.assert_array_equal(pixels, np.broadcast_to(np.array(colour)[:, None, None], (3, 2, 2)))
 
 
-@pytest.mark.parametrize("top", [1.0, 255, 65_535, 10_000_000])
-@pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_pixels_of_unknown_range_are_rejected(kind, top):
+@pytest.mark.parametrize(
+    ("pixels", "options"),
+    [
+        (np.full((4, 4), 1.0, np.float32), {}),
+        (np.full((4, 4), 255, np.int32), {}),
+        (np.full((4, 4), 1000, np.uint16), {"tiffinfo": {339: 2}}),  # SampleFormat: signed
+    ],
+)
+def test_pixels_of_unknown_range_are_rejected(pixels, options):
     with pytest.raises(BadImage, match="of unknown range"):
-        decode_image(encode(np.full((4, 4), top, kind), "TIFF"), "none", (3, 4, 4))
-
-
-def test_signed_pixels_are_rejected():
-    tiff = encode(np.full((4, 4), 1000, np.uint16), "TIFF", tiffinfo={339: 2})  # SampleFormat: signed
-    with pytest.raises(BadImage, match="of unknown range"):
-        decode_image(tiff, "none", (3, 4, 4))
+        decode_image(encode(pixels, "TIFF", **options), "none", (3, 4, 4))
 
 
 def with_chunk(png: bytes, kind: bytes, content: bytes, has_valid_crc: bool = True) -> bytes:
@@ -192,16 +169,6 @@ LARGE_TEXT = b"workflow\0\0" + zlib.compress(bytes(3 << 20))
 )
 def test_broken_and_oversized_metadata_is_ignored(encoded):
     np.testing.assert_array_equal(decode_image(encoded, "none", (3, 6, 6)), noise(6, 6).transpose(2, 0, 1))
-
-
-@pytest.mark.parametrize("segment", [b"\xff\xe0\0\4JF", b"\xff\xe2\0\7ICC_P", b"\xff\xee\0\7Adobe"])
-def test_short_metadata_segments_of_a_jpeg_are_ignored(segment):
-    exif = Image.Exif()
-    exif[274] = 6
-    jpeg = encode(noise(6, 8), "JPEG", exif=exif)
-    np.testing.assert_array_equal(
-        decode_image(jpeg[:2] + segment + jpeg[2:], "none", (3, 8, 6)), decode_image(jpeg, "none", (3, 8, 6))
-    )
 
 
 def test_orientation_is_applied_despite_oversized_metadata():

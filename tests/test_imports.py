@@ -54,8 +54,9 @@ TRAINING = {
     "images": "",
     "synthetic_faces": "",
     "workers": "",
-    "sources": "images synthetic_faces workers",
-    "data": "images sources workers",
+    "folders": "images workers",
+    "sources": "folders images synthetic_faces workers",
+    "data": "images sources synthetic_faces workers",
 }
 
 

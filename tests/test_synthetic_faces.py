@@ -70,19 +70,9 @@ def test_splits_have_their_sizes_and_do_not_overlap():
     assert split_indices("train", 25_000)[:10_000] == train
 
 
-@pytest.mark.parametrize(
-    ("split", "num_images", "message"),
-    [
-        ("test", None, "no split 'test'; it has train, validation"),
-        ("train", 0, "not 0"),
-        ("validation", -3, "not -3"),
-        ("train", 2**40 + 1, "1 to 2"),
-    ],
-)
-def test_bad_splits_raise_one_line_errors(split, num_images, message):
-    with pytest.raises(ValueError, match=message) as error:
-        split_indices(split, num_images)
-    assert "\n" not in str(error.value)
+def test_unknown_split_raises_one_line_error():
+    with pytest.raises(ValueError, match=r"no split .test.; it has train, validation$"):
+        split_indices("test")
 
 
 # Factors
@@ -156,27 +146,6 @@ def test_factors_change_only_their_part_of_the_picture(name):
     x, y = axis / NEUTRAL_POSE["scale"], (axis - NEUTRAL_POSE["shift_y"]) / NEUTRAL_POSE["scale"]
     inside = ((top < y) & (y < bottom))[:, None] & ((left < x) & (x < right))[None, :]
     assert difference[:, ~inside].max(initial=0) <= 1
-
-
-def test_smile_lifts_the_corners_of_the_mouth():
-    """The lips add redness; its height at the corners relative to the middle distinguishes a smile from a frown."""
-    neutral = with_factors(face_factors(range(32)), **NEUTRAL_POSE, facial_hair=0, mouth_open=0.0, blush=0.0)
-    frown, smile = (draw_faces(with_factors(neutral, smile=value), 64).astype(float) for value in (-0.3, 1.0))
-    redder = (smile[..., 0] - smile[..., 1:].mean(axis=-1)) - (frown[..., 0] - frown[..., 1:].mean(axis=-1))
-    mouth = np.clip(redder.mean(axis=0)[38:54], 0, None)  # (rows, 64), what the smile reddened
-    rows = np.arange(len(mouth))[:, None]
-    height = (mouth * rows).sum(axis=0) / np.maximum(mouth.sum(axis=0), 1e-9)
-    assert height[30:34].mean() > height[[26, 27, 36, 37]].mean() + 1  # y points down: the middle hangs lower
-
-
-def test_yaw_shifts_the_mouth_sideways():
-    factors = with_factors(face_factors(range(16)), **NEUTRAL_POSE)
-    centres = []
-    for yaw in (-1.0, 1.0):
-        lips = [draw_faces(with_factors(factors, yaw=yaw, lip_colour=colour), 64).astype(int) for colour in (0.0, 1.0)]
-        difference = np.abs(lips[0] - lips[1]).sum(axis=(0, 1, 3))  # (64,), by column
-        centres.append((difference * np.arange(64)).sum() / difference.sum())
-    assert centres[1] > centres[0] + 3  # pixels
 
 
 def test_pixels_change_only_with_the_version():

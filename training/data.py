@@ -25,23 +25,20 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from common import InputError
-from training.images import CHANNELS, CROPS, compact, height_and_width
-from training.sources import Format, HuggingFaceImages, SyntheticFaces, find_source
+from training.images import CROPS, Format, Label, compact, height_and_width
+from training.sources import Source, find_source
+from training.synthetic_faces import NO_YES
 from training.workers import load_batches
 
 logger = logging.getLogger(__name__)
 
 STALE_SECONDS = 2 * 24 * 3600  # longer than any download takes before the first image is written
 PIXELS, LABELS, META = "images.{}", "labels.int64", "meta.json"
-HELD_OUT_SPLITS = ("validation", "test")  # their first images may all be of one class
 MAX_CLASSES = 1000  # a column of strings or integers with more values holds names or captions, not classes
 
 
 class ImageStore(Dataset):
     """Decoded images of one split, in a folder written by `open_image_store`.
-
-    Args:
-        max_images: use only the first images.
 
     Attributes:
         images: uint8 or uint16, shape (N, C, H, W), mapped from the disk, read-only.
@@ -52,31 +49,22 @@ class ImageStore(Dataset):
             with labels also label_column and label_names, the names of the classes in the order of their numbers.
     """
 
-    def __init__(self, folder: Path, max_images: int | None = None):
-        self.folder, self.max_images = folder, max_images
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.description = json.loads((folder / META).read_text())
         self.summary: str | None = self.description.pop("summary", None)
-        num_images = self.description["num_images"]
-        shape = (num_images, *_image_shape(self.description))
+        self.fingerprint: str = self.description["fingerprint"]
+        shape = self.description["num_images"], *_image_shape(self.description)
         dtype = self.description.get("dtype", "uint8")
         self.images = np.memmap(folder / PIXELS.format(dtype), dtype, "r", shape=shape)
         self.labels: np.ndarray | None = None
         if "label_column" in self.description:
             self.labels = np.fromfile(folder / LABELS, "<i8").astype(np.int64, copy=False)
             self.labels.setflags(write=False)
-        if max_images is not None and max_images < num_images:
-            self.images = self.images[:max_images]
-            self.description |= {"max_images": max_images, "num_images": max_images}
-            self.description["fingerprint"] = self.digest()
-        self.fingerprint: str = self.description["fingerprint"]
 
-    def __getstate__(self) -> dict:
-        """Pickles the path of the pixels, not the pixels, for spawned processes."""
-        return self.__dict__ | {"images": (self.images.filename, self.images.dtype, self.images.shape)}
-
-    def __setstate__(self, state: dict) -> None:
-        path, dtype, shape = state["images"]
-        self.__dict__ |= state | {"images": np.memmap(path, dtype, "r", shape=shape)}
+    def __reduce__(self):
+        """Pickles the folder, not the pixels, for spawned processes."""
+        return ImageStore, (self.folder,)
 
     def digest(self) -> str:
         """The fingerprint, recomputed from the data on disk."""
@@ -103,22 +91,17 @@ class ImageStore(Dataset):
             InputError: if an image has a class that is not in `names`.
         """
         positions = {name: position for position, name in enumerate(names)}
-        mine = self.description["label_names"]
-        unknown = next((mine[label] for label in np.unique(self.labels) if mine[label] not in positions), None)
-        if unknown is not None:
-            split, column = self.description["split"], self.description["label_column"]
-            known = ", ".join(names)
+        labels = np.array([positions.get(name, -1) for name in self.description["label_names"]], np.int64)[self.labels]
+        if labels.min() < 0:
+            unknown = self.description["label_names"][self.labels[labels.argmin()]]
+            split, column, known = self.description["split"], self.description["label_column"], ", ".join(names)
             raise InputError(f"split {split} has the class {unknown!r:.80} of {column!r}, not one of {known:.200}")
-        return np.array([positions.get(name, -1) for name in mine], np.int64)[self.labels]
+        return labels
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The folder of all stores, by default in the user's cache; raises InputError if there is no home folder."""
-    cache_dir = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "train_unet")
-    root = Path(os.path.expanduser(cache_dir))
-    if root.parts[:1] == ("~",):
-        raise InputError(f"there is no home folder for the cache {root}; set --cache_dir")
-    return root
+    """The folder of all stores, by default in the user's cache."""
+    return Path(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "train_unet")).expanduser()
 
 
 def open_image_store(
@@ -129,8 +112,6 @@ def open_image_store(
     preserve_input_precision: bool = False,
     cache_dir: str | None = None,
     skip_bad_images: bool = False,
-    max_images: int | None = None,
-    label_column: str | None = None,
     **which,
 ) -> ImageStore:
     """Opens the store of a split: decodes the images on all cores the first time, verifies the pixels afterwards.
@@ -141,10 +122,6 @@ def open_image_store(
         preserve_input_precision: whether to decode to uint16 instead of uint8.
         cache_dir: folder of the stores; by default in the user's cache.
         skip_bad_images: leave out unreadable images and count them in the description.
-        max_images: use only the first images, from the store of the whole split if it exists.
-        label_column: also keep each image's class: a column of ClassLabel, of bool (the classes are no and yes), or of
-            strings or integers (the classes are its sorted values); for `synthetic-faces`, a categorical factor or
-            `glasses`.
         which: the data set, see `find_source`.
 
     Raises:
@@ -152,46 +129,28 @@ def open_image_store(
     """
     if crop not in CROPS:
         raise InputError(f"unknown crop {crop!r}; choose one of {', '.join(CROPS)}")
-    sides = height_and_width(resolution)
-    if min(sides) < 1:
-        raise InputError(f"the resolution is {resolution}; it must be at least 1")
-    if crop.startswith("celeba") and sides[0] != sides[1]:
-        raise InputError(f"crop {crop} is a square, which {sides[0]}x{sides[1]} is not; choose center or none")
-    if in_channels not in (None, *CHANNELS):
-        raise InputError(f"images of {in_channels} channels cannot be read from files; only 1 to 4 can")
-    if max_images is not None and max_images < 1:
-        raise InputError(f"max_images is {max_images}; it must be at least 1")
+    height, width = height_and_width(resolution)
+    if crop.startswith("celeba") and height != width:
+        raise InputError(f"crop {crop} is a square, which {height}x{width} is not; choose center or none")
     root = cache_root(cache_dir)
     name, revision = which.get("dataset_name"), which.get("dataset_revision")
-    last_commit = partial(_last_commit, root, name, revision)
-    source = find_source(**which, max_images=max_images, label_column=label_column, last_commit=last_commit)
-    facts = source.identity | {"crop": crop, "resolution": compact(sides), "skip_bad_images": skip_bad_images}
+    source = find_source(**which, last_commit=partial(_last_commit, root, name, revision))
+    facts = source.identity | {"crop": crop, "resolution": compact((height, width))}
+    facts["skip_bad_images"] = skip_bad_images
     facts |= {"dtype": "uint16"} if preserve_input_precision else {}
-
-    def find(facts: dict, may_build: bool = True) -> ImageStore | None:
-        folder, store = root / _key(source, facts), None
-        if max_images is not None and label_column is None and not skip_bad_images:
-            store = _open_if_intact(root / _key(source, facts | {"max_images": None}), max_images)
-        if store is None:
-            store = _open_if_intact(folder)
-        if store is None and may_build:
-            _build(folder, source, facts, {} if name is None else {"requested_revision": revision})
-            store = ImageStore(folder)
-        return store
-
-    store = find(facts, may_build=in_channels in (None, 3))
+    facts |= {} if in_channels in (None, 3) else {"in_channels": in_channels}
+    about = {} if name is None else {"requested_revision": revision}
+    store = _open_or_build(root, source, facts, about)
     if in_channels is None and all((image == image[0]).all() for image in store.images):
-        in_channels = 1  # the store may be an older one, or have colour images after the first max_images
-    if store is None or in_channels not in (None, store.images.shape[1]):
-        store = find(facts | {"in_channels": in_channels})
+        store = _open_or_build(root, source, facts | {"in_channels": 1}, about)
     if store.summary is not None:
         logger.info(store.summary)
     return store
 
 
-def _key(source: SyntheticFaces | HuggingFaceImages, facts: dict) -> str:
-    """The folder name of a store."""
-    return hashlib.sha256(json.dumps([source.version, facts], sort_keys=True).encode()).hexdigest()[:16]
+def _open_or_build(root: Path, source: Source, facts: dict, about: dict) -> ImageStore:
+    key = hashlib.sha256(json.dumps([source.version, facts], sort_keys=True).encode()).hexdigest()[:16]
+    return _open_if_intact(root / key) or _build(root / key, source, facts, about)
 
 
 def _image_shape(facts: dict) -> tuple[int, int, int]:
@@ -209,20 +168,20 @@ def _last_commit(root: Path, name: str, revision: str | None) -> str | None:
     return None
 
 
-def _open_if_intact(folder: Path, max_images: int | None = None) -> ImageStore | None:
+def _open_if_intact(folder: Path) -> ImageStore | None:
     """The store in a folder; None if there is none or it is damaged, in which case it is logged and deleted."""
     if not folder.exists():
         return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         store = ImageStore(folder)
         if store.digest() == store.fingerprint:
-            return store if max_images is None else ImageStore(folder, max_images)
+            return store
     logger.info("the image store %s is damaged: building it again", folder)
     shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
-def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict, about: dict) -> None:
+def _build(folder: Path, source: Source, facts: dict, about: dict) -> ImageStore:
     """Decodes into a temporary folder and renames it, so that crashes and concurrent builders do no harm."""
     logger.info("decoding %s, split %s, into %s", source.name, source.split, folder)
     try:
@@ -245,24 +204,21 @@ def _build(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
         raise InputError(f"could not write the image store {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return ImageStore(folder)
 
 
-def _write(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict) -> dict:
+def _write(folder: Path, source: Source, facts: dict) -> dict:
     """Decodes the images of a source into a folder; returns their number and the names of their classes."""
-    num_images, skipped, labels, shape = 0, [], Labels(source), _image_shape(facts)
-    dtype = facts.get("dtype", "uint8")
-    pixels = folder / PIXELS.format(dtype)
-    is_grey = "in_channels" not in facts
-    decoding = contextlib.closing(source.decode(Format(facts["crop"], shape, dtype)))
-    with decoding as rows, pixels.open("wb") as file, tqdm(unit=" images") as bar:
+    num_images, skipped, labels, dtype = 0, [], [], facts.get("dtype", "uint8")
+    decoding = contextlib.closing(source.decode(Format(facts["crop"], _image_shape(facts), dtype)))
+    with decoding as rows, (folder / PIXELS.format(dtype)).open("wb") as file, tqdm(unit=" images") as bar:
         for row, (decoded, label) in enumerate(rows):
             bar.total = source.num_images
             bar.update()
             if isinstance(decoded, np.ndarray):
                 if source.label_column is not None:
-                    labels.add(row, label)
+                    labels.append(_checked_label(source, row, label))
                 file.write(decoded.tobytes())
-                is_grey = is_grey and bool((decoded == decoded[0]).all())
                 num_images += 1
             elif facts["skip_bad_images"]:
                 skipped.append(decoded)
@@ -272,57 +228,36 @@ def _write(folder: Path, source: SyntheticFaces | HuggingFaceImages, facts: dict
         raise InputError(f"{source.name}, split {source.split}, has no usable image; {len(skipped)} are unreadable")
     unreadable = f"left out {len(skipped)} unreadable images, the first one: {skipped[0]}" if skipped else None
     summary = "; ".join(filter(None, [source.summary, unreadable])) or None
-    counts = {"num_images": num_images, "num_skipped": len(skipped), "fingerprint": "", "summary": summary}
-    if is_grey:
-        coloured = np.memmap(pixels, dtype, "r", shape=(num_images, *shape))
-        with (folder / "grey").open("wb") as file:
-            file.writelines(image[0].tobytes() for image in coloured)
-        (folder / "grey").replace(pixels)
-        counts["in_channels"] = 1
-    if source.label_column is None:
-        return counts
-    names, numbers = labels.numbered()
-    (folder / LABELS).write_bytes(np.array(numbers, "<i8").tobytes())
-    return counts | {"label_names": names}
+    about = {"num_images": num_images, "num_skipped": len(skipped), "fingerprint": "", "summary": summary}
+    if source.label_column is not None:
+        about["label_names"], numbers = _classes(source, labels)
+        (folder / LABELS).write_bytes(np.array(numbers, "<i8").tobytes())
+    return about
 
 
-class Labels:
-    """Collects the labels of a source while its images are decoded."""
+def _checked_label(source: Source, row: int, label: Label) -> int | bool | str:
+    is_unknown = label is None or (source.label_names is not None and label == -1)  # -1 means unknown in `datasets`
+    if is_unknown or not isinstance(label, (int, str)):
+        raise InputError(
+            f"the column {source.label_column!r} of {source.name} holds {label!r:.80} in row {row}; labels are class"
+            " numbers, integers, strings or booleans: correct it or leave out --label_column"
+        )
+    return label
 
-    def __init__(self, source: SyntheticFaces | HuggingFaceImages):
-        self.source, self.labels, self.values = source, [], set()
 
-    def add(self, row: int, label: int | bool | str | None) -> None:
-        """Adds a label. Raises InputError for a missing label, a class without a name, or too many classes."""
-        names = self.source.label_names  # None for strings and integers, whose values are the names
-        if label is None or (names is not None and label == -1):  # -1 means unknown in `datasets`
-            raise self.error(f"has no label in row {row}; fill it in or leave out --label_column")
-        if names is not None and not 0 <= label < len(names):
-            raise self.error(f"has the class {label} in row {row}, but there are {len(names)} classes")
-        self.labels.append(label)
-        self.values.add(label)
-        if names is None and len(self.values) > MAX_CLASSES:
-            raise self.error(f"has more than {MAX_CLASSES:,} different values; name a column of classes")
-
-    def numbered(self) -> tuple[list[str], list[int]]:
-        """The names of the classes, and the class number of each image.
-
-        Raises:
-            InputError: if all images of a training split have the same class.
-        """
-        names, numbers = self.source.label_names, self.labels
-        if names is None:
-            number_of = {value: number for number, value in enumerate(sorted(self.values))}
-            names, numbers = [str(value) for value in number_of], [number_of[label] for label in self.labels]
-        if len(self.values) == 1 and self.source.split not in HELD_OUT_SPLITS:
-            raise self.error(
-                f"has the single class {names[numbers[0]]!r:.80} in split {self.source.split} ({len(numbers)} images);"
-                " name another one or leave out --label_column"
-            )
-        return list(names), numbers
-
-    def error(self, problem: str) -> InputError:
-        return InputError(f"the column {self.source.label_column!r} of {self.source.name} {problem}")
+def _classes(source: Source, labels: list[int | bool | str]) -> tuple[list[str], list[int]]:
+    """The names of the classes, and the class number of each image. Raises InputError for too many classes."""
+    if source.label_names is not None:
+        return list(source.label_names), labels
+    if isinstance(labels[0], bool):
+        return NO_YES, labels
+    numbers = {value: number for number, value in enumerate(sorted({*labels}))}
+    if len(numbers) > MAX_CLASSES:
+        raise InputError(
+            f"the column {source.label_column!r} of {source.name} has {len(numbers):,} different values, more than"
+            f" {MAX_CLASSES:,}; name a column of classes"
+        )
+    return [str(value) for value in numbers], [numbers[label] for label in labels]
 
 
 def _remove_leftovers(root: Path) -> None:
@@ -354,22 +289,11 @@ def shuffled_batches(
 ) -> Iterator[list[int]]:
     """The indices of one process's batches: an endless stream of shuffled epochs, a pure function of the position.
 
-    Position p of the global stream is image permutation_e[p - e N] with e = p // N. Batch k of all processes together
-    covers positions k B W to (k + 1) B W; rank r gets the r-th part. So batches may span epochs, every image occurs
-    once per epoch, and starting at batch k reads no earlier data.
-
-    Args:
-        num_images, batch_size, world_size: N; B, images per process; W, processes.
-        start_batch: k of the first batch.
-
-    Raises:
-        InputError: if a batch of all processes together is larger than the data set.
+    Position p of the global stream is image permutation_e[p - e N] with e = p // N, for N images. Batch k of all W
+    processes together covers positions k B W to (k + 1) B W, where B is the batch size of one process; rank r gets the
+    r-th part. So batches may span epochs, every image occurs once per epoch, and starting at batch k, `start_batch`,
+    reads no earlier data.
     """
-    if batch_size * world_size > num_images:
-        raise InputError(
-            f"{num_images} images are fewer than a batch of {batch_size} on {world_size} processes; lower"
-            " --train_batch_size"
-        )
 
     @lru_cache(maxsize=2)  # a batch may reach into the next epoch
     def permutation(epoch: int) -> list[int]:

@@ -3,14 +3,11 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from common import InputError, on_main_process
-from training.checkpoint import recorded_state
 from training.config import TrainConfig
 from training.data import ImageStore, make_loader, open_image_store, random_flip, shuffled_batches, to_model_range
 from training.diffusion import drop_labels
@@ -34,18 +31,9 @@ class TrainingData:
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         if config.train_data_dir and os.path.realpath(config.train_data_dir) == os.path.realpath(config.output_dir):
-            raise InputError(
-                f"--output_dir {config.output_dir} is the folder of the images, among which the samples would be;"
-                " choose another one"
-            )
+            raise InputError(f"--output_dir {config.output_dir} is the folder of the images; choose another one")
         self.store = self.open_store(config.split, config.max_images)
-        channels = self.store.images.shape[1]
-        if config.in_channels is None and channels == 1:  # an older checkpoint may have 3 channels
-            state = on_main_process(accelerator, partial(recorded_state, config))
-            channels = 1 if state is None else state["identity"].get("in_channels", 3)
-        self.config = replace(config, in_channels=channels)
-        if channels != self.store.images.shape[1]:
-            self.store = self.open_store(config.split, config.max_images)
+        self.config = replace(config, in_channels=self.store.images.shape[1])
         accumulated, num_processes = config.gradient_accumulation_steps, accelerator.num_processes
         images_per_update = config.train_batch_size * accumulated * num_processes
         if images_per_update > len(self.store):
@@ -62,13 +50,8 @@ class TrainingData:
 
     def open_store(self, split: str, max_images: int | None) -> ImageStore:
         """The main process decodes the images, unless they are cached; the other processes read the same store."""
-        open_it = partial(open_image_store, **self.config.data_source(), split=split, max_images=max_images)
-
-        def find() -> tuple[Path, int | None]:
-            store = open_it()
-            return store.folder, store.max_images
-
-        return ImageStore(*on_main_process(self.accelerator, find))
+        which = self.config.data_source() | {"split": split, "max_images": max_images}
+        return ImageStore(on_main_process(self.accelerator, lambda: open_image_store(**which).folder))
 
     def open_heldout(self, store: ImageStore) -> None:
         self.num_heldout_images = len(store)

@@ -20,9 +20,9 @@ class StoppedWaiting(Failed):
 
 def available_cores() -> int:
     """CPU cores that this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )  # macOS has no affinity
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = lambda: False, **settings) -> Iterator:
@@ -33,28 +33,21 @@ def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = la
     reaches their parent, which handles it. They are killed when the parent ends, because multiprocessing would send
     them a SIGTERM and wait.
 
-    Raises:
-        Failed: if the workers cannot be started, or, while iterating, if one of them dies.
-        StoppedWaiting: while iterating, if `should_stop` returns True while no batch is ready.
+    Raises, while iterating:
+        Failed: if a worker dies.
+        StoppedWaiting: if `should_stop` returns True while no batch is ready.
     """
     before, on_child = {*multiprocessing.active_children()}, _child_handler()
     settings |= {"timeout": POLL_SECONDS} if num_workers else {}
-    loader = DataLoader(
-        dataset, num_workers=num_workers, worker_init_fn=_ignore_signals, collate_fn=_as_it_is, **settings
-    )
+    settings = {"worker_init_fn": _ignore_signals, "collate_fn": _as_it_is} | settings
+    loader = DataLoader(dataset, num_workers=num_workers, **settings)
     try:
         batches = iter(loader)
-    except OSError as error:
+    finally:  # even if only some of them could be started
         for worker in {*multiprocessing.active_children()} - before:
-            worker.kill()
-        raise Failed(
-            f"cannot start {num_workers} worker processes: {error.strerror or error}; lower --dataloader_num_workers,"
-            " or in a container give /dev/shm more space (docker run --shm-size 1g)"
-        ) from error
+            Finalize(None, worker.kill, exitpriority=0)  # before multiprocessing sends SIGTERM
     if _child_handler() is not on_child:  # torch's handler would raise at any point in the main thread
         signal.signal(signal.SIGCHLD, on_child)
-    for worker in {*multiprocessing.active_children()} - before:
-        Finalize(None, worker.kill, exitpriority=0)  # before multiprocessing sends SIGTERM
     return _received(batches, should_stop)
 
 
@@ -69,17 +62,17 @@ def _received(batches: Iterator, should_stop: Callable[[], bool]) -> Iterator:
         except StopIteration:
             return
         except RuntimeError as error:
-            if str(error).startswith("DataLoader timed out"):
-                if should_stop():
-                    raise StoppedWaiting("stopped while waiting for the worker processes that load images") from error
-                continue
-            if "exited unexpectedly" not in str(error):
+            if "exited unexpectedly" in str(error):
+                raise Failed(
+                    f"{one_line(error)}, perhaps because memory ran out; free some or lower --dataloader_num_workers,"
+                    " and run the same command again"
+                ) from error
+            if not str(error).startswith("DataLoader timed out"):
                 raise
-            raise Failed(
-                f"{one_line(error)}, perhaps because memory ran out; free some or lower --dataloader_num_workers, and"
-                " run the same command again"
-            ) from error
-        yield batch
+            if should_stop():
+                raise StoppedWaiting("stopped while waiting for the worker processes that load images") from error
+        else:
+            yield batch
 
 
 def _as_it_is(batch):
@@ -91,22 +84,9 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Chunks:
-    """A data set for worker processes, whose item i is `decode` of the i-th slice."""
-
-    def __init__(self, decode: Callable[[slice], list], num_images: int):
-        self.decode, self.num_images = decode, num_images
-
-    def __len__(self) -> int:
-        return -(-self.num_images // CHUNK)
-
-    def __getitem__(self, chunk: int) -> list:
-        return self.decode(slice(chunk * CHUNK, min((chunk + 1) * CHUNK, self.num_images)))
-
-
 def on_all_cores(decode: Callable[[slice], list], num_images: int) -> Iterator:
     """Yields the images that `decode` returns for the slices of `range(num_images)`, on all cores and in order."""
-    chunks = _Chunks(decode, num_images)
-    num_workers = min(available_cores(), len(chunks) - 1)  # no process for a single chunk
-    for chunk in load_batches(chunks, num_workers, batch_size=None):
-        yield from chunk
+    parts = [slice(first, min(first + CHUNK, num_images)) for first in range(0, num_images, CHUNK)]
+    num_workers = min(available_cores(), len(parts)) if len(parts) > 1 else 0
+    for images in load_batches(parts, num_workers, batch_size=None, collate_fn=decode):
+        yield from images
