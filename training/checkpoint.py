@@ -59,12 +59,11 @@ def lock_output_dir(output_dir: Path) -> FileLock:
             (new if new.exists() else old).rename(output_dir / name)
     newest = max(list_checkpoints(output_dir), default=None)
     before = "there is no complete one" if newest is None else f"the newest complete one is checkpoint-{newest}"
-    for folder in (output_dir, output_dir / SNAPSHOTS):
-        for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
-            name = leftover.name.removeprefix(TEMPORARY_PREFIX)
-            if _NAME.fullmatch(name) and folder == output_dir:
-                logger.info(f"{output_dir}: the save of {name} was cut off; {before}")
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for leftover in (*output_dir.glob(f"{TEMPORARY_PREFIX}*"), *output_dir.glob(f"{SNAPSHOTS}/{TEMPORARY_PREFIX}*")):
+        name = leftover.name.removeprefix(TEMPORARY_PREFIX)
+        if _NAME.fullmatch(name) and leftover.parent == output_dir:
+            logger.info(f"{output_dir}: the save of {name} was cut off; {before}")
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
 
 
@@ -193,13 +192,8 @@ def verify_checkpoint(folder: Path) -> None:
     Raises:
         Failed: naming the first file that is missing, truncated or altered.
     """
-    manifest = _read_manifest(folder)
-    if STATE not in manifest or any(name != os.path.basename(name) for name in manifest):
-        raise Failed(f"{folder / MANIFEST} is damaged: it must list {STATE} and only files of its own folder")
-    for name, entry in manifest.items():
+    for name, entry in ({STATE: None} | _read_manifest(folder)).items():
         path = folder / name
-        if not path.is_file():
-            raise Failed(f"{path} is missing")
         try:
             found = _file_entry(path)
         except OSError as error:
@@ -212,8 +206,8 @@ def _read_manifest(folder: Path) -> dict:
     """File name -> its size and checksum. Raises Failed if it is not a JSON object."""
     path = folder / MANIFEST
     try:
-        return {**json.loads(path.read_text())}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise Failed(f"{path} is missing or damaged") from error
 
 

@@ -4,6 +4,7 @@
 """
 
 import logging
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from common import on_main_process, one_line
 from training.diffusion import heldout_loss
-from training.log import Interval, activation_bytes, levels_without_time, machine_facts
+from training.log import activation_bytes, levels_without_time, machine_facts
 from training.samples import SamplingStopped, draw_grid, save_grid
 
 logger = logging.getLogger(__name__)
@@ -72,19 +74,20 @@ def record(trainer, **values: float) -> None:
         trainer.accelerator.log(values, step=trainer.progress.step)
 
 
-def record_interval(trainer, interval: Interval, bar: tqdm) -> None:
+def record_interval(trainer, grad_norm: torch.Tensor, bar: tqdm) -> None:
     """Logs the means since the last record and shows them in the progress bar."""
+    progress, before = trainer.progress, trainer.last_record
+    num_images = (progress.attempts - before.attempts) * trainer.images_per_update
     values = {
-        "loss": trainer.accelerator.reduce(interval.loss_sum / interval.updates, "mean").item(),
+        "loss": trainer.accelerator.reduce(torch.stack(trainer.losses).mean(), "mean").item(),
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
-        "grad_norm": interval.grad_norm.item(),
-        "images_per_second": interval.attempts * trainer.images_per_update / interval.seconds,
-        "skipped_steps": trainer.progress.skipped_steps,
-        "train_seconds": trainer.progress.train_seconds,
+        "grad_norm": grad_norm.item(),
+        "images_per_second": num_images / (progress.train_seconds - before.train_seconds),
+        "skipped_steps": progress.skipped_steps,
+        "train_seconds": progress.train_seconds,
     }
-    if interval.set_up_seconds is not None:
-        values["set_up_seconds"] = interval.set_up_seconds
     record(trainer, **values)
+    trainer.losses, trainer.last_record = [], replace(progress)
     shown = {"loss": "loss", "lr": "learning_rate", "grad": "grad_norm", "images/s": "images_per_second"}
     bar.set_postfix({name: f"{values[key]:.3g}" for name, key in shown.items()} | trainer.last_metric)
 
@@ -137,6 +140,30 @@ def save_samples(trainer) -> None:
         logger.info(f"step {step}: sampling given up, the run is to stop")
     except Exception as error:  # training does not depend on samples
         logger.info(f"step {step}: sampling failed, training goes on: {error}")
+
+
+def report_metric(trainer) -> None:
+    """Logs FID or KID of the EMA network and keeps the best weights in a folder of their own.
+
+    A failed measurement is logged and does not end the training. Raises Failed if that folder cannot be written.
+    """
+    if trainer.metric is not None:
+        on_main_process(trainer.accelerator, partial(_measure, trainer))
+
+
+def _measure(trainer) -> None:
+    metric, start = trainer.metric, f"step {trainer.progress.step}: {trainer.metric.title}"
+    try:
+        value = metric.measure(trainer.is_to_stop)
+    except SamplingStopped:
+        logger.info(f"{start} given up, the run is to stop")
+        return
+    except Exception as error:  # training does not depend on the metric
+        logger.info(f"{start} could not be measured, training goes on: {one_line(error)}")
+        return
+    logger.info(f"{start} {metric.keep_best(value, trainer.progress.step, trainer.best_dir, trainer.write_pipeline)}")
+    record(trainer, **{metric.name: value})
+    trainer.last_metric = {metric.name: f"{value:.3g}"}
 
 
 def facts(trainer) -> dict:
