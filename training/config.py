@@ -155,7 +155,7 @@ class TrainConfig:
     post_hoc_ema: bool = option(False, "keep two more averages, to choose the EMA length after training")
     post_hoc_ema_steps: int = option(1000, "updates between snapshots of these averages (float16, all kept)", min=1)
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = option(
-        "no", "autocast type; auto times float32 and bf16 (or fp16) at the start and takes the faster one"
+        "no", "autocast type; auto times float32 and bf16 at the start and takes the faster one"
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the network")
