@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
@@ -34,14 +35,13 @@ from pipelines.export import export_pipeline
 from pipelines.hub import check_account, open_repository, push_to_hub
 from pipelines.pretrained import open_pretrained, take_weights
 from training.arguments import parse_config
-from training.checkpoint import find_checkpoint
 from training.config import TrainConfig
 from training.diffusion import check_noise_levels, diffusion_loss, make_sampling_scheduler
 from training.log import recorded
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.post_hoc_ema import start_averages, update_averages
 from training.precision import settle_precision
-from training.processes import StopSignal, build_accelerator, on_any_process
+from training.processes import Stop, build_accelerator, on_any_process
 from training.reports import (
     facts,
     preflight_summary,
@@ -65,7 +65,6 @@ class Trainer:
     """A training run: its networks, data, optimizer and output folder, and the training loop.
 
     Args:
-        deadline_seconds: `time.monotonic()` time at which the run stops gracefully; may be infinite.
         network_class: network variant for an experiment, see `experiments/unet_variants.py`.
 
     Raises:
@@ -77,11 +76,10 @@ class Trainer:
         self,
         config: TrainConfig,
         accelerator: Accelerator,
-        deadline_seconds: float,
-        stop: StopSignal,
+        stop: Stop,
         network_class: type[CustomUNet2DModel] = CustomUNet2DModel,
     ):
-        self.config, self.accelerator, self.deadline_seconds, self.stop = config, accelerator, deadline_seconds, stop
+        self.config, self.accelerator, self.stop = config, accelerator, stop
         self.output_dir = Path(config.output_dir)
         self.pipeline_dir, self.best_dir = self.output_dir / "pipeline", self.output_dir / "best_pipeline"
         self.lock: FileLock | None = None  # on the output folder, held by the main process
@@ -102,10 +100,9 @@ class Trainer:
         if config.objective in ("ve", "edm"):
             check_noise_levels(self.noise_scheduler, self.data.first_images(RANGE_IMAGES))
         self.build_networks(network_class, pretrained)
-        self.metric = (
-            None if config.metric is None else TrainingMetric(config, self.data.store, self.pipeline, accelerator)
-        )
-        self.last_metric = {}
+        self.metric, self.last_metric = None, {}
+        if config.metric is not None:
+            self.metric = TrainingMetric(config, self.data.store, self.pipeline, accelerator)
         self.total_steps = config.max_train_steps
         if self.total_steps is None and config.num_epochs is not None:
             self.total_steps = math.ceil(config.num_epochs * len(self.data.store) / self.images_per_update)
@@ -113,9 +110,7 @@ class Trainer:
 
     # ---- Setting up
 
-    def build_networks(
-        self, network_class: type[CustomUNet2DModel], pretrained: CustomUNetPipeline | None = None
-    ) -> None:
+    def build_networks(self, network_class: type[CustomUNet2DModel], pretrained: CustomUNetPipeline | None) -> None:
         config = self.config
         torch.manual_seed(config.seed)
         self.network = network_class(**self.unet_kwargs())
@@ -142,7 +137,7 @@ class Trainer:
     def open_batches(self) -> None:
         """Opens the batch stream at the current position in the data."""
         start_batch = self.progress.attempts * self.config.gradient_accumulation_steps
-        self.data.open_batches(start_batch, self.is_to_stop)
+        self.data.open_batches(start_batch, self.stop.is_due)
         self.unet.train()
 
     @property
@@ -199,10 +194,6 @@ class Trainer:
         settings = self.config.loss_settings()
         return diffusion_loss(unet, self.noise_scheduler, clean_images, **settings, class_labels=labels)
 
-    def is_to_stop(self) -> bool:
-        """Whether this process received a signal or passed the deadline."""
-        return self.stop.number is not None or time.monotonic() >= self.deadline_seconds
-
     def train(self) -> None:
         """Trains until the last step, the deadline or a signal, then saves a checkpoint and the pipeline folder.
 
@@ -216,15 +207,9 @@ class Trainer:
         self.stop.is_noted_only = True
         self.first_step, skipped_in_a_row = progress.step, 0
         self.losses, self.last_record = [], replace(progress)  # since the last log record
-        bar = tqdm(
-            desc="training",
-            unit="step",
-            initial=progress.step,
-            total=self.total_steps,
-            dynamic_ncols=True,
-            disable=not self.accelerator.is_local_main_process,
-        )
-        while not self.is_complete() and not on_any_process(self.accelerator, self.is_to_stop()):
+        hide = not self.accelerator.is_local_main_process
+        bar = tqdm(desc="training", initial=progress.step, total=self.total_steps, dynamic_ncols=True, disable=hide)
+        while not self.is_complete() and not on_any_process(self.accelerator, self.stop.is_due()):
             try:
                 loss, grad_norm, applied = self.training_step()
             except StoppedWaiting:
@@ -304,8 +289,13 @@ class Trainer:
         """Runs one update to check that everything fits; writes nothing."""
         self.open_batches()
         loss, grad_norm, _ = self.training_step()
-        seconds = self.progress.train_seconds
-        logger.info(f"dry run: loss {loss:.4f}, gradient norm {grad_norm:.4f}, {seconds:.1f} s for one update")
+        seconds, num_bytes = self.progress.train_seconds, psutil.Process().memory_info().rss
+        if self.accelerator.device.type == "cuda":
+            num_bytes = torch.cuda.max_memory_allocated(self.accelerator.device)
+        logger.info(
+            f"dry run: loss {loss:.4f}, gradient norm {grad_norm:.4f}; one update takes {seconds:.1f} s and"
+            f" {num_bytes / 2**20:,.0f} MiB"
+        )
 
     # ---- The model
 
@@ -323,8 +313,7 @@ class Trainer:
         Args:
             metric: the metric that selected these weights, see `eval/training_metric.py`; None for the newest weights.
         """
-        step = self.progress.step
-        grids = {number: path for number, path in list_grids(self.output_dir / "samples").items() if number <= step}
+        grids = list_grids(self.output_dir / "samples")
         newest = max(grids, default=None)
         try:
             export_pipeline(
@@ -341,22 +330,18 @@ class Trainer:
             ) from error
 
 
-def run(
-    config: TrainConfig, started_at_seconds: float, stop: StopSignal, network_class: type[CustomUNet2DModel]
-) -> None:
+def run(config: TrainConfig, stop: Stop, network_class: type[CustomUNet2DModel]) -> None:
     """Trains as configured."""
     config = settle_precision(config)
     accelerator = build_accelerator(config)
     is_pushed = config.push_to_hub and not config.dry_run
     if is_pushed:  # before any long work, so that a bad name or token is found now and not at the push
         on_main_process(accelerator, partial(check_account, config.hub_repo_id))
-    deadline_seconds = started_at_seconds + 60 * (config.max_train_minutes or math.inf)
-    trainer = Trainer(config, accelerator, deadline_seconds, stop, network_class)
+    stop.deadline_seconds = stop.started_at_seconds + 60 * (config.max_train_minutes or math.inf)
+    trainer = Trainer(config, accelerator, stop, network_class)
     try:
         if not config.dry_run:
             start_or_resume(trainer)
-        elif config.resume_from_checkpoint != "latest":
-            find_checkpoint(trainer.output_dir, config.resume_from_checkpoint)
         if is_pushed:
             on_main_process(accelerator, partial(open_repository, config.hub_repo_id, config.hub_private_repo))
         accelerator.print(f"{trainer.config.to_yaml()}\n{preflight_summary(trainer)}\n", flush=True)
@@ -375,12 +360,8 @@ def run(
 
 
 def main(arguments: list[str], network_class: type[CustomUNet2DModel] = CustomUNet2DModel) -> int:
-    started_at_seconds = time.monotonic()
-    with StopSignal() as stop:
-        code = run_command(
-            lambda: run(parse_config(arguments), started_at_seconds, stop, network_class),
-            stopped="stopped before training began",
-        )
+    with Stop() as stop:
+        code = run_command(lambda: run(parse_config(arguments), stop, network_class), "stopped before training began")
     return code if code in (1, 2) else stop.exit_code
 
 

@@ -13,7 +13,6 @@ from eval.distances import frechet_distance, kernel_distance
 from eval.features import cached_features, images_of_store
 from eval.inception import find_weights, open_inception
 from pipelines import CustomUNetPipeline
-from training.checkpoint import difference
 from training.config import TrainConfig
 from training.data import ImageStore
 from training.log import recorded
@@ -74,8 +73,8 @@ class TrainingMetric:
         """
         seeds = np.arange(self.identity["num_images"])
         batches = [seeds[start : start + self.batch_size] for start in range(0, len(seeds), self.batch_size)]
-        bar = tqdm(batches, desc=f"images for {self.title}", unit="batch", leave=False)
-        generated = np.concatenate([self.features(batch, should_stop) for batch in bar])
+        with tqdm(batches, desc=f"images for {self.title}", unit="batch", leave=False) as bar:  # closed on errors, too
+            generated = np.concatenate([self.features(batch, should_stop) for batch in bar])
         if self.name == "fid":
             return frechet_distance(self.training_features, generated)
         return kernel_distance(self.training_features, generated, seed=0).mean
@@ -83,7 +82,7 @@ class TrainingMetric:
     def features(self, seeds: np.ndarray, should_stop: Callable[[], bool]) -> np.ndarray:
         """Features of the images from B seeds, float32 (B, D); the classes take turns."""
         if should_stop():
-            raise SamplingStopped
+            raise SamplingStopped("the run is stopping")
         num_classes = (self.pipeline.unet.config.num_class_embeds or 1) - 1  # the last embedding is the null class
         with self.accelerator.autocast():
             images = self.pipeline(
@@ -98,7 +97,7 @@ class TrainingMetric:
     def keep_best(self, value: float, step: int, folder: Path, write: Callable[[Path, dict], object]) -> str:
         """Writes the network if its value is below that of the pipeline in the folder.
 
-        A pipeline that was chosen by another measurement is replaced.
+        A pipeline that was chosen by another measurement is replaced, too.
 
         Args:
             write: takes the folder and the measurement, which goes into `metric` of `training.json`.
@@ -106,15 +105,11 @@ class TrainingMetric:
         Returns:
             the value and the best one, to log.
         """
-        best, note = self.best_in(folder), ""
-        if best is None and (folder / "training.json").exists():
-            facts = recorded(folder, "metric") or {}
-            changed = difference({name: facts.get(name) for name in self.identity}, self.identity)
-            note = f"; {folder} was chosen by another measurement ({changed}) and is replaced"
+        best = self.best_in(folder)
         if best is None or value < best["value"]:
             best = self.identity | {"value": value, "step": step}
             write(folder, best)
-        return f"{value:.4g} (best {best['value']:.4g} at step {best['step']}){note}"
+        return f"{value:.4g} (best {best['value']:.4g} at step {best['step']})"
 
     def best_in(self, folder: Path) -> dict | None:
         """`identity`, `value` and `step` of the pipeline in the folder; None if no comparable pipeline is there."""

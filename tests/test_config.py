@@ -236,8 +236,8 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
         ("--overwrite_output_dir --resume_from_checkpoint runs/checkpoint-3", "deletes checkpoints"),
         (f"--output_dir {__file__}/run", "--output_dir"),
         # specific to an objective
-        ("--time_embedding_type fourier", "ddpm needs positional or learned"),
-        ("--objective ve", "ve needs fourier"),
+        ("--time_embedding_type fourier", "ddpm needs --time_embedding_type positional or learned"),
+        ("--objective ve", "ve needs --time_embedding_type fourier"),
         (f"{VP} --sde_beta_max 5", "leave 0.279 of the image at time 1"),
         (f"{VP} --sde_beta_min 20 --sde_beta_max 10", "must not decrease"),
         (f"{EDM} --sigma_max 0.001", "sigma_min 0.002 and sigma_max 0.001 must be positive and rise"),

@@ -9,21 +9,11 @@ from custom_unet import CustomUNet2DModel
 from training.config import TrainConfig
 from training.log import (
     RunLog,
-    activation_bytes,
     device_name,
     levels_without_time,
     read_log,
     recorded,
 )
-
-
-def test_activation_bytes_count_saved_tensors_once():
-    first, second = torch.nn.Linear(8, 16, bias=False), torch.nn.Linear(16, 4, bias=False)
-    images = torch.randn(32, 8)
-    parameters = [first.weight, second.weight]
-    # saved: the input (32 x 8), the output of relu (32 x 16) once, the input of square (32 x 4); no parameters
-    counted = activation_bytes(lambda: second(first(images).relu()).square().sum(), parameters)
-    assert counted == 4 * 32 * (8 + 16 + 4)
 
 
 @pytest.mark.parametrize(

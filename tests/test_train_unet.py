@@ -138,7 +138,7 @@ def test_time_budget_ends_the_run_and_the_same_command_resumes_it(make_trainer):
     step_once = trainer.training_step
 
     def step_until_the_deadline():
-        trainer.deadline_seconds = float("inf") if trainer.progress.step < 4 else 0.0
+        trainer.stop.deadline_seconds = float("inf") if trainer.progress.step < 4 else 0.0
         return step_once()
 
     trainer.training_step = step_until_the_deadline
@@ -152,9 +152,7 @@ def test_time_budget_ends_the_run_and_the_same_command_resumes_it(make_trainer):
 
 
 def test_dry_run_writes_nothing(train, tmp_path):
-    assert "dry run: loss" in train(tmp_path / "run", "--dry_run")
-    missing = ["--resume_from_checkpoint", tmp_path / "nowhere"]
-    assert "nowhere does not exist" in error_line(train(tmp_path / "run", "--dry_run", *missing, code=1))
+    assert re.search(r"dry run: loss .*; one update takes .* s and [\d,]+ MiB\n", train(tmp_path / "run", "--dry_run"))
     assert not (tmp_path / "run").exists()
 
 

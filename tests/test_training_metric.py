@@ -116,7 +116,7 @@ def test_stop_breaks_off_the_measurement(make_trainer, stand_in, capfd):
     extract = trainer.metric.extractor
     trainer.metric.extractor = lambda images: setattr(trainer.stop, "number", signal.SIGTERM) or extract(images)
     report_metric(trainer)
-    assert "step 0: FID given up, the run is to stop" in "".join(capfd.readouterr())
+    assert "step 0: FID could not be measured: the run is stopping" in "".join(capfd.readouterr())
     assert not trainer.best_dir.exists()
 
 
@@ -139,9 +139,7 @@ def test_best_weights_survive_a_kill_until_the_measurement_or_run_changes(start,
 
     other = ["--metric_images", "12", "--max_train_steps", "11"]
     output = start(run, *flags, *other, fault=partial(patched, partial(values_are, 7.0, 8.0))).finish(0)
-    (line,) = [line for line in output.splitlines() if "another measurement" in line]
-    assert "step 10: FID 7 (best 7 at step 10)" in line
-    assert "(num_images: 20 -> 12) and is replaced" in line
+    assert "step 10: FID 7 (best 7 at step 10)" in output
     assert json.loads((run / "best_pipeline" / "training.json").read_text())["metric"]["step"] == 10
     start(run, "--overwrite_output_dir", "--max_train_steps", "1").finish(0)
     assert not (run / "best_pipeline").exists()
@@ -152,7 +150,7 @@ def test_metric_does_not_change_the_losses_even_if_it_fails(start, straight, tmp
     some_fail = partial(patched, partial(fail_at_batches, 1, 5))
     output = start(run, *METRIC, "--metric_steps", "3", fault=some_fail).finish(0)
     for step in (3, 9):
-        assert f"step {step}: FID could not be measured, training goes on: no images" in output.splitlines()
+        assert f"step {step}: FID could not be measured: no images" in output.splitlines()
     assert records(run, "fid").keys() == {6}
     assert records(run, "loss") == records(straight, "loss")
     assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")

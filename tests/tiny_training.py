@@ -22,7 +22,7 @@ from training.checkpoint import SNAPSHOTS, list_checkpoints
 from training.config import TrainConfig
 from training.log import read_log
 from training.post_hoc_ema import STORED
-from training.processes import StopSignal, build_accelerator
+from training.processes import Stop, build_accelerator
 from training.resumable import start_or_resume
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -92,7 +92,7 @@ def new_trainer(**changes) -> train_unet.Trainer:
     """Of the tiny settings without dropout, with changes; ready for its first step."""
     AcceleratorState._reset_state(reset_partial_state=True)
     config = TrainConfig(**TINY | {"dropout": 0.0} | changes)
-    trainer = train_unet.Trainer(config, build_accelerator(config), float("inf"), StopSignal())
+    trainer = train_unet.Trainer(config, build_accelerator(config), Stop())
     start_or_resume(trainer)
     trainer.open_batches()
     return trainer

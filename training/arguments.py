@@ -175,9 +175,9 @@ def check_model(config: TrainConfig) -> None:
     try:
         with torch.device("meta"):
             CustomUNet2DModel(**config.unet_kwargs())
+        config.noise_scheduler()
     except ValueError as error:
         raise InputError(str(error)) from error
-    config.noise_scheduler()
 
 
 def check_output_dir(output_dir: str) -> None:

@@ -10,7 +10,6 @@ OUTPUT_DIR/ema_snapshots/checkpoint-STEP, and a new run sets them aside or delet
 No random state is saved: all randomness in a step derives from (seed, step, rank). Nothing is pickled.
 """
 
-import errno
 import json
 import logging
 import os
@@ -69,8 +68,8 @@ def lock_output_dir(output_dir: Path) -> FileLock:
 
 def list_checkpoints(output_dir: Path) -> dict[int, Path]:
     """Step -> folder of the folders named checkpoint-STEP, in ascending order; other names are ignored."""
-    matches = {path: _NAME.fullmatch(path.name) for path in output_dir.glob("checkpoint-*") if path.is_dir()}
-    return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
+    folders = (path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return dict(sorted((int(path.name.removeprefix("checkpoint-")), path) for path in folders))
 
 
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
@@ -116,13 +115,6 @@ def set_aside_newer(output_dir: Path, step: int) -> None:
             logger.info(f"{path} is newer than the checkpoint resumed from: renamed to {aside.name}")
 
 
-def delete_all(output_dir: Path) -> None:
-    """Deletes all checkpoints, including those set aside, and the snapshots, but nothing else."""
-    for path in output_dir.iterdir():
-        if path.is_dir() and re.fullmatch(rf"(abandoned-)?checkpoint-\d+|{SNAPSHOTS}", path.name):
-            shutil.rmtree(path)
-
-
 # ---- Writing
 
 
@@ -158,8 +150,7 @@ def save_checkpoint(
         _flush_to_disk(output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = os.strerror(errno.ENOSPC) if "No space left" in str(error) else error
-        raise Failed(f"could not write {folder}: {reason}") from error
+        raise Failed(f"could not write {folder}: {error}") from error
     if total_limit is not None:
         for path in list(list_checkpoints(output_dir).values())[:-total_limit]:
             _delete(path)
@@ -216,15 +207,16 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / STATE).read_text())
 
 
-def recorded_state(config) -> dict | None:
-    """The state of the checkpoint that the run of a `TrainConfig` resumes from; None for a new run.
-
-    Raises:
-        Failed: as in `find_checkpoint`.
-    """
+def checkpoint_of(config) -> Path | None:
+    """The checkpoint that the run of a `TrainConfig` resumes from; None for a new run. Raises Failed."""
     if config.overwrite_output_dir:
         return None
-    folder = find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
+    return find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
+
+
+def recorded_state(config) -> dict | None:
+    """The state of that checkpoint."""
+    folder = checkpoint_of(config)
     return None if folder is None else read_state(folder)
 
 

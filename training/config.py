@@ -205,30 +205,22 @@ class TrainConfig:
                 continue
             if self.objective not in objectives.split():
                 raise InputError(
-                    f"--{name} is {value}, which means nothing to --objective {self.objective}, only to"
-                    f" {objectives.replace(' ', ', ')}; leave it out"
+                    f"--{name} is {value}, which means nothing to --objective {self.objective}; leave it out"
                 )
             if needed and getattr(self, needed) in (None, False):
                 raise InputError(f"--{name} is {value}, which means nothing without --{needed}; give both or neither")
-        self._settle_shape()
-        self._check_data()
-        embeddings = {"ddpm": ("positional", "learned"), "ve": ("fourier",)}.get(self.objective, ("positional",))
-        if self.time_embedding_type not in embeddings:
-            raise InputError(
-                f"--time_embedding_type is {self.time_embedding_type}; --objective {self.objective} needs"
-                f" {' or '.join(embeddings)}"
-            )
-        self._check_ddpm() if self.objective == "ddpm" else self._check_sde()
-        self._check_run()
-
-    def _settle_shape(self) -> None:
-        """Reduces the resolution of squares to one number, and sets 3 channels for Skip blocks."""
         sides = height_and_width(self.resolution)
         if len(sides) > 2:
             raise InputError(f"--resolution has {len(sides)} numbers; give one, or height and width")
         self.resolution = compact(sides)
         if any("Skip" in block for block in (*self.down_block_types, *self.up_block_types)):
             self.in_channels = self.in_channels or 3
+        self._check_data()
+        embeddings = {"ddpm": ("positional", "learned"), "ve": ("fourier",)}.get(self.objective, ("positional",))
+        if self.time_embedding_type not in embeddings:
+            raise InputError(f"--objective {self.objective} needs --time_embedding_type {' or '.join(embeddings)}")
+        self._check_ddpm() if self.objective == "ddpm" else self._check_sde()
+        self._check_run()
 
     def _check_data(self) -> None:
         if (self.dataset_name is None) == (self.train_data_dir is None):
@@ -258,8 +250,8 @@ class TrainConfig:
             )
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
             raise InputError(
-                f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps} is more than the {self.ddpm_num_steps}"
-                " timesteps of --ddpm_num_steps"
+                f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps} exceeds --ddpm_num_steps"
+                f" {self.ddpm_num_steps}"
             )
 
     def _check_sde(self) -> None:
@@ -280,32 +272,22 @@ class TrainConfig:
                 " use constant_with_warmup"
             )
         if self.overwrite_output_dir and self.resume_from_checkpoint != "latest":
-            raise InputError(
-                f"--resume_from_checkpoint {self.resume_from_checkpoint} does not go with --overwrite_output_dir,"
-                " which deletes checkpoints; leave one of them out"
-            )
+            raise InputError("--overwrite_output_dir deletes checkpoints; leave out --resume_from_checkpoint")
 
     def noise_scheduler(self) -> DDPMScheduler | SDEScheduler:
-        """The noise process of this run.
-
-        Raises:
-            InputError: if these settings do not define one.
-        """
+        """The noise process of this run. Raises ValueError if these settings do not define one."""
         betas = (self.ddpm_beta_schedule, self.beta_start, self.beta_end)
         same = ("objective", "sigma_min", "sigma_max", "sigma_data", "noise_mean", "noise_std", "time_density")
-        try:
-            if self.objective == "ddpm":
-                zero_snr = self.rescale_betas_zero_snr
-                return make_noise_scheduler(self.ddpm_num_steps, *betas, self.prediction_type, zero_snr)
-            return SDEScheduler(
-                prediction_type=OWN_PREDICTION.get(self.objective, self.prediction_type),
-                beta_min=self.sde_beta_min,
-                beta_max=self.sde_beta_max,
-                clip_sample=self.objective != "flow",  # for flow, x_0 errs by no more than the velocity
-                **{name: getattr(self, name) for name in same},
-            )
-        except ValueError as error:
-            raise InputError(f"--objective {self.objective}: {error}") from error
+        if self.objective == "ddpm":
+            zero_snr = self.rescale_betas_zero_snr
+            return make_noise_scheduler(self.ddpm_num_steps, *betas, self.prediction_type, zero_snr)
+        return SDEScheduler(
+            prediction_type=OWN_PREDICTION.get(self.objective, self.prediction_type),
+            beta_min=self.sde_beta_min,
+            beta_max=self.sde_beta_max,
+            clip_sample=self.objective != "flow",  # for flow, x_0 errs by no more than the velocity
+            **{name: getattr(self, name) for name in same},
+        )
 
     def objective_settings(self) -> dict:
         """The objective and the options that it uses, with sigma_min and sigma_max resolved."""
@@ -355,14 +337,13 @@ class TrainConfig:
 
         Only the last part of each path is kept, so `--train_data_dir` must be given again.
         """
-        private = {"cache_dir": None, "inception_path": None, "resume_from_checkpoint": "latest"}
-        private |= {"overwrite_output_dir": False}
-        private |= {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": False}
+        names = "cache_dir inception_path resume_from_checkpoint overwrite_output_dir push_to_hub hub_model_id"
+        public = {name: DEFAULTS[name] for name in [*names.split(), "hub_private_repo"]}
         for name in ("train_data_dir", "output_dir", "logging_dir"):
             path = getattr(self, name)
-            private[name] = path and Path(path).resolve().name
-        private["pretrained_model_name_or_path"] = self.pretrained_name
-        return dataclasses.replace(self, **private).to_yaml()
+            public[name] = path and Path(path).resolve().name
+        public["pretrained_model_name_or_path"] = self.pretrained_name
+        return dataclasses.replace(self, **public).to_yaml()
 
     @property
     def pretrained_name(self) -> str | None:

@@ -1,23 +1,18 @@
-"""Facts about a run: two properties of its network, the records of log.jsonl, and the training.json of its model."""
+"""Facts about a run: the records of log.jsonl, and the training.json of its model."""
 
 import json
 import platform
 import re
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from common import markdown_table, replace_file, unwritable
 from training.config import TrainConfig
 from training.workers import available_cores
 
 LIBRARIES = "torch diffusers accelerate datasets".split()
-
-# ---- The network, before the start
 
 
 def levels_without_time(config: TrainConfig) -> list[int]:
@@ -31,25 +26,6 @@ def levels_without_time(config: TrainConfig) -> list[int]:
     return [
         level for level, (width, block) in enumerate(blocks) if "Skip" not in block and width == config.norm_num_groups
     ]
-
-
-def activation_bytes(compute_loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
-    """Bytes that autograd saves for the backward pass, excluding parameters; each storage counts once."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    total = 0
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal total
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            total += storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = compute_loss()  # kept alive: the address of a freed storage could be reused
-    del loss
-    return total
 
 
 # ---- During training

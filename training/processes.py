@@ -2,9 +2,11 @@
 
 import ctypes
 import importlib.util
+import math
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,17 +29,19 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class StopSignal:
+class Stop:
     """Context in which SIGINT and SIGTERM end the process at once until training begins, then stop it gracefully.
 
     Attributes:
         number: the first signal received; None if there was none.
-        is_noted_only: set when training begins: from then on training polls `number`.
+        is_noted_only: set when training begins: from then on training polls `is_due`.
+        deadline_seconds: `time.monotonic()` at which training stops gracefully.
     """
 
     def __init__(self):
         self.number: int | None = None
         self.is_noted_only = False
+        self.started_at_seconds, self.deadline_seconds = time.monotonic(), math.inf
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -55,6 +59,10 @@ class StopSignal:
         self.number = self.number or number
         if not self.is_noted_only:
             raise KeyboardInterrupt
+
+    def is_due(self) -> bool:
+        """Whether this process received a signal or passed the deadline."""
+        return self.number is not None or time.monotonic() >= self.deadline_seconds
 
     @property
     def exit_code(self) -> int:

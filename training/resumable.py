@@ -79,11 +79,8 @@ def tracker_options(trainer) -> dict:
 
 def _take_output_dir(trainer) -> Path | None:
     """On the main process, locks the folder and returns the checkpoint to resume from, if any."""
-    config = trainer.config
     trainer.lock = checkpoint.lock_output_dir(trainer.output_dir)
-    if config.overwrite_output_dir:
-        return None
-    folder = checkpoint.find_checkpoint(trainer.output_dir, config.resume_from_checkpoint)
+    folder = checkpoint.checkpoint_of(trainer.config)
     if folder is None:
         return None
     saved = checkpoint.read_state(folder)["identity"]
@@ -101,11 +98,11 @@ def _prepare_output_dir(trainer) -> None:
     """On the main process, removes outputs that the run does not build on, and starts the log and config.yaml."""
     output_dir, step = trainer.output_dir, trainer.progress.step
     if trainer.config.overwrite_output_dir:
-        checkpoint.delete_all(output_dir)
+        logs, snapshots = output_dir / trainer.config.logging_dir / PROJECT, output_dir / checkpoint.SNAPSHOTS
+        checkpoints = [*checkpoint.list_checkpoints(output_dir).values(), *output_dir.glob("abandoned-checkpoint-*")]
+        for folder in (*checkpoints, snapshots, logs, trainer.best_dir):
+            shutil.rmtree(folder, ignore_errors=True)
         (output_dir / "log.jsonl").unlink(missing_ok=True)
-        for folder in (output_dir / trainer.config.logging_dir / PROJECT, trainer.best_dir):
-            if folder.exists():
-                shutil.rmtree(folder)
     checkpoint.set_aside_newer(output_dir, step)
     for grid_step, grid in list_grids(output_dir / "samples").items():
         if grid_step > step:
