@@ -209,7 +209,9 @@ class Trainer:
         self.losses, self.last_record = [], replace(progress)  # since the last log record
         hide = not self.accelerator.is_local_main_process
         bar = tqdm(desc="training", initial=progress.step, total=self.total_steps, dynamic_ncols=True, disable=hide)
-        while not self.is_complete() and not on_any_process(self.accelerator, self.stop.is_due()):
+        while progress.step < (self.total_steps or math.inf) and not on_any_process(
+            self.accelerator, self.stop.is_due()
+        ):
             try:
                 loss, grad_norm, applied = self.training_step()
             except StoppedWaiting:
@@ -226,9 +228,6 @@ class Trainer:
                 self.report_skipped(grad_norm, skipped_in_a_row)
         bar.close()
         self.finish()
-
-    def is_complete(self) -> bool:
-        return self.total_steps is not None and self.progress.step >= self.total_steps
 
     def after_update(self, grad_norm: torch.Tensor, bar: tqdm) -> None:
         """Logs, samples, saves and measures when each is due."""
@@ -362,7 +361,7 @@ def run(config: TrainConfig, stop: Stop, network_class: type[CustomUNet2DModel])
 def main(arguments: list[str], network_class: type[CustomUNet2DModel] = CustomUNet2DModel) -> int:
     with Stop() as stop:
         code = run_command(lambda: run(parse_config(arguments), stop, network_class), "stopped before training began")
-    return code if code in (1, 2) else stop.exit_code
+    return code if stop.number is None or code in (1, 2) else 128 + stop.number  # as in a shell
 
 
 if __name__ == "__main__":

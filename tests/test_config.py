@@ -71,7 +71,6 @@ def test_data_flags_replace_the_data_source_of_the_file(parse, tmp_path, caplog)
     assert (config.dataset_revision, config.validation_split) == (None, "validation")
     config = parse(hub_yaml, "--dataset_name", "c/d")
     assert (config.dataset_name, config.dataset_revision, config.validation_split) == ("c/d", None, "test")
-    assert parse(hub_yaml, "--dataset_name", "a/b").dataset_revision == "abc"
     folder_yaml = "train_data_dir: faces\nmax_train_steps: 10\n"
     assert parse(folder_yaml, "--dataset_name", "synthetic-faces").train_data_dir is None
 

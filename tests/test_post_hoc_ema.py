@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from training.post_hoc_ema import (
     LARGEST_SIGMA_REL,
     STORED,
     combine_profiles,
-    inner_products,
     power_of,
     start_averages,
     update_averages,
@@ -59,45 +57,6 @@ def test_updates_reproduce_the_profile_and_skip_frozen_parameters():
         assert tensors.keys() == {"weight"}
         expected = average(np.array(trajectory), 300, STORED[stem])
         np.testing.assert_allclose(tensors["weight"].numpy().ravel(), expected, rtol=0, atol=1e-12)
-
-
-def test_inner_products_match_numerical_integrals():
-    steps, powers = [10.0, 25.0, 25.0], [5.0, 16.97, 0.5]
-    nodes, weights = np.polynomial.legendre.leggauss(40)
-    expected = np.empty((3, 3))
-    for i, j in np.ndindex(3, 3):
-        end = min(steps[i], steps[j])
-        s = end * (nodes + 1) / 2
-        values = [(powers[k] + 1) * s ** powers[k] / steps[k] ** (powers[k] + 1) for k in (i, j)]
-        expected[i, j] = (weights * values[0] * values[1]).sum() * end / 2
-    np.testing.assert_allclose(inner_products(steps, powers, steps, powers), expected, rtol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def random_walk() -> np.ndarray:
-    """4,096 updates of 64 parameters, float64, with a drift that slows down as in training."""
-    steps = np.random.default_rng(0).normal(size=(4096, 64))
-    return np.cumsum(steps, axis=0) + 50 * np.sqrt(np.arange(1, 4097))[:, None] / 64
-
-
-def reconstruction_error(trajectory: np.ndarray, num_snapshots: int, step: int, sigma_rel: float) -> float:
-    """Error of the average from equally spaced snapshots, relative to the newest weights' distance from it."""
-    every = len(trajectory) // num_snapshots
-    steps = list(range(every, step + 1, every))
-    stored = np.array([[average(trajectory, s, value) for value in STORED.values()] for s in steps])
-    factors, _ = combine_profiles(steps, step, sigma_rel)
-    expected = average(trajectory, step, sigma_rel)
-    found = np.einsum("sk,skp->p", factors, stored)
-    return np.linalg.norm(found - expected) / np.linalg.norm(trajectory[step - 1] - expected)
-
-
-@pytest.mark.parametrize("sigma_rel", [0.03, 0.2])
-def test_average_of_a_random_walk_improves_with_more_snapshots(random_walk, sigma_rel):
-    """With 64 snapshots, the error is below a thousandth of the distance between weights and average."""
-    errors = [reconstruction_error(random_walk, number, 4096, sigma_rel) for number in (8, 16, 32, 64)]
-    assert all(more < fewer / 2 for fewer, more in pairwise(errors)), errors
-    assert errors[-1] < 1e-3
-    assert reconstruction_error(random_walk, 64, 2048, sigma_rel) < 1e-2
 
 
 @pytest.mark.parametrize("sigma_rel", [0.02, 0.1, 0.25])

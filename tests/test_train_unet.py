@@ -47,13 +47,10 @@ def test_run_exports_a_pipeline_and_a_repeated_command_changes_nothing(start, tm
     assert list(records(run, "heldout_loss")) == [0, 9]
     rate = records(run, "learning_rate")
     assert [rate[step] for step in (1, 2, 3)] == pytest.approx([0, 0.5e-3, 1e-3])
-    with Image.open(run / "samples" / "step-0000009.png") as grid:
-        assert grid.size == (2 * 8 + 3 * 2,) * 2
     assert list(run.rglob("events.out.tfevents*"))
     pipe = CustomUNetPipeline.from_pretrained(run / "pipeline")
     ema = load_file(run / "checkpoint-9" / "ema_unet.safetensors")
     assert all(torch.equal(value, ema[key]) for key, value in pipe.unet.state_dict().items())
-    assert len(pipe(batch_size=2, num_inference_steps=2).images) == 2
     record = json.loads((run / "pipeline" / "training.json").read_text())
     assert (record["step"], record["total_steps"], record["images_seen"], record["samples_step"]) == (9, 9, 126, 9)
     assert record["heldout"]["heldout_loss"] == records(run, "heldout_loss")[9]

@@ -23,6 +23,7 @@ from tiny_training import (
     REPOSITORY,
     TINY,
     act_at,
+    assert_same_file,
     assert_same_tensors,
     contents,
     error_line,
@@ -63,10 +64,8 @@ def rewrite(folder: Path, name: str, change) -> None:
 
 
 def change_identity(folder: Path, **changes) -> None:
-    """Changes entries of a checkpoint's identity; None removes an entry."""
     state = checkpoint.read_state(folder)
-    identity = state["identity"] | changes
-    state["identity"] = {name: value for name, value in identity.items() if value is not None or name not in changes}
+    state["identity"] |= changes
     (folder / checkpoint.STATE).write_text(json.dumps(state))
     update_manifest(folder)
 
@@ -145,19 +144,13 @@ def test_failed_export_keeps_the_previous_pipeline(start, straight, tmp_path):
     assert json.loads((run / "pipeline" / "training.json").read_text())["step"] == 9
 
 
-@pytest.mark.parametrize("fault", ["no folder for the grids", "NaN EMA weights"])
-def test_failed_sampling_does_not_change_the_losses(start, straight, tmp_path, fault):
+def test_failed_sampling_does_not_change_the_losses(start, straight, tmp_path):
     run = copy_until(straight, tmp_path / "run", 3)
-    if fault == "no folder for the grids":
-        shutil.rmtree(run / "samples")
-        (run / "samples").write_text("a file where the folder should be")
-    else:
-        rewrite(run / "checkpoint-3", "ema_unet", lambda value: value * float("nan"))
+    rewrite(run / "checkpoint-3", "ema_unet", lambda value: value * float("nan"))
     output = start(run, "--save_images_steps", "1").finish(0)
     assert output.count("sampling failed: ") == 6
     assert records(run, "loss") == records(straight, "loss")
-    ours, theirs = (load_file(folder / "checkpoint-9" / "unet.safetensors") for folder in (run, straight))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert_same_file(run / "checkpoint-9", straight / "checkpoint-9", "unet")
 
 
 # ---- Incompatible checkpoints

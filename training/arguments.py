@@ -14,14 +14,13 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from common import InputError
+from common import InputError, one_line
 from custom_unet import CustomUNet2DModel
-from training.config import LIMITS, TYPES, TrainConfig, shortened, shown
+from training.config import LIMITS, TYPES, TrainConfig, shown
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-FOR_HUB = ("dataset_config_name", "dataset_revision", "streaming")  # keys that describe a data set on the Hub
 # Flags of other scripts, most of them of diffusers' train_unconditional.py, and what to do instead
 OF_DIFFUSERS = {
     "batch_size": "pass --train_batch_size",
@@ -54,7 +53,7 @@ class _Parser(HfArgumentParser):
 
     def error(self, message):
         """Raises InputError instead of printing the usage and exiting."""
-        raise InputError(shortened(message))
+        raise InputError(one_line(message)[:300])
 
 
 def parse_config(arguments: list[str]) -> TrainConfig:
@@ -79,7 +78,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     for token in unknown:  # never print a value: it may be a secret
         if not token.startswith("--"):
             raise InputError(f"argument {arguments.index(token) + 1} belongs to no flag; write --name value")
-        name = shortened(token.removeprefix("--").split("=")[0])
+        name = one_line(token.removeprefix("--").split("=")[0])[:100]
         raise InputError(f"unknown flag --{name}{_nearest(name, '--')}")
     path = known.config and known.config.expanduser()
     if path is None:
@@ -92,12 +91,11 @@ def parse_config(arguments: list[str]) -> TrainConfig:
         if key not in TYPES:
             raise InputError(f"unknown key {shown(key)} in {path}{_nearest(shown(key))}")
     given = {token.removeprefix("--").split("=")[0].replace("-", "_") for token in arguments if token.startswith("--")}
-    for flag in ("dataset_name", "train_data_dir", "num_epochs", "objective"):
-        value = getattr(known, flag)
-        displaced = _displaced(values, flag, value) if flag in given and value is not None else []
-        if displaced := [key for key in displaced if key == flag or key not in given]:
-            logger.info("--%s replaces %s of %s", flag, ", ".join(displaced), path.name)
-            values = {key: value for key, value in values.items() if key not in displaced}
+    for flag, keys in _replaced(values, known.objective).items():
+        replaced = [key for key in keys if values.get(key) is not None and (key == flag or key not in given)]
+        if replaced and flag in given and getattr(known, flag) is not None:
+            logger.info("--%s replaces %s of %s", flag, ", ".join(replaced), path.name)
+            values = {key: value for key, value in values.items() if key not in replaced}
     flags_of_file = itertools.chain(*(_flags(path, key, value) for key, value in values.items()))
     options = vars(parser.parse_args([*flags_of_file, *arguments]))
     del options["config"]
@@ -107,17 +105,15 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     return config
 
 
-def _displaced(values: dict, flag: str, value: str) -> list[str]:
-    """The keys of the file that a flag for the data, the length or the objective replaces."""
-    if flag == "objective":
-        return [key for key in values if value not in LIMITS[key].get("only", value).split()]
-    if flag == "num_epochs":
-        return ["max_train_steps"] if values.get("max_train_steps") is not None else []
-    there = [key for key in ("dataset_name", "train_data_dir") if values.get(key) is not None]
-    if not there or values.get(flag) == value:
-        return []
-    of_other_images = [*FOR_HUB, "validation_split"] if flag not in there else FOR_HUB
-    return [*there, *(key for key in of_other_images if values.get(key))]
+def _replaced(values: dict, objective: str) -> dict[str, list[str]]:
+    """Flag -> the keys of the file that it replaces."""
+    of_hub = ["dataset_name", "dataset_config_name", "dataset_revision", "streaming"]
+    return {
+        "dataset_name": [*of_hub, "train_data_dir"],
+        "train_data_dir": [*of_hub, "validation_split"] if values.get("dataset_name") else [],
+        "num_epochs": ["max_train_steps"],
+        "objective": [key for key in values if objective not in LIMITS[key].get("only", objective).split()],
+    }
 
 
 def _flags(path: Path, key: str, value) -> list[str]:
@@ -164,7 +160,7 @@ def read_yaml(path: Path):
     except OSError as error:
         reason = error.strerror
     except yaml.MarkedYAMLError as error:
-        reason = f"line {error.problem_mark.line + 1}: {shortened(error.problem)}"
+        reason = f"line {error.problem_mark.line + 1}: {one_line(error.problem)}"
     except (yaml.YAMLError, ValueError):  # ValueError: not UTF-8, or a value like 2026-99-99
         reason = "it is not YAML in UTF-8, or a value does not fit its type"
     raise InputError(f"cannot read the configuration {path}: {reason}")

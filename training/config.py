@@ -17,7 +17,7 @@ from typing import Literal
 import yaml
 from diffusers import DDPMScheduler
 
-from common import MOST_THREADS, InputError
+from common import MOST_THREADS, InputError, one_line
 from custom_unet import CustomUNet2DModel
 from training.diffusion import make_noise_scheduler
 from training.images import compact, height_and_width
@@ -73,12 +73,8 @@ class TrainConfig:
     dataloader_num_workers: int = option(0, "worker processes of the data loader", min=0, max=256)
 
     # Network: the constructor arguments of UNet2DModel; sample_size is the resolution, out_channels are in_channels
-    in_channels: Literal[1, 2, 3, 4] | None = option(
-        None, "1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha (default: 1 if all images are grey, else 3)"
-    )
-    pretrained_model_name_or_path: str | None = option(
-        None, "model folder or Hub id with the same network; its weights initialize a new run"
-    )
+    in_channels: Literal[1, 2, 3, 4] | None = option(None, "1 grey, 3 RGB, 2 or 4 with alpha (default: 1 or 3)")
+    pretrained_model_name_or_path: str | None = option(None, "model folder or Hub id whose weights start a new run")
     down_block_types: list[str] = option(["DownBlock2D", *["AttnDownBlock2D"] * 3], "contracting path, top to bottom")
     mid_block_type: str | None = option("UNetMidBlock2D", "the bottleneck")
     up_block_types: list[str] = option([*["AttnUpBlock2D"] * 3, "UpBlock2D"], "expanding path, bottom to top")
@@ -98,9 +94,7 @@ class TrainConfig:
     add_attention: bool = option(True, "attention in the bottleneck")
     center_input_sample: bool = option(False, "map the input x to 2x - 1")
     time_embedding_type: str = option("positional", "positional, fourier or learned")
-    time_embedding_dim: int | None = option(
-        None, "time embedding width (default: 4 times the first level's)", max=2**16
-    )
+    time_embedding_dim: int | None = option(None, "its width (default: 4 times the first level's)", max=2**16)
     freq_shift: int = option(0, "frequency shift of the positional time embedding")
     flip_sin_to_cos: bool = option(True, "cosines before sines in the positional time embedding")
 
@@ -380,9 +374,4 @@ def _check_value(name: str, value: float | str, limits: dict) -> None:
 
 def shown(value) -> str:
     """A value for a message, as one short line."""
-    return shortened(repr(value))
-
-
-def shortened(text: str) -> str:
-    text = " ".join(str(text).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return one_line(repr(value))[:200]

@@ -64,11 +64,6 @@ class Stop:
         """Whether this process received a signal or passed the deadline."""
         return self.number is not None or time.monotonic() >= self.deadline_seconds
 
-    @property
-    def exit_code(self) -> int:
-        """0, or 128 + signal number, as in a shell."""
-        return 0 if self.number is None else 128 + self.number
-
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Builds the `Accelerator` of this run.
