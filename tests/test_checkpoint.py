@@ -188,7 +188,8 @@ def test_damaged_checkpoint_is_rejected_or_skipped_as_a_whole(make_trainer, tmp_
             shutil.copytree(good / f"checkpoint-{step}", run / f"checkpoint-{step}")
         damage(run / "checkpoint-2" / file, how)
         restore(trainer, good / "checkpoint-1")
-        trainer.output_dir, trainer.config.resume_from_checkpoint = run, "checkpoint-2" if explicit else "latest"
+        trainer.output_dir, trainer.config.output_dir = run, str(run)
+        trainer.config.resume_from_checkpoint = "checkpoint-2" if explicit else "latest"
         trainer.lock.release()
         error, case = None, f"{file} {how}, case {number}"
         try:

