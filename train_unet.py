@@ -160,12 +160,12 @@ class Trainer:
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
         # 2. Gradient of the mean loss, accumulated over micro-batches; processes average it at the last one
-        mean_loss = 0.0
+        mean_loss, settings = 0.0, config.loss_settings()
         for micro_batch in range(config.gradient_accumulation_steps):
             clean_images, labels = self.data.next_batch()
             is_last = micro_batch == config.gradient_accumulation_steps - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.unet):
-                loss = self.loss(self.unet, clean_images, labels)
+                loss = diffusion_loss(self.unet, self.noise_scheduler, clean_images, **settings, class_labels=labels)
                 self.accelerator.backward(loss / config.gradient_accumulation_steps)
             mean_loss += loss.detach() / config.gradient_accumulation_steps
 
@@ -189,10 +189,6 @@ class Trainer:
             update_averages(self.averages, self.network, progress.step)
         progress.train_seconds += time.perf_counter() - started_at_seconds
         return mean_loss, grad_norm, applied
-
-    def loss(self, unet: torch.nn.Module, clean_images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        settings = self.config.loss_settings()
-        return diffusion_loss(unet, self.noise_scheduler, clean_images, **settings, class_labels=labels)
 
     def train(self) -> None:
         """Trains until the last step, the deadline or a signal, then saves a checkpoint and the pipeline folder.

@@ -120,15 +120,12 @@ def _flags(path: Path, key: str, value) -> list[str]:
     """An entry of a YAML file as command-line arguments."""
     if value is None and not _is_optional(TYPES[key]):
         raise InputError(f"{key} is null in {path}; it needs a value")
-    if _is_text(TYPES[key]) and not isinstance(value, str | None):  # such as a bare no, which YAML reads as False
+    is_text = TYPES[key] in (str, str | None) or typing.get_origin(TYPES[key]) is Literal
+    if is_text and not isinstance(value, str | None):  # such as a bare no, which YAML reads as False
         raise InputError(f"{key} in {path} is {shown(value)}; it should be text, put it in quotes")
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
     return [f"--{key}={'null' if value is None else value}"]  # with "=", -1 is not read as a flag
-
-
-def _is_text(annotation) -> bool:
-    return annotation in (str, str | None) or typing.get_origin(annotation) is Literal
 
 
 def _is_optional(annotation) -> bool:
