@@ -22,7 +22,7 @@ from training.samples import list_grids
 logger = logging.getLogger(__name__)
 
 PROJECT = "unet"  # project name for the trackers; TensorBoard's folder
-# Settings that must stay the same, besides those of the network; the first line is about batches, the rest the loss
+# Settings of the data, the optimizer and the loss that a resumed run must keep, besides those of the network
 KEPT = "train_batch_size gradient_accumulation_steps random_flip label_column label_dropout seed".split()
 KEPT += ["optimizer", "post_hoc_ema", "objective", "timestep_sampling"]
 KEPT += [name for name, limits in LIMITS.items() if "only" in limits and name != "sampler"]
