@@ -42,11 +42,14 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> int:
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130
-    except (RuntimeError, InputError, OSError, MemoryError) as error:
-        if not isinstance(error, (InputError, Failed, OSError)) and not is_out_of_memory(error):
-            raise
+    except (InputError, Failed, OSError) as error:
         report_error(error)
         return 2 if isinstance(error, InputError) else 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        report_error(f"out of memory; lower the batch size or take a smaller network: {error}")
+        return 1
     return 0
 
 
@@ -88,11 +91,10 @@ def one_line(error: object) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises InputError with a short one-line message that has no control characters and never shows a token."""
+    """Raises InputError with a short one-line message that never shows a token."""
 
     def error(self, message):
-        message = "".join(c if c.isprintable() else "?" for c in one_line(message))
-        raise InputError(message if len(message) <= 300 else f"{message[:300]}...")
+        raise InputError(one_line(message)[:300])
 
     def parse_args(self, arguments):
         options, unknown = self.parse_known_args(arguments)

@@ -27,7 +27,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from common import Failed, InputError, is_out_of_memory, log_to_terminal, on_main_process
+from common import Failed, on_main_process, run_command
 from custom_unet import CustomUNet2DModel
 from eval.training_metric import TrainingMetric
 from pipelines import CustomUNetPipeline
@@ -35,16 +35,22 @@ from pipelines.export import export_pipeline
 from pipelines.hub import check_account, open_repository, push_to_hub
 from pipelines.pretrained import open_pretrained, take_weights
 from training.arguments import parse_config
-from training.checkpoint import find_checkpoint
 from training.config import TrainConfig
-from training.data import cache_root
 from training.diffusion import check_noise_levels, diffusion_loss, make_sampling_scheduler
-from training.log import Interval, recorded
+from training.log import recorded
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.post_hoc_ema import start_averages, update_averages
 from training.precision import settle_precision
-from training.processes import StoppedEarly, StopSignal, build_accelerator, check_shared, on_any_process
-from training.reports import facts, preflight_summary, record, record_interval, report_heldout_loss, save_samples
+from training.processes import Stop, build_accelerator, on_any_process
+from training.reports import (
+    facts,
+    preflight_summary,
+    record,
+    record_interval,
+    report_heldout_loss,
+    report_metric,
+    save_samples,
+)
 from training.resumable import Progress, save_checkpoint, save_snapshot, start_or_resume
 from training.samples import list_grids
 from training.training_data import TrainingData
@@ -53,30 +59,27 @@ from training.workers import StoppedWaiting
 logger = logging.getLogger("training")
 
 RANGE_IMAGES = 1000  # images that the noise levels are checked against
-MEMORY_SAVERS = "set --gradient_checkpointing true or --mixed_precision bf16"
 
 
 class Trainer:
     """A training run: its networks, data, optimizer and output folder, and the training loop.
 
     Args:
-        deadline_seconds: `time.monotonic()` time at which the run stops gracefully; may be infinite.
         network_class: network variant for an experiment, see `experiments/unet_variants.py`.
 
     Raises:
         InputError: if the data or the pretrained weights cannot be loaded or do not fit the network, the noise levels
-            do not suit the data, the network cannot be built, or the metric cannot be measured.
+            do not suit the data, or the metric cannot be measured.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         accelerator: Accelerator,
-        deadline_seconds: float,
-        stop: StopSignal,
+        stop: Stop,
         network_class: type[CustomUNet2DModel] = CustomUNet2DModel,
     ):
-        self.config, self.accelerator, self.deadline_seconds, self.stop = config, accelerator, deadline_seconds, stop
+        self.config, self.accelerator, self.stop = config, accelerator, stop
         self.output_dir = Path(config.output_dir)
         self.pipeline_dir, self.best_dir = self.output_dir / "pipeline", self.output_dir / "best_pipeline"
         self.lock: FileLock | None = None  # on the output folder, held by the main process
@@ -97,10 +100,9 @@ class Trainer:
         if config.objective in ("ve", "edm"):
             check_noise_levels(self.noise_scheduler, self.data.first_images(RANGE_IMAGES))
         self.build_networks(network_class, pretrained)
-        self.metric = (
-            None if config.metric is None else TrainingMetric(config, self.data.store, self.pipeline, accelerator)
-        )
-        self.last_metric = {}
+        self.metric, self.last_metric = None, {}
+        if config.metric is not None:
+            self.metric = TrainingMetric(config, self.data.store, self.pipeline, accelerator)
         self.total_steps = config.max_train_steps
         if self.total_steps is None and config.num_epochs is not None:
             self.total_steps = math.ceil(config.num_epochs * len(self.data.store) / self.images_per_update)
@@ -108,15 +110,10 @@ class Trainer:
 
     # ---- Setting up
 
-    def build_networks(
-        self, network_class: type[CustomUNet2DModel], pretrained: CustomUNetPipeline | None = None
-    ) -> None:
+    def build_networks(self, network_class: type[CustomUNet2DModel], pretrained: CustomUNetPipeline | None) -> None:
         config = self.config
         torch.manual_seed(config.seed)
-        try:
-            self.network = network_class(**self.unet_kwargs())
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        self.network = network_class(**self.unet_kwargs())
         if pretrained is not None:
             take_weights(config.pretrained_model_name_or_path, pretrained.unet, self.network, self.unet_kwargs())
         if config.channels_last:
@@ -140,7 +137,7 @@ class Trainer:
     def open_batches(self) -> None:
         """Opens the batch stream at the current position in the data."""
         start_batch = self.progress.attempts * self.config.gradient_accumulation_steps
-        self.data.open_batches(start_batch, self.is_to_stop)
+        self.data.open_batches(start_batch, self.stop.is_due)
         self.unet.train()
 
     @property
@@ -157,23 +154,24 @@ class Trainer:
             update with a non-finite gradient is skipped and leaves network, EMA and step unchanged.
         """
         config, progress = self.config, self.progress
+        started_at_seconds = time.perf_counter()
         # 1. All randomness derives from (seed, attempt, rank), so that a resumed run continues the same random stream
         entropy = np.random.SeedSequence((config.seed, progress.attempts, self.accelerator.process_index))
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
         # 2. Gradient of the mean loss, accumulated over micro-batches; processes average it at the last one
-        mean_loss = 0.0
+        mean_loss, settings = 0.0, config.loss_settings()
         for micro_batch in range(config.gradient_accumulation_steps):
             clean_images, labels = self.data.next_batch()
             is_last = micro_batch == config.gradient_accumulation_steps - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.unet):
-                loss = self.loss(self.unet, clean_images, labels)
+                loss = diffusion_loss(self.unet, self.noise_scheduler, clean_images, **settings, class_labels=labels)
                 self.accelerator.backward(loss / config.gradient_accumulation_steps)
             mean_loss += loss.detach() / config.gradient_accumulation_steps
 
-        # 3. The only host sync: one NaN would ruin every weight, and all processes must stop together
+        # 3. One NaN would ruin every weight; the averaged gradient is the same on all processes
         grad_norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.max_grad_norm)
-        applied, self.is_stopping = self.agree(torch.isfinite(grad_norm))
+        applied = bool(torch.isfinite(grad_norm))
 
         # 4. Update of the network, then of its averages
         for group in self.optimizer.param_groups:
@@ -189,23 +187,8 @@ class Trainer:
             decay = ema_decay(progress.step, config.ema_inv_gamma, config.ema_power, config.ema_max_decay)
             update_ema(self.ema_network, self.network, decay)
             update_averages(self.averages, self.network, progress.step)
+        progress.train_seconds += time.perf_counter() - started_at_seconds
         return mean_loss, grad_norm, applied
-
-    def loss(self, unet: torch.nn.Module, clean_images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        settings = self.config.loss_settings()
-        return diffusion_loss(unet, self.noise_scheduler, clean_images, **settings, class_labels=labels)
-
-    def agree(self, is_finite: torch.Tensor) -> tuple[bool, bool]:
-        """Whether the gradient is finite on all processes, and whether any process wants to stop."""
-        if self.accelerator.num_processes == 1:
-            return bool(is_finite), False  # `train` checks for a stop itself
-        stopping = torch.tensor(self.is_to_stop(), device=is_finite.device)
-        num_broken, num_stopping = self.accelerator.reduce(torch.stack([~is_finite, stopping]).float()).tolist()
-        return num_broken == 0, num_stopping > 0
-
-    def is_to_stop(self) -> bool:
-        """Whether this process received a signal or passed the deadline."""
-        return self.stop.number is not None or time.monotonic() >= self.deadline_seconds
 
     def train(self) -> None:
         """Trains until the last step, the deadline or a signal, then saves a checkpoint and the pipeline folder.
@@ -218,54 +201,35 @@ class Trainer:
         if progress.step == 0:
             report_heldout_loss(self)
         self.stop.is_noted_only = True
-        if progress.step and self.is_due(self.config.metric_steps):
-            self.measure()  # a kill or a signal may have interrupted it
-        bar = tqdm(
-            desc="training",
-            unit="step",
-            initial=progress.step,
-            total=self.total_steps,
-            dynamic_ncols=True,
-            disable=not self.accelerator.is_local_main_process,
-        )
         self.first_step, skipped_in_a_row = progress.step, 0
-        interval = Interval(set_up_seconds=time.time() - psutil.Process().create_time())
-        self.is_stopping = on_any_process(self.accelerator, self.is_to_stop())
-        while (self.total_steps is None or progress.step < self.total_steps) and not self.is_stopping:
-            started_at_seconds = time.perf_counter()
+        self.losses, self.last_record = [], replace(progress)  # since the last log record
+        hide = not self.accelerator.is_local_main_process
+        bar = tqdm(desc="training", initial=progress.step, total=self.total_steps, dynamic_ncols=True, disable=hide)
+        while progress.step < (self.total_steps or math.inf) and not on_any_process(
+            self.accelerator, self.stop.is_due()
+        ):
             try:
                 loss, grad_norm, applied = self.training_step()
             except StoppedWaiting:
                 if self.accelerator.num_processes > 1:  # the other processes are waiting for this one
                     raise
                 break
-            seconds = time.perf_counter() - started_at_seconds
-            progress.train_seconds += seconds
-            interval.attempts += 1
-            interval.seconds += seconds
             if applied:
                 skipped_in_a_row = 0
-                interval.add_update(loss, grad_norm)
+                self.losses.append(loss)
                 bar.update()
-                interval = self.after_update(interval, bar)
+                self.after_update(grad_norm, bar)
             else:
                 skipped_in_a_row += 1
                 self.report_skipped(grad_norm, skipped_in_a_row)
-            if self.accelerator.num_processes == 1:
-                self.is_stopping = self.is_to_stop()
         bar.close()
         self.finish()
 
-    def is_due(self, steps: int) -> bool:
-        """Whether this step is a multiple of `steps`; False for the last step, which `finish` handles."""
-        return self.progress.step % steps == 0 and self.progress.step != self.total_steps
-
-    def after_update(self, interval: Interval, bar: tqdm) -> Interval:
-        """Logs, samples, saves and measures when each is due; returns the interval to continue with."""
+    def after_update(self, grad_norm: torch.Tensor, bar: tqdm) -> None:
+        """Logs, samples, saves and measures when each is due."""
         config, step = self.config, self.progress.step
         if step % config.logging_steps == 0 or step == self.total_steps:
-            record_interval(self, interval, bar)
-            interval = Interval()
+            record_interval(self, grad_norm, bar)
         if step % config.validation_steps == 0:
             report_heldout_loss(self)
         if step % config.save_images_steps == 0:
@@ -275,9 +239,8 @@ class Trainer:
         if step % config.checkpointing_steps == 0:
             save_checkpoint(self)
             self.export()
-        if self.is_due(config.metric_steps):
-            self.measure()
-        return interval
+        if step % config.metric_steps == 0:
+            report_metric(self)
 
     def report_skipped(self, grad_norm: torch.Tensor, skipped_in_a_row: int) -> None:
         """Logs a skipped update. Raises Failed after `max_nonfinite_steps` in a row."""
@@ -290,30 +253,23 @@ class Trainer:
                 " at the data, and resume from a checkpoint whose losses were sound"
             )
 
-    def dry_run(self) -> None:
-        """Runs one update to check that everything fits; writes nothing."""
-        self.open_batches()
-        started_at_seconds = time.perf_counter()
-        loss, grad_norm, _ = self.training_step()
-        seconds = time.perf_counter() - started_at_seconds
-        logger.info(f"dry run: loss {loss:.4f}, gradient norm {grad_norm:.4f}, {seconds:.1f} s for one update")
-
     def finish(self) -> None:
         """Saves, samples, exports and measures for the last time, except for what the last step has already done."""
         step, config = self.progress.step, self.config
-        is_new = step > self.first_step
-        if is_new and step % config.checkpointing_steps:
-            save_checkpoint(self)
-        if is_new and self.stop.number is None and step % config.validation_steps:
-            report_heldout_loss(self)
-        if is_new and self.stop.number is None and step % config.save_images_steps:
-            save_samples(self)
         if step == 0:
             logger.info("stopped before the first update: no model was written")
             return
+        is_new, is_in_time = step > self.first_step, self.stop.number is None
+        if is_new and step % config.checkpointing_steps:
+            save_checkpoint(self)
+        if is_new and is_in_time and step % config.validation_steps:
+            report_heldout_loss(self)
+        if is_new and is_in_time and step % config.save_images_steps:
+            save_samples(self)
         if is_new or on_main_process(self.accelerator, lambda: recorded(self.pipeline_dir, "step") != step):
-            self.export()
-        self.measure()
+            self.export()  # a kill may have prevented it
+        if is_new and step % config.metric_steps:
+            report_metric(self)
         length = f"{step} of {self.total_steps} steps" if self.total_steps else f"{step} steps"
         duration = timedelta(seconds=round(self.progress.train_seconds))
         logger.info(
@@ -323,6 +279,18 @@ class Trainer:
             logger.info(
                 f"the best by {self.metric.title} is {self.best_dir}: {best['value']:.4g} at step {best['step']}"
             )
+
+    def dry_run(self) -> None:
+        """Runs one update to check that everything fits; writes nothing."""
+        self.open_batches()
+        loss, grad_norm, _ = self.training_step()
+        seconds, num_bytes = self.progress.train_seconds, psutil.Process().memory_info().rss
+        if self.accelerator.device.type == "cuda":
+            num_bytes = torch.cuda.max_memory_allocated(self.accelerator.device)
+        logger.info(
+            f"dry run: loss {loss:.4f}, gradient norm {grad_norm:.4f}; one update takes {seconds:.1f} s and"
+            f" {num_bytes / 2**20:,.0f} MiB"
+        )
 
     # ---- The model
 
@@ -340,8 +308,7 @@ class Trainer:
         Args:
             metric: the metric that selected these weights, see `eval/training_metric.py`; None for the newest weights.
         """
-        step = self.progress.step
-        grids = {number: path for number, path in list_grids(self.output_dir / "samples").items() if number <= step}
+        grids = list_grids(self.output_dir / "samples")
         newest = max(grids, default=None)
         try:
             export_pipeline(
@@ -357,49 +324,19 @@ class Trainer:
                 " from the newest checkpoint"
             ) from error
 
-    def measure(self) -> None:
-        """Measures FID or KID of the EMA network and keeps the best weights in a folder of their own.
 
-        Does nothing if the run is stopping or the log already has this step. A failed measurement is logged and does
-        not end the training.
-
-        Raises:
-            Failed: if that folder cannot be written.
-        """
-        step, metric = self.progress.step, self.metric
-        if metric is None:
-            return
-        known = self.log.newest(metric.name) if self.accelerator.is_main_process else None
-        is_known = known is not None and known["step"] == step
-        if on_any_process(self.accelerator, is_known or self.is_to_stop()):
-            return
-        value = metric.measure(step, self.is_to_stop, logger.info)
-        if value is not None:
-            keep = partial(metric.keep_best, value, step, self.best_dir, self.write_pipeline)
-            logger.info(on_main_process(self.accelerator, keep))
-            record(self, **{metric.name: value})
-            self.last_metric = {metric.name: f"{value:.3g}"}
-
-
-def run(
-    config: TrainConfig, started_at_seconds: float, stop: StopSignal, network_class: type[CustomUNet2DModel]
-) -> None:
+def run(config: TrainConfig, stop: Stop, network_class: type[CustomUNet2DModel]) -> None:
     """Trains as configured."""
-    config = settle_precision(config, network_class)
+    config = settle_precision(config)
     accelerator = build_accelerator(config)
-    if not config.dry_run:  # which writes nothing there
-        check_shared(accelerator, Path(config.output_dir), "--output_dir")
-    check_shared(accelerator, cache_root(config.cache_dir), "--cache_dir")
     is_pushed = config.push_to_hub and not config.dry_run
     if is_pushed:  # before any long work, so that a bad name or token is found now and not at the push
         on_main_process(accelerator, partial(check_account, config.hub_repo_id))
-    deadline_seconds = started_at_seconds + 60 * (config.max_train_minutes or math.inf)
-    trainer = Trainer(config, accelerator, deadline_seconds, stop, network_class)
+    stop.deadline_seconds = stop.started_at_seconds + 60 * (config.max_train_minutes or math.inf)
+    trainer = Trainer(config, accelerator, stop, network_class)
     try:
         if not config.dry_run:
             start_or_resume(trainer)
-        elif config.resume_from_checkpoint != "latest":
-            find_checkpoint(trainer.output_dir, config.resume_from_checkpoint)
         if is_pushed:
             on_main_process(accelerator, partial(open_repository, config.hub_repo_id, config.hub_private_repo))
         accelerator.print(f"{trainer.config.to_yaml()}\n{preflight_summary(trainer)}\n", flush=True)
@@ -418,23 +355,9 @@ def run(
 
 
 def main(arguments: list[str], network_class: type[CustomUNet2DModel] = CustomUNet2DModel) -> int:
-    started_at_seconds = time.monotonic()
-    stop = StopSignal()
-    log_to_terminal()
-    try:
-        stop.listen()
-        run(parse_config(arguments), started_at_seconds, stop, network_class)
-    except (InputError, Failed, OSError) as error:
-        return stop.fail(error, 2 if isinstance(error, InputError) else 1)
-    except StoppedEarly as error:
-        return stop.fail(error, stop.exit_code)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return stop.fail(f"out of memory; lower --train_batch_size or the network, or {MEMORY_SAVERS}: {error}", 1)
-    finally:
-        stop.leave()
-    return stop.exit_code
+    with Stop() as stop:
+        code = run_command(lambda: run(parse_config(arguments), stop, network_class), "stopped before training began")
+    return code if stop.number is None or code in (1, 2) else 128 + stop.number  # as in a shell
 
 
 if __name__ == "__main__":

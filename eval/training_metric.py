@@ -6,19 +6,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from common import InputError, on_main_process, one_line
+from common import InputError, on_main_process
 from eval.distances import frechet_distance, kernel_distance
 from eval.features import cached_features, images_of_store
 from eval.inception import find_weights, open_inception
 from pipelines import CustomUNetPipeline
-from training.checkpoint import difference
 from training.config import TrainConfig
 from training.data import ImageStore
 from training.log import recorded
-from training.processes import on_any_process
 from training.samples import SamplingStopped, stop_callback
 
 UNIPC_STEPS, HEUN_STEPS = 20, 18
@@ -64,43 +61,28 @@ class TrainingMetric:
             "steps": steps,
         }
 
-    def measure(self, step: int, should_stop: Callable[[], bool], tell: Callable[[str], None]) -> float | None:
-        """The value, on every process; None, with a line that says why, if any process gave up or failed.
+    def measure(self, should_stop: Callable[[], bool]) -> float:
+        """The value, from images that this process draws.
 
         Args:
-            should_stop: called after each sampling step.
-            tell: called with the line.
+            should_stop: called before each batch of images and after each sampling step.
+
+        Raises:
+            SamplingStopped: once `should_stop` returns True.
+            ValueError: if the features are not finite.
         """
-        # Each process draws its share of the seeds; after each batch, the processes agree whether to continue
-        shares = np.array_split(np.arange(self.identity["num_images"]), self.accelerator.num_processes)
-        share, starts = shares[self.accelerator.process_index], range(0, len(shares[0]), self.batch_size)
-        features, failure = [], None
-        hide = not self.accelerator.is_main_process
-        for start in tqdm(starts, desc=f"images for {self.title}", unit="batch", leave=False, disable=hide):
-            try:
-                seeds = share[start : start + self.batch_size]
-                features += [self.features(seeds, should_stop)] if len(seeds) else []
-            except SamplingStopped:
-                failure = "given up, the run is to stop"
-            except Exception as error:  # training does not depend on the metric
-                failure = failed(error)
-            if on_any_process(self.accelerator, failure is not None):
-                break
-        outcomes = gather_object([(features, failure)])  # in process order, which is seed order
-        failure = next((failure for _, failure in outcomes if failure is not None), None)
-        if failure is None:
-            generated = [batch for features, _ in outcomes for batch in features]
-            try:
-                return on_main_process(self.accelerator, lambda: self.distance(np.concatenate(generated)))
-            except Exception as error:
-                failure = failed(error)
-        tell(f"step {step}: {self.title} {failure}")
-        return None
+        seeds = np.arange(self.identity["num_images"])
+        batches = [seeds[start : start + self.batch_size] for start in range(0, len(seeds), self.batch_size)]
+        with tqdm(batches, desc=f"images for {self.title}", unit="batch", leave=False) as bar:  # closed on errors, too
+            generated = np.concatenate([self.features(batch, should_stop) for batch in bar])
+        if self.name == "fid":
+            return frechet_distance(self.training_features, generated)
+        return kernel_distance(self.training_features, generated, seed=0).mean
 
     def features(self, seeds: np.ndarray, should_stop: Callable[[], bool]) -> np.ndarray:
-        """Features of the images from B seeds, float32 (B, D); the classes take turns. Raises SamplingStopped."""
+        """Features of the images from B seeds, float32 (B, D); the classes take turns."""
         if should_stop():
-            raise SamplingStopped
+            raise SamplingStopped("the run is stopping")
         num_classes = (self.pipeline.unet.config.num_class_embeds or 1) - 1  # the last embedding is the null class
         with self.accelerator.autocast():
             images = self.pipeline(
@@ -112,38 +94,24 @@ class TrainingMetric:
             ).images
         return self.extractor((images * 255).round().to(torch.uint8)).float().cpu().numpy()
 
-    def distance(self, generated: np.ndarray) -> float:
-        """The metric from features (n, D). Raises ValueError if they are not finite."""
-        if self.name == "fid":
-            return frechet_distance(self.training_features, generated)
-        return kernel_distance(self.training_features, generated, seed=0).mean
-
     def keep_best(self, value: float, step: int, folder: Path, write: Callable[[Path, dict], object]) -> str:
-        """Writes the network if its value is below that of the pipeline in the folder; main process only.
+        """Writes the network if its value is below that of the pipeline in the folder.
 
-        A pipeline that was chosen by another measurement is replaced.
+        A pipeline that was chosen by another measurement is replaced, too.
 
         Args:
             write: takes the folder and the measurement, which goes into `metric` of `training.json`.
 
         Returns:
-            The line to log.
+            the value and the best one, to log.
         """
-        best, note = self.best_in(folder), ""
-        if best is None and (folder / "training.json").exists():
-            facts = recorded(folder, "metric") or {}
-            changed = difference({name: facts.get(name) for name in self.identity}, self.identity)
-            note = f"; {folder} was chosen by another measurement ({changed}) and is replaced"
+        best = self.best_in(folder)
         if best is None or value < best["value"]:
             best = self.identity | {"value": value, "step": step}
             write(folder, best)
-        return f"step {step}: {self.title} {value:.4g} (best {best['value']:.4g} at step {best['step']}){note}"
+        return f"{value:.4g} (best {best['value']:.4g} at step {best['step']})"
 
     def best_in(self, folder: Path) -> dict | None:
         """`identity`, `value` and `step` of the pipeline in the folder; None if no comparable pipeline is there."""
         facts = recorded(folder, "metric") or {}
         return facts if self.identity.items() <= facts.items() else None
-
-
-def failed(error: Exception) -> str:
-    return f"could not be measured, training goes on: {one_line(error) or type(error).__name__}"

@@ -58,14 +58,6 @@ def reconstruct(
     return {name: total.float() for name, total in sums.items()}, error
 
 
-def progress_facts(state: dict) -> dict:
-    """`step`, `train_seconds` and `images_seen` of a checkpoint, from its state."""
-    progress, identity = state["progress"], state["identity"]
-    sizes = [identity[name] for name in ("train_batch_size", "gradient_accumulation_steps", "num_processes")]
-    facts = {name: progress[name] for name in ("step", "train_seconds")}
-    return facts | {"images_seen": progress["attempts"] * math.prod(sizes)}
-
-
 def parse_options(arguments: list[str]) -> Namespace:
     """Raises InputError."""
     parser = Parser(prog="python -m pipelines.post_hoc_ema", description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -87,8 +79,14 @@ def run(options: Namespace) -> None:
     weights, error = reconstruct(snapshots, options.sigma_rel, trainable)
     pipeline.unet.load_state_dict(pipeline.unet.state_dict() | weights)
     step = max(snapshots)
-    about = {"sigma_rel": options.sigma_rel, "num_snapshots": len(snapshots), "profile_error": error}
-    facts = progress_facts(read_state(snapshots[step])) | {"post_hoc_ema": about}
+    state = read_state(snapshots[step])
+    sizes = (state["identity"][name] for name in ("train_batch_size", "gradient_accumulation_steps", "num_processes"))
+    facts = {
+        "step": step,
+        "train_seconds": state["progress"]["train_seconds"],
+        "images_seen": state["progress"]["attempts"] * math.prod(sizes),
+        "post_hoc_ema": {"sigma_rel": options.sigma_rel, "num_snapshots": len(snapshots), "profile_error": error},
+    }
     export_variant(pipeline, options.run / "pipeline", options.out, facts)
     print(
         f"wrote {options.out}: step {step}, sigma_rel {options.sigma_rel:g}, from {len(snapshots)} snapshots; the"

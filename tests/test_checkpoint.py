@@ -2,9 +2,10 @@
 
 import copy
 import json
+import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -69,64 +70,42 @@ def test_difference_lists_only_changed_entries():
     assert text == "b: [2] -> [3]; d: None -> 4"
 
 
-KILLED_AT_EACH_OPERATION = """
-import os, shutil, signal, sys, torch
-from pathlib import Path
-from training import checkpoint
-
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree")
 
-def kill_at(count):
+
+class KilledBetweenTensors(dict):
+    def items(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_and_be_killed(folder: Path, count: int) -> int:
+    """Saves checkpoint-3 in a child process that is killed at its count-th file operation; returns its wait status."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
     seen = 0
+
     def hook(event, arguments):
         nonlocal seen
         if event in EVENTS:  # os.kill is an audit event, too
             seen += 1
             if seen == count:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+    if count == 0:  # safetensors writes its files without audit events
+        save(folder, 3, 1, TENSORS | {"ema_unet": KilledBetweenTensors()})
     sys.addaudithook(hook)
-
-class KilledBetweenTensors(dict):
-    def items(self):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-TENSORS = {name: {"a": torch.full((5,), 1.0)} for name in ("unet", "ema_unet", "optimizer")}
-
-def save(folder, step, limit, tensors=TENSORS):
-    progress = {"step": step, "attempts": step, "train_seconds": 0}
-    checkpoint.save_checkpoint(folder, step, tensors, {"progress": progress, "identity": {}}, limit)
-
-base, limit = Path(sys.argv[1]), int(sys.argv[2])
-prepared = base.with_name(f"{base.name}-prepared")
-save(prepared, 1, limit)
-save(prepared, 2, limit)
-count, status = 0, signal.SIGKILL
-while status == signal.SIGKILL:
-    folder = base / f"{count:03d}"
-    shutil.copytree(prepared, folder)
-    child = os.fork()
-    if child == 0:
-        if count == 0:  # safetensors writes its files without audit events
-            save(folder, 3, limit, TENSORS | {"ema_unet": KilledBetweenTensors()})
-        kill_at(count)
-        save(folder, 3, limit)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    count += 1
-sys.exit(status != 0)
-"""
+    save(folder, 3, total_limit=1)
+    os._exit(0)
 
 
-@pytest.mark.parametrize("limit", [1, 2])
-def test_sigkill_during_save_leaves_the_previous_or_the_new_checkpoint(tmp_path, limit, caplog):
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    subprocess.run([sys.executable, "-c", KILLED_AT_EACH_OPERATION, runs, str(limit)], check=True)
-    *killed, completed = sorted(runs.iterdir())
-    assert len(killed) > 20
-    assert list(checkpoint.list_checkpoints(completed)) == ([3] if limit == 1 else [2, 3])
-    newest = []
-    for folder in killed:
+def test_sigkill_during_save_leaves_the_previous_or_the_new_checkpoint(tmp_path, caplog):
+    """Even with `checkpoints_total_limit` 1."""
+    save(tmp_path / "prepared", 2)
+    newest, status = [], signal.SIGKILL
+    while status == signal.SIGKILL:
+        folder = shutil.copytree(tmp_path / "prepared", tmp_path / str(len(newest)))
+        status = save_and_be_killed(folder, len(newest))
         was_cut_off = (folder / ".tmp-checkpoint-3").exists()
         caplog.clear()
         lock = checkpoint.lock_output_dir(folder)
@@ -136,42 +115,13 @@ def test_sigkill_during_save_leaves_the_previous_or_the_new_checkpoint(tmp_path,
         assert not list(folder.glob(".tmp-*"))
         for path in checkpoint.list_checkpoints(folder).values():
             checkpoint.verify_checkpoint(path)
-        save(folder, 4, limit)
-        assert len(checkpoint.list_checkpoints(folder)) == limit
+        save(folder, 4, total_limit=1)
+        assert list(checkpoint.list_checkpoints(folder)) == [4]
         lock.release()
-    assert set(newest) == {"checkpoint-2", "checkpoint-3"}
+    assert status == 0
+    assert len(newest) > 20
     assert newest == sorted(newest), "once the new one is there it stays"
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_optimizer_state_round_trip_is_exact(tmp_path, memory_format):
-    def build():
-        torch.manual_seed(0)
-        network = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
-        return network, torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
-
-    def update(network, optimizer, seed):
-        torch.manual_seed(seed)
-        network(torch.randn(2, 3, 5, 5)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    reference, stopped = build(), build()
-    for seed in (1, 2, 3):
-        update(*reference, seed)
-    for seed in (1, 2):
-        update(*stopped, seed)
-    tensors = {"unet": stopped[0].state_dict(), "optimizer": checkpoint.optimizer_tensors(stopped[1], stopped[0])}
-    loaded = checkpoint.load_tensors(save(tmp_path, 2, tensors=tensors), ["unet", "optimizer"])
-    network, optimizer = build()
-    network.load_state_dict(loaded["unet"])
-    checkpoint.restore_optimizer(optimizer, network, loaded["optimizer"])
-    assert optimizer.state[network.weight]["exp_avg"].stride() == network.weight.stride()
-    update(network, optimizer, 3)
-    assert torch.equal(network.weight, reference[0].weight)
-    ours, theirs = (checkpoint.optimizer_tensors(o, n) for n, o in ((network, optimizer), reference))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert set(newest) == {"checkpoint-2", "checkpoint-3"}
 
 
 # ---- Damage: a one-line error or a fallback to the previous checkpoint, never a partial restore
@@ -179,7 +129,6 @@ def test_optimizer_state_round_trip_is_exact(tmp_path, memory_format):
 
 def damage_file(path: Path, how: str) -> None:
     content = path.read_bytes()
-    other = path.with_name("state.json" if path.name != "state.json" else "unet.safetensors").read_bytes()
     at = random.Random(path.name).randrange(len(content))
     path.unlink()
     if how == "a folder":
@@ -190,8 +139,6 @@ def damage_file(path: Path, how: str) -> None:
             "truncated": content[:-1],
             "extended": content + b"\0",
             "emptied": b"",
-            "another": other,
-            "nested": b"[" * 200_000,
         }
         path.write_bytes(changed[how])
 
@@ -200,23 +147,19 @@ def edit_manifest(path: Path, change) -> None:
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
-def entry(name: str, value):
-    """An edit of the manifest that sets one entry."""
-    return lambda manifest: manifest | {name: value}
-
-
 def without(name: str):
     """An edit of the manifest that removes one entry."""
     return lambda manifest: {key: value for key, value in manifest.items() if key != name}
 
 
-FILE_DAMAGES = ("removed", "a folder", "flipped", "truncated", "extended", "emptied", "another", "nested")
-UNLISTED = [f"{name}.safetensors" for name in ("unet", "ema_unet", "optimizer", "ema_sigma_rel_0.05")]
+FILE_DAMAGES = ("removed", "a folder", "flipped", "truncated", "extended", "emptied")
 DAMAGES = [(damage_file, name, how) for name in (*FILES, "optimizer.safetensors") for how in FILE_DAMAGES]
-CHANGES = [lambda manifest, value=value: value for value in (None, 1, "x", [[]], {})]
-CHANGES += [entry("unet.safetensors", value) for value in (None, 1, "x", [], {"bytes": 1})]
-CHANGES += [entry("../outside", {"bytes": 0, "sha256": ""}), *map(without, UNLISTED)]
-DAMAGES += [(edit_manifest, "manifest.json", change) for change in CHANGES]
+DAMAGES += [
+    (edit_manifest, "manifest.json", lambda manifest, value=value: value) for value in (None, 1, "x", [[]], {})
+]
+DAMAGES += [(edit_manifest, "manifest.json", without("state.json"))]
+UNLISTED = [f"{name}.safetensors" for name in ("unet", "ema_unet", "optimizer", "ema_sigma_rel_0.05")]
+DAMAGES += [(edit_manifest, "manifest.json", without(name)) for name in UNLISTED]  # an error even if not explicit
 
 
 def full_state(trainer) -> dict:
@@ -245,7 +188,8 @@ def test_damaged_checkpoint_is_rejected_or_skipped_as_a_whole(make_trainer, tmp_
             shutil.copytree(good / f"checkpoint-{step}", run / f"checkpoint-{step}")
         damage(run / "checkpoint-2" / file, how)
         restore(trainer, good / "checkpoint-1")
-        trainer.output_dir, trainer.config.resume_from_checkpoint = run, "checkpoint-2" if explicit else "latest"
+        trainer.output_dir, trainer.config.output_dir = run, str(run)
+        trainer.config.resume_from_checkpoint = "checkpoint-2" if explicit else "latest"
         trainer.lock.release()
         error, case = None, f"{file} {how}, case {number}"
         try:

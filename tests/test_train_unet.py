@@ -2,13 +2,10 @@
 
 import importlib.machinery
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock
 
@@ -20,8 +17,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import (
-    HANG_SECONDS,
-    REPOSITORY,
     TINY,
     assert_same_tensors,
     error_line,
@@ -30,7 +25,6 @@ from tiny_training import (
 )
 
 import train_unet
-from common import InputError
 from pipelines import CustomUNetPipeline
 from training import training_data
 from training.checkpoint import list_checkpoints
@@ -53,13 +47,10 @@ def test_run_exports_a_pipeline_and_a_repeated_command_changes_nothing(start, tm
     assert list(records(run, "heldout_loss")) == [0, 9]
     rate = records(run, "learning_rate")
     assert [rate[step] for step in (1, 2, 3)] == pytest.approx([0, 0.5e-3, 1e-3])
-    with Image.open(run / "samples" / "step-0000009.png") as grid:
-        assert grid.size == (2 * 8 + 3 * 2,) * 2
     assert list(run.rglob("events.out.tfevents*"))
     pipe = CustomUNetPipeline.from_pretrained(run / "pipeline")
     ema = load_file(run / "checkpoint-9" / "ema_unet.safetensors")
     assert all(torch.equal(value, ema[key]) for key, value in pipe.unet.state_dict().items())
-    assert len(pipe(batch_size=2, num_inference_steps=2).images) == 2
     record = json.loads((run / "pipeline" / "training.json").read_text())
     assert (record["step"], record["total_steps"], record["images_seen"], record["samples_step"]) == (9, 9, 126, 9)
     assert record["heldout"]["heldout_loss"] == records(run, "heldout_loss")[9]
@@ -102,9 +93,13 @@ KILLS = {  # flags, processes, the step whose record is not written, the checkpo
     "two workers": ("--dataloader_num_workers 2", 1, 9, [3, 6]),
     "two processes": ("", 2, 6, [3]),
     "end of an epoch": ("--max_images 35 --checkpointing_steps 5", 1, 9, [5]),
-    "edm with classes": ("--objective edm --label_column glasses --label_dropout 0.3", 1, 9, [3, 6]),
+    "edm with classes": (
+        "--objective edm --label_column glasses --label_dropout 0.3 --channels_last true",
+        1,
+        9,
+        [3, 6],
+    ),
     "muon": ("--optimizer muon", 1, 9, [3, 6]),
-    "ve": ("--objective ve --time_embedding_type fourier --likelihood_weighting", 1, 9, [3, 6]),
 }
 
 
@@ -135,29 +130,12 @@ def test_two_processes_keep_the_learning_rate_and_the_images_seen(start, tmp_pat
     assert [records(tmp_path / name, "images_seen")[9] for name in ("one", "two")] == [9 * 28, 9 * 28]
 
 
-def on_separate_machines(folders: list[Path]) -> None:
-    """Imitates a multi-node torchrun process, in the folder for its rank."""
-    os.environ["LOCAL_WORLD_SIZE"] = "1"
-    os.chdir(folders[int(os.environ["RANK"])])
-
-
-def test_several_machines_must_share_the_output_folder(start, tmp_path):
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    apart, together = ([tmp_path / name for name in names] for names in ("ab", "aa"))
-    output = start(Path("run"), fault=partial(on_separate_machines, apart), num_processes=2).finish(2)
-    assert "error: --output_dir run is not one folder that all machines share" in output
-    assert list((tmp_path / "a" / "run").iterdir()) == []
-    start(Path("run"), fault=partial(on_separate_machines, together), num_processes=2).finish(0)
-    assert list(list_checkpoints(tmp_path / "a" / "run")) == [6, 9]
-
-
 def test_time_budget_ends_the_run_and_the_same_command_resumes_it(make_trainer):
     trainer = make_trainer(max_train_steps=10_000, checkpointing_steps=10_000)
     step_once = trainer.training_step
 
     def step_until_the_deadline():
-        trainer.deadline_seconds = float("inf") if trainer.progress.step < 4 else 0.0
+        trainer.stop.deadline_seconds = float("inf") if trainer.progress.step < 4 else 0.0
         return step_once()
 
     trainer.training_step = step_until_the_deadline
@@ -171,9 +149,7 @@ def test_time_budget_ends_the_run_and_the_same_command_resumes_it(make_trainer):
 
 
 def test_dry_run_writes_nothing(train, tmp_path):
-    assert "dry run: loss" in train(tmp_path / "run", "--dry_run")
-    missing = ["--resume_from_checkpoint", tmp_path / "nowhere"]
-    assert "nowhere does not exist" in error_line(train(tmp_path / "run", "--dry_run", *missing, code=1))
+    assert re.search(r"dry run: loss .*; one update takes .* s and [\d,]+ MiB\n", train(tmp_path / "run", "--dry_run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -185,9 +161,7 @@ def test_dry_run_writes_nothing(train, tmp_path):
         ("--validation_split validation --validation_images 3", "3 held-out images"),
         ("--train_batch_size 51", "50 images are fewer"),
         ("--mixed_precision fp16", "fp16 needs a GPU"),
-        ("--report_to wandb", "wandb"),
         ("--objective edm --sigma_max 5", "--sigma_max is 5, too little"),
-        ("--objective edm --sigma_min 0.2", "--sigma_min is 0.2, visible noise"),
         ("--label_column mouth", "glasses"),
     ],
 )
@@ -214,21 +188,10 @@ def test_accelerate_environment_variable_does_not_scale_gradients(monkeypatch, o
     assert build_accelerator(TrainConfig(**TINY)).gradient_accumulation_steps == 1
 
 
-def test_errors_on_the_main_process_end_all_processes(tmp_path, cache_dir, on_cpu):
-    """With torchrun, which stops the others as soon as one has ended."""
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_unet.py"]
-    flags = ["--config", tmp_path / "tiny.yaml", "--cache_dir", cache_dir, "--split", "nowhere"]
-    done = subprocess.run(
-        [*command, *flags, "--output_dir", tmp_path / "run"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
-    assert done.returncode != 0
+def test_errors_on_the_main_process_end_all_processes(start, tmp_path):
+    output = start(tmp_path / "run", "--split", "nowhere", num_processes=2).finish(2)
     for rank in ("", r"\[rank 1\] "):
-        assert re.search(rf"^{rank}error: .*nowhere", done.stderr, re.MULTILINE), done.stderr
+        assert re.search(rf"^{rank}error: .*nowhere", output, re.MULTILINE), output
 
 
 # ---- Continuous-time objectives
@@ -256,7 +219,6 @@ def test_every_objective_lowers_the_heldout_loss_and_exports_its_pipeline(object
     assert pipeline.scheduler.config.objective == objective
     assert torch.isfinite(torch.as_tensor(pipeline(seeds=[1], num_inference_steps=3, output_type="np").images)).all()
     assert json.loads((run / "pipeline" / "training.json").read_text())["objective"]["objective"] == objective
-    assert (run / "samples" / "step-0000080.png").is_file()
 
 
 # ---- Starting from pretrained weights
@@ -300,21 +262,17 @@ def test_run_starts_from_the_ema_weights_of_a_pretrained_model(pretrained, make_
     seconds = pretrained.progress.train_seconds
     assert record["pretrained"] == {"name": "run0", "images_seen": 28, "train_seconds": seconds}
     card = (run.pipeline_dir / "README.md").read_text()
-    assert "the weights of `run0`, which had seen 28 images in 0.0 minutes of training" in card
+    assert re.search(r"the weights of `run0`, which had seen 28 images in [\d.]+ minutes of training", card)
     public = yaml.safe_load((run.pipeline_dir / "training_config.yaml").read_text())
     assert public["pretrained_model_name_or_path"] == "run0"
     third = make_trainer(pretrained_model_name_or_path=str(run.pipeline_dir), **other)
     assert third.pretrained_facts["images_seen"] == 28 + 28
-    (run.pipeline_dir / "training.json").unlink()
-    fourth = make_trainer(pretrained_model_name_or_path=str(run.pipeline_dir), **other)
-    assert fourth.pretrained_facts == {"name": "run1", "images_seen": None, "train_seconds": None}
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--block_out_channels 8 24", "is another network (block_out_channels: [8, 16] -> [8, 24])"),
-        ("--prediction_type epsilon", "predicts v_prediction, this run epsilon"),
         ("--objective edm", "predicts v_prediction, this run edm"),
         ("--label_column hair_style", "num_class_embeds: None -> 8"),
     ],
@@ -323,22 +281,6 @@ def test_incompatible_pretrained_models_are_rejected(flags, message, pretrained,
     flags = ["--pretrained_model_name_or_path", pretrained.pipeline_dir, *flags.split()]
     assert message in error_line(train(tmp_path / "new", *flags, code=2))
     assert not (tmp_path / "new").exists()
-
-
-def test_unconditional_run_rejects_class_conditional_weights(make_trainer):
-    conditional = make_trainer(label_column="glasses")
-    conditional.export()
-    with pytest.raises(InputError, match="num_class_embeds: 3 -> None"):
-        make_trainer(pretrained_model_name_or_path=str(conditional.pipeline_dir))
-
-
-def test_unavailable_pretrained_models_fail_before_data_is_read(pretrained, train, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    weights = pretrained.pipeline_dir / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    for name, text in ((pretrained.pipeline_dir, "could not be loaded"), ("no/where/at/all", "is neither a folder")):
-        flags = ["--split", "nowhere", "--pretrained_model_name_or_path", name]
-        assert text in error_line(train(tmp_path / "new", *flags, code=2))
 
 
 # ---- Classes
@@ -375,16 +317,6 @@ def test_heldout_loss_uses_true_labels_and_grids_cycle_through_classes(make_trai
     seen = labels_seen_by(trainer.ema_network, lambda: save_samples(trainer))
     assert seen.view(-1, 5).unique(dim=0).tolist() == [[0, 1, 0, 1, 0]]
     assert "sampling failed" not in "".join(capfd.readouterr())
-
-
-def test_flips_are_the_same_with_and_without_labels(make_trainer, monkeypatch):
-    flipped = []
-    flip = training_data.random_flip
-    monkeypatch.setattr(training_data, "random_flip", lambda images: flipped.append(flip(images)) or flipped[-1])
-    for trainer in (make_trainer(), make_trainer(label_column="glasses")):
-        trainer.training_step()
-    one, _, other, _ = flipped  # two micro-batches each, the second after noise and label dropout
-    assert torch.equal(one, other)
 
 
 # ---- One training step
@@ -443,17 +375,6 @@ def test_accumulated_gradient_equals_that_of_the_whole_batch(trainer, monkeypatc
     assert grad_norm.item() == pytest.approx(mean.norm().item(), rel=1e-5)
 
 
-def test_failed_sampling_leaves_weights_and_mode_unchanged(trainer, capfd):
-    with torch.no_grad():
-        trainer.ema_network.conv_out.weight.fill_(float("nan"))
-    before = weights(trainer)
-    save_samples(trainer)
-    assert "sampling failed" in "".join(capfd.readouterr())
-    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, weights(trainer), strict=True))
-    assert trainer.network.training
-    assert trainer.training_step()[2]
-
-
 def test_bf16_autocast_applies_only_to_the_network(make_trainer, monkeypatch):
     """The convolutions run in bfloat16; images, noise and loss stay float32."""
     trainer, seen = make_trainer(mixed_precision="bf16"), {}
@@ -505,10 +426,9 @@ def test_facts_contain_the_newest_heldout_loss_and_no_paths(make_trainer, tmp_pa
     assert facts(trainer)["heldout"] is None
 
 
-@pytest.mark.parametrize(("post_hoc_ema", "copies"), [(False, 5), (True, 7)])
-def test_preflight_summary_shows_sizes_precision_and_memory(make_trainer, post_hoc_ema, copies):
-    trainer = make_trainer(post_hoc_ema=post_hoc_ema, mixed_precision="bf16", block_out_channels=[64, 128])
-    mebibytes = copies * 4 * sum(p.numel() for p in trainer.network.parameters()) / 2**20
+def test_preflight_summary_shows_sizes_precision_and_memory(make_trainer):
+    trainer = make_trainer(mixed_precision="bf16", block_out_channels=[64, 128])
+    mebibytes = 7 * 4 * sum(p.numel() for p in trainer.network.parameters()) / 2**20
     text = preflight_summary(trainer)
     for line in (
         f"memory             {mebibytes:.0f} MiB for weights",

@@ -1,10 +1,8 @@
 """The trainer under process, disk and numerical failures; every fault is real."""
 
-import io
 import json
 import multiprocessing
 import os
-import re
 import resource
 import shutil
 import signal
@@ -25,6 +23,7 @@ from tiny_training import (
     REPOSITORY,
     TINY,
     act_at,
+    assert_same_file,
     assert_same_tensors,
     contents,
     error_line,
@@ -35,16 +34,11 @@ from tiny_training import (
     wait_until,
 )
 
-import train_unet
-from experiments import guidance
-from pipelines import generate
-from training import checkpoint, data, resumable, samples
+from training import checkpoint, data, samples
 from training.log import read_log
-from training.processes import is_accelerate_launch
 from training.resumable import restore, save_checkpoint
 
 pytest_plugins = ["tiny_training"]
-SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 ENDLESS = {"max_train_steps": 10**6, "checkpointing_steps": 10**6, "lr_scheduler": "constant"}
 
 
@@ -73,7 +67,7 @@ def change_identity(folder: Path, **changes) -> None:
     """Changes entries of a checkpoint's identity; None removes an entry."""
     state = checkpoint.read_state(folder)
     identity = state["identity"] | changes
-    state["identity"] = {name: value for name, value in identity.items() if value is not None or name not in changes}
+    state["identity"] = {name: value for name, value in identity.items() if changes.get(name, "kept") is not None}
     (folder / checkpoint.STATE).write_text(json.dumps(state))
     update_manifest(folder)
 
@@ -132,10 +126,9 @@ def test_full_disk_error_names_the_path_and_the_run_can_be_resumed(start, straig
     assert str(run / name) in line
     assert "File too large" in line
     after = contents(run)
-    kept = [path for path in before if path.name not in ("log.jsonl", "config.yaml") or path.name == name]
-    assert {path: after[path] for path in kept if "samples" not in str(path)} == {
-        path: before[path] for path in kept if "samples" not in str(path)
-    }
+    for path in before:
+        if path.parent.name != "samples" and (path.name not in ("log.jsonl", "config.yaml") or path.name == name):
+            assert after[path] == before[path]
     assert not list(run.rglob(".tmp-*"))
     start(run).finish(0)
     assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
@@ -153,19 +146,14 @@ def test_failed_export_keeps_the_previous_pipeline(start, straight, tmp_path):
     assert json.loads((run / "pipeline" / "training.json").read_text())["step"] == 9
 
 
-@pytest.mark.parametrize("fault", ["no folder for the grids", "NaN EMA weights"])
-def test_failed_sampling_does_not_change_the_losses(start, straight, tmp_path, fault):
+def test_failed_sampling_does_not_change_the_losses(start, straight, tmp_path):
     run = copy_until(straight, tmp_path / "run", 3)
-    if fault == "no folder for the grids":
-        shutil.rmtree(run / "samples")
-        (run / "samples").write_text("a file where the folder should be")
-    else:
-        rewrite(run / "checkpoint-3", "ema_unet", lambda value: value * float("nan"))
+    rewrite(run / "checkpoint-3", "ema_unet", lambda value: value * float("nan"))
+    change_identity(run / "checkpoint-3", optimizer=None)  # older than this setting
     output = start(run, "--save_images_steps", "1").finish(0)
-    assert output.count("sampling failed, training goes on") == 6
+    assert output.count("sampling failed: ") == 6
     assert records(run, "loss") == records(straight, "loss")
-    ours, theirs = (load_file(folder / "checkpoint-9" / "unet.safetensors") for folder in (run, straight))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert_same_file(run / "checkpoint-9", straight / "checkpoint-9", "unet")
 
 
 # ---- Incompatible checkpoints
@@ -189,24 +177,9 @@ def test_error_lists_all_differences_from_the_checkpoint(start, straight, tmp_pa
         "post_hoc_ema: True -> False",
         "label_column: None -> 'glasses'",
         "label_names: None -> ['no', 'yes']",
-        "num_class_embeds: None -> 3",
     ):
         assert text in line
     assert contents(run) == before
-
-
-def test_checkpoints_without_an_objective_count_as_ddpm(start, straight, tmp_path):
-    run = copy_until(straight, tmp_path / "run", 3)
-    old = "prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr".split()
-    new = [name for name in resumable.OBJECTIVE if name not in old]
-    change_identity(run / "checkpoint-3", **dict.fromkeys([*new, "label_column", "label_names", "post_hoc_ema"]))
-    line = error_line(start(run, "--objective", "edm").finish(1))
-    assert "objective: 'ddpm' -> 'edm'; post_hoc_ema: False -> True" in line
-    without = ["--post_hoc_ema", "false"]
-    weighted = copy_until(run, tmp_path / "weighted", 3)
-    start(weighted, "--snr_gamma", "5", *without).finish(0)  # old checkpoints do not record loss weights
-    start(run, *without).finish(0)
-    assert records(run, "loss") == records(straight, "loss")
 
 
 def test_overwriting_deletes_only_the_files_of_the_earlier_run(start, straight, tmp_path):
@@ -233,13 +206,6 @@ def test_run_stopped_before_its_first_update_exports_no_model(start, straight, t
     assert contents(run / "pipeline") == before
 
 
-def test_tracker_failure_exits_with_code_1_and_one_line(start, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "logs").touch()
-    assert "logs" in error_line(start(run, "--report_to", "tensorboard").finish(1))
-
-
 # ---- Signals
 
 
@@ -259,22 +225,23 @@ def signal_while_sampling(number: int) -> None:
     samples.stop_callback = stop_callback_with_signal
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
 @pytest.mark.parametrize(
-    ("file", "checkpoints", "message"),
+    ("number", "file", "checkpoints", "message"),
     [
-        ("/run/.tmp-config.yaml", [], "before the training began"),
-        ("/run/log.jsonl", [1], "the pipeline is"),
-        ("/run/.tmp-checkpoint-3/", [3], "the pipeline is"),
-        (None, [2], "step 2: sampling given up"),
+        (signal.SIGINT, "/run/.tmp-config.yaml", [], "stopped before training began"),
+        (signal.SIGTERM, "/run/.tmp-config.yaml", [], "stopped before training began"),
+        (signal.SIGINT, "/run/log.jsonl", [1], "the pipeline is"),
+        (signal.SIGTERM, "/run/.tmp-checkpoint-3/", [3], "the pipeline is"),
+        (signal.SIGTERM, None, [2], "step 2: sampling failed: the run is stopping"),
     ],
-    ids=["before the first step", "during a step", "while saving", "while sampling"],
+    ids=["before the first step", "before the first step", "during a step", "while saving", "while sampling"],
 )
-def test_signals_end_the_run_gracefully(start, tmp_path, number, code, file, checkpoints, message):
+def test_signals_end_the_run_gracefully(start, tmp_path, number, file, checkpoints, message):
     run, flags = tmp_path / "run", ["--save_images_steps", "2"] if file is None else []
     fault = partial(signal_at, number, "open", file, 1) if file else partial(signal_while_sampling, number)
-    output = start(run, *flags, fault=fault).finish(code)
-    assert message in (output if checkpoints else error_line(output))
+    output = start(run, *flags, fault=fault).finish(128 + number)
+    assert message in output
+    assert "Traceback" not in output
     assert list(checkpoint.list_checkpoints(run)) == checkpoints
     assert not list(run.glob("samples/*"))
     for step in checkpoints:
@@ -282,43 +249,7 @@ def test_signals_end_the_run_gracefully(start, tmp_path, number, code, file, che
         assert json.loads((run / "pipeline" / "training.json").read_text())["step"] == step
 
 
-class WriteRecorder(io.RawIOBase):
-    """An unbuffered stderr, as with PYTHONUNBUFFERED, that records each write."""
-
-    def __init__(self, before_each=lambda: None):
-        self.texts, self.before_each = [], before_each
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data) -> int:
-        self.before_each()
-        self.texts.append(bytes(data).decode())
-        return len(data)
-
-    def replace_stderr(self, monkeypatch) -> None:
-        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(self, write_through=True))
-
-
-@pytest.mark.parametrize("main", [train_unet.main, guidance.main, generate.main], ids=lambda main: main.__module__)
-def test_errors_are_a_single_write_so_that_processes_do_not_interleave(main, monkeypatch):
-    stderr = WriteRecorder()
-    stderr.replace_stderr(monkeypatch)
-    monkeypatch.setenv("RANK", "1")
-    assert main(["--nonsense", "1"]) == 2
-    (text,) = [text for text in stderr.texts if text]
-    assert re.fullmatch(r"\[rank 1\] error: .+\n", text)
-
-
-def test_signals_during_error_reporting_do_not_suppress_the_error(monkeypatch):
-    stderr = WriteRecorder(before_each=lambda: signal.raise_signal(signal.SIGTERM))
-    stderr.replace_stderr(monkeypatch)
-    assert train_unet.main(["--nonsense", "1"]) == 2
-    assert re.fullmatch(r"error: .+\n", "".join(stderr.texts))
-
-
 def signal_group_at(number: int, path_part: str, count: int) -> None:
-    """Signals the whole process group, as Ctrl-C in a terminal does."""
     os.setsid()
     act_at(lambda: os.killpg(0, number), "open", path_part, count)
 
@@ -331,11 +262,12 @@ def is_group_gone(group: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_signals_to_the_process_group_end_the_run_gracefully(start, tmp_path, number, code):
+def test_signals_to_the_process_group_end_the_run_gracefully(start, tmp_path):
+    """As Ctrl-C in a terminal, which also reaches the data loader's workers."""
     run = tmp_path / "run"
-    job = start(run, "--dataloader_num_workers", "2", fault=partial(signal_group_at, number, "/run/log.jsonl", 2))
-    assert "Traceback" not in job.finish(code)
+    fault = partial(signal_group_at, signal.SIGINT, "/run/log.jsonl", 2)
+    job = start(run, "--dataloader_num_workers", "2", fault=fault)
+    assert "Traceback" not in job.finish(130)
     assert list(checkpoint.list_checkpoints(run)) == [2]
     wait_until(lambda: is_group_gone(job.process.pid))
 
@@ -362,34 +294,6 @@ def test_signals_end_a_run_whose_data_loader_stalls(start, tmp_path):
     assert list(checkpoint.list_checkpoints(run)) == [max(records(run, "loss"))] == [3]  # two batches per update
 
 
-DECODING = """
-import signal
-from training.workers import CHUNK, on_all_cores
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with SIGINT ignored
-
-def decode(part):
-    if part.start >= 4 * CHUNK:
-        signal.pause()
-    return [(None, None)]
-
-for _ in on_all_cores(decode, 100 * CHUNK):
-    print("decoding", flush=True)
-"""
-
-
-def test_ctrl_c_while_decoding_is_reported_only_by_the_main_process():
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", DECODING], cwd=REPOSITORY, start_new_session=True, **pipes)
-    for _ in range(4):  # the workers take turns, then wait forever in the fifth chunk
-        assert process.stdout.readline() == "decoding\n"
-    os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == -signal.SIGINT
-    assert stderr.count("Traceback") == 1, stderr
-    assert stderr.endswith("KeyboardInterrupt\n")
-
-
 def test_stopping_accelerate_launch_stops_the_trainer_after_a_checkpoint(start, tmp_path):
     run = tmp_path / "run"
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | ENDLESS))
@@ -413,23 +317,6 @@ def test_stopping_accelerate_launch_stops_the_trainer_after_a_checkpoint(start, 
     assert step == max(records(run, "loss"))
     start(run, "--max_train_steps", str(step + 1), "--lr_scheduler", "constant").finish(0)
     assert max(records(run, "loss")) == step + 1
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("/usr/bin/python /usr/bin/accelerate launch train_unet.py", True),
-        ("python -m accelerate.commands.launch train_unet.py", True),
-        ("python /usr/bin/accelerate-launch train_unet.py", True),
-        ("bash -c accelerate launch train_unet.py", False),
-        ("python /usr/bin/accelerate env", False),
-        ("", False),
-    ],
-)
-def test_only_accelerate_launch_is_recognised_as_a_launcher(words, expected):
-    # a shell gets its whole command as one argument
-    command = ["bash", "-c", words.removeprefix("bash -c ")] if words.startswith("bash") else words.split()
-    assert is_accelerate_launch(command) == expected
 
 
 def test_second_process_exits_and_the_first_continues_undisturbed(start, straight, tmp_path):
@@ -465,7 +352,7 @@ def test_out_of_memory_error_names_the_option_to_lower(start, tmp_path):
     flags = ["--block_out_channels", "2048", "4096"]
     output = start(tmp_path / "run", *flags, fault=partial(limit_memory, 300_000_000)).finish(1)
     line = error_line(output)
-    assert "out of memory; lower --train_batch_size" in line
+    assert "out of memory; lower the batch size" in line
 
 
 def use_gradient_scaler(trainer, scale: float, monkeypatch) -> torch.amp.GradScaler:

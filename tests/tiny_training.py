@@ -22,7 +22,7 @@ from training.checkpoint import SNAPSHOTS, list_checkpoints
 from training.config import TrainConfig
 from training.log import read_log
 from training.post_hoc_ema import STORED
-from training.processes import StopSignal, build_accelerator
+from training.processes import Stop, build_accelerator
 from training.resumable import start_or_resume
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def cache_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Accelerate looks at the machine anew, and takes the CPU."""
+    """Resets the state of Accelerate and makes it choose the CPU."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
@@ -89,10 +89,10 @@ def train(tmp_path, cache_dir, on_cpu, capfd):
 
 
 def new_trainer(**changes) -> train_unet.Trainer:
-    """Of the tiny settings without dropout, with changes; ready for its first step."""
+    """A trainer with the tiny settings but without dropout, and with changes, ready for its first step."""
     AcceleratorState._reset_state(reset_partial_state=True)
     config = TrainConfig(**TINY | {"dropout": 0.0} | changes)
-    trainer = train_unet.Trainer(config, build_accelerator(config), float("inf"), StopSignal())
+    trainer = train_unet.Trainer(config, build_accelerator(config), Stop())
     start_or_resume(trainer)
     trainer.open_batches()
     return trainer
@@ -112,7 +112,7 @@ def make_trainer(tmp_path, cache_dir, on_cpu):
         trainer.lock.release()
 
 
-# ---- In processes of its own
+# ---- The main job in processes of its own
 
 
 class Run:
@@ -158,7 +158,7 @@ def _main(arguments: list[str], output: Path, environment: dict[str, str], fault
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory, cache_dir):
-    """Starts a `Run` with the tiny settings, flags, and a fault, which each of its processes calls at first."""
+    """Starts a `Run` with the tiny settings, flags, and a fault, a function that each of its processes calls first."""
     folder = tmp_path_factory.mktemp("start")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     context = multiprocessing.get_context("forkserver")
@@ -178,7 +178,7 @@ def start(tmp_path_factory, cache_dir):
 
 @pytest.fixture(scope="session")
 def straight(start, tmp_path_factory) -> Path:
-    """The folder of a run that nothing disturbed; its checkpoints are those of steps 3, 6 and 9."""
+    """The output folder of an uninterrupted run, with the checkpoints of steps 3, 6 and 9."""
     folder = tmp_path_factory.mktemp("straight") / "run"
     start(folder, "--checkpoints_total_limit", "null").finish(0)
     return folder
@@ -210,7 +210,7 @@ def full_disk_at(num_bytes: int, event: str, path_part: str) -> None:
 
 
 def full_disk(num_bytes: int) -> None:
-    """No file can grow beyond this; the write fails as on a full disk."""
+    """Limits the size of files, so that writes fail as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
@@ -248,7 +248,7 @@ def assert_same_file(one: Path, other: Path, name: str) -> None:
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
-    """Of two checkpoints, and of the snapshots up to them."""
+    """Compares two checkpoints and the snapshots of their runs."""
     for name in ("unet", "ema_unet", "optimizer", *STORED):
         assert_same_file(one, other, name)
     steps = [list(list_checkpoints(folder.parent / SNAPSHOTS)) for folder in (one, other)]

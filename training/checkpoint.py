@@ -10,7 +10,6 @@ OUTPUT_DIR/ema_snapshots/checkpoint-STEP, and a new run sets them aside or delet
 No random state is saved: all randomness in a step derives from (seed, step, rank). Nothing is pickled.
 """
 
-import errno
 import json
 import logging
 import os
@@ -59,19 +58,18 @@ def lock_output_dir(output_dir: Path) -> FileLock:
             (new if new.exists() else old).rename(output_dir / name)
     newest = max(list_checkpoints(output_dir), default=None)
     before = "there is no complete one" if newest is None else f"the newest complete one is checkpoint-{newest}"
-    for folder in (output_dir, output_dir / SNAPSHOTS):
-        for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
-            name = leftover.name.removeprefix(TEMPORARY_PREFIX)
-            if _NAME.fullmatch(name) and folder == output_dir:
-                logger.info(f"{output_dir}: the save of {name} was cut off; {before}")
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for leftover in (*output_dir.glob(f"{TEMPORARY_PREFIX}*"), *output_dir.glob(f"{SNAPSHOTS}/{TEMPORARY_PREFIX}*")):
+        name = leftover.name.removeprefix(TEMPORARY_PREFIX)
+        if _NAME.fullmatch(name) and leftover.parent == output_dir:
+            logger.info(f"{output_dir}: the save of {name} was cut off; {before}")
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
 
 
 def list_checkpoints(output_dir: Path) -> dict[int, Path]:
     """Step -> folder of the folders named checkpoint-STEP, in ascending order; other names are ignored."""
-    matches = {path: _NAME.fullmatch(path.name) for path in output_dir.glob("checkpoint-*") if path.is_dir()}
-    return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
+    folders = (path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return dict(sorted((int(path.name.removeprefix("checkpoint-")), path) for path in folders))
 
 
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
@@ -117,13 +115,6 @@ def set_aside_newer(output_dir: Path, step: int) -> None:
             logger.info(f"{path} is newer than the checkpoint resumed from: renamed to {aside.name}")
 
 
-def delete_all(output_dir: Path) -> None:
-    """Deletes all checkpoints, including those set aside, and the snapshots, but nothing else."""
-    for path in output_dir.iterdir():
-        if path.is_dir() and re.fullmatch(rf"(abandoned-)?checkpoint-\d+|{SNAPSHOTS}", path.name):
-            shutil.rmtree(path)
-
-
 # ---- Writing
 
 
@@ -159,8 +150,7 @@ def save_checkpoint(
         _flush_to_disk(output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = os.strerror(errno.ENOSPC) if "No space left" in str(error) else error
-        raise Failed(f"could not write {folder}: {reason}") from error
+        raise Failed(f"could not write {folder}: {error}") from error
     if total_limit is not None:
         for path in list(list_checkpoints(output_dir).values())[:-total_limit]:
             _delete(path)
@@ -193,13 +183,8 @@ def verify_checkpoint(folder: Path) -> None:
     Raises:
         Failed: naming the first file that is missing, truncated or altered.
     """
-    manifest = _read_manifest(folder)
-    if STATE not in manifest or any(name != os.path.basename(name) for name in manifest):
-        raise Failed(f"{folder / MANIFEST} is damaged: it must list {STATE} and only files of its own folder")
-    for name, entry in manifest.items():
+    for name, entry in ({STATE: None} | _read_manifest(folder)).items():
         path = folder / name
-        if not path.is_file():
-            raise Failed(f"{path} is missing")
         try:
             found = _file_entry(path)
         except OSError as error:
@@ -212,8 +197,8 @@ def _read_manifest(folder: Path) -> dict:
     """File name -> its size and checksum. Raises Failed if it is not a JSON object."""
     path = folder / MANIFEST
     try:
-        return {**json.loads(path.read_text())}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise Failed(f"{path} is missing or damaged") from error
 
 
@@ -222,15 +207,16 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / STATE).read_text())
 
 
-def recorded_state(config) -> dict | None:
-    """The state of the checkpoint that the run of a `TrainConfig` resumes from; None for a new run.
-
-    Raises:
-        Failed: as in `find_checkpoint`.
-    """
+def checkpoint_of(config) -> Path | None:
+    """The checkpoint that the run of a `TrainConfig` resumes from; None for a new run. Raises Failed."""
     if config.overwrite_output_dir:
         return None
-    folder = find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
+    return find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
+
+
+def recorded_state(config) -> dict | None:
+    """The state of that checkpoint."""
+    folder = checkpoint_of(config)
     return None if folder is None else read_state(folder)
 
 

@@ -1,25 +1,18 @@
-"""Facts about a run: two properties of its network, the records of log.jsonl, and the training.json of its model."""
+"""Facts about a run: the records of log.jsonl, and the training.json of its model."""
 
 import json
 import platform
 import re
-import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from common import markdown_table, replace_file, unwritable
 from training.config import TrainConfig
 from training.workers import available_cores
 
 LIBRARIES = "torch diffusers accelerate datasets".split()
-
-# ---- The network, before the start
 
 
 def levels_without_time(config: TrainConfig) -> list[int]:
@@ -35,33 +28,14 @@ def levels_without_time(config: TrainConfig) -> list[int]:
     ]
 
 
-def activation_bytes(compute_loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
-    """Bytes that autograd saves for the backward pass, excluding parameters; each storage counts once."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    total = 0
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal total
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            total += storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = compute_loss()  # kept alive: the address of a freed storage could be reused
-    del loss
-    return total
-
-
 # ---- During training
 
 
 class RunLog:
     """The records of a run, in memory and as a JSON Lines file, each with the `step` it belongs to.
 
-    On opening, records beyond `step` are replaced by one with the number of lost steps: their updates were lost when
-    their process died. An incomplete last line, left by a crash, is dropped.
+    On opening, records beyond `step` are dropped, since their updates were lost when their process died, and so is an
+    incomplete last line.
 
     Raises:
         OSError: here and in `write`, naming the path, if it cannot be written; its previous content is kept.
@@ -69,10 +43,7 @@ class RunLog:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        before = read_log(path)
-        self.records = [record for record in before if record["step"] <= step]
-        if len(self.records) < len(before):
-            self.records.append({"step": step, "lost_steps": max(record["step"] for record in before) - step})
+        self.records = [record for record in read_log(path) if record["step"] <= step]
         replace_file(path, "".join(f"{json.dumps(record)}\n" for record in self.records).encode())
 
     def write(self, step: int, **values) -> None:
@@ -99,25 +70,8 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
-@dataclass
-class Interval:
-    """Sums between two log records; tensors stay on the device until they are read."""
-
-    attempts: int = 0
-    seconds: float = 0.0
-    updates: int = 0
-    loss_sum: Tensor | float = 0.0
-    grad_norm: Tensor | float = 0.0  # of the last update
-    set_up_seconds: float | None = None  # first interval only: from the start of the process to the training loop
-
-    def add_update(self, loss: Tensor, grad_norm: Tensor) -> None:
-        self.updates += 1
-        self.loss_sum = self.loss_sum + loss
-        self.grad_norm = grad_norm
-
-
 def heldout_table(records: list[dict]) -> str:
-    """The first, middle and last held-out loss as a Markdown table, the speed, and the cost of starts and kills.
+    """The first, middle and last held-out loss as a Markdown table.
 
     Raises:
         ValueError: if no record has a held-out loss.
@@ -130,18 +84,7 @@ def heldout_table(records: list[dict]) -> str:
         [f"{record['images_seen']:,}", *(f"{record[key]:.4f}" for key in keys)]
         for record in (heldout[0], heldout[len(heldout) // 2], heldout[-1])
     ]
-    table = markdown_table(["images seen", "held-out loss", "q1 (least noise)", "q2", "q3", "q4"], rows)
-    starts = [record["set_up_seconds"] for record in records if "set_up_seconds" in record]
-    lost = sum(record.get("lost_steps", 0) for record in records)
-    speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
-    minutes = max(record.get("train_seconds", 0) for record in records) / 60
-    lines = [table, "", f"{minutes:.1f} minutes in updates, median {statistics.median(speeds):.1f} images/s"]
-    if starts:
-        lines.append(
-            f"{len(starts)} starts, {statistics.median(starts):.0f} s each until the first update (median);"
-            f" {lost} updates lost by kills"
-        )
-    return "\n".join(lines)
+    return markdown_table(["images seen", "held-out loss", "q1 (least noise)", "q2", "q3", "q4"], rows)
 
 
 # ---- The facts that are shipped with the model, in the training.json of its folder

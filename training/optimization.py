@@ -61,7 +61,8 @@ class Muon(torch.optim.AdamW):
                 average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 directions.append(parameter.grad.lerp(average, group["momentum"]).flatten(1))
             size = group["lr"] * 0.2 * max(shape) ** 0.5
-            for parameter, update in zip(parameters, orthogonalize(torch.stack(directions).to(self.dtype)), strict=True):
+            updates = orthogonalize(torch.stack(directions).to(self.dtype))
+            for parameter, update in zip(parameters, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update.view_as(parameter), alpha=size)
         return loss
@@ -70,9 +71,9 @@ class Muon(torch.optim.AdamW):
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Brings all singular values near 1 (0.7 to 1.2) by a Newton-Schulz iteration.
 
-    The usual iteration X <- P X with P = a + b X X^T + c (X X^T)^2 takes bf16, where each step corrects the rounding of
-    the one before. In other precisions only the small Gram matrix X X^T is iterated, as P X X^T P, and X is multiplied
-    once by the product of all P, which takes half the time.
+    The usual iteration X <- P X with P = a + b X X^T + c (X X^T)^2 takes bf16, where each step corrects the rounding
+    of the one before. In other precisions only the small Gram matrix X X^T is iterated, as P X X^T P, and X is
+    multiplied once by the product of all P, which takes half the time.
 
     Args:
         matrices: shape (N, rows, columns), at any scale.

@@ -4,6 +4,7 @@
 """
 
 import logging
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -11,58 +12,53 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from common import on_main_process, one_line
 from training.diffusion import heldout_loss
-from training.log import Interval, activation_bytes, levels_without_time, machine_facts
-from training.samples import SamplingStopped, draw_grid, save_grid
+from training.log import levels_without_time, machine_facts
+from training.samples import draw_grid, save_grid
 
 logger = logging.getLogger(__name__)
 
 
 def preflight_summary(trainer) -> str:
     """A table of the run's sizes, length and memory."""
-    config, network, data = trainer.config, trainer.network, trainer.data
-    num_processes, total_steps = trainer.accelerator.num_processes, trainer.total_steps
-    parameters = list(network.parameters())
-    image = torch.zeros(1, *config.image_shape, device=trainer.accelerator.device)
-    channels, height, width = config.image_shape
-    label = None if data.label_names is None else torch.zeros(1, dtype=torch.int64, device=image.device)
+    config, data = trainer.config, trainer.data
+    parameters, num_classes = list(trainer.network.parameters()), len(data.label_names or [])
     copies = 7 if config.post_hoc_ema else 5  # weights, gradients, two moments, EMAs
     state_bytes = sum(p.numel() * p.element_size() for p in parameters) * copies
-    batch_bytes = activation_bytes(lambda: trainer.loss(network, image, label), parameters) * config.train_batch_size
     length = "open-ended"
-    if total_steps:
+    if total_steps := trainer.total_steps:
         epochs = total_steps * trainer.images_per_update / len(data.store)
         length = f"{total_steps:,} updates = {epochs:.1f} epochs"
     if config.max_train_minutes:
         length += f", at most {config.max_train_minutes:g} minutes in this start"
-    objective = {name: value for name, value in config.objective_settings().items() if value not in (None, False)}
+    objective = [f"{k} {v}" for k, v in config.objective_settings().items() if v not in (None, False)]
+    channels, height, width = config.image_shape
     rows = {
         "network": f"{sum(p.numel() for p in parameters):,} parameters at {height}x{width}",
-        "objective": ", ".join(str(v) if k == "objective" else f"{k} {v}" for k, v in objective.items()),
+        "objective": ", ".join(objective).removeprefix("objective "),
         "data": f"{data.store.description['source']}, {config.split}: {len(data.store):,} images per epoch"
         + (", grey (--in_channels 1)" if channels == 1 else ""),
         "held-out data": f"{data.num_heldout_images:,} images",
-        "classes": "none" if data.label_names is None else f"{len(data.label_names)} of {config.label_column}",
+        "classes": f"{num_classes} of {config.label_column}" if num_classes else "none",
         "images per update": f"{trainer.images_per_update} = {config.train_batch_size} x"
-        f" {config.gradient_accumulation_steps} accumulated x {num_processes} processes",
+        f" {config.gradient_accumulation_steps} accumulated x {trainer.accelerator.num_processes} processes",
         "length": length,
-        "memory": f"{state_bytes / 2**20:,.0f} MiB for weights, gradients, optimizer and EMA;"
-        f" {batch_bytes / 2**20:,.0f} MiB for the activations of a batch (estimate)",
+        "memory": f"{state_bytes / 2**20:,.0f} MiB for weights, gradients, optimizer and EMA, without activations",
         "device": f"{trainer.accelerator.device}, precision {config.mixed_precision}",
         "output": config.output_dir,
         "starts at": f"step {trainer.progress.step}",
     }
     if config.metric is not None:
         rows["metric"] = (
-            f"{config.metric.upper()} of {config.metric_images:,} images every {config.metric_steps:,} updates"
+            f"{trainer.metric.title} of {config.metric_images:,} images every {config.metric_steps:,} updates"
         )
     if without_time := levels_without_time(config):
         rows["note"] = (
             f"level {without_time[0]} has one channel per group, so group norm cancels the time embedding; lower"
             " --norm_num_groups or set --resnet_time_scale_shift scale_shift"
         )
-    width = max(map(len, rows))
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+    return "\n".join(f"  {name:<17}  {value}" for name, value in rows.items())
 
 
 def record(trainer, **values: float) -> None:
@@ -72,19 +68,20 @@ def record(trainer, **values: float) -> None:
         trainer.accelerator.log(values, step=trainer.progress.step)
 
 
-def record_interval(trainer, interval: Interval, bar: tqdm) -> None:
+def record_interval(trainer, grad_norm: torch.Tensor, bar: tqdm) -> None:
     """Logs the means since the last record and shows them in the progress bar."""
+    progress, before = trainer.progress, trainer.last_record
+    num_images = (progress.attempts - before.attempts) * trainer.images_per_update
     values = {
-        "loss": trainer.accelerator.reduce(interval.loss_sum / interval.updates, "mean").item(),
+        "loss": trainer.accelerator.reduce(torch.stack(trainer.losses).mean(), "mean").item(),
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
-        "grad_norm": interval.grad_norm.item(),
-        "images_per_second": interval.attempts * trainer.images_per_update / interval.seconds,
-        "skipped_steps": trainer.progress.skipped_steps,
-        "train_seconds": trainer.progress.train_seconds,
+        "grad_norm": grad_norm.item(),
+        "images_per_second": num_images / (progress.train_seconds - before.train_seconds),
+        "skipped_steps": progress.skipped_steps,
+        "train_seconds": progress.train_seconds,
     }
-    if interval.set_up_seconds is not None:
-        values["set_up_seconds"] = interval.set_up_seconds
     record(trainer, **values)
+    trainer.losses, trainer.last_record = [], replace(progress)
     shown = {"loss": "loss", "lr": "learning_rate", "grad": "grad_norm", "images/s": "images_per_second"}
     bar.set_postfix({name: f"{values[key]:.3g}" for name, key in shown.items()} | trainer.last_metric)
 
@@ -133,10 +130,29 @@ def save_samples(trainer) -> None:
         for tracker in trainer.accelerator.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
-    except SamplingStopped:
-        logger.info(f"step {step}: sampling given up, the run is to stop")
     except Exception as error:  # training does not depend on samples
-        logger.info(f"step {step}: sampling failed, training goes on: {error}")
+        logger.info(f"step {step}: sampling failed: {one_line(error)}")
+
+
+def report_metric(trainer) -> None:
+    """Logs FID or KID of the EMA network and keeps the best weights in a folder of their own.
+
+    A failed measurement is logged and does not end the training. Raises Failed if that folder cannot be written.
+    """
+    if trainer.metric is not None:
+        on_main_process(trainer.accelerator, partial(_measure, trainer))
+
+
+def _measure(trainer) -> None:
+    metric, start = trainer.metric, f"step {trainer.progress.step}: {trainer.metric.title}"
+    try:
+        value = metric.measure(trainer.stop.is_due)
+    except Exception as error:  # training does not depend on the metric
+        logger.info(f"{start} could not be measured: {one_line(error)}")
+        return
+    logger.info(f"{start} {metric.keep_best(value, trainer.progress.step, trainer.best_dir, trainer.write_pipeline)}")
+    record(trainer, **{metric.name: value})
+    trainer.last_metric = {metric.name: f"{value:.3g}"}
 
 
 def facts(trainer) -> dict:

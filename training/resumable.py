@@ -15,16 +15,17 @@ from torch import Tensor
 
 from common import Failed, on_main_process, replace_file
 from training import checkpoint
-from training.config import DEFAULTS, LIMITS
+from training.config import LIMITS
 from training.log import RunLog
 from training.samples import list_grids
 
 logger = logging.getLogger(__name__)
 
 PROJECT = "unet"  # project name for the trackers; TensorBoard's folder
-# Settings of the loss and the noise process; those that an older checkpoint lacks had their defaults
-OBJECTIVE = ["objective", "label_dropout", *(name for name, limits in LIMITS.items() if "only" in limits)]
-OBJECTIVE.remove("sampler")
+# Settings of the data, the optimizer and the loss that a resumed run must keep, besides those of the network
+KEPT = "train_batch_size gradient_accumulation_steps random_flip label_column label_dropout seed".split()
+KEPT += ["optimizer", "post_hoc_ema", "objective", "timestep_sampling"]
+KEPT += [name for name, limits in LIMITS.items() if "only" in limits and name != "sampler"]
 
 
 @dataclass
@@ -42,9 +43,7 @@ class Progress:
 
 def identity(trainer) -> dict:
     """The settings that a resumed run must share with its checkpoint, as a flat dictionary."""
-    names = "train_batch_size gradient_accumulation_steps random_flip timestep_sampling optimizer seed post_hoc_ema"
-    names += " label_column"
-    found = trainer.unet_kwargs() | {name: getattr(trainer.config, name) for name in [*OBJECTIVE, *names.split()]}
+    found = trainer.unet_kwargs() | {name: getattr(trainer.config, name) for name in KEPT}
     found |= {"num_processes": trainer.accelerator.num_processes, "label_names": trainer.data.label_names}
     found["data_fingerprint"] = trainer.data.store.fingerprint
     return json.loads(json.dumps(found))  # turns tuples into lists, as in the file
@@ -80,17 +79,14 @@ def tracker_options(trainer) -> dict:
 
 def _take_output_dir(trainer) -> Path | None:
     """On the main process, locks the folder and returns the checkpoint to resume from, if any."""
-    config = trainer.config
     trainer.lock = checkpoint.lock_output_dir(trainer.output_dir)
-    if config.overwrite_output_dir:
-        return None
-    folder = checkpoint.find_checkpoint(trainer.output_dir, config.resume_from_checkpoint)
+    folder = checkpoint.checkpoint_of(trainer.config)
     if folder is None:
         return None
-    unsaid = {name: DEFAULTS[name] for name in [*OBJECTIVE, "optimizer", "post_hoc_ema"]}
-    unsaid |= {"snr_gamma": config.snr_gamma, "in_channels": 3, "out_channels": 3}
-    difference = checkpoint.difference(unsaid | checkpoint.read_state(folder)["identity"], identity(trainer))
-    if difference:
+    saved = checkpoint.read_state(folder)["identity"]
+    # an older checkpoint may lack settings that did not exist yet
+    current = {name: value for name, value in identity(trainer).items() if name in saved}
+    if difference := checkpoint.difference(saved, current):
         raise Failed(
             f"{folder} belongs to another run ({difference}); restore these settings, choose another --output_dir"
             " or start from scratch with --overwrite_output_dir"
@@ -102,11 +98,11 @@ def _prepare_output_dir(trainer) -> None:
     """On the main process, removes outputs that the run does not build on, and starts the log and config.yaml."""
     output_dir, step = trainer.output_dir, trainer.progress.step
     if trainer.config.overwrite_output_dir:
-        checkpoint.delete_all(output_dir)
+        logs, snapshots = output_dir / trainer.config.logging_dir / PROJECT, output_dir / checkpoint.SNAPSHOTS
+        checkpoints = [*checkpoint.list_checkpoints(output_dir).values(), *output_dir.glob("abandoned-checkpoint-*")]
+        for folder in (*checkpoints, snapshots, logs, trainer.best_dir):
+            shutil.rmtree(folder, ignore_errors=True)
         (output_dir / "log.jsonl").unlink(missing_ok=True)
-        for folder in (output_dir / trainer.config.logging_dir / PROJECT, trainer.best_dir):
-            if folder.exists():
-                shutil.rmtree(folder)
     checkpoint.set_aside_newer(output_dir, step)
     for grid_step, grid in list_grids(output_dir / "samples").items():
         if grid_step > step:

@@ -42,7 +42,7 @@ def stop_callback(should_stop: Callable[[], bool]) -> Callable:
 
     def look_for_stop(pipeline, index, timestep, tensors) -> None:
         if should_stop():
-            raise SamplingStopped
+            raise SamplingStopped("the run is stopping")
 
     return look_for_stop
 
