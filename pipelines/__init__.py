@@ -2,7 +2,7 @@
 
 from custom_unet import CustomUNet2DModel
 from pipelines import custom_unet_pipeline as shipped
-from pipelines.continuous import DiscreteVPScheduler
+from pipelines.continuous import process_of
 from training.sde import SDEScheduler, continuous_samplers
 
 
@@ -22,7 +22,7 @@ class CustomUNetPipeline(shipped.CustomUNetPipeline):
 
     @property
     def process(self) -> SDEScheduler:
-        return super().process or DiscreteVPScheduler(self._alphas_cumprod, self._prediction_type)
+        return super().process or process_of(self._trained)
 
 
 __all__ = ["CustomUNetPipeline"]

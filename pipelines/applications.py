@@ -292,7 +292,7 @@ def repaint_walk(num_steps: int, jump_length: int, num_resamples: int) -> list[i
 def _ddim(pipe: CustomUNetPipeline) -> DDIMScheduler:
     """A DDIM scheduler with the configuration of the pipeline's scheduler if that is DDIM, else of the trained one."""
     own = isinstance(pipe.scheduler, DDIMScheduler)
-    return scheduler_like(pipe.scheduler.config if own else pipe._trained_config, DDIMScheduler)
+    return scheduler_like(pipe.scheduler.config if own else pipe._trained.config, DDIMScheduler)
 
 
 def _ddim_levels(pipe: CustomUNetPipeline, num_inference_steps: int, eta: float = 0.0) -> tuple:

@@ -115,13 +115,13 @@ def test_timesteps_and_clipping_follow_the_current_ddim_scheduler(pipe):
     trained = invert(pipe, images, 7)
     pipe.set_sampler("unipc")
     torch.testing.assert_close(invert(pipe, images, 7), trained)
-    pipe.scheduler = DDIMScheduler.from_config(pipe._trained_config, timestep_spacing="leading")
+    pipe.scheduler = DDIMScheduler.from_config(pipe._trained.config, timestep_spacing="leading")
     assert not torch.allclose(invert(pipe, images, 7), trained, atol=0.01)
     assert reconstruction_error(pipe, images, 20, 20) < 1e-3
     drawn = []
     for clip in (False, True):
         ours = {"clip_sample": clip, "clip_sample_range": 0.01}
-        pipe.scheduler = DDIMScheduler.from_config(pipe._trained_config, **ours)
+        pipe.scheduler = DDIMScheduler.from_config(pipe._trained.config, **ours)
         drawn.append(inpaint(pipe, images[:1], np.ones((1, 2), np.float32), 10, seeds=[0], output_type="pt"))
     assert (drawn[1] - 0.5).abs().max() < 0.006 < (drawn[0] - 0.5).abs().max()
 
