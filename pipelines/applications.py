@@ -85,36 +85,23 @@ def _enlarged(image: Image.Image, scale: int) -> Image.Image:
 def denoising_strip(
     pipe: CustomUNetPipeline, num_frames: int = 10, num_inference_steps: int = 50, **call
 ) -> DenoisingStrip:
-    """Samples, and keeps x_t and the predicted x_0 at some of the steps.
+    """Samples, and shows x_t and the predicted x_0 at some of the steps.
 
     Args:
         num_frames: number of frames, at evenly spaced steps; the last one is the result; at least 2.
         call: other arguments of the pipeline's call (`seeds`, `eta`, `class_labels`, ...).
     """
-    if num_frames < 2:
-        raise ValueError(f"num_frames is {num_frames}; it must be at least 2")
-    pipe.check_inputs(num_inference_steps, call.get("eta", 0.0))
-    if pipe.continuous_sampler is None:
-        pipe.scheduler.set_timesteps(num_inference_steps)
-        total = len(pipe.scheduler.timesteps)
-    else:
-        total = pipe.process.num_evaluations(pipe.continuous_sampler, num_inference_steps)
-
-    def shown(total: int) -> list[int]:
-        return torch.linspace(0, total - 1, min(num_frames - 1, total)).round().int().tolist()
-
-    wanted, frames = None if total is None else shown(total), []
+    frames = []
 
     def keep(pipe, index, timestep, tensors) -> None:
-        if wanted is None or index in wanted:
-            pictures = [pipe.to_output(tensors[name], "pil") for name in ("noisy_images", "pred_original_sample")]
-            frames.append((timestep.item(), *pictures))
+        pictures = [pipe.to_output(tensors[name], "pil") for name in names]
+        frames.append((timestep.item(), *pictures))
 
-    watching = {"callback_on_step_end_tensor_inputs": ("noisy_images", "pred_original_sample")}
-    result = pipe(num_inference_steps=num_inference_steps, **call, callback_on_step_end=keep, **watching).images
-    if wanted is None:  # the sampler chose the number of its steps
-        frames = [frames[index] for index in shown(len(frames))]
-    timesteps, noisy, predicted = zip(*frames, strict=True)
+    names = ("noisy_images", "pred_original_sample")
+    callback = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": names}
+    result = pipe(num_inference_steps=num_inference_steps, **call, **callback).images
+    shown = torch.linspace(0, len(frames) - 1, min(num_frames - 1, len(frames))).round().int().tolist()
+    timesteps, noisy, predicted = zip(*(frames[index] for index in shown), strict=True)
     return DenoisingStrip([*timesteps], [*noisy, result], [*predicted, result])
 
 
@@ -137,12 +124,7 @@ def interpolate(
         start, end: a seed, or a latent of shape (1, C, H, W), for example from `invert`.
         num_images: number of images including both ends, at least 2.
     """
-    if num_images < 2:
-        raise ValueError(f"num_images is {num_images}; it must be at least 2")
     start, end = (x if isinstance(x, Tensor) else pipe.draw_noise(1, generators([x])) for x in (start, end))
-    for latents in (start, end):
-        if tuple(latents.shape) != (shape := (1, *pipe.image_shape)):
-            raise ValueError(f"latents to interpolate have the shape {tuple(latents.shape)}; it must be {shape}")
     deterministic = type(pipe)(pipe.unet, pipe.scheduler if pipe.is_continuous else _ddim(pipe))
     if pipe.is_continuous:
         name = pipe.scheduler.default_sampler.name
@@ -183,14 +165,12 @@ def invert(
     instead of v, the iterations do not converge when x_t has little signal or little noise.)
 
     Args:
-        num_fixed_point_iterations: network evaluations per step; more make the inversion more accurate.
+        num_fixed_point_iterations: network evaluations per step, at least 1; more make the inversion more accurate.
 
     Returns:
         float32 latents of shape (B, C, H, W), for `pipe(latents=...)` with `DDIMScheduler`. Clipping in the sampler
         loses information: for an accurate reconstruction set `clip_sample=False` in its configuration.
     """
-    if num_fixed_point_iterations < 1:
-        raise ValueError(f"num_fixed_point_iterations is {num_fixed_point_iterations}; it must be at least 1")
     _, timesteps, levels = _ddim_levels(pipe, num_inference_steps)
     latents = _to_model_range(pipe, image)
     guidance = pipe.guidance(class_labels, len(latents))
@@ -219,8 +199,6 @@ def variations(
         eta: eta of the denoising steps (eq. 16 of DDIM); with 0, only the added noise is random.
     """
     scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps, eta)
-    if not 0 <= timestep < scheduler.config.num_train_timesteps:
-        raise ValueError(f"timestep is {timestep}; it must be 0 to {scheduler.config.num_train_timesteps - 1}")
     batch = _batch_of(pipe, image, **call)
     start = min(range(1, len(levels)), key=lambda k: abs(timesteps[k - 1] - timestep))
     signal, sigma = scales(levels[start])
@@ -251,8 +229,6 @@ def inpaint(
     Args:
         mask: PIL image, array (H, W) or tensor (B or 1, 1, H, W); values above one half mark the part to paint.
     """
-    if jump_length < 1 or num_resamples < 1:
-        raise ValueError(f"jump_length is {jump_length} and num_resamples {num_resamples}; they must be at least 1")
     scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps)
     painted = _mask(pipe, mask)
     batch = _batch_of(pipe, image, painted, **call)
@@ -338,8 +314,6 @@ def decode(
 
     The images keep the noise of the first time; `pipe(latents=...)` removes it with a last evaluation.
     """
-    check_output_type(output_type)
-    pipe.batch_and_generator(None, None, None, latents)
     latents, sde = latents.to(pipe._execution_device, torch.float32), _process_of(pipe).sde
     x = _solve(pipe, sde.prior_std * latents, sde.last_time, sde.first_time, tolerance, class_labels)
     return pipe.to_output(x / sde.signal_scale(torch.tensor(sde.first_time, dtype=torch.float64)), output_type)
@@ -445,8 +419,6 @@ def _mask(pipe: CustomUNetPipeline, mask: Images) -> Tensor:
     shape = (1, *pipe.image_shape[1:])
     if tuple(painted.shape[1:]) != shape:
         raise ValueError(f"mask has the shape {tuple(painted.shape)}; it must be {(1, *shape)}")
-    if not painted.any():
-        raise ValueError("mask is nowhere above one half; there is nothing to paint")
     return painted.to(pipe._execution_device)
 
 

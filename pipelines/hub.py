@@ -33,12 +33,6 @@ def model_files(folder: Path) -> list[str]:
         InputError: if a file is missing or broken, if a name or a link leads out of the folder, or if weights are
             pickled, because loading a pickle can run arbitrary code.
     """
-    if (folder / "config.json").is_file() and not (folder / "unet").exists():
-        copy = "from pipelines import *; CustomUNetPipeline.from_pretrained({!r}).save_pretrained('NEW')"
-        raise InputError(
-            f"{folder} has its network beside model_index.json, as in google/ddpm-*; write it in the layout of this"
-            f" repository first: {shlex.join(['python', '-c', copy.format(str(folder))])}"
-        )
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is not a model repository: it lacks model_index.json")
     index = read_mapping(folder / "model_index.json")

@@ -72,7 +72,6 @@ class CustomUNetPipeline(DiffusionPipeline):
     unet_class: type[ModelMixin] = UNet2DModel
     scheduler_classes: tuple[type[SchedulerMixin], ...] = SUITABLE
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ("latents", "noisy_images", "pred_original_sample")
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
