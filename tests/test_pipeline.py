@@ -282,16 +282,6 @@ def test_from_pretrained_takes_components_and_network_arguments(pipe, tmp_path):
         CustomUNetPipeline.from_pretrained(tmp_path, use_safetensors=False)
 
 
-def test_saving_warns_about_samplers_that_cannot_be_saved(v_pipe, tmp_path, caplog):
-    v_pipe.set_sampler("unipc")
-    v_pipe.save_pretrained(tmp_path / "unipc")
-    assert type(CustomUNetPipeline.from_pretrained(tmp_path / "unipc").scheduler) is UniPCMultistepScheduler
-    assert caplog.messages == []
-    v_pipe.set_sampler("edm_heun")
-    v_pipe.save_pretrained(tmp_path / "edm_heun")
-    assert caplog.messages == ["the sampler edm_heun is not saved: set it again after loading"]
-
-
 def test_shipped_pipeline_offers_only_diffusers_samplers(pipe):
     shipped = quiet(custom_unet_pipeline.CustomUNetPipeline(pipe.unet, pipe.scheduler))
     assert shipped.samplers == tuple(SAMPLERS)

@@ -22,11 +22,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-
-logger = logging.get_logger(__name__)
 
 # Samplers by name: class and settings. The multistep solvers use trailing spacing, because with leading spacing and
 # many steps they start far from the last timestep.
@@ -120,8 +117,6 @@ class CustomUNetPipeline(DiffusionPipeline):
         diffusers alone would write the module paths of this process and not copy the code.
         """
         super().save_config(save_directory, **kwargs)
-        if self._continuous is not None and self._continuous[1] is self.scheduler:
-            logger.warning(f"the sampler {self._continuous[0].name} is not saved: set it again after loading")
         folder = Path(save_directory)
         unet = getattr(self.unet, "_orig_mod", self.unet)  # unwraps torch.compile
         parts = {"unet": unet, "scheduler": self.scheduler}
@@ -235,8 +230,8 @@ class CustomUNetPipeline(DiffusionPipeline):
         batch_size, generator = self.batch_and_generator(batch_size, generator, seeds, latents)
         guidance = self.guidance(class_labels, batch_size, guidance_scale)
         # The latents stay float32 whatever the network's dtype: each step changes them only a little.
-        noise = self.draw_noise(batch_size, generator) if latents is None else latents
-        latents = noise.to(self._execution_device, torch.float32)
+        draw_noise = partial(self.draw_noise, batch_size, generator)
+        latents = (draw_noise() if latents is None else latents).to(self._execution_device, torch.float32)
 
         def tell(index: int, timestep: Tensor, **tensors: Tensor) -> dict:
             """Calls the caller's callback and returns its result."""
@@ -245,8 +240,14 @@ class CustomUNetPipeline(DiffusionPipeline):
             chosen = {name: tensors[name].float() for name in callback_on_step_end_tensor_inputs}
             return callback_on_step_end(self, index, timestep, chosen) or {}
 
-        sample = self._reverse_timesteps if self.continuous_sampler is None else self._reverse_process
-        images = self.to_output(sample(latents, num_inference_steps, eta, generator, guidance, tell), output_type)
+        if self.continuous_sampler is None:
+            images = self._reverse_timesteps(latents, num_inference_steps, eta, generator, guidance, tell)
+        else:
+            process, sampler = self.process, self.continuous_sampler
+            total = process.num_evaluations(sampler, num_inference_steps)
+            with self.denoising(process, guidance, total, tell) as denoise:
+                images = process.sample(sampler, denoise, latents, num_inference_steps, draw_noise)
+        images = self.to_output(images, output_type)
         return GeneratedImages(images=images, network_evaluations=guidance.evaluations) if return_dict else (images,)
 
     def _reverse_timesteps(self, latents, num_inference_steps, eta, generator, guidance, tell) -> Tensor:
@@ -287,14 +288,6 @@ class CustomUNetPipeline(DiffusionPipeline):
                 seen = {"noisy_images": noisy_images, "pred_original_sample": clean_images}
                 latents = tell(index, timestep, latents=latents, **seen).get("latents", latents)
         return latents
-
-    def _reverse_process(self, latents, num_inference_steps, eta, generator, guidance, tell) -> Tensor:
-        """Samples with a continuous-time sampler, which has no eta."""
-        process, sampler = self.process, self.continuous_sampler
-        total = process.num_evaluations(sampler, num_inference_steps)
-        draw_noise = partial(self.draw_noise, len(latents), generator)
-        with self.denoising(process, guidance, total, tell) as denoise:
-            return process.sample(sampler, denoise, latents, num_inference_steps, draw_noise)
 
     @contextmanager
     def denoising(self, process, guidance: "Guidance", total: int | None, tell=None, clip: bool = True) -> Iterator:
