@@ -25,10 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines import CustomUNetPipeline
-from pipelines.continuous import process_of
 from pipelines.custom_unet_pipeline import (
     Guidance,
-    check_fractional_timesteps,
     check_output_type,
     clean_images_and_noise,
     ddim_step,
@@ -38,7 +36,7 @@ from pipelines.custom_unet_pipeline import (
     scales,
     scheduler_like,
 )
-from training.sde import SDEScheduler, predictor_corrector, sampling_times, solve_ode
+from training.sde import predictor_corrector, sampling_times, solve_ode
 
 # Rows: the grey axis and two colour axes
 GREY_AND_COLOURS = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]]) / torch.tensor([[3.0], [2], [6]]).sqrt()
@@ -66,20 +64,21 @@ class DenoisingStrip:
         cells, columns = [], len(self.noisy_images)
         for row in range(len(self.noisy_images[0])):
             cells += [frame[row] for frame in self.noisy_images] + [frame[row] for frame in self.pred_original_samples]
-        return _enlarged(make_image_grid(cells, rows=len(cells) // columns, cols=columns), scale)
+        return enlarged(make_image_grid(cells, rows=len(cells) // columns, cols=columns), scale)
 
     def save_gif(self, file, scale: int = 1, frame_milliseconds: int = 100) -> None:
         """Writes an animation to a path or file: x_t beside the predicted x_0; the last frame lasts two seconds."""
         frames = []
         for noisy, predicted in zip(self.noisy_images, self.pred_original_samples, strict=True):
             cells = [image for pair in zip(noisy, predicted, strict=True) for image in pair]
-            frames.append(_enlarged(make_image_grid(cells, rows=len(noisy), cols=2), scale))
+            frames.append(enlarged(make_image_grid(cells, rows=len(noisy), cols=2), scale))
         durations = [frame_milliseconds] * (len(frames) - 1) + [2000]
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def _enlarged(image: Image.Image, scale: int) -> Image.Image:
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+def enlarged(image: Image.Image, factor: int) -> Image.Image:
+    """The image with every pixel as a square of `factor` pixels' side."""
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def denoising_strip(
@@ -301,7 +300,7 @@ def encode(pipe: CustomUNetPipeline, image: Images, tolerance: float = 1e-3, cla
     Returns:
         float32 latents of unit variance, shape (B, C, H, W), which also suit `pipe(latents=...)`.
     """
-    clean_images, sde = _to_model_range(pipe, image), _process_of(pipe).sde
+    clean_images, sde = _to_model_range(pipe, image), pipe.process.sde
     x = sde.signal_scale(torch.tensor(sde.first_time, dtype=torch.float64)) * clean_images
     return finite(_solve(pipe, x, sde.first_time, sde.last_time, tolerance, class_labels) / sde.prior_std)
 
@@ -314,14 +313,14 @@ def decode(
 
     The images keep the noise of the first time; `pipe(latents=...)` removes it with a last evaluation.
     """
-    latents, sde = latents.to(pipe._execution_device, torch.float32), _process_of(pipe).sde
+    latents, sde = latents.to(pipe._execution_device, torch.float32), pipe.process.sde
     x = _solve(pipe, sde.prior_std * latents, sde.last_time, sde.first_time, tolerance, class_labels)
     return pipe.to_output(x / sde.signal_scale(torch.tensor(sde.first_time, dtype=torch.float64)), output_type)
 
 
 def _solve(pipe: CustomUNetPipeline, x: Tensor, start: float, end: float, tolerance: float, class_labels) -> Tensor:
     """Solves the probability-flow ODE for x, float32 (B, C, H, W), from one time to another."""
-    process, guidance = _process_of(pipe), pipe.guidance(class_labels, len(x))
+    process, guidance = pipe.process, pipe.guidance(class_labels, len(x))
     process.sampler("ode", tolerance=tolerance)  # raises ValueError for an invalid tolerance
     with pipe.denoising(process, guidance, total=None, clip=False) as denoise:  # clipping is not invertible
         return solve_ode(denoise.pf_ode, x, start, end, tolerance)[0].float()
@@ -371,7 +370,7 @@ def draw_given(
         basis: orthonormal basis of the channels, shape (C, C), one vector per row; None for the channels themselves.
         snr, corrector_steps: see `predictor_corrector`.
     """
-    process, settings = _process_of(pipe), {"snr": snr, "corrector_steps": corrector_steps}
+    process, settings = pipe.process, {"snr": snr, "corrector_steps": corrector_steps}
     total = process.num_evaluations(process.sampler("predictor_corrector", **settings), num_inference_steps)
     batch, sde = _batch_of(pipe, image, known, **call), process.sde
 
@@ -394,11 +393,6 @@ def draw_given(
 
 
 # ---- Inputs
-
-
-def _process_of(pipe: CustomUNetPipeline) -> SDEScheduler:
-    check_fractional_timesteps(pipe.unet)
-    return process_of(pipe.scheduler)
 
 
 def _to_model_range(pipe: CustomUNetPipeline, image: Images) -> Tensor:

@@ -170,7 +170,6 @@ class CustomUNetPipeline(DiffusionPipeline):
             why = "; the network was trained in continuous time" if name in SAMPLERS else ""
             raise ValueError(f"there is no sampler {name!r}{why}; there are {', '.join(self.samplers)}")
         if name not in SAMPLERS:
-            check_fractional_timesteps(self.unet)
             self.scheduler = self.process if self.is_continuous else self.scheduler
             self._continuous = self.process.sampler(name, **settings), self.scheduler
             return
@@ -299,6 +298,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             tell: called after each evaluation, as in `_reverse_timesteps`.
             clip: whether to clip x_0 if the scheduler's configuration says so.
         """
+        check_fractional_timesteps(self.unet)
         config = self.scheduler.config  # schedulers also keep settings that are not their own
         bound = config.get("clip_sample_range", 1.0) if clip and config.get("clip_sample") else math.inf
         indices = itertools.count()

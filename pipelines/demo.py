@@ -18,7 +18,7 @@ from PIL import Image, ImageChops, ImageOps
 
 from common import InputError, Parser, check_numbers, run_command
 from pipelines import CustomUNetPipeline
-from pipelines.applications import denoising_strip, impute, inpaint, interpolate
+from pipelines.applications import denoising_strip, enlarged, impute, inpaint, interpolate
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import find_pipeline, load_pipeline
 
@@ -290,10 +290,6 @@ def consecutive_seeds(first: int | None, number: int) -> list[int]:
     if first is None:
         raise error_shown("the seed is empty; type a whole number")
     return list(range(first, first + number))
-
-
-def enlarged(image: Image.Image, factor: int) -> Image.Image:
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def error_shown(message: str) -> gr.Error:

@@ -60,20 +60,11 @@ def _is_intact(path: Path) -> bool:
 
 
 def generate_images(
-    pipeline: CustomUNetPipeline,
-    folder: Path,
-    seeds: Sequence[int],
-    *,
-    batch_size: int,
-    class_label: Sequence[int] | None = None,
-    show_progress: bool = False,
-    **arguments,
+    pipeline: CustomUNetPipeline, seeds: Sequence[int], options: argparse.Namespace, show_progress: bool
 ) -> int:
     """Writes the image of each seed; a file gets its final name only when it is complete.
 
-    Args:
-        class_label: K labels for a network with class embeddings; seed s gets label number s mod K.
-        arguments: further arguments of the pipeline's call.
+    With K class labels, seed s gets label number s mod K.
 
     Returns:
         the total number of network evaluations.
@@ -82,18 +73,25 @@ def generate_images(
         Failed: if the pipeline raises an error, such as for non-finite images.
         OSError: if an image cannot be written.
     """
+    labels = options.class_label
     evaluations = 0
-    for first in tqdm(range(0, len(seeds), batch_size), "generating", unit="batch", disable=not show_progress):
-        batch = seeds[first : first + batch_size]
-        labels = class_label and [class_label[seed % len(class_label)] for seed in batch]
+    firsts = range(0, len(seeds), options.batch_size)
+    for first in tqdm(firsts, "generating", unit="batch", disable=not show_progress):
+        batch = seeds[first : first + options.batch_size]
         try:
-            result = pipeline(seeds=batch, class_labels=labels, **arguments)
+            result = pipeline(
+                seeds=batch,
+                num_inference_steps=options.steps,
+                eta=options.eta,
+                class_labels=labels and [labels[seed % len(labels)] for seed in batch],
+                guidance_scale=options.guidance_scale,
+            )
         except Exception as error:  # an untrusted model may hold anything
             if is_out_of_memory(error):
                 raise
             raise Failed(f"the model cannot be run: {one_line(error) or type(error).__name__}") from error
         for seed, image in zip(batch, result.images, strict=True):
-            _write_png(image_path(folder, seed), image)
+            _write_png(image_path(options.out, seed), image)
         evaluations += result.network_evaluations * len(batch)
     return evaluations
 
@@ -152,17 +150,8 @@ def fill_folder(
 
     record, missing = on_main_process(state, begin)
     started_at_seconds = time.perf_counter()
-    evaluations = generate_images(
-        pipeline,
-        options.out,
-        missing[state.process_index :: state.num_processes],
-        batch_size=options.batch_size,
-        class_label=options.class_label,
-        show_progress=state.is_main_process,
-        num_inference_steps=options.steps,
-        eta=options.eta,
-        guidance_scale=options.guidance_scale,
-    )
+    own = missing[state.process_index :: state.num_processes]
+    evaluations = generate_images(pipeline, own, options, show_progress=state.is_main_process)
     evaluations = sum(gather_object([evaluations]))  # waits for every process
     seconds = time.perf_counter() - started_at_seconds
     if state.is_main_process:
