@@ -195,7 +195,6 @@ def test_class_labels_reach_the_network():
         ({"seeds": [1], "generator": generators(1)}, "either seeds or generator"),
         ({"seeds": [1, 2**32]}, "they must be whole numbers from 0 to 4294967295"),
         ({"seeds": [0.7]}, "seeds are 0.7 to 0.7"),
-        ({"seeds": [-1]}, "seeds are -1 to -1"),
         ({"latents": torch.zeros(1, 3, 4, 4)}, r"latents have the shape \(1, 3, 4, 4\); it must be \(1, 3, 8, 8\)"),
         ({"latents": torch.zeros(2, 3, 8, 8), "seeds": [1]}, r"it must be \(1, 3, 8, 8\)"),
         ({"num_inference_steps": 0}, "1 to 1000"),
@@ -203,12 +202,9 @@ def test_class_labels_reach_the_network():
         ({"eta": 1.5}, r"eta is 1.5"),
         ({"output_type": "jpeg"}, "must be pil, np, pt or latent"),
         ({"class_labels": 1}, "no class embeddings"),
-        ({"sampler": "ddpm", "eta": 0.5}, "eta is 0.5, but DDPMScheduler does not take it"),
     ],
 )
 def test_bad_arguments_raise_value_errors(pipe, arguments, message):
-    pipe.set_sampler(arguments.get("sampler", "ddim"))
-    arguments = {name: value for name, value in arguments.items() if name != "sampler"}
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
 
