@@ -357,12 +357,12 @@ class CustomUNetPipeline(DiffusionPipeline):
         has_classes = num_classes is not None or self.unet.config.get("class_embed_type") is not None
         if scale != 1 and num_classes is None:
             raise ValueError(f"guidance_scale is {scale}, but the network has no table of classes with a null class")
-        if class_labels is None and has_classes:
+        if has_classes and class_labels is None:
             raise ValueError("the network has class embeddings: give class_labels")
+        if not has_classes and class_labels is not None:
+            raise ValueError("class_labels were given, but the network has no class embeddings")
         if class_labels is None:
             return Guidance()
-        if not has_classes:
-            raise ValueError("class_labels were given, but the network has no class embeddings")
         labels = torch.as_tensor(class_labels, device=self._execution_device)
         labels = labels.expand(batch_size) if labels.ndim == 0 else labels
         if len(labels) != batch_size:
@@ -474,13 +474,7 @@ def clean_images_and_noise(prediction_type, model_output, noisy_images, signal, 
 
 
 def ddim_step(
-    scheduler,
-    clean_images: Tensor,
-    noise: Tensor,
-    level: float,
-    next_level: float,
-    draw_noise: Callable,
-    eta: float,
+    scheduler, clean_images: Tensor, noise: Tensor, level: float, next_level: float, draw_noise: Callable, eta: float
 ) -> Tensor:
     """Eq. 12 of DDIM with the variance of eq. 16, from abar `level` to the higher `next_level`.
 
