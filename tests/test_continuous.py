@@ -8,9 +8,8 @@ import torch
 from diffusers import DDPMScheduler
 from exact_denoiser import Mixture, mixture
 from exact_sde import ExactSDENetwork
-from tiny_network import TINY
+from tiny_pipeline import quiet, tiny_pipeline
 
-from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
 from pipelines.applications import (
     GREY_AND_COLOURS,
@@ -51,23 +50,18 @@ SAMPLERS = {  # and their numbers of steps
 }
 
 
-def quiet(pipe: CustomUNetPipeline) -> CustomUNetPipeline:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def exact_pipeline(name: str, size: int = 1) -> CustomUNetPipeline:
     network = ExactSDENetwork(sample_size=size).double().eval().set_data(mixture(), SCHEDULERS[name])
     return quiet(CustomUNetPipeline(network, SCHEDULERS[name]))
 
 
-def tiny_pipeline(objective: str = "vp", **network) -> CustomUNetPipeline:
-    torch.manual_seed(0)
-    scheduler = DDPMScheduler()
-    if objective != "ddpm":
-        scheduler = SDEScheduler(objective=objective, prediction_type=PREDICTION_TYPES[objective][0])
+def pipeline_of(objective: str, **network) -> CustomUNetPipeline:
+    """A tiny pipeline with the scheduler's defaults."""
+    if objective == "ddpm":
+        return tiny_pipeline(DDPMScheduler(), **network)
     embedding = {"time_embedding_type": "fourier"} if objective == "ve" else {}
-    return quiet(CustomUNetPipeline(CustomUNet2DModel(**TINY | embedding | network), scheduler))
+    scheduler = SDEScheduler(objective=objective, prediction_type=PREDICTION_TYPES[objective][0])
+    return tiny_pipeline(scheduler, **embedding | network)
 
 
 def last_clean_images(pipe: CustomUNetPipeline, steps: int, num_images: int = N, **call) -> torch.Tensor:
@@ -135,7 +129,7 @@ def test_preconditioning_matches_diffusers_edm_scheduler():
     ],
 )
 def test_image_depends_only_on_its_own_seed(objective, sampler):
-    pipe = tiny_pipeline(objective)
+    pipe = pipeline_of(objective)
     if sampler == "ode":  # clipped predictions of an untrained network have kinks, where the solver is inaccurate
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_sampler(sampler, **({"tolerance": 1e-5} if sampler == "ode" else {}))
@@ -161,7 +155,7 @@ def test_image_depends_only_on_its_own_seed(objective, sampler):
     ],
 )
 def test_network_evaluations_are_counted(sampler, settings, expected):
-    pipe, calls, seen = tiny_pipeline("flow" if sampler.startswith("flow_") else "vp"), [], []
+    pipe, calls, seen = pipeline_of("flow" if sampler.startswith("flow_") else "vp"), [], []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     pipe.set_sampler(sampler, **settings)
     output = pipe(seeds=[0], num_inference_steps=6, callback_on_step_end=lambda *args: seen.append(args[1]))
@@ -215,7 +209,7 @@ def test_imputation_keeps_known_channels_and_samples_the_conditional(name):
 
 
 def test_impute_and_colorize_keep_the_known_part():
-    pipe = tiny_pipeline("ve")
+    pipe = pipeline_of("ve")
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 4:] = 1
@@ -233,7 +227,7 @@ def test_impute_and_colorize_keep_the_known_part():
 
 
 def test_classifier_free_guidance_extrapolates_two_predictions():
-    pipe = tiny_pipeline("vp", num_class_embeds=4, dropout=0.0)
+    pipe = pipeline_of("vp", num_class_embeds=4, dropout=0.0)
     x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor(300.0), torch.tensor([0, 2])
     guidances = Guidance(labels), Guidance(torch.tensor([3, 3])), Guidance(labels, 2.5, null_class=3)
     conditional, null, guided = (guidance.model_output(pipe.unet.eval(), x, t) for guidance in guidances)
@@ -242,7 +236,7 @@ def test_classifier_free_guidance_extrapolates_two_predictions():
 
 @pytest.mark.parametrize("objective", ["vp", "ddpm"])
 def test_guidance_affects_every_sampler(objective):
-    pipe = tiny_pipeline(objective, num_class_embeds=4)
+    pipe = pipeline_of(objective, num_class_embeds=4)
     for name in pipe.samplers:
         pipe.set_sampler(name)
         plain, guided = (
@@ -254,9 +248,9 @@ def test_guidance_affects_every_sampler(objective):
 
 
 def test_unsupported_arguments_raise_one_line_errors():
-    vp, ddpm = tiny_pipeline("vp"), tiny_pipeline("ddpm")
-    learned = tiny_pipeline("ddpm", time_embedding_type="learned", num_train_timesteps=1000)
-    conditional = tiny_pipeline("vp", num_class_embeds=3)
+    vp, ddpm = pipeline_of("vp"), pipeline_of("ddpm")
+    learned = pipeline_of("ddpm", time_embedding_type="learned", num_train_timesteps=1000)
+    conditional = pipeline_of("vp", num_class_embeds=3)
     mask = torch.ones(1, 1, 8, 8)
     image = torch.rand(1, 3, 8, 8)
 
@@ -286,7 +280,7 @@ def test_clip_sample_clips_every_predicted_image(sampler):
     """An untrained network predicts any value; with clipping, every predicted x_0 lies in [-1, 1]."""
     largest, name = {}, "pred_original_sample"
     for clip in (True, False):
-        pipe, seen = tiny_pipeline("vp"), []
+        pipe, seen = pipeline_of("vp"), []
         pipe.scheduler = SDEScheduler(objective="vp", clip_sample=clip)
         pipe.set_sampler(sampler, **({"tolerance": 0.1} if sampler == "ode" else {}))
         callback = {"callback_on_step_end": lambda *args, seen=seen: seen.append(args[-1][name])}
@@ -300,11 +294,11 @@ def test_clip_sample_clips_every_predicted_image(sampler):
 def test_default_sampler_and_settings_depend_on_the_objective():
     """Heun for the straight paths of rectified flow, otherwise EDM's sampler, with churn for VE SDEs."""
     for objective, name in {"ve": "edm_heun", "vp": "edm_heun", "edm": "edm_heun", "flow": "flow_heun"}.items():
-        sampler = tiny_pipeline(objective).continuous_sampler
+        sampler = pipeline_of(objective).continuous_sampler
         assert sampler.name == name
         assert sampler.settings.get("churn", 0.0) == (10.0 if objective == "ve" else 0.0)
-    ve = tiny_pipeline("ve")
-    for pipe, settings in ((ve, {"churn": 0.0}), (tiny_pipeline("flow"), {})):
+    ve = pipeline_of("ve")
+    for pipe, settings in ((ve, {"churn": 0.0}), (pipeline_of("flow"), {})):
         pipe.set_sampler(pipe.continuous_sampler.name, **settings)
         assert pipe.continuous_sampler.settings.get("churn", 0.0) == 0.0
         ends = interpolate(pipe, 0, 1, num_images=2, num_inference_steps=3, output_type="pt")
@@ -313,7 +307,7 @@ def test_default_sampler_and_settings_depend_on_the_objective():
 
 
 def test_replacing_the_scheduler_resets_the_sampler_and_back():
-    pipe = tiny_pipeline("ddpm")
+    pipe = pipeline_of("ddpm")
     pipe.set_sampler("ode")
     assert pipe.continuous_sampler.name == "ode"
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
@@ -321,7 +315,7 @@ def test_replacing_the_scheduler_resets_the_sampler_and_back():
     pipe.set_sampler("ode")
     pipe.set_sampler("ddpm")
     assert pipe.continuous_sampler is None
-    pipe = tiny_pipeline("vp")
+    pipe = pipeline_of("vp")
     own, pipe.scheduler = pipe.scheduler, diffusers.DDIMScheduler()
     with pytest.raises(ValueError, match=r"DDIMScheduler does not suit .*; take set_sampler with euler_maruyama, "):
         pipe(seeds=[0], num_inference_steps=2)

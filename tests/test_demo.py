@@ -13,14 +13,11 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import pytest
-import torch
-from diffusers import DDIMScheduler
 from gradio.context import LocalContext
 from PIL import Image, ImageOps
 from playwright.sync_api import Locator, Page, expect, sync_playwright
-from tiny_network import TINY
+from tiny_pipeline import quiet, tiny_pipeline
 
-from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, demo
 from pipelines.applications import denoising_strip, impute, interpolate
 from pipelines.demo import build_demo, main
@@ -41,16 +38,9 @@ WAIT_FOR_FRAMES = """async (number) => {
 expect.set_options(timeout=TIMEOUT_MILLISECONDS)
 
 
-def pipeline_of(network: CustomUNet2DModel, scheduler) -> CustomUNetPipeline:
-    pipe = CustomUNetPipeline(network.eval(), scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def pipe() -> CustomUNetPipeline:
-    torch.manual_seed(0)
-    return pipeline_of(CustomUNet2DModel(**TINY), DDIMScheduler())
+    return tiny_pipeline()
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +206,7 @@ def test_sampler_choice_is_per_visitor(page, pipe, browser, address):
         click(visitor, "Generate")
         shown.append(gallery(visitor, 2))
     other.close()
-    euler = pipeline_of(pipe.unet, pipe.scheduler)
+    euler = quiet(CustomUNetPipeline(pipe.unet, pipe.scheduler))
     euler.set_sampler("euler")
     for images, own in zip(shown, (euler, pipe), strict=True):
         assert_same(images, own(seeds=[0, 1], num_inference_steps=STEPS).images)
@@ -287,7 +277,7 @@ def test_errors_are_shown_on_the_page(page):
 
 @pytest.fixture(scope="module")
 def sde_pipe(pipe) -> CustomUNetPipeline:
-    return pipeline_of(pipe.unet, SDEScheduler(objective="edm", prediction_type="edm"))
+    return quiet(CustomUNetPipeline(pipe.unet, SDEScheduler(objective="edm", prediction_type="edm")))
 
 
 def components(demo: gr.Blocks, kind: str) -> dict[str, dict]:
@@ -317,7 +307,7 @@ def test_sde_page_generates_and_reports_progress(sde_pipe, sampler, monkeypatch)
     LocalContext.progress.set(demo.PROGRESS)  # as Gradio does when it calls a tab's function
     shown = demo.Page(sde_pipe).generate(5, 2, sampler, STEPS, 0.5)
     LocalContext.progress.set(None)
-    own = pipeline_of(sde_pipe.unet, sde_pipe.scheduler)
+    own = quiet(CustomUNetPipeline(sde_pipe.unet, sde_pipe.scheduler))
     own.set_sampler(sampler)
     result = own(seeds=[5, 6], num_inference_steps=STEPS)
     assert_same([image for image, _ in shown], result.images)
@@ -369,6 +359,5 @@ def test_bad_input_exits_with_code_2_and_one_line(flags, message, folder, monkey
 
 
 def test_class_conditional_network_is_rejected():
-    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY, num_class_embeds=2), DDIMScheduler())
     with pytest.raises(ValueError, match="class embeddings"):
-        build_demo(pipe)
+        build_demo(tiny_pipeline(num_class_embeds=2))

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import dynamic_modules_utils
 from tiny_network import TINY
+from tiny_pipeline import SDES, sde_pipeline, tiny_pipeline
 
 from common import InputError
 from custom_unet import CustomUNet2DModel
@@ -25,23 +26,13 @@ from training.sde import SDEScheduler
 
 @pytest.fixture
 def pipe() -> CustomUNetPipeline:
-    torch.manual_seed(0)
-    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipeline()
 
 
 def seeds(*values: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(value) for value in values]
 
 
-# Models trained in continuous time: arguments of the network and of the scheduler
-SDES = {
-    "vp": ({}, {"prediction_type": "v_prediction", "beta_max": 15.0}),
-    "ve": ({"time_embedding_type": "fourier"}, {"prediction_type": "score", "sigma_max": 30.0}),
-    "edm": ({"num_class_embeds": 3}, {"prediction_type": "edm", "sigma_data": 0.6}),
-    "flow": ({}, {"prediction_type": "flow_prediction", "time_density": "logit_normal", "clip_sample": False}),
-}
 CALL = {"seeds": [3, 4], "num_inference_steps": 4, "output_type": "np"}
 ELSEWHERE = """
 import json, sys
@@ -84,12 +75,10 @@ numpy.savez(out, **images)
 def models(tmp_path_factory) -> Path:
     """A folder of model repositories."""
     models = tmp_path_factory.mktemp("exported") / "models"
-    torch.manual_seed(1)
-    ddim = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
-    export_pipeline(ddim, models / "ddim")
-    for objective, (network, process) in SDES.items():
-        scheduler = SDEScheduler(objective=objective, **process)
-        export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY, **network), scheduler), models / objective)
+    export_pipeline(tiny_pipeline(DDIMScheduler(prediction_type="v_prediction")), models / "ddim")
+    for objective in SDES:
+        network = {"num_class_embeds": 3} if objective == "edm" else {}
+        export_pipeline(sde_pipeline(objective, **network), models / objective)
     return models
 
 
@@ -223,7 +212,7 @@ def test_reexport_replaces_the_folder_but_keeps_edits_of_the_card(pipe, tmp_path
     thanks = "## Thanks\n\nÀ tous.\n\n## Results".encode("latin-1")  # in any encoding
     card = (folder / "README.md").read_bytes()
     (folder / "README.md").write_bytes(card.replace(b"## Results", thanks))
-    wider = CustomUNetPipeline(CustomUNet2DModel(**TINY | {"block_out_channels": (8, 32)}), DDIMScheduler())
+    wider = tiny_pipeline(block_out_channels=(8, 32))
     export_pipeline(wider, folder)
     assert export.main(["card", "--pipeline", str(folder)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["faces"], "nothing is left beside it"

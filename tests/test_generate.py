@@ -14,9 +14,8 @@ import torch
 from diffusers import DDIMScheduler
 from filelock import FileLock
 from PIL import Image
-from tiny_network import TINY
+from tiny_pipeline import tiny_pipeline
 
-from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.export import export_pipeline
@@ -31,8 +30,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def export_tiny(folder: Path, scheduler, seed: int, **arguments) -> Path:
-    torch.manual_seed(seed)
-    return export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY, **arguments), scheduler), folder)
+    return export_pipeline(tiny_pipeline(scheduler, seed, **arguments), folder)
 
 
 @pytest.fixture(scope="module")

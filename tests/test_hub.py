@@ -13,14 +13,13 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from diffusers import DDIMScheduler
 from huggingface_hub import ModelCard, constants
 from loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
 from tiny_network import TINY
+from tiny_pipeline import tiny_pipeline
 
 import train_unet
-from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, export
 from pipelines.export import export_pipeline
 from pipelines.loading import find_pipeline, load_pipeline
@@ -50,10 +49,9 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A model repository with weights in two shards, and stray files beside its own."""
-    torch.manual_seed(0)
-    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
-    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler())
-    folder = export_pipeline(pipe, tmp_path / "faces", sample_grid=tmp_path / "grid.png", max_shard_size=30_000)
+    grid, folder = tmp_path / "grid.png", tmp_path / "faces"
+    Image.new("RGB", (8, 8)).save(grid)
+    export_pipeline(tiny_pipeline(), folder, sample_grid=grid, max_shard_size=30_000)
     for name in STRAY:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"{name} must not leave this machine")
@@ -147,8 +145,7 @@ def test_push_and_load_by_id_in_a_fresh_process(hub, folder, tmp_path):
     assert len(hub.commits["someone/faces"]) == 2, "the push is one commit"
     assert not hub.private
 
-    torch.manual_seed(1)
-    second = CustomUNetPipeline(CustomUNet2DModel(**TINY), SDEScheduler())
+    second = tiny_pipeline(SDEScheduler(), seed=1)
     expected = {"pinned": CustomUNetPipeline.from_pretrained(folder), "newest": second}
     first_commit = hub.commit_id("someone/faces")
     export_pipeline(second, folder)
@@ -172,7 +169,7 @@ def test_push_and_load_by_id_in_a_fresh_process(hub, folder, tmp_path):
 
 
 def test_generating_from_the_hub_downloads_no_code(hub, tmp_path):
-    folder = export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY), SDEScheduler()), tmp_path / "faces")
+    folder = export_pipeline(tiny_pipeline(SDEScheduler()), tmp_path / "faces")
     assert push(folder) == 0
     source, commit = find_pipeline("someone/faces", None)
     assert commit == hub.commit_id("someone/faces")

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_network import TINY
+from tiny_pipeline import tiny_pipeline
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, export, generate
@@ -266,8 +267,7 @@ KINDS = {make.__name__: [*make()] for make in (weights, unet_config, scheduler, 
 def intact(tmp_path_factory) -> dict[str, Path]:
     """The same small model with a single weights file, with shards, and with SDE schedulers."""
     root = tmp_path_factory.mktemp("intact")
-    torch.manual_seed(0)
-    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler())
+    pipe = tiny_pipeline()
     edm = SDEScheduler(objective="edm", prediction_type="edm")
     return {
         "plain": export_pipeline(pipe, root / "plain"),

@@ -14,6 +14,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from tiny_network import TINY
+from tiny_pipeline import quiet, tiny_pipeline
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, custom_unet_pipeline
@@ -26,15 +27,9 @@ from training.sde import continuous_samplers
 ROUNDING = 2 * np.finfo(np.float32).eps / DDIMScheduler().alphas_cumprod[-1].sqrt().item()
 
 
-def quiet(pipe: CustomUNetPipeline) -> CustomUNetPipeline:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
 def pipe() -> CustomUNetPipeline:
-    torch.manual_seed(0)
-    return quiet(CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler()))
+    return tiny_pipeline()
 
 
 @pytest.fixture
@@ -170,8 +165,7 @@ def test_callbacks_see_every_step_and_may_change_it(pipe):
 
 
 def test_class_labels_reach_the_network():
-    torch.manual_seed(0)
-    pipe = quiet(CustomUNetPipeline(CustomUNet2DModel(**TINY, num_class_embeds=3), DDIMScheduler()))
+    pipe = tiny_pipeline(num_class_embeds=3)
     arguments = {"seeds": [1, 1], "num_inference_steps": 3, "output_type": "pt"}
     first, second = pipe(**arguments, class_labels=[0, 2]).images
     assert (first - second).abs().max() > 1e-3
