@@ -37,9 +37,7 @@ def find_pipeline(name: str, revision: str | None, flag: str = "--pipeline") -> 
         return Path(name), None
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED_FILES))
-    except HFValidationError as error:
-        raise InputError(f"{flag} {name} is neither a folder nor the id of a Hub repository") from error
-    except (OSError, HTTPError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         raise InputError(
             f"{flag} {name} is not a local folder and could not be downloaded from the Hub: {one_line(error)}"
         ) from error

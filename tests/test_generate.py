@@ -233,7 +233,7 @@ def test_foreign_images_are_rejected(generate, tmp_path):
         (["DDPM", "--seed", "4294967293"], "the last seed is 4294967296; it must be below 2**32"),
         (["DDPM", "--steps", "0"], "num_inference_steps is 0; it must be 1 to 1000"),
         (["DDPM", "--class_label", "1"], "the network has no class embeddings"),
-        (["DDPM", "--pipeline", "runs/no/pipeline"], "runs/no/pipeline is neither a folder nor the id of a Hub repo"),
+        (["DDPM", "--pipeline", "runs/no/pipeline"], "runs/no/pipeline is not a local folder and could not be"),
         (["DDPM", "--pipeline", "nobody/nothing"], "nobody/nothing is not a local folder and could not be downloaded"),
         (["DDPM", "--pipeline", str(REPOSITORY / "tests")], "tests is not a model repository"),
         (["DDPM", "--revision", "main"], "--revision main is for the Hub"),
