@@ -71,15 +71,6 @@ def test_interpolation_starts_and_ends_at_the_given_seeds_or_latents(pipe):
     torch.testing.assert_close(between[[0, -1]], images, atol=1e-3, rtol=0)
 
 
-def test_seeds_may_be_python_numpy_or_torch_integers(pipe):
-    image = sample_data(pipe, 1)
-    expected = variations(pipe, image, 500, 10, seeds=[3, 4], output_type="np")
-    for seeds in (range(3, 5), np.array([3, 4]), torch.tensor([3, 4])):
-        assert np.array_equal(variations(pipe, image, 500, 10, seeds=seeds, output_type="np"), expected)
-    one, other = (interpolate(pipe, kind(3), kind(4), 3, 5, output_type="np") for kind in (int, np.int64))
-    assert np.array_equal(one, other)
-
-
 # Inversion
 
 
