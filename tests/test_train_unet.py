@@ -336,7 +336,7 @@ def test_unavailable_pretrained_models_fail_before_data_is_read(pretrained, trai
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     weights = pretrained.pipeline_dir / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    for name, text in ((pretrained.pipeline_dir, "could not be loaded"), ("no/where/at/all", "is neither a folder")):
+    for name, text in ((pretrained.pipeline_dir, "could not be loaded"), ("no/where/at/all", "is not a local folder")):
         flags = ["--split", "nowhere", "--pretrained_model_name_or_path", name]
         assert text in error_line(train(tmp_path / "new", *flags, code=2))
 
