@@ -90,13 +90,11 @@ def denoising_strip(
         num_frames: number of frames, at evenly spaced steps; the last one is the result; at least 2.
         call: other arguments of the pipeline's call (`seeds`, `eta`, `class_labels`, ...).
     """
-    frames = []
+    frames, names = [], ("noisy_images", "pred_original_sample")
 
     def keep(pipe, index, timestep, tensors) -> None:
-        pictures = [pipe.to_output(tensors[name], "pil") for name in names]
-        frames.append((timestep.item(), *pictures))
+        frames.append((timestep.item(), *(pipe.to_output(tensors[name], "pil") for name in names)))
 
-    names = ("noisy_images", "pred_original_sample")
     callback = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": names}
     result = pipe(num_inference_steps=num_inference_steps, **call, **callback).images
     shown = torch.linspace(0, len(frames) - 1, min(num_frames - 1, len(frames))).round().int().tolist()
