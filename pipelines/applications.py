@@ -228,7 +228,7 @@ def inpaint(
     """
     scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps)
     painted = _mask(pipe, mask)
-    batch = _batch_of(pipe, image, painted, **call)
+    batch = _batch_of(pipe, image, **call)
     walk = repaint_walk(num_inference_steps, jump_length, num_resamples)
     latents = batch.draw_noise()
     with pipe.evaluation_mode():
@@ -370,7 +370,7 @@ def draw_given(
     """
     process, settings = pipe.process, {"snr": snr, "corrector_steps": corrector_steps}
     total = process.num_evaluations(process.sampler("predictor_corrector", **settings), num_inference_steps)
-    batch, sde = _batch_of(pipe, image, known, **call), process.sde
+    batch, sde = _batch_of(pipe, image, **call), process.sde
 
     def change_basis(x: Tensor, matrix: Tensor | None) -> Tensor:
         return x if matrix is None else torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
@@ -424,23 +424,15 @@ class _Batch(NamedTuple):
 
 
 def _batch_of(
-    pipe: CustomUNetPipeline,
-    image: Images,
-    masks=None,
-    *,
-    seeds=None,
-    generator=None,
-    class_labels=None,
-    output_type="pil",
+    pipe: CustomUNetPipeline, image: Images, *, seeds=None, generator=None, class_labels=None, output_type="pil"
 ) -> _Batch:
-    """The batch of input images, one for each seed or generator; there must be one mask or one for each image."""
+    """The batch of input images, one for each seed or generator."""
     check_output_type(output_type)
     clean_images = _to_model_range(pipe, image)
     given = next((x for x in (seeds, generator) if x is not None and not isinstance(x, torch.Generator)), None)
     batch_size = len(clean_images if given is None else given)
-    for name, number in {"images": len(clean_images), "masks": 1 if masks is None else len(masks)}.items():
-        if number not in (1, batch_size):
-            raise ValueError(f"{number} {name} for {batch_size} images to draw; give one for all or one for each")
+    if len(clean_images) not in (1, batch_size):
+        raise ValueError(f"{len(clean_images)} images for {batch_size} seeds; give one for all or one for each")
     batch_size, generator = pipe.batch_and_generator(batch_size, generator, seeds)
     draw_noise, guidance = partial(pipe.draw_noise, batch_size, generator), pipe.guidance(class_labels, batch_size)
     return _Batch(clean_images.expand(batch_size, -1, -1, -1), draw_noise, guidance, output_type)
