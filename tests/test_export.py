@@ -156,13 +156,12 @@ class MaliciousPickle:
         return (Path.touch, (self.path,))
 
 
-@pytest.mark.parametrize("trust_remote_code", [False, True])
-def test_pickled_weights_are_rejected(pipe, tmp_path, trust_remote_code):
+def test_pickled_weights_are_rejected(pipe, tmp_path):
     folder, mark = export_pipeline(pipe, tmp_path / "faces"), tmp_path / "the pickle was read"
     next((folder / "unet").glob("*.safetensors")).unlink()
     torch.save({"conv_in.bias": MaliciousPickle(mark)}, folder / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
-        CustomUNetPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        CustomUNetPipeline.from_pretrained(folder)
     assert not mark.exists()
 
 

@@ -259,7 +259,6 @@ def test_from_pretrained_takes_components_and_network_arguments(pipe, tmp_path):
     assert loaded.unet.dtype == torch.bfloat16
     network = UNet2DModel(**TINY)
     assert CustomUNetPipeline.from_pretrained(tmp_path, unet=network).unet is network
-    assert type(custom_unet_pipeline.CustomUNetPipeline.from_pretrained(tmp_path).unet) is UNet2DModel
     with pytest.raises(TypeError, match="use_safetensors"):
         CustomUNetPipeline.from_pretrained(tmp_path, use_safetensors=False)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -43,7 +43,6 @@ SUITABLE = tuple({cls: None for cls, _ in SAMPLERS.values()})
 SIGMA_TYPE = (diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler)
 # Scheduler options that do not suit the timesteps passed to the network
 UNSUPPORTED = "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas".split()
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 @dataclass
@@ -65,9 +64,6 @@ class CustomUNetPipeline(DiffusionPipeline):
             For a network that was trained in continuous time, an `SDEScheduler`.
     """
 
-    # Classes that `from_pretrained` builds when it does not run code from the model repository
-    unet_class: type[ModelMixin] = UNet2DModel
-    scheduler_classes: tuple[type[SchedulerMixin], ...] = SUITABLE
     model_cpu_offload_seq = "unet"
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
@@ -79,37 +75,6 @@ class CustomUNetPipeline(DiffusionPipeline):
         channels = unet.config.in_channels  # with an alpha channel, nothing is converted
         colors = {"do_convert_grayscale": channels == 1, "do_convert_rgb": channels == 3}
         self.image_processor = VaeImageProcessor(do_resize=False, **colors)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *, trust_remote_code: bool = False, **kwargs):
-        """Loads a model repository. Runs no code from it unless `trust_remote_code=True`.
-
-        Weights are read from safetensors only, never from pickles.
-
-        Args:
-            kwargs: `unet` and `scheduler`, to replace the repository's own, and arguments of the network's
-                `from_pretrained`, such as `revision`, `torch_dtype` and `variant`; with `trust_remote_code=True`, the
-                arguments of `DiffusionPipeline.from_pretrained`.
-
-        Raises:
-            ValueError: if the repository's scheduler is not in `scheduler_classes`.
-        """
-        path = pretrained_model_name_or_path
-        if trust_remote_code:
-            return super().from_pretrained(path, trust_remote_code=True, use_safetensors=True, **kwargs)
-        unet, scheduler = kwargs.pop("unet", None), kwargs.pop("scheduler", None)
-        if unet is None:
-            unet = cls.unet_class.from_pretrained(path, subfolder="unet", use_safetensors=True, **kwargs)
-        if scheduler is None:
-            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            # all schedulers use the same file name; the config names the class that wrote it
-            config = diffusers.DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
-            classes, name = {known.__name__: known for known in cls.scheduler_classes}, config["_class_name"]
-            if name not in classes:
-                hint = "trust_remote_code=True runs code of the repository"
-                raise ValueError(f"{path} has a {name}, not one of {', '.join(classes)}; {hint}")
-            scheduler = classes[name].from_config(config)
-        return cls(unet=unet, scheduler=scheduler)
 
     def save_config(self, save_directory, **kwargs) -> None:
         """The last step of `save_pretrained`: writes `model_index.json` and the code that it refers to.
