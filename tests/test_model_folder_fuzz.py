@@ -21,7 +21,7 @@ from training.sde import SDEScheduler
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 UNET, SCHEDULER, MODEL_INDEX = "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"
-SHARD, SHARD_INDEX = "unet/diffusion_pytorch_model-00002-of-00002.safetensors", f"{WEIGHTS}.index.json"
+SHARD, SHARD_INDEX = "unet/diffusion_pytorch_model-00002-of-00007.safetensors", f"{WEIGHTS}.index.json"
 IMAGE, FAILED, REFUSED = (0,), (1,), (2,)  # exit codes
 ANY = (0, 1, 2)
 NAN = float("nan")
