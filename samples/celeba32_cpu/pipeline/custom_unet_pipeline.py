@@ -368,7 +368,8 @@ class CustomUNetPipeline(DiffusionPipeline):
         if kind != trained_kind:
             raise ValueError(f"{name} has prediction_type {kind!r}, the network was trained with {trained_kind!r}")
         known, new = self._trained.alphas_cumprod.cpu(), scheduler.alphas_cumprod.cpu()
-        if known.shape != new.shape or (known - new).abs().max() > 1e-4:  # some schedulers keep the last one above 0
+        # some schedulers keep the last one above 0
+        if known.shape != new.shape or not torch.allclose(known, new, rtol=0, atol=1e-4):
             raise ValueError(f"{name} has another noise schedule than the network was trained with; take set_sampler")
         for option in UNSUPPORTED:
             if scheduler.config.get(option):
