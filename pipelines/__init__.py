@@ -1,20 +1,47 @@
 """Sampling from models and sharing them: the pipeline and its model repository."""
 
+from diffusers import DDIMScheduler
+
 from custom_unet import CustomUNet2DModel
 from pipelines import custom_unet_pipeline as shipped
-from pipelines.continuous import DiscreteVPScheduler
+from pipelines.continuous import process_of
 from training.sde import SDEScheduler, continuous_samplers
+
+SCHEDULERS = {cls.__name__: cls for cls in (*shipped.SUITABLE, SDEScheduler)}
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 class CustomUNetPipeline(shipped.CustomUNetPipeline):
     """The shipped pipeline, for use within this repository.
 
-    `from_pretrained` builds the classes of this repository and needs no code from the model repository. Models with
-    discrete timesteps also have the continuous-time samplers.
+    Models with discrete timesteps also have the continuous-time samplers.
     """
 
-    unet_class = CustomUNet2DModel
-    scheduler_classes = (*shipped.SUITABLE, SDEScheduler)
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, unet=None, scheduler=None, **kwargs):
+        """Loads a model repository with the classes of this repository, without running code from it.
+
+        Weights are read from safetensors only, never from pickles.
+
+        Args:
+            unet, scheduler: replace the repository's own.
+            kwargs: arguments of the network's `from_pretrained`, such as `revision`, `torch_dtype` and `variant`.
+
+        Raises:
+            ValueError: if the repository's scheduler is not in `SCHEDULERS`.
+        """
+        path = pretrained_model_name_or_path
+        if unet is None:
+            unet = CustomUNet2DModel.from_pretrained(path, subfolder="unet", use_safetensors=True, **kwargs)
+        if scheduler is None:
+            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            # all schedulers use the same file name; the config names the class that wrote it
+            config = DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
+            name = config["_class_name"]
+            if name not in SCHEDULERS:
+                raise ValueError(f"{path} has a {name}, not one of {', '.join(SCHEDULERS)}")
+            scheduler = SCHEDULERS[name].from_config(config)
+        return cls(unet, scheduler)
 
     @property
     def samplers(self) -> tuple[str, ...]:
@@ -22,7 +49,7 @@ class CustomUNetPipeline(shipped.CustomUNetPipeline):
 
     @property
     def process(self) -> SDEScheduler:
-        return super().process or DiscreteVPScheduler(self._alphas_cumprod, self._prediction_type)
+        return super().process or process_of(self._trained)
 
 
 __all__ = ["CustomUNetPipeline"]

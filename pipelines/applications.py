@@ -25,10 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines import CustomUNetPipeline
-from pipelines.continuous import process_of
 from pipelines.custom_unet_pipeline import (
     Guidance,
-    check_fractional_timesteps,
     check_output_type,
     clean_images_and_noise,
     ddim_step,
@@ -38,7 +36,7 @@ from pipelines.custom_unet_pipeline import (
     scales,
     scheduler_like,
 )
-from training.sde import SDEScheduler, predictor_corrector, sampling_times, solve_ode
+from training.sde import predictor_corrector, sampling_times, solve_ode
 
 # Rows: the grey axis and two colour axes
 GREY_AND_COLOURS = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]]) / torch.tensor([[3.0], [2], [6]]).sqrt()
@@ -66,55 +64,41 @@ class DenoisingStrip:
         cells, columns = [], len(self.noisy_images)
         for row in range(len(self.noisy_images[0])):
             cells += [frame[row] for frame in self.noisy_images] + [frame[row] for frame in self.pred_original_samples]
-        return _enlarged(make_image_grid(cells, rows=len(cells) // columns, cols=columns), scale)
+        return enlarged(make_image_grid(cells, rows=len(cells) // columns, cols=columns), scale)
 
     def save_gif(self, file, scale: int = 1, frame_milliseconds: int = 100) -> None:
         """Writes an animation to a path or file: x_t beside the predicted x_0; the last frame lasts two seconds."""
         frames = []
         for noisy, predicted in zip(self.noisy_images, self.pred_original_samples, strict=True):
             cells = [image for pair in zip(noisy, predicted, strict=True) for image in pair]
-            frames.append(_enlarged(make_image_grid(cells, rows=len(noisy), cols=2), scale))
+            frames.append(enlarged(make_image_grid(cells, rows=len(noisy), cols=2), scale))
         durations = [frame_milliseconds] * (len(frames) - 1) + [2000]
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def _enlarged(image: Image.Image, scale: int) -> Image.Image:
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+def enlarged(image: Image.Image, factor: int) -> Image.Image:
+    """The image with every pixel as a square of `factor` pixels' side."""
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def denoising_strip(
     pipe: CustomUNetPipeline, num_frames: int = 10, num_inference_steps: int = 50, **call
 ) -> DenoisingStrip:
-    """Samples, and keeps x_t and the predicted x_0 at some of the steps.
+    """Samples, and shows x_t and the predicted x_0 at some of the steps.
 
     Args:
         num_frames: number of frames, at evenly spaced steps; the last one is the result; at least 2.
         call: other arguments of the pipeline's call (`seeds`, `eta`, `class_labels`, ...).
     """
-    if num_frames < 2:
-        raise ValueError(f"num_frames is {num_frames}; it must be at least 2")
-    pipe.check_inputs(num_inference_steps, call.get("eta", 0.0))
-    if pipe.continuous_sampler is None:
-        pipe.scheduler.set_timesteps(num_inference_steps)
-        total = len(pipe.scheduler.timesteps)
-    else:
-        total = pipe.process.num_evaluations(pipe.continuous_sampler, num_inference_steps)
-
-    def shown(total: int) -> list[int]:
-        return torch.linspace(0, total - 1, min(num_frames - 1, total)).round().int().tolist()
-
-    wanted, frames = None if total is None else shown(total), []
+    frames, names = [], ("noisy_images", "pred_original_sample")
 
     def keep(pipe, index, timestep, tensors) -> None:
-        if wanted is None or index in wanted:
-            pictures = [pipe.to_output(tensors[name], "pil") for name in ("noisy_images", "pred_original_sample")]
-            frames.append((timestep.item(), *pictures))
+        frames.append((timestep.item(), *(pipe.to_output(tensors[name], "pil") for name in names)))
 
-    watching = {"callback_on_step_end_tensor_inputs": ("noisy_images", "pred_original_sample")}
-    result = pipe(num_inference_steps=num_inference_steps, **call, callback_on_step_end=keep, **watching).images
-    if wanted is None:  # the sampler chose the number of its steps
-        frames = [frames[index] for index in shown(len(frames))]
-    timesteps, noisy, predicted = zip(*frames, strict=True)
+    callback = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": names}
+    result = pipe(num_inference_steps=num_inference_steps, **call, **callback).images
+    shown = torch.linspace(0, len(frames) - 1, min(num_frames - 1, len(frames))).round().int().tolist()
+    timesteps, noisy, predicted = zip(*(frames[index] for index in shown), strict=True)
     return DenoisingStrip([*timesteps], [*noisy, result], [*predicted, result])
 
 
@@ -137,12 +121,7 @@ def interpolate(
         start, end: a seed, or a latent of shape (1, C, H, W), for example from `invert`.
         num_images: number of images including both ends, at least 2.
     """
-    if num_images < 2:
-        raise ValueError(f"num_images is {num_images}; it must be at least 2")
     start, end = (x if isinstance(x, Tensor) else pipe.draw_noise(1, generators([x])) for x in (start, end))
-    for latents in (start, end):
-        if tuple(latents.shape) != (shape := (1, *pipe.image_shape)):
-            raise ValueError(f"latents to interpolate have the shape {tuple(latents.shape)}; it must be {shape}")
     deterministic = type(pipe)(pipe.unet, pipe.scheduler if pipe.is_continuous else _ddim(pipe))
     if pipe.is_continuous:
         name = pipe.scheduler.default_sampler.name
@@ -183,14 +162,12 @@ def invert(
     instead of v, the iterations do not converge when x_t has little signal or little noise.)
 
     Args:
-        num_fixed_point_iterations: network evaluations per step; more make the inversion more accurate.
+        num_fixed_point_iterations: network evaluations per step, at least 1; more make the inversion more accurate.
 
     Returns:
         float32 latents of shape (B, C, H, W), for `pipe(latents=...)` with `DDIMScheduler`. Clipping in the sampler
         loses information: for an accurate reconstruction set `clip_sample=False` in its configuration.
     """
-    if num_fixed_point_iterations < 1:
-        raise ValueError(f"num_fixed_point_iterations is {num_fixed_point_iterations}; it must be at least 1")
     _, timesteps, levels = _ddim_levels(pipe, num_inference_steps)
     latents = _to_model_range(pipe, image)
     guidance = pipe.guidance(class_labels, len(latents))
@@ -219,8 +196,6 @@ def variations(
         eta: eta of the denoising steps (eq. 16 of DDIM); with 0, only the added noise is random.
     """
     scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps, eta)
-    if not 0 <= timestep < scheduler.config.num_train_timesteps:
-        raise ValueError(f"timestep is {timestep}; it must be 0 to {scheduler.config.num_train_timesteps - 1}")
     batch = _batch_of(pipe, image, **call)
     start = min(range(1, len(levels)), key=lambda k: abs(timesteps[k - 1] - timestep))
     signal, sigma = scales(levels[start])
@@ -251,11 +226,9 @@ def inpaint(
     Args:
         mask: PIL image, array (H, W) or tensor (B or 1, 1, H, W); values above one half mark the part to paint.
     """
-    if jump_length < 1 or num_resamples < 1:
-        raise ValueError(f"jump_length is {jump_length} and num_resamples {num_resamples}; they must be at least 1")
     scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps)
     painted = _mask(pipe, mask)
-    batch = _batch_of(pipe, image, painted, **call)
+    batch = _batch_of(pipe, image, **call)
     walk = repaint_walk(num_inference_steps, jump_length, num_resamples)
     latents = batch.draw_noise()
     with pipe.evaluation_mode():
@@ -292,7 +265,7 @@ def repaint_walk(num_steps: int, jump_length: int, num_resamples: int) -> list[i
 def _ddim(pipe: CustomUNetPipeline) -> DDIMScheduler:
     """A DDIM scheduler with the configuration of the pipeline's scheduler if that is DDIM, else of the trained one."""
     own = isinstance(pipe.scheduler, DDIMScheduler)
-    return scheduler_like(pipe.scheduler.config if own else pipe._trained_config, DDIMScheduler)
+    return scheduler_like(pipe.scheduler.config if own else pipe._trained.config, DDIMScheduler)
 
 
 def _ddim_levels(pipe: CustomUNetPipeline, num_inference_steps: int, eta: float = 0.0) -> tuple:
@@ -325,7 +298,7 @@ def encode(pipe: CustomUNetPipeline, image: Images, tolerance: float = 1e-3, cla
     Returns:
         float32 latents of unit variance, shape (B, C, H, W), which also suit `pipe(latents=...)`.
     """
-    clean_images, sde = _to_model_range(pipe, image), _process_of(pipe).sde
+    clean_images, sde = _to_model_range(pipe, image), pipe.process.sde
     x = sde.signal_scale(torch.tensor(sde.first_time, dtype=torch.float64)) * clean_images
     return finite(_solve(pipe, x, sde.first_time, sde.last_time, tolerance, class_labels) / sde.prior_std)
 
@@ -338,16 +311,14 @@ def decode(
 
     The images keep the noise of the first time; `pipe(latents=...)` removes it with a last evaluation.
     """
-    check_output_type(output_type)
-    pipe.batch_and_generator(None, None, None, latents)
-    latents, sde = latents.to(pipe._execution_device, torch.float32), _process_of(pipe).sde
+    latents, sde = latents.to(pipe._execution_device, torch.float32), pipe.process.sde
     x = _solve(pipe, sde.prior_std * latents, sde.last_time, sde.first_time, tolerance, class_labels)
     return pipe.to_output(x / sde.signal_scale(torch.tensor(sde.first_time, dtype=torch.float64)), output_type)
 
 
 def _solve(pipe: CustomUNetPipeline, x: Tensor, start: float, end: float, tolerance: float, class_labels) -> Tensor:
     """Solves the probability-flow ODE for x, float32 (B, C, H, W), from one time to another."""
-    process, guidance = _process_of(pipe), pipe.guidance(class_labels, len(x))
+    process, guidance = pipe.process, pipe.guidance(class_labels, len(x))
     process.sampler("ode", tolerance=tolerance)  # raises ValueError for an invalid tolerance
     with pipe.denoising(process, guidance, total=None, clip=False) as denoise:  # clipping is not invertible
         return solve_ode(denoise.pf_ode, x, start, end, tolerance)[0].float()
@@ -397,9 +368,9 @@ def draw_given(
         basis: orthonormal basis of the channels, shape (C, C), one vector per row; None for the channels themselves.
         snr, corrector_steps: see `predictor_corrector`.
     """
-    process, settings = _process_of(pipe), {"snr": snr, "corrector_steps": corrector_steps}
+    process, settings = pipe.process, {"snr": snr, "corrector_steps": corrector_steps}
     total = process.num_evaluations(process.sampler("predictor_corrector", **settings), num_inference_steps)
-    batch, sde = _batch_of(pipe, image, known, **call), process.sde
+    batch, sde = _batch_of(pipe, image, **call), process.sde
 
     def change_basis(x: Tensor, matrix: Tensor | None) -> Tensor:
         return x if matrix is None else torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
@@ -422,11 +393,6 @@ def draw_given(
 # ---- Inputs
 
 
-def _process_of(pipe: CustomUNetPipeline) -> SDEScheduler:
-    check_fractional_timesteps(pipe.unet)
-    return process_of(pipe.scheduler)
-
-
 def _to_model_range(pipe: CustomUNetPipeline, image: Images) -> Tensor:
     """Images -> float32 (B, C, H, W) in [-1, 1] on the device."""
     for array in image if isinstance(image, (list, tuple)) else [image]:
@@ -445,8 +411,6 @@ def _mask(pipe: CustomUNetPipeline, mask: Images) -> Tensor:
     shape = (1, *pipe.image_shape[1:])
     if tuple(painted.shape[1:]) != shape:
         raise ValueError(f"mask has the shape {tuple(painted.shape)}; it must be {(1, *shape)}")
-    if not painted.any():
-        raise ValueError("mask is nowhere above one half; there is nothing to paint")
     return painted.to(pipe._execution_device)
 
 
@@ -460,23 +424,15 @@ class _Batch(NamedTuple):
 
 
 def _batch_of(
-    pipe: CustomUNetPipeline,
-    image: Images,
-    masks=None,
-    *,
-    seeds=None,
-    generator=None,
-    class_labels=None,
-    output_type="pil",
+    pipe: CustomUNetPipeline, image: Images, *, seeds=None, generator=None, class_labels=None, output_type="pil"
 ) -> _Batch:
-    """The batch of input images, one for each seed or generator; there must be one mask or one for each image."""
+    """The batch of input images, one for each seed or generator."""
     check_output_type(output_type)
     clean_images = _to_model_range(pipe, image)
     given = next((x for x in (seeds, generator) if x is not None and not isinstance(x, torch.Generator)), None)
     batch_size = len(clean_images if given is None else given)
-    for name, number in {"images": len(clean_images), "masks": 1 if masks is None else len(masks)}.items():
-        if number not in (1, batch_size):
-            raise ValueError(f"{number} {name} for {batch_size} images to draw; give one for all or one for each")
+    if len(clean_images) not in (1, batch_size):
+        raise ValueError(f"{len(clean_images)} images for {batch_size} seeds; give one for all or one for each")
     batch_size, generator = pipe.batch_and_generator(batch_size, generator, seeds)
     draw_noise, guidance = partial(pipe.draw_noise, batch_size, generator), pipe.guidance(class_labels, batch_size)
     return _Batch(clean_images.expand(batch_size, -1, -1, -1), draw_noise, guidance, output_type)

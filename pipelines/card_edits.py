@@ -3,8 +3,7 @@
 A card is a list of blocks: the entries of its metadata, and its paragraphs, tables and code blocks. A comment on its
 last line has a checksum of each generated block; every other block was written by a person and stays where it is. A
 generated block that a person replaced or deleted does not come back until the model changes it; it then stands above
-the person's version. Cards of earlier versions have no checksums: sections and metadata that a generated card does not
-have are kept.
+the person's version. In a card without checksums everything counts as written by a person.
 """
 
 import hashlib
@@ -15,8 +14,6 @@ from difflib import SequenceMatcher
 # Comments at the end of a card: checksums of its blocks, with a plus for pushed edits; files that were pushed
 BLOCKS = "<!-- Checksums of what pipelines.export wrote; it keeps everything else: {} -->"
 FILES = "<!-- Files that pipelines.export pushed; its next push deletes those that it lacks: {} -->"
-# What diffusers' own `push_to_hub` writes if there is no card
-AUTOMATIC = re.compile("has been (generated automatically|automatically generated)")
 
 
 def keep_edits(card: str, previous: str, is_on_hub: bool = False) -> str:
@@ -34,9 +31,7 @@ def keep_edits(card: str, previous: str, is_on_hub: bool = False) -> str:
     record = generated + [f"+{checksum}" for checksum in checksums if checksum not in generated]
     if previous:
         old_metadata, old_body = _split(previous)
-        base = recorded(BLOCKS, previous)
-        if base is None:
-            base = _recognised(old_metadata, old_body, metadata, body)
+        base = recorded(BLOCKS, previous) or []
         base = [checksum.lstrip("+") for checksum in base if is_on_hub or checksum[0] != "+"]
         kept = {key: entry for key, entry in old_metadata.items() if _checksum(entry) not in base}
         still = {key: entry for key, entry in metadata.items() if key in old_metadata or _checksum(entry) not in base}
@@ -73,21 +68,6 @@ def recorded(comment: str, card: str) -> list[str] | None:
 
 def _pattern(comment: str) -> str:
     return re.escape(comment).replace(re.escape("{}"), "([^>]*)")
-
-
-def _recognised(old_metadata: dict, old_body: list[str], metadata: dict, body: list[str]) -> list[str]:
-    """Checksums of the generated blocks in a card without checksums, written by diffusers or an earlier version."""
-    found = [entry for key, entry in old_metadata.items() if key in metadata]
-    headings = [block for block in body if block.startswith("## ")]
-    if any(AUTOMATIC.search(block) for block in old_body):
-        found += old_body
-    elif not {*headings} <= {*old_body}:
-        return []
-    is_ours = True
-    for block in old_body:
-        is_ours = block in headings if block.startswith("## ") else is_ours
-        found += [block] if is_ours else []
-    return [_checksum(block) for block in found]
 
 
 def _merge(base: list[str], old: list[str], new: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import gradio as gr
 import torch
@@ -18,17 +19,17 @@ from PIL import Image, ImageChops, ImageOps
 
 from common import InputError, Parser, check_numbers, run_command
 from pipelines import CustomUNetPipeline
-from pipelines.applications import denoising_strip, impute, inpaint, interpolate
+from pipelines.applications import denoising_strip, enlarged, impute, inpaint, interpolate
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.loading import find_pipeline, load_pipeline
 
 MAX_IMAGES = 16
 MAX_SEED = 2**31 - 1
-AS_SHARED = "as shared"  # the repository's own sampler, if no entry of SAMPLERS has its settings
 SHOWN_SIZE, STRIP_SIZE = 512, 128  # approximate longer side of an enlarged image, alone and in a strip, in pixels
 MAX_STEPS_OF_AN_SDE = 1000
 FILES_KEPT_SECONDS = 3600
 PROGRESS = gr.Progress(track_tqdm=True)  # shows the pipeline's progress bar on the page
+error_shown = partial(gr.Error, print_exception=False)  # on the page, without a traceback in the terminal
 ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "network"}  # one queue for everything that runs the network
 
 
@@ -74,17 +75,15 @@ class Page:
 
     def __init__(self, pipeline: CustomUNetPipeline):
         self.pipeline, scheduler = pipeline, pipeline.scheduler
-        size = pipeline.unet.config.sample_size
-        self.size = (size, size) if isinstance(size, int) else (size[1], size[0])  # width, height
-        names = [
+        _, height, width = pipeline.image_shape
+        self.size = (width, height)
+        matching = (
             name
             for name, (cls, settings) in SAMPLERS.items()
             if type(scheduler) is cls and settings.items() <= scheduler.config.items()
-        ]
-        if pipeline.continuous_sampler is not None:
-            names = [pipeline.continuous_sampler.name]
-        self.own_sampler = names[0] if names else AS_SHARED
-        self.samplers = [*([] if names else [AS_SHARED]), *pipeline.samplers]
+        )
+        continuous = pipeline.continuous_sampler
+        self.own_sampler = continuous.name if continuous else next(matching, pipeline.samplers[0])
         self.max_steps = scheduler.config.get("num_train_timesteps", MAX_STEPS_OF_AN_SDE)
 
     # ---- Generate
@@ -235,7 +234,7 @@ class Page:
     # ---- Parts
 
     def sampler_inputs(self) -> tuple[gr.Dropdown, gr.Slider, gr.Slider]:
-        sampler = gr.Dropdown(self.samplers, value=self.own_sampler, label="Sampler")
+        sampler = gr.Dropdown([*self.pipeline.samplers], value=self.own_sampler, label="Sampler")
         steps = self.steps_input()
         info, is_used = "Randomness of DDIM: 0 none, 1 as DDPM.", self.own_sampler == "ddim"
         eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info=info, visible=is_used)
@@ -247,12 +246,12 @@ class Page:
         return gr.Slider(least, self.max_steps, min(50, self.max_steps), step=1, label="Steps")
 
     @contextmanager
-    def sampling(self, sampler: str = AS_SHARED) -> Iterator[CustomUNetPipeline]:
-        """The same network with a fresh sampler. Errors about its arguments are shown on the page."""
+    def sampling(self, sampler: str | None = None) -> Iterator[CustomUNetPipeline]:
+        """The same network with a fresh sampler, by default the repository's own; shows errors about its arguments."""
         scheduler = self.pipeline.scheduler
         pipeline = type(self.pipeline)(self.pipeline.unet, type(scheduler).from_config(scheduler.config))
         try:
-            if sampler != AS_SHARED:
+            if sampler is not None:
                 pipeline.set_sampler(sampler)
             yield pipeline
         except ValueError as error:
@@ -290,15 +289,6 @@ def consecutive_seeds(first: int | None, number: int) -> list[int]:
     if first is None:
         raise error_shown("the seed is empty; type a whole number")
     return list(range(first, first + number))
-
-
-def enlarged(image: Image.Image, factor: int) -> Image.Image:
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def error_shown(message: str) -> gr.Error:
-    """An error that is shown on the page, without a traceback in the terminal."""
-    return gr.Error(message, print_exception=False)
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:

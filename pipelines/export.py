@@ -52,11 +52,9 @@ def export_pipeline(
         max_shard_size: maximum size of a weights file, in bytes or as a string like "15MB".
 
     Raises:
-        InputError: if the folder is a file, or holds something other than a model repository.
+        InputError: if the folder holds something other than a model repository.
         OSError: if the folder cannot be written; an existing one is left unchanged.
     """
-    if folder.is_file():
-        raise InputError(f"{folder} is a file; choose another folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
         raise InputError(f"{folder} is not a model repository and would be replaced; choose another folder")
     temporary, old = (folder.with_name(f".tmp-{prefix}{folder.name}") for prefix in ("", "old-"))

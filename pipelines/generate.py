@@ -35,7 +35,7 @@ from common import (
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.image_folder import fill_folder
-from pipelines.loading import DTYPES, check_schedule, find_pipeline, load_pipeline
+from pipelines.loading import DTYPES, find_pipeline, load_pipeline
 from training.sde import CONTINUOUS_SAMPLERS
 
 # Flags for the settings of the continuous-time samplers: type and help
@@ -81,8 +81,6 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     least = {"num_images": 1, "batch_size": 1, "seed": 0, "eta": 0, "num_cpu_threads": 1}
     check_numbers(options, least, {"num_cpu_threads": MOST_THREADS, "eta": 1})
-    if "\0" in str(options.out):
-        parser.error("--out has a NUL character, which no path can have")
     check_seeds(options)
     return options
 
@@ -91,8 +89,6 @@ def check_arguments(pipeline: CustomUNetPipeline, options: argparse.Namespace) -
     """Raises InputError for arguments that the pipeline would refuse."""
     try:
         pipeline.check_inputs(options.steps, options.eta)
-        if pipeline.continuous_sampler is None:
-            check_schedule(pipeline.scheduler, options.steps)
         pipeline.guidance(options.class_label, len(options.class_label or [0]), options.guidance_scale)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -22,8 +22,6 @@ TIMEOUT_SECONDS = 60  # per connect, read or write; the library's default is to 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 OPTIONAL = ("README.md", "training.json", "training_config.yaml", "samples.png", "results.json")
 WEIGHTS = re.compile(r"unet/diffusion_pytorch_model[\w.-]*\.safetensors(\.index(\.\w+)?\.json)?")
-# Deleted if a repository has no record of its files: these would be loaded in place of the new ones
-STALE_WEIGHTS = re.compile(r"unet/diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def model_files(folder: Path) -> list[str]:
@@ -33,12 +31,6 @@ def model_files(folder: Path) -> list[str]:
         InputError: if a file is missing or broken, if a name or a link leads out of the folder, or if weights are
             pickled, because loading a pickle can run arbitrary code.
     """
-    if (folder / "config.json").is_file() and not (folder / "unet").exists():
-        copy = "from pipelines import *; CustomUNetPipeline.from_pretrained({!r}).save_pretrained('NEW')"
-        raise InputError(
-            f"{folder} has its network beside model_index.json, as in google/ddpm-*; write it in the layout of this"
-            f" repository first: {shlex.join(['python', '-c', copy.format(str(folder))])}"
-        )
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is not a model repository: it lacks model_index.json")
     index = read_mapping(folder / "model_index.json")
@@ -145,11 +137,10 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str |
             old_card = read_card(Path(temporary))
         card = keep_edits(render_card(folder, whole_id, read_card(folder)), old_card, is_on_hub=True)
         card = f"{card}\n{FILES.format(' '.join(names))}\n"
-        pushed = recorded(FILES, old_card)
-        stale = {name for name in on_hub if (STALE_WEIGHTS.fullmatch(name) if pushed is None else name in pushed)}
+        stale = on_hub & {*(recorded(FILES, old_card) or [])} - {*names}
         operations = [CommitOperationAdd("README.md", card.encode(errors="surrogateescape"))]
         operations += [CommitOperationAdd(name, folder / name) for name in names if name != "README.md"]
-        operations += [CommitOperationDelete(name, is_folder=False) for name in sorted(stale - {*names})]
+        operations += [CommitOperationDelete(name, is_folder=False) for name in sorted(stale)]
         about = {"commit_message": "Push the model", "revision": branch, "parent_commit": there.sha}
         with _asking_the_hub(repo_id) as api:  # not `upload_folder`, which may split a push into several commits
             return api.create_commit(whole_id, operations, **about).commit_url

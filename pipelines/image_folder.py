@@ -26,6 +26,7 @@ from common import (
     is_out_of_memory,
     make_folder,
     on_main_process,
+    one_line,
     replace_file,
     sha256_of,
     without_folder,
@@ -59,42 +60,38 @@ def _is_intact(path: Path) -> bool:
 
 
 def generate_images(
-    pipeline: CustomUNetPipeline,
-    folder: Path,
-    seeds: Sequence[int],
-    *,
-    batch_size: int,
-    class_label: Sequence[int] | None = None,
-    show_progress: bool = False,
-    **arguments,
+    pipeline: CustomUNetPipeline, seeds: Sequence[int], options: argparse.Namespace, show_progress: bool
 ) -> int:
     """Writes the image of each seed; a file gets its final name only when it is complete.
 
-    Args:
-        class_label: K labels for a network with class embeddings; seed s gets label number s mod K.
-        arguments: further arguments of the pipeline's call.
+    With K class labels, seed s gets label number s mod K.
 
     Returns:
         the total number of network evaluations.
 
     Raises:
-        Failed: for arguments that the pipeline refuses, or non-finite images.
+        Failed: if the pipeline raises an error, such as for non-finite images.
         OSError: if an image cannot be written.
     """
+    labels = options.class_label
     evaluations = 0
-    for first in tqdm(range(0, len(seeds), batch_size), "generating", unit="batch", disable=not show_progress):
-        batch = seeds[first : first + batch_size]
-        labels = class_label and [class_label[seed % len(class_label)] for seed in batch]
+    firsts = range(0, len(seeds), options.batch_size)
+    for first in tqdm(firsts, "generating", unit="batch", disable=not show_progress):
+        batch = seeds[first : first + options.batch_size]
         try:
-            result = pipeline(seeds=batch, class_labels=labels, **arguments)
-        except ValueError as error:
-            raise Failed(str(error)) from error
-        except (ArithmeticError, RuntimeError) as error:  # an untrusted configuration may hold any numbers
+            result = pipeline(
+                seeds=batch,
+                num_inference_steps=options.steps,
+                eta=options.eta,
+                class_labels=labels and [labels[seed % len(labels)] for seed in batch],
+                guidance_scale=options.guidance_scale,
+            )
+        except Exception as error:  # an untrusted model may hold anything
             if is_out_of_memory(error):
                 raise
-            raise Failed(f"the model cannot be run: {error}") from error
+            raise Failed(f"the model cannot be run: {one_line(error) or type(error).__name__}") from error
         for seed, image in zip(batch, result.images, strict=True):
-            _write_png(image_path(folder, seed), image)
+            _write_png(image_path(options.out, seed), image)
         evaluations += result.network_evaluations * len(batch)
     return evaluations
 
@@ -153,17 +150,8 @@ def fill_folder(
 
     record, missing = on_main_process(state, begin)
     started_at_seconds = time.perf_counter()
-    evaluations = generate_images(
-        pipeline,
-        options.out,
-        missing[state.process_index :: state.num_processes],
-        batch_size=options.batch_size,
-        class_label=options.class_label,
-        show_progress=state.is_main_process,
-        num_inference_steps=options.steps,
-        eta=options.eta,
-        guidance_scale=options.guidance_scale,
-    )
+    own = missing[state.process_index :: state.num_processes]
+    evaluations = generate_images(pipeline, own, options, show_progress=state.is_main_process)
     evaluations = sum(gather_object([evaluations]))  # waits for every process
     seconds = time.perf_counter() - started_at_seconds
     if state.is_main_process:
@@ -186,7 +174,7 @@ def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Names
     """Everything that determines the images; images in one folder must have the same `settings`."""
     scheduler = json.loads(pipeline.scheduler.to_json_string())
     del scheduler["_diffusers_version"]
-    size, sampler, labels = pipeline.unet.config.sample_size, pipeline.continuous_sampler, options.class_label
+    sampler, labels = pipeline.continuous_sampler, options.class_label
     settings = {
         "weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)},
         "scheduler": scheduler,
@@ -194,7 +182,7 @@ def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Names
         "eta": options.eta,
         "dtype": options.dtype,
         "class_label": labels[0] if labels is not None and len(labels) == 1 else labels,
-        "image_size": [size, size] if isinstance(size, int) else list(size),
+        "image_size": list(pipeline.image_shape[1:]),
     }
     if sampler is not None:
         finite = {name: value if math.isfinite(value) else None for name, value in sampler.settings.items()}
@@ -241,13 +229,8 @@ def open_record(folder: Path, description: dict) -> dict:
                 " records how they were made; choose another --out"
             )
         return description | {"starts": []}
-    try:
-        record = json.loads(path.read_text())
-        there, here = _flat(record["settings"]), _flat(description["settings"])
-        record["starts"] = list(record["starts"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged; choose another --out, or delete {folder} to start over") from error
-    different = difference(there, here)
+    record = json.loads(path.read_text())
+    different = difference(_flat(record["settings"]), _flat(description["settings"]))
     if different:
         raise InputError(f"{folder} holds images with other settings ({different}); choose another --out")
     return record

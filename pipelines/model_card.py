@@ -69,7 +69,7 @@ def render_card(folder: Path, name: str | None = None, previous: str = "") -> st
         "scheduler": read_mapping(folder / "scheduler" / "scheduler_config.json"),
         "facts": read_mapping(folder / "training.json", optional=True),
         "config": read_mapping(folder / "training_config.yaml", optional=True),
-        "results": _read_results(folder / "results.json"),
+        "results": read_mapping(folder / "results.json", optional=True).get("results", []),
         "has_samples": (folder / "samples.png").is_file(),
     }
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -120,21 +120,6 @@ def _read_weights(folder: Path) -> dict:
         except (SafetensorError, OSError, IndexError) as error:  # the last one where there is no tensor
             raise InputError(f"{path} is damaged: {error}") from error
     return weights
-
-
-def _read_results(path: Path) -> list[dict]:
-    results = read_mapping(path, optional=True).get("results", [])
-    for result in results if isinstance(results, list) else [results]:
-        if not isinstance(result, dict) or not all(isinstance(result.get(key), str) for key in ("name", "metric")):
-            raise InputError(f"{path}: each of its results needs a name and a metric; one is {result!r:.80}")
-        for key in ("value", "std"):
-            number = result.get(key)
-            is_number = isinstance(number, int | float) and not isinstance(number, bool)
-            if number is not None and not (is_number and math.isfinite(number)):
-                raise InputError(
-                    f"{path}: the {key} of {result['name']} is {number!r}; it must be a finite number or null"
-                )
-    return results
 
 
 def _derived(name: str, unet: dict, scheduler: dict, facts: dict, config: dict, results: list, **_) -> dict:

@@ -45,10 +45,6 @@ def sample_data(pipe: CustomUNetPipeline, num_images: int) -> Tensor:
     return (samples.view(-1, 3, 1, 2) / 2 + 0.5).clamp(0, 1).float()
 
 
-def signal_scale(pipe: CustomUNetPipeline, timestep: int) -> float:
-    return pipe.scheduler.alphas_cumprod[timestep].sqrt().item()
-
-
 # Interpolation
 
 
@@ -73,19 +69,6 @@ def test_interpolation_starts_and_ends_at_the_given_seeds_or_latents(pipe):
     start, end = invert(pipe, images, 50, 9).split(1)
     between = interpolate(pipe, start, end, num_images=3, num_inference_steps=50, output_type="pt")
     torch.testing.assert_close(between[[0, -1]], images, atol=1e-3, rtol=0)
-    with pytest.raises(ValueError, match="num_images is 1"):
-        interpolate(pipe, 0, 1, num_images=1)
-    with pytest.raises(ValueError, match=r"latents to interpolate have the shape \(2, 3, 1, 2\)"):
-        interpolate(pipe, 0, torch.zeros(2, 3, 1, 2))
-
-
-def test_seeds_may_be_python_numpy_or_torch_integers(pipe):
-    image = sample_data(pipe, 1)
-    expected = variations(pipe, image, 500, 10, seeds=[3, 4], output_type="np")
-    for seeds in (range(3, 5), np.array([3, 4]), torch.tensor([3, 4])):
-        assert np.array_equal(variations(pipe, image, 500, 10, seeds=seeds, output_type="np"), expected)
-    one, other = (interpolate(pipe, kind(3), kind(4), 3, 5, output_type="np") for kind in (int, np.int64))
-    assert np.array_equal(one, other)
 
 
 # Inversion
@@ -115,13 +98,13 @@ def test_timesteps_and_clipping_follow_the_current_ddim_scheduler(pipe):
     trained = invert(pipe, images, 7)
     pipe.set_sampler("unipc")
     torch.testing.assert_close(invert(pipe, images, 7), trained)
-    pipe.scheduler = DDIMScheduler.from_config(pipe._trained_config, timestep_spacing="leading")
+    pipe.scheduler = DDIMScheduler.from_config(pipe._trained.config, timestep_spacing="leading")
     assert not torch.allclose(invert(pipe, images, 7), trained, atol=0.01)
     assert reconstruction_error(pipe, images, 20, 20) < 1e-3
     drawn = []
     for clip in (False, True):
         ours = {"clip_sample": clip, "clip_sample_range": 0.01}
-        pipe.scheduler = DDIMScheduler.from_config(pipe._trained_config, **ours)
+        pipe.scheduler = DDIMScheduler.from_config(pipe._trained.config, **ours)
         drawn.append(inpaint(pipe, images[:1], np.ones((1, 2), np.float32), 10, seeds=[0], output_type="pt"))
     assert (drawn[1] - 0.5).abs().max() < 0.006 < (drawn[0] - 0.5).abs().max()
 
@@ -154,7 +137,7 @@ def test_variations_follow_the_posterior(pipe, timestep):
         output_type="pt",
         generator=torch.Generator().manual_seed(0),
     )
-    a = signal_scale(pipe, timestep)
+    a = pipe.scheduler.alphas_cumprod[timestep].sqrt().item()
     k = a * SCALE**2 / ((a * SCALE) ** 2 + 1 - a**2)
     expected_mean = MEAN + k * a * (0.4 - MEAN)
     expected_variance = SCALE**2 * (1 - k * a) + k**2 * (1 - a**2)
@@ -215,15 +198,10 @@ def test_inpainting_keeps_known_pixels_and_samples_the_conditional(pipe):
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
-        ("inpaint", {"mask": np.zeros((1, 2), np.float32)}, "nothing to paint"),
         ("inpaint", {"mask": np.ones((2, 2), np.float32)}, r"mask has the shape \(1, 1, 2, 2\)"),
-        ("inpaint", {"mask": np.ones((1, 2), np.float32), "num_resamples": 0}, "num_resamples 0; they must"),
         ("inpaint", {"mask": np.ones((1, 2), np.float32), "output_type": "jpeg"}, "output_type is 'jpeg'"),
-        ("inpaint", {"mask": np.ones((1, 2), np.float32), "seeds": [1, 2, 3]}, "2 images for 3 images to draw"),
-        ("inpaint", {"mask": torch.ones(3, 1, 1, 2)}, "3 masks for 2 images"),
-        ("variations", {"timestep": 1000}, "timestep is 1000; it must be 0 to 999"),
+        ("inpaint", {"mask": np.ones((1, 2), np.float32), "seeds": [1, 2, 3]}, "2 images for 3 seeds"),
         ("variations", {"timestep": 10, "eta": 2}, "eta is 2"),
-        ("invert", {"num_fixed_point_iterations": 0}, "num_fixed_point_iterations is 0"),
         ("invert", {"num_inference_steps": 0}, "num_inference_steps is 0"),
     ],
 )
@@ -246,7 +224,7 @@ def test_pil_numpy_and_torch_images_give_the_same_latents(pipe):
         Image.fromarray(pixels),
         [Image.fromarray(pixels)],
         array[None],
-        torch.tensor(array).permute(2, 0, 1)[None],
+        torch.tensor(array.transpose(2, 0, 1)[None]),
     ]
     latents = [invert(pipe, form, 3) for form in forms]
     for other in latents[1:]:
@@ -270,8 +248,6 @@ def test_denoising_strip_ends_with_the_generated_image(pipe, tmp_path):
     with Image.open(tmp_path / "strip.gif") as animation:
         assert animation.n_frames == 5
         assert animation.size == (2 * 2 * 2, 2 * 1 * 2)
-    with pytest.raises(ValueError, match="num_frames is 1"):
-        denoising_strip(pipe, num_frames=1)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "unipc"])
@@ -290,14 +266,3 @@ def test_callback_receives_network_inputs_and_predicted_images(pipe, sampler):
         torch.testing.assert_close(
             tensors["pred_original_sample"].flatten(1).double(), clean_images, atol=1e-3, rtol=0
         )
-
-
-@pytest.mark.parametrize(("sampler", "shown"), [("euler", 4), ("predictor_corrector", 4)])
-def test_only_strip_frames_are_converted_to_images(pipe, sampler, shown, monkeypatch):
-    made = []
-    to_output = CustomUNetPipeline.to_output
-    monkeypatch.setattr(CustomUNetPipeline, "to_output", lambda *args: made.append(1) or to_output(*args))
-    pipe.set_sampler(sampler)
-    strip = denoising_strip(pipe, num_frames=shown + 1, num_inference_steps=40, seeds=[1])
-    assert len(strip.timesteps) == shown
-    assert len(made) == 2 * shown + 1  # plus the result

@@ -111,21 +111,6 @@ def test_comment_on_top_of_the_metadata_keeps_no_generated_entry_alive():
         assert (metadata["datasets"], metadata["language"], card.count("# ours")) == ("new", "en", 1)
 
 
-def test_card_without_a_record_keeps_parts_that_are_not_generated():
-    """A card of an earlier version, and an unedited one made by diffusers' own `push_to_hub`."""
-    earlier = (
-        generated(1, license="mit").replace("Step 1.", "Text of an earlier version.") + "\n## Thanks\n\nTo all.\n"
-    )
-    metadata, text = parts(keep_edits(generated(2), earlier))
-    assert metadata["license"] == "mit"
-    assert text.endswith("## Thanks\n\nTo all.")
-    assert "earlier version" not in text
-    automatic = (
-        "---\nlibrary_name: x\n---\n\n# Faces\n\nThis model card has been automatically generated.\n\n[TODO: it]\n"
-    )
-    assert keep_edits(generated(1), automatic) == keep_edits(generated(1), "")
-
-
 def test_local_and_hub_edits_are_merged():
     """The local card is pushed repeatedly and edited both locally and on the Hub in between."""
     local, hub = keep_edits(generated(1), ""), ""

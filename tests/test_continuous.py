@@ -8,9 +8,8 @@ import torch
 from diffusers import DDPMScheduler
 from exact_denoiser import Mixture, mixture
 from exact_sde import ExactSDENetwork
-from tiny_network import TINY
+from tiny_pipeline import quiet, tiny_pipeline
 
-from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
 from pipelines.applications import (
     GREY_AND_COLOURS,
@@ -51,23 +50,18 @@ SAMPLERS = {  # and their numbers of steps
 }
 
 
-def quiet(pipe: CustomUNetPipeline) -> CustomUNetPipeline:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def exact_pipeline(name: str, size: int = 1) -> CustomUNetPipeline:
     network = ExactSDENetwork(sample_size=size).double().eval().set_data(mixture(), SCHEDULERS[name])
     return quiet(CustomUNetPipeline(network, SCHEDULERS[name]))
 
 
-def tiny_pipeline(objective: str = "vp", **network) -> CustomUNetPipeline:
-    torch.manual_seed(0)
-    scheduler = DDPMScheduler()
-    if objective != "ddpm":
-        scheduler = SDEScheduler(objective=objective, prediction_type=PREDICTION_TYPES[objective][0])
+def pipeline_of(objective: str, **network) -> CustomUNetPipeline:
+    """A tiny pipeline with the scheduler's defaults."""
+    if objective == "ddpm":
+        return tiny_pipeline(DDPMScheduler(), **network)
     embedding = {"time_embedding_type": "fourier"} if objective == "ve" else {}
-    return quiet(CustomUNetPipeline(CustomUNet2DModel(**TINY | embedding | network), scheduler))
+    scheduler = SDEScheduler(objective=objective, prediction_type=PREDICTION_TYPES[objective][0])
+    return tiny_pipeline(scheduler, **embedding | network)
 
 
 def last_clean_images(pipe: CustomUNetPipeline, steps: int, num_images: int = N, **call) -> torch.Tensor:
@@ -135,7 +129,7 @@ def test_preconditioning_matches_diffusers_edm_scheduler():
     ],
 )
 def test_image_depends_only_on_its_own_seed(objective, sampler):
-    pipe = tiny_pipeline(objective)
+    pipe = pipeline_of(objective)
     if sampler == "ode":  # clipped predictions of an untrained network have kinks, where the solver is inaccurate
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_sampler(sampler, **({"tolerance": 1e-5} if sampler == "ode" else {}))
@@ -146,18 +140,6 @@ def test_image_depends_only_on_its_own_seed(objective, sampler):
     # the ODE solver chooses its step sizes for the whole batch
     torch.testing.assert_close(together[1:], alone, rtol=0, atol=0.05 if sampler == "ode" else 1e-4)
     assert not torch.allclose(together[0], together[1], atol=0.01)
-
-
-def test_set_sampler_recovers_from_an_unsuitable_scheduler():
-    pipe = tiny_pipeline("vp")
-    names, own = pipe.samplers, pipe.scheduler
-    pipe.scheduler = diffusers.DDIMScheduler()
-    with pytest.raises(ValueError, match=r"DDIMScheduler does not suit .* in continuous time; take set_sampler"):
-        pipe(num_inference_steps=2)
-    assert pipe.samplers == names
-    pipe.set_sampler("edm_heun")
-    assert pipe.scheduler is own
-    assert len(pipe(num_inference_steps=2).images) == 1
 
 
 @pytest.mark.parametrize(
@@ -173,7 +155,7 @@ def test_set_sampler_recovers_from_an_unsuitable_scheduler():
     ],
 )
 def test_network_evaluations_are_counted(sampler, settings, expected):
-    pipe, calls, seen = tiny_pipeline("flow" if sampler.startswith("flow_") else "vp"), [], []
+    pipe, calls, seen = pipeline_of("flow" if sampler.startswith("flow_") else "vp"), [], []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     pipe.set_sampler(sampler, **settings)
     output = pipe(seeds=[0], num_inference_steps=6, callback_on_step_end=lambda *args: seen.append(args[1]))
@@ -227,7 +209,7 @@ def test_imputation_keeps_known_channels_and_samples_the_conditional(name):
 
 
 def test_impute_and_colorize_keep_the_known_part():
-    pipe = tiny_pipeline("ve")
+    pipe = pipeline_of("ve")
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 4:] = 1
@@ -245,7 +227,7 @@ def test_impute_and_colorize_keep_the_known_part():
 
 
 def test_classifier_free_guidance_extrapolates_two_predictions():
-    pipe = tiny_pipeline("vp", num_class_embeds=4, dropout=0.0)
+    pipe = pipeline_of("vp", num_class_embeds=4, dropout=0.0)
     x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor(300.0), torch.tensor([0, 2])
     guidances = Guidance(labels), Guidance(torch.tensor([3, 3])), Guidance(labels, 2.5, null_class=3)
     conditional, null, guided = (guidance.model_output(pipe.unet.eval(), x, t) for guidance in guidances)
@@ -254,7 +236,7 @@ def test_classifier_free_guidance_extrapolates_two_predictions():
 
 @pytest.mark.parametrize("objective", ["vp", "ddpm"])
 def test_guidance_affects_every_sampler(objective):
-    pipe = tiny_pipeline(objective, num_class_embeds=4)
+    pipe = pipeline_of(objective, num_class_embeds=4)
     for name in pipe.samplers:
         pipe.set_sampler(name)
         plain, guided = (
@@ -266,38 +248,25 @@ def test_guidance_affects_every_sampler(objective):
 
 
 def test_unsupported_arguments_raise_one_line_errors():
-    vp, ddpm = tiny_pipeline("vp"), tiny_pipeline("ddpm")
-    learned = tiny_pipeline("ddpm", time_embedding_type="learned", num_train_timesteps=1000)
-    conditional = tiny_pipeline("vp", num_class_embeds=3)
+    vp, ddpm = pipeline_of("vp"), pipeline_of("ddpm")
+    learned = pipeline_of("ddpm", time_embedding_type="learned", num_train_timesteps=1000)
+    conditional = pipeline_of("vp", num_class_embeds=3)
     mask = torch.ones(1, 1, 8, 8)
     image = torch.rand(1, 3, 8, 8)
-
-    def with_euler():
-        learned.set_sampler("euler")
-        learned(num_inference_steps=2)
 
     for message, call in {
         "no sampler 'ddim'; the network was trained in continuous time": lambda: vp.set_sampler("ddim"),
         "no sampler 'flow_euler'; there are euler_maruyama": lambda: vp.set_sampler("flow_euler"),
-        "no sampler 'pc'": lambda: ddpm.set_sampler("pc"),
         "no setting 'snr'; it has tolerance": lambda: vp.set_sampler("ode", snr=0.1),
         "no setting 'churn'; it has none": lambda: ddpm.set_sampler("ddim", churn=0.1),
-        "tolerance is -1": lambda: vp.set_sampler("ode", tolerance=-1),
-        "snr is nan": lambda: vp.set_sampler("predictor_corrector", snr=float("nan")),
-        "corrector_steps is 0.5": lambda: vp.set_sampler("predictor_corrector", corrector_steps=0.5),
-        "churn_min is 2 and churn_max 1; they must": lambda: vp.set_sampler("edm_heun", churn_min=2, churn_max=1),
-        "learned time embedding": lambda: learned.set_sampler("ode"),
-        "learned time embedding, which has no rows": with_euler,
+        "learned time embedding": lambda: encode(learned, image),
         "num_inference_steps is 1": lambda: vp(num_inference_steps=1),
         "eta is 0.5": lambda: vp(eta=0.5),
-        "output_type is 'jpg'": lambda: vp(output_type="jpg"),
         "cannot change the latents": lambda: vp(
             num_inference_steps=2, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)}
         ),
-        "no class_labels to guide to": lambda: vp(guidance_scale=2.0),
-        "no table of classes": lambda: vp(class_labels=1, guidance_scale=2.0),
+        "no table of classes with a null class": lambda: vp(guidance_scale=2.0),
         "the network has class embeddings: give": lambda: conditional(),
-        "guidance_scale is inf": lambda: conditional(class_labels=1, guidance_scale=float("inf")),
         "trained in continuous time; take encode or": lambda: inpaint(vp, image, mask),
         "snr is 0": lambda: impute(vp, image, mask, snr=0),
     }.items():
@@ -311,7 +280,7 @@ def test_clip_sample_clips_every_predicted_image(sampler):
     """An untrained network predicts any value; with clipping, every predicted x_0 lies in [-1, 1]."""
     largest, name = {}, "pred_original_sample"
     for clip in (True, False):
-        pipe, seen = tiny_pipeline("vp"), []
+        pipe, seen = pipeline_of("vp"), []
         pipe.scheduler = SDEScheduler(objective="vp", clip_sample=clip)
         pipe.set_sampler(sampler, **({"tolerance": 0.1} if sampler == "ode" else {}))
         callback = {"callback_on_step_end": lambda *args, seen=seen: seen.append(args[-1][name])}
@@ -324,14 +293,12 @@ def test_clip_sample_clips_every_predicted_image(sampler):
 
 def test_default_sampler_and_settings_depend_on_the_objective():
     """Heun for the straight paths of rectified flow, otherwise EDM's sampler, with churn for VE SDEs."""
-    for objective, expected in {"ve": 10.0, "vp": 0.0, "edm": 0.0, "flow": None, "ddpm": None}.items():
-        sampler = tiny_pipeline(objective).continuous_sampler
-        assert (sampler and sampler.name) == {"ddpm": None, "flow": "flow_heun"}.get(objective, "edm_heun")
-        assert (sampler.settings.get("churn") if sampler else None) == expected
-    ve = tiny_pipeline("ve")
-    ve.set_sampler("edm_heun")
-    assert ve.continuous_sampler.settings["churn"] == 10.0
-    for pipe, settings in ((ve, {"churn": 0.0}), (tiny_pipeline("flow"), {})):
+    for objective, name in {"ve": "edm_heun", "vp": "edm_heun", "edm": "edm_heun", "flow": "flow_heun"}.items():
+        sampler = pipeline_of(objective).continuous_sampler
+        assert sampler.name == name
+        assert sampler.settings.get("churn", 0.0) == (10.0 if objective == "ve" else 0.0)
+    ve = pipeline_of("ve")
+    for pipe, settings in ((ve, {"churn": 0.0}), (pipeline_of("flow"), {})):
         pipe.set_sampler(pipe.continuous_sampler.name, **settings)
         assert pipe.continuous_sampler.settings.get("churn", 0.0) == 0.0
         ends = interpolate(pipe, 0, 1, num_images=2, num_inference_steps=3, output_type="pt")
@@ -339,8 +306,8 @@ def test_default_sampler_and_settings_depend_on_the_objective():
         torch.testing.assert_close(ends[:1], alone, rtol=0, atol=1e-4)  # no noise is added
 
 
-def test_replacing_the_scheduler_resets_the_sampler():
-    pipe = tiny_pipeline("ddpm")
+def test_replacing_the_scheduler_resets_the_sampler_and_back():
+    pipe = pipeline_of("ddpm")
     pipe.set_sampler("ode")
     assert pipe.continuous_sampler.name == "ode"
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
@@ -348,10 +315,12 @@ def test_replacing_the_scheduler_resets_the_sampler():
     pipe.set_sampler("ode")
     pipe.set_sampler("ddpm")
     assert pipe.continuous_sampler is None
-    pipe = tiny_pipeline("vp")
-    pipe.scheduler = diffusers.DDIMScheduler()
-    with pytest.raises(ValueError, match="trained in continuous time"):
+    pipe = pipeline_of("vp")
+    own, pipe.scheduler = pipe.scheduler, diffusers.DDIMScheduler()
+    with pytest.raises(ValueError, match=r"DDIMScheduler does not suit .*; take set_sampler with euler_maruyama, "):
         pipe(seeds=[0], num_inference_steps=2)
+    pipe.set_sampler("edm_heun")
+    assert pipe.scheduler is own
 
 
 @pytest.mark.parametrize(
@@ -361,10 +330,7 @@ def test_replacing_the_scheduler_resets_the_sampler():
         ({"objective": "ve"}, "ve takes score"),
         ({"objective": "vp", "prediction_type": "v"}, "vp takes epsilon or sample or v_prediction"),
         ({"sigma_data": 0.0}, "sigma_data is 0.0"),
-        ({"noise_std": float("nan")}, "noise_std is nan"),
-        ({"objective": "flow", "prediction_type": "v_prediction"}, "flow takes flow_prediction"),
         ({"time_density": "logit"}, "time_density is 'logit'; it must be uniform or logit_normal"),
-        ({"noise_mean": float("inf")}, "noise_mean is inf"),
         ({"beta_min": 30.0}, "beta_max 20.0"),
         ({"objective": "edm", "prediction_type": "edm", "sigma_min": 100.0}, "sigma_min 100.0"),
     ],

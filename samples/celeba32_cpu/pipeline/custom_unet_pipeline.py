@@ -20,13 +20,10 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-
-logger = logging.get_logger(__name__)
 
 # Samplers by name: class and settings. The multistep solvers use trailing spacing, because with leading spacing and
 # many steps they start far from the last timestep.
@@ -43,16 +40,9 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict]] = {
 }
 SUITABLE = tuple({cls: None for cls, _ in SAMPLERS.values()})
 # These solve for x_t / sqrt(abar_t), whose noise has the scale sigma = sqrt(1 / abar_t - 1); the others solve for x_t
-SIGMA_TYPE = tuple(SAMPLERS[name][0] for name in ("euler", "euler_ancestral"))
-MULTISTEP = tuple(SAMPLERS[name][0] for name in ("dpmsolver++2m", "unipc", "deis"))
-# Scheduler options that do not suit the timesteps passed to the network, or fail on images, and their usual values
-USUAL = dict.fromkeys(
-    "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas".split()
-)
-USUAL |= {"interpolation_type": "linear", "timestep_type": "discrete", "predict_x0": True}
-# Keyword arguments of `from_pretrained` for loading the network
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-NETWORK_ARGUMENTS = (*HUB_ARGUMENTS, "device_map", "low_cpu_mem_usage", "torch_dtype", "variant")
+SIGMA_TYPE = (diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler)
+# Scheduler options that do not suit the timesteps passed to the network
+UNSUPPORTED = "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas".split()
 
 
 @dataclass
@@ -74,74 +64,17 @@ class CustomUNetPipeline(DiffusionPipeline):
             For a network that was trained in continuous time, an `SDEScheduler`.
     """
 
-    # Classes that `from_pretrained` builds when it does not run code from the model repository
-    unet_class: type[ModelMixin] = UNet2DModel
-    scheduler_classes: tuple[type[SchedulerMixin], ...] = SUITABLE
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ("latents", "noisy_images", "pred_original_sample")
-    _interrupt = False  # what a callback may set during a call
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        # How the network was trained: other samplers are built from it, and those that do not match it are refused
-        self._trained_config = scheduler.config
-        self._prediction_type = scheduler.config.get("prediction_type")
-        self._process = scheduler if hasattr(scheduler, "sde") else None
-        self._alphas_cumprod = scheduler.alphas_cumprod.cpu() if hasattr(scheduler, "alphas_cumprod") else None
+        # The scheduler the network was trained with; other samplers are built from its configuration and must match it
+        self._trained = scheduler
         self._continuous: tuple | None = None  # continuous-time sampler, and the scheduler that it was set for
         channels = unet.config.in_channels  # with an alpha channel, nothing is converted
         colors = {"do_convert_grayscale": channels == 1, "do_convert_rgb": channels == 3}
         self.image_processor = VaeImageProcessor(do_resize=False, **colors)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *, trust_remote_code: bool = False, **kwargs):
-        """Loads a model repository. Runs no code from it unless `trust_remote_code=True`.
-
-        Weights are read from safetensors only, never from pickles.
-
-        Args:
-            kwargs: `unet` and `scheduler`, to replace the repository's own, and `NETWORK_ARGUMENTS`; with
-                `trust_remote_code=True`, the arguments of `DiffusionPipeline.from_pretrained`.
-
-        Raises:
-            ValueError: for other keyword arguments or values, or if the repository's scheduler is not in
-                `scheduler_classes`.
-        """
-        path = pretrained_model_name_or_path
-        if kwargs.pop("use_safetensors", None) is False:
-            raise ValueError("use_safetensors is False, but weights are read from safetensors only")
-        unet = kwargs.pop("unet", None)
-        if trust_remote_code:
-            pipeline = super().from_pretrained(path, trust_remote_code=True, use_safetensors=True, **kwargs)
-            return pipeline if unet is None else cls(unet, pipeline.scheduler)
-        scheduler, dtype = kwargs.pop("scheduler", None), kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
-        if isinstance(dtype, dict):
-            dtype = dtype.get("unet", dtype.get("default"))
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"torch_dtype is {dtype!r}; it must be a torch.dtype, or a dictionary of them")
-        kwargs |= {} if dtype is None else {"torch_dtype": dtype}
-        unknown = sorted(kwargs.keys() - set(NETWORK_ARGUMENTS))
-        if unknown:
-            known = ", ".join(("unet", "scheduler", *NETWORK_ARGUMENTS))
-            raise ValueError(f"from_pretrained takes no {', '.join(unknown)}; without remote code it takes {known}")
-        if unet is None:
-            unet = cls.unet_class.from_pretrained(path, subfolder="unet", use_safetensors=True, **kwargs)
-        if scheduler is None:
-            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            # all schedulers use the same file name; the config names the class that wrote it
-            config = diffusers.DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
-            classes, name = {known.__name__: known for known in cls.scheduler_classes}, config["_class_name"]
-            if name not in classes:
-                hint = "trust_remote_code=True runs code of the repository"
-                raise ValueError(f"{path} has a {name}, not one of {', '.join(classes)}; {hint}")
-            scheduler = classes[name].from_config(config)
-        return cls(unet=unet, scheduler=scheduler)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
-        """As in diffusers, which alone would refuse a network of any other class than the annotated one."""
-        return super().from_pipe(pipeline, **{"unet": pipeline.unet} | kwargs)
 
     def save_config(self, save_directory, **kwargs) -> None:
         """The last step of `save_pretrained`: writes `model_index.json` and the code that it refers to.
@@ -149,8 +82,6 @@ class CustomUNetPipeline(DiffusionPipeline):
         diffusers alone would write the module paths of this process and not copy the code.
         """
         super().save_config(save_directory, **kwargs)
-        if self._continuous is not None and self._continuous[1] is self.scheduler:
-            logger.warning(f"the sampler {self._continuous[0].name} is not saved: set it again after loading")
         folder = Path(save_directory)
         unet = getattr(self.unet, "_orig_mod", self.unet)  # unwraps torch.compile
         parts = {"unet": unet, "scheduler": self.scheduler}
@@ -171,12 +102,12 @@ class CustomUNetPipeline(DiffusionPipeline):
     @property
     def is_continuous(self) -> bool:
         """Whether the network was trained in continuous time."""
-        return self._process is not None
+        return hasattr(self._trained, "sde")
 
     @property
     def process(self):
-        """The `SDEScheduler` of the SDE that continuous-time samplers reverse."""
-        return self.scheduler if hasattr(self.scheduler, "sde") else self._process
+        """The `SDEScheduler` of the SDE that continuous-time samplers reverse; None if there is none."""
+        return next((part for part in (self.scheduler, self._trained) if hasattr(part, "sde")), None)
 
     @property
     def samplers(self) -> tuple[str, ...]:
@@ -204,14 +135,13 @@ class CustomUNetPipeline(DiffusionPipeline):
             why = "; the network was trained in continuous time" if name in SAMPLERS else ""
             raise ValueError(f"there is no sampler {name!r}{why}; there are {', '.join(self.samplers)}")
         if name not in SAMPLERS:
-            check_fractional_timesteps(self.unet)
             self.scheduler = self.process if self.is_continuous else self.scheduler
             self._continuous = self.process.sampler(name, **settings), self.scheduler
             return
         if settings:
             raise ValueError(f"{name} has no setting {min(settings)!r}; it has none")
         cls, fixed = SAMPLERS[name]
-        self.scheduler, self._continuous = scheduler_like(self._trained_config, cls, **fixed), None
+        self.scheduler, self._continuous = scheduler_like(self._trained.config, cls, **fixed), None
 
     # ---- Sampling
 
@@ -225,7 +155,6 @@ class CustomUNetPipeline(DiffusionPipeline):
         return_dict: bool = True,
         *,
         eta: float = 0.0,
-        use_clipped_model_output: bool = False,
         seeds: Sequence[int] | None = None,
         latents: Tensor | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
@@ -245,7 +174,6 @@ class CustomUNetPipeline(DiffusionPipeline):
                 `latent` (shape (B, C, H, W), the network's range, not clipped).
             return_dict: whether to return an `ImagePipelineOutput` instead of a tuple.
             eta: 0 (deterministic) to 1 (DDPM's variance), eq. 16 of DDIM (arXiv 2010.02502); for DDIM only.
-            use_clipped_model_output: whether DDIM recomputes the noise from the clipped x_0.
             seeds: one for each image, instead of generators. With seeds or a list of generators, an image depends only
                 on its own seed, not on the rest of the batch, and is the same on every device. Exception: `ode`
                 chooses its steps for the whole batch, so an image depends on the others up to its tolerance.
@@ -254,8 +182,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             guidance_scale: w. For a network whose last class embedding is the null class, the output is
                 null + w (conditional - null) (classifier-free guidance, arXiv 2207.12598); 1 means no guidance.
             callback_on_step_end: called after each network evaluation as `callback(pipeline, index, timestep,
-                tensors)`. It may return a dictionary with new `latents`, or end the loop after this step by setting
-                `pipeline._interrupt = True`; neither is possible in continuous time.
+                tensors)`. Except in continuous time, it may return a dictionary with new `latents`.
             callback_on_step_end_tensor_inputs: names of the `tensors` passed to the callback: `latents` (after the
                 step, in the scheduler's scaling; in continuous time, the network's input), `noisy_images` (x_t, the
                 network's input) and `pred_original_sample` (the x_0 predicted from it), each float32 (B, C, H, W).
@@ -263,18 +190,12 @@ class CustomUNetPipeline(DiffusionPipeline):
         Raises:
             ValueError: for an argument out of range, an unsuitable scheduler, or a result that is not finite.
         """
-        self.check_inputs(num_inference_steps, eta, output_type, use_clipped_model_output)
-        self._interrupt = False
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"a callback can have {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}"
-            )
+        self.check_inputs(num_inference_steps, eta, output_type)
         batch_size, generator = self.batch_and_generator(batch_size, generator, seeds, latents)
         guidance = self.guidance(class_labels, batch_size, guidance_scale)
         # The latents stay float32 whatever the network's dtype: each step changes them only a little.
-        noise = self.draw_noise(batch_size, generator) if latents is None else latents
-        latents = noise.to(self._execution_device, torch.float32)
+        draw_noise = partial(self.draw_noise, batch_size, generator)
+        latents = (draw_noise() if latents is None else latents).to(self._execution_device, torch.float32)
 
         def tell(index: int, timestep: Tensor, **tensors: Tensor) -> dict:
             """Calls the caller's callback and returns its result."""
@@ -284,57 +205,45 @@ class CustomUNetPipeline(DiffusionPipeline):
             return callback_on_step_end(self, index, timestep, chosen) or {}
 
         if self.continuous_sampler is None:
-            ddim_options = {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
-            images = self._reverse_timesteps(latents, num_inference_steps, ddim_options, generator, guidance, tell)
+            images = self._reverse_timesteps(latents, num_inference_steps, eta, generator, guidance, tell)
         else:
-            images = self._reverse_process(latents, num_inference_steps, generator, guidance, tell)
+            process, sampler = self.process, self.continuous_sampler
+            total = process.num_evaluations(sampler, num_inference_steps)
+            with self.denoising(process, guidance, total, tell) as denoise:
+                images = process.sample(sampler, denoise, latents, num_inference_steps, draw_noise)
         images = self.to_output(images, output_type)
         return GeneratedImages(images=images, network_evaluations=guidance.evaluations) if return_dict else (images,)
 
-    @property
-    def num_timesteps(self) -> int:
-        """Network evaluations of the latest call, as its progress bar counts them."""
-        return self._num_timesteps
-
-    def _reverse_timesteps(self, latents, num_inference_steps, ddim_options, generator, guidance, tell) -> Tensor:
+    def _reverse_timesteps(self, latents, num_inference_steps, eta, generator, guidance, tell) -> Tensor:
         """Samples with a diffusers scheduler."""
-        scheduler, step_type = self.scheduler, self._prediction_type
-        if step_type == "sample" and isinstance(scheduler, SIGMA_TYPE):
+        scheduler, prediction_type = self.scheduler, self._trained.config.prediction_type
+        step_type = prediction_type
+        if prediction_type == "sample" and isinstance(scheduler, SIGMA_TYPE):
             step_type = "v_prediction"  # not all of these schedulers support x_0 prediction
             scheduler = scheduler_like(scheduler.config, type(scheduler), prediction_type=step_type)
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
-            raise ValueError(f"steps_offset {scheduler.config.steps_offset} leads beyond the last timestep")
         if isinstance(scheduler, diffusers.EulerAncestralDiscreteScheduler):
             scheduler.sigmas = scheduler.sigmas.double()  # float32 can give it the square root of less than 0
-        if isinstance(scheduler, MULTISTEP) and len(scheduler.timesteps.unique()) < num_inference_steps:
-            spacing = scheduler.config.timestep_spacing
-            raise ValueError(f"{num_inference_steps} steps repeat a timestep with timestep_spacing {spacing!r}")
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)
         has_generator = "generator" in inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator} if has_generator else {}
         draw_noise = partial(self.draw_noise, len(latents), generator)
-        self._num_timesteps = len(scheduler.timesteps)
 
         latents = latents * scheduler.init_noise_sigma
         # abar of every step, read once: reading a number from the device in each step would be a sync
         levels = noise_levels(scheduler, scheduler.timesteps.tolist())
         with self.evaluation_mode():
             for index, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-                if self._interrupt:
-                    break
                 # 1. Predict x_0 and epsilon
                 noisy_images = scheduler.scale_model_input(latents, timestep)
                 signal, sigma = scales(levels[index])
                 model_output = guidance.model_output(self.unet, noisy_images, timestep)
                 clean_images, noise = clean_images_and_noise(
-                    self._prediction_type, model_output, noisy_images, signal, sigma
+                    prediction_type, model_output, noisy_images, signal, sigma
                 )
                 # 2. Take a step of the sampler
                 if isinstance(scheduler, diffusers.DDIMScheduler):
                     pair = levels[index : index + 2]
-                    latents = ddim_step(scheduler, clean_images, noise, *pair, draw_noise, **ddim_options)
+                    latents = ddim_step(scheduler, clean_images, noise, *pair, draw_noise, eta)
                 else:
                     velocity = signal * noise - sigma * clean_images
                     model_output = {"epsilon": noise, "sample": clean_images, "v_prediction": velocity}[step_type]
@@ -343,14 +252,6 @@ class CustomUNetPipeline(DiffusionPipeline):
                 seen = {"noisy_images": noisy_images, "pred_original_sample": clean_images}
                 latents = tell(index, timestep, latents=latents, **seen).get("latents", latents)
         return latents
-
-    def _reverse_process(self, latents, num_inference_steps, generator, guidance, tell) -> Tensor:
-        """Samples with a continuous-time sampler."""
-        process, sampler = self.process, self.continuous_sampler
-        total = process.num_evaluations(sampler, num_inference_steps)
-        draw_noise = partial(self.draw_noise, len(latents), generator)
-        with self.denoising(process, guidance, total, tell) as denoise:
-            return process.sample(sampler, denoise, latents, num_inference_steps, draw_noise)
 
     @contextmanager
     def denoising(self, process, guidance: "Guidance", total: int | None, tell=None, clip: bool = True) -> Iterator:
@@ -362,9 +263,10 @@ class CustomUNetPipeline(DiffusionPipeline):
             tell: called after each evaluation, as in `_reverse_timesteps`.
             clip: whether to clip x_0 if the scheduler's configuration says so.
         """
+        check_fractional_timesteps(self.unet)
         config = self.scheduler.config  # schedulers also keep settings that are not their own
         bound = config.get("clip_sample_range", 1.0) if clip and config.get("clip_sample") else math.inf
-        self._num_timesteps, indices = total, itertools.count()
+        indices = itertools.count()
         bar = self.progress_bar(itertools.count()) if total is None else self.progress_bar(total=total)
 
         def after_each(t: Tensor, x: Tensor, clean_images: Tensor) -> None:
@@ -372,8 +274,6 @@ class CustomUNetPipeline(DiffusionPipeline):
             tensors = {"latents": x, "noisy_images": x, "pred_original_sample": clean_images}
             if tell is not None and "latents" in tell(next(indices), t, **tensors):
                 raise ValueError("a callback cannot change the latents in continuous time")
-            if self._interrupt:
-                raise ValueError("a callback cannot interrupt in continuous time; raise an exception of your own")
 
         with self.evaluation_mode(), bar:
             yield process.denoiser(partial(guidance.model_output, self.unet), bound, after_each)
@@ -389,8 +289,6 @@ class CustomUNetPipeline(DiffusionPipeline):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the network."""
         size = self.unet.config.sample_size
-        if size is None:
-            raise ValueError("the network's sample_size is not set; construct it with the size of its images")
         return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
     @contextmanager
@@ -405,39 +303,31 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     def batch_and_generator(self, batch_size, generator, seeds, latents=None) -> tuple:
         """The number of images, and their generator or list of generators; raises ValueError if they disagree."""
-        if seeds is not None and generator is not None:
-            raise ValueError("give either seeds or generator, not both")
         if seeds is not None:
+            if generator is not None:
+                raise ValueError("give either seeds or generator, not both")
             generator = generators(seeds)
-        if latents is not None and tuple(latents.shape[1:]) != self.image_shape:
-            shape = ", ".join(map(str, ("batch_size", *self.image_shape)))
-            raise ValueError(f"latents have the shape {tuple(latents.shape)}; the network's is ({shape})")
         if batch_size is None:
             batch_size = len(next((x for x in (generator, latents) if isinstance(x, (list, Tensor))), [None]))
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        for name, given in {"generators": generator, "latents": latents}.items():
-            if isinstance(given, (list, Tensor)) and len(given) != batch_size:
-                raise ValueError(f"{len(given)} {name} for {batch_size} images; give one for each image")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for {batch_size} images; give one for each image")
+        shape = (batch_size, *self.image_shape)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents have the shape {tuple(latents.shape)}; it must be {shape}")
         return batch_size, generator
 
     def guidance(self, class_labels=None, batch_size: int = 1, scale: float = 1.0) -> "Guidance":
         """The `Guidance` of a batch, arguments as in `__call__`; raises ValueError if they do not suit the network."""
-        config = self.unet.config
-        num_classes = config.get("num_class_embeds")
-        has_classes = num_classes is not None or config.get("class_embed_type") is not None
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance_scale is {scale}; it must be finite")
-        if class_labels is None and scale != 1:
-            raise ValueError(f"guidance_scale is {scale}, but there are no class_labels to guide to")
+        num_classes = self.unet.config.get("num_class_embeds")
+        has_classes = num_classes is not None or self.unet.config.get("class_embed_type") is not None
         if scale != 1 and num_classes is None:
-            raise ValueError(f"guidance_scale is {scale}, but the network has no table of classes with a null one")
-        if class_labels is None and has_classes:
+            raise ValueError(f"guidance_scale is {scale}, but the network has no table of classes with a null class")
+        if has_classes and class_labels is None:
             raise ValueError("the network has class embeddings: give class_labels")
+        if not has_classes and class_labels is not None:
+            raise ValueError("class_labels were given, but the network has no class embeddings")
         if class_labels is None:
             return Guidance()
-        if not has_classes:
-            raise ValueError("class_labels were given, but the network has no class embeddings")
         labels = torch.as_tensor(class_labels, device=self._execution_device)
         labels = labels.expand(batch_size) if labels.ndim == 0 else labels
         if len(labels) != batch_size:
@@ -448,73 +338,44 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     def to_output(self, images: Tensor, output_type: str):
         """Converts images from the model's range to `output_type`; raises ValueError if they are not finite."""
-        try:
-            return self.image_processor.postprocess(finite(images), output_type)
-        except ValueError as error:
-            unusual = [] if self.continuous_sampler is not None else unusual_options(self.scheduler)
-            hint = f", or the scheduler's {', '.join(unusual)} do not suit these steps" if unusual else ""
-            raise ValueError(f"{error}{hint}") from error
+        return self.image_processor.postprocess(finite(images), output_type)
 
-    def check_inputs(
-        self, num_inference_steps: int, eta: float = 0.0, output_type: str = "pil", use_clipped: bool = False
-    ) -> None:
+    def check_inputs(self, num_inference_steps: int, eta: float = 0.0, output_type: str = "pil") -> None:
         """Raises ValueError unless the scheduler suits the network and the arguments suit the scheduler."""
-        scheduler, config, sampler = self.scheduler, self.scheduler.config, self.continuous_sampler
-        name = type(scheduler).__name__ if sampler is None else sampler.name
+        scheduler, sampler, channels = self.scheduler, self.continuous_sampler, self.unet.config.in_channels
         check_output_type(output_type)
-        channels = self.unet.config.in_channels
-        if output_type == "pil" and channels > 4:
-            raise ValueError(f"PIL has no images of {channels} channels; take output_type pt or np")
         if self.unet.config.get("out_channels", channels) != channels:
-            raise ValueError(
-                "the network has other out_channels than in_channels; a learned variance is not supported"
-            )
+            raise ValueError("the network's out_channels differ from its in_channels; it may predict a variance")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
-        if (eta > 0 or use_clipped) and (sampler is not None or not isinstance(scheduler, diffusers.DDIMScheduler)):
-            what = f"eta is {eta}" if eta > 0 else "use_clipped_model_output is set"
-            raise ValueError(f"{what}, but {name} does not take it; use DDIMScheduler")
+        if eta > 0 and (sampler is not None or not isinstance(scheduler, diffusers.DDIMScheduler)):
+            name = type(scheduler).__name__ if sampler is None else sampler.name
+            raise ValueError(f"eta is {eta}, but {name} does not take it; use DDIMScheduler")
         if sampler is not None:
             self.process.num_evaluations(sampler, num_inference_steps)  # raises ValueError for a number out of range
             return
-        check_scheduler(self)
-        if not 1 <= num_inference_steps <= config.num_train_timesteps:
-            raise ValueError(
-                f"num_inference_steps is {num_inference_steps}; it must be 1 to {config.num_train_timesteps}"
-            )
+        self._check_scheduler()
+        most = scheduler.config.num_train_timesteps
+        if not 1 <= num_inference_steps <= most:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be 1 to {most}")
 
-
-def check_scheduler(pipeline: CustomUNetPipeline) -> None:
-    """Raises ValueError unless the scheduler, of discrete timesteps, suits the pipeline's network."""
-    scheduler, config = pipeline.scheduler, pipeline.scheduler.config
-    name = type(scheduler).__name__
-    if pipeline.is_continuous:
-        raise ValueError(f"{name} does not suit a network trained in continuous time; take set_sampler(NAME)")
-    if not isinstance(scheduler, SUITABLE):
-        suitable = ", ".join(cls.__name__ for cls in SUITABLE)
-        raise ValueError(f"{name} does not suit a network of discrete timesteps; take one of {suitable}")
-    kind, known, new = config.prediction_type, pipeline._alphas_cumprod, scheduler.alphas_cumprod.cpu()
-    if kind not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(f"prediction_type is {kind!r}; it must be epsilon, sample or v_prediction")
-    if known is None:
-        raise ValueError(f"{name} has discrete timesteps, but the network was trained in continuous time")
-    if kind != pipeline._prediction_type:
-        raise ValueError(
-            f"{name} has prediction_type {kind!r}, the network was trained with {pipeline._prediction_type!r}"
-        )
-    if known.shape != new.shape or (known - new).abs().max() > 1e-4:  # some schedulers keep the last one above 0
-        raise ValueError(
-            f"{name} has another noise schedule than the network was trained with; take set_sampler(NAME)"
-        )
-    if isinstance(scheduler, SIGMA_TYPE):
-        check_fractional_timesteps(pipeline.unet)
-    if str(config.get("variance_type")).startswith("learned"):
-        raise ValueError(f"variance_type is {config.variance_type!r}, but the network predicts no variance")
-    for option, usual in USUAL.items():
-        if config.get(option, usual) not in (usual, False if usual is None else usual):
-            raise ValueError(f"{name} has {option} {config[option]}, which is not supported here")
-    if config.get("algorithm_type") == "sde-dpmsolver":
-        raise ValueError(f"{name} has algorithm_type sde-dpmsolver, which is not supported here; take sde-dpmsolver++")
+    def _check_scheduler(self) -> None:
+        """Raises ValueError unless the scheduler, of discrete timesteps, matches the network's training."""
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        if self.is_continuous or not isinstance(scheduler, SUITABLE):
+            raise ValueError(f"{name} does not suit this network; take set_sampler with {', '.join(self.samplers)}")
+        kind, trained_kind = scheduler.config.prediction_type, self._trained.config.prediction_type
+        if kind != trained_kind:
+            raise ValueError(f"{name} has prediction_type {kind!r}, the network was trained with {trained_kind!r}")
+        known, new = self._trained.alphas_cumprod.cpu(), scheduler.alphas_cumprod.cpu()
+        # some schedulers keep the last one above 0
+        if known.shape != new.shape or not torch.allclose(known, new, rtol=0, atol=1e-4):
+            raise ValueError(f"{name} has another noise schedule than the network was trained with; take set_sampler")
+        for option in UNSUPPORTED:
+            if scheduler.config.get(option):
+                raise ValueError(f"{name} has {option}, which is not supported here")
+        if isinstance(scheduler, SIGMA_TYPE):
+            check_fractional_timesteps(self.unet)
 
 
 def check_output_type(output_type: str) -> None:
@@ -533,7 +394,8 @@ def finite(images: Tensor) -> Tensor:
     bad = (~torch.isfinite(images)).flatten(1).any(dim=1).sum().item()
     if bad:
         raise ValueError(
-            f"{bad} of {len(images)} images are not finite; the network's weights or precision are broken"
+            f"{bad} of {len(images)} images are not finite: the weights are broken, the precision is too low, or the"
+            " scheduler's options do not suit these steps"
         )
     return images
 
@@ -544,14 +406,6 @@ def scheduler_like(config, cls: type[SchedulerMixin], **settings) -> SchedulerMi
     `from_config` alone would replace values that were defaults of the other class by its own, such as other betas.
     """
     return cls.from_config({key: value for key, value in config.items() if key != "_use_default_values"}, **settings)
-
-
-def unusual_options(scheduler: SchedulerMixin) -> list[str]:
-    """The options of a scheduler that are neither its class's defaults nor those of a sampler in `SAMPLERS`."""
-    usual = [type(scheduler)(**settings).config for cls, settings in SAMPLERS.values() if cls is type(scheduler)]
-    of_the_model = "beta_start beta_end beta_schedule trained_betas num_train_timesteps prediction_type"
-    same = {*of_the_model.split(), "timestep_spacing", "_use_default_values"}
-    return [key for key in usual[0] if key not in same and scheduler.config[key] not in [c[key] for c in usual]]
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -580,31 +434,24 @@ def clean_images_and_noise(prediction_type, model_output, noisy_images, signal, 
         return (noisy_images - sigma * model_output) / signal, model_output
     if prediction_type == "sample":
         return model_output, (noisy_images - signal * model_output) / sigma
-    return signal * noisy_images - sigma * model_output, signal * model_output + sigma * noisy_images
+    if prediction_type == "v_prediction":
+        return signal * noisy_images - sigma * model_output, signal * model_output + sigma * noisy_images
+    raise ValueError(f"prediction_type is {prediction_type!r}; it must be epsilon, sample or v_prediction")
 
 
 def ddim_step(
-    scheduler,
-    clean_images: Tensor,
-    noise: Tensor,
-    level: float,
-    next_level: float,
-    draw_noise: Callable,
-    eta: float,
-    use_clipped_model_output: bool = False,
+    scheduler, clean_images: Tensor, noise: Tensor, level: float, next_level: float, draw_noise: Callable, eta: float
 ) -> Tensor:
     """Eq. 12 of DDIM with the variance of eq. 16, from abar `level` to the higher `next_level`.
 
     `DDIMScheduler.step` assumes steps of equal length, which is wrong if their number does not divide the number of
     timesteps; otherwise this is the same. x_0 is clipped as the scheduler's configuration says.
     """
-    config, unclipped = scheduler.config, clean_images
+    config = scheduler.config
     if config.thresholding:
         clean_images = scheduler._threshold_sample(clean_images)
     elif config.clip_sample:
         clean_images = clean_images.clamp(-config.clip_sample_range, config.clip_sample_range)
-    if use_clipped_model_output:
-        noise = noise + math.sqrt(level / (1 - level)) * (unclipped - clean_images)
     variance = eta**2 * (1 - next_level) / (1 - level) * (1 - level / next_level)
     latents = math.sqrt(next_level) * clean_images + math.sqrt(max(1 - next_level - variance, 0)) * noise
     return latents + math.sqrt(variance) * draw_noise() if variance > 0 else latents
@@ -631,14 +478,12 @@ class Guidance:
     def model_output(self, unet, x: Tensor, timesteps: Tensor) -> Tensor:
         """The guided network output, float32 (B, C, H, W); one timestep for all images or one for each."""
         x = x.to(unet.dtype)
-        if self.class_labels is None:
-            self.evaluations += 1
-            return unet(x, timesteps).sample.float()
         if self.null_class is None:
             self.evaluations += 1
-            return unet(x, timesteps, class_labels=self.class_labels).sample.float()
+            labels = () if self.class_labels is None else (self.class_labels,)
+            return unet(x, timesteps, *labels).sample.float()
         self.evaluations += 2
         labels = torch.cat([self.class_labels, torch.full_like(self.class_labels, self.null_class)])
         timesteps = torch.cat([timesteps.expand(len(x))] * 2)
-        conditional, null = unet(torch.cat([x, x]), timesteps, class_labels=labels).sample.float().chunk(2)
+        conditional, null = unet(torch.cat([x, x]), timesteps, labels).sample.float().chunk(2)
         return null + self.scale * (conditional - null)
