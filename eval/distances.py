@@ -36,11 +36,10 @@ def frechet_distance(features1: np.ndarray, features2: np.ndarray) -> float:
 
 
 class KernelDistance(NamedTuple):
-    """Attributes:
-    mean: KID; unbiased, so it can be negative if the distributions are equal. std: standard deviation over the
-    subsets, as reported in the literature; not the standard error of the mean. None if
-        every subset is the full set and nothing varies.
-    num_subsets, subset_size: how it was measured.
+    """KID over random subsets; it is unbiased, so it can be negative if the distributions are equal.
+
+    `std` is the standard deviation over the subsets, as reported in the literature, not the standard error of the
+    mean; None if every subset is the full set and nothing varies.
     """
 
     mean: float

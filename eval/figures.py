@@ -24,15 +24,11 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def plot_cost_curve(entries: list[dict], path: Path) -> None:
-    """Plots FID, or SWD without FID, against network evaluations, with one line per sampler.
-
-    Args:
-        entries: the results of the family `cost`.
-    """
+    """Plots FID, or SWD without FID, against network evaluations, with one line per sampler, from `cost` results."""
     metric = "fid" if any(entry["metric"] == "fid" for entry in entries) else "swd"
     entries = [entry for entry in entries if entry["metric"] == metric]
     figure, axes = plt.subplots(figsize=SIZE_INCHES)
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines = {}
     for entry in entries:
         label = entry["sampler"] + (f", eta {entry['eta']:g}" if entry.get("eta") else "")
         lines.setdefault(label, []).append((entry["network_evaluations"], entry["value"]))
@@ -46,11 +42,7 @@ def plot_cost_curve(entries: list[dict], path: Path) -> None:
 
 
 def plot_colours(sets: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Plots histograms of brightness, contrast and saturation side by side.
-
-    Args:
-        sets: the `eval.colours.colour_statistics` of each set, by label.
-    """
+    """Plots histograms of the `colour_statistics` of each set, by label, side by side."""
     names = list(next(iter(sets.values())))
     figure, all_axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3))
     for axes, name in zip(all_axes, names, strict=True):
@@ -63,11 +55,7 @@ def plot_colours(sets: dict[str, dict[str, np.ndarray]], path: Path) -> None:
 
 
 def plot_nearest_distances(distances: dict[str, np.ndarray], unit: str, path: Path) -> None:
-    """Plots histograms of nearest-neighbour distances, starting at 0.
-
-    Args:
-        distances: the distances of each set of images, by label.
-    """
+    """Plots histograms of the nearest-neighbour distances of each set of images, by label, starting at 0."""
     figure, axes = plt.subplots(figsize=SIZE_INCHES)
     _histograms(axes, distances, np.linspace(0, max(values.max() for values in distances.values()), 51))
     axes.set(xlabel=f"distance to the nearest training image, {unit}", ylabel="share of the images")

@@ -103,10 +103,8 @@ def check_options(options: argparse.Namespace) -> None:
         if metric in options.metrics and count < 2:
             raise InputError(f"--{flag} is {count}; a distance between distributions needs at least 2")
         if metric in options.metrics and count < FEWEST_IMAGES and not options.allow_few:  # FID falls by about 1/n
-            raise InputError(
-                f"{count} images are too few for a comparable value; use at least {FEWEST_IMAGES} (--{flag}), or pass"
-                " --allow_few"
-            )
+            enough = f"use at least {FEWEST_IMAGES} (--{flag}), or pass --allow_few"
+            raise InputError(f"{count} images are too few for a comparable value; {enough}")
     if "features" in options.metrics and options.k >= options.num_images:
         raise InputError(f"--k is {options.k}; it must be below --num_images {options.num_images}")
     if options.write_card and not Path(options.pipeline).is_dir():
@@ -157,10 +155,8 @@ def drawing_time(starts: list[dict], about: dict) -> Iterator[dict]:
     done = [start for start in starts if "seconds" in start]
     drawn, seconds = sum(start["generated"] for start in done), sum(start["seconds"] for start in done)
     if drawn:
-        more = {"num_processes": done[-1]["num_processes"], "starts": len(done)}
-        if all("network_evaluations_per_image" in start for start in done):
-            evaluations = sum(start["generated"] * start["network_evaluations_per_image"] for start in done)
-            more["network_evaluations"] = evaluations / drawn
+        evaluations = sum(start["generated"] * start["network_evaluations_per_image"] for start in done) / drawn
+        more = {"num_processes": done[-1]["num_processes"], "starts": len(done), "network_evaluations": evaluations}
         yield result("time", "drawing images", "seconds_drawing", seconds, n=drawn, **more, **about)
 
 

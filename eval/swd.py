@@ -66,15 +66,9 @@ def sliced_wasserstein(
 
 
 def swd_floor(images: np.ndarray, *, seed: int = 0, **settings: int) -> dict[int, float]:
-    """Distance between two random disjoint halves of one set, which is what a perfect model would score.
+    """Distance between random halves of 2N real images: what a perfect model would score with N generated ones.
 
-    Args:
-        images: real images, uint8, shape (2N, C, H, W), for the floor of distances between sets of N images.
-        seed: seed of the halves, and of `sliced_wasserstein`.
-        settings: further arguments of `sliced_wasserstein`.
-
-    Raises:
-        InputError: see `sliced_wasserstein`.
+    `settings` are further arguments of `sliced_wasserstein`.
     """
     half = len(images) // 2
     order = np.random.default_rng(seed).permutation(len(images))
@@ -91,11 +85,7 @@ def pyramid_heights(height: int, width: int) -> list[int]:
 
 
 def laplacian_pyramid(images: Tensor, num_levels: int) -> list[Tensor]:
-    """Each level holds what the next coarser one lacks; the last is the low-pass image (Burt and Adelson 1983).
-
-    Args:
-        images: float32, shape (N, C, H, W), both sides divisible by 2^(num_levels - 1).
-    """
+    """Each level holds what the next coarser one lacks; the last is the low-pass image (Burt and Adelson 1983)."""
     pyramid = [images]
     for _ in range(num_levels - 1):
         coarse = _blur(pyramid[-1])[:, :, ::2, ::2]
@@ -151,12 +141,7 @@ def random_directions(count: int, num_dimensions: int, generator: np.random.Gene
 
 
 def projected_distances(points1: np.ndarray, points2: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Wasserstein distance of order 1 between two sets of points (M, D) along each direction; float64, shape (K,).
-
-    Args:
-        points1, points2: float32, of equal shape.
-        directions: unit vectors, float32, shape (K, D).
-    """
+    """Wasserstein distance of order 1 between two sets of points (M, D) along unit vectors (K, D); float64, (K,)."""
     distances = []
     for start in range(0, len(directions), DIRECTIONS_AT_ONCE):
         some = directions[start : start + DIRECTIONS_AT_ONCE]

@@ -151,31 +151,25 @@ def test_model_without_images_has_a_row(copies, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "the following arguments are required: RUN_DIR, --out"),
         (["ddpm", "nowhere", "--out", "out"], "cannot read the results nowhere/results.json"),
         (["ddpm", "vp", "--out", "out", "--titles", "one"], "there are 1 --titles for 2 folders"),
         (["ddpm", "vp", "--out", "out", "--titles", "one", "one"], "2 models are called one; tell them apart"),
-        (["ddpm", "--out", "out", "--num_images", "0"], "--num_images is 0"),
         (["ddpm", "other_data", "--out", "out"], "have fingerprint other, those of ddpm"),
         (["ddpm", "damaged", "--out", "out"], "a result lacks what is compared"),
-        (["of_another_command", "--out", "out"], "it names no pipeline or no reference"),
         (["ddpm", "--out", "ddpm/results.json"], "--out ddpm/results.json is not a folder; choose another one"),
     ],
 )
 def test_bad_input_exits_with_code_2_and_one_line(copies, flags, message, monkeypatch, capsys):
-    ddpm, vp = copies
-    monkeypatch.chdir(ddpm.parent)
-    record = read_results(vp / "results.json")
+    monkeypatch.chdir(copies[0].parent)
     for name in ("other_data", "damaged"):
-        shutil.copytree(vp, name)
+        shutil.copytree("vp", name)
         update_results(Path(name), pipeline=name)
-    update_results(Path("other_data"), reference=record["reference"] | {"fingerprint": "other"})
+    update_results(
+        Path("other_data"), reference=read_results(Path("vp/results.json"))["reference"] | {"fingerprint": "other"}
+    )
     update_results(Path("damaged"), results=[{"name": "SWD, mean", "metric": "swd", "value": 3.0}])
-    Path("of_another_command").mkdir()
-    write_results(Path("of_another_command/results.json"), {"results": []})
     assert main(flags) == 2
-    error = capsys.readouterr().err
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ")
-    assert len(error.splitlines()) == 1
     assert message in error
     assert not Path("out").exists()
