@@ -47,21 +47,17 @@ PUBLISHED = {
 DINOV2_PIXELS = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # size, mean, standard deviation
 
 
-def open_extractor(
-    name: str, *, mode: str = "clean", path: Path | None = None, device: torch.device | str = "cpu"
-) -> FeatureExtractor:
-    """Opens a feature extractor: `inception`, `dinov2`, `clip`, a TorchScript file, a transformers folder or Hub id.
+def open_extractor(name: str, *, path: Path | None = None, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """Opens a feature extractor; raises InputError if it is not available.
 
     Args:
-        mode: how Inception resizes images, see `open_inception`.
+        name: `inception`, `inception:MODE` (see `open_inception`), `dinov2`, `clip`, a TorchScript file, or a
+            transformers folder or Hub id.
         path: local weights of `inception` (a file), `dinov2` or `clip` (a folder); these names accept only the
             published weights.
-
-    Raises:
-        InputError: if the extractor is not available.
     """
-    if name == "inception":
-        return open_inception(mode, path=path, device=device)
+    if name == "inception" or name.startswith("inception:"):
+        return open_inception(name.partition(":")[2] or "clean", path=path, device=device)
     published = PUBLISHED.get(name)
     if published is None and Path(name).is_file():
         return open_torchscript(Path(name), device=device)
@@ -98,9 +94,6 @@ def open_transformers(
         source: a folder with config.json and weights, or a Hub id.
         published: the network that it must be; by default, any network in safetensors. Pickles are read with
             weights_only.
-
-    Raises:
-        InputError: if the network is not available or not the published one, or if its weights are incomplete.
     """
     weights = published.weights if published else SAFETENSORS
     is_local = Path(source).is_dir()

@@ -43,9 +43,8 @@ class FeatureExtractor:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) of 1 to 4 channels -> float32 (B, D).
 
-        Raises:
-            ValueError: if the images have another type or shape; pixels in [-1, 1] would pass as black images.
-            InputError: if the network returns anything else.
+        Raises ValueError for other images, since pixels in [-1, 1] would pass as black, and InputError for a network
+        that returns anything else.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or not 1 <= images.shape[1] <= 4:
             raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, 3, H, W)")
@@ -81,11 +80,7 @@ class ImageSet:
 def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
     """Ascending positions of `count` images, drawn at random (folders may be sorted by class) with a fixed seed.
 
-    Args:
-        part: 0, 1, ...; subsets with the same count and different parts are disjoint.
-
-    Raises:
-        InputError: if there are too few images.
+    Subsets with the same count and different parts, 0, 1, ..., are disjoint. Raises InputError if there are too few.
     """
     if not 1 <= count * (part + 1) <= num_images:
         raise InputError(f"{count * (part + 1)} images are asked of {num_images}; ask for fewer (--num_images)")
@@ -93,7 +88,7 @@ def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
 
 
 def images_of_store(store: ImageStore, count: int | None = None, part: int = 0) -> ImageSet:
-    """All images of a store, or `count` of them chosen by `subset`, which raises InputError if there are too few."""
+    """All images of a store, or `count` of them chosen by `subset`."""
     positions = subset(len(store), len(store) if count is None else count, part)
     fingerprint = f"{store.fingerprint}, part {part}" if part else store.fingerprint
     return ImageSet(lambda indices: store.images[positions[np.asarray(indices)]], len(positions), fingerprint)
@@ -128,10 +123,7 @@ def _in_threads(function: Callable, items: Sequence) -> list:
 def extract_features(
     images: ImageSet, extractor: FeatureExtractor, state: PartialState, *, batch_size: int = 64
 ) -> np.ndarray:
-    """Features of all images in order, float32 (N, D), on every process; each process computes a part.
-
-    Raises InputError if a feature is not finite.
-    """
+    """Features of all images in order, float32 (N, D), on every process; each process computes a part."""
     part = np.array_split(np.arange(images.count), state.num_processes)[state.process_index]
     starts, features = range(0, len(part), batch_size), []
     for start in tqdm(starts, f"{extractor.name} features", unit="batch", disable=not state.is_main_process):
@@ -147,10 +139,7 @@ def extract_features(
 def cached_features(
     images: ImageSet, extractor: FeatureExtractor, state: PartialState, *, batch_size: int = 64
 ) -> np.ndarray:
-    """`extract_features`, or the features of the same images from the same network in the user's cache.
-
-    Damaged files there are reported and replaced. Raises OSError if the features cannot be written.
-    """
+    """`extract_features`, or the features of the same images from the same network in the user's cache."""
     facts = {name: getattr(extractor, name) for name in ("name", "mode", "sha256")}
     key = json.dumps(facts | {"fingerprint": images.fingerprint, "count": images.count})
     path = default_cache_dir() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"

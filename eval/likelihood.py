@@ -48,21 +48,13 @@ def to_bits_per_dim(nats: np.ndarray, num_dims: int) -> np.ndarray:
 
 
 class VariationalBound(NamedTuple):
-    """Upper bound on the code length of each image; bits/dim, float64.
+    """Upper bound on the code length of each image; bits/dim, float64."""
 
-    Attributes:
-        bits_per_dim: the bound L_0 + L_1 + ... + L_T (DDPM eq. 5), shape (N,).
-        decoder: L_0 of each image, its reconstruction from the paper's x_1, shape (N,).
-        prior: L_T of each image, the information about it that remains in x_T, shape (N,).
-        terms: L_0 to L_{T-1}, averaged over the images, shape (T,); NaN for timesteps at which no image was evaluated.
-        num_evaluations: network evaluations per image.
-    """
-
-    bits_per_dim: np.ndarray
-    decoder: np.ndarray
-    prior: np.ndarray
-    terms: np.ndarray
-    num_evaluations: int
+    bits_per_dim: np.ndarray  # the bound L_0 + L_1 + ... + L_T (DDPM eq. 5), (N,)
+    decoder: np.ndarray  # L_0, the reconstruction from the paper's x_1, (N,)
+    prior: np.ndarray  # L_T, the information about the image that remains in x_T, (N,)
+    terms: np.ndarray  # L_0 to L_{T-1}, averaged over the images, (T,); NaN where no image was evaluated
+    num_evaluations: int  # of the network, per image
 
 
 def posterior_of(alphas_cumprod: Tensor, variance: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,13 +79,10 @@ def posterior_of(alphas_cumprod: Tensor, variance: str) -> tuple[Tensor, Tensor,
 
 
 def discrete_decoder(images: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:
-    """Log-probability (nats) of each pixel value under a Gaussian discretised into 256 bins, DDPM eq. 13.
+    """Log-probability (nats) of each pixel value of uint8 images under a Gaussian cut into 256 bins, DDPM eq. 13.
 
-    The bins are centred on the pixel values in the model's range; the outermost ones extend to infinity.
-
-    Args:
-        images: uint8.
-        mean, std: mean and standard deviation of the Gaussian, float64, broadcastable with `images`.
+    The bins are centred on the pixel values in the model's range; the outermost ones extend to infinity. Mean and
+    standard deviation are float64 and broadcastable with the images.
     """
     centre = to_float64_range(images)
     lower = torch.where(images == 0, -math.inf, (centre - mean - BIN_WIDTH / 2) / std)
@@ -133,8 +122,8 @@ def variational_bound(
         variance: of the reverse process, `fixed_small` (beta-tilde) or `fixed_large` (beta).
         seed: seed of the noise and the timesteps; neither depends on the batch size.
 
-    Raises:
-        InputError: if the network's output is not finite, or it predicts epsilon but the schedule ends at zero signal.
+    Raises InputError if the network's output is not finite, or it predicts epsilon but the schedule ends at zero
+    signal.
     """
     alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
     num_images, num_timesteps, num_dims = len(images), len(alphas_cumprod), images[0].numel()
@@ -176,8 +165,7 @@ def draw_timesteps(
     is proportional to the decrease of log(1 + snr). p mixes this decrease with a uniform distribution in equal parts,
     so that no weight exceeds 2 (T - 1) / (K - 1).
 
-    Returns:
-        int64 and float64, shape (N, K); column 0 is timestep 0.
+    Returns int64 and float64, shape (N, K); column 0 is timestep 0.
     """
     num_timesteps = len(alphas_cumprod)
     if num_evaluations is None:
@@ -225,16 +213,10 @@ def _terms(unet, scheduler, posterior: tuple[Tensor, ...], images: Tensor, noise
 
 
 class ODELikelihood(NamedTuple):
-    """Code length of each image under the probability-flow ODE; bits/dim, float64.
+    """Code length of each image under the probability-flow ODE; bits/dim, float64."""
 
-    Attributes:
-        draws: the code length for each draw of dequantisation noise and probe, shape (num_draws, N).
-        num_evaluations: network evaluations per draw and image, each with a vector-Jacobian product, averaged over the
-            batches.
-    """
-
-    draws: np.ndarray
-    num_evaluations: float
+    draws: np.ndarray  # for each draw of dequantisation noise and probe, (num_draws, N)
+    num_evaluations: float  # of the network, each with a vector-Jacobian product; averaged over the batches
 
     @property
     def bits_per_dim(self) -> np.ndarray:
@@ -282,9 +264,6 @@ def ode_likelihood(
         tolerance: of the solver, see `log_density`.
         seed: seed of u and the probes. They do not depend on the batch size, but the result does within the tolerance,
             because the images of a batch share the solver's steps.
-
-    Raises:
-        InputError: see `log_density`.
     """
     rng = np.random.default_rng(seed)
     nats, evaluations = [], []
@@ -327,12 +306,8 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
             images, 1e-3 takes 50 network evaluations and errs by up to 0.002 bits/dim; 1e-5 takes 120 and errs by
             0.0001. With 1e-2, a step can skip the noise levels where the data have their structure.
 
-    Returns:
-        float64 log-densities (B,), and the number of network evaluations.
-
-    Raises:
-        InputError: if the network's values are not finite or the ODE cannot be solved.
-        ValueError: if the network accepts only whole timesteps.
+    Returns float64 log-densities (B,), and the number of network evaluations. Raises InputError if the network's
+    output is not finite or the ODE cannot be solved, and ValueError if the network accepts only whole timesteps.
     """
     denoise = denoiser(unet, scheduler)
     sde, (first_sigma, last_sigma) = denoise.sde, denoise.sde.noise_levels

@@ -111,11 +111,10 @@ def feature_metrics(network: str) -> dict[str, str]:
 
 def open_features(evaluation: Evaluation, network: str) -> FeatureExtractor:
     """Opens the extractor of a network, see `feature_metrics`. Raises InputError if its weights are not found."""
-    name, _, mode = network.partition(":") if network.startswith("inception:") else (network, "", "")
-    path = getattr(evaluation.options, f"{name}_path", None)
+    path = getattr(evaluation.options, f"{network.partition(':')[0]}_path", None)
 
     def open_it() -> FeatureExtractor:
-        return open_extractor(name, mode=mode or "clean", path=path, device=evaluation.state.device)
+        return open_extractor(network, path=path, device=evaluation.state.device)
 
     if evaluation.state.num_processes > 1:
         on_main_process(evaluation.state, lambda: bool(open_it()))  # the others find them downloaded
@@ -164,20 +163,19 @@ def _real_features(evaluation: Evaluation, extractor: FeatureExtractor, n: int) 
     return [_features(evaluation, extractor, images) for images in sets]
 
 
-def _distances(
-    metrics: Iterable[str], real: np.ndarray, generated: np.ndarray, options: Namespace
-) -> dict[str, tuple[float, dict]]:
-    """Computes each metric from features (N, D); returns its value and how it was measured."""
+def _distances(metrics: Iterable[str], real: np.ndarray, generated: np.ndarray, options: Namespace) -> dict[str, dict]:
+    """The `value` of each metric from features (N, D), and how it was measured."""
     found = {}
     if "fid" in metrics:
-        found["fid"] = frechet_distance(real, generated), {}
+        found["fid"] = {"value": frechet_distance(real, generated)}
     if "kid" in metrics:
-        value, std, num_subsets, subset_size = kernel_distance(real, generated, seed=options.seed)
-        found["kid"] = value, {"std": std, "num_subsets": num_subsets, "subset_size": subset_size}
+        kid = kernel_distance(real, generated, seed=options.seed)._asdict()
+        found["kid"] = {"value": kid.pop("mean")} | kid
     if "cmmd" in metrics:
-        found["cmmd"] = cmmd(real, generated), {}
+        found["cmmd"] = {"value": cmmd(real, generated)}
     if "precision" in metrics:
-        found |= {name: (value, {"k": options.k}) for name, value in prdc(real, generated, k=options.k).items()}
+        values = prdc(real, generated, k=options.k)
+        found |= {name: {"value": value, "k": options.k} for name, value in values.items()}
     return found
 
 
@@ -186,10 +184,10 @@ def _feature_results(
 ) -> Iterable[dict]:
     """Results from `values`, the `_distances` to real images, and `floors`, those between real images or empty."""
     about = about | {"n_reference": about["n"], "mode": extractor.mode, "features": extractor.name}
-    about |= {"features_file": getattr(extractor, "file", None), "features_sha256": extractor.sha256}
+    about |= {"features_file": extractor.file, "features_sha256": extractor.sha256}
     for metric, name in metrics.items():
-        value, more = values[metric]
-        yield result(family, name, metric, value, floor=floors[metric][0] if floors else None, **about, **more)
+        floor = floors[metric]["value"] if floors else None
+        yield result(family, name, metric, floor=floor, **values[metric], **about)
 
 
 # ---- Memorisation

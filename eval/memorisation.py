@@ -79,12 +79,14 @@ def memorisation(
         duplicate_distance: held-out images nearer to a training image than this are left out, as near-copies in the
             data; in the unit of the report.
 
-    Raises:
-        InputError: if held-out images are missing: most are training images, or all are nearer than the distance.
+    Raises InputError if most held-out images are training images, or all are nearer than the distance.
     """
     distances, indices, mirrored = nearest_training(generated, training)
     is_heldout_nearest = nearest_training(generated, heldout)[0] < distances
-    shares = shares_of_groups(indices[~is_heldout_nearest], len(training), len(heldout)) * (~is_heldout_nearest).mean()
+    # Groups of training images, each as large as the held-out set, take its place; images left over form no group
+    num_groups = len(training) // len(heldout)
+    groups = np.bincount(indices[~is_heldout_nearest] // len(heldout), minlength=num_groups)[:num_groups]
+    shares = groups / len(generated)
     heldout_distances, _, _ = nearest_training(heldout, training)
     if training.ndim == 4:  # L2 -> root mean square over the pixels
         distances, heldout_distances = (d / training[0].size ** 0.5 for d in (distances, heldout_distances))
@@ -108,15 +110,6 @@ def memorisation(
     )
 
 
-def shares_of_groups(indices: np.ndarray, num_images: int, group_size: int) -> np.ndarray:
-    """Shares of the indices, each below `num_images`, that fall into consecutive groups, (num_images // group_size,).
-
-    Images left over at the end form no group.
-    """
-    num_groups = num_images // group_size
-    return np.bincount(indices // group_size, minlength=num_groups)[:num_groups] / max(len(indices), 1)
-
-
 def nearest_training(queries: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`nearest_distances`, and whether the training image is nearest when mirrored: three arrays of shape (N,)."""
     distances, indices = nearest_distances(queries, training)
@@ -137,12 +130,10 @@ def nearest_distances(
     2^53. The distance is then computed from the difference, so that a copy has a distance of exactly 0.
 
     Args:
-        queries: shape (N, ...), uint8 or floating.
-        references: shape (M, ...), uint8 or floating; may be memory-mapped.
+        queries, references: shapes (N, ...) and (M, ...), uint8 or floating; references may be memory-mapped.
         chunk: queries and references compared at once, which takes 8 bytes x chunk x (chunk + 2 D) of memory.
 
-    Returns:
-        Distances, float64, and indices, int64, both (N,).
+    Returns distances, float64, and indices, int64, both (N,).
     """
     queries, references = queries.reshape(len(queries), -1), references.reshape(len(references), -1)
     distances, indices = np.empty(len(queries)), np.zeros(len(queries), np.int64)

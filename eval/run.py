@@ -124,21 +124,24 @@ def run(options: argparse.Namespace, command: str, network_class: type[ModelMixi
         evaluation.generated_set, starts, _ = evaluation.draw(evaluation.sampler_setting, options.num_images)
         for entry in drawing_time(starts, evaluation.describe_images()):
             keep(record, entry)
+
+    def add(entry: dict) -> None:
+        keep(record, entry)
+        if state.is_main_process:
+            write_results(path, record)
+
     for name in options.metrics:
         if not (state.is_main_process or name in ON_ALL_PROCESSES):
             continue
         started_at_seconds, measured = time.perf_counter(), False
         for entry in METRICS[name](evaluation):
             measured |= entry["value"] is not None
-            keep(record, entry)
-            if state.is_main_process:
-                write_results(path, record)
+            add(entry)
         seconds = time.perf_counter() - started_at_seconds
         if measured:
             n = getattr(options, f"{name}_images", options.num_images)
-            keep(record, result("time", name, f"seconds_{name}", seconds, n=n, **evaluation.threads))
+            add(result("time", name, f"seconds_{name}", seconds, n=n, **evaluation.threads))
         if state.is_main_process:
-            write_results(path, record)
             print(f"{name}: {seconds:.0f} s", flush=True)
     state.wait_for_everyone()
     if state.is_main_process:

@@ -39,19 +39,15 @@ def sliced_wasserstein(
     one level are in memory at once: 392 bytes x C x N x num_patches_per_image for both sets.
 
     Args:
-        images1: uint8, shape (N, C, H, W), H and W at least 16; may be memory-mapped.
-        images2: the same shape. The distance depends on N; compare it only at equal N.
+        images1, images2: uint8, shape (N, C, H, W), H and W at least 16; may be memory-mapped. The distance depends on
+            N; compare it only at equal N.
         num_patches_per_image: M/N; the paper uses 128, with 16,384 images.
         num_projections: number of random directions; the paper's code uses 512.
-        batch_size: images whose pyramids are computed at once, few enough to fit the cache; it does not affect the
-            result.
+        batch_size: images whose pyramids are computed at once, few enough to fit the cache; the result is the same.
 
     Returns:
         Distance by the level's height, see `pyramid_heights`. The last level is the low-pass image, the others are
-        differences.
-
-    Raises:
-        InputError: if all patches of a set have one value in a channel.
+        differences. Raises InputError if all patches of a set have one value in a channel.
     """
     distances, (num_images, channels, *sides) = {}, images1.shape
     for level, height in enumerate(pyramid_heights(*sides)):
@@ -110,14 +106,10 @@ def _blur(images: Tensor) -> Tensor:
 
 
 def normalised_patches(images: np.ndarray, level: int, corners: Tensor, batch_size: int) -> np.ndarray:
-    """Patches from one pyramid level; each channel has mean 0 and standard deviation 1 over all patches.
+    """Patches (N P, 49 C) from one pyramid level; each channel has mean 0 and standard deviation 1 over all patches.
 
     Args:
-        images: uint8, shape (N, C, H, W).
         corners: shape (N, P, 2), y and x of the patches' upper left corners at this level.
-
-    Returns:
-        float32, shape (N P, 49 C).
     """
     num_images, num_patches = corners.shape[:2]
     num_levels = min(level + 2, len(pyramid_heights(*images.shape[2:])))

@@ -117,12 +117,3 @@ def test_all_models_are_evaluated_on_the_same_noise():
     assert len(errors) == 11
     for other in errors[1:]:
         np.testing.assert_allclose(other, errors[0], rtol=2e-3, atol=1e-6)
-
-
-def test_errors_by_timestep_and_by_noise_level_agree():
-    scheduler, images = make_scheduler(), to_model_range(draw_images(CORRELATED, 4000))
-    by_timestep = noise_errors(exact_network(ExactGaussian, CORRELATED, scheduler), scheduler, images, [400])
-    abar = float(scheduler.alphas_cumprod[400])
-    network = exact_network(ExactDenoiser, CORRELATED, scheduler)
-    errors = clean_image_errors(network, scheduler, images, sigmas=[math.sqrt(1 / abar - 1)])
-    assert errors.mean() * abar / (1 - abar) == pytest.approx(by_timestep.mean(), rel=0.05)
