@@ -126,11 +126,7 @@ def _cell(value: dict | float | str | None) -> str:
 
 
 def images_of(runs: list[Run], num_images: int) -> tuple[range, dict[str, list[Path]]]:
-    """Finds generated images of the same seeds.
-
-    Returns:
-        The seeds, and the files by a label for model and sampler setting; settings with missing images are left out.
-    """
+    """Seeds, and their images by model and sampler setting; settings with missing images are left out."""
     folders = {}
     for run in runs:
         for setting in run.settings:

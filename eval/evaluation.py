@@ -78,12 +78,7 @@ class WithoutClass(torch.nn.Module):
 
 
 class Evaluation:
-    """The model, the samplers and the images that the metrics share.
-
-    Args:
-        options: the options of `eval.run`.
-        command: the command line, which is recorded with the images.
-        network_class: the class of the model's network.
+    """The model, the samplers and the images that the metrics share; `command` is recorded with the images.
 
     Attributes:
         source, commit: the folder of the model repository and its commit on the Hub.
@@ -94,8 +89,7 @@ class Evaluation:
         sampler_setting, cost_settings: the sampler settings of the images and of the cost curve.
         training, heldout: the real images, cropped and resized as in training; `heldout` may be None.
 
-    Raises:
-        InputError: if the model or the data cannot be loaded, or do not match the options.
+    Raises InputError if the model or the data cannot be loaded, or do not match the options.
     """
 
     def __init__(
@@ -210,8 +204,7 @@ class Evaluation:
     def draw(self, setting: SamplerSetting, num_images: int) -> tuple[ImageSet, list[dict], CustomUNetPipeline]:
         """Draws the missing images of a setting, on all processes.
 
-        Returns:
-            The images in seed order, the starts recorded by `pipelines.generate`, and the pipeline with its sampler.
+        Returns the images in seed order, the starts recorded by `pipelines.generate`, and the pipeline.
         """
         options = self.options
         folder = (options.images_dir or self.out / IMAGES) / images_folder(self.describe_images(setting, num_images))
@@ -241,8 +234,7 @@ class Evaluation:
     def splits(self, count: int) -> dict[str, tuple[Tensor, dict]]:
         """A fixed random subset of each split, or the whole split if it has fewer images.
 
-        Returns:
-            For `training` and `held-out`: the images, uint8 (N, C, H, W), and their description for a result.
+        Returns for `training` and `held-out` the images, uint8 (N, C, H, W), and their description for a result.
         """
         found = {}
         for kind, store in {"training": self.training, "held-out": self.heldout}.items():

@@ -23,21 +23,13 @@ from training.data import ImageStore
 
 @dataclass
 class FeatureExtractor:
-    """A network that maps each image to a vector.
+    """A network that maps each image to a vector."""
 
-    Attributes:
-        name: of the network; only published weights get a published name, whatever the file is called.
-        mode: how images are resized and scaled for the network.
-        sha256: of its weights.
-        network: preprocesses uint8 images (B, 3, H, W) and returns their features.
-        file: the published file that the weights come from, if there are several.
-    """
-
-    name: str
-    mode: str
-    sha256: str
-    network: Callable[[Tensor], Tensor]
-    file: str | None = None
+    name: str  # only published weights get a published name, whatever the file is called
+    mode: str  # how images are resized and scaled for the network
+    sha256: str  # of its weights
+    network: Callable[[Tensor], Tensor]  # preprocesses uint8 images (B, 3, H, W) and returns their features
+    file: str | None = None  # the published file that the weights come from, if there are several
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
@@ -65,16 +57,11 @@ def over_white(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one size, read on demand.
+    """Images of one size, read on demand."""
 
-    Attributes:
-        read: maps positions to uint8 images (B, C, H, W).
-        fingerprint: identifies the pixels or files.
-    """
-
-    read: Callable[[Sequence[int]], np.ndarray]
+    read: Callable[[Sequence[int]], np.ndarray]  # maps positions to uint8 images (B, C, H, W)
     count: int
-    fingerprint: str
+    fingerprint: str  # identifies the pixels or files
 
 
 def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:

@@ -76,7 +76,7 @@ def plot_curves(
 
     Args:
         curves: mean (len(x),) and standard error or None, by label.
-        labels: `xlabel`, `ylabel` and other arguments of matplotlib's `Axes.set`, such as scales.
+        labels: arguments of matplotlib's `Axes.set`: labels and scales.
     """
     many = len(curves) > FEW_CURVES
     figure, axes = plt.subplots(figsize=(SIZE_INCHES[0] + 2 * many, SIZE_INCHES[1]))

@@ -60,15 +60,10 @@ class VariationalBound(NamedTuple):
 def posterior_of(alphas_cumprod: Tensor, variance: str) -> tuple[Tensor, Tensor, Tensor]:
     """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7, and the reverse process, at every timestep; float64, shape (T,).
 
-    Args:
-        alphas_cumprod: float64, shape (T,).
-        variance: one of `VARIANCES`.
-
-    Returns:
-        The weight of x_0 in the posterior mean (that of x_t is not needed, because the model's mean is the posterior
-        mean with the predicted x_0 in place of x_0); the posterior variance beta-tilde_t, 0 at timestep 0; and
-        sigma_t^2 of the reverse process, beta-tilde_t or beta_t (DDPM section 3.2). At timestep 0, where beta-tilde is
-        0, sigma^2 is beta-tilde of the next timestep, as in the authors' code.
+    Returns the weight of x_0 in the posterior mean (that of x_t is not needed, because the model's mean is the
+    posterior mean with the predicted x_0 in place of x_0); the posterior variance beta-tilde_t, 0 at timestep 0; and
+    sigma_t^2 of the reverse process, beta-tilde_t or beta_t by `variance`, one of `VARIANCES` (DDPM section 3.2). At
+    timestep 0, where beta-tilde is 0, sigma^2 is beta-tilde of the next timestep, as in the authors' code.
     """
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     beta = 1 - alphas_cumprod / previous

@@ -93,9 +93,8 @@ def memorisation(
     is_duplicate = heldout_distances < duplicate_distance
     heldout_distances = heldout_distances[~is_duplicate]
     if len(heldout_distances) == 0 or np.median(heldout_distances) == 0:
-        raise InputError(
-            f"too many held-out images are training images, or nearer to one than {duplicate_distance}; use others"
-        )
+        near = f"training images or nearer to one than {duplicate_distance}"
+        raise InputError(f"too many held-out images are {near}; use others, or lower --duplicate_distance")
     suspects = np.argsort(distances, kind="stable")[:NUM_PAIRS].tolist()
     minimum, percentile_1 = heldout_distances.min(), np.percentile(heldout_distances, 1)
     return MemorisationReport(

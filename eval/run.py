@@ -187,9 +187,9 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
 
 
 def keep(record: dict, entry: dict) -> None:
-    """Adds a result, which replaces the same measurement from an earlier start.
+    """Adds a result, which replaces the same measurement from an earlier start or a "not measured" entry.
 
-    A measured value replaces a "not measured" entry, never the other way round.
+    A "not measured" entry never replaces a value.
     """
     same_name = [old for old in record["results"] if (old["family"], old["name"]) == (entry["family"], entry["name"])]
     if entry["value"] is None and any(old["value"] is not None for old in same_name):

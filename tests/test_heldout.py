@@ -8,13 +8,14 @@ import torch
 from diffusers import DDPMScheduler
 from exact_denoiser import ExactDenoiser
 from exact_gaussian import CORRELATED, ExactGaussian, draw_images, exact_network
-from exact_sde import OBJECTIVES, exact_sde_network
+from exact_sde import exact_sde_network
 from tiny_network import TINY
 
 from common import InputError
 from custom_unet import CustomUNet2DModel
 from eval.heldout import SIGMAS, clean_image_errors, midpoint_timesteps, noise_errors
 from training.data import to_model_range
+from training.sde import PREDICTION_TYPES as OBJECTIVES
 from training.sde import SDEScheduler
 
 VARIANCES = torch.linalg.eigvalsh(CORRELATED.covariances[0]).numpy()
@@ -56,8 +57,6 @@ def test_exact_denoiser_attains_the_minimal_errors_by_timestep(prediction_type):
     network = exact_network(ExactGaussian, CORRELATED, scheduler)
     errors = noise_errors(network, scheduler, images, timesteps, batch_size=1000)
     assert deviations(errors, minimal, rounding).max() < 4
-    misled = exact_network(ExactGaussian, CORRELATED, scheduler, 40)  # told a later timestep
-    assert deviations(noise_errors(misled, scheduler, images, timesteps), minimal, rounding).max() > 4
 
 
 @pytest.mark.parametrize("levels", [[125, 375, 875], [0.1, 1.0, 10.0]], ids=["timesteps", "noise levels"])

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from exact_denoiser import ExactDenoiser, Mixture, mixture
 from exact_gaussian import CORRELATED, INDEPENDENT, ExactGaussian, draw_images, exact_network
-from exact_sde import OBJECTIVES, exact_sde_network
+from exact_sde import exact_sde_network
 from scipy.stats import norm
 from tiny_network import TINY
 from torch import Tensor
@@ -16,17 +16,10 @@ from torch import Tensor
 from common import InputError
 from custom_unet import CustomUNet2DModel
 from eval import likelihood
-from eval.likelihood import (
-    BIN_WIDTH,
-    discrete_decoder,
-    log_density,
-    ode_likelihood,
-    posterior_of,
-    prior_term,
-    variational_bound,
-)
+from eval.likelihood import BIN_WIDTH, discrete_decoder, log_density, ode_likelihood, variational_bound
 from pipelines.continuous import denoiser
 from training.data import to_model_range
+from training.sde import PREDICTION_TYPES as OBJECTIVES
 from training.sde import SDEScheduler
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -80,15 +73,15 @@ def test_prior_term_matches_the_kl_divergence():
         q = torch.distributions.Normal(math.sqrt(abar) * clean_images, math.sqrt(1 - abar))
         standard = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
         expected = torch.distributions.kl_divergence(q, standard).sum(dim=(1, 2, 3))
-        found = prior_term(clean_images, torch.tensor(abar).double())
+        found = likelihood.prior_term(clean_images, torch.tensor(abar).double())
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
-    assert prior_term(clean_images, torch.zeros(()).double()).tolist() == [0] * 5
+    assert likelihood.prior_term(clean_images, torch.zeros(()).double()).tolist() == [0] * 5
 
 
 def test_posterior_follows_from_bayes_rule():
     """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0): precisions add up."""
     abar = make_scheduler().alphas_cumprod.double()
-    found_weight, variance, _ = posterior_of(abar, "fixed_small")
+    found_weight, variance, _ = likelihood.posterior_of(abar, "fixed_small")
     alpha, previous = abar[1:] / abar[:-1], abar[:-1]
     precision = alpha / (1 - alpha) + 1 / (1 - previous)
     torch.testing.assert_close(variance[1:], 1 / precision, rtol=1e-8, atol=0)
@@ -192,19 +185,15 @@ def typical_points(data: Mixture, num_points: int = 16) -> Tensor:
     return x.view(num_points, 3, 1, -1)
 
 
-def exact(data: Mixture, scheduler):
-    """The exact network for a DDPM or SDE scheduler."""
-    if isinstance(scheduler, SDEScheduler):
-        return exact_sde_network(data, scheduler)
-    return exact_network(ExactDenoiser, data, scheduler)
-
-
 @pytest.mark.parametrize("model", [*PREDICTION_TYPES, *OBJECTIVES])
 def test_log_density_of_a_mixture_converges_with_the_tolerance(model):
-    scheduler, points = make_scheduler(model), typical_points(mixture())
+    points = typical_points(mixture())
     if model in OBJECTIVES:
         scheduler = SDEScheduler(objective=model, prediction_type=OBJECTIVES[model][0])
-    network = exact(mixture(), scheduler)
+        network = exact_sde_network(mixture(), scheduler)
+    else:
+        scheduler = make_scheduler(model)
+        network = exact_network(ExactDenoiser, mixture(), scheduler)
     expected = smoothed_log_density(mixture(), points, denoiser(network, scheduler).sde.noise_levels[0])
     errors, evaluations = [], []
     for tolerance in (1e-3, 1e-5):

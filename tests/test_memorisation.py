@@ -90,7 +90,7 @@ def test_heldout_near_duplicates_are_excluded_and_counted(faces):
     assert report.share_below_minimum.value >= 1 / 100
     assert report.pairs[0][:2] == (7, 50)
     for images, distance in ((training[:50], 0), (heldout, 999)):
-        with pytest.raises(InputError, match=f"training images, or nearer to one than {distance}"):
+        with pytest.raises(InputError, match=f"training images or nearer to one than {distance}"):
             memorisation(generated, images, training, duplicate_distance=distance)
 
 
