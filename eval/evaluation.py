@@ -54,7 +54,7 @@ def parse_sampler(text: str) -> SamplerSetting:
 
 def images_folder(setting: dict) -> str:
     """The name of the folder for images drawn with a setting, which is given as in a result."""
-    parts = [setting["sampler"]] + [str(setting["steps"])] * ("steps" in setting)
+    parts = [setting["sampler"]] + ([str(setting["steps"])] if "steps" in setting else [])
     numbers = {"eta": setting["eta"]} if "eta" in setting else {}
     parts += [f"{name}{value:g}" for name, value in (numbers | unusual_settings(setting)).items()]
     if "class_label" in setting:
