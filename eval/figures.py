@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
@@ -101,7 +102,7 @@ def plot_image_rows(rows: dict[str, list[Path | Image.Image]], path: Path) -> No
         lines[label] = np.concatenate([np.pad(image, gap, constant_values=255) for image in enlarged], axis=1)
     width = max(MIN_ROW_PIXELS, *(line.shape[1] for line in lines.values()))
     sheet = Image.new("RGB", (width, sum(len(line) + LABEL_PIXELS for line in lines.values())), "white")
-    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(15), 0
+    draw, font, top = ImageDraw.Draw(sheet), ImageFont.truetype(findfont("DejaVu Sans"), 15), 0
     for label, line in lines.items():
         draw.text((0, top + 5), label, "black", font)
         sheet.paste(Image.fromarray(line), (0, top + LABEL_PIXELS))

@@ -317,8 +317,8 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
     n, network, metrics = options.cost_images, (options.features or PUBLISHED)[0], {}
     try:
         extractor = open_features(evaluation, network)
-        metrics = {key: name for key, name in feature_metrics(network).items() if key in COST_METRICS}
         real_features, others = _real_features(evaluation, extractor, n)
+        metrics = {key: name for key, name in feature_metrics(network).items() if key in COST_METRICS}
     except InputError as error:
         if options.features is not None:
             raise
