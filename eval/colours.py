@@ -18,12 +18,9 @@ BLOCK = 512  # images processed at once
 def colour_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
     """Computes three numbers per image, each (N,) in grey levels 0..255.
 
-    Args:
-        images: uint8, shape (N, C, H, W), of 1 to 4 channels; transparent ones are composited on white.
-
-    Returns:
-        By name: `brightness`, the mean luma of an image; `contrast`, the standard deviation of its luma; and
-        `saturation`, the mean of max(R, G, B) - min(R, G, B), omitted for grey images.
+    They are `brightness`, the mean luma; `contrast`, the standard deviation of the luma; and `saturation`, the mean of
+    max(R, G, B) - min(R, G, B), omitted for grey images. Images are uint8, (N, C, H, W), of 1 to 4 channels;
+    transparent ones are composited on white.
     """
     blocks, is_grey = [], images.shape[1] < 3
     for first in range(0, len(images), BLOCK):

@@ -60,17 +60,10 @@ class Run(NamedTuple):
 
 
 def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
-    """Reads the evaluations, in this order.
-
-    Raises:
-        InputError: if a folder has no results, the real images differ, or titles repeat.
-    """
+    """Reads the evaluations; raises InputError if a folder has none, the real images differ, or titles repeat."""
     if titles is not None and len(titles) != len(folders):
         raise InputError(f"there are {len(titles)} --titles for {len(folders)} folders; pass one per folder")
     records = [read_results(folder / "results.json") for folder in folders]
-    for folder, record in zip(folders, records, strict=True):
-        if not {"pipeline", "reference"} <= record.keys():
-            raise InputError(f"{folder}/results.json is not of eval.run: it names no pipeline or no reference")
     titles = titles or [record["pipeline"] for record in records]
     first = records[0]["reference"]
     for title, record in zip(titles, records, strict=True):
@@ -79,10 +72,8 @@ def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
         for key in first | record["reference"]:
             here, there = record["reference"].get(key), first.get(key)
             if here != there:
-                raise InputError(
-                    f"the real images of {title} have {key} {here}, those of {titles[0]} {there}; evaluate both with"
-                    " the same images"
-                )
+                differ = f"the real images of {title} have {key} {here}, those of {titles[0]} {there}"
+                raise InputError(f"{differ}; evaluate both with the same images")
     measured = [[entry for entry in record["results"] if entry.get("value") is not None] for record in records]
     return [Run(*run) for run in zip(folders, titles, records, measured, strict=True)]
 
@@ -112,39 +103,30 @@ def _newest(results: list[dict], metric: str, end_of_name: str = "") -> dict | N
 
 def table_of(rows: list[dict]) -> str:
     """Formats the rows as Markdown; missing values read "not measured"."""
-    features = [key for row in rows for key, value in row.items() if isinstance(value, dict) and key not in COLUMNS]
-    columns = COLUMNS | {name: name for name in features if name != "setting"}
+    features = [key for row in rows for key, value in row.items() if _is_result(value) and key not in COLUMNS]
+    columns = COLUMNS | {name: name for name in features}
     text = table([{key: _cell(row.get(key)) for key in columns} for row in rows], columns)
     ends = {row["title"]: row["bits_per_dim_ode"] for row in rows if row["bits_per_dim_ode"] is not None}
     left = [f"{title} {number(entry['first_sigma'])}" for title, entry in ends.items() if "first_sigma" in entry]
-    if left:
-        text += (
-            f"\n\nThe bits/dim are of images with noise of the least level that the model knows: {', '.join(left)}."
-        )
-    return text
+    note = f"\n\nThe bits/dim are of images with noise of the least level that the model knows: {', '.join(left)}."
+    return text + note if left else text
+
+
+def _is_result(value: object) -> bool:
+    return isinstance(value, dict) and "metric" in value
 
 
 def _cell(value: dict | float | str | None) -> str:
     if value is None:
         return "not measured"
-    if not isinstance(value, dict):
+    if not _is_result(value):
         return number(value).replace("|", r"\|")
     # a memorisation ratio always has the floor 1
     return value_text(value) + (f" ({number(value['floor'])})" if value["metric"] == "swd" else "")
 
 
-def _short(value):
-    """The part of a result that goes into comparison.json; the rest stays in its model's results."""
-    is_result = isinstance(value, dict) and "metric" in value
-    return {name: value[name] for name in ABOUT if name in value} if is_result else value
-
-
 def images_of(runs: list[Run], num_images: int) -> tuple[range, dict[str, list[Path]]]:
-    """Finds generated images of the same seeds.
-
-    Returns:
-        The seeds, and the files by a label for model and sampler setting; settings with missing images are left out.
-    """
+    """Seeds, and their images by model and sampler setting; settings with missing images are left out."""
     folders = {}
     for run in runs:
         for setting in run.settings:
@@ -169,12 +151,7 @@ def errors_by_noise_level(runs: list[Run]) -> tuple[list[float], dict[str, np.nd
 
 
 def compare(options: Namespace) -> None:
-    """Writes the comparison.
-
-    Raises:
-        InputError: if the evaluations cannot be compared.
-        OSError: if the comparison cannot be written.
-    """
+    """Writes the comparison. Raises InputError if the evaluations cannot be compared."""
     try:
         runs, out = open_runs(options.run_dirs, options.titles), options.out
         rows = [row for run in runs for row in rows_of(run)]
@@ -192,7 +169,10 @@ def compare(options: Namespace) -> None:
         labels |= {"xscale": "log", "yscale": "log"}
         bands = {title: (curve, None) for title, curve in curves.items()}
         plot_curves(np.array(sigmas), bands, labels, out / "comparison_errors.png")
-    short = [{key: _short(value) for key, value in row.items()} for row in rows]
+    short = [
+        {key: {k: value[k] for k in ABOUT if k in value} if _is_result(value) else value for key, value in row.items()}
+        for row in rows
+    ]
     shown = {"seeds": [*seeds], "labels": [*images]} if images else None
     write_results(out / "comparison.json", {"reference": runs[0].record["reference"], "rows": short, "shown": shown})
     print(f"wrote {out / 'comparison.md'}: {len(rows)} rows, images of {len(images)}", flush=True)

@@ -36,11 +36,10 @@ def frechet_distance(features1: np.ndarray, features2: np.ndarray) -> float:
 
 
 class KernelDistance(NamedTuple):
-    """Attributes:
-    mean: KID; unbiased, so it can be negative if the distributions are equal. std: standard deviation over the
-    subsets, as reported in the literature; not the standard error of the mean. None if
-        every subset is the full set and nothing varies.
-    num_subsets, subset_size: how it was measured.
+    """KID over random subsets; it is unbiased, so it can be negative if the distributions are equal.
+
+    `std` is the standard deviation over the subsets, as reported in the literature, not the standard error of the
+    mean; None if every subset is the full set and nothing varies.
     """
 
     mean: float
@@ -58,8 +57,7 @@ def kernel_distance(
     without replacement. They are drawn as in clean-fid 0.1.35, so this is its value after `np.random.seed(seed)`.
 
     Args:
-        features1: shape (N, D); the reference in clean-fid.
-        features2: shape (M, D).
+        features1, features2: shapes (N, D) and (M, D); the first is the reference in clean-fid.
         max_subset_size: m is the minimum of this, N and M.
     """
     size = min(len(features1), len(features2), max_subset_size)
@@ -89,8 +87,7 @@ def cmmd(embeddings1: np.ndarray, embeddings2: np.ndarray) -> float:
     distributions.
 
     Args:
-        embeddings1: shape (N, D): CLIP image embeddings, each of norm 1.
-        embeddings2: shape (M, D).
+        embeddings1, embeddings2: CLIP image embeddings of norm 1, shapes (N, D) and (M, D).
     """
     x, y = (torch.from_numpy(np.asarray(embeddings, np.float64)) for embeddings in (embeddings1, embeddings2))
 
@@ -117,8 +114,7 @@ def prdc(real: np.ndarray, generated: np.ndarray, *, k: int = 5) -> dict[str, fl
     identical sets the density is (k + 1)/k here and 1 there.)
 
     Args:
-        real: shape (N, D), any real type; N > k.
-        generated: shape (M, D); M > k.
+        real, generated: shapes (N, D) and (M, D), any real type; N, M > k.
     """
     centre = real.mean(axis=0, dtype=np.float64)  # far from the origin, rounding would swamp the differences
     real, generated = (torch.from_numpy(features - centre) for features in (real, generated))

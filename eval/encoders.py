@@ -1,6 +1,5 @@
 """Feature spaces other than Inception: DINOv2 for FD-DINOv2, CLIP for CMMD, and networks given by path."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from common import InputError, sha256_of
 from eval.features import FeatureExtractor, resize_each
 from eval.inception import open_inception
 
-SAFETENSORS = "model*.safetensors"
+SAFETENSORS = "model.safetensors"
 
 
 class Published(NamedTuple):
@@ -48,21 +47,17 @@ PUBLISHED = {
 DINOV2_PIXELS = (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # size, mean, standard deviation
 
 
-def open_extractor(
-    name: str, *, mode: str = "clean", path: Path | None = None, device: torch.device | str = "cpu"
-) -> FeatureExtractor:
-    """Opens a feature extractor: `inception`, `dinov2`, `clip`, a TorchScript file, a transformers folder or Hub id.
+def open_extractor(name: str, *, path: Path | None = None, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """Opens a feature extractor; raises InputError if it is not available.
 
     Args:
-        mode: how Inception resizes images, see `open_inception`.
+        name: `inception`, `inception:MODE` (see `open_inception`), `dinov2`, `clip`, a TorchScript file, or a
+            transformers folder or Hub id.
         path: local weights of `inception` (a file), `dinov2` or `clip` (a folder); these names accept only the
             published weights.
-
-    Raises:
-        InputError: if the extractor is not available.
     """
-    if name == "inception":
-        return open_inception(mode, path=path, device=device)
+    if name == "inception" or name.startswith("inception:"):
+        return open_inception(name.partition(":")[2] or "clean", path=path, device=device)
     published = PUBLISHED.get(name)
     if published is None and Path(name).is_file():
         return open_torchscript(Path(name), device=device)
@@ -99,14 +94,13 @@ def open_transformers(
         source: a folder with config.json and weights, or a Hub id.
         published: the network that it must be; by default, any network in safetensors. Pickles are read with
             weights_only.
-
-    Raises:
-        InputError: if the network is not available or not the published one, or if its weights are incomplete.
     """
     weights = published.weights if published else SAFETENSORS
     is_local = Path(source).is_dir()
     folder = Path(source) if is_local else _download(source, weights, published and published.commit)
-    sha256 = _sha256_of(folder, weights)
+    if not (folder / weights).is_file():
+        raise InputError(f"{folder} has no {weights}; give the folder of a network")
+    sha256 = sha256_of(folder / weights)
     if published and sha256 != published.sha256:
         raise InputError(
             f"{folder} is not {published.hub_id} or is damaged: the sha256 of its weights is {sha256}, not"
@@ -120,14 +114,13 @@ def open_transformers(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{source} could not be loaded: {error}") from error
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise InputError(
-            f"the weights of {source} lack {len(missing)} of the network's parameters, such as {missing[0]};"
-            " use another file"
-        )
+    if loading["missing_keys"]:
+        raise InputError(f"the weights of {source} lack {', '.join(sorted(loading['missing_keys'])):.200}")
     network.eval().to(device)
-    size, mean, std = _pixels(folder, network.config)
+    size, mean, std = DINOV2_PIXELS
+    if config.model_type != "dinov2":
+        pixels = json.loads((folder / "preprocessor_config.json").read_text())
+        size, mean, std = network.config.image_size, pixels["image_mean"], pixels["image_std"]
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
 
     def resize(image: np.ndarray) -> np.ndarray:
@@ -145,37 +138,13 @@ def open_transformers(
     return FeatureExtractor(name, f"bicubic {size}", sha256, features)
 
 
-def _pixels(folder: Path, config) -> tuple[int, tuple, tuple]:
-    """The image size, mean and standard deviation that a network expects."""
-    if config.model_type == "dinov2":
-        return DINOV2_PIXELS
-    try:
-        facts = json.loads((folder / "preprocessor_config.json").read_text())
-        return int(config.image_size), tuple(facts["image_mean"]), tuple(facts["image_std"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"{folder} does not say how to prepare images: {error}; it needs a"
-            " preprocessor_config.json with image_mean and image_std, and a configuration with image_size"
-        ) from error
-
-
 def _download(hub_id: str, weights: str, revision: str | None) -> Path:
     """Downloads a network from the Hub and returns its folder in the cache."""
-    wanted = ["config.json", "preprocessor_config.json", weights, f"{weights}.index.json"]
+    wanted = ["config.json", "preprocessor_config.json", weights]
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-    except HFValidationError as error:
-        raise InputError(f"{hub_id} is neither a local folder nor the id of a Hub repository") from error
-    except (OSError, HTTPError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         raise InputError(
             f"{hub_id} is not a local folder and could not be downloaded from the Hub: {error}; download it elsewhere"
             " and give the path of its folder"
         ) from error
-
-
-def _sha256_of(folder: Path, weights: str) -> str:
-    """The sha256 of the weights file; of several files, the sha256 of their hashes in order."""
-    digests = [sha256_of(file) for file in sorted(folder.glob(weights))]
-    if not digests:
-        raise InputError(f"{folder} has no weights ({weights}); give the folder of a network")
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

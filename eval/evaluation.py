@@ -17,6 +17,7 @@ from common import InputError, on_main_process, sha256_of
 from eval.features import ImageSet, images_of_files, subset
 from eval.results import unusual_settings
 from pipelines import CustomUNetPipeline, generate
+from pipelines.continuous import denoiser
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.image_folder import RECORD, fill_folder, image_path
 from pipelines.loading import find_pipeline, load_pipeline, weight_files
@@ -39,11 +40,7 @@ class SamplerSetting(NamedTuple):
 
 
 def parse_sampler(text: str) -> SamplerSetting:
-    """Parses `NAME`, `NAME:STEPS` or `NAME:STEPS:ETA`; `ode` accepts no steps, the other samplers default to 50.
-
-    Raises:
-        argparse.ArgumentTypeError: if the text has none of these forms.
-    """
+    """Parses `NAME`, `NAME:STEPS` or `NAME:STEPS:ETA`; `ode` accepts no steps, the other samplers default to 50."""
     name, *numbers = text.split(":")
     try:
         steps, eta = int(numbers[0]) if numbers else 50, float(numbers[1]) if numbers[1:] else 0.0
@@ -57,16 +54,14 @@ def parse_sampler(text: str) -> SamplerSetting:
 
 def images_folder(setting: dict) -> str:
     """The name of the folder for images drawn with a setting, which is given as in a result."""
-    parts = [
-        setting["sampler"],
-        setting.get("steps"),
-        f"eta{setting['eta']:g}" if "eta" in setting else None,
-        *(f"{name}{value:g}" for name, value in unusual_settings(setting).items()),
-        f"class{'.'.join(map(str, setting['class_label']))}" if "class_label" in setting else None,
-        f"guidance{setting['guidance_scale']:g}" if setting.get("guidance_scale", 1) != 1 else None,
-        setting["dtype"],
-    ]
-    return "-".join(str(part) for part in parts if part is not None)
+    parts = [setting["sampler"]] + ([str(setting["steps"])] if "steps" in setting else [])
+    numbers = {"eta": setting["eta"]} if "eta" in setting else {}
+    parts += [f"{name}{value:g}" for name, value in (numbers | unusual_settings(setting)).items()]
+    if "class_label" in setting:
+        parts.append(f"class{'.'.join(map(str, setting['class_label']))}")
+    if setting.get("guidance_scale", 1) != 1:
+        parts.append(f"guidance{setting['guidance_scale']:g}")
+    return "-".join([*parts, setting["dtype"]])
 
 
 class WithoutClass(torch.nn.Module):
@@ -83,22 +78,18 @@ class WithoutClass(torch.nn.Module):
 
 
 class Evaluation:
-    """The model, the samplers and the images that the metrics share.
-
-    Args:
-        options: the options of `eval.run`.
-        command: the command line, which is recorded with the images.
-        network_class: the class of the model's network.
+    """The model, the samplers and the images that the metrics share; `command` is recorded with the images.
 
     Attributes:
         source, commit: the folder of the model repository and its commit on the Hub.
         pipeline: in fp32, for likelihoods and losses; images may be drawn in half precision.
         network: the network for likelihoods and losses; a class-conditional one predicts without a class.
+        no_ode: why the network cannot predict in continuous time; None if it can.
+        noise_levels: the lowest and the highest that it knows, if it can.
         sampler_setting, cost_settings: the sampler settings of the images and of the cost curve.
         training, heldout: the real images, cropped and resized as in training; `heldout` may be None.
 
-    Raises:
-        InputError: if the model or the data cannot be loaded, or do not match the options.
+    Raises InputError if the model or the data cannot be loaded, or do not match the options.
     """
 
     def __init__(
@@ -110,6 +101,11 @@ class Evaluation:
         self.pipeline = load_pipeline(self.source, "fp32", None, network_class).to(state.device)
         unet = self.pipeline.unet.eval()
         self.network = unet if options.class_label is None else WithoutClass(unet).eval()
+        self.no_ode = None
+        try:
+            self.noise_levels = denoiser(self.network, self.pipeline.scheduler).sde.noise_levels
+        except ValueError as error:
+            self.no_ode = str(error)
         self._choose_samplers()
         self.weights_sha256 = {path.name: sha256_of(path) for path in weight_files(self.source)}
         self.training = self._open_store(options.split)
@@ -121,11 +117,7 @@ class Evaluation:
         self.heldout = self._open_store(options.heldout_split) if options.heldout_split else None
 
     def _choose_samplers(self) -> None:
-        """Sets the samplers; the default is DDIM, or the model's own sampler if it was trained in continuous time.
-
-        Raises:
-            InputError: if a sampler does not match the model, or no sampler accepts a given setting.
-        """
+        """Sets the samplers; the default is DDIM, or the model's own sampler if it was trained in continuous time."""
         options, pipeline = self.options, self.pipeline
         sampler = options.sampler or (pipeline.continuous_sampler.name if pipeline.is_continuous else "ddim")
         usual = COST_SAMPLERS_IN_CONTINUOUS_TIME if pipeline.is_continuous else COST_SAMPLERS
@@ -212,17 +204,14 @@ class Evaluation:
     def draw(self, setting: SamplerSetting, num_images: int) -> tuple[ImageSet, list[dict], CustomUNetPipeline]:
         """Draws the missing images of a setting, on all processes.
 
-        Returns:
-            The images in seed order, the starts that drew them (as recorded by `pipelines.generate`), and the
-            pipeline with its sampler.
+        Returns the images in seed order, the starts recorded by `pipelines.generate`, and the pipeline.
         """
         options = self.options
         folder = (options.images_dir or self.out / IMAGES) / images_folder(self.describe_images(setting, num_images))
         how = (options.dtype, setting.sampler, self.network_class)
-        pipeline = load_pipeline(self.source, *how, **self._own_settings(setting.sampler))
+        pipeline = load_pipeline(self.source, *how, **self._own_settings(setting.sampler)).to(self.state.device)
         own = {"out": folder, "num_images": num_images, "scheduler": setting.sampler, "eta": setting.eta}
         drawing = argparse.Namespace(**vars(options) | own | {"steps": setting.steps or options.steps})
-        pipeline = pipeline.to(self.state.device)
         fill_folder(pipeline, self.source, self.commit, drawing, self.state, self.command)
         seeds = range(options.seed, options.seed + num_images)
         starts = json.loads((folder / RECORD).read_text())["starts"]
@@ -245,8 +234,7 @@ class Evaluation:
     def splits(self, count: int) -> dict[str, tuple[Tensor, dict]]:
         """A fixed random subset of each split, or the whole split if it has fewer images.
 
-        Returns:
-            For `training` and `held-out`: the images, uint8 (N, C, H, W), and their description for a result.
+        Returns for `training` and `held-out` the images, uint8 (N, C, H, W), and their description for a result.
         """
         found = {}
         for kind, store in {"training": self.training, "held-out": self.heldout}.items():

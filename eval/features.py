@@ -1,13 +1,12 @@
 """Features of images: they are computed from an image set by an extractor, on all processes, and cached on disk."""
 
 import hashlib
+import io
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,41 +17,32 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from common import InputError, on_main_process, one_line
+from common import InputError, on_main_process, one_line, replace_file
 from training.data import ImageStore
 
 
 @dataclass
 class FeatureExtractor:
-    """A network that maps each image to a vector.
+    """A network that maps each image to a vector."""
 
-    Attributes:
-        name: of the network; only published weights get a published name, whatever the file is called.
-        mode: how images are resized and scaled for the network.
-        sha256: of its weights.
-        network: preprocesses uint8 images (B, 3, H, W) and returns their features.
-        file: the published file that the weights come from, if there are several.
-    """
-
-    name: str
-    mode: str
-    sha256: str
-    network: Callable[[Tensor], Tensor]
-    file: str | None = None
+    name: str  # only published weights get a published name, whatever the file is called
+    mode: str  # how images are resized and scaled for the network
+    sha256: str  # of its weights
+    network: Callable[[Tensor], Tensor]  # preprocesses uint8 images (B, 3, H, W) and returns their features
+    file: str | None = None  # the published file that the weights come from, if there are several
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) of 1 to 4 channels -> float32 (B, D).
 
-        Raises:
-            ValueError: if the images have another type or shape; pixels in [-1, 1] would pass as black images.
-            InputError: if the network returns anything else.
+        Raises ValueError for other images, since pixels in [-1, 1] would pass as black, and InputError for a network
+        that returns anything else.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or not 1 <= images.shape[1] <= 4:
             raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, 3, H, W)")
         features = self.network(over_white(images).expand(-1, 3, -1, -1))
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
-            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        shape = tuple(getattr(features, "shape", ()))
+        if len(shape) != 2 or len(features) != len(images):
             raise InputError(f"{self.name} returns {shape} for {len(images)} images; it must be a tensor (B, D)")
         return features.float()
 
@@ -67,26 +57,17 @@ def over_white(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one size, read on demand.
+    """Images of one size, read on demand."""
 
-    Attributes:
-        read: maps positions to uint8 images (B, C, H, W).
-        fingerprint: identifies the pixels or files.
-    """
-
-    read: Callable[[Sequence[int]], np.ndarray]
+    read: Callable[[Sequence[int]], np.ndarray]  # maps positions to uint8 images (B, C, H, W)
     count: int
-    fingerprint: str
+    fingerprint: str  # identifies the pixels or files
 
 
 def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
     """Ascending positions of `count` images, drawn at random (folders may be sorted by class) with a fixed seed.
 
-    Args:
-        part: 0, 1, ...; subsets with the same count and different parts are disjoint.
-
-    Raises:
-        InputError: if there are too few images.
+    Subsets with the same count and different parts, 0, 1, ..., are disjoint. Raises InputError if there are too few.
     """
     if not 1 <= count * (part + 1) <= num_images:
         raise InputError(f"{count * (part + 1)} images are asked of {num_images}; ask for fewer (--num_images)")
@@ -94,43 +75,24 @@ def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
 
 
 def images_of_store(store: ImageStore, count: int | None = None, part: int = 0) -> ImageSet:
-    """All images of a store, or `count` of them chosen by `subset`, which raises InputError if there are too few."""
+    """All images of a store, or `count` of them chosen by `subset`."""
     positions = subset(len(store), len(store) if count is None else count, part)
     fingerprint = f"{store.fingerprint}, part {part}" if part else store.fingerprint
     return ImageSet(lambda indices: store.images[positions[np.asarray(indices)]], len(positions), fingerprint)
 
 
 def images_of_files(paths: Sequence[Path], mode: str = "RGB") -> ImageSet:
-    """Image files of one size in the given order, as RGB or, in mode `L`, grey; at least one.
-
-    Raises:
-        InputError: if a file cannot be read, or (on reading) its size differs from the first.
-    """
+    """Image files of one size in the given order, as RGB or in another mode of Pillow, such as `L`."""
     digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
-    read_file = partial(_read_file, mode=mode)
-    first = read_file(paths[0])
 
-    def read(indices: Sequence[int]) -> np.ndarray:
-        wanted = [paths[index] for index in indices]
-        images = _in_threads(read_file, wanted)
-        for path, image in zip(wanted, images, strict=True):
-            if image.shape != first.shape:
-                sizes = [f"{width}x{height}" for height, width, _ in (image.shape, first.shape)]
-                raise InputError(
-                    f"{path} is {sizes[0]}, but {paths[0].name} is {sizes[1]}; all images must have one size"
-                )
-        return np.stack(images).transpose(0, 3, 1, 2)
-
-    return ImageSet(read, len(paths), digest[:16])
-
-
-def _read_file(path: Path, mode: str) -> np.ndarray:
-    """uint8 (H, W, C)."""
-    try:
+    def read_file(path: Path) -> np.ndarray:  # (H, W, C)
         with Image.open(path) as image:
             return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from error
+
+    def read(indices: Sequence[int]) -> np.ndarray:
+        return np.stack(_in_threads(read_file, [paths[index] for index in indices])).transpose(0, 3, 1, 2)
+
+    return ImageSet(read, len(paths), digest[:16])
 
 
 def resize_each(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> Tensor:
@@ -148,10 +110,7 @@ def _in_threads(function: Callable, items: Sequence) -> list:
 def extract_features(
     images: ImageSet, extractor: FeatureExtractor, state: PartialState, *, batch_size: int = 64
 ) -> np.ndarray:
-    """Features of all images in order, float32 (N, D), on every process; each process computes a part.
-
-    Raises InputError if an image cannot be read or a feature is not finite.
-    """
+    """Features of all images in order, float32 (N, D), on every process; each process computes a part."""
     part = np.array_split(np.arange(images.count), state.num_processes)[state.process_index]
     starts, features = range(0, len(part), batch_size), []
     for start in tqdm(starts, f"{extractor.name} features", unit="batch", disable=not state.is_main_process):
@@ -165,52 +124,36 @@ def extract_features(
 
 
 def cached_features(
-    images: ImageSet,
-    extractor: FeatureExtractor,
-    state: PartialState,
-    *,
-    cache_dir: Path | None = None,
-    batch_size: int = 64,
+    images: ImageSet, extractor: FeatureExtractor, state: PartialState, *, batch_size: int = 64
 ) -> np.ndarray:
-    """`extract_features`, or the cached features of the same images from the same network.
-
-    Args:
-        cache_dir: by default, a folder in the user's cache. Damaged files there are reported and replaced.
-
-    Raises:
-        OSError: if the features cannot be written.
-    """
+    """`extract_features`, or the features of the same images from the same network in the user's cache."""
     facts = {name: getattr(extractor, name) for name in ("name", "mode", "sha256")}
     key = json.dumps(facts | {"fingerprint": images.fingerprint, "count": images.count})
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    path = (cache_dir or default_cache_dir() / "features") / f"{digest}.npz"
-    features = on_main_process(state, lambda: _read_cached(path, key))
+    path = default_cache_dir() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    features = on_main_process(state, lambda: _read_cached(path))
     if features is None:
         features = extract_features(images, extractor, state, batch_size=batch_size)
-        on_main_process(state, lambda: _write_cached(path, key, features))
+        on_main_process(state, lambda: _write_cached(path, features))
     return features
 
 
-def _read_cached(path: Path, key: str) -> np.ndarray | None:
+def _read_cached(path: Path) -> np.ndarray | None:
     """The cached features; None if the file is missing, or damaged according to the checksums of the zip file."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            if str(file["key"]) != key:
-                raise ValueError(f"its features are those of {file['key']}")
             return file["features"]
     except FileNotFoundError:
         return None
     except Exception as error:  # numpy raises almost anything for a damaged file
-        print(f"{path} is damaged or not of this kind ({one_line(error)}) and is replaced", flush=True)
+        print(f"{path} is damaged ({one_line(error)}) and is replaced", flush=True)
         return None
 
 
-def _write_cached(path: Path, key: str, features: np.ndarray) -> None:
-    """Writes the file atomically; several evaluations may write the same file at once."""
+def _write_cached(path: Path, features: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.savez(content, features=features)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as folder:
-        np.savez(f"{folder}/features.npz", key=np.array(key), features=features)
-        os.replace(f"{folder}/features.npz", path)
+    replace_file(path, content.getvalue())
 
 
 def default_cache_dir() -> Path:

@@ -8,12 +8,13 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
 NUM_COLOURS = 10  # in matplotlib's colour cycle; further lines are dashed
 FEW_CURVES = 5  # with more curves, the legend is placed beside the plot
-IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS = 96, 4, 26  # in rows of images
+IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS, MIN_ROW_PIXELS = 96, 4, 26, 768  # in rows of images
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -24,15 +25,11 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def plot_cost_curve(entries: list[dict], path: Path) -> None:
-    """Plots FID, or SWD without FID, against network evaluations, with one line per sampler.
-
-    Args:
-        entries: the results of the family `cost`.
-    """
+    """Plots FID, or SWD without FID, against network evaluations, with one line per sampler, from `cost` results."""
     metric = "fid" if any(entry["metric"] == "fid" for entry in entries) else "swd"
     entries = [entry for entry in entries if entry["metric"] == metric]
     figure, axes = plt.subplots(figsize=SIZE_INCHES)
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines = {}
     for entry in entries:
         label = entry["sampler"] + (f", eta {entry['eta']:g}" if entry.get("eta") else "")
         lines.setdefault(label, []).append((entry["network_evaluations"], entry["value"]))
@@ -46,11 +43,7 @@ def plot_cost_curve(entries: list[dict], path: Path) -> None:
 
 
 def plot_colours(sets: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Plots histograms of brightness, contrast and saturation side by side.
-
-    Args:
-        sets: the `eval.colours.colour_statistics` of each set, by label.
-    """
+    """Plots histograms of the `colour_statistics` of each set, by label, side by side."""
     names = list(next(iter(sets.values())))
     figure, all_axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3))
     for axes, name in zip(all_axes, names, strict=True):
@@ -63,11 +56,7 @@ def plot_colours(sets: dict[str, dict[str, np.ndarray]], path: Path) -> None:
 
 
 def plot_nearest_distances(distances: dict[str, np.ndarray], unit: str, path: Path) -> None:
-    """Plots histograms of nearest-neighbour distances, starting at 0.
-
-    Args:
-        distances: the distances of each set of images, by label.
-    """
+    """Plots histograms of the nearest-neighbour distances of each set of images, by label, starting at 0."""
     figure, axes = plt.subplots(figsize=SIZE_INCHES)
     _histograms(axes, distances, np.linspace(0, max(values.max() for values in distances.values()), 51))
     axes.set(xlabel=f"distance to the nearest training image, {unit}", ylabel="share of the images")
@@ -88,7 +77,7 @@ def plot_curves(
 
     Args:
         curves: mean (len(x),) and standard error or None, by label.
-        labels: `xlabel`, `ylabel` and other arguments of matplotlib's `Axes.set`, such as scales.
+        labels: arguments of matplotlib's `Axes.set`: labels and scales.
     """
     many = len(curves) > FEW_CURVES
     figure, axes = plt.subplots(figsize=(SIZE_INCHES[0] + 2 * many, SIZE_INCHES[1]))
@@ -111,13 +100,11 @@ def plot_image_rows(rows: dict[str, list[Path | Image.Image]], path: Path) -> No
         gap = ((0, 0), (0, GAP_PIXELS), (0, 0))
         enlarged = [image.repeat(scale, axis=0).repeat(scale, axis=1) for image in images]
         lines[label] = np.concatenate([np.pad(image, gap, constant_values=255) for image in enlarged], axis=1)
-    width = max(SIZE_INCHES[0] * DOTS_PER_INCH, *(line.shape[1] for line in lines.values()))
-    height = sum(len(line) + LABEL_PIXELS for line in lines.values())
-    figure = plt.figure(figsize=(width / DOTS_PER_INCH, height / DOTS_PER_INCH), dpi=DOTS_PER_INCH)
-    bottom = height
+    width = max(MIN_ROW_PIXELS, *(line.shape[1] for line in lines.values()))
+    sheet = Image.new("RGB", (width, sum(len(line) + LABEL_PIXELS for line in lines.values())), "white")
+    draw, font, top = ImageDraw.Draw(sheet), ImageFont.truetype(findfont("DejaVu Sans"), 15), 0
     for label, line in lines.items():
-        bottom -= len(line) + LABEL_PIXELS
-        figure.figimage(line, 0, bottom)
-        figure.text(0, (bottom + len(line) + LABEL_PIXELS / 3) / height, label, fontsize=9)
-    figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
-    plt.close(figure)
+        draw.text((0, top + 5), label, "black", font)
+        sheet.paste(Image.fromarray(line), (0, top + LABEL_PIXELS))
+        top += len(line) + LABEL_PIXELS
+    sheet.save(path)

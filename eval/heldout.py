@@ -2,8 +2,7 @@
 
 `noise_errors` measures the loss by timestep, for a model with discrete timesteps; `clean_image_errors` measures it by
 noise level sigma, where all kinds of models are comparable. The noise depends only on the seed, the timestep or noise
-level, and the image's index. All models therefore get the same noise, regardless of the other timesteps, the batch
-size and the noise schedule, and appending images changes no noise.
+level, and the image's index, so all models get the same noise, and appending images changes no noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,11 +40,7 @@ def noise_errors(
         scheduler: the noise schedule that it was trained with.
         clean_images: float32 in [-1, 1], shape (N, C, H, W).
 
-    Returns:
-        float64, shape (len(timesteps), N).
-
-    Raises:
-        InputError: if the network's output is not finite.
+    Returns float64, shape (len(timesteps), N). Raises InputError if the network's output is not finite.
     """
     parameter, kind = next(unet.parameters()), scheduler.config.prediction_type
 
@@ -71,14 +66,9 @@ def clean_image_errors(
     Args:
         unet: called as `unet(noisy_images, timestep).sample`, also with fractional timesteps; in evaluation mode.
         scheduler: the DDPM noise schedule or `SDEScheduler` that it was trained with.
-        clean_images: float32 in [-1, 1], shape (N, C, H, W).
         sigmas: noise levels that the network was trained with, see `SDE.noise_levels`.
 
-    Returns:
-        float64, shape (len(sigmas), N).
-
-    Raises:
-        InputError: if the network's output is not finite.
+    Returns float64, shape (len(sigmas), N). Raises InputError if the network's output is not finite.
     """
     denoise = denoiser(unet, scheduler)
 
@@ -98,11 +88,7 @@ def _errors(
     batch_size: int,
     device: torch.device,
 ) -> np.ndarray:
-    """Computes the error of each image at each timestep or noise level.
-
-    Args:
-        error_of: returns the errors (B,) of B images, each with its own noise, at one level.
-    """
+    """Errors (levels, N), where `error_of` takes B images, their noise and a level, and returns their errors (B,)."""
     errors = np.empty((len(levels), len(clean_images)))
     for row, level in zip(errors, levels, strict=True):
         rng = np.random.default_rng((seed, level if isinstance(level, int) else round(level / SIGMA_UNIT)))

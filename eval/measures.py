@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import wasserstein_distance
 
 from common import InputError, on_main_process
-from eval.colours import COLOURS, colour_statistics, share_of_extremes
+from eval.colours import colour_statistics, share_of_extremes
 from eval.distances import cmmd, frechet_distance, kernel_distance, prdc
 from eval.encoders import open_extractor
 from eval.evaluation import Evaluation, SamplerSetting
@@ -23,32 +23,26 @@ from eval.memorisation import memorisation
 from eval.results import result
 from eval.swd import SMALLEST_RESOLUTION, sliced_wasserstein, swd_floor
 from pipelines import CustomUNetPipeline
-from pipelines.continuous import denoiser
 from training.data import to_model_range
 
 PRDC = ("precision", "recall", "density", "coverage")
 PUBLISHED = ("inception", "dinov2", "clip")  # feature extractors
 COST_METRICS = ("fid", "kid")  # in addition to SWD and colours
+DISTANCE = "Wasserstein distance in grey levels"
 LOG_LOG = {"xscale": "log", "yscale": "log"}
 NO_BOUND = "the bound needs discrete timesteps, but the model was trained in continuous time"
 
 
 def check_metrics(evaluation: Evaluation) -> None:
-    """Checks that the metrics have everything they need, before any image is drawn.
-
-    Raises:
-        InputError: if they lack anything.
-    """
+    """Raises InputError if a metric lacks anything it needs, before any image is drawn."""
     options, metrics = evaluation.options, evaluation.options.metrics
     for name in ("memorisation", "heldout"):
         if name in metrics and evaluation.heldout is None:
             raise InputError(f"the metric {name} needs held-out images; give --heldout_split or other --metrics")
     height, width = evaluation.pipeline.image_shape[1:]
     if min(height, width) < SMALLEST_RESOLUTION and not {"swd", "cost"}.isdisjoint(metrics):
-        raise InputError(
-            f"the images are {height}x{width} pixels, and swd and cost need {SMALLEST_RESOLUTION}; leave these metrics"
-            " out"
-        )
+        need = f"swd and cost need {SMALLEST_RESOLUTION}; leave these metrics out"
+        raise InputError(f"the images are {height}x{width} pixels, and {need}")
     if "cost" in metrics and not evaluation.has_floor(options.cost_images):
         needed, there = 2 * options.cost_images, len(evaluation.training)
         raise InputError(f"--cost_images {options.cost_images} needs {needed} real images; there are {there}")
@@ -77,8 +71,7 @@ def measure_colours(evaluation: Evaluation) -> Iterable[dict]:
     generated = colour_statistics(evaluation.generated)
     yield from _colour_results("colours", evaluation, generated, real, evaluation.describe_images())
     if "saturation" not in real:
-        name = "Saturation, Wasserstein distance in grey levels"
-        yield result("colours", name, "saturation", None, reason="the images are grey")
+        yield result("colours", f"Saturation, {DISTANCE}", "saturation", None, reason="the images are grey")
     plot_colours({"generated": generated, "real": real}, evaluation.out / "colours.png")
 
 
@@ -86,15 +79,14 @@ def _colour_results(
     family: str, evaluation: Evaluation, generated: dict[str, np.ndarray], real: dict[str, np.ndarray], about: dict
 ) -> Iterable[dict]:
     """Results from the `colour_statistics` of equally many generated and real images."""
-    n = len(generated[COLOURS[0]])
+    n = len(generated["brightness"])
     others = colour_statistics(evaluation.real(n, 1)) if evaluation.has_floor(n) else {}
     for name, values in generated.items():
-        facts = {"n": n, "n_reference": n, "mean": float(values.mean()), "spread": float(values.std())}
-        facts |= {"real_mean": float(real[name].mean()), "real_spread": float(real[name].std())}
+        facts = {"n": n, "n_reference": n, "mean": values.mean(), "spread": values.std()}
+        facts |= {"real_mean": real[name].mean(), "real_spread": real[name].std()}
         facts |= {"share_of_extremes": share_of_extremes(values, real[name]), "share_of_extremes_expected": 0.01}
-        facts |= {"floor": float(wasserstein_distance(others[name], real[name]))} if others else {}
-        title = f"{name.capitalize()}, Wasserstein distance in grey levels"
-        distance = float(wasserstein_distance(values, real[name]))
+        facts |= {"floor": wasserstein_distance(others[name], real[name])} if others else {}
+        title, distance = f"{name.capitalize()}, {DISTANCE}", wasserstein_distance(values, real[name])
         yield result(family, title, name, distance, **facts, **evaluation.reference | about)
 
 
@@ -102,13 +94,10 @@ def _colour_results(
 
 
 def feature_metrics(network: str) -> dict[str, str]:
-    """The metrics in a network's feature space, with their names in the tables.
+    """The names in the tables of the metrics in a network's feature space, by metric.
 
     Args:
         network: `inception`, `inception:MODE`, `dinov2`, `clip` or any other name that `open_extractor` accepts.
-
-    Returns:
-        The names in the tables by metric: fid, kid, cmmd, precision, ...
     """
     if network == "clip":
         return {"cmmd": "CMMD"}
@@ -122,11 +111,10 @@ def feature_metrics(network: str) -> dict[str, str]:
 
 def open_features(evaluation: Evaluation, network: str) -> FeatureExtractor:
     """Opens the extractor of a network, see `feature_metrics`. Raises InputError if its weights are not found."""
-    name, _, mode = network.partition(":") if network.startswith("inception:") else (network, "", "")
-    path = getattr(evaluation.options, f"{name}_path", None)
+    path = getattr(evaluation.options, f"{network.partition(':')[0]}_path", None)
 
     def open_it() -> FeatureExtractor:
-        return open_extractor(name, mode=mode or "clean", path=path, device=evaluation.state.device)
+        return open_extractor(network, path=path, device=evaluation.state.device)
 
     if evaluation.state.num_processes > 1:
         on_main_process(evaluation.state, lambda: bool(open_it()))  # the others find them downloaded
@@ -175,20 +163,19 @@ def _real_features(evaluation: Evaluation, extractor: FeatureExtractor, n: int) 
     return [_features(evaluation, extractor, images) for images in sets]
 
 
-def _distances(
-    metrics: Iterable[str], real: np.ndarray, generated: np.ndarray, options: Namespace
-) -> dict[str, tuple[float, dict]]:
-    """Computes each metric from features (N, D); returns its value and how it was measured."""
+def _distances(metrics: Iterable[str], real: np.ndarray, generated: np.ndarray, options: Namespace) -> dict[str, dict]:
+    """The `value` of each metric from features (N, D), and how it was measured."""
     found = {}
     if "fid" in metrics:
-        found["fid"] = frechet_distance(real, generated), {}
+        found["fid"] = {"value": frechet_distance(real, generated)}
     if "kid" in metrics:
-        value, std, num_subsets, subset_size = kernel_distance(real, generated, seed=options.seed)
-        found["kid"] = value, {"std": std, "num_subsets": num_subsets, "subset_size": subset_size}
+        kid = kernel_distance(real, generated, seed=options.seed)._asdict()
+        found["kid"] = {"value": kid.pop("mean")} | kid
     if "cmmd" in metrics:
-        found["cmmd"] = cmmd(real, generated), {}
+        found["cmmd"] = {"value": cmmd(real, generated)}
     if "precision" in metrics:
-        found |= {name: (value, {"k": options.k}) for name, value in prdc(real, generated, k=options.k).items()}
+        values = prdc(real, generated, k=options.k)
+        found |= {name: {"value": value, "k": options.k} for name, value in values.items()}
     return found
 
 
@@ -197,10 +184,10 @@ def _feature_results(
 ) -> Iterable[dict]:
     """Results from `values`, the `_distances` to real images, and `floors`, those between real images or empty."""
     about = about | {"n_reference": about["n"], "mode": extractor.mode, "features": extractor.name}
-    about |= {"features_file": getattr(extractor, "file", None), "features_sha256": extractor.sha256}
+    about |= {"features_file": extractor.file, "features_sha256": extractor.sha256}
     for metric, name in metrics.items():
-        value, more = values[metric]
-        yield result(family, name, metric, value, floor=floors[metric][0] if floors else None, **about, **more)
+        floor = floors[metric]["value"] if floors else None
+        yield result(family, name, metric, floor=floor, **values[metric], **about)
 
 
 # ---- Memorisation
@@ -208,7 +195,7 @@ def _feature_results(
 
 def measure_memorisation(evaluation: Evaluation) -> Iterable[dict]:
     """Measures memorisation in pixels; `measure_features` measures it in features."""
-    images = evaluation.generated, np.asarray(evaluation.heldout.images), evaluation.training.images
+    images = evaluation.generated, evaluation.heldout.images, evaluation.training.images
     facts = {"mode": "pixels", "duplicate_distance": evaluation.options.duplicate_distance}
     yield from _memorisation_results(evaluation, images, facts)
 
@@ -224,9 +211,8 @@ def _memorisation_results(
         distances = {"generated": report.distances, "held-out": report.heldout_distances}
         figure = evaluation.out / (f"memorisation_{features}.png" if features else "memorisation.png")
         plot_nearest_distances(distances, unit, figure)
-    num_generated, num_heldout, num_training = map(len, sets)
     about = evaluation.describe_images() | evaluation.reference | facts | {"mirrored_too": features is None}
-    about |= {"n": num_generated, "n_reference": num_training, "n_heldout": len(report.heldout_distances)}
+    about |= {"n": len(sets[0]), "n_reference": len(sets[2]), "n_heldout": len(report.heldout_distances)}
     about |= {"heldout_duplicates_left_out": report.num_heldout_duplicates}
     values = {  # metric, value and the value expected from a model that generalises
         "Nearest training image, generated / held-out (median)": ("memorisation_ratio", report.ratio, 1.0),
@@ -236,7 +222,7 @@ def _memorisation_results(
     for name, (metric, value, expected) in values.items():
         yield result("memorisation", f"{name}{where}", metric, value, floor=expected, **about)
     value, expected = report.share_nearest_heldout
-    control = about | {"n_heldout": num_heldout, "floor": expected, "std": report.std_share_nearest_heldout}
+    control = about | {"n_heldout": len(sets[1]), "floor": expected, "std": report.std_share_nearest_heldout}
     yield result("memorisation", f"Share nearest to a held-out image{where}", "memorisation_control", value, **control)
     name, nearest = f"Median distance of held-out images, {unit}", [pair._asdict() for pair in report.pairs]
     yield result("memorisation", name, "heldout_distance", report.heldout_median, nearest_pairs=nearest, **about)
@@ -245,18 +231,9 @@ def _memorisation_results(
 # ---- Likelihood and held-out errors
 
 
-def why_no_ode(evaluation: Evaluation) -> str | None:
-    """Why the model cannot predict in continuous time; None if it can."""
-    try:
-        denoiser(evaluation.network, evaluation.pipeline.scheduler)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
     options, model = evaluation.options, (evaluation.network, evaluation.pipeline.scheduler)
-    no_ode, of_ode, terms = why_no_ode(evaluation), evaluation.splits(options.ode_images), {}
+    of_ode, terms = evaluation.splits(options.ode_images), {}
     for kind, (images, about) in evaluation.splits(options.likelihood_images).items():
         for variance in VARIANCES:
             name, metric = f"Variational bound ({variance}), {kind}", f"bits_per_dim_bound_{variance}"
@@ -266,18 +243,19 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
             bound = variational_bound(*model, images, num_evaluations=options.bound_evaluations, variance=variance)
             terms[f"{kind}, {variance}"] = bound.terms, None
             facts = {"decoder": float(bound.decoder.mean()), "prior": float(bound.prior.mean())}
-            facts |= {"std": bound.standard_error, "network_evaluations": bound.num_evaluations, "unit": "bits/dim"}
-            yield result("likelihood", name, metric, bound.mean, **facts, **about)
+            facts |= {"std": standard_error(bound.bits_per_dim), "network_evaluations": bound.num_evaluations}
+            yield result("likelihood", name, metric, bound.bits_per_dim.mean(), unit="bits/dim", **facts, **about)
         name, metric = f"Probability-flow ODE, {kind}", "bits_per_dim_ode"
-        if no_ode is not None:
-            yield result("likelihood", name, metric, None, reason=no_ode)
+        if evaluation.no_ode is not None:
+            yield result("likelihood", name, metric, None, reason=evaluation.no_ode)
             continue
         images, about = of_ode[kind]
         ode = ode_likelihood(*model, images, num_draws=options.ode_draws, tolerance=options.ode_tolerance)
-        facts = {"std": ode.standard_error, "draws": options.ode_draws, "tolerance": options.ode_tolerance}
-        facts["draw_standard_error"] = ode.draw_standard_error if options.ode_draws > 1 else None
-        facts |= {"network_evaluations": ode.num_evaluations, "first_sigma": denoiser(*model).sde.noise_levels[0]}
-        yield result("likelihood", name, metric, ode.mean, unit="bits/dim", **facts, **about)
+        facts = {"std": standard_error(ode.bits_per_dim), "draws": options.ode_draws}
+        facts |= {"tolerance": options.ode_tolerance, "first_sigma": evaluation.noise_levels[0]}
+        facts |= {"draw_standard_error": ode.draw_standard_error} if options.ode_draws > 1 else {}
+        facts["network_evaluations"] = ode.num_evaluations
+        yield result("likelihood", name, metric, ode.draws.mean(), unit="bits/dim", **facts, **about)
     if terms:  # timesteps 1 to T as in the paper, starting with L_0
         timesteps = np.arange(1, len(evaluation.pipeline.scheduler.alphas_cumprod) + 1)
         labels = {"xlabel": "timestep, from 1", "ylabel": "term of the bound, bits/dim"}
@@ -305,20 +283,18 @@ def _errors_by_timestep(evaluation: Evaluation, sets: dict) -> Iterable[dict]:
 
 
 def _errors_by_noise_level(evaluation: Evaluation, sets: dict) -> Iterable[dict]:
-    model, reason, curves = (evaluation.network, evaluation.pipeline.scheduler), why_no_ode(evaluation), {}
+    reason, curves = evaluation.no_ode, {}
     if reason is None:
-        low, high = denoiser(*model).sde.noise_levels
-        if not low <= SIGMAS[0] * (1 + 1e-6) or not SIGMAS[-1] <= high:
-            reason = (
-                f"the model was trained with noise levels from {low:.3g} to {high:.3g}, but models are compared at"
-                f" {SIGMAS[0]:g} to {SIGMAS[-1]:g}"
-            )
+        low, high = evaluation.noise_levels
+        if low > SIGMAS[0] * (1 + 1e-6) or high < SIGMAS[-1]:
+            reason = f"the model was trained with noise levels from {low:.3g} to {high:.3g}, but models are compared"
+            reason += f" at {SIGMAS[0]:g} to {SIGMAS[-1]:g}"
     for kind, (images, about) in sets.items():
         name = f"Error of x_0, mean over log sigma, {kind}"
         if reason is not None:
             yield result("heldout", name, "sample_mse", None, reason=reason)
             continue
-        errors = clean_image_errors(*model, images)
+        errors = clean_image_errors(evaluation.network, evaluation.pipeline.scheduler, images)
         curves[kind] = _mean_and_standard_error(errors / np.square(SIGMAS)[:, None])
         more = about | {"std": standard_error(errors.mean(axis=0)), "sigmas": SIGMAS}
         yield result("heldout", name, "sample_mse", errors.mean(), curve=errors.mean(axis=1).tolist(), **more)
@@ -341,13 +317,12 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
     n, network, metrics = options.cost_images, (options.features or PUBLISHED)[0], {}
     try:
         extractor = open_features(evaluation, network)
+        real_features, others = _real_features(evaluation, extractor, n)
+        metrics = {key: name for key, name in feature_metrics(network).items() if key in COST_METRICS}
     except InputError as error:
         if options.features is not None:
             raise
         print(f"cost: FID and KID are not measured: {error}", flush=True)
-    else:
-        metrics = {key: name for key, name in feature_metrics(network).items() if key in COST_METRICS}
-        real_features, others = _real_features(evaluation, extractor, n)
     if is_main:
         real, floor = evaluation.real(n), fmean(swd_floor(evaluation.real(2 * n)).values())
         real_colours = colour_statistics(real)
@@ -375,12 +350,13 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
 
 
 def _cost_of_one_batch(evaluation: Evaluation, pipeline: CustomUNetPipeline, setting: SamplerSetting) -> dict:
-    options, steps = evaluation.options, {} if setting.steps is None else {"num_inference_steps": setting.steps}
+    options = evaluation.options
     seeds = range(options.seed, options.seed + min(options.batch_size, options.cost_images))
     labels = options.class_label and [options.class_label[seed % len(options.class_label)] for seed in seeds]
     guidance = {"class_labels": labels, "guidance_scale": options.guidance_scale}
+    how = {"num_inference_steps": setting.steps or options.steps, "eta": setting.eta, "output_type": "pt"}
     started_at_seconds = time.perf_counter()
-    output = pipeline(seeds=seeds, eta=setting.eta, output_type="pt", **steps, **guidance)
+    output = pipeline(seeds=seeds, **how, **guidance)
     output.images.cpu()  # waits for the device
     seconds = (time.perf_counter() - started_at_seconds) / len(seeds)
     cost = {"network_evaluations": output.network_evaluations, "seconds_per_image": seconds}

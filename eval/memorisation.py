@@ -79,21 +79,22 @@ def memorisation(
         duplicate_distance: held-out images nearer to a training image than this are left out, as near-copies in the
             data; in the unit of the report.
 
-    Raises:
-        InputError: if all held-out images are near-copies, or most of them are training images.
+    Raises InputError if most held-out images are training images, or all are nearer than the distance.
     """
     distances, indices, mirrored = nearest_training(generated, training)
     is_heldout_nearest = nearest_training(generated, heldout)[0] < distances
-    shares = shares_of_groups(indices[~is_heldout_nearest], len(training), len(heldout)) * (~is_heldout_nearest).mean()
+    # Groups of training images, each as large as the held-out set, take its place; images left over form no group
+    num_groups = len(training) // len(heldout)
+    groups = np.bincount(indices[~is_heldout_nearest] // len(heldout), minlength=num_groups)[:num_groups]
+    shares = groups / len(generated)
     heldout_distances, _, _ = nearest_training(heldout, training)
     if training.ndim == 4:  # L2 -> root mean square over the pixels
         distances, heldout_distances = (d / training[0].size ** 0.5 for d in (distances, heldout_distances))
     is_duplicate = heldout_distances < duplicate_distance
-    if is_duplicate.all():
-        raise InputError(f"all held-out images are nearer to a training image than {duplicate_distance}; lower it")
     heldout_distances = heldout_distances[~is_duplicate]
-    if np.median(heldout_distances) == 0:
-        raise InputError("at least half of the held-out images are training images; use other held-out images")
+    if len(heldout_distances) == 0 or np.median(heldout_distances) == 0:
+        near = f"training images or nearer to one than {duplicate_distance}"
+        raise InputError(f"too many held-out images are {near}; use others, or lower --duplicate_distance")
     suspects = np.argsort(distances, kind="stable")[:NUM_PAIRS].tolist()
     minimum, percentile_1 = heldout_distances.min(), np.percentile(heldout_distances, 1)
     return MemorisationReport(
@@ -108,28 +109,15 @@ def memorisation(
     )
 
 
-def shares_of_groups(indices: np.ndarray, num_images: int, group_size: int) -> np.ndarray:
-    """Shares of the indices, each below `num_images`, that fall into consecutive groups of images.
-
-    Images left over at the end form no group.
-
-    Returns:
-        shape (num_images // group_size,).
-    """
-    num_groups = num_images // group_size
-    return np.bincount(indices // group_size, minlength=num_groups)[:num_groups] / max(len(indices), 1)
-
-
 def nearest_training(queries: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`nearest_distances`, and whether the training image is nearest when mirrored: three arrays of shape (N,)."""
     distances, indices = nearest_distances(queries, training)
-    mirrored = np.zeros(len(queries), bool)
-    if training.ndim == 4:  # images; |query - mirrored reference| = |mirrored query - reference|
-        mirrored_distances, mirrored_indices = nearest_distances(queries[..., ::-1], training)
-        mirrored = mirrored_distances < distances
-        distances = np.where(mirrored, mirrored_distances, distances)
-        indices = np.where(mirrored, mirrored_indices, indices)
-    return distances, indices, mirrored
+    if training.ndim == 2:  # features
+        return distances, indices, np.zeros(len(queries), bool)
+    # |query - mirrored reference| = |mirrored query - reference|
+    mirrored_distances, mirrored_indices = nearest_distances(queries[..., ::-1], training)
+    mirrored = mirrored_distances < distances
+    return np.minimum(distances, mirrored_distances), np.where(mirrored, mirrored_indices, indices), mirrored
 
 
 def nearest_distances(
@@ -141,12 +129,10 @@ def nearest_distances(
     2^53. The distance is then computed from the difference, so that a copy has a distance of exactly 0.
 
     Args:
-        queries: shape (N, ...), uint8 or floating.
-        references: shape (M, ...), uint8 or floating; may be memory-mapped.
+        queries, references: shapes (N, ...) and (M, ...), uint8 or floating; references may be memory-mapped.
         chunk: queries and references compared at once, which takes 8 bytes x chunk x (chunk + 2 D) of memory.
 
-    Returns:
-        Distances, float64, shape (N,), and indices, int64, shape (N,).
+    Returns distances, float64, and indices, int64, both (N,).
     """
     queries, references = queries.reshape(len(queries), -1), references.reshape(len(references), -1)
     distances, indices = np.empty(len(queries)), np.zeros(len(queries), np.int64)
@@ -156,8 +142,7 @@ def nearest_distances(
         for first in range(0, len(references), chunk):
             block = references[first : first + chunk].astype(np.float64)
             squared = np.einsum("md,md->m", block, block) - 2 * rows @ block.T  # |query - reference|^2 - |query|^2
-            nearest = squared.argmin(axis=1)
-            smallest = squared.min(axis=1)
+            nearest, smallest = squared.argmin(axis=1), squared.min(axis=1)
             is_better = smallest < best
             best[is_better], index[is_better] = smallest[is_better], first + nearest[is_better]
         distances[start : start + chunk] = np.linalg.norm(rows - references[index], axis=1)

@@ -8,7 +8,7 @@ features.
 
     python -m eval.results README.md     updates each table between <!-- results: FILE FAMILY --> and <!-- end -->
 
-FILE FAMILY is `results.json` with a key of `TABLES`, `FILE.md table` for a table that another command wrote, or
+FILE FAMILY is `results.json quality`, `results.json cost`, `FILE.md table` for a table that another command wrote, or
 `LOG.jsonl heldout` for the held-out losses of a training. `FILE FAMILY [COLUMN; COLUMN] [ROW; ROW]` selects columns by
 heading and rows by their first cell.
 """
@@ -35,10 +35,7 @@ def result(family: str, name: str, metric: str, value: float | None, **settings)
 
     Args:
         family: the family of metrics, which determines the table.
-        value: None if it was not measured; the settings then have a `reason`.
-
-    Raises:
-        InputError: if the value is not finite.
+        value: None if it was not measured; the settings then have a `reason`. Raises InputError if it is not finite.
     """
     if value is not None and not math.isfinite(value):
         raise InputError(f"{name} is {value}; it must be finite")
@@ -122,10 +119,7 @@ def quality_table(results: list[dict]) -> str:
 
 
 def cost_table(results: list[dict]) -> str:
-    """One row per sampler and number of steps: quality, network evaluations and seconds.
-
-    Quality is FID and KID, or SWD if these were not measured.
-    """
+    """One row per sampler setting: FID and KID, or else SWD, network evaluations and seconds."""
     entries = [entry for entry in results if entry["family"] == "cost"]
     if not entries:
         raise InputError("the results have no cost curve")
@@ -142,15 +136,16 @@ def cost_table(results: list[dict]) -> str:
     return table([row for n in rows for row in [*rows[n].values(), floors[n]]], columns)
 
 
-TABLES = {"quality": quality_table, "cost": cost_table}
+TABLES = {
+    "quality": lambda path: quality_table(read_results(path)["results"]),
+    "cost": lambda path: cost_table(read_results(path)["results"]),
+    "table": lambda path: path.read_text().rstrip(),
+    "heldout": lambda path: heldout_table(read_log(path)),
+}
 
 
 def selected(lines: str, columns: list[str], rows: list[str] | None) -> str:
-    """Selects named columns, in the given order, and rows of a Markdown table; drops any text after the table.
-
-    Raises:
-        InputError: if the table lacks a name.
-    """
+    """Selects named columns, in the given order, and rows of a Markdown table; drops any text after the table."""
     cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines.splitlines() if line.startswith("|")]
     (heading, _, *body), first = cells, [row[0] for row in cells]
     for name in columns + (rows or []):
@@ -161,23 +156,14 @@ def selected(lines: str, columns: list[str], rows: list[str] | None) -> str:
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """Updates each marked table of a text from its results file, whose path is relative to the folder.
-
-    Raises:
-        InputError: if a family is unknown or a file unreadable.
-    """
+    """Updates each marked table of a text from its results file, whose path is relative to the folder."""
 
     def renewed(match: re.Match) -> str:
         path, family = folder / match["file"], match["family"]
-        if family not in ("table", "heldout", *TABLES):
+        if family not in TABLES:
             raise InputError(f"there is no table {family!r}; there are {', '.join(TABLES)}")
         try:
-            if family == "table":
-                lines = path.read_text().rstrip()
-            elif family == "heldout":
-                lines = heldout_table(read_log(path))
-            else:
-                lines = TABLES[family](read_results(path)["results"])
+            lines = TABLES[family](path)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the {family} of {match['file']}: {error}") from error
         if match["columns"]:

@@ -103,10 +103,8 @@ def check_options(options: argparse.Namespace) -> None:
         if metric in options.metrics and count < 2:
             raise InputError(f"--{flag} is {count}; a distance between distributions needs at least 2")
         if metric in options.metrics and count < FEWEST_IMAGES and not options.allow_few:  # FID falls by about 1/n
-            raise InputError(
-                f"{count} images are too few for a comparable value; use at least {FEWEST_IMAGES} (--{flag}), or pass"
-                " --allow_few"
-            )
+            enough = f"use at least {FEWEST_IMAGES} (--{flag}), or pass --allow_few"
+            raise InputError(f"{count} images are too few for a comparable value; {enough}")
     if "features" in options.metrics and options.k >= options.num_images:
         raise InputError(f"--k is {options.k}; it must be below --num_images {options.num_images}")
     if options.write_card and not Path(options.pipeline).is_dir():
@@ -126,21 +124,24 @@ def run(options: argparse.Namespace, command: str, network_class: type[ModelMixi
         evaluation.generated_set, starts, _ = evaluation.draw(evaluation.sampler_setting, options.num_images)
         for entry in drawing_time(starts, evaluation.describe_images()):
             keep(record, entry)
+
+    def add(entry: dict) -> None:
+        keep(record, entry)
+        if state.is_main_process:
+            write_results(path, record)
+
     for name in options.metrics:
         if not (state.is_main_process or name in ON_ALL_PROCESSES):
             continue
         started_at_seconds, measured = time.perf_counter(), False
         for entry in METRICS[name](evaluation):
             measured |= entry["value"] is not None
-            keep(record, entry)
-            if state.is_main_process:
-                write_results(path, record)
+            add(entry)
         seconds = time.perf_counter() - started_at_seconds
         if measured:
             n = getattr(options, f"{name}_images", options.num_images)
-            keep(record, result("time", name, f"seconds_{name}", seconds, n=n, **evaluation.threads))
+            add(result("time", name, f"seconds_{name}", seconds, n=n, **evaluation.threads))
         if state.is_main_process:
-            write_results(path, record)
             print(f"{name}: {seconds:.0f} s", flush=True)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -157,10 +158,8 @@ def drawing_time(starts: list[dict], about: dict) -> Iterator[dict]:
     done = [start for start in starts if "seconds" in start]
     drawn, seconds = sum(start["generated"] for start in done), sum(start["seconds"] for start in done)
     if drawn:
-        more = {"num_processes": done[-1]["num_processes"], "starts": len(done)}
-        if all("network_evaluations_per_image" in start for start in done):
-            evaluations = sum(start["generated"] * start["network_evaluations_per_image"] for start in done)
-            more["network_evaluations"] = evaluations / drawn
+        evaluations = sum(start["generated"] * start["network_evaluations_per_image"] for start in done) / drawn
+        more = {"num_processes": done[-1]["num_processes"], "starts": len(done), "network_evaluations": evaluations}
         yield result("time", "drawing images", "seconds_drawing", seconds, n=drawn, **more, **about)
 
 
@@ -188,9 +187,9 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
 
 
 def keep(record: dict, entry: dict) -> None:
-    """Adds a result, which replaces the same measurement from an earlier start.
+    """Adds a result, which replaces the same measurement from an earlier start or a "not measured" entry.
 
-    A measured value replaces a "not measured" entry, never the other way round.
+    A "not measured" entry never replaces a value.
     """
     same_name = [old for old in record["results"] if (old["family"], old["name"]) == (entry["family"], entry["name"])]
     if entry["value"] is None and any(old["value"] is not None for old in same_name):

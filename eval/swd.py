@@ -39,19 +39,15 @@ def sliced_wasserstein(
     one level are in memory at once: 392 bytes x C x N x num_patches_per_image for both sets.
 
     Args:
-        images1: uint8, shape (N, C, H, W), H and W at least 16; may be memory-mapped.
-        images2: the same shape. The distance depends on N; compare it only at equal N.
+        images1, images2: uint8, shape (N, C, H, W), H and W at least 16; may be memory-mapped. The distance depends on
+            N; compare it only at equal N.
         num_patches_per_image: M/N; the paper uses 128, with 16,384 images.
         num_projections: number of random directions; the paper's code uses 512.
-        batch_size: images whose pyramids are computed at once, few enough to fit the cache; it does not affect the
-            result.
+        batch_size: images whose pyramids are computed at once, few enough to fit the cache; the result is the same.
 
     Returns:
         Distance by the level's height, see `pyramid_heights`. The last level is the low-pass image, the others are
-        differences.
-
-    Raises:
-        InputError: if all patches of a set have one value in a channel.
+        differences. Raises InputError if all patches of a set have one value in a channel.
     """
     distances, (num_images, channels, *sides) = {}, images1.shape
     for level, height in enumerate(pyramid_heights(*sides)):
@@ -66,15 +62,9 @@ def sliced_wasserstein(
 
 
 def swd_floor(images: np.ndarray, *, seed: int = 0, **settings: int) -> dict[int, float]:
-    """Distance between two random disjoint halves of one set, which is what a perfect model would score.
+    """Distance between random halves of 2N real images: what a perfect model would score with N generated ones.
 
-    Args:
-        images: real images, uint8, shape (2N, C, H, W), for the floor of distances between sets of N images.
-        seed: seed of the halves, and of `sliced_wasserstein`.
-        settings: further arguments of `sliced_wasserstein`.
-
-    Raises:
-        InputError: see `sliced_wasserstein`.
+    `settings` are further arguments of `sliced_wasserstein`.
     """
     half = len(images) // 2
     order = np.random.default_rng(seed).permutation(len(images))
@@ -91,11 +81,7 @@ def pyramid_heights(height: int, width: int) -> list[int]:
 
 
 def laplacian_pyramid(images: Tensor, num_levels: int) -> list[Tensor]:
-    """Each level holds what the next coarser one lacks; the last is the low-pass image (Burt and Adelson 1983).
-
-    Args:
-        images: float32, shape (N, C, H, W), both sides divisible by 2^(num_levels - 1).
-    """
+    """Each level holds what the next coarser one lacks; the last is the low-pass image (Burt and Adelson 1983)."""
     pyramid = [images]
     for _ in range(num_levels - 1):
         coarse = _blur(pyramid[-1])[:, :, ::2, ::2]
@@ -120,14 +106,10 @@ def _blur(images: Tensor) -> Tensor:
 
 
 def normalised_patches(images: np.ndarray, level: int, corners: Tensor, batch_size: int) -> np.ndarray:
-    """Patches from one pyramid level; each channel has mean 0 and standard deviation 1 over all patches.
+    """Patches (N P, 49 C) from one pyramid level; each channel has mean 0 and standard deviation 1 over all patches.
 
     Args:
-        images: uint8, shape (N, C, H, W).
         corners: shape (N, P, 2), y and x of the patches' upper left corners at this level.
-
-    Returns:
-        float32, shape (N P, 49 C).
     """
     num_images, num_patches = corners.shape[:2]
     num_levels = min(level + 2, len(pyramid_heights(*images.shape[2:])))
@@ -151,12 +133,7 @@ def random_directions(count: int, num_dimensions: int, generator: np.random.Gene
 
 
 def projected_distances(points1: np.ndarray, points2: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Wasserstein distance of order 1 between two sets of points (M, D) along each direction; float64, shape (K,).
-
-    Args:
-        points1, points2: float32, of equal shape.
-        directions: unit vectors, float32, shape (K, D).
-    """
+    """Wasserstein distance of order 1 between two sets of points (M, D) along unit vectors (K, D); float64, (K,)."""
     distances = []
     for start in range(0, len(directions), DIRECTIONS_AT_ONCE):
         some = directions[start : start + DIRECTIONS_AT_ONCE]

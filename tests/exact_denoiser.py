@@ -44,16 +44,9 @@ class Mixture:
             own = x[component == k]
             assert len(own) > 10, f"component {k} is missing"
             difference = torch.cov(own.T) - self.covariances[k]
-            errors.append(
-                torch.stack(
-                    [
-                        (len(own) / len(x) - self.weights[k]).abs(),
-                        (own.mean(0) - self.means[k]).abs().max(),
-                        difference.norm() / self.covariances[k].norm(),
-                    ]
-                )
-            )
-        return torch.stack(errors).amax(0)
+            weight, mean = len(own) / len(x) - self.weights[k], own.mean(0) - self.means[k]
+            errors.append([weight.abs(), mean.abs().max(), difference.norm() / self.covariances[k].norm()])
+        return torch.tensor(errors).amax(0)
 
 
 def mixture() -> Mixture:

@@ -33,7 +33,6 @@ class ExactGaussian(ExactDenoiser):
         return super().set_data(data, alphas_cumprod)
 
     def forward(self, noisy_images: Tensor, timesteps: Tensor) -> SimpleNamespace:
-        timesteps = (timesteps + self.config.timestep_error).clamp(0, len(self.alphas_cumprod) - 1)
         abar = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         signal, noise_scale = abar.sqrt(), (1 - abar).sqrt()
         x = noisy_images.double().permute(0, 2, 3, 1)  # (B, H, W, 3)
@@ -44,7 +43,7 @@ class ExactGaussian(ExactDenoiser):
         return SimpleNamespace(sample=output[self.config.prediction_type].permute(0, 3, 1, 2).to(noisy_images))
 
 
-def exact_network(cls, data: Mixture, scheduler: DDPMScheduler, timestep_error: int = 0) -> ExactDenoiser:
+def exact_network(cls, data: Mixture, scheduler: DDPMScheduler) -> ExactDenoiser:
     """In float64 and evaluation mode."""
-    network = cls(scheduler.config.prediction_type, timestep_error).double().eval()
+    network = cls(scheduler.config.prediction_type).double().eval()
     return network.set_data(data, scheduler.alphas_cumprod.double())

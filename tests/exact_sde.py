@@ -9,10 +9,7 @@ from exact_denoiser import Mixture
 from torch import Tensor
 
 from pipelines.continuous import DiscreteVPSDE, process_of
-from training.sde import PREDICTION_TYPES as OBJECTIVES
 from training.sde import SDEScheduler
-
-__all__ = ["OBJECTIVES", "ExactSDENetwork", "exact_sde_network"]
 
 
 class ExactSDENetwork(ModelMixin, ConfigMixin):

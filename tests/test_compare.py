@@ -94,20 +94,16 @@ def test_numbers_and_figures_are_written_beside_the_table(evaluated, tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"comparison.md", "comparison.json", "comparison.png", "comparison_errors.png"}
     record = json.loads((tmp_path / "comparison.json").read_text())
-    assert [row["title"] for row in record["rows"]] == ["ddpm", "ddpm", "vp"]
     swd = entry(evaluated / "vp", "SWD, mean")
     kept = {key: swd[key] for key in ("name", "value", "floor", "n", "n_reference", "split")}
-    assert record["rows"][2]["swd"] == kept
-    assert record["rows"][2]["images_seen"] is None
-    assert record["reference"]["dataset"] == "real"
+    assert [row["title"] for row in record["rows"]] == ["ddpm", "ddpm", "vp"]
+    assert record["rows"][2].items() >= {"swd": kept, "images_seen": None}.items()
     labels = ["ddpm: ddim, 3 steps", "ddpm: euler_maruyama, 3 steps", "vp: edm_heun, 3 steps"]
     assert record["shown"] == {"seeds": list(range(8)), "labels": labels}
-    with Image.open(tmp_path / "comparison.png") as sheet:
-        pixels = np.asarray(sheet.convert("RGB"))
-    first, last = (Image.open(evaluated / "vp" / "images" / "edm_heun-3-fp32" / f"seed-000000{i}.png") for i in (0, 7))
-    row = pixels[-96:]  # the bottom row: enlarged 6 times, with gaps of 4 pixels
-    np.testing.assert_array_equal(row[:, :96], np.asarray(first).repeat(6, 0).repeat(6, 1))
-    np.testing.assert_array_equal(row[:, 700:796], np.asarray(last).repeat(6, 0).repeat(6, 1))
+    row = np.asarray(Image.open(tmp_path / "comparison.png"))[-96:]  # the bottom one: enlarged 6 times, gaps of 4
+    for column, seed in ((0, 0), (700, 7)):
+        image = Image.open(evaluated / "vp" / "images" / "edm_heun-3-fp32" / f"seed-000000{seed}.png")
+        np.testing.assert_array_equal(row[:, column : column + 96], np.asarray(image).repeat(6, 0).repeat(6, 1))
     assert str(evaluated) not in (tmp_path / "comparison.json").read_text()
 
 
@@ -125,14 +121,11 @@ def test_missing_damaged_or_real_images_are_left_out(copies, tmp_path):
 
 def test_shipped_results_with_missing_metrics_are_tabulated(tmp_path):
     samples = Path(__file__).parent.parent / "samples" / "celeba32_cpu"
-    whole, part = samples / "evaluation", samples / "samplers" / "ddpm"
-    found = [compare(folder, out=tmp_path)[0] for folder in (whole, part)]  # with different numbers of images
-    assert [row["sampler"] for row in found] == ["unipc, 20 steps", "ddpm, 50 steps"]
-    assert found[0]["FID (clean)"] == number(entry(whole, "FID (clean)", family="features")["value"])
-    ode = number(entry(whole, "Probability-flow ODE, held-out")["value"])
-    assert found[0]["bits/dim by the ODE, held-out"].startswith(ode)
-    for column in ("bits/dim by the ODE, held-out", "error of x_0, held-out"):
-        assert found[1][column] == "not measured"
+    whole, part = (compare(samples / name, out=tmp_path)[0] for name in ("evaluation", "samplers/ddpm"))
+    assert (whole["sampler"], part["sampler"]) == ("unipc, 20 steps", "ddpm, 50 steps")
+    fid = entry(samples / "evaluation", "FID (clean)", family="features")["value"]
+    assert whole["FID (clean)"] == number(fid)
+    assert part["bits/dim by the ODE, held-out"] == part["error of x_0, held-out"] == "not measured"
 
 
 def update_results(folder: Path, **keys) -> None:
@@ -151,31 +144,25 @@ def test_model_without_images_has_a_row(copies, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "the following arguments are required: RUN_DIR, --out"),
         (["ddpm", "nowhere", "--out", "out"], "cannot read the results nowhere/results.json"),
         (["ddpm", "vp", "--out", "out", "--titles", "one"], "there are 1 --titles for 2 folders"),
         (["ddpm", "vp", "--out", "out", "--titles", "one", "one"], "2 models are called one; tell them apart"),
-        (["ddpm", "--out", "out", "--num_images", "0"], "--num_images is 0"),
         (["ddpm", "other_data", "--out", "out"], "have fingerprint other, those of ddpm"),
         (["ddpm", "damaged", "--out", "out"], "a result lacks what is compared"),
-        (["of_another_command", "--out", "out"], "it names no pipeline or no reference"),
         (["ddpm", "--out", "ddpm/results.json"], "--out ddpm/results.json is not a folder; choose another one"),
     ],
 )
 def test_bad_input_exits_with_code_2_and_one_line(copies, flags, message, monkeypatch, capsys):
-    ddpm, vp = copies
-    monkeypatch.chdir(ddpm.parent)
-    record = read_results(vp / "results.json")
+    monkeypatch.chdir(copies[0].parent)
     for name in ("other_data", "damaged"):
-        shutil.copytree(vp, name)
+        shutil.copytree("vp", name)
         update_results(Path(name), pipeline=name)
-    update_results(Path("other_data"), reference=record["reference"] | {"fingerprint": "other"})
+    update_results(
+        Path("other_data"), reference=read_results(Path("vp/results.json"))["reference"] | {"fingerprint": "other"}
+    )
     update_results(Path("damaged"), results=[{"name": "SWD, mean", "metric": "swd", "value": 3.0}])
-    Path("of_another_command").mkdir()
-    write_results(Path("of_another_command/results.json"), {"results": []})
     assert main(flags) == 2
-    error = capsys.readouterr().err
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ")
-    assert len(error.splitlines()) == 1
     assert message in error
     assert not Path("out").exists()

@@ -32,18 +32,14 @@ def features_with(mean: np.ndarray, root: np.ndarray, seed: int) -> np.ndarray:
     return mean + white @ root
 
 
-@pytest.mark.parametrize(
-    "case", ["one dimension", "common axes", "rank one", "half of the axes shared", "no variance"]
-)
+@pytest.mark.parametrize("case", ["one dimension", "common axes", "rank one", "half of the axes shared"])
 def test_frechet_distance_matches_closed_forms(case):
     """In addition to |m1 - m2|^2: (s1 - s2)^2 along common axes, |u|^2 + |v|^2 - 2 |u.v| for uu^T and vv^T."""
-    dimensions = {"one dimension": 1, "no variance": 3}.get(case, 60)
+    dimensions = 1 if case == "one dimension" else 60
     shift, axes = gaussian(1, dimensions, 0)[0], rotation(dimensions, 1)
     stds = 3 * np.abs(gaussian(2, dimensions, 2))
     if case == "half of the axes shared":
         stds[0, 30:], stds[1, :15], stds[1, 45:] = 0, 0, 0
-    if case == "no variance":
-        stds *= 0
     roots = [std[:, None] * axes for std in stds]
     expected = ((stds[0] - stds[1]) ** 2).sum()
     if case == "rank one":
@@ -53,11 +49,10 @@ def test_frechet_distance_matches_closed_forms(case):
     assert frechet_distance(*features) == pytest.approx(expected + shift @ shift, rel=1e-9)
 
 
-@pytest.mark.parametrize("dimensions", [2, 128])
-def test_frechet_distance_agrees_with_clean_fid(dimensions):
+def test_frechet_distance_agrees_with_clean_fid():
     generator = np.random.default_rng(0)
-    features1 = generator.normal(size=(300, dimensions)).astype(np.float32)
-    features2 = generator.gamma(2, size=(200, dimensions)).astype(np.float32)
+    features1 = generator.normal(size=(300, 128)).astype(np.float32)
+    features2 = generator.gamma(2, size=(200, 128)).astype(np.float32)
     expected = fid.fid_from_feats(features1.astype(np.float64), features2.astype(np.float64))
     assert frechet_distance(features1, features2) == pytest.approx(expected, rel=1e-6)
 
@@ -84,8 +79,6 @@ def test_kid_agrees_with_clean_fid(count1, count2, largest):
     assert measured.mean == pytest.approx(expected, rel=1e-9)
     assert measured[2:] == (20, min(count1, count2, largest))
     assert (measured.std is None) == (count1 == count2 < largest)  # each subset is the whole set
-    other = kernel_distance(features1, features2, seed=6, num_subsets=20, max_subset_size=largest)
-    assert other.mean != measured.mean or measured.std is None
 
 
 def test_kid_of_two_points():
@@ -106,15 +99,7 @@ def test_cmmd_matches_a_loop_over_pairs(monkeypatch):
 
     expected = 1000 * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
     assert cmmd(x, y) == pytest.approx(expected, rel=1e-9)
-    assert cmmd(x, y) == pytest.approx(cmmd(y, x), rel=1e-9)
     assert cmmd(x.astype(np.float32), y.astype(np.float32)) == pytest.approx(expected, rel=1e-4)
-
-
-def test_cmmd_matches_a_closed_form():
-    """All x = e1, all y = -e1: 1000 (2 - 2 exp(-4/200))."""
-    x = np.tile([1.0, 0.0], (3, 1))
-    assert cmmd(x, -x[:2]) == pytest.approx(2000 * (1 - math.exp(-0.02)))
-    assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
 
 
 # ---- Precision and recall, density and coverage
@@ -139,11 +124,10 @@ def brute_force(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, fl
     }
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("k", [1, 5])
 @pytest.mark.parametrize("case", ["shifted", "half off the support", "one real image copied"])
-@pytest.mark.parametrize("block", [7, 1024])
-def test_prdc_agrees_with_brute_force(case, k, block, monkeypatch):
-    monkeypatch.setattr(distances, "BLOCK", block)
+def test_prdc_agrees_with_brute_force(case, k, monkeypatch):
+    monkeypatch.setattr(distances, "BLOCK", 7)
     real, generated = gaussian(61, 4, 0), gaussian(43, 4, 1, mean=1.0)
     if case == "half off the support":
         generated[::2] += 100
@@ -152,24 +136,6 @@ def test_prdc_agrees_with_brute_force(case, k, block, monkeypatch):
     expected = brute_force(real, generated, k)
     assert case != "shifted" or all(0 < value < 1 for value in expected.values()), "the case must tell something"
     assert prdc(real, generated, k=k) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize(("n", "m", "k", "d"), [(60, 40, 5, 2), (30, 90, 3, 16)])
-def test_equal_distributions_have_the_expected_density_and_coverage(n, m, k, d):
-    """For any distribution the expected density is 1, and the expected coverage has a closed form."""
-    results = [prdc(gaussian(n, d, 2 * i), gaussian(m, d, 2 * i + 1), k=k) for i in range(400)]
-    i = np.arange(1, k + 1)
-    for name, expected in (("density", 1.0), ("coverage", 1 - np.prod((n - i) / (m + n - i)))):
-        values = np.array([result[name] for result in results])
-        standard_error = values.std() / len(values) ** 0.5
-        assert abs(values.mean() - expected) < 4 * standard_error
-        assert standard_error < 0.02 * expected
-
-
-def test_ties_count_as_inside():
-    real, generated = np.arange(4.0)[:, None], np.array([[4.0], [9.0], [14.0]])
-    # k = 1: radii 1 and 5. Real 3 reaches to 4; generated 4 reaches down to -1, 9 down to 4.
-    assert prdc(real, generated, k=1) == {"precision": 1 / 3, "recall": 1, "density": 1 / 3, "coverage": 1 / 4}
 
 
 def test_ties_count_as_inside_despite_rounding(monkeypatch):
@@ -185,12 +151,8 @@ def test_ties_count_as_inside_despite_rounding(monkeypatch):
     assert result == {"precision": 0.5, "recall": 0.5, "density": 0.5, "coverage": 0.5}
 
 
-@pytest.mark.parametrize(("offset", "dtype"), [(3000, np.float32), (2**24, np.float64)])
-def test_prdc_is_accurate_for_features_far_from_the_origin(offset, dtype):
+def test_prdc_is_accurate_for_features_far_from_the_origin():
     """Computed as |a|^2 + |b|^2 - 2ab in the features' float32, the distances would be lost."""
-    real, generated = (
-        (offset + gaussian(80, 16, 1)).astype(dtype),
-        (offset + gaussian(70, 16, 2, 0.5)).astype(dtype),
-    )
+    real, generated = ((3000 + gaussian(80, 16, seed, 0.5 * seed)).astype(np.float32) for seed in (0, 1))
     expected = brute_force(real.astype(np.float64), generated.astype(np.float64), 5)
     assert prdc(real, generated) == pytest.approx(expected, abs=1e-12)

@@ -1,10 +1,6 @@
 """Feature networks against the papers' preprocessing, images and the cache; test_inception.py tests Inception."""
 
 import hashlib
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,8 +24,6 @@ from tests.loopback_hub import LoopbackHub
 from tests.stand_in_networks import StandInExtractor, draw_images, write_clip, write_dinov2, write_images
 from training.data import open_image_store
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
 def state():
@@ -47,17 +41,14 @@ def extractor():
     return StandInExtractor()
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The folder of cached features."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "train_unet_eval" / "features"
+
+
 # ---- Images
-
-
-def test_unreadable_or_differently_sized_files_are_rejected(extractor, state, tmp_path):
-    paths = write_images(tmp_path / "images", draw_images(4, seed=0))
-    paths[2].write_bytes(paths[2].read_bytes()[:50])
-    with pytest.raises(InputError, match=r"seed-0000002.png cannot be read as an image"):
-        extract_features(images_of_files(paths), extractor, state)
-    Image.new("RGB", (30, 20)).save(paths[2])
-    with pytest.raises(InputError, match=r"seed-0000002.png is 30x20, but seed-0000000.png is 20x20"):
-        extract_features(images_of_files(paths), extractor, state)
 
 
 def test_non_finite_features_are_rejected(store, state, extractor):
@@ -106,8 +97,7 @@ def preprocessed(images: np.ndarray, size: int, mean: tuple, std: tuple) -> torc
 
 def test_dinov2_matches_stein_et_al(tmp_path, monkeypatch):
     """The features are the class token after the final LayerNorm."""
-    folder = write_dinov2(tmp_path / "network")
-    images = draw_images(3, seed=0, size=40)
+    folder, images = write_dinov2(tmp_path / "network"), draw_images(3, seed=0, size=40)
     pixels = preprocessed(images, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.no_grad():
         network = transformers.Dinov2Model.from_pretrained(folder).eval()
@@ -115,17 +105,14 @@ def test_dinov2_matches_stein_et_al(tmp_path, monkeypatch):
     extractor = open_extractor(str(folder))
     torch.testing.assert_close(extractor(torch.from_numpy(images)), expected, rtol=1e-4, atol=1e-5)
     assert (extractor.name, extractor.mode) == ("network", "bicubic 224")
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"is not facebook/dinov2-large or is damaged: .* is {extractor.sha256}, not"):
         open_extractor("dinov2", path=folder)
-    different = f"is not facebook/dinov2-large or is damaged: the sha256 of its weights is {extractor.sha256}, "
-    assert different in str(error.value)
     publish(monkeypatch, "dinov2", folder)
     assert open_extractor("dinov2", path=folder).name == "facebook/dinov2-large"
 
 
 def test_clip_matches_jayasumana_et_al(tmp_path):
-    folder = write_clip(tmp_path / "clip")
-    images = draw_images(3, seed=0, size=80)
+    folder, images = write_clip(tmp_path / "clip"), draw_images(3, seed=0, size=80)
     extractor = open_extractor(str(folder))
     statistics = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     with torch.no_grad():
@@ -134,7 +121,6 @@ def test_clip_matches_jayasumana_et_al(tmp_path):
         expected = network.visual_projection(pooled)
     ours = extractor(torch.from_numpy(images))
     torch.testing.assert_close(ours, expected / expected.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.norm(dim=1), torch.ones(3))
     assert extractor.mode == "bicubic 48"
 
 
@@ -143,13 +129,13 @@ def test_incomplete_damaged_or_missing_weights_are_rejected(tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["layernorm.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"lack 1 of the network's parameters, such as layernorm\.weight"):
+    with pytest.raises(InputError, match=r"the weights of .* lack layernorm\.weight"):
         open_extractor(str(folder))
     (folder / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(InputError, match="could not be loaded"):
         open_extractor(str(folder))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="has no weights"):
+    with pytest.raises(InputError, match=r"has no model\.safetensors"):
         open_extractor(str(folder))
 
 
@@ -179,44 +165,33 @@ def test_published_networks_load_from_the_hub_at_their_commit(kind, hub, tmp_pat
     for extractor in (open_extractor(kind), open_extractor(kind, path=folder)):
         assert extractor.name == repo_id
         torch.testing.assert_close(extractor(images), expected)
-    with pytest.raises(InputError, match="has no weights"):
+    with pytest.raises(InputError, match=r"has no model\.safetensors"):
         open_extractor(repo_id)  # the newest commit
 
 
 def test_unreachable_hub_raises_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError) as error:
-        open_extractor("dinov2")
-    text = str(error.value)
-    assert text.startswith("facebook/dinov2-large is not a local folder and could not be downloaded from the Hub:")
-    assert text.endswith("download it elsewhere and give the path of its folder")
-    with pytest.raises(InputError, match="neither a local folder nor the id"):
-        open_extractor("some/where/else")
-
-
-class Brightness(torch.nn.Module):
-    def forward(self, images):
-        return images.mean([2, 3])
-
-
-class NoFeatures(torch.nn.Module):
-    def forward(self, images):
-        return images
+    for name, source in (("dinov2", "facebook/dinov2-large"), ("some/where/else", "some/where/else")):
+        with pytest.raises(InputError) as error:
+            open_extractor(name)
+        text = str(error.value)
+        assert text.startswith(f"{source} is not a local folder and could not be downloaded from the Hub:")
+        assert text.endswith("download it elsewhere and give the path of its folder")
 
 
 def test_torchscript_network_is_loaded_by_path(tmp_path):
-    for module in (Brightness(), NoFeatures()):
-        torch.jit.script(module).save(str(tmp_path / f"{type(module).__name__}.pt"))
+    for name, module in {"pixels.pt": torch.nn.Flatten(), "images.pt": torch.nn.Identity()}.items():
+        torch.jit.script(module).save(str(tmp_path / name))
     images = torch.from_numpy(draw_images(3, seed=0))
-    extractor = open_extractor(str(tmp_path / "Brightness.pt"))
-    torch.testing.assert_close(extractor(images), images.float().mean([2, 3]))
-    assert (extractor.name, extractor.mode) == ("Brightness.pt", "as they are")
+    extractor = open_extractor(str(tmp_path / "pixels.pt"))
+    torch.testing.assert_close(extractor(images), images.float().flatten(1))
+    assert (extractor.name, extractor.mode) == ("pixels.pt", "as they are")
     for wrong in (images / 127.5 - 1, images.permute(0, 2, 3, 1), images[0]):
         with pytest.raises(ValueError, match=r"images are torch.* of shape .*; give uint8 \(B, 3, H, W\)"):
             extractor(wrong)
     with pytest.raises(InputError, match=r"returns \(3, 3, 20, 20\) for 3 images; it must be a tensor \(B, D\)"):
-        open_extractor(str(tmp_path / "NoFeatures.pt"))(images)
+        open_extractor(str(tmp_path / "images.pt"))(images)
     (tmp_path / "text.pt").write_text("no module")
     with pytest.raises(InputError, match=r"text\.pt is not a TorchScript module"):
         open_extractor(str(tmp_path / "text.pt"))
@@ -231,81 +206,39 @@ def test_name_that_only_starts_with_inception_is_not_inception():
 # ---- The cache
 
 
-def test_features_are_cached_and_recomputed_if_damaged(store, extractor, state, tmp_path, capsys):
+def test_features_are_cached_and_recomputed_if_damaged(store, extractor, state, cache, capsys):
     images = images_of_store(store)
-    first = cached_features(images, extractor, state, cache_dir=tmp_path)
-    np.testing.assert_array_equal(first, cached_features(images, extractor, state, cache_dir=tmp_path))
+    first = cached_features(images, extractor, state)
+    np.testing.assert_array_equal(first, cached_features(images, extractor, state))
     assert extractor.num_images == 30
-    (file,) = tmp_path.iterdir()
+    (file,) = cache.iterdir()
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     for damaged in (content, content[:1000], b""):
         file.write_bytes(damaged)
-        np.testing.assert_array_equal(cached_features(images, extractor, state, cache_dir=tmp_path), first)
-        assert "is damaged or not of this kind" in capsys.readouterr().out
+        np.testing.assert_array_equal(cached_features(images, extractor, state), first)
+        assert "is damaged" in capsys.readouterr().out
     assert extractor.num_images == 30 + 3 * 30
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize("part", ["fingerprint", "count", "mode", "sha256", "name"])
-def test_every_part_of_the_cache_key_matters(part, store, extractor, state, tmp_path, capsys):
-    """A file stored under the name of another key is not used either."""
+def test_every_part_of_the_cache_key_matters(store, extractor, state, cache):
     images = images_of_store(store, 10)
-    cached_features(images, extractor, state, cache_dir=tmp_path)
-    (file,) = tmp_path.iterdir()
-    if part in ("mode", "sha256", "name"):
+    cached_features(images, extractor, state)
+    for other in (replace(images, fingerprint="another"), replace(images, count=9)):
+        cached_features(other, extractor, state)
+    for part in ("mode", "sha256", "name"):
         setattr(extractor, part, "another")
-    else:
-        images = replace(images, **{part: 9 if part == "count" else "another"})
-    cached_features(images, extractor, state, cache_dir=tmp_path)
-    (other,) = set(tmp_path.iterdir()) - {file}
-    assert extractor.num_images == 10 + images.count
-    shutil.copy(file, other)
-    cached_features(images, extractor, state, cache_dir=tmp_path)
-    assert extractor.num_images == 10 + 2 * images.count
-    assert "its features are those of {" in capsys.readouterr().out
+        cached_features(images, extractor, state)
+    assert len(list(cache.iterdir())) == 6
 
 
-def test_full_disk_leaves_no_cache_file(store, extractor, state, tmp_path, monkeypatch):
-    def no_space(path, **_):
-        Path(path).write_bytes(b"half")
+def test_full_disk_leaves_no_cache_file(store, extractor, state, cache, monkeypatch):
+    def no_space(path, _):
+        Path(path).touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", no_space)
+    monkeypatch.setattr(Path, "write_bytes", no_space)
     with pytest.raises(OSError, match="No space left"):
-        cached_features(images_of_store(store), extractor, state, cache_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-TWO_PROCESSES = """
-import sys
-from pathlib import Path
-import numpy as np
-from accelerate import PartialState
-from eval.features import FeatureExtractor, cached_features, images_of_files
-
-folder = Path(sys.argv[1])
-state = PartialState(cpu=True)
-brightness = FeatureExtractor("brightness", "as they are", "0" * 64, lambda images: images.float().mean([2, 3]))
-paths = sorted(folder.glob("images/*.png"))
-for count in (5, 1):  # the second time, one process has nothing to do
-    images = images_of_files(paths[:count])
-    features = cached_features(images, brightness, state, cache_dir=folder / "cache", batch_size=2)
-    np.save(folder / f"{count}-of-{state.process_index}.npy", features)
-state.destroy_process_group()
-"""
-
-
-def test_two_processes_share_the_images(tmp_path):
-    images = draw_images(5, seed=0)
-    write_images(tmp_path / "images", images)
-    (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "script.py")]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *torchrun, str(tmp_path)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    expected = images.mean(axis=(2, 3))
-    for rank in (0, 1):
-        np.testing.assert_allclose(np.load(tmp_path / f"5-of-{rank}.npy"), expected, rtol=1e-6)
-        np.testing.assert_allclose(np.load(tmp_path / f"1-of-{rank}.npy"), expected[:1], rtol=1e-6)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+        cached_features(images_of_store(store), extractor, state)
+    assert list(cache.iterdir()) == []

@@ -8,13 +8,14 @@ import torch
 from diffusers import DDPMScheduler
 from exact_denoiser import ExactDenoiser
 from exact_gaussian import CORRELATED, ExactGaussian, draw_images, exact_network
-from exact_sde import OBJECTIVES, exact_sde_network
+from exact_sde import exact_sde_network
 from tiny_network import TINY
 
 from common import InputError
 from custom_unet import CustomUNet2DModel
 from eval.heldout import SIGMAS, clean_image_errors, midpoint_timesteps, noise_errors
 from training.data import to_model_range
+from training.sde import PREDICTION_TYPES as OBJECTIVES
 from training.sde import SDEScheduler
 
 VARIANCES = torch.linalg.eigvalsh(CORRELATED.covariances[0]).numpy()
@@ -56,18 +57,22 @@ def test_exact_denoiser_attains_the_minimal_errors_by_timestep(prediction_type):
     network = exact_network(ExactGaussian, CORRELATED, scheduler)
     errors = noise_errors(network, scheduler, images, timesteps, batch_size=1000)
     assert deviations(errors, minimal, rounding).max() < 4
-    misled = exact_network(ExactGaussian, CORRELATED, scheduler, 40)  # told a later timestep
-    assert deviations(noise_errors(misled, scheduler, images, timesteps), minimal, rounding).max() > 4
 
 
-def test_noise_is_fixed_per_image_and_timestep():
-    """It depends on the seed, but not on the other timesteps, the batch size or later images."""
-    network, scheduler, images = tiny_network(), make_scheduler(), random_images()
-    errors = noise_errors(network, scheduler, images, [125, 375, 875])
-    again = noise_errors(network, scheduler, images[:4], [375, 875], batch_size=3)
+@pytest.mark.parametrize("levels", [[125, 375, 875], [0.1, 1.0, 10.0]], ids=["timesteps", "noise levels"])
+def test_noise_is_fixed_per_image_and_level(levels):
+    """It depends on the seed, but not on the other levels, the batch size or later images."""
+    network, images = tiny_network(), random_images()
+
+    def errors_of(images, levels, **settings):
+        if isinstance(levels[0], int):
+            return noise_errors(network, make_scheduler(), images, levels, **settings)
+        return clean_image_errors(network, SDEScheduler(), images, sigmas=levels, **settings)
+
+    errors = errors_of(images, levels)
+    again = errors_of(images[:4], levels[1:], batch_size=3)
     np.testing.assert_allclose(again, errors[1:, :4], rtol=1e-4)
-    other = noise_errors(network, scheduler, images, [125, 375, 875], seed=1)
-    assert (np.abs(other / errors - 1) > 1e-5).all()
+    assert (np.abs(errors_of(images, levels, seed=1) / errors - 1) > 1e-5).all()
 
 
 def test_error_is_zero_without_signal():
@@ -111,21 +116,3 @@ def test_all_models_are_evaluated_on_the_same_noise():
     assert len(errors) == 11
     for other in errors[1:]:
         np.testing.assert_allclose(other, errors[0], rtol=2e-3, atol=1e-6)
-
-
-def test_errors_by_timestep_and_by_noise_level_agree():
-    scheduler, images = make_scheduler(), to_model_range(draw_images(CORRELATED, 4000))
-    by_timestep = noise_errors(exact_network(ExactGaussian, CORRELATED, scheduler), scheduler, images, [400])
-    abar = float(scheduler.alphas_cumprod[400])
-    network = exact_network(ExactDenoiser, CORRELATED, scheduler)
-    errors = clean_image_errors(network, scheduler, images, sigmas=[math.sqrt(1 / abar - 1)])
-    assert errors.mean() * abar / (1 - abar) == pytest.approx(by_timestep.mean(), rel=0.05)
-
-
-def test_noise_is_fixed_per_image_and_noise_level():
-    network, scheduler, images = tiny_network(), SDEScheduler(), random_images()
-    errors = clean_image_errors(network, scheduler, images, sigmas=[0.1, 1.0, 10.0])
-    again = clean_image_errors(network, scheduler, images[:4], sigmas=[1.0], batch_size=3)
-    np.testing.assert_allclose(again[0], errors[1, :4], rtol=1e-4)
-    other = clean_image_errors(network, scheduler, images, sigmas=[1.0], seed=1)
-    assert (np.abs(other[0] / errors[1] - 1) > 1e-4).all()

@@ -1,7 +1,6 @@
-"""Both likelihoods on Gaussian data with known bits/dim, and planted bugs that the checks must find."""
+"""Both likelihoods on Gaussian data with known bits/dim; `planted_faults.yaml` has faults that they must find."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from exact_denoiser import ExactDenoiser, Mixture, mixture
 from exact_gaussian import CORRELATED, INDEPENDENT, ExactGaussian, draw_images, exact_network
-from exact_sde import OBJECTIVES, exact_sde_network
+from exact_sde import exact_sde_network
 from scipy.stats import norm
 from tiny_network import TINY
 from torch import Tensor
@@ -17,17 +16,10 @@ from torch import Tensor
 from common import InputError
 from custom_unet import CustomUNet2DModel
 from eval import likelihood
-from eval.likelihood import (
-    BIN_WIDTH,
-    discrete_decoder,
-    log_density,
-    ode_likelihood,
-    posterior_of,
-    prior_term,
-    variational_bound,
-)
+from eval.likelihood import BIN_WIDTH, discrete_decoder, log_density, ode_likelihood, variational_bound
 from pipelines.continuous import denoiser
 from training.data import to_model_range
+from training.sde import PREDICTION_TYPES as OBJECTIVES
 from training.sde import SDEScheduler
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -53,8 +45,7 @@ def discrete_nats(images: Tensor, data: Mixture) -> Tensor:
 # ---- The variational bound: its parts
 
 
-def test_bin_width_and_float64_range_match_the_model_range():
-    assert pytest.approx(2 / 255, rel=1e-12) == BIN_WIDTH
+def test_float64_range_matches_the_model_range():
     values = torch.arange(256, dtype=torch.uint8)
     np.testing.assert_allclose(likelihood.to_float64_range(values), to_model_range(values), rtol=0, atol=1e-7)
 
@@ -82,22 +73,21 @@ def test_prior_term_matches_the_kl_divergence():
         q = torch.distributions.Normal(math.sqrt(abar) * clean_images, math.sqrt(1 - abar))
         standard = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
         expected = torch.distributions.kl_divergence(q, standard).sum(dim=(1, 2, 3))
-        found = prior_term(clean_images, torch.tensor(abar).double())
+        found = likelihood.prior_term(clean_images, torch.tensor(abar).double())
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
-    assert prior_term(clean_images, torch.zeros(()).double()).tolist() == [0] * 5
+    assert likelihood.prior_term(clean_images, torch.zeros(()).double()).tolist() == [0] * 5
 
 
 def test_posterior_follows_from_bayes_rule():
     """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0): precisions add up."""
     abar = make_scheduler().alphas_cumprod.double()
-    posterior = posterior_of(abar, "fixed_small")
+    found_weight, variance, _ = likelihood.posterior_of(abar, "fixed_small")
     alpha, previous = abar[1:] / abar[:-1], abar[:-1]
     precision = alpha / (1 - alpha) + 1 / (1 - previous)
-    torch.testing.assert_close(posterior.variance[1:], 1 / precision, rtol=1e-8, atol=0)
+    torch.testing.assert_close(variance[1:], 1 / precision, rtol=1e-8, atol=0)
     clean_weight = previous.sqrt() / (1 - previous) / precision
-    torch.testing.assert_close(posterior.clean_weight[1:], clean_weight, rtol=1e-8, atol=0)
-    assert posterior.variance[0] == 0
-    assert posterior.clean_weight[0] == 1
+    torch.testing.assert_close(found_weight[1:], clean_weight, rtol=1e-8, atol=0)
+    assert (variance[0], found_weight[0]) == (0, 1)
 
 
 # ---- The variational bound: its terms and their sum
@@ -124,7 +114,9 @@ def expected_terms(images: Tensor, data: Mixture, scheduler, variance: str) -> t
     return mean, (weight**2 * (4 * a**2 * b**2 + 2 * b**4)).sum(-1)
 
 
-def check_terms(prediction_type: str, data: Mixture, variance: str = "fixed_small") -> None:
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize(("prediction_type", "data"), [("epsilon", INDEPENDENT), ("v_prediction", CORRELATED)])
+def test_bound_terms_match_the_closed_form(prediction_type, data, variance):
     scheduler, images = make_scheduler(prediction_type), draw_images(data, 48)
     network = exact_network(ExactGaussian, data, scheduler)
     found = variational_bound(network, scheduler, images, variance=variance, batch_size=4096)
@@ -140,63 +132,15 @@ def check_terms(prediction_type: str, data: Mixture, variance: str = "fixed_smal
     assert abs(total) < 3, f"sum of the terms: {total}"
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize(("prediction_type", "data"), [("epsilon", INDEPENDENT), ("v_prediction", CORRELATED)])
-def test_bound_terms_match_the_closed_form(prediction_type, data, variance):
-    check_terms(prediction_type, data, variance)
-
-
-class ThreeValues(torch.nn.Module):
-    """The exact denoiser (for x_0) of pixel values that are independently 60, 100 or 180."""
-
-    values, probabilities = torch.tensor([60, 100, 180], dtype=torch.uint8), torch.tensor([0.5, 0.3, 0.2]).double()
-
-    def __init__(self, alphas_cumprod: Tensor):
-        super().__init__()
-        self.alphas_cumprod, self.unused = alphas_cumprod, torch.nn.Parameter(torch.zeros(()).double())
-
-    def forward(self, noisy_images: Tensor, timesteps: Tensor) -> SimpleNamespace:
-        abar, clean = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1, 1), to_model_range(self.values).double()
-        distance = noisy_images[..., None] - abar.sqrt() * clean
-        posterior = (self.probabilities.log() - distance.square() / (2 * (1 - abar))).softmax(-1)
-        return SimpleNamespace(sample=posterior @ clean)
-
-
-def three_value_gaps(num_timesteps: int, variance: str) -> np.ndarray:
-    """Excess of the bound over the known code length, bits/dim; sigma is log-spaced from 1/4 of a bin to 100."""
-    abar = 1 / (1 + np.geomspace(0.002, 100, num_timesteps) ** 2)
-    betas = (1 - abar / np.concatenate([[1], abar[:-1]])).tolist()
-    scheduler = make_scheduler("sample", num_timesteps, trained_betas=betas)
-    network = ThreeValues(scheduler.alphas_cumprod.double()).eval()
-    index = np.random.default_rng(1).choice(3, (64, 3, 4, 4), p=network.probabilities)
-    found = variational_bound(network, scheduler, network.values[index], variance=variance, batch_size=1000)
-    nats = -network.probabilities.log()[index].sum(dim=(1, 2, 3))
-    return found.bits_per_dim - bits_per_dim(nats, index[0].size)
-
-
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_bound_is_an_upper_bound_and_its_gap_vanishes(variance):
-    coarse, middle, fine = (three_value_gaps(num_timesteps, variance) for num_timesteps in (50, 200, 1000))
-    for gap in (coarse, middle, fine):
-        assert gap.mean() > -3 * likelihood.standard_error(gap)
-    assert middle.mean() < coarse.mean() / 3
-    assert fine.mean() < middle.mean() / 3
-
-
-def check_monte_carlo(num_evaluations: int) -> None:
+@pytest.mark.parametrize("num_evaluations", [2, 12])
+def test_monte_carlo_estimate_is_unbiased(num_evaluations):
     scheduler, images = make_scheduler(), draw_images(CORRELATED, 3000)
     network = exact_network(ExactGaussian, CORRELATED, scheduler)
     found = variational_bound(network, scheduler, images, num_evaluations=num_evaluations, batch_size=4096)
     assert found.num_evaluations == num_evaluations
     expected = bits_per_dim(expected_terms(images, CORRELATED, scheduler, "fixed_small")[0].sum(1))
     errors = found.bits_per_dim - found.decoder - found.prior - expected
-    deviation = errors.mean() / likelihood.standard_error(errors)
-    assert abs(deviation) < 3, f"the estimate is off by {deviation} standard errors"
-
-
-def test_monte_carlo_estimate_is_unbiased():
-    for num_evaluations in (2, 12):
-        check_monte_carlo(num_evaluations)
+    assert abs(errors.mean()) < 3 * likelihood.standard_error(errors)
 
 
 def test_bound_is_the_sum_of_its_parts():
@@ -205,18 +149,6 @@ def test_bound_is_the_sum_of_its_parts():
     found = variational_bound(exact_network(ExactGaussian, INDEPENDENT, scheduler), scheduler, images)
     assert found.prior.min() > 0.1
     assert found.bits_per_dim.mean() == pytest.approx(found.terms.sum() + found.prior.mean(), rel=1e-9)
-
-
-def test_importance_sampling_reduces_the_variance():
-    scheduler, images = make_scheduler(), draw_images(CORRELATED, 1)
-    terms = expected_terms(images, CORRELATED, scheduler, "fixed_small")[0][0]
-    timesteps, weights = likelihood.draw_timesteps(
-        scheduler.alphas_cumprod.double(), 1000, 17, np.random.default_rng(0)
-    )
-    importance = (weights * terms[timesteps - 1])[:, 1:].sum(1)
-    uniform = terms[torch.randint(999, (1000, 16), generator=torch.Generator().manual_seed(0))].mean(1) * 999
-    assert importance.std() < uniform.std() / 10
-    assert importance.mean().item() == pytest.approx(terms.sum().item(), rel=0.05)
 
 
 def test_bound_supports_zero_terminal_snr():
@@ -244,14 +176,6 @@ def exact_probes(points: Tensor) -> Tensor:
     return unit_vectors.expand(-1, *points.shape)
 
 
-def density_errors(data: Mixture, tolerance: float, scheduler=None, timestep_error: int = 0) -> Tensor:
-    """Errors of the log-density at typical points, computed with the exact trace, nats."""
-    scheduler, points = scheduler or make_scheduler(), typical_points(data)
-    network = exact_network(ExactDenoiser, data, scheduler, timestep_error)
-    found, _ = log_density(network, scheduler, points, exact_probes(points), tolerance)
-    return found - smoothed_log_density(data, points, network.sigmas[0])
-
-
 def typical_points(data: Mixture, num_points: int = 16) -> Tensor:
     """Typical points of the data, (N, 3, 1, pixels)."""
     generator = torch.Generator().manual_seed(1)
@@ -261,13 +185,24 @@ def typical_points(data: Mixture, num_points: int = 16) -> Tensor:
     return x.view(num_points, 3, 1, -1)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_log_density_of_a_mixture_converges_with_the_tolerance(prediction_type):
-    scheduler = make_scheduler(prediction_type)
-    errors = [density_errors(mixture(), tol, scheduler).abs().max() for tol in (1e-2, 1e-4, 1e-6)]
-    assert errors[0] < 1.5
-    assert errors[1] < errors[0] / 30
-    assert errors[2] < errors[1] / 10  # the rest is rounding: timesteps are float32
+@pytest.mark.parametrize("model", [*PREDICTION_TYPES, *OBJECTIVES])
+def test_log_density_of_a_mixture_converges_with_the_tolerance(model):
+    points = typical_points(mixture())
+    if model in OBJECTIVES:
+        scheduler = SDEScheduler(objective=model, prediction_type=OBJECTIVES[model][0])
+        network = exact_sde_network(mixture(), scheduler)
+    else:
+        scheduler = make_scheduler(model)
+        network = exact_network(ExactDenoiser, mixture(), scheduler)
+    expected = smoothed_log_density(mixture(), points, denoiser(network, scheduler).sde.noise_levels[0])
+    errors, evaluations = [], []
+    for tolerance in (1e-3, 1e-5):
+        found, count = log_density(network, scheduler, points, exact_probes(points), tolerance)
+        errors.append(float((found - expected).abs().max()))
+        evaluations.append(count)
+    assert errors[0] < 0.3
+    assert errors[1] < min(0.02, errors[0] / 5)  # the rest: at the last time, x is not quite the prior
+    assert 50 < evaluations[0] < evaluations[1] < 250
 
 
 def test_log_density_is_exact_for_linear_and_zero_snr_schedules():
@@ -283,41 +218,24 @@ def test_log_density_is_exact_for_linear_and_zero_snr_schedules():
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 + 2 * float(abar[-1].sqrt()))
 
 
-def test_random_sign_probes_give_an_unbiased_trace_estimate():
-    scheduler = make_scheduler()
-    network = exact_network(ExactDenoiser, CORRELATED, scheduler)
-    points = typical_points(CORRELATED, 1).expand(3000, -1, -1, -1)
-    signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], (1, *points.shape)))
-    exact, _ = log_density(network, scheduler, points[:1], exact_probes(points[:1]), 1e-5)
-    found, _ = log_density(network, scheduler, points, signs, 1e-5)
-    errors = (found - exact).numpy()
-    assert abs(errors.mean()) < 3 * likelihood.standard_error(errors)
-    assert errors.std() > 0.01
-
-
-def check_ode_likelihood(data: Mixture) -> None:
-    """Compares bits/dim with the closed form, within the error bars of the draws."""
+@pytest.mark.parametrize("data", [INDEPENDENT, CORRELATED], ids=["independent", "correlated"])
+def test_ode_likelihood_matches_the_closed_form(data):
+    """Within the error bars of the draws, and the known entropy of the data within those of images and draws."""
     images, scheduler = draw_images(data, 250), make_scheduler()
     network = exact_network(ExactDenoiser, data, scheduler)
     found = ode_likelihood(network, scheduler, images, num_draws=4, tolerance=1e-5, batch_size=1000)
     assert found.draws.shape == (4, 250)
-    s2 = denoiser(network, scheduler).sde.noise_levels[0] ** 2
-    precision = torch.linalg.inv(data.covariances[0] + s2 * torch.eye(3).double())
-    nats = precision.trace() * (2 / 255) ** 2 / 24 - smoothed_log_density(
-        data, to_model_range(images).double(), s2**0.5
-    )
+    sigma = denoiser(network, scheduler).sde.noise_levels[0]
+    precision = torch.linalg.inv(data.covariances[0] + sigma**2 * torch.eye(3).double())
+    density = smoothed_log_density(data, to_model_range(images).double(), sigma)
+    nats = precision.trace() * (2 / 255) ** 2 / 24 - density
     expected = bits_per_dim(nats - 3 * math.log(2 / 255)).mean()
-    assert abs(found.mean - expected) < 3 * found.draw_standard_error + 1e-5, (found.mean, expected)
+    assert abs(found.draws.mean() - expected) < 3 * found.draw_standard_error + 1e-5
     assert found.draw_standard_error < 0.03
-    # also compared with the known entropy of the data
     entropy = data.covariances[0].logdet() / 2 + 1.5 * math.log(2 * math.pi * math.e) - 3 * math.log(2 / 255)
-    assert abs(found.mean - float(bits_per_dim(entropy))) < 3 * found.standard_error + 0.01
-    assert found.draw_standard_error < found.standard_error < 0.1
-
-
-@pytest.mark.parametrize("data", [INDEPENDENT, CORRELATED], ids=["independent", "correlated"])
-def test_ode_likelihood_matches_the_closed_form(data):
-    check_ode_likelihood(data)
+    standard_error = likelihood.standard_error(found.bits_per_dim)
+    assert abs(found.draws.mean() - float(bits_per_dim(entropy))) < 3 * standard_error + 0.01
+    assert found.draw_standard_error < standard_error < 0.1
 
 
 def model_log_density(data: Mixture, points: Tensor, sde) -> Tensor:
@@ -348,88 +266,6 @@ def test_log_density_is_exact_for_sdes_that_end_far_from_their_prior(objective, 
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_log_density_of_a_mixture_converges_under_every_sde(objective):
-    scheduler, points = (
-        SDEScheduler(objective=objective, prediction_type=OBJECTIVES[objective][0]),
-        typical_points(mixture()),
-    )
-    network = exact_sde_network(mixture(), scheduler)
-    expected = smoothed_log_density(mixture(), points, scheduler.sde.noise_levels[0])
-    errors, evaluations = [], []
-    for tolerance in (1e-3, 1e-5):
-        found, count = log_density(network, scheduler, points, exact_probes(points), tolerance)
-        errors.append(float((found - expected).abs().max()))
-        evaluations.append(count)
-    assert errors[0] < 0.3
-    assert errors[1] < min(0.02, errors[0] / 5)  # the rest: at the last time, x is not quite the prior
-    assert 50 < evaluations[0] < evaluations[1] < 250
-
-
-# ---- Planted bugs
-
-
-def uniform_weights(right):
-    def draw_timesteps(*arguments):
-        timesteps, weights = right(*arguments)
-        return timesteps, torch.where(timesteps == 0, 1.0, 999 / (weights.shape[1] - 1)).double()
-
-    return draw_timesteps
-
-
-def scaled_divergence(factor: float):
-    def wrong(right):
-        def noise_and_divergence(*arguments):
-            noise, divergence = right(*arguments)
-            return noise, factor * divergence
-
-        return noise_and_divergence
-
-    return wrong
-
-
-def variances_of_the_next_timestep(right):
-    def posterior_of(*arguments):
-        posterior = right(*arguments)
-        return posterior._replace(model_variance=posterior.model_variance.roll(-1))
-
-    return posterior_of
-
-
-PLANTED = {  # function of the module, its faulty version
-    "variances of the next timestep": ("posterior_of", variances_of_the_next_timestep),
-    "beta, not beta-tilde": ("posterior_of", lambda right: lambda abar, variance: right(abar, "fixed_large")),
-    "missing factor 1/2": ("_terms", lambda right: lambda *arguments: 2 * right(*arguments)),
-    "uniform weights": ("draw_timesteps", uniform_weights),
-    "missing constant": ("bits_of_a_bin", lambda right: lambda: 0.0),
-    "the constant of 256 bins in [-1, 1]": ("bits_of_a_bin", lambda right: lambda: 7.0),
-    "wrong sign of the divergence": ("_noise_and_divergence", scaled_divergence(-1)),
-    "divergence 1% off": ("_noise_and_divergence", scaled_divergence(0.99)),
-}
-
-
-@pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bugs_are_found(bug, monkeypatch):
-    name, wrong = PLANTED[bug]
-    monkeypatch.setattr(likelihood, name, wrong(getattr(likelihood, name)))
-    if name in ("bits_of_a_bin", "_noise_and_divergence"):
-        with pytest.raises(AssertionError):
-            check_ode_likelihood(INDEPENDENT)
-    elif name == "draw_timesteps":
-        with pytest.raises(AssertionError, match="standard errors"):
-            check_monte_carlo(12)
-    else:
-        with pytest.raises(AssertionError, match="term"):
-            check_terms("v_prediction", INDEPENDENT)
-
-
-@pytest.mark.parametrize("timestep_error", [-1, 1])
-def test_timesteps_off_by_one_in_a_hundred_are_found(timestep_error):
-    right, wrong = (density_errors(CORRELATED, 1e-5, make_scheduler("epsilon", 100), e) for e in (0, timestep_error))
-    assert wrong.abs().max() > 10 * right.abs().max()
-    assert wrong.abs().max() > 1e-2
-
-
 # ---- Networks, batch sizes, bad input
 
 
@@ -443,61 +279,35 @@ def random_images(num_images: int = 3) -> Tensor:
     return torch.randint(256, (num_images, 3, 8, 8), generator=generator, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_bound_does_not_depend_on_the_batch_size(prediction_type):
-    scheduler, images, network = make_scheduler(prediction_type, 100), random_images(), tiny_network()
-    first, *others = (
-        variational_bound(network, scheduler, images, num_evaluations=5, batch_size=size) for size in (1, 4, 64)
-    )
-    for other in others:
-        np.testing.assert_allclose(other.bits_per_dim, first.bits_per_dim, rtol=1e-4)
-    other = variational_bound(network, scheduler, images, num_evaluations=5, seed=1)
-    assert (other.bits_per_dim != first.bits_per_dim).all()
-    single = variational_bound(network, scheduler, images[:1], num_evaluations=2)
-    assert np.isfinite(single.mean)
-    assert np.isnan(single.standard_error)
+def test_bound_does_not_depend_on_the_batch_size():
+    def bound(**settings):
+        return variational_bound(tiny_network(), make_scheduler(), random_images(), num_evaluations=5, **settings)
+
+    first = bound(batch_size=1)
+    np.testing.assert_allclose(bound(batch_size=4).bits_per_dim, first.bits_per_dim, rtol=1e-4)
+    assert (bound(seed=1).bits_per_dim != first.bits_per_dim).all()
+    assert np.isnan(likelihood.standard_error(first.bits_per_dim[:1]))
 
 
-def test_ode_points_and_probes_do_not_depend_on_the_batch_size(monkeypatch):
-    images = torch.arange(18, dtype=torch.uint8).view(2, 3, 1, 3)
-    calls = []
+def test_ode_likelihood_does_not_depend_on_the_batch_size():
+    scheduler, images = make_scheduler(), draw_images(CORRELATED, 3)
+    network = exact_network(ExactDenoiser, CORRELATED, scheduler)
 
-    def record(unet, scheduler, points, probes, tolerance):
-        calls.append((points, probes))
-        return torch.zeros(len(points)), 1
+    def draws(**settings):
+        return ode_likelihood(network, scheduler, images, num_draws=2, tolerance=1e-5, **settings).draws
 
-    def collected(batch_size, seed=0):
-        calls.clear()
-        ode_likelihood(tiny_network(), None, images, num_draws=3, seed=seed, batch_size=batch_size)
-        points, probes = zip(*calls, strict=True)
-        return torch.cat(points), torch.cat(probes, dim=1)
-
-    monkeypatch.setattr(likelihood, "log_density", record)
-    points, probes = collected(1)
-    for batch_size in (4, 16):
-        for found, expected in zip(collected(batch_size), (points, probes), strict=True):
-            assert torch.equal(found, expected)
-    assert not torch.equal(collected(16, seed=1)[0], points)
-    # inside the bins of the pixel values, and all different
-    assert torch.equal(((points + 1) * 127.5).round().to(torch.uint8), images.repeat(3, 1, 1, 1))
-    assert len((points + 1 - images.repeat(3, 1, 1, 1) / 127.5).unique()) == points.numel()
+    first = draws(batch_size=16)
+    np.testing.assert_allclose(draws(batch_size=4), first, atol=1e-3)
+    np.testing.assert_array_equal(draws(batch_size=16), first)
+    assert (np.abs(draws(seed=1) - first) > 1e-3).all()
 
 
-def test_ode_likelihood_of_a_network_is_finite_and_reproducible():
-    scheduler, images, network = make_scheduler(), random_images(2), tiny_network()
-    found = ode_likelihood(network, scheduler, images, tolerance=1e-2)
-    again = ode_likelihood(network, scheduler, images, tolerance=1e-2)
+def test_ode_likelihood_of_a_network_is_finite_and_leaves_no_gradients():
+    network = tiny_network()
+    found = ode_likelihood(network, make_scheduler(), random_images(2), tolerance=1e-2)
     assert np.isfinite(found.draws).all()
     assert found.num_evaluations > 20
-    np.testing.assert_array_equal(again.draws, found.draws)
-    assert np.isnan(found.draw_standard_error)
     assert all(parameter.grad is None for parameter in network.parameters())
-
-
-def test_learned_time_embeddings_have_no_ode_likelihood():
-    network = tiny_network(time_embedding_type="learned", num_train_timesteps=1000)
-    with pytest.raises(ValueError, match="learned time embedding"):
-        ode_likelihood(network, make_scheduler(), random_images())
 
 
 @pytest.mark.parametrize("function", [variational_bound, ode_likelihood])

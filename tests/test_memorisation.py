@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common import InputError
-from eval.memorisation import memorisation, nearest_distances, nearest_training, shares_of_groups
+from eval.memorisation import memorisation, nearest_distances, nearest_training
 from training.synthetic_faces import render_faces
 
 
@@ -20,13 +20,12 @@ def brute_force(queries: np.ndarray, references: np.ndarray) -> tuple[np.ndarray
     return distances.min(axis=1), distances.argmin(axis=1)
 
 
-@pytest.mark.parametrize("chunk", [7, 4096])
-@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32])
-def test_nearest_distances_agree_with_brute_force(chunk, dtype):
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_nearest_distances_agree_with_brute_force(dtype):
     generator = np.random.default_rng(0)
     queries = (generator.random((50, 3, 5, 5)) * 255).astype(dtype)
     references = (generator.random((130, 3, 5, 5)) * 255).astype(dtype)
-    distances, indices = nearest_distances(queries, references, chunk=chunk)
+    distances, indices = nearest_distances(queries, references, chunk=7)
     expected, expected_indices = brute_force(queries, references)
     np.testing.assert_allclose(distances, expected, rtol=1e-12)
     np.testing.assert_array_equal(indices, expected_indices)
@@ -34,29 +33,16 @@ def test_nearest_distances_agree_with_brute_force(chunk, dtype):
 
 def test_copies_have_distance_zero_and_near_ties_are_resolved():
     """With large norms and neighbours that differ in one number, where float32 products alone get both wrong."""
-    generator = np.random.default_rng(0)
-    base = (1000 * generator.standard_normal((6, 2048))).astype(np.float32)
+    base = (1000 * np.random.default_rng(0).standard_normal((6, 2048))).astype(np.float32)
     references = np.repeat(base, 20, axis=0)
     references[np.arange(120), np.arange(120)] += np.tile(np.linspace(1, 2, 20, dtype=np.float32), 6)
-    queries = np.concatenate([base, references[[17, 118]]])
-
-    norms = (references**2).sum(1)
-    naive = (queries**2).sum(1)[:, None] + norms - 2 * queries @ references.T
-    assert (naive.argmin(1) != [0, 20, 40, 60, 80, 100, 17, 118]).any(), "the case must be hard for float32"
-    assert (naive.min(1)[-2:] != 0).any()
-
+    queries, nearest = np.concatenate([base, references[[17, 118]]]), [0, 20, 40, 60, 80, 100, 17, 118]
+    naive = (queries**2).sum(1)[:, None] + (references**2).sum(1) - 2 * queries @ references.T
+    assert (naive.argmin(1) != nearest).any(), "the case must be hard for float32"
     distances, indices = nearest_distances(queries, references, chunk=16)
-    assert indices.tolist() == [0, 20, 40, 60, 80, 100, 17, 118]
+    assert indices.tolist() == nearest
     assert distances[-2:].tolist() == [0, 0]
     np.testing.assert_allclose(distances, brute_force(queries, references)[0], rtol=1e-12)
-
-
-@pytest.mark.parametrize("chunk", [2, 3, 100])
-def test_ties_go_to_the_lowest_index(chunk):
-    references = np.array([[9, 9], [3, 0], [0, 3], [3, 0], [0, 0], [0, 0]], np.uint8)
-    distances, indices = nearest_distances(np.array([[3, 3], [0, 0], [3, 0]], np.uint8), references, chunk=chunk)
-    assert distances.tolist() == [3, 0, 0]
-    assert indices.tolist() == [1, 4, 1]
 
 
 def test_planted_copies_are_found_and_counted(faces):
@@ -70,12 +56,9 @@ def test_planted_copies_are_found_and_counted(faces):
     assert before.share_below_minimum.value == 0
     assert report.share_below_minimum.value == 0.03
     assert report.share_below_percentile.value >= 0.03
-    exact, mirrored, near = report.pairs[:3]
-    assert exact == (11, 301, False, 0.0)
-    assert mirrored == (42, 77, True, 0.0)
-    assert near[:3] == (73, 640, False)
-    assert near.distance == pytest.approx(2, abs=0.3)  # grey levels
-    assert all(a.distance <= b.distance for a, b in zip(report.pairs, report.pairs[1:], strict=False))
+    assert report.pairs[:2] == [(11, 301, False, 0.0), (42, 77, True, 0.0)]
+    assert report.pairs[2] == (73, 640, False, pytest.approx(2, abs=0.3))  # grey levels
+    assert [pair.distance for pair in report.pairs] == sorted(pair.distance for pair in report.pairs)
     assert len(report.pairs) == 16
 
 
@@ -106,10 +89,9 @@ def test_heldout_near_duplicates_are_excluded_and_counted(faces):
     assert (report.num_heldout_duplicates, len(report.heldout_distances)) == (3, 97)
     assert report.share_below_minimum.value >= 1 / 100
     assert report.pairs[0][:2] == (7, 50)
-    with pytest.raises(InputError, match="at least half of the held-out images are training images"):
-        memorisation(generated, training[:50], training)
-    with pytest.raises(InputError, match="all held-out images are nearer to a training image than 999"):
-        memorisation(generated, heldout, training, duplicate_distance=999)
+    for images, distance in ((training[:50], 0), (heldout, 999)):
+        with pytest.raises(InputError, match=f"training images or nearer to one than {distance}"):
+            memorisation(generated, images, training, duplicate_distance=distance)
 
 
 def test_shares_match_their_expectation_on_average():
@@ -124,28 +106,11 @@ def test_shares_match_their_expectation_on_average():
     assert np.mean(stds**2) == pytest.approx(shares.var(), rel=0.25)
 
 
-def test_dull_images_are_distinguished_from_copies(faces):
-    """Blended with the mean, faces move towards the training set, copied or not; only copies are nearest to it."""
-    mean = faces.mean(axis=0)
-
-    def dulled(images: np.ndarray) -> np.ndarray:
-        return (0.7 * images + 0.3 * mean).round().astype(np.uint8)
-
-    training, heldout, fresh = faces[:600], faces[600:750], faces[750:]
-    dull = memorisation(dulled(fresh), heldout, training)
-    copies = memorisation(dulled(training[:350]), heldout, training)
-    assert dull.ratio < 0.93
-    assert copies.ratio < 0.93
-    assert dull.share_nearest_heldout.expected == copies.share_nearest_heldout.expected == 0.2
-    assert dull.std_share_nearest_heldout < 0.05
-    assert abs(dull.share_nearest_heldout.value - 0.2) < 3 * dull.std_share_nearest_heldout
-    assert copies.share_nearest_heldout.value < 0.05
-
-
 def test_shares_are_computed_in_groups_as_large_as_the_heldout_set():
-    assert shares_of_groups(np.array([0, 1, 1, 3, 6]), 7, 2).tolist() == [0.6, 0.2, 0.0]  # image 6 is in no group
-    assert shares_of_groups(np.array([], np.int64), 4, 2).tolist() == [0, 0]
-    few = memorisation(np.zeros((1, 2)), np.ones((3, 2)), np.arange(8.0).reshape(4, 2))
+    training, generated = np.arange(7.0)[:, None], np.array([[0.0], [1], [1], [3], [6]])  # image 6 is in no group
+    report = memorisation(generated, np.array([[-10.0], [20]]), training)
+    assert report.std_share_nearest_heldout == pytest.approx(np.std([0.6, 0.2, 0.0], ddof=1))
+    few = memorisation(generated, np.array([[-10.0], [20], [30], [40]]), training)
     assert few.std_share_nearest_heldout is None  # with a single group
 
 

