@@ -8,6 +8,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     UNet2DModel,
@@ -156,6 +157,33 @@ def test_callbacks_see_every_step_and_may_change_it(pipe):
     assert (images == 0.5).all()
 
 
+def test_callbacks_may_interrupt_sampling(v_pipe):
+    """As in diffusers' pipelines; the next call is complete again."""
+    shown = []
+
+    def watch(pipeline, index, timestep, tensors):
+        shown.append(tensors["latents"])
+        pipeline._interrupt = index == 2
+
+    call = {"seeds": [1], "num_inference_steps": 5, "output_type": "latent"}
+    interrupted = v_pipe(**call, callback_on_step_end=watch).images
+    assert len(shown) == 3
+    assert torch.equal(interrupted, shown[-1])
+    assert not torch.equal(v_pipe(**call).images, interrupted)
+    v_pipe.set_sampler("edm_heun")
+    with pytest.raises(ValueError, match="cannot interrupt in continuous time"):
+        v_pipe(**call, callback_on_step_end=watch)
+
+
+def test_from_pipe_converts_from_and_to_diffusers_pipelines(v_pipe):
+    stock = DDIMPipeline.from_pipe(v_pipe, unet=v_pipe.unet.eval())
+    ours = quiet(CustomUNetPipeline.from_pipe(quiet(stock)))
+    assert ours.unet is stock.unet is v_pipe.unet
+    call = {"batch_size": 1, "num_inference_steps": 4, "output_type": "np"}
+    images = [pipe(**call, generator=generators(1)).images for pipe in (v_pipe, stock, ours)]
+    np.testing.assert_allclose(images[1:], [images[0]] * 2, atol=1e-5)
+
+
 def test_class_labels_reach_the_network():
     pipe = tiny_pipeline(num_class_embeds=3)
     arguments = {"seeds": [1, 1], "num_inference_steps": 3, "output_type": "pt"}
@@ -216,6 +244,13 @@ def test_set_sampler_keeps_the_noise_schedule(pipe):
         (DDIMScheduler(num_train_timesteps=100), "another noise schedule"),
         (EulerDiscreteScheduler.from_config(DDIMScheduler().config, use_karras_sigmas=True), "has use_karras_sigmas"),
         (UniPCMultistepScheduler(use_flow_sigmas=True, beta_end=0.02), "use_flow_sigmas"),
+        (EulerDiscreteScheduler(interpolation_type="log_linear"), "has interpolation_type log_linear"),
+        (EulerDiscreteScheduler(timestep_type="continuous"), "has timestep_type continuous"),
+        (UniPCMultistepScheduler(predict_x0=False, beta_end=0.02), "has predict_x0 False"),
+        (
+            DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"),
+            r"take sde-dpmsolver\+\+",
+        ),
     ],
 )
 def test_unsuitable_schedulers_raise_one_line_errors(pipe, scheduler, message):
@@ -259,8 +294,15 @@ def test_from_pretrained_takes_components_and_network_arguments(pipe, tmp_path):
     assert loaded.unet.dtype == torch.bfloat16
     network = UNet2DModel(**TINY)
     assert CustomUNetPipeline.from_pretrained(tmp_path, unet=network).unet is network
-    with pytest.raises(TypeError, match="use_safetensors"):
-        CustomUNetPipeline.from_pretrained(tmp_path, use_safetensors=False)
+    with pytest.raises(ValueError, match="takes no dropout, use_safetensors; it takes unet"):
+        CustomUNetPipeline.from_pretrained(tmp_path, dropout=0.5, use_safetensors=False)
+
+
+def test_saving_warns_about_samplers_that_cannot_be_saved(v_pipe, tmp_path, caplog):
+    for sampler, warnings in {"unipc": [], "edm_heun": ["the sampler edm_heun is not saved"]}.items():
+        v_pipe.set_sampler(sampler)
+        v_pipe.save_pretrained(tmp_path)
+        assert [message.split(":")[0] for message in caplog.messages] == warnings
 
 
 def test_shipped_pipeline_offers_only_diffusers_samplers(pipe):

@@ -22,8 +22,11 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+logger = logging.get_logger(__name__)
 
 # Samplers by name: class and settings. The multistep solvers use trailing spacing, because with leading spacing and
 # many steps they start far from the last timestep.
@@ -41,8 +44,11 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict]] = {
 SUITABLE = tuple({cls: None for cls, _ in SAMPLERS.values()})
 # These solve for x_t / sqrt(abar_t), whose noise has the scale sigma = sqrt(1 / abar_t - 1); the others solve for x_t
 SIGMA_TYPE = (diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler)
-# Scheduler options that do not suit the timesteps passed to the network
-UNSUPPORTED = "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas".split()
+# Scheduler options that spoil images, since the network gets other timesteps or the step is wrong: their usual values
+USUAL = dict.fromkeys(
+    "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas".split()
+)
+USUAL |= {"interpolation_type": "linear", "timestep_type": "discrete", "predict_x0": True}
 
 
 @dataclass
@@ -65,6 +71,7 @@ class CustomUNetPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    _interrupt = False  # what a callback may set during a call
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
@@ -76,12 +83,19 @@ class CustomUNetPipeline(DiffusionPipeline):
         colors = {"do_convert_grayscale": channels == 1, "do_convert_rgb": channels == 3}
         self.image_processor = VaeImageProcessor(do_resize=False, **colors)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """As in diffusers, which alone would refuse a network of any other class than the annotated one."""
+        return super().from_pipe(pipeline, **{"unet": pipeline.unet} | kwargs)
+
     def save_config(self, save_directory, **kwargs) -> None:
         """The last step of `save_pretrained`: writes `model_index.json` and the code that it refers to.
 
         diffusers alone would write the module paths of this process and not copy the code.
         """
         super().save_config(save_directory, **kwargs)
+        if self._continuous is not None and self._continuous[1] is self.scheduler:
+            logger.warning(f"the sampler {self._continuous[0].name} is not saved: set it again after loading")
         folder = Path(save_directory)
         unet = getattr(self.unet, "_orig_mod", self.unet)  # unwraps torch.compile
         parts = {"unet": unet, "scheduler": self.scheduler}
@@ -182,7 +196,8 @@ class CustomUNetPipeline(DiffusionPipeline):
             guidance_scale: w. For a network whose last class embedding is the null class, the output is
                 null + w (conditional - null) (classifier-free guidance, arXiv 2207.12598); 1 means no guidance.
             callback_on_step_end: called after each network evaluation as `callback(pipeline, index, timestep,
-                tensors)`. Except in continuous time, it may return a dictionary with new `latents`.
+                tensors)`. It may return a dictionary with new `latents`, or end the loop after this step by setting
+                `pipeline._interrupt = True`; neither is possible in continuous time.
             callback_on_step_end_tensor_inputs: names of the `tensors` passed to the callback: `latents` (after the
                 step, in the scheduler's scaling; in continuous time, the network's input), `noisy_images` (x_t, the
                 network's input) and `pred_original_sample` (the x_0 predicted from it), each float32 (B, C, H, W).
@@ -191,6 +206,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             ValueError: for an argument out of range, an unsuitable scheduler, or a result that is not finite.
         """
         self.check_inputs(num_inference_steps, eta, output_type)
+        self._interrupt = False
         batch_size, generator = self.batch_and_generator(batch_size, generator, seeds, latents)
         guidance = self.guidance(class_labels, batch_size, guidance_scale)
         # The latents stay float32 whatever the network's dtype: each step changes them only a little.
@@ -233,6 +249,8 @@ class CustomUNetPipeline(DiffusionPipeline):
         levels = noise_levels(scheduler, scheduler.timesteps.tolist())
         with self.evaluation_mode():
             for index, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+                if self._interrupt:
+                    break
                 # 1. Predict x_0 and epsilon
                 noisy_images = scheduler.scale_model_input(latents, timestep)
                 signal, sigma = scales(levels[index])
@@ -274,6 +292,8 @@ class CustomUNetPipeline(DiffusionPipeline):
             tensors = {"latents": x, "noisy_images": x, "pred_original_sample": clean_images}
             if tell is not None and "latents" in tell(next(indices), t, **tensors):
                 raise ValueError("a callback cannot change the latents in continuous time")
+            if self._interrupt:
+                raise ValueError("a callback cannot interrupt in continuous time; raise an exception of your own")
 
         with self.evaluation_mode(), bar:
             yield process.denoiser(partial(guidance.model_output, self.unet), bound, after_each)
@@ -371,9 +391,11 @@ class CustomUNetPipeline(DiffusionPipeline):
         # some schedulers keep the last one above 0
         if known.shape != new.shape or not torch.allclose(known, new, rtol=0, atol=1e-4):
             raise ValueError(f"{name} has another noise schedule than the network was trained with; take set_sampler")
-        for option in UNSUPPORTED:
-            if scheduler.config.get(option):
-                raise ValueError(f"{name} has {option}, which is not supported here")
+        for option, usual in USUAL.items():
+            if scheduler.config.get(option, usual) not in (usual, False if usual is None else usual):
+                raise ValueError(f"{name} has {option} {scheduler.config[option]}, which is not supported here")
+        if scheduler.config.get("algorithm_type") == "sde-dpmsolver":
+            raise ValueError(f"{name} has algorithm_type sde-dpmsolver; take sde-dpmsolver++")
         if isinstance(scheduler, SIGMA_TYPE):
             check_fractional_timesteps(self.unet)
 
