@@ -327,7 +327,7 @@ class Trainer:
 
 def run(config: TrainConfig, stop: Stop, network_class: type[CustomUNet2DModel]) -> None:
     """Trains as configured."""
-    config = settle_precision(config)
+    config = settle_precision(config, network_class)
     accelerator = build_accelerator(config)
     is_pushed = config.push_to_hub and not config.dry_run
     if is_pushed:  # before any long work, so that a bad name or token is found now and not at the push

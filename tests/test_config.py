@@ -14,7 +14,7 @@ from custom_unet import CustomUNet2DModel
 from training.arguments import OF_DIFFUSERS, parse_config
 from training.config import DEFAULTS, LIMITS, TYPES, UNET_OPTIONS, TrainConfig
 from training.log import levels_without_time
-from training.processes import build_accelerator
+from training.processes import check_launcher
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 TOKEN = "hf_" + "aB3" * 11
@@ -111,10 +111,22 @@ def test_flags_of_the_diffusers_script_suggest_a_replacement(parse, flag):
         assert instead in TYPES
 
 
-def test_precision_of_accelerate_launch_must_match_the_configuration(parse, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(InputError, match="asks for mixed_precision bf16, the run's configuration for no"):
-        build_accelerator(parse(BASE))
+@pytest.mark.parametrize(
+    ("name", "asked", "flags", "message"),
+    [
+        ("MIXED_PRECISION", "bf16", [], "asks for mixed_precision bf16, the run's configuration for no"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", [], "asks for gradient_accumulation_steps 4, .* configuration for 1"),
+        ("DYNAMO_BACKEND", "EAGER", ["--compile", "true"], "asks for dynamo_backend eager"),
+    ],
+)
+def test_accelerate_launch_settings_must_match_the_configuration(parse, monkeypatch, name, asked, flags, message):
+    config = parse(BASE, *flags)
+    monkeypatch.setenv(f"ACCELERATE_{name}", asked)
+    with pytest.raises(InputError, match=message):
+        check_launcher(config)
+    same = {"MIXED_PRECISION": "no", "GRADIENT_ACCUMULATION_STEPS": "1", "DYNAMO_BACKEND": "NO"}
+    monkeypatch.setenv(f"ACCELERATE_{name}", same[name])
+    check_launcher(config)
 
 
 def test_saved_configuration_reads_back_unchanged(parse):
@@ -196,6 +208,7 @@ def test_network_options_match_diffusers(parse):
         (BASE + "learning_rat: 1\n", "learning_rate"),
         (BASE + "seed: null\n", "null"),
         (BASE + "block_out_channels: {a: 1}\n", "block_out_channels"),
+        (BASE + "max_train_steps: 20\n", "line 3: duplicate key"),
         (BASE + "mixed_precision: no\n", "is False; it should be text, put it in quotes"),
         ("max_train_steps: 1\n", "exactly one"),
         ("dataset_name: synthetic-faces\n", "no length"),

@@ -171,6 +171,10 @@ FOLDERS = {
         [0, 1],
         f"1 ({UNNAMED})",
     ),
+    "metadata from a spreadsheet": (
+        {"metadata.csv": "\ufefffile_name\nx\\7\nx\\e\u0301.png\n".encode(), "x/7": 0, "x/\u00e9.png": 1},
+        [0, 1],
+    ),
     "metadata in an archive": (
         {
             "a.zip": zipped(

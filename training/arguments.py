@@ -142,17 +142,29 @@ def _nearest(name: str, prefix: str = "") -> str:
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """Refuses duplicate keys; PyYAML would silently use the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in [key for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"]:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, "duplicate key", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path):
     """The content of a YAML file. Messages do not quote it, because a line may hold a secret.
 
     Raises:
-        InputError: if it cannot be read.
+        InputError: if it cannot be read or has a duplicate key.
     """
     try:
         text = path.read_text(encoding="utf-8")
         token = TOKEN.search(text)
         if token is None:
-            return yaml.safe_load(text)
+            return yaml.load(text, _YamlLoader)
         reason = f"line {text[: token.start()].count(chr(10)) + 1} holds a token{TOKEN_HINT}; remove it"
     except OSError as error:
         reason = error.strerror

@@ -49,8 +49,8 @@ class ImageStore(Dataset):
             with labels also label_column and label_names, the names of the classes in the order of their numbers.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, max_images: int | None = None):
+        self.folder, self.max_images = folder, max_images
         self.description = json.loads((folder / META).read_text())
         self.summary: str | None = self.description.pop("summary", None)
         self.fingerprint: str = self.description["fingerprint"]
@@ -61,10 +61,14 @@ class ImageStore(Dataset):
         if "label_column" in self.description:
             self.labels = np.fromfile(folder / LABELS, "<i8").astype(np.int64, copy=False)
             self.labels.setflags(write=False)
+        if max_images is not None:  # the first images of a store without labels
+            self.images = self.images[:max_images]
+            self.description |= {"max_images": max_images, "num_images": len(self.images)}
+            self.fingerprint = self.description["fingerprint"] = self.digest()
 
     def __reduce__(self):
         """Pickles the folder, not the pixels, for spawned processes."""
-        return ImageStore, (self.folder,)
+        return ImageStore, (self.folder, self.max_images)
 
     def digest(self) -> str:
         """The fingerprint, recomputed from the data on disk."""
@@ -149,8 +153,16 @@ def open_image_store(
 
 
 def _open_or_build(root: Path, source: Source, facts: dict, about: dict) -> ImageStore:
-    key = hashlib.sha256(json.dumps([source.version, facts], sort_keys=True).encode()).hexdigest()[:16]
-    return _open_if_intact(root / key) or _build(root / key, source, facts, about)
+    """Opens the store with these facts, or part of the whole split's store; builds it if there is neither."""
+
+    def folder(facts: dict) -> Path:
+        return root / hashlib.sha256(json.dumps([source.version, facts], sort_keys=True).encode()).hexdigest()[:16]
+
+    if facts["max_images"] is not None and source.label_column is None and not facts["skip_bad_images"]:
+        whole = _open_if_intact(folder(facts | {"max_images": None}))
+        if whole is not None:
+            return ImageStore(whole.folder, facts["max_images"])
+    return _open_if_intact(folder(facts)) or _build(folder(facts), source, facts, about)
 
 
 def _image_shape(facts: dict) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ import itertools
 import os
 import posixpath
 import stat
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -248,7 +249,10 @@ class FolderImages:
         self.names, rows = [*real_files.values()], read_metadata(tables)
         rows = rows[[splits.get(name, self.split) == self.split for name in rows["file_name"]]]
         if len(rows):
-            rows = rows.drop_duplicates("file_name")
+            nfc = partial(unicodedata.normalize, "NFC")  # macOS stores an accent as a character of its own
+            composed = {nfc(name): name for name in self.files}
+            named = [n if n in self.files else composed.get(nfc(n), n) for n in rows["file_name"]]
+            rows = rows.assign(file_name=named).drop_duplicates("file_name")
             left_out["not named by the metadata"] = len({*self.names} - {*rows["file_name"]})
             self.names = rows["file_name"].tolist()
         self.label_names, self.labels = self._labels(rows, [name for name in splits if splits[name]])

@@ -1,6 +1,7 @@
-"""`--mixed_precision auto`: times float32 and bf16 on this machine and uses the faster one."""
+"""`--mixed_precision auto`: times float32 and half precision on this machine and uses the faster one."""
 
 import logging
+import math
 import statistics
 import time
 from dataclasses import replace
@@ -12,8 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from common import on_main_process
-from custom_unet import CustomUNet2DModel
+from common import is_out_of_memory, on_main_process
 from training.checkpoint import recorded_state
 from training.config import TrainConfig
 from training.diffusion import diffusion_loss
@@ -25,7 +25,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP_UPDATES, TIMED_UPDATES = 2, 5
 
 
-def settle_precision(config: TrainConfig) -> TrainConfig:
+def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> TrainConfig:
     """The configuration with `auto` replaced by a precision, which the main process chooses for all processes.
 
     A resumed run keeps the precision of its checkpoint; a new run takes the faster one. Call this before building the
@@ -46,7 +46,7 @@ def settle_precision(config: TrainConfig) -> TrainConfig:
         if recorded is not None:
             logger.info("--mixed_precision auto: %s, as in the checkpoint", recorded)
             return recorded
-        seconds = update_seconds(config, state.device)
+        seconds = update_seconds(config, network_class, state.device, candidates(state.device))
         fastest = min(seconds, key=seconds.get)
         speeds = {name: f"{config.train_batch_size / value:.1f} images/s" for name, value in seconds.items()}
         told = " against ".join(f"{speed} with {name}" for name, speed in speeds.items())
@@ -56,14 +56,26 @@ def settle_precision(config: TrainConfig) -> TrainConfig:
     return replace(config, mixed_precision=on_main_process(state, choose))
 
 
-def update_seconds(config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Median seconds per forward and backward pass on a batch of noise, in float32 and in bf16.
+def candidates(device: torch.device) -> list[str]:
+    """Values of `--mixed_precision`: float32, and the half precision that suits the device."""
+    lacks_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return ["no", "fp16" if lacks_bf16 else "bf16"]
 
-    Builds its own network, without classes, and restores the random generators.
+
+def update_seconds(
+    config: TrainConfig, network_class: type[nn.Module], device: torch.device, precisions: list[str]
+) -> dict[str, float]:
+    """Median seconds per forward and backward pass on a batch of noise, per precision; passes alternate between them.
+
+    Builds its own network, without classes, and restores the random generators. The time is infinite for a precision
+    that runs out of memory.
+
+    Raises:
+        RuntimeError: if every precision runs out of memory.
     """
-    seconds = {"no": [], "bf16": []}
+    seconds = {name: [] for name in precisions}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        network = CustomUNet2DModel(**config.unet_kwargs()).train()
+        network = network_class(**config.unet_kwargs()).train()
         network.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
@@ -72,10 +84,15 @@ def update_seconds(config: TrainConfig, device: torch.device) -> dict[str, float
         shape = (config.train_batch_size, *config.image_shape)
         images, scheduler = torch.rand(shape, device=device).mul_(2).sub_(1), config.noise_scheduler()
         for number in range(WARM_UP_UPDATES + TIMED_UPDATES):
-            for name in seconds:
+            for name in [name for name in precisions if math.inf not in seconds[name]]:
                 started_at_seconds = time.perf_counter()
                 unet = partial(under_autocast, network, DTYPES[name])
-                diffusion_loss(unet, scheduler, images, **config.loss_settings()).backward()
+                try:
+                    diffusion_loss(unet, scheduler, images, **config.loss_settings()).backward()
+                except (RuntimeError, MemoryError) as error:
+                    seconds[name] = [math.inf]
+                    if not is_out_of_memory(error) or all(math.inf in values for values in seconds.values()):
+                        raise
                 network.zero_grad()
                 if device.type != "cpu":
                     torch.accelerator.synchronize()
