@@ -117,10 +117,7 @@ def open_transformers(
     if loading["missing_keys"]:
         raise InputError(f"the weights of {source} lack {', '.join(sorted(loading['missing_keys'])):.200}")
     network.eval().to(device)
-    size, mean, std = DINOV2_PIXELS
-    if config.model_type != "dinov2":
-        pixels = json.loads((folder / "preprocessor_config.json").read_text())
-        size, mean, std = network.config.image_size, pixels["image_mean"], pixels["image_std"]
+    size, mean, std = DINOV2_PIXELS if config.model_type == "dinov2" else _pixels(folder, network.config)
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
 
     def resize(image: np.ndarray) -> np.ndarray:
@@ -136,6 +133,12 @@ def open_transformers(
 
     name = published.hub_id if published else folder.resolve().name if is_local else source
     return FeatureExtractor(name, f"bicubic {size}", sha256, features)
+
+
+def _pixels(folder: Path, config) -> tuple[int, list, list]:
+    """The image size, mean and standard deviation that a network expects."""
+    facts = json.loads((folder / "preprocessor_config.json").read_text())
+    return config.image_size, facts["image_mean"], facts["image_std"]
 
 
 def _download(hub_id: str, weights: str, revision: str | None) -> Path:

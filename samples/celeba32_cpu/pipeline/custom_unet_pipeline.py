@@ -212,25 +212,21 @@ class CustomUNetPipeline(DiffusionPipeline):
         # The latents stay float32 whatever the network's dtype: each step changes them only a little.
         draw_noise = partial(self.draw_noise, batch_size, generator)
         latents = (draw_noise() if latents is None else latents).to(self._execution_device, torch.float32)
-
-        def tell(index: int, timestep: Tensor, **tensors: Tensor) -> dict:
-            """Calls the caller's callback and returns its result."""
-            if callback_on_step_end is None:
-                return {}
-            chosen = {name: tensors[name].float() for name in callback_on_step_end_tensor_inputs}
-            return callback_on_step_end(self, index, timestep, chosen) or {}
-
+        tell = partial(self._tell, callback_on_step_end, callback_on_step_end_tensor_inputs)
         if self.continuous_sampler is None:
-            images = self._reverse_timesteps(latents, num_inference_steps, eta, generator, guidance, tell)
+            images = self._reverse_timesteps(latents, num_inference_steps, eta, draw_noise, generator, guidance, tell)
         else:
-            process, sampler = self.process, self.continuous_sampler
-            total = process.num_evaluations(sampler, num_inference_steps)
-            with self.denoising(process, guidance, total, tell) as denoise:
-                images = process.sample(sampler, denoise, latents, num_inference_steps, draw_noise)
+            images = self._reverse_process(latents, num_inference_steps, draw_noise, guidance, tell)
         images = self.to_output(images, output_type)
         return GeneratedImages(images=images, network_evaluations=guidance.evaluations) if return_dict else (images,)
 
-    def _reverse_timesteps(self, latents, num_inference_steps, eta, generator, guidance, tell) -> Tensor:
+    def _tell(self, callback, names, index: int, timestep: Tensor, **tensors: Tensor) -> dict:
+        """Calls the caller's callback and returns its result."""
+        if callback is None:
+            return {}
+        return callback(self, index, timestep, {name: tensors[name].float() for name in names}) or {}
+
+    def _reverse_timesteps(self, latents, num_inference_steps, eta, draw_noise, generator, guidance, tell) -> Tensor:
         """Samples with a diffusers scheduler."""
         scheduler, prediction_type = self.scheduler, self._trained.config.prediction_type
         step_type = prediction_type
@@ -242,7 +238,6 @@ class CustomUNetPipeline(DiffusionPipeline):
             scheduler.sigmas = scheduler.sigmas.double()  # float32 can give it the square root of less than 0
         has_generator = "generator" in inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator} if has_generator else {}
-        draw_noise = partial(self.draw_noise, len(latents), generator)
 
         latents = latents * scheduler.init_noise_sigma
         # abar of every step, read once: reading a number from the device in each step would be a sync
@@ -270,6 +265,13 @@ class CustomUNetPipeline(DiffusionPipeline):
                 seen = {"noisy_images": noisy_images, "pred_original_sample": clean_images}
                 latents = tell(index, timestep, latents=latents, **seen).get("latents", latents)
         return latents
+
+    def _reverse_process(self, latents, num_inference_steps, draw_noise, guidance, tell) -> Tensor:
+        """Samples in continuous time."""
+        process, sampler = self.process, self.continuous_sampler
+        total = process.num_evaluations(sampler, num_inference_steps)
+        with self.denoising(process, guidance, total, tell) as denoise:
+            return process.sample(sampler, denoise, latents, num_inference_steps, draw_noise)
 
     @contextmanager
     def denoising(self, process, guidance: "Guidance", total: int | None, tell=None, clip: bool = True) -> Iterator:
