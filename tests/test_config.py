@@ -243,12 +243,14 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
         ("--hub_model_id someone/faces", "--push_to_hub"),
         ("--block_out_channels 65537 8 8 8", "at most 65536"),
         ("--beta_end 0.9", "alphas_cumprod"),
+        ("--beta_start 0.03", "must rise"),
         ("--label_dropout 0.2", "--label_column"),
         ("--overwrite_output_dir --resume_from_checkpoint runs/checkpoint-3", "deletes checkpoints"),
         (f"--output_dir {__file__}/run", "--output_dir"),
         # specific to an objective
         ("--time_embedding_type fourier", "ddpm needs --time_embedding_type positional or learned"),
         ("--objective ve", "ve needs --time_embedding_type fourier"),
+        ("--objective vp --sde_beta_max 5", "leave 0.279 of the image at time 1"),
         (f"{EDM} --sigma_max 0.001", "sigma_min 0.002 and sigma_max 0.001 must be positive and rise"),
     ],
 )
