@@ -69,7 +69,7 @@ def test_celeba_crops_of_half_size_images_cover_the_same_region(crop):
 def test_celeba_crops_reject_other_aspect_ratios(size):
     message = rf"^{size[0]} x {size[1]} pixels are not in CelebA's 178 x 218 .*celeba_140"
     with pytest.raises(BadImage, match=message):
-        decode_image(encode(noise(*size)), "celeba_140", (3, 8, 8))
+        decode_image(encode(noise(*size)), "celeba_140", 8)
 
 
 # Resizing
@@ -81,7 +81,7 @@ def test_resizing_matches_torchs_antialiased_bicubic(crop, resolution):
     image = noise(178, 218) // 2 + 64  # no overshoot, which Pillow would clamp between its two passes
     first_row, last_row, first_column, last_column = BOXES.get(crop, (0, 218, 0, 178))
     expected = antialiased_bicubic(image[first_row:last_row, first_column:last_column], resolution)
-    actual = decode_image(encode(image), crop, (3, resolution, resolution))
+    actual = decode_image(encode(image), crop, resolution)
     assert actual.shape == (3, resolution, resolution)
     assert actual.dtype == np.uint8
     # Pillow rounds after each of its two passes; at the border of a crop it also reads pixels outside

@@ -48,7 +48,7 @@ def height_and_width(resolution: int | Sequence[int]) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
 
 
-def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int], dtype: str = "uint8") -> np.ndarray:
+def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int] | int, dtype: str = "uint8") -> np.ndarray:
     """Decodes, crops and resizes one image.
 
     The EXIF orientation is applied; broken or oversized metadata are ignored. Without an alpha channel, transparent
@@ -57,7 +57,7 @@ def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int], dtype: 
     Ghostscript. Of several frames or pages the first one is used.
 
     Args:
-        shape: (C, H, W) with 1 channel (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
+        shape: (C, H, W) with 1 channel (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha); R means (3, R, R).
         dtype: `uint8`, to which 16-bit images are scaled, or `uint16`, to which 8-bit images are scaled. Pillow reads
             only grey images with 16 bits.
 
@@ -67,6 +67,7 @@ def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int], dtype: 
     Raises:
         BadImage: if the bytes are not a complete image, there are too many pixels, or the crop does not suit the size.
     """
+    shape = (3, shape, shape) if isinstance(shape, int) else shape
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which are not used, at every image
