@@ -103,6 +103,12 @@ def test_reopening_a_store_does_not_decode_again(faces, monkeypatch):
             open_faces(faces, **other)
 
 
+def test_missing_home_folder_raises_one_line_error(faces, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for users without a home folder
+    assert error_of(open_faces, faces, cache_dir=None).endswith("~/.cache/train_unet; set --cache_dir")
+
+
 def test_changed_file_creates_a_new_store(faces, pictures):
     before = open_faces(faces)
     Image.fromarray(255 - pictures[5]).save(faces / "0005.png")

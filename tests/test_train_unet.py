@@ -283,6 +283,19 @@ def test_incompatible_pretrained_models_are_rejected(flags, message, pretrained,
     assert not (tmp_path / "new").exists()
 
 
+# ---- Data
+
+
+def test_part_of_a_decoded_split_is_trained_on_without_decoding_again(make_trainer, tmp_path, cache_dir):
+    (tmp_path / "faces").mkdir()
+    for i in range(30):
+        Image.new("RGB", (8, 8), (8 * i, 0, 0)).save(tmp_path / "faces" / f"{i:02}.png")
+    which = {"dataset_name": None, "train_data_dir": str(tmp_path / "faces")}
+    whole, part = (make_trainer(**which, max_images=number).data.store for number in (None, 20))
+    assert (len(whole), len(part)) == (30, 20)
+    assert part.folder == whole.folder
+
+
 # ---- Classes
 
 

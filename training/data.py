@@ -104,8 +104,12 @@ class ImageStore(Dataset):
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The folder of all stores, by default in the user's cache."""
-    return Path(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "train_unet")).expanduser()
+    """The folder of all stores, by default in the user's cache; raises InputError if there is no home folder."""
+    root = Path(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "train_unet"))
+    try:
+        return root.expanduser()
+    except RuntimeError as error:
+        raise InputError(f"there is no home folder for the cache {root}; set --cache_dir") from error
 
 
 def open_image_store(

@@ -51,7 +51,7 @@ class TrainingData:
     def open_store(self, split: str, max_images: int | None) -> ImageStore:
         """The main process decodes the images, unless they are cached; the other processes read the same store."""
         which = self.config.data_source() | {"split": split, "max_images": max_images}
-        return ImageStore(on_main_process(self.accelerator, lambda: open_image_store(**which).folder))
+        return on_main_process(self.accelerator, lambda: open_image_store(**which))
 
     def open_heldout(self, store: ImageStore) -> None:
         self.num_heldout_images = len(store)
