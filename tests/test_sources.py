@@ -642,9 +642,9 @@ def test_hub_is_contacted_again_after_a_connection_error(monkeypatch, error_of):
 
 def test_only_the_main_process_resolves_the_commit(monkeypatch, open_store):
     """Otherwise, a moving branch could give the processes different images."""
-    folder, calls = open_store(dataset_name="synthetic-faces", max_images=20).folder, []
+    store, calls = open_store(dataset_name="synthetic-faces", max_images=20), []
     monkeypatch.setattr(training_data, "open_image_store", lambda **_: calls.append(1))
-    monkeypatch.setattr(training_data, "on_main_process", lambda state, action: folder)
+    monkeypatch.setattr(training_data, "on_main_process", lambda state, action: store)
     config = TrainConfig(dataset_name="someone/faces", max_train_steps=1)
     data = training_data.TrainingData(config, SimpleNamespace(num_processes=1))
     assert len(data.store) == 20
