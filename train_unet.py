@@ -259,12 +259,12 @@ class Trainer:
         if step == 0:
             logger.info("stopped before the first update: no model was written")
             return
-        is_new, is_in_time = step > self.first_step, self.stop.number is None
+        is_new, is_unsignalled = step > self.first_step, self.stop.number is None
         if is_new and step % config.checkpointing_steps:
             save_checkpoint(self)
-        if is_new and is_in_time and step % config.validation_steps:
+        if is_new and is_unsignalled and step % config.validation_steps:
             report_heldout_loss(self)
-        if is_new and is_in_time and step % config.save_images_steps:
+        if is_new and is_unsignalled and step % config.save_images_steps:
             save_samples(self)
         if is_new or on_main_process(self.accelerator, lambda: recorded(self.pipeline_dir, "step") != step):
             self.export()  # a kill may have prevented it

@@ -153,7 +153,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             self._continuous = self.process.sampler(name, **settings), self.scheduler
             return
         if settings:
-            raise ValueError(f"{name} has no setting {min(settings)!r}; it has none")
+            raise ValueError(f"{name} takes no settings, but {min(settings)} was given")
         cls, fixed = SAMPLERS[name]
         self.scheduler, self._continuous = scheduler_like(self._trained.config, cls, **fixed), None
 

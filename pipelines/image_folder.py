@@ -140,7 +140,9 @@ def fill_folder(
         try:
             lock.acquire(timeout=0)  # until this process ends, however it ends
         except Timeout as error:
-            raise OSError(f"{options.out} is in use by another start; wait for it or choose another --out") from error
+            raise OSError(
+                f"{options.out} is being written by another process; wait until it ends or choose another --out"
+            ) from error
         record = open_record(options.out, describe(pipeline, source, options, commit))
         missing = missing_seeds(options.out, range(options.seed, options.seed + options.num_images))
         if missing:

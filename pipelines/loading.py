@@ -115,9 +115,9 @@ def _load_network(folder: Path, dtype: torch.dtype, network_class: type[ModelMix
     finally:
         logger.setLevel(level)
     missing = [name for name, tensor in unet.state_dict().items() if tensor.is_meta]
-    for names, verb in ((missing, "lack"), (sorted(found["unexpected_keys"]), "have in excess")):
+    for names, are in ((missing, "missing"), (sorted(found["unexpected_keys"]), "unexpected")):
         if names:
             raise InputError(
-                f"its weights {verb} {len(names)} tensors, {names[0]} for one; they are not of unet/config.json"
+                f"its weights do not match unet/config.json: {len(names)} tensors are {are}, such as {names[0]}"
             )
     return unet

@@ -258,7 +258,7 @@ def test_unsupported_arguments_raise_one_line_errors():
         "no sampler 'ddim'; the network was trained in continuous time": lambda: vp.set_sampler("ddim"),
         "no sampler 'flow_euler'; there are euler_maruyama": lambda: vp.set_sampler("flow_euler"),
         "no setting 'snr'; it has tolerance": lambda: vp.set_sampler("ode", snr=0.1),
-        "no setting 'churn'; it has none": lambda: ddpm.set_sampler("ddim", churn=0.1),
+        "ddim takes no settings, but churn": lambda: ddpm.set_sampler("ddim", churn=0.1),
         "learned time embedding": lambda: encode(learned, image),
         "num_inference_steps is 1": lambda: vp(num_inference_steps=1),
         "eta is 0.5": lambda: vp(eta=0.5),

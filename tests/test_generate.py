@@ -269,7 +269,7 @@ def test_failures_exit_with_code_1(generate, model, tmp_path):
     with FileLock(tmp_path / "out" / ".lock"):
         code, _, error = generate()
     assert code == 1
-    assert "is in use by another start" in error
+    assert "is being written by another process" in error
 
 
 @pytest.mark.parametrize("is_flat", [False, True])

@@ -311,6 +311,11 @@ def test_class_conditional_card_offers_no_stock_pipeline(tmp_path):
     assert "1000 classes, 0 to 999; their names are not recorded" in (unnamed / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("name", "text"), [("adamw", "AdamW, "), ("muon", "Muon for the matrices")])
+def test_card_names_the_optimizer(card, name, text):
+    assert f"| optimizer | {text}" in card(config=config(optimizer=name)).text
+
+
 @pytest.mark.parametrize(
     ("results", "message"),
     [

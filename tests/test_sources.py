@@ -460,7 +460,11 @@ def test_errors_for_missing_and_empty_folders_say_what_exists(tmp_path, error_of
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.zip", b"PK", "faces/a.zip is no intact zip archive: File is not a zip file; move it out of the folder"),
+        (
+            "a.zip",
+            b"PK",
+            "faces/a.zip is not an intact zip archive: File is not a zip file; move it out of the folder",
+        ),
         ("metadata.csv", b"\xff,\n", "faces/metadata.csv is damaged: 'utf-8' codec"),
         ("a.tar", b"?", "faces, which holds 0.png, a.tar: truncated header"),
         ("a.parquet", b"PAR1", "Parquet"),
@@ -594,7 +598,7 @@ def test_hub_data_sets_open_online_and_offline(tmp_path, hub, open_store):
         assert answers[:3] == [[fingerprints[0], commit, 3]] * 2 + [[fingerprints[1], later_commit, 2]]
         assert answers[3][1:] == [later_commit, 2]
         assert answers[4] == (
-            f"what is cached of someone/faces is commit {later_commit}, not {commit};"
+            f"the cached copy of someone/faces is commit {later_commit}, not {commit};"
             f" connect to the Hub or give --dataset_revision {later_commit}"
         )
         for answer in answers[5:]:

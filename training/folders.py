@@ -149,7 +149,9 @@ def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
         try:
             entries = _open_archive(archive.path, os.getpid()).infolist()
         except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
-            raise InputError(f"{archive.path} is no intact zip archive: {error}; move it out of the folder") from error
+            raise InputError(
+                f"{archive.path} is not an intact zip archive: {error}; move it out of the folder"
+            ) from error
         for entry in entries:
             name = posixpath.normpath(f"{posixpath.splitext(archive.name)[0]}/{entry.filename}")
             unpacked = posixpath.normpath(posixpath.join(posixpath.dirname(archive.name), entry.filename))

@@ -109,7 +109,8 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Adam
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trainable.values(), **adamw)
     hidden = {name for name, parameter in trainable.items() if parameter.ndim > 1 and not name.startswith(OUTER)}
-    matrices, others = ([p for name, p in trainable.items() if (name in hidden) == is_hidden] for is_hidden in (1, 0))
+    matrices = [parameter for name, parameter in trainable.items() if name in hidden]
+    others = [parameter for name, parameter in trainable.items() if name not in hidden]
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     return Muon(matrices, others, dtype=dtype, **adamw)
 

@@ -553,7 +553,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             return edm_heun(
                 denoise, high * latents, karras_sigmas(num_steps, max(low, 0.002), high), noise, **settings
             )
-        settings = settings or {"snr": 0.0, "corrector_steps": 0}  # reverse_diffusion is the predictor alone
+        if name == "reverse_diffusion":  # the predictor alone
+            settings = {"snr": 0.0, "corrector_steps": 0}
         return predictor_corrector(denoise, x, times, noise, **settings, per_image=True)
 
 
@@ -699,10 +700,10 @@ def edm_heun(
             y = y + (raised**2 - sigma**2).sqrt() * noise_factor * noise()
             sigma = raised
         slope = (y - denoise.of_noise_level(y, sigma)) / sigma
-        heun = y + (later - sigma) * slope
+        new = y + (later - sigma) * slope
         if later > 0:
-            heun = y + (later - sigma) * (slope + (heun - denoise.of_noise_level(heun, later)) / later) / 2
-        y = heun
+            new = y + (later - sigma) * (slope + (new - denoise.of_noise_level(new, later)) / later) / 2
+        y = new
     return y
 
 

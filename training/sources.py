@@ -227,7 +227,7 @@ class HuggingFaceImages:
             builder = datasets.load_dataset_builder(self.name, self.config_name, revision=self.revision)
             if builder.hash != self.revision:  # offline, `datasets` uses whatever commit was cached last
                 raise InputError(
-                    f"what is cached of {self.name} is commit {builder.hash}, not {self.revision or 'main'};"
+                    f"the cached copy of {self.name} is commit {builder.hash}, not {self.revision or 'main'};"
                     f" connect to the Hub or give --dataset_revision {builder.hash}"
                 )
         split = pick_split(self.name, self.split, builder.info.splits or builder.as_streaming_dataset())
