@@ -642,6 +642,9 @@ def test_hub_is_contacted_again_after_a_connection_error(monkeypatch, error_of):
     assert "it is not cached: lost; check the network" in error_of(dataset_name="someone/faces")
     assert error_of(dataset_name="someone/faces") == "cannot read someone/faces: lost"
     assert offline_while_loading == [True, False]
+    monkeypatch.setattr("training.sources._ask_the_hub", lambda *_: None)
+    error_of(dataset_name="someone/faces")
+    assert datasets.config.HF_HUB_OFFLINE is False  # put back for other users of the library
 
 
 def test_only_the_main_process_resolves_the_commit(monkeypatch, open_store):

@@ -185,6 +185,8 @@ class HuggingFaceImages:
 
     def _open(self) -> datasets.Dataset | datasets.IterableDataset:
         """The rows of the split, with images as encoded bytes or file names."""
+        before = datasets.config.HF_HUB_OFFLINE
+        datasets.config.HF_HUB_OFFLINE = before or self.is_offline  # then its cache is used at once, without retries
         try:
             return self._with_columns(self._load())
         except InputError:
@@ -200,6 +202,8 @@ class HuggingFaceImages:
                 f"cannot get {self.name} from the Hub and it is not cached: {_reason(error)}; check the network,"
                 f" or give --train_data_dir, or --dataset_name {SYNTHETIC_FACES}, which needs none"
             ) from error
+        finally:
+            datasets.config.HF_HUB_OFFLINE = before
 
     def _with_columns(self, rows: datasets.Dataset | datasets.IterableDataset):
         features = rows.features or dict.fromkeys(next(iter(rows), {}))
@@ -223,7 +227,6 @@ class HuggingFaceImages:
         if self.is_local:
             builder = datasets.load_dataset_builder(self.name, self.config_name)
         else:
-            datasets.config.HF_HUB_OFFLINE = self.is_offline  # uses its cache at once, without retries
             builder = datasets.load_dataset_builder(self.name, self.config_name, revision=self.revision)
             if builder.hash != self.revision:  # offline, `datasets` uses whatever commit was cached last
                 raise InputError(
