@@ -214,6 +214,7 @@ class FolderImages:
 
     Args:
         files, left_out: results of `list_files`.
+        images: the files that are images.
 
     Raises:
         InputError: if there is no such split or label column, or a metadata table is damaged.
@@ -225,13 +226,13 @@ class FolderImages:
         self,
         folder: Path,
         files: list[FolderFile],
+        images: list[FolderFile],
         left_out: Counter,
         split: str,
         max_images: int | None,
         label_column: str | None,
     ):
         self.name, self.label_column = str(folder), label_column
-        images = [file for file in files if file.is_image()]
         tables = [file for file in files if file.base in METADATA_READERS]
         splits = splits_of([file.name for file in images])
         self.split = pick_split(self.name, split, [name for name in SPLITS if name in splits.values()])

@@ -307,8 +307,9 @@ def find_source(
     if not files:
         raise InputError(f"the folder {folder} has no files{' that are not hidden' if left_out['hidden'] else ''}")
     tables = [file for file in files if file.extension in TABLE_EXTENSIONS and file.base not in METADATA_READERS]
-    if dataset_config_name is None and sum(file.is_image() for file in files) > len(tables):
-        return FolderImages(folder, files, left_out, split, max_images, label_column)
+    images = [file for file in files if file.is_image()]  # opens those with unknown extensions
+    if dataset_config_name is None and len(images) > len(tables):
+        return FolderImages(folder, files, images, left_out, split, max_images, label_column)
     return HuggingFaceImages(str(folder), digest_of(files), *names, found=[file.name for file in files])
 
 
