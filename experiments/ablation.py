@@ -7,14 +7,13 @@ DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; experiments/
 OUT/ablation.md is the table, OUT/ablation.json its numbers; ablation_errors.png shows the held-out errors by noise
 level, ablation_images.png images of the same seeds. The trainings are in OUT/VARIANT/seed-S.
 In a study with equal training time, OUT/speeds.json has the images/s, measured before the first training; keep the
-machine idle for that minute. The same command resumes a study, and repeats the runs whose flags have changed.
+machine idle for that minute. The same command resumes a study; more variants and seeds can be added.
 Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
 """
 
 import itertools
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -38,8 +37,7 @@ from training.arguments import parse_config
 from training.config import DEFAULTS, TrainConfig
 from training.sde import continuous_samplers
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-NEVER = PLACEHOLDER_STEPS = 10**9
+NEVER = 10**9
 POLL_SECONDS = 0.5
 IMAGES_OF_A_VARIANT = 8  # in the figure
 SHOWN_ERRORS = (0.5, 2.0)  # range of the axis, relative to the first variant
@@ -91,7 +89,6 @@ class Job:
     """
 
     variant: Variant
-    seed: int
     folder: Path
     config: TrainConfig
     flags: dict[str, list[str]]
@@ -99,62 +96,45 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether the job has finished with the same settings."""
-        return read_json(self.folder / "job.json") == self.record | {"is_done": True}
-
-    def begin(self) -> None:
-        """Removes the output of other settings, from which the training would otherwise resume."""
-        path, before = self.folder / "job.json", read_json(self.folder / "job.json")
-        same = {key: value for key, value in self.record.items() if before.get(key) == value}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if same != self.record:
-            write_results(path, same)  # if stopped here, the next start removes the rest
-            for name in ["evaluation"] if "training" in same else ["evaluation", "run"]:
-                if (self.folder / name).exists():
-                    shutil.rmtree(self.folder / name)
-        write_results(path, self.record)
+        """Whether it has finished; raises InputError if it was begun with other settings."""
+        path = self.folder / "job.json"
+        before = json.loads(path.read_text()) if path.exists() else self.record
+        for part, settings in self.record.items():
+            if before.get(part) != settings:
+                raise InputError(f"{self.folder} has a {part} with other settings; remove it or choose another --out")
+        return (self.folder / "evaluation" / "results.md").exists()  # its last file
 
     def start(self, task: str, num_threads: int) -> subprocess.Popen:
         """Starts the task, `train` or `evaluate`, in a subprocess whose output goes to `log.txt`."""
-        search = filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])  # works from any folder
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "OMP_NUM_THREADS": str(num_threads)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_results(self.folder / "job.json", self.record)
         flags = [*self.flags[task], f"--num_cpu_threads={num_threads}"]
         command = [sys.executable, "-m", "experiments.unet_variants", self.variant.network, task, *flags]
         with (self.folder / "log.txt").open("w") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
-    def failure(self, exit_code: int) -> Failed:
-        """The error for a failed process, with the last line of its output."""
-        log = self.folder / "log.txt"
-        last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-        return Failed(f"{self.variant.name}, {self.folder.name} failed with exit code {exit_code}: {last} (see {log})")
 
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def jobs_of(
-    study: Study, data: str, crop: str | None, out: Path, num_steps: dict[str, int] | None = None
-) -> list[Job]:
+def jobs_of(study: Study, data: str, crop: str | None, out: Path, num_steps: dict[str, int]) -> list[Job]:
     """Builds all jobs, checked before the first one starts.
 
     Args:
-        num_steps: updates of each variant in a study with equal training time; None sets a placeholder.
+        num_steps: updates of each variant in a study with equal training time, as far as they are known.
 
     Raises:
         InputError: if the arguments of a training or an evaluation are invalid.
     """
-    jobs, path, is_folder = [], REPOSITORY / study.config, os.path.isdir(data)
-    data = os.path.abspath(data) if is_folder else data
-    images = {"train_data_dir": data if is_folder else None, "dataset_name": None if is_folder else data}
+    jobs = []
+    images = {"train_data_dir": data, "dataset_name": None}
+    if not os.path.isdir(data):
+        images = {"train_data_dir": None, "dataset_name": data}
     images |= {} if crop is None else {"crop": crop}
     for seed, variant in itertools.product(study.seeds, study.variants):
         folder = out / variant.name / f"seed-{seed}"
         flags = FLAGS | study.flags | images | variant.flags | {"seed": seed, "output_dir": folder / "run"}
         if study.minutes is not None:
-            flags["max_train_steps"] = PLACEHOLDER_STEPS if num_steps is None else num_steps[variant.name]
-        train = ["--config", str(path), *flags_as_arguments(flags)]
+            flags["max_train_steps"] = num_steps.get(variant.name, NEVER)
+        train = ["--config", study.config, *flags_as_arguments(flags)]
         how = flags_as_arguments({"reference": data} | METRICS | study.evaluation | variant.evaluation)
         evaluate = [f"--pipeline={folder / 'run' / 'pipeline'}", f"--out={folder / 'evaluation'}", *how]
         try:
@@ -166,7 +146,7 @@ def jobs_of(
         del unusual["output_dir"]
         unusual |= {} if variant.network == "plain" else {"network": variant.network}
         tasks, record = {"train": train, "evaluate": evaluate}, {"training": unusual, "evaluation": how}
-        jobs.append(Job(variant, seed, folder, config, tasks, record))
+        jobs.append(Job(variant, folder, config, tasks, record))
     return jobs
 
 
@@ -174,80 +154,66 @@ def check_fits(config: TrainConfig, sampler: str | None, first: TrainConfig) -> 
     """Raises InputError if the model cannot be sampled like this, or learns other images than the first one."""
     samplers = [*(SAMPLERS if config.objective == "ddpm" else ()), *continuous_samplers(config.objective)]
     if sampler not in (None, *samplers):
-        raise InputError(
-            f"--sampler {sampler} is not for --objective {config.objective}; choose {', '.join(samplers)}"
-        )
-    for name in ("resolution", "crop"):
-        here, there = getattr(config, name), getattr(first, name)
-        if here != there:
-            raise InputError(f"--{name} is {here}, of the first variant {there}; all variants need the same images")
+        raise InputError(f"objective {config.objective} cannot take {sampler}; choose {', '.join(samplers)}")
+    if (config.resolution, config.crop) != (first.resolution, first.crop):
+        raise InputError("its --resolution or --crop is not the first variant's; all need the same images")
 
 
 def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
-    """The number of updates that each variant makes in this many minutes, from speeds stored in a file.
-
-    Missing speeds are measured together with the first variant's, and scaled by its speed in the file.
+    """The number of updates that each variant makes in this many minutes, from speeds that are kept in a file.
 
     Args:
-        jobs: one per variant; the first is the baseline.
+        jobs: one per variant.
     """
-    speeds, first = read_json(path), jobs[0].variant.name
-    missing = {job.variant.name: (job.config, job.variant.network) for job in jobs if job.variant.name not in speeds}
-    if missing:
-        print(f"measuring the speed of {len(missing)} trainings side by side", flush=True)
-        found = measure_speeds({first: (jobs[0].config, jobs[0].variant.network)} | missing)
-        scale = speeds.get(first, found[first]) / found[first]
-        speeds |= {name: round(found[name] * scale, 2) for name in missing}
+    if not path.exists():
+        print(f"measuring the speed of {len(jobs)} trainings side by side", flush=True)
         make_folder(path.parent)
-        write_results(path, speeds)
-    num_steps = {}
+        write_results(path, measure_speeds({job.variant.name: (job.config, job.variant.network) for job in jobs}))
+    speeds, num_steps = json.loads(path.read_text()), {}
     for job in jobs:
+        name = job.variant.name
+        if name not in speeds:
+            raise InputError(f"{path} has no speed of {name}; add its images/s or choose another --out")
         images_per_update = job.config.train_batch_size * job.config.gradient_accumulation_steps
-        steps = round(minutes * 60 * speeds[job.variant.name] / images_per_update)
-        num_steps[job.variant.name] = max(steps, job.config.lr_warmup_steps + 1)
+        num_steps[name] = max(round(minutes * 60 * speeds[name] / images_per_update), job.config.lr_warmup_steps + 1)
     return num_steps
 
 
 def do_all(jobs: list[Job], at_once: int) -> None:
-    """Runs the unfinished jobs, `at_once` at a time. A failure or a signal stops those that are running.
+    """Runs the unfinished jobs, `at_once` at a time; an error or a signal stops those that are running.
 
     Raises:
         Failed: if a training or an evaluation fails.
-        KeyboardInterrupt: after SIGINT or SIGTERM.
     """
     left = [job for job in jobs if not job.is_done]
     print(f"{len(jobs)} trainings and evaluations, {len(jobs) - len(left)} of them done before", flush=True)
     num_threads = max(1, torch.get_num_threads() // at_once)
-    running, signals = {}, []  # `running` has the task and the process of each job
-    for kind in (signal.SIGINT, signal.SIGTERM):  # an exception might strike before a process is in `running`
-        signal.signal(kind, lambda number, frame: signals.append(number))
+    running = {}  # job: its task and process
     try:
         while left or running:
             while left and len(running) < at_once:
                 job = left.pop(0)
-                job.begin()
                 running[job] = "train", job.start("train", num_threads)
             time.sleep(POLL_SECONDS)
-            if signals:
-                raise KeyboardInterrupt
             for job, (task, process) in list(running.items()):
                 if process.poll() is None:
                     continue
+                name = f"{job.variant.name}, {job.folder.name}"
                 if process.returncode != 0:
-                    raise job.failure(process.returncode)
+                    log = job.folder / "log.txt"
+                    lines = ["no message", *log.read_text(errors="replace").split("\n")]
+                    last = [line for line in lines if line.strip()][-1]
+                    raise Failed(f"{name} failed with exit code {process.returncode}: {last} (see {log})")
                 if task == "train":
                     running[job] = "evaluate", job.start("evaluate", num_threads)
                 else:
                     del running[job]
-                    write_results(job.folder / "job.json", job.record | {"is_done": True})
-                    print(f"{job.variant.name}, {job.folder.name}: done", flush=True)
+                    print(f"{name}: done", flush=True)
     finally:
         for _, process in running.values():
             process.terminate()
         for _, process in running.values():
             process.wait()
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, signal.default_int_handler)
 
 
 # ---- Table and figures
@@ -257,12 +223,13 @@ def values_of(run: Run, has_same_timesteps: bool) -> dict:
     """The results of one training; None for values that were not measured or do not compare."""
     entries = {entry["name"]: entry for entry in run.results if entry["family"] != "cost"}
     found = {key: entries[name] for key, name in RESULTS.items() if name in entries}
-    curve, model = found.pop("epsilon_mse", None), run.record["model"]
+    if not has_same_timesteps:
+        found.pop("epsilon_mse", None)
     values = dict.fromkeys(MEASURED) | {key: entry["value"] for key, entry in found.items()}
-    if curve is not None and has_same_timesteps:
-        parts = np.array_split(np.array(curve["curve"]), len(QUARTERS))
+    if "epsilon_mse" in found:
+        parts = np.array_split(found["epsilon_mse"]["curve"], len(QUARTERS))
         values |= {quarter: float(part.mean()) for quarter, part in zip(QUARTERS, parts, strict=True)}
-        values["epsilon_mse"] = curve["value"]
+    model = run.record["model"]
     values |= {"parameters": model["parameters"], "images_seen": model["images_seen"]}
     values["train_minutes"] = model["train_seconds"] / 60
     values["floors"] = {name: found[name]["floor"] for name in DISTANCES if "floor" in found.get(name, {})}
@@ -351,7 +318,7 @@ def run(arguments: list[str]) -> None:
     check_numbers(options, {"jobs": 1}, {"jobs": 64})
     study = read_study(options.study)
     where = study, options.data, options.crop, options.out
-    jobs = jobs_of(*where)
+    jobs = jobs_of(*where, {})
     if study.minutes is not None:
         num_steps = updates_in(study.minutes, jobs[: len(study.variants)], options.out / "speeds.json")
         jobs = jobs_of(*where, num_steps)

@@ -1,13 +1,11 @@
-"""Measures training and sampling speed on this machine: our U-Net and UNet2DModel, eager and compiled, both layouts.
+"""Measures training and sampling speed on this machine: our U-Net beside UNet2DModel of diffusers.
 
-    python -m experiments.bench --config configs/celeba64.yaml [--precisions no bf16]
-        [--only training:ours:compiled ...] [--flag value ...]
+    python -m experiments.bench --config configs/celeba64.yaml [--compile true] [--mixed_precision bf16] ...
 
-Each row is one combination. A training row times updates of the configured objective (forward, loss, backward,
-clipping, AdamW, EMA) on random images on the device, and compares their operations per second with a matrix product in
-the same precision. A sampling row times DDIM by our pipeline or the stock DDIMPipeline. A row that runs out of memory
-or does not compile shows the reason. Rows that need no compilation come first. All other flags are those of
-train_unet.py, such as --train_batch_size. Exit codes: 0 done, 1 if no row succeeded, 2 bad input.
+The flags are those of train_unet.py; precision `auto` measures float32 and bf16. A training row times updates of the
+configured objective (forward, loss, backward, clipping, optimizer, EMA) on random images on the device, and compares
+their operations per second with a matrix product in the same precision. A sampling row times DDIM by our pipeline or
+the stock DDIMPipeline. Exit codes: 0 done, 1 out of memory, 2 bad input.
 """
 
 import copy
@@ -17,8 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
@@ -26,7 +23,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import Failed, InputError, Parser, one_line, run_command
+from common import run_command
 from custom_unet import CustomUNet2DModel
 from eval.results import number, table
 from experiments.architecture import ANY_DATA
@@ -40,51 +37,34 @@ from training.optimization import build_optimizer, update_ema
 from training.precision import DTYPES, under_autocast
 
 NETWORKS = {"ours": CustomUNet2DModel, "diffusers": UNet2DModel}
-TASKS, MODES, LAYOUTS = ("training", "sampling"), ("eager", "compiled"), ("channels_last", "contiguous")
 WARM_UP_CALLS, MEASURED_SECONDS, SAMPLING_STEPS = 3, 5.0, 10  # the first call compiles
-SHARE = "share of the matmul rate"
-COLUMNS = {name: name for name in ("task", "network", "mode", "layout", "precision", "images/s", "peak GiB", SHARE)}
+COMPARED_CALLS = 9  # in `measure_speeds`
+COLUMNS = ("task", "network", "precision", "images/s", "peak GiB", "share of the matmul rate")
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
-def rows_of(config: TrainConfig, precisions: list[str], only: list[str]) -> list[dict[str, str]]:
-    """The rows selected by `--only`, in the order of measurement.
-
-    Raises:
-        InputError: if `--only` has an unknown word.
-    """
-    known = {*NETWORKS, *TASKS, *MODES, *LAYOUTS, *DTYPES}
-    selections = [set(selection.split(":")) for selection in only] or [set()]
-    for word in set().union(*selections) - known:
-        raise InputError(f"--only has {word!r}; choose from {', '.join(sorted(known))}, joined by colons")
-    rows = []
-    for mode, task, precision, layout, network in itertools.product(MODES, TASKS, precisions, LAYOUTS, NETWORKS):
-        row = {"task": task, "network": network, "mode": mode, "layout": layout, "precision": precision}
-        is_possible = task == "training" or (mode == "eager" and config.objective == "ddpm")
-        if is_possible and any(words <= set(row.values()) for words in selections):
-            rows.append(row)
-    return rows
+def build_network(config: TrainConfig, network_class: type[nn.Module], device: torch.device | str) -> nn.Module:
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return network_class(**config.unet_kwargs()).to(device, memory_format=memory_format)
 
 
 def training_update(
     config: TrainConfig, network_class: type[nn.Module], device: torch.device | str
 ) -> Callable[[], None]:
     """Returns a function that updates a new network and its EMA as the trainer does, on random images."""
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    unet = network_class(**config.unet_kwargs()).train().to(device, memory_format=memory_format)
+    unet = build_network(config, network_class, device).train()
     ema_unet = copy.deepcopy(unet).requires_grad_(False)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.compile:
         unet.compile(fullgraph=True)
     optimizer, scheduler = build_optimizer(config, unet), config.noise_scheduler()
-    shape = (config.train_batch_size, *config.image_shape)
-    clean_images = torch.rand(shape, device=device).mul_(2).sub_(1).to(memory_format=memory_format)
+    images = torch.rand(config.train_batch_size, *config.image_shape, device=device).mul_(2).sub_(1)
     called = partial(under_autocast, unet, DTYPES[config.mixed_precision])
 
     def update() -> None:
         for _ in range(config.gradient_accumulation_steps):
-            diffusion_loss(called, scheduler, clean_images, **config.loss_settings()).backward()
+            diffusion_loss(called, scheduler, images, **config.loss_settings()).backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -95,8 +75,7 @@ def training_update(
 
 def sampling_call(config: TrainConfig, network_class: type[nn.Module], device: torch.device) -> Callable[[], None]:
     """Returns a function that draws a batch with untrained weights; the cost does not depend on them."""
-    unet = network_class(**config.unet_kwargs()).eval()
-    unet.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    unet = build_network(config, network_class, device).eval()
     scheduler = DDIMScheduler.from_config(config.noise_scheduler().config)
     pipeline = (DDIMPipeline if network_class is UNet2DModel else CustomUNetPipeline)(unet, scheduler).to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -119,91 +98,70 @@ def flops_per_image(config: TrainConfig) -> int:
     return counter.get_total_flops()
 
 
-@cache
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the product of two square matrices."""
-    size = MATMUL_SIZE[device.type]
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-    return 2 * size**3 / timer.blocked_autorange(min_run_time=1).median
+def median_seconds(call: Callable[[], object], min_run_time: float) -> float:
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=min_run_time).median
 
 
-def measure(row: dict[str, str], config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Images/s (median over calls after a warm-up), peak memory on a GPU, and for training the matmul-rate share."""
-    how = {"mixed_precision": row["precision"], "compile": row["mode"] == "compiled"}
-    how |= {"channels_last": row["layout"] == "channels_last", "gradient_accumulation_steps": 1}
-    config = replace(config, **how)
+def measure(task: str, network_class: type[nn.Module], config: TrainConfig, device: torch.device) -> dict[str, float]:
+    """Images/s, peak memory on a GPU, and for training the share of the rate of a product of two square matrices."""
     torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    prepare = training_update if row["task"] == "training" else sampling_call
-    call = prepare(config, NETWORKS[row["network"]], device)
+    call = (training_update if task == "training" else sampling_call)(config, network_class, device)
     for _ in range(WARM_UP_CALLS):
         call()
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    rate = config.train_batch_size / timer.blocked_autorange(min_run_time=MEASURED_SECONDS).median
-    result = {"images/s": rate}
+    measured = {"images/s": config.train_batch_size / median_seconds(call, MEASURED_SECONDS)}
     if device.type == "cuda":
-        result["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    if row["task"] == "training":
-        peak = matmul_flops_per_second(device, DTYPES[config.mixed_precision])
-        result[SHARE] = rate * flops_per_image(config) / peak
-    return result
+        measured["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    if task == "training":
+        size = MATMUL_SIZE[device.type]
+        a, b = torch.randn(2, size, size, device=device, dtype=DTYPES[config.mixed_precision])
+        flops_per_second = 2 * size**3 / median_seconds(lambda: a @ b, 1.0)
+        measured[COLUMNS[-1]] = measured["images/s"] * flops_per_image(config) / flops_per_second
+    return measured
 
 
 def run(arguments: list[str]) -> None:
-    """Measures the rows one by one and prints them.
-
-    Raises:
-        InputError: for bad arguments.
-        Failed: if no row succeeded.
-    """
-    parser = Parser(prog="python -m experiments.bench", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of a training configuration")
-    parser.add_argument("--precisions", nargs="+", choices=DTYPES, help="default: from the configuration")
-    parser.add_argument("--only", nargs="+", default=[], help="rows, such as training:ours:compiled:channels_last")
-    options, flags = parser.parse_known_args(arguments)
-    config = parse_config(["--config", str(options.config), *flags, *ANY_DATA])
-    configured = ["no", "bf16"] if config.mixed_precision == "auto" else [config.mixed_precision]
-    rows = rows_of(config, options.precisions or configured, options.only)
+    """Measures and prints the rows; raises InputError for bad arguments."""
+    config = replace(parse_config([*arguments, *ANY_DATA]), gradient_accumulation_steps=1)
     if config.num_cpu_threads is not None:
         torch.set_num_threads(config.num_cpu_threads)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     machine = f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{options.config.name}, batches of {config.train_batch_size}, on {machine}", flush=True)
-    for row in rows:
-        try:
-            row |= measure(row, config, device)
-        except Exception as error:  # any error concerns only this row
-            row["images/s"] = f"{type(error).__name__}: {one_line(error)}"[:200].replace("|", "/")
-        print(", ".join(map(number, row.values())), flush=True)
-    print(table(rows, COLUMNS))
-    if all(isinstance(row["images/s"], str) for row in rows):
-        raise Failed("no row could be measured; the table says why")
+    print(f"batches of {config.train_batch_size} on {machine}", flush=True)
+    rows = []
+    precisions = ["no", "bf16"] if config.mixed_precision == "auto" else [config.mixed_precision]
+    tasks = ["training", "sampling"] if config.objective == "ddpm" else ["training"]
+    for precision, task, name in itertools.product(precisions, tasks, NETWORKS):
+        measured = measure(task, NETWORKS[name], replace(config, mixed_precision=precision), device)
+        rows.append({"task": task, "network": name, "precision": precision} | measured)
+        print(", ".join(map(number, rows[-1].values())), flush=True)
+    print(table(rows, {name: name for name in COLUMNS}))
 
 
-def measure_speeds(trainings: dict[str, tuple[TrainConfig, str]], num_updates: int = 9) -> dict[str, float]:
+def measure_speeds(trainings: dict[str, tuple[TrainConfig, str]]) -> dict[str, float]:
     """Training images/s by name: the median over interleaved updates on the CPU with all threads.
 
     Args:
         trainings: the configuration, whose precision is not `auto`, and the name of the network in
             `experiments.unet_variants`.
-        num_updates: updates per training, after two warm-up updates.
     """
     updates = {
         name: training_update(config, VARIANTS[network], "cpu") for name, (config, network) in trainings.items()
     }
     seconds = {name: [] for name in trainings}
-    for _ in range(2 + num_updates):
+    for _ in range(WARM_UP_CALLS + COMPARED_CALLS):
         for name, update in updates.items():
             started_at_seconds = time.perf_counter()
             update()
             seconds[name].append(time.perf_counter() - started_at_seconds)
-    return {
-        name: config.train_batch_size * config.gradient_accumulation_steps / statistics.median(seconds[name][2:])
-        for name, (config, _) in trainings.items()
-    }
+    speeds = {}
+    for name, (config, _) in trainings.items():
+        images = config.train_batch_size * config.gradient_accumulation_steps
+        speeds[name] = round(images / statistics.median(seconds[name][WARM_UP_CALLS:]), 2)
+    return speeds
 
 
 def main(arguments: list[str]) -> int:

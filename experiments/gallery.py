@@ -13,13 +13,13 @@ continuous.png         the same seeds by each sampler of the reverse SDE or the 
 conditional.png        imputed and colourised images
 gallery.json           the seeds and settings of each picture
 
-A continuous-time (SDE) model has no contact sheets, inversion, inpainting or variations. Exit codes: 0 done, 1
-failed, 2 bad input, 130 stopped by Ctrl-C.
+The model must be an unconditional DDPM model of RGB images. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by
+Ctrl-C.
 """
 
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -68,21 +68,18 @@ Picture = tuple[dict[str, list], list[str] | None, dict]
 
 
 def rows_by_sampler(pipe: CustomUNetPipeline, settings: Iterable, seeds: Sequence[int], unit: str = "steps") -> dict:
-    """One row per sampler and number of steps; `ode`, which chooses its own steps, is labelled by its evaluations."""
+    """One row per sampler and number of steps, labelled by its steps or by its network evaluations."""
     rows = {}
     for name, steps in tqdm([*settings]):
         pipe.set_sampler(name)
         result = pipe(seeds=seeds, num_inference_steps=steps)
-        by_evaluations = name == "ode" or unit == "evaluations"
-        done = f"{result.network_evaluations} evaluations" if by_evaluations else f"{steps} steps"
-        rows[f"{name}, {done}"] = result.images
+        done = {"steps": steps, "evaluations": result.network_evaluations}[unit]
+        rows[f"{name}, {done} {unit}"] = result.images
     return rows
 
 
 def samplers(pipe: CustomUNetPipeline, out: Path) -> Picture:
-    names = pipe.samplers if pipe.is_continuous else SAMPLERS
-    settings = [(name, steps) for name in names for steps in (STEPS if name != "ode" else STEPS[-1:])]
-    rows = rows_by_sampler(pipe, settings, SEEDS)
+    rows = rows_by_sampler(pipe, itertools.product(SAMPLERS, STEPS), SEEDS)
     return rows, None, {"seeds": SEEDS, "rows": list(rows)}
 
 
@@ -99,19 +96,19 @@ def continuous(pipe: CustomUNetPipeline, out: Path) -> Picture:
 def interpolation(pipe: CustomUNetPipeline, out: Path) -> Picture:
     pairs = [(0, 1), (2, 3), (4, 5), (6, 7)]
     rows = {f"{a} to {b}": applications.interpolate(pipe, a, b, num_images=10) for a, b in tqdm(pairs)}
-    return rows, None, {"seed_pairs": pairs, "num_images": 10, "sampler": default_sampler(pipe), "steps": 50}
+    return rows, None, {"seed_pairs": pairs, "num_images": 10, "sampler": "ddim", "steps": 50}
 
 
 def denoising(pipe: CustomUNetPipeline, out: Path) -> Picture:
     strip = applications.denoising_strip(pipe, num_frames=10, num_inference_steps=50, seeds=SEEDS[:2])
-    columns = [f"t = {time:.3g}" if isinstance(time, float) else f"t = {time}" for time in strip.timesteps]
+    columns = [f"t = {timestep}" for timestep in strip.timesteps]
     rows = {}
     for index, seed in enumerate(SEEDS[:2]):
         rows[f"seed {seed}, x_t"] = [frame[index] for frame in strip.noisy_images]
         rows[f"seed {seed}, predicted x_0"] = [frame[index] for frame in strip.pred_original_samples]
     animated = applications.denoising_strip(pipe, num_frames=51, num_inference_steps=50, seeds=SEEDS[:4])
     animated.save_gif(out / "denoising.gif", scale=3)
-    return rows, [*columns, "result"], {"seeds": SEEDS[:4], "sampler": default_sampler(pipe), "steps": 50}
+    return rows, [*columns, "result"], {"seeds": SEEDS[:4], "sampler": "ddim", "steps": 50}
 
 
 def inversion(pipe: CustomUNetPipeline, out: Path) -> Picture:
@@ -142,8 +139,7 @@ def inpainting(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:3], num_inference_steps=50, output_type="np").images
     rows = {}
     for seed, (name, mask) in enumerate(masks(*images.shape[1:3]).items()):
-        painted = applications.inpaint(pipe, images[seed, None], mask, seeds=PAINTED_SEEDS)
-        rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(with_masked(images[seed], mask)), *painted]
+        rows[f"{name} of seed {seed}"] = painted(pipe, images[seed], mask, applications.inpaint)
     facts = {"image_seeds": SEEDS[:3], "seeds": [*PAINTED_SEEDS], "steps": 50, "jump_length": 1, "num_resamples": 5}
     return rows, ["image", "masked", *seed_labels(PAINTED_SEEDS)], facts
 
@@ -152,8 +148,7 @@ def conditional(pipe: CustomUNetPipeline, out: Path) -> Picture:
     images = pipe(seeds=SEEDS[:4], num_inference_steps=50, output_type="np").images
     rows, all_masks = {}, masks(*images.shape[1:3])
     for seed, name in enumerate(("right half", "centre")):
-        painted = applications.impute(pipe, images[seed, None], all_masks[name], seeds=PAINTED_SEEDS)
-        rows[f"{name} of seed {seed}"] = [*pipe.numpy_to_pil(with_masked(images[seed], all_masks[name])), *painted]
+        rows[f"{name} of seed {seed}"] = painted(pipe, images[seed], all_masks[name], applications.impute)
     for seed in (2, 3):
         grey = images[seed].mean(-1, keepdims=True).repeat(3, -1)
         coloured = applications.colorize(pipe, grey[None], seeds=PAINTED_SEEDS)
@@ -172,9 +167,10 @@ def masks(height: int, width: int) -> dict[str, np.ndarray]:
     return regions
 
 
-def with_masked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image (H, W, 3), and a copy that is grey under the mask; (2, H, W, 3)."""
-    return np.stack([image, np.where(mask[..., None] > 0, 0.5, image)])
+def painted(pipe: CustomUNetPipeline, image: np.ndarray, mask: np.ndarray, paint: Callable) -> list[Image.Image]:
+    """The image (H, W, 3), a copy that is grey under the mask, and its versions by PAINTED_SEEDS."""
+    masked = np.where(mask[..., None] > 0, 0.5, image)
+    return [*pipe.numpy_to_pil(np.stack([image, masked])), *paint(pipe, image[None], mask, seeds=PAINTED_SEEDS)]
 
 
 def variations(pipe: CustomUNetPipeline, out: Path) -> Picture:
@@ -187,34 +183,30 @@ def variations(pipe: CustomUNetPipeline, out: Path) -> Picture:
     return rows, ["image", *seed_labels(seeds)], facts
 
 
-NEED_TIMESTEPS = (contact_sheets, inversion, inpainting, variations)
-PICTURES = (samplers, interpolation, denoising, continuous, conditional, *NEED_TIMESTEPS)
+PICTURES = (samplers, interpolation, denoising, continuous, conditional)
+PICTURES += (contact_sheets, inversion, inpainting, variations)
 
 
 def seed_labels(seeds: Sequence[int]) -> list[str]:
     return [f"seed {seed}" for seed in seeds]
 
 
-def default_sampler(pipe: CustomUNetPipeline) -> str:
-    return pipe.scheduler.default_sampler.name if pipe.is_continuous else "ddim"
-
-
 def run(arguments: list[str]) -> None:
-    """Draws the pictures; raises InputError for bad arguments or a class-conditional network."""
+    """Draws the pictures; raises InputError for bad arguments or another kind of model."""
     parser = Parser(prog="python -m experiments.gallery", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     parser.add_argument("--out", type=Path, default=Path("assets"))
     options = parser.parse_args(arguments)
     pipe = load_pipeline(find_pipeline(options.pipeline, None)[0], "fp32", None)
-    if pipe.unet.config.get("num_class_embeds") is not None or pipe.unet.config.get("class_embed_type") is not None:
-        raise InputError("the network has class embeddings; the gallery needs an unconditional network")
+    config = pipe.unet.config
+    has_classes = config.get("num_class_embeds") or config.get("class_embed_type")
+    if pipe.is_continuous or has_classes or config.in_channels != 3:
+        raise InputError(f"{options.pipeline} is not an unconditional DDPM model of RGB images")
     make_folder(options.out)
     torch.manual_seed(0)
-    settings, channels = {}, pipe.unet.config.in_channels
+    settings = {}
     for picture in PICTURES:
-        if (picture in NEED_TIMESTEPS and pipe.is_continuous) or (picture is conditional and channels != 3):
-            continue
-        pipe.set_sampler(default_sampler(pipe))
+        pipe.set_sampler("ddim")
         path = options.out / f"{picture.__name__}.png"
         rows, columns, settings[picture.__name__] = picture(pipe, options.out)
         labelled_grid(rows, columns).save(path)

@@ -16,8 +16,7 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -43,32 +42,13 @@ SHOWN_OF_A_CLASS = 3  # images per class and scale in the figure
 RIDGE = 1.0  # penalty of the judge's weights, for pixels in [-1, 1]
 
 
-def open_model(source: Path, sampler: str | None) -> tuple[CustomUNetPipeline, dict]:
-    """Opens the pipeline, and what it knows about its training data.
-
-    Raises:
-        InputError: if it has no classes of the synthetic faces.
-    """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    pipeline, data = load_pipeline(source, "fp32", sampler).to(device), recorded(source, "data") or {}
-    num_classes = len(data.get("label_names") or [])
-    if data.get("source") != "synthetic-faces" or pipeline.unet.config.get("num_class_embeds") != num_classes + 1:
-        raise InputError(f"{source} was not trained on synthetic-faces with --label_column and a null class")
-    return pipeline, data
-
-
-def draw(
-    pipeline: CustomUNetPipeline, scale: float, num_images: int, steps: int, num_classes: int
-) -> tuple[np.ndarray, float]:
-    """Draws uint8 images (N, 3, R, R); returns them with the network evaluations per image.
-
-    At scale 0, the requested classes have no effect.
-    """
-    images, evaluations = [], 0
+def draw(pipeline: CustomUNetPipeline, scale: float, num_images: int, steps: int) -> tuple[np.ndarray, float]:
+    """Draws uint8 images (N, 3, R, R), of the null class at scale 0; also the network evaluations per image."""
+    images, evaluations, null_class = [], 0, pipeline.unet.config.num_class_embeds - 1
     for first in range(0, num_images, BATCH_SIZE):
         seeds = range(first, min(first + BATCH_SIZE, num_images))
-        guided = {"class_labels": [i % num_classes for i in seeds], "guidance_scale": scale}
-        guided = {"class_labels": num_classes} if scale == 0 else guided
+        guided = {"class_labels": [i % null_class for i in seeds], "guidance_scale": scale}
+        guided = {"class_labels": null_class} if scale == 0 else guided
         drawn = pipeline(seeds=seeds, num_inference_steps=steps, output_type="pt", **guided)
         images.append((drawn.images * 255).round().to(torch.uint8).cpu().numpy())
         evaluations += drawn.network_evaluations * len(seeds)
@@ -76,18 +56,13 @@ def draw(
 
 
 def real_sets(store: ImageStore, names: Sequence[str], labels: Sequence[int]) -> list[np.ndarray]:
-    """Two disjoint sets of real images, uint8 (N, 3, R, R), each with the class counts of the labels.
-
-    Raises:
-        InputError: if a class has too few images.
-    """
+    """Two disjoint sets of real images, uint8 (N, 3, R, R), each with the class counts of the labels."""
     known, chosen = store.labels_among(names), ([], [])
     order = np.random.default_rng(0).permutation(len(known))
-    for k, name in enumerate(names):
+    for k in range(len(names)):
         count, found = labels.count(k), order[known[order] == k]
         if len(found) < 2 * count:
-            there = f"split {SPLITS[0]} has {len(found)} images of {name!r}"
-            raise InputError(f"{there}, and two sets of {count} are needed; use fewer --num_images")
+            raise InputError(f"there are {len(found)} images of {names[k]!r}, not {2 * count}; use fewer --num_images")
         chosen[0].extend(found[:count])
         chosen[1].extend(found[count : 2 * count])
     return [np.asarray(store.images[np.sort(positions)]) for positions in chosen]
@@ -98,24 +73,21 @@ def swd(images: np.ndarray, real: np.ndarray) -> float:
     return float(np.mean([*sliced_wasserstein(images, real).values()]))
 
 
-class Judge:
-    """A linear classifier of pixels: ridge regression on the classes as unit vectors, in closed form."""
+def fit_judge(images: np.ndarray, labels: np.ndarray, num_classes: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A linear classifier of pixels: ridge regression on the classes as unit vectors, in closed form.
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, num_classes: int):
-        """Fits uint8 images (N, C, R, R) and class numbers (N,)."""
-        x, targets = self.pixels(images), one_hot(torch.from_numpy(labels), num_classes).double()
-        self.means = x.mean(0), targets.mean(0)
-        x = x - self.means[0]
-        squares = x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
-        self.weights = torch.linalg.solve(squares, x.T @ (targets - self.means[1]))
+    It is fitted to uint8 images (N, C, R, R) and class numbers (N,), and returns the class numbers of others.
+    """
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """The classes (N,) of uint8 images (N, C, R, R)."""
-        return ((self.pixels(images) - self.means[0]) @ self.weights + self.means[1]).argmax(1).numpy()
-
-    @staticmethod
     def pixels(images: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.array(images)).flatten(1).double() / 127.5 - 1
+
+    x, targets = pixels(images), one_hot(torch.from_numpy(labels), num_classes).double()
+    x_mean, target_mean = x.mean(0), targets.mean(0)
+    x = x - x_mean
+    squares = x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.linalg.solve(squares, x.T @ (targets - target_mean))
+    return lambda others: ((pixels(others) - x_mean) @ weights + target_mean).argmax(1).numpy()
 
 
 def class_shares(found: np.ndarray, asked: np.ndarray, names: Sequence[str]) -> dict:
@@ -147,58 +119,55 @@ def summary(record: dict) -> str:
 
 
 def run(options: Namespace, command: str) -> None:
-    """Draws and measures images; writes the results after each scale.
-
-    Raises:
-        InputError: for bad input.
-        Failed: if sampling fails at a scale.
-    """
+    """Draws and measures images, and writes the results; raises InputError, or Failed if sampling fails."""
     check_numbers(options, {"num_images": 1, "num_cpu_threads": 1, "scales": 0}, {})
     if options.num_cpu_threads is not None:
         torch.set_num_threads(options.num_cpu_threads)
     source, _ = find_pipeline(options.pipeline, None)
-    pipeline, data = open_model(source, options.scheduler)
-    names, n, size = data["label_names"], options.num_images, pipeline.unet.config.sample_size
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    pipeline, data = load_pipeline(source, "fp32", options.scheduler).to(device), recorded(source, "data") or {}
+    names, n, config = data.get("label_names") or [], options.num_images, pipeline.unet.config
+    if data.get("source") != "synthetic-faces" or config.get("num_class_embeds") != len(names) + 1:
+        raise InputError(f"{source} was not trained on synthetic-faces with --label_column and a null class")
     if n < len(names):
         raise InputError(f"--num_images is {n}, but there are {len(names)} classes; ask for as many")
-    which = {"label_column": data["label_column"], "resolution": size, "crop": "none"}
+    which = {"label_column": data["label_column"], "resolution": config.sample_size, "crop": "none"}
     store, others = (open_image_store(dataset_name="synthetic-faces", split=split, **which) for split in SPLITS)
     labels = [i % len(names) for i in range(n)]
     real, real_others = real_sets(store, names, labels)
-    judge = Judge(store.images, store.labels_among(names), len(names))
+    judge = fit_judge(store.images, store.labels_among(names), len(names))
     accuracy = float((judge(others.images) == others.labels_among(names)).mean())
     about = {"swd_floor": swd(real_others, real), "seeds": f"0 to {n - 1}", "batch_size": BATCH_SIZE}
+    results, shown = [], {name: [] for name in names}
+    for scale in options.scales:
+        started_at_seconds = time.perf_counter()
+        try:
+            images, evaluations = draw(pipeline, scale, n, options.steps)
+        except ValueError as error:  # images that are not finite, or steps that the sampler cannot take
+            raise Failed(f"at scale {scale:g} {error}") from error
+        seconds = time.perf_counter() - started_at_seconds
+        measured = about | class_shares(judge(images), np.array(labels), names)
+        measured |= {"guidance_scale": scale, "swd": swd(images, real)}
+        measured |= {"network_evaluations": evaluations, "seconds_per_image": seconds / n}
+        results.append(result("guidance", "Share in the class asked for", "class_share", **measured))
+        for k, row in enumerate(shown.values()):
+            row += [Image.fromarray(image.transpose(1, 2, 0)) for image in images[k :: len(names)][:SHOWN_OF_A_CLASS]]
     record = {
         "weights_sha256": {path.name: sha256_of(path) for path in weight_files(source)},
-        "device": device_name(pipeline.device),
+        "device": device_name(device),
         "judge": {"accuracy": accuracy, "split": SPLITS[1], "num_images": len(others)},
         "command": command,
         "reference": {key: store.description[key] for key in ("source", "split", "resolution", "fingerprint")},
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        "date": datetime.now(UTC).date().isoformat(),
-        "results": [],
+        "results": results,
     }
     make_folder(options.out)
-    rows = {f"{name}, at scales {', '.join(f'{scale:g}' for scale in options.scales)}": [] for name in names}
-    for scale in options.scales:
-        started_at_seconds = time.perf_counter()
-        try:
-            images, evaluations = draw(pipeline, scale, n, options.steps, len(names))
-        except ValueError as error:  # images that are not finite, or steps that the sampler cannot take
-            raise Failed(f"at scale {scale:g} {error}") from error
-        seconds = time.perf_counter() - started_at_seconds
-        for k, row in enumerate(rows.values()):
-            row += [Image.fromarray(image.transpose(1, 2, 0)) for image in images[k :: len(names)][:SHOWN_OF_A_CLASS]]
-        measured = about | class_shares(judge(images), np.array(labels), names)
-        measured |= {"guidance_scale": scale, "swd": swd(images, real)}
-        measured |= {"network_evaluations": evaluations, "seconds_per_image": seconds / n}
-        record["results"].append(result("guidance", "Share in the class asked for", "class_share", **measured))
-        write_results(options.out / "guidance.json", record)
-        share = f"{measured['value']:.1%} ± {measured['std']:.1%} in the class asked for"
-        print(f"scale {scale:g}: {share}, SWD {measured['swd']:.4g}, {seconds:.0f} s", flush=True)
-    (options.out / "guidance.md").write_text(summary(record))
+    write_results(options.out / "guidance.json", record)
+    text, scales = summary(record), ", ".join(f"{scale:g}" for scale in options.scales)
+    (options.out / "guidance.md").write_text(text)
+    rows = {f"{name}, at scales {scales}": images for name, images in shown.items()}
     plot_image_rows(rows, options.out / "guidance.png")
-    print(f"wrote {options.out / 'guidance.md'}", flush=True)
+    print(text)
 
 
 def main(arguments: list[str]) -> int:
@@ -211,10 +180,7 @@ def main(arguments: list[str]) -> int:
     add("--scheduler", choices=[*SAMPLERS, *CONTINUOUS_SAMPLERS], help="sampler (default: the repository's own)")
     add("--num_inference_steps", type=int, default=50, dest="steps", help="default 50; ode chooses its own")
     add("--num_cpu_threads", type=int)
-    return run_command(
-        lambda: run(parser.parse_args(arguments), command_line("experiments.guidance", arguments)),
-        "stopped; the scales measured so far are in guidance.json",
-    )
+    return run_command(lambda: run(parser.parse_args(arguments), command_line("experiments.guidance", arguments)))
 
 
 if __name__ == "__main__":

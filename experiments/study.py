@@ -1,6 +1,6 @@
 """An ablation study is described by a YAML file.
 
-config: configs/celeba32_cpu.yaml    base configuration of all variants, a file in configs/
+config: configs/celeba32_cpu.yaml    base configuration of all variants
 flags: {max_train_steps: 500}        further flags of train_unet.py, for all variants
 minutes: 30                          instead of max_train_steps: the training time of each variant, see below
 evaluation: {num_images: 1024}       flags of eval.run; the default metrics are swd, memorisation and heldout
@@ -22,8 +22,9 @@ from common import InputError
 from experiments.unet_variants import VARIANTS
 from training.arguments import read_yaml
 
-FLAGS_SET = set("config dataset_name train_data_dir seed output_dir overwrite_output_dir num_cpu_threads".split())
-EVALUATION_FLAGS_SET = set("pipeline reference out images_dir num_cpu_threads".split())
+# Flags of train_unet.py and eval.run
+SET_BY_THE_COMMAND = set("config dataset_name train_data_dir seed output_dir num_cpu_threads".split())
+SET_BY_THE_COMMAND |= {"pipeline", "reference", "out", "images_dir"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,32 +50,21 @@ class Study:
 
 
 def read_study(path: Path) -> Study:
-    """Reads a study.
-
-    Raises:
-        InputError: if the file cannot be read or does not follow the format above.
-    """
+    """Reads a study. Raises InputError if the file cannot be read or does not follow the format above."""
     content = read_yaml(path)
     try:
         variants = [Variant(name, **(changes or {})) for name, changes in content["variants"].items()]
         study = Study(**content | {"variants": variants})
-        check(study)
+        flags = {flag for part in (study, *variants) for flag in (*part.flags, *part.evaluation)}
     except (TypeError, KeyError, AttributeError) as error:  # an unknown or missing key, or a value of the wrong type
         raise InputError(f"{path} is not a study as experiments/study.py describes it: {error}") from error
-    return study
-
-
-def check(study: Study) -> None:
-    """Raises InputError for values that no study can have; the flags are checked when the trainings are set up."""
-    if len(study.variants) < 2:
-        raise InputError("the study has a single variant; give a baseline and at least one other")
-    for variant in study.variants:
+    for variant in variants:
         if variant.network not in VARIANTS:
             raise InputError(f"{variant.name} has the network {variant.network}; choose from {', '.join(VARIANTS)}")
-    flags_set = FLAGS_SET if study.minutes is None else {*FLAGS_SET, "max_train_steps"}
-    for part in (study, *study.variants):
-        for flag in (part.flags.keys() & flags_set) | (part.evaluation.keys() & EVALUATION_FLAGS_SET):
-            raise InputError(f"the flag {flag} is set by the command itself; remove it")
+    of_command = SET_BY_THE_COMMAND if study.minutes is None else SET_BY_THE_COMMAND | {"max_train_steps"}
+    if flags & of_command:
+        raise InputError(f"the command itself sets {', '.join(sorted(flags & of_command))}; remove it")
+    return study
 
 
 def flags_as_arguments(flags: dict) -> list[str]:
