@@ -5,10 +5,9 @@
 DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; experiments/study.py describes studies.
 
 OUT/ablation.md is the table, OUT/ablation.json its numbers; ablation_errors.png shows the held-out errors by noise
-level, ablation_images.png images of the same seeds. The trainings are in OUT/VARIANT/seed-S.
-In a study with equal training time, OUT/speeds.json has the images/s, measured before the first training; keep the
-machine idle for that minute. The same command resumes a study; more variants and seeds can be added.
-Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
+level, ablation_images.png images of the same seeds. The trainings are in OUT/VARIANT/seed-S. The same command resumes
+a study; more variants and seeds can be added. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or
+SIGTERM).
 """
 
 import itertools
@@ -25,25 +24,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import Failed, InputError, Parser, check_numbers, make_folder, run_command
+from common import Failed, InputError, Parser, check_numbers, run_command
 from eval.compare import Run, errors_by_noise_level, images_of, open_runs
 from eval.figures import plot_curves, plot_image_rows
 from eval.results import number, sampler_text, table, value_text, write_results
 from eval.run import parse_options as parse_evaluation
-from experiments.bench import measure_speeds
 from experiments.study import Study, Variant, flags_as_arguments, read_study
 from pipelines.custom_unet_pipeline import SAMPLERS
 from training.arguments import parse_config
 from training.config import DEFAULTS, TrainConfig
 from training.sde import continuous_samplers
 
-NEVER = 10**9
 POLL_SECONDS = 0.5
 IMAGES_OF_A_VARIANT = 8  # in the figure
 SHOWN_ERRORS = (0.5, 2.0)  # range of the axis, relative to the first variant
 FLAGS = {  # of every training, unless the study has others; a grid is drawn only at the end
     "report_to": "none",
-    "save_images_steps": NEVER,
+    "save_images_steps": 10**9,
     "eval_batch_size": 1,
     "validation_split": "validation",
 }
@@ -115,15 +112,8 @@ class Job:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
-def jobs_of(study: Study, data: str, crop: str | None, out: Path, num_steps: dict[str, int]) -> list[Job]:
-    """Builds all jobs, checked before the first one starts.
-
-    Args:
-        num_steps: updates of each variant in a study with equal training time, as far as they are known.
-
-    Raises:
-        InputError: if the arguments of a training or an evaluation are invalid.
-    """
+def jobs_of(study: Study, data: str, crop: str | None, out: Path) -> list[Job]:
+    """Builds all jobs; raises InputError if the arguments of a training or an evaluation are invalid."""
     jobs = []
     images = {"train_data_dir": data, "dataset_name": None}
     if not os.path.isdir(data):
@@ -132,8 +122,6 @@ def jobs_of(study: Study, data: str, crop: str | None, out: Path, num_steps: dic
     for seed, variant in itertools.product(study.seeds, study.variants):
         folder = out / variant.name / f"seed-{seed}"
         flags = FLAGS | study.flags | images | variant.flags | {"seed": seed, "output_dir": folder / "run"}
-        if study.minutes is not None:
-            flags["max_train_steps"] = num_steps.get(variant.name, NEVER)
         train = ["--config", study.config, *flags_as_arguments(flags)]
         how = flags_as_arguments({"reference": data} | METRICS | study.evaluation | variant.evaluation)
         evaluate = [f"--pipeline={folder / 'run' / 'pipeline'}", f"--out={folder / 'evaluation'}", *how]
@@ -157,26 +145,6 @@ def check_fits(config: TrainConfig, sampler: str | None, first: TrainConfig) -> 
         raise InputError(f"objective {config.objective} cannot take {sampler}; choose {', '.join(samplers)}")
     if (config.resolution, config.crop) != (first.resolution, first.crop):
         raise InputError("its --resolution or --crop is not the first variant's; all need the same images")
-
-
-def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
-    """The number of updates that each variant makes in this many minutes, from speeds that are kept in a file.
-
-    Args:
-        jobs: one per variant.
-    """
-    if not path.exists():
-        print(f"measuring the speed of {len(jobs)} trainings side by side", flush=True)
-        make_folder(path.parent)
-        write_results(path, measure_speeds({job.variant.name: (job.config, job.variant.network) for job in jobs}))
-    speeds, num_steps = json.loads(path.read_text()), {}
-    for job in jobs:
-        name = job.variant.name
-        if name not in speeds:
-            raise InputError(f"{path} has no speed of {name}; add its images/s or choose another --out")
-        images_per_update = job.config.train_batch_size * job.config.gradient_accumulation_steps
-        num_steps[name] = max(round(minutes * 60 * speeds[name] / images_per_update), job.config.lr_warmup_steps + 1)
-    return num_steps
 
 
 def do_all(jobs: list[Job], at_once: int) -> None:
@@ -247,7 +215,7 @@ def row_of(variant: Variant, study: Study, found: list[dict]) -> dict:
     changes += [f"{name} {'null' if value is None else value}" for name, value in variant.flags.items()]
     row = {"variant": variant.name, "changed": ", ".join(changes) or "nothing", "seeds": study.seeds, **found[0]}
     for key in MEASURED:
-        values = [study.minutes or one[key] if key == "train_minutes" else one[key] for one in found]
+        values = [one[key] for one in found]
         spread = {"std": statistics.stdev(values)} if len(values) > 1 and None not in values else {}
         row[key] = None if None in values else {"value": statistics.mean(values), **spread, "values": values}
     return row
@@ -317,11 +285,7 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     check_numbers(options, {"jobs": 1}, {"jobs": 64})
     study = read_study(options.study)
-    where = study, options.data, options.crop, options.out
-    jobs = jobs_of(*where, {})
-    if study.minutes is not None:
-        num_steps = updates_in(study.minutes, jobs[: len(study.variants)], options.out / "speeds.json")
-        jobs = jobs_of(*where, num_steps)
+    jobs = jobs_of(study, options.data, options.crop, options.out)
     do_all(jobs, options.jobs)
     write_study(study, jobs, options.out)
 

@@ -10,9 +10,7 @@ the stock DDIMPipeline. Exit codes: 0 done, 1 out of memory, 2 bad input.
 
 import copy
 import itertools
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,7 +25,6 @@ from common import run_command
 from custom_unet import CustomUNet2DModel
 from eval.results import number, table
 from experiments.architecture import ANY_DATA
-from experiments.unet_variants import VARIANTS
 from pipelines import CustomUNetPipeline
 from training.arguments import parse_config
 from training.config import TrainConfig
@@ -38,19 +35,16 @@ from training.precision import DTYPES, under_autocast
 
 NETWORKS = {"ours": CustomUNet2DModel, "diffusers": UNet2DModel}
 WARM_UP_CALLS, MEASURED_SECONDS, SAMPLING_STEPS = 3, 5.0, 10  # the first call compiles
-COMPARED_CALLS = 9  # in `measure_speeds`
 COLUMNS = ("task", "network", "precision", "images/s", "peak GiB", "share of the matmul rate")
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
-def build_network(config: TrainConfig, network_class: type[nn.Module], device: torch.device | str) -> nn.Module:
+def build_network(config: TrainConfig, network_class: type[nn.Module], device: torch.device) -> nn.Module:
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     return network_class(**config.unet_kwargs()).to(device, memory_format=memory_format)
 
 
-def training_update(
-    config: TrainConfig, network_class: type[nn.Module], device: torch.device | str
-) -> Callable[[], None]:
+def training_update(config: TrainConfig, network_class: type[nn.Module], device: torch.device) -> Callable[[], None]:
     """Returns a function that updates a new network and its EMA as the trainer does, on random images."""
     unet = build_network(config, network_class, device).train()
     ema_unet = copy.deepcopy(unet).requires_grad_(False)
@@ -63,8 +57,7 @@ def training_update(
     called = partial(under_autocast, unet, DTYPES[config.mixed_precision])
 
     def update() -> None:
-        for _ in range(config.gradient_accumulation_steps):
-            diffusion_loss(called, scheduler, images, **config.loss_settings()).backward()
+        diffusion_loss(called, scheduler, images, **config.loss_settings()).backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -125,7 +118,7 @@ def measure(task: str, network_class: type[nn.Module], config: TrainConfig, devi
 
 def run(arguments: list[str]) -> None:
     """Measures and prints the rows; raises InputError for bad arguments."""
-    config = replace(parse_config([*arguments, *ANY_DATA]), gradient_accumulation_steps=1)
+    config = parse_config([*arguments, *ANY_DATA])
     if config.num_cpu_threads is not None:
         torch.set_num_threads(config.num_cpu_threads)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -139,29 +132,6 @@ def run(arguments: list[str]) -> None:
         rows.append({"task": task, "network": name, "precision": precision} | measured)
         print(", ".join(map(number, rows[-1].values())), flush=True)
     print(table(rows, {name: name for name in COLUMNS}))
-
-
-def measure_speeds(trainings: dict[str, tuple[TrainConfig, str]]) -> dict[str, float]:
-    """Training images/s by name: the median over interleaved updates on the CPU with all threads.
-
-    Args:
-        trainings: the configuration, whose precision is not `auto`, and the name of the network in
-            `experiments.unet_variants`.
-    """
-    updates = {
-        name: training_update(config, VARIANTS[network], "cpu") for name, (config, network) in trainings.items()
-    }
-    seconds = {name: [] for name in trainings}
-    for _ in range(WARM_UP_CALLS + COMPARED_CALLS):
-        for name, update in updates.items():
-            started_at_seconds = time.perf_counter()
-            update()
-            seconds[name].append(time.perf_counter() - started_at_seconds)
-    speeds = {}
-    for name, (config, _) in trainings.items():
-        images = config.train_batch_size * config.gradient_accumulation_steps
-        speeds[name] = round(images / statistics.median(seconds[name][WARM_UP_CALLS:]), 2)
-    return speeds
 
 
 def main(arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ OUT/weights.png the loss weight that each prediction target implies. Exit codes:
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,13 +29,11 @@ from training.arguments import parse_config
 from training.data import to_model_range, to_uint8
 from training.synthetic_faces import render_faces
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-DRAWN_CONFIG = REPOSITORY / "configs" / "celeba32_cpu.yaml"
+DRAWN_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "celeba32_cpu.yaml"
 SCHEDULES = {"linear": DDPMScheduler(), "cosine": DDPMScheduler(beta_schedule="squaredcos_cap_v2")}
 SHOWN_TIMESTEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 SNR_GAMMA = 5.0
 FACE_PIXELS = 64
-EMBEDDED_TIMESTEPS = 400
 KINDS = {  # colour and name of each kind of layer
     "conv": ("#888888", "3x3 convolution"),
     "resnet": ("#4c78a8", "residual block"),
@@ -48,7 +47,6 @@ SKIP_COLOUR = "#444444"
 class Layer(NamedTuple):
     """One box of the drawn network; a residual block and the attention after it share a box."""
 
-    name: str  # of the module, as in the weights file
     kind: str  # a key of KINDS
     channels: int  # of the output (1, channels, side, side)
     side: int
@@ -62,25 +60,23 @@ def layers_of(network: CustomUNet2DModel, side: int) -> list[Layer]:
         network: on the meta device.
     """
     kinds = {ResidualBlock: "resnet", SelfAttention: "attention", Downsample: "down", Upsample: "up"}
-    outputs = []
-    for name, module in network.named_modules():
-        kind = "conv" if name in ("conv_in", "conv_out") else kinds.get(type(module))
-        if kind is not None:
-            module.register_forward_hook(
-                lambda _module, _inputs, output, about=(name, kind): outputs.append((*about, *output.shape[1:3]))
-            )
-    with torch.device("meta"), torch.no_grad():
-        network(torch.empty(1, 3, side, side), torch.ones(1))
-
     layers, skips = [], []
-    for name, kind, channels, height in outputs:
+
+    def record(name: str, kind: str, _module, _inputs, output: torch.Tensor) -> None:
         if kind == "attention":
             layers[-1] = layers[-1]._replace(kind=kind)
-            continue
+            return
         takes_skip = name.startswith("up_blocks") and kind == "resnet"
         if name.startswith(("conv_in", "down_blocks")):
             skips.append(len(layers))
-        layers.append(Layer(name, kind, channels, height, skips.pop() if takes_skip else None))
+        layers.append(Layer(kind, *output.shape[1:3], skips.pop() if takes_skip else None))
+
+    for name, module in network.named_modules():
+        kind = "conv" if name in ("conv_in", "conv_out") else kinds.get(type(module))
+        if kind is not None:
+            module.register_forward_hook(partial(record, name, kind))
+    with torch.device("meta"), torch.no_grad():
+        network(torch.empty(1, 3, side, side), torch.ones(1))
     return layers
 
 
@@ -115,7 +111,6 @@ def signal_to_noise(name: str) -> np.ndarray:
 
 
 def draw_schedules(path: Path) -> None:
-    """Draws the signal scale and the log signal-to-noise ratio of SCHEDULES, side by side."""
     figure, (share, logarithm) = plt.subplots(1, 2, figsize=(8, 3))
     for name in SCHEDULES:
         ratio = signal_to_noise(name)
@@ -140,8 +135,8 @@ def draw_weights(path: Path) -> None:
 
 
 def draw_time_embedding(projection: PositionalProjection, path: Path) -> None:
-    """Draws the embedding of the first timesteps before the two linear layers, one column per timestep."""
-    codes = projection(torch.arange(EMBEDDED_TIMESTEPS)).T.numpy()  # (features, timesteps)
+    """Draws the embedding of the first 400 timesteps before the two linear layers, one column per timestep."""
+    codes = projection(torch.arange(400)).T.numpy()  # (features, timesteps)
     figure, axes = plt.subplots(figsize=(8, 2.8))
     image = axes.imshow(codes, aspect="auto", cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
     axes.axhline(len(codes) / 2 - 0.5, color="black", linewidth=1)
@@ -160,11 +155,6 @@ def noised_faces() -> dict[str, list[Image.Image]]:
 
 
 def write_figures(out: Path) -> None:
-    """Writes all figures.
-
-    Raises:
-        InputError, OSError: if the folder cannot be created or a file cannot be written.
-    """
     make_folder(out)
     config = parse_config(["--config", str(DRAWN_CONFIG), "--dataset_name", "any"])
     with torch.device("meta"):

@@ -2,10 +2,9 @@
 
     python -m experiments.sde_tutorial --out assets/sde
 
-It draws figures and records the numbers of each step, in a few minutes on one core. Read it from top to bottom with
-Song et al. 2021 (arXiv 2011.13456) at hand: equation and algorithm numbers refer to that paper. The SDEs and samplers
-are the same as for the image models; only the data and the network are small, so that you can check each claim against
-the truth.
+It draws figures and records the numbers of each step, in a few minutes on one core. Read it with Song et al. 2021
+(arXiv 2011.13456) at hand: equation and algorithm numbers refer to that paper. The SDEs and samplers are those of the
+image models; only the data and the network are small, so that you can check each claim against the truth.
 """
 
 import itertools
@@ -14,7 +13,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -50,38 +48,22 @@ COLORS = (BLUE, GREEN, ORANGE, RED, PURPLE)
 ARROWS = {"angles": "xy", "scale_units": "xy", "scale": 1, "headwidth": 2.5, "headlength": 3, "headaxislength": 3}
 
 
-@dataclass(frozen=True)
-class Size:
-    """The amount of computation."""
+# The amount of computation
+PATHS, TRAIN_STEPS, SAMPLES, SEEDS, BUDGETS, POINTS = 20_000, 8000, 10_000, 5, (20, 50, 100, 200), 1000
+DATA, VP = eight_modes(), SDES["VP"]
+TRAINING_POINTS = DATA.sample(10_000, generator(1))
+Scores = dict[str, Score]  # the exact and the learned score of DATA under VP
 
-    paths: int = 20_000
-    train_steps: int = 8000
-    samples: int = 10_000
-    seeds: int = 5
-    budgets: tuple[int, ...] = (20, 50, 100, 200)
-    points: int = 1000
+# Each step below takes these scores and the folder for its figure, and returns its numbers.
 
 
-SMALL = Size(paths=4000, train_steps=1500, samples=2000, seeds=2, budgets=(20, 50), points=200)  # for tests
-
-
-class Lesson:
-    """What the steps share: sizes, the output folder, the 2-D data, its exact score and a learned score."""
-
-    def __init__(self, size: Size, out: Path):
-        self.size, self.out = size, out
-        self.data, self.sde = eight_modes(), SDES["VP"]
-        self.training_points = self.data.sample(10_000, generator(1))
-        self.learned = train(self.sde, self.training_points, size.train_steps)
-        self.scores: dict[str, Score] = {"exact": exact_score(self.data, self.sde), "learned": self.learned}
-
-    def save(self, figure: plt.Figure, name: str) -> dict[str, str]:
-        """Writes a figure with 128 colours, for a third of the file size, and returns its entry in the record."""
-        figure.tight_layout()
-        figure.savefig(self.out / name, dpi=90, metadata={"Software": None})
-        plt.close(figure)
-        Image.open(self.out / name).convert("RGB").quantize(128).save(self.out / name, optimize=True)
-        return {"figure": name}
+def save(figure: plt.Figure, path: Path) -> dict[str, str]:
+    """Writes a figure with 128 colours, for a third of the file size, and returns its entry in the record."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+    return {"figure": path.name}
 
 
 def finish(axes: plt.Axes, **legend) -> None:
@@ -113,26 +95,25 @@ def solve_paths(sde: SDE, x: Tensor, times: Tensor, weight: float, noise: Callab
     return torch.stack(paths)[..., 0]
 
 
-def forward(lesson: Lesson) -> dict:
+def forward(scores: Scores, out: Path) -> dict:
     """Compares simulated paths with the exact marginals p_t: for a linear drift, x_t = alpha x_0 + n epsilon (eq. 29).
 
     The top row of the figure shows forward paths, the bottom row reverse paths from a few points of the prior.
     """
-    n = lesson.size.paths
-    numbers = {"paths": n, "chance_level_95_percent": 1.358 / math.sqrt(n)}
+    numbers = {"paths": PATHS, "chance_level_95_percent": 1.358 / math.sqrt(PATHS)}
     figure, axes = plt.subplots(2, 3, figsize=(9, 6), sharex=True)
     for (name, sde), (top, bottom) in zip(SDES.items(), axes.T, strict=True):
         backwards = solvers.sampling_times(sde, 1000)
-        times, noise = backwards.flip(0), noise_source((n, 1), 3)
-        x = TWO_MODES.sample(n, generator(2)) + sde.noise_scale(times[0]) * noise()
+        times, noise = backwards.flip(0), noise_source((PATHS, 1), 3)
+        x = TWO_MODES.sample(PATHS, generator(2)) + sde.noise_scale(times[0]) * noise()
         paths = solve_paths(sde, x, times, 0, noise)
         height = 2.4 * math.hypot(1, sde.prior_std)
         grid = torch.linspace(-height, height, 500, dtype=torch.float64)[:, None]
         density = torch.stack([TWO_MODES.at(sde, t).log_density(grid).exp() for t in times[::5]], 1)
         density /= density.amax(0)  # otherwise the colours of late times are too faint
-        background = {"extent": (0, 1, -height, height), "origin": "lower", "aspect": "auto", "cmap": "Blues"}
         for panel in (top, bottom):
-            panel.imshow(density, alpha=0.9, **background)
+            extent = (0, 1, -height, height)
+            panel.imshow(density, alpha=0.9, extent=extent, origin="lower", aspect="auto", cmap="Blues")
             panel.set(ylim=(-height, height))
         top.plot(times[::5], paths[::5, :6], color=ORANGE, linewidth=0.8)
         start = sde.prior_std * torch.linspace(-1.8, 1.8, 6)[:, None].double()
@@ -147,47 +128,45 @@ def forward(lesson: Lesson) -> dict:
             numbers[name][f"distance_at_{t}"] = float(ks_1samp(x.double().numpy(), marginal.cdf).statistic)
     axes[0, 0].set_ylabel("forward SDE")
     axes[1, 0].set_ylabel("reverse SDE (orange), ODE (black)")
-    return numbers | lesson.save(figure, "forward.png")
+    return numbers | save(figure, out / "forward.png")
 
 
 # ---- 2. A network learns the score
 
 
-def learning(lesson: Lesson) -> dict:
+def learning(scores: Scores, out: Path) -> dict:
     """Compares the learned score with the exact one, and with the minimiser of the loss on 2,000 training points.
 
-    That minimiser is known: the score of these points plus noise. It agrees with the truth where the noise is wider
-    than the spacing of the points; below that, it pulls towards single points, and a smooth network is closer to the
-    truth. Relative errors rise towards time 0, where the weight lambda is small.
+    That minimiser is the score of these points plus noise. Where the noise is narrower than their spacing, it pulls
+    towards single points, and a smooth network is closer to the truth.
     """
-    sde, data, points = lesson.sde, lesson.data, lesson.training_points[:2000]
+    points = TRAINING_POINTS[:2000]
     memory = GaussianMixture(torch.full((len(points),), 1 / len(points)).double(), points, 0.0)
-    scores = lesson.scores | {"minimum of the loss on 2,000 points": exact_score(memory, sde)}
+    scores = scores | {"minimum of the loss on 2,000 points": exact_score(memory, VP)}
     times = torch.logspace(-3, 0, 16, dtype=torch.float64)
     errors, losses = {name: [] for name in scores}, {name: [] for name in scores}
     source = generator(5)
     for t in times:
-        x_0, noise = data.sample(2000, source), torch.randn(2000, 2, generator=source)
-        x = data.at(sde, t).sample(2000, source)
-        exact = data.at(sde, t).score(x)
+        x_0, noise = DATA.sample(2000, source), torch.randn(2000, 2, generator=source)
+        x = DATA.at(VP, t).sample(2000, source)
+        exact = DATA.at(VP, t).score(x)
         for name, score in scores.items():
             errors[name].append(float((score(x, t) - exact).norm() / exact.norm()))
-            losses[name].append(float(denoising_loss(sde, score, x_0, t, noise)))
+            losses[name].append(float(denoising_loss(VP, score, x_0, t, noise)))
 
     errors.pop("exact")
     numbers = {"times": times.tolist(), "relative_rms_error": errors, "denoising_loss": losses}
-    return numbers | draw_learning(lesson, numbers)
+    return numbers | draw_learning(numbers, out / "score.png")
 
 
-def draw_learning(lesson: Lesson, numbers: dict) -> dict[str, str]:
+def draw_learning(numbers: dict, path: Path) -> dict[str, str]:
     """Draws the exact score at four times, above the errors and losses from `learning`."""
-    data, sde = lesson.data, lesson.sde
     figure = plt.figure(figsize=(9, 6))
     layout = figure.add_gridspec(2, 4, height_ratios=[1, 1.2])
     lines, fine = (torch.linspace(-end, end, n, dtype=torch.float64) for end, n in ((1.5, 7), (1.9, 120)))
     points, pixels = torch.cartesian_prod(lines, lines), torch.cartesian_prod(fine, fine)
     for column, t in enumerate((0.02, 0.1, 0.25, 0.6)):
-        marginal, n, axes = data.at(sde, at(t)), float(sde.noise_scale(at(t))), figure.add_subplot(layout[0, column])
+        marginal, n, axes = DATA.at(VP, at(t)), float(VP.noise_scale(at(t))), figure.add_subplot(layout[0, column])
         density = marginal.log_density(pixels).exp().view(120, 120)  # (x, y)
         axes.imshow(density.T, extent=(-1.9, 1.9, -1.9, 1.9), origin="lower", cmap="Blues", alpha=0.7)
         arrows = n * marginal.score(points)
@@ -205,7 +184,7 @@ def draw_learning(lesson: Lesson, numbers: dict) -> dict[str, str]:
     finish(left, fontsize=8)
     finish(right, fontsize=8)
     figure.suptitle("n times the exact score of the noisy data; long arrows are shortened", fontsize=10)
-    return lesson.save(figure, "score.png")
+    return save(figure, path)
 
 
 # ---- 3. Samplers
@@ -274,37 +253,35 @@ METHODS = ("Langevin, one level", "Langevin, annealed", "Euler-Maruyama", "rever
 METHODS += ("ODE, Heun", "ODE, adaptive")
 
 
-def samplers(lesson: Lesson) -> dict:
+def samplers(scores: Scores, out: Path) -> dict:
     """Compares all methods with 100 evaluations of the exact and the learned score, from the same prior noise."""
-    size, data = lesson.size, lesson.data
-    truth, again = (data.sample(size.samples, generator(6, i)) for i in range(2))
+    truth, again = (DATA.sample(SAMPLES, generator(6, i)) for i in range(2))
 
     def errors(x: Tensor) -> dict[str, float]:
-        return {"sliced_wasserstein": sliced_wasserstein(x, truth), "mode_weight_error": mode_weight_error(data, x)}
+        return {"sliced_wasserstein": sliced_wasserstein(x, truth), "mode_weight_error": mode_weight_error(DATA, x)}
 
-    table = []
-    for (kind, score), method in itertools.product(lesson.scores.items(), METHODS):
-        x, evaluations = sample(method, lesson.sde, score, 100, noise_source((size.samples, 2), 7))
-        table.append({"score": kind, "method": method, "evaluations": evaluations} | errors(x))
-    return {"samples": size.samples, "chance": errors(again), "table": table}
+    rows = []
+    for (kind, score), method in itertools.product(scores.items(), METHODS):
+        x, evaluations = sample(method, VP, score, 100, noise_source((SAMPLES, 2), 7))
+        rows.append({"score": kind, "method": method, "evaluations": evaluations} | errors(x))
+    return {"samples": SAMPLES, "chance": errors(again), "table": rows}
 
 
-def gaussian_variance(method: str, sde: SDE, std: float, num_steps: int) -> float:
-    """Variance of a stochastic sampler's output for data N(0, std^2), without sampling error.
+def gaussian_variance(method: str, num_steps: int) -> float:
+    """Variance of a stochastic sampler's output for data N(0, 1), without sampling error.
 
     The exact score is linear, so the output is a sum of the noises with fixed factors. With one noise set to 1 and the
     others to 0, the sampler returns the factor of that noise; the variance is the sum of the squared factors. One row
     per noise.
     """
     noises = iter(torch.eye(num_steps + 1, dtype=torch.float64)[:, :, None])
-    data = GaussianMixture(torch.ones(1).double(), torch.zeros(1, 1).double(), std)
-    x, _ = sample(method, sde, exact_score(data, sde), num_steps + 1, lambda: next(noises))
+    data = GaussianMixture(torch.ones(1).double(), torch.zeros(1, 1).double(), 1.0)
+    x, _ = sample(method, VP, exact_score(data, VP), num_steps + 1, lambda: next(noises))
     return float(x.square().sum())
 
 
-def orders(lesson: Lesson) -> dict:
-    """Error against work: the SDE solvers have (weak) order 1, Heun's method order 2, Dormand-Prince order 5."""
-    sde = lesson.sde
+def orders(scores: Scores, out: Path) -> dict:
+    """Error against work: the SDE solvers have (weak) order 1, Heun's method 2, Dormand-Prince 5 for fixed steps."""
     of_sde, of_ode = {}, {}
 
     def line(work: list[int], errors: list[float]) -> dict:
@@ -312,22 +289,22 @@ def orders(lesson: Lesson) -> dict:
         return {"evaluations": work, "error": errors, "order": -float(slope)}
 
     # x_0 ~ N(0, 1): p_t has variance alpha^2 + n^2 = 1, and the samplers end with the expectation of x_0, alpha x
-    exact_variance = float(sde.signal_scale(at(sde.first_time))) ** 2
+    exact_variance = float(VP.signal_scale(at(VP.first_time))) ** 2
     steps = [32, 64, 128, 256, 512]
     for method in ("Euler-Maruyama", "reverse diffusion"):
-        errors = [abs(gaussian_variance(method, sde, 1.0, n) / exact_variance - 1) for n in steps]
+        errors = [abs(gaussian_variance(method, n) / exact_variance - 1) for n in steps]
         of_sde[method] = line([n + 1 for n in steps], errors)
 
-    score, first = exact_score(lesson.data, sde), at(sde.first_time)
-    x, denoise = noise_source((500, 2), 8)().double(), denoiser_of(sde, score)
-    exact = denoise(solve(sde, score, x, sde.last_time, sde.first_time, 1e-11)[0], first)
+    score, first = scores["exact"], at(VP.first_time)
+    x, denoise = noise_source((500, 2), 8)().double(), denoiser_of(VP, score)
+    exact = denoise(solve(VP, score, x, VP.last_time, VP.first_time, 1e-11)[0], first)
 
     def error(x_0: Tensor) -> float:  # the median, because between two modes small errors grow to their distance
         return float((x_0 - exact).norm(dim=1).median())
 
     steps = [20, 40, 80, 160, 320]
     of_ode["Heun"] = line([2 * n - 1 for n in steps], [error(heun(denoise, x, n)) for n in steps])
-    solved = [solve(sde, score, x, sde.last_time, sde.first_time, 10.0**-k) for k in range(3, 9)]
+    solved = [solve(VP, score, x, VP.last_time, VP.first_time, 10.0**-k) for k in range(3, 9)]
     errors = [error(denoise(y, first)) for y, _ in solved]
     of_ode["Dormand-Prince, adaptive"] = line([n + 1 for _, n in solved], errors)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
@@ -336,79 +313,67 @@ def orders(lesson: Lesson) -> dict:
     colors = iter(COLORS)
     for panel, lines in zip(axes, (of_sde, of_ode), strict=True):
         for name, found in lines.items():
-            # adaptive steps have no order
             label = name if "adaptive" in name else f"{name}: order {found['order']:.1f}"
             panel.loglog(found["evaluations"], found["error"], "o-", color=next(colors), label=label)
         panel.set(xlabel="evaluations of the score")
-        panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-        panel.set_xticks([50, 100, 200, 500], ["50", "100", "200", "500"])
         finish(panel, loc="upper right")
-    return of_sde | of_ode | lesson.save(figure, "orders.png")
+    return of_sde | of_ode | save(figure, out / "orders.png")
 
 
 # ---- 4. Is a corrector worth its evaluations?
 
 
-def corrector(lesson: Lesson) -> dict:
-    """Compares predictor-corrector with predictors alone at equal numbers of evaluations, with several seeds.
-
-    For the same number of evaluations, predictor-corrector takes half as many time steps.
-    """
-    size, data = lesson.size, lesson.data
-    shape = (size.samples // 2, 2)
-    truth = data.sample(shape[0], generator(9))
-    chance = [sliced_wasserstein(data.sample(shape[0], generator(10, seed)), truth) for seed in range(size.seeds)]
+def corrector(scores: Scores, out: Path) -> dict:
+    """Compares predictor-corrector with predictors of twice the steps, hence of as many evaluations."""
+    shape = (SAMPLES // 2, 2)
+    truth = DATA.sample(shape[0], generator(9))
+    chance = [sliced_wasserstein(DATA.sample(shape[0], generator(10, seed)), truth) for seed in range(SEEDS)]
     variants = {name: (name, 0.16) for name in ("Euler-Maruyama", "reverse diffusion")}
     variants |= {f"predictor-corrector, snr {snr}": ("predictor-corrector", snr) for snr in (0.05, 0.16, 0.3)}
 
     def distance(method: str, snr: float, score: Score, budget: int, seed: int) -> float:
-        x, _ = sample(method, lesson.sde, score, budget, noise_source(shape, 11, seed), snr)
+        x, _ = sample(method, VP, score, budget, noise_source(shape, 11, seed), snr)
         return sliced_wasserstein(x, truth)
 
-    mean_chance, found = float(np.mean(chance)), {kind: {} for kind in lesson.scores}
+    mean_chance, found = float(np.mean(chance)), {kind: {} for kind in scores}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True)
-    for (kind, score), panel in zip(lesson.scores.items(), axes, strict=True):
+    for (kind, score), panel in zip(scores.items(), axes, strict=True):
         for (label, (method, snr)), color in zip(variants.items(), COLORS, strict=True):
-            distances = [[distance(method, snr, score, n, s) for s in range(size.seeds)] for n in size.budgets]
+            distances = [[distance(method, snr, score, n, s) for s in range(SEEDS)] for n in BUDGETS]
             mean, std = np.mean(distances, 1), np.std(distances, 1, ddof=1)
             found[kind][label] = {"mean": mean.tolist(), "std_of_seeds": std.tolist()}
             style = {"color": color, "label": label, "marker": "o", "markersize": 4, "capsize": 2}
-            panel.errorbar(size.budgets, mean, std, **style)
+            panel.errorbar(BUDGETS, mean, std, **style)
         panel.axhline(mean_chance, color=GREY, linestyle="--", label="chance: data against data")
         panel.set(xscale="log", yscale="log", xlabel="evaluations of the score", title=f"{kind} score")
-        panel.minorticks_off()
-        panel.set_xticks(size.budgets, map(str, size.budgets))
-        panel.set_yticks([0.01, 0.02, 0.05], ["0.01", "0.02", "0.05"])
-        panel.grid(alpha=0.3)
+        finish(panel, fontsize=8)
     axes[0].set_ylabel("sliced Wasserstein distance, spread of the seeds")
-    axes[1].legend(fontsize=8)
-    numbers = {"samples": shape[0], "seeds": size.seeds, "chance": mean_chance, "budgets": size.budgets}
-    return numbers | found | lesson.save(figure, "corrector.png")
+    numbers = {"samples": shape[0], "seeds": SEEDS, "chance": mean_chance, "budgets": BUDGETS}
+    return numbers | found | save(figure, out / "corrector.png")
 
 
 # ---- 5. Each point has a code
 
 
-def encoding(lesson: Lesson) -> dict:
+def encoding(scores: Scores, out: Path) -> dict:
     """The ODE (eq. 13) runs both ways: from data to codes and back. The codes depend only on the data's score, not on
     the network that learned it, and hardly on the SDE: x / alpha follows the same curves for all (section 4.3)."""
-    n, vp, ve, data = lesson.size.points, lesson.sde, SDES["VE"], lesson.data
-    x = data.sample(n, generator(12))
+    x, ve = DATA.sample(POINTS, generator(12)), SDES["VE"]
     tolerances = [1e-2, 1e-3, 1e-4, 1e-5]
-    errors = {kind: [] for kind in lesson.scores}
-    for (kind, score), tolerance in itertools.product(lesson.scores.items(), tolerances):
-        code, _ = solve(vp, score, x, vp.first_time, vp.last_time, tolerance)
-        back, _ = solve(vp, score, code, vp.last_time, vp.first_time, tolerance)
+    errors = {kind: [] for kind in scores}
+    for (kind, score), tolerance in itertools.product(scores.items(), tolerances):
+        code, _ = solve(VP, score, x, VP.first_time, VP.last_time, tolerance)
+        back, _ = solve(VP, score, code, VP.last_time, VP.first_time, tolerance)
         errors[kind].append(rms(back - x))
 
     def codes(sde: SDE, score: Score) -> Tensor:
         start = float(sde.signal_scale(at(sde.first_time))) * x
         return solve(sde, score, start, sde.first_time, sde.last_time, 1e-6)[0] / sde.prior_std
 
-    of_vp = codes(vp, lesson.scores["exact"])
-    differences = {"VE from VP, exact score": rms(codes(ve, exact_score(data, ve)) - of_vp)}
-    differences |= {"learned from exact score, VP": rms(codes(vp, lesson.learned) - of_vp)}
-    numbers = {"points": n, "tolerances": tolerances, "round_trip_rms_error": errors}
+    of_vp = codes(VP, scores["exact"])
+    differences = {"VE from VP, exact score": rms(codes(ve, exact_score(DATA, ve)) - of_vp)}
+    differences |= {"learned from exact score, VP": rms(codes(VP, scores["learned"]) - of_vp)}
+    numbers = {"points": POINTS, "tolerances": tolerances, "round_trip_rms_error": errors}
     return numbers | {"rms_difference_of_codes": differences}
 
 
@@ -418,8 +383,7 @@ def encoding(lesson: Lesson) -> dict:
 def log_likelihood(sde: SDE, score: Score, x: Tensor, tolerance: float) -> Tensor:
     """log p(x) of points (N, D): the log-density of their codes under the prior, plus the flow's compression (eq. 39).
 
-    In two dimensions, the divergence is computed exactly as the trace of a Jacobian; for images, it is estimated (eq.
-    40).
+    The divergence is the exact trace of a Jacobian; for images, it is estimated (eq. 40).
     """
     denoise = denoiser_of(sde, score)
 
@@ -438,23 +402,22 @@ def log_likelihood(sde: SDE, score: Score, x: Tensor, tolerance: float) -> Tenso
     return prior + compression
 
 
-def likelihood(lesson: Lesson) -> dict:
+def likelihood(scores: Scores, out: Path) -> dict:
     """Compares the ODE's log-densities with the exact ones, in nats: error by tolerance, loss by the learned score.
 
-    Where smaller tolerances no longer help, the prior differs from the noised data: under VE, its variance lacks
-    theirs.
+    Where smaller tolerances no longer help, the prior differs from the noised data.
     """
-    n, data, tolerances = lesson.size.points // 2, lesson.data, [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
+    n, tolerances = POINTS // 2, [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
     errors = {}
     for name, sde in SDES.items():
-        marginal = data.at(sde, at(sde.first_time))
-        x, score = marginal.sample(n, generator(13)), exact_score(data, sde)
+        marginal = DATA.at(sde, at(sde.first_time))
+        x, score = marginal.sample(n, generator(13)), exact_score(DATA, sde)
         found = [log_likelihood(sde, score, x, tolerance) for tolerance in tolerances]
         errors[name] = [rms(values - marginal.log_density(x)) for values in found]
 
-    marginal = data.at(lesson.sde, at(lesson.sde.first_time))
+    marginal = DATA.at(VP, at(VP.first_time))
     x = marginal.sample(n, generator(13))
-    exact, learned = marginal.log_density(x), log_likelihood(lesson.sde, lesson.learned, x, 1e-4)
+    exact, learned = marginal.log_density(x), log_likelihood(VP, scores["learned"], x, 1e-4)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
     for (name, values), color in zip(errors.items(), (GREEN, BLUE, ORANGE), strict=True):
         left.loglog(tolerances, values, "o-", color=color, label=name)
@@ -467,7 +430,7 @@ def likelihood(lesson: Lesson) -> dict:
     means = {"exact": float(exact.mean()), "learned": float(learned.mean())}
     numbers = {"points": n, "tolerances": tolerances, "rms_error_nats": errors, "mean_log_likelihood_nats": means}
     numbers |= {"learned_rms_error_nats": rms(learned - exact)}
-    return numbers | lesson.save(figure, "likelihood.png")
+    return numbers | save(figure, out / "likelihood.png")
 
 
 STEPS = (forward, learning, samplers, orders, corrector, encoding, likelihood)
@@ -478,23 +441,22 @@ def rounded(numbers: dict) -> dict:
     return json.loads(json.dumps(numbers), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
-def run(out: Path, quick: bool) -> None:
+def run(out: Path) -> None:
     """Runs the steps and writes the record after each one."""
     make_folder(out)
     torch.set_num_threads(1)  # the tensors are small, and sums agree between machines
-    lesson, steps = Lesson(SMALL if quick else Size(), out), {}
+    scores, steps = {"exact": exact_score(DATA, VP), "learned": train(VP, TRAINING_POINTS, TRAIN_STEPS)}, {}
     for step in STEPS:
         started_at_seconds = time.perf_counter()
-        steps[step.__name__] = rounded(step(lesson))
-        write_results(out / "tutorial.json", {"size": "small" if quick else "full", "steps": steps})
+        steps[step.__name__] = rounded(step(scores, out))
+        write_results(out / "tutorial.json", {"steps": steps})
         print(f"{step.__name__}: {time.perf_counter() - started_at_seconds:.0f} s", flush=True)
 
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m experiments.sde_tutorial", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures and tutorial.json")
-    parser.add_argument("--quick", action="store_true", help="small sizes for tests: rough numbers within seconds")
-    return run_command(lambda: run(**vars(parser.parse_args(arguments))), "stopped; finished steps are kept")
+    return run_command(lambda: run(parser.parse_args(arguments).out), "stopped; finished steps are kept")
 
 
 if __name__ == "__main__":

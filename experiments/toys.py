@@ -12,6 +12,7 @@ from eval.swd import projected_distances, random_directions
 from training.sde import SDE, Denoiser, clean_image_coefficients, spread
 
 Score = Callable[[Tensor, Tensor], Tensor]  # s(x, t) for points (N, D) and times () or (N,)
+BATCH_SIZE = 512  # in `train`
 
 
 def generator(*seed: int) -> torch.Generator:
@@ -34,8 +35,7 @@ class GaussianMixture:
     Args:
         weights: (K,), with sum 1.
         means: (K, D), float64.
-        std: the standard deviation; with 0, this is the empirical distribution of the means, which has a density only
-            after noise is added.
+        std: with 0, this is the empirical distribution of the means, which has a density only after noise is added.
     """
 
     weights: Tensor
@@ -82,7 +82,7 @@ def eight_modes() -> GaussianMixture:
     return GaussianMixture(weights, torch.stack([angles.cos(), angles.sin()], 1), 0.07)
 
 
-def train(sde: SDE, points: Tensor, num_steps: int, batch_size: int = 512, width: int = 64) -> Score:
+def train(sde: SDE, points: Tensor, num_steps: int) -> Score:
     """Trains a small network for points (N, 2) by denoising score matching (eq. 7).
 
     The score of x_t given x_0 is -epsilon / n, and its regression on x_t alone gives the score of p_t. The weight
@@ -91,10 +91,8 @@ def train(sde: SDE, points: Tensor, num_steps: int, batch_size: int = 512, width
     source = generator(4)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = nn.Sequential(
-            nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, 2),
-        )  # fmt: skip
+        hidden = [nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU()]
+        network = nn.Sequential(*hidden, nn.Linear(64, 2))
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         t = t.expand(len(x))
@@ -104,8 +102,8 @@ def train(sde: SDE, points: Tensor, num_steps: int, batch_size: int = 512, width
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     for _ in range(num_steps):
-        x_0 = points[torch.randint(len(points), (batch_size,), generator=source)]
-        u = torch.rand(batch_size, generator=source, dtype=torch.float64)
+        x_0 = points[torch.randint(len(points), (BATCH_SIZE,), generator=source)]
+        u = torch.rand(BATCH_SIZE, generator=source, dtype=torch.float64)
         t = sde.first_time + (sde.last_time - sde.first_time) * u
         loss = denoising_loss(sde, score, x_0, t, torch.randn(x_0.shape, generator=source))
         optimizer.zero_grad()

@@ -1,27 +1,22 @@
 """Ablation studies: an end-to-end run, tables from hand-written results, resuming, and rejected inputs."""
 
-import contextlib
 import itertools
 import json
+import os
+import signal
 import statistics
 import subprocess
-import sys
-import time
-from dataclasses import replace
+import threading
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import yaml
 from test_eval_run import write_real_images
-from tiny_training import HANG_SECONDS
 
 from eval.results import number, read_results, write_results
-from experiments import ablation, bench
 from experiments.ablation import Job, jobs_of, main, table_of
 from experiments.study import read_study
-from training.arguments import parse_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE, NUM_IMAGES = 16, 16
@@ -128,7 +123,7 @@ def results_of(name: str, seed: int) -> dict:
 
 
 def jobs(study: Path) -> list[Job]:
-    return jobs_of(read_study(study), "synthetic-faces", None, study.parent / "out", {})
+    return jobs_of(read_study(study), "synthetic-faces", None, study.parent / "out")
 
 
 @pytest.fixture
@@ -189,82 +184,19 @@ def test_changed_settings_are_rejected_and_new_variants_are_left_to_do(finished_
     assert unfinished(finished_study) == {*itertools.product(VARIANTS, ["seed-6"]), *itertools.product(["new"], new)}
 
 
-def trainings_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The child processes that train; libraries briefly start others while they are imported."""
-    found = []
-    for child in psutil.Process(process.pid).children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "experiments.unet_variants" in child.cmdline():
-                found.append(child)
-    return found
+def test_sigterm_stops_the_processes(tmp_path, monkeypatch, capsys):
+    started = []
 
+    def start(job, task, num_threads):
+        started.append(subprocess.Popen(["sleep", "100"]))
+        if len(started) == 2:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return started[-1]
 
-def test_sigterm_stops_the_training_processes(finished_study, monkeypatch):
-    """A new variant's trainings would never end."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(finished_study.parent / "cache"))
-    flags = {"learning_rate": 0.02, "max_train_steps": 1_000_000, "logging_steps": 1_000_000}
-    write_study(finished_study.parent, STUDY | {"variants": VARIANTS | {"slow": {"flags": flags}}})
-    out = finished_study.parent / "out"
-    arguments = [str(finished_study), "--data", "synthetic-faces", "--out", str(out), "--jobs", "2"]
-    command = [sys.executable, "-m", "experiments.ablation", *arguments]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while len(trainings := trainings_of(process)) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.terminate()
-    _, error = process.communicate(timeout=HANG_SECONDS)  # a training that has just started may take long to stop
-    assert process.returncode == 130, error
-    assert not any(training.is_running() for training in trainings)
-    assert error.splitlines()[-1] == "stopped; the same command resumes from here"
-    assert unfinished(finished_study) == {("slow", f"seed-{seed}") for seed in SEEDS}
-    begun = json.loads((out / "slow" / "seed-0" / "job.json").read_text())
-    assert begun["training"]["learning_rate"] == 0.02
-
-
-# ---- Equal training time
-
-
-def test_speed_is_the_median_over_interleaved_updates(monkeypatch):
-    """A fake clock advances by the cost of each update; one update is slow, as on a busy machine."""
-    base = parse_config([])
-    trainings = {"small": (replace(base, train_batch_size=6), "plain"), "large": (base, "no_skips")}
-    costs_seconds = {6: 2.0, 16: 4.0}
-    now_seconds, turns = 0.0, []
-
-    def loss(network, scheduler, images, **settings):
-        nonlocal now_seconds
-        assert settings == base.loss_settings()
-        turns.append(len(images))
-        now_seconds += costs_seconds[len(images)] + (100 if len(turns) == 9 else 0)
-        return next(network.args[0].parameters()).sum()
-
-    monkeypatch.setattr(bench, "diffusion_loss", loss)
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now_seconds)
-    assert bench.measure_speeds(trainings) == {"small": 3.0, "large": 4.0}
-    assert turns == [6, 16] * (len(turns) // 2)
-
-
-def test_every_variant_trains_for_the_minutes_of_the_study(tmp_path, monkeypatch, capsys):
-    """30 seconds here. Measured speeds are kept."""
-    flags = {name: value for name, value in FLAGS.items() if name != "max_train_steps"}
-    content = REAL_STUDY | {"flags": flags, "minutes": 0.5}
-    variants = {"base": {}, "fast": {"flags": {"train_batch_size": 8}}, "short": {"flags": {"lr_warmup_steps": 70}}}
-    speeds, measured, done = {"base": 32.0, "fast": 40.0, "short": 32.0}, [], []
-
-    def measure(trainings):
-        measured.append([*trainings])
-        return speeds
-
-    monkeypatch.setattr(ablation, "measure_speeds", measure)
-    monkeypatch.setattr(ablation, "do_all", lambda jobs, _: done.append({j.variant.name: j.config for j in jobs}))
-    monkeypatch.setattr(ablation, "write_study", lambda *arguments: None)
-    study = write_study(tmp_path, content | {"variants": variants})
-    assert [run_study(study), run_study(study)] == [0, 0]
-    assert measured == [[*speeds]]
-    steps = {"base": 60, "fast": 150, "short": 71}  # longer than the warm-up
-    assert [{name: config.max_train_steps for name, config in found.items()} for found in done] == [steps, steps]
-    assert run_study(write_study(tmp_path, content | {"variants": variants | {"new": {}}})) == 2
-    assert "has no speed of new" in error_line(capsys)
+    monkeypatch.setattr(Job, "start", start)
+    assert run_study(write_study(tmp_path, STUDY), "synthetic-faces", "--jobs", "2") == 130
+    assert [process.poll() for process in started] == [-signal.SIGTERM] * 2
+    assert capsys.readouterr().err == "stopped; the same command resumes from here\n"
 
 
 # ---- Failures and rejected inputs
@@ -288,7 +220,7 @@ def study_with(**variant) -> dict:
     [
         ("", "is not a study"),
         (REAL_STUDY | {"variant": {}}, "unexpected keyword argument 'variant'"),
-        (REAL_STUDY | {"minutes": 1}, "the command itself sets max_train_steps"),
+        (study_with(flags={"seed": 1}), "the command itself sets seed"),
         (study_with(network="no_head"), "other has the network no_head"),
         (study_with(flags={"learnig_rate": 1.0}), "variant other: unknown flag --learnig_rate"),
         (study_with(evaluation={"num_images": 0}), "--num_images is 0"),
@@ -307,7 +239,7 @@ def test_invalid_study_is_rejected_before_any_training(content, message, tmp_pat
 )
 def test_shipped_studies_are_valid(path, tmp_path):
     study = read_study(path)
-    found = jobs_of(study, "synthetic-faces", "none", tmp_path / "out", {})
+    found = jobs_of(study, "synthetic-faces", "none", tmp_path / "out")
     assert len(found) == len(study.variants) * len(study.seeds)
     assert len({json.dumps(job.record) for job in found[: len(study.variants)]}) == len(study.variants)
     assert not (tmp_path / "out").exists()

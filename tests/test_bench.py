@@ -1,6 +1,7 @@
 """The benchmark: what it times, and its rows."""
 
 import pytest
+import torch
 
 from experiments import bench
 from experiments.architecture import ANY_DATA
@@ -27,7 +28,7 @@ def test_benchmark_times_the_configured_objective(name, monkeypatch):
 
     monkeypatch.setattr(bench, "diffusion_loss", loss)
     for network in bench.NETWORKS.values():
-        training_update(config, network, "cpu")()
+        training_update(config, network, torch.device("cpu"))()
     assert len(losses) == 2
     assert all(loss.isfinite() for loss in losses)
 

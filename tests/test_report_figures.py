@@ -1,7 +1,5 @@
 """The figures in REPORT.md: the drawn network is the real one, and ratios and weights match the closed forms."""
 
-import itertools
-
 import numpy as np
 import torch
 
@@ -10,7 +8,6 @@ from experiments.report_figures import layers_of, main, signal_to_noise
 
 
 def test_layers_are_in_forward_order_with_their_skip_connections():
-    """Each residual block takes the channels of the layer before it and of its skip connection."""
     with torch.device("meta"):
         network = CustomUNet2DModel(
             block_out_channels=(8, 16, 24),
@@ -21,17 +18,15 @@ def test_layers_are_in_forward_order_with_their_skip_connections():
             norm_num_groups=4,
         ).eval()
     layers = layers_of(network, 16)
-    for before, layer in itertools.pairwise(layers):
-        source = None if layer.skip_from is None else layers[layer.skip_from]
-        assert source is None or source.side == layer.side
-        if ".resnets." in layer.name:
-            channels = before.channels + (0 if source is None else source.channels)
-            assert network.get_submodule(layer.name).conv1.in_channels == channels, layer
-    taken = sorted(layer.skip_from for layer in layers if layer.skip_from is not None)
-    assert taken == [place for place, layer in enumerate(layers) if layer.name.startswith(("conv_in", "down_blocks"))]
     kinds = "conv resnet down attention down resnet attention resnet resnet resnet up attention attention up"
     assert [layer.kind for layer in layers] == [*kinds.split(), "resnet", "resnet", "conv"]
     assert [layer.side for layer in layers] == [16, 16, 8, 8, 4, 4, 4, 4, 4, 4, 8, 8, 8, 16, 16, 16, 16]
+    taking = [place for place, layer in enumerate(layers) if layer.skip_from is not None]
+    assert [layers[place].skip_from for place in taking] == [5, 4, 3, 2, 1, 0]
+    convolutions = [resnet.conv1 for block in network.up_blocks for resnet in block.resnets]
+    for place, convolution in zip(taking, convolutions, strict=True):
+        source = layers[layers[place].skip_from]
+        assert convolution.in_channels == layers[place - 1].channels + source.channels
 
 
 def test_signal_to_noise_matches_the_closed_forms():
