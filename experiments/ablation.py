@@ -94,12 +94,12 @@ class Job:
     @property
     def is_done(self) -> bool:
         """Whether it has finished; raises InputError if it was begun with other settings."""
-        path = self.folder / "job.json"
-        before = json.loads(path.read_text()) if path.exists() else self.record
-        for part, settings in self.record.items():
-            if before.get(part) != settings:
-                raise InputError(f"{self.folder} has a {part} with other settings; remove it or choose another --out")
-        return (self.folder / "evaluation" / "results.md").exists()  # its last file
+        path, evaluation = self.folder / "job.json", self.folder / "evaluation"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        for part, folder in (("training", self.folder), ("evaluation", evaluation)):
+            if folder.exists() and before.get(part) != self.record[part]:
+                raise InputError(f"{folder} was made with other settings; remove it or choose another --out")
+        return (evaluation / "results.md").exists()  # its last file
 
     def start(self, task: str, num_threads: int) -> subprocess.Popen:
         """Starts the task, `train` or `evaluate`, in a subprocess whose output goes to `log.txt`."""

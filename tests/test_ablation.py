@@ -176,9 +176,9 @@ def unfinished(study: Path) -> set[tuple[str, str]]:
 def test_changed_settings_are_rejected_and_new_variants_are_left_to_do(finished_study, capsys):
     assert unfinished(finished_study) == set()
     fast = VARIANTS | {"fast": {"flags": {"learning_rate": 0.02}}}
-    for changes, part in ({"evaluation": {}}, "evaluation"), ({"variants": fast}, "training"):
+    for changes, folder in ({"evaluation": {}}, "evaluation"), ({"variants": fast}, "seed-0"):
         assert run_study(write_study(finished_study.parent, STUDY | changes)) == 2
-        assert f"has a {part} with other settings" in error_line(capsys)
+        assert f"{folder} was made with other settings" in error_line(capsys)
     write_study(finished_study.parent, STUDY | {"variants": VARIANTS | {"new": {}}, "seeds": [*SEEDS, 6]})
     new = [f"seed-{seed}" for seed in (*SEEDS, 6)]
     assert unfinished(finished_study) == {*itertools.product(VARIANTS, ["seed-6"]), *itertools.product(["new"], new)}

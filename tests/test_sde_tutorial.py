@@ -52,7 +52,6 @@ def test_small_tutorial_confirms_the_theory(tmp_path, monkeypatch):
     assert orders["Heun"] == pytest.approx(2, abs=0.2)
     assert orders["Dormand-Prince, adaptive"] > 4
 
-    assert all(errors[-1] < 1e-3 for errors in steps["encoding"]["round_trip_rms_error"].values())
     assert steps["encoding"]["rms_difference_of_codes"]["VE from VP, exact score"] < 0.01
     errors = steps["likelihood"]["rms_error_nats"]
     assert max(errors["VP"][-1], errors["sub-VP"][-1]) < 1e-3
