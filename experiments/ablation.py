@@ -5,9 +5,10 @@
 DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; experiments/study.py describes studies.
 
 OUT/ablation.md is the table, OUT/ablation.json its numbers; ablation_errors.png shows the held-out errors by noise
-level, ablation_images.png images of the same seeds. The trainings are in OUT/VARIANT/seed-S. The same command resumes
-a study; more variants and seeds can be added. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or
-SIGTERM).
+level, ablation_images.png images of the same seeds. The trainings are in OUT/VARIANT/seed-S.
+In a study with equal training time, OUT/speeds.json has the images/s, measured before the first training; keep the
+machine idle for that minute. The same command resumes a study; more variants and seeds can be added. Exit codes: 0
+done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
 """
 
 import itertools
@@ -24,11 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import Failed, InputError, Parser, check_numbers, run_command
+from common import Failed, InputError, Parser, check_numbers, make_folder, run_command
 from eval.compare import Run, errors_by_noise_level, images_of, open_runs
 from eval.figures import plot_curves, plot_image_rows
 from eval.results import number, sampler_text, table, value_text, write_results
 from eval.run import parse_options as parse_evaluation
+from experiments.bench import measure_speeds
 from experiments.study import Study, Variant, flags_as_arguments, read_study
 from pipelines.custom_unet_pipeline import SAMPLERS
 from training.arguments import parse_config
@@ -36,11 +38,12 @@ from training.config import DEFAULTS, TrainConfig
 from training.sde import continuous_samplers
 
 POLL_SECONDS = 0.5
+NEVER = 10**9
 IMAGES_OF_A_VARIANT = 8  # in the figure
 SHOWN_ERRORS = (0.5, 2.0)  # range of the axis, relative to the first variant
 FLAGS = {  # of every training, unless the study has others; a grid is drawn only at the end
     "report_to": "none",
-    "save_images_steps": 10**9,
+    "save_images_steps": NEVER,
     "eval_batch_size": 1,
     "validation_split": "validation",
 }
@@ -112,8 +115,14 @@ class Job:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
-def jobs_of(study: Study, data: str, crop: str | None, out: Path) -> list[Job]:
-    """Builds all jobs; raises InputError if the arguments of a training or an evaluation are invalid."""
+def jobs_of(
+    study: Study, data: str, crop: str | None, out: Path, num_steps: dict[str, int] | None = None
+) -> list[Job]:
+    """Builds all jobs; raises InputError if the arguments of a training or an evaluation are invalid.
+
+    Args:
+        num_steps: updates of each variant in a study with equal training time, once they are known.
+    """
     jobs = []
     images = {"train_data_dir": data, "dataset_name": None}
     if not os.path.isdir(data):
@@ -122,6 +131,8 @@ def jobs_of(study: Study, data: str, crop: str | None, out: Path) -> list[Job]:
     for seed, variant in itertools.product(study.seeds, study.variants):
         folder = out / variant.name / f"seed-{seed}"
         flags = FLAGS | study.flags | images | variant.flags | {"seed": seed, "output_dir": folder / "run"}
+        if study.minutes is not None:
+            flags["max_train_steps"] = NEVER if num_steps is None else num_steps[variant.name]
         train = ["--config", study.config, *flags_as_arguments(flags)]
         how = flags_as_arguments({"reference": data} | METRICS | study.evaluation | variant.evaluation)
         evaluate = [f"--pipeline={folder / 'run' / 'pipeline'}", f"--out={folder / 'evaluation'}", *how]
@@ -147,22 +158,49 @@ def check_fits(config: TrainConfig, sampler: str | None, first: TrainConfig) -> 
         raise InputError("its --resolution or --crop is not the first variant's; all need the same images")
 
 
+def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
+    """The number of updates that each variant makes in this many minutes, from speeds stored in a file.
+
+    Missing speeds are measured together with the first variant's, and scaled by its speed in the file.
+    """
+    speeds, first = json.loads(path.read_text()) if path.exists() else {}, jobs[0].variant.name
+    trainings = {job.variant.name: (job.config, job.variant.network) for job in jobs}
+    missing = trainings.keys() - speeds.keys()
+    if missing:
+        print(f"measuring the speed of {len(missing)} trainings side by side", flush=True)
+        found = measure_speeds({name: trainings[name] for name in trainings if name in missing or name == first})
+        scale = speeds.get(first, found[first]) / found[first]
+        speeds |= {name: round(found[name] * scale, 2) for name in trainings if name in missing}
+        make_folder(path.parent)
+        write_results(path, speeds)
+    num_steps = {}
+    for name, (config, _) in trainings.items():
+        steps = round(minutes * 60 * speeds[name] / config.train_batch_size)
+        num_steps[name] = max(steps, config.lr_warmup_steps + 1)
+    return num_steps
+
+
 def do_all(jobs: list[Job], at_once: int) -> None:
     """Runs the unfinished jobs, `at_once` at a time; an error or a signal stops those that are running.
 
     Raises:
         Failed: if a training or an evaluation fails.
+        KeyboardInterrupt: after SIGINT or SIGTERM.
     """
     left = [job for job in jobs if not job.is_done]
     print(f"{len(jobs)} trainings and evaluations, {len(jobs) - len(left)} of them done before", flush=True)
     num_threads = max(1, torch.get_num_threads() // at_once)
-    running = {}  # job: its task and process
+    running, signals = {}, []  # `running` has the task and the process of each job
+    for kind in (signal.SIGINT, signal.SIGTERM):  # an exception might strike before a process is in `running`
+        signal.signal(kind, lambda number, frame: signals.append(number))
     try:
         while left or running:
             while left and len(running) < at_once:
                 job = left.pop(0)
                 running[job] = "train", job.start("train", num_threads)
             time.sleep(POLL_SECONDS)
+            if signals:
+                raise KeyboardInterrupt
             for job, (task, process) in list(running.items()):
                 if process.poll() is None:
                     continue
@@ -182,6 +220,8 @@ def do_all(jobs: list[Job], at_once: int) -> None:
             process.terminate()
         for _, process in running.values():
             process.wait()
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, signal.default_int_handler)
 
 
 # ---- Table and figures
@@ -215,7 +255,7 @@ def row_of(variant: Variant, study: Study, found: list[dict]) -> dict:
     changes += [f"{name} {'null' if value is None else value}" for name, value in variant.flags.items()]
     row = {"variant": variant.name, "changed": ", ".join(changes) or "nothing", "seeds": study.seeds, **found[0]}
     for key in MEASURED:
-        values = [one[key] for one in found]
+        values = [study.minutes or one[key] if key == "train_minutes" else one[key] for one in found]
         spread = {"std": statistics.stdev(values)} if len(values) > 1 and None not in values else {}
         row[key] = None if None in values else {"value": statistics.mean(values), **spread, "values": values}
     return row
@@ -286,6 +326,9 @@ def run(arguments: list[str]) -> None:
     check_numbers(options, {"jobs": 1}, {"jobs": 64})
     study = read_study(options.study)
     jobs = jobs_of(study, options.data, options.crop, options.out)
+    if study.minutes is not None:
+        num_steps = updates_in(study.minutes, jobs, options.out / "speeds.json")
+        jobs = jobs_of(study, options.data, options.crop, options.out, num_steps)
     do_all(jobs, options.jobs)
     write_study(study, jobs, options.out)
 

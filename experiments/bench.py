@@ -10,7 +10,9 @@ the stock DDIMPipeline. Exit codes: 0 done, 1 out of memory, 2 bad input.
 
 import copy
 import itertools
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,6 +27,7 @@ from common import run_command
 from custom_unet import CustomUNet2DModel
 from eval.results import number, table
 from experiments.architecture import ANY_DATA
+from experiments.unet_variants import VARIANTS
 from pipelines import CustomUNetPipeline
 from training.arguments import parse_config
 from training.config import TrainConfig
@@ -114,6 +117,23 @@ def measure(task: str, network_class: type[nn.Module], config: TrainConfig, devi
         flops_per_second = 2 * size**3 / median_seconds(lambda: a @ b, 1.0)
         measured[COLUMNS[-1]] = measured["images/s"] * flops_per_image(config) / flops_per_second
     return measured
+
+
+def measure_speeds(trainings: dict[str, tuple[TrainConfig, str]], num_updates: int = 9) -> dict[str, float]:
+    """Training images/s by name: the median over interleaved updates on the CPU with all threads.
+
+    Args:
+        trainings: the configuration and the name of the network in `experiments.unet_variants`.
+        num_updates: updates per training, after two warm-up updates.
+    """
+    device, seconds = torch.device("cpu"), {name: [] for name in trainings}
+    updates = {name: training_update(config, VARIANTS[net], device) for name, (config, net) in trainings.items()}
+    for _ in range(2 + num_updates):
+        for name, update in updates.items():
+            started_at_seconds = time.perf_counter()
+            update()
+            seconds[name].append(time.perf_counter() - started_at_seconds)
+    return {name: trainings[name][0].train_batch_size / statistics.median(seconds[name][2:]) for name in trainings}
 
 
 def run(arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 config: configs/celeba32_cpu.yaml    base configuration of all variants
 flags: {max_train_steps: 500}        further flags of train_unet.py, for all variants
+minutes: 30                          instead of max_train_steps: the training time of each variant, see below
 evaluation: {num_images: 1024}       flags of eval.run; the default metrics are swd, memorisation and heldout
 seeds: [0, 1]                        seeds of the trainings
 variants:                            the first one is the baseline
@@ -9,8 +10,9 @@ variants:                            the first one is the baseline
   edm: {flags: {objective: edm}, evaluation: {sampler: edm_heun}}
   no_skips: {network: no_skips}      a network of experiments.unet_variants
 
-For equal time instead of equal images, give each variant the max_train_steps that it makes in that time by
-`python -m experiments.bench`; other load during the trainings then makes no difference.
+With `minutes`, all variants get equal time instead of equal images: the speeds of their updates are measured side by
+side, and each trains for the number of updates that it makes in that time on an otherwise idle machine. Other load
+during the trainings therefore makes no difference.
 """
 
 from dataclasses import dataclass, field
@@ -43,6 +45,7 @@ class Study:
     variants: list[Variant]  # the first one is the baseline
     flags: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
+    minutes: float | None = None  # training time per variant at full speed
     seeds: list[int] = field(default_factory=lambda: [0])
 
 
@@ -58,8 +61,9 @@ def read_study(path: Path) -> Study:
     for variant in variants:
         if variant.network not in VARIANTS:
             raise InputError(f"{variant.name} has the network {variant.network}; choose from {', '.join(VARIANTS)}")
-    if flags & SET_BY_THE_COMMAND:
-        raise InputError(f"the command itself sets {', '.join(sorted(flags & SET_BY_THE_COMMAND))}; remove it")
+    set_by_the_command = SET_BY_THE_COMMAND | ({"max_train_steps"} if study.minutes else set())
+    if flags & set_by_the_command:
+        raise InputError(f"the command itself sets {', '.join(sorted(flags & set_by_the_command))}; remove it")
     return study
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import statistics
 import subprocess
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import yaml
 from test_eval_run import write_real_images
 
 from eval.results import number, read_results, write_results
+from experiments import ablation
 from experiments.ablation import Job, jobs_of, main, table_of
 from experiments.study import read_study
 
@@ -190,13 +190,39 @@ def test_sigterm_stops_the_processes(tmp_path, monkeypatch, capsys):
     def start(job, task, num_threads):
         started.append(subprocess.Popen(["sleep", "100"]))
         if len(started) == 2:
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            os.kill(os.getpid(), signal.SIGTERM)
         return started[-1]
 
     monkeypatch.setattr(Job, "start", start)
     assert run_study(write_study(tmp_path, STUDY), "synthetic-faces", "--jobs", "2") == 130
     assert [process.poll() for process in started] == [-signal.SIGTERM] * 2
     assert capsys.readouterr().err == "stopped; the same command resumes from here\n"
+
+
+# ---- Equal training time
+
+
+def test_every_variant_trains_for_the_minutes_of_the_study(tmp_path, monkeypatch):
+    """30 seconds here. Measured speeds are kept; a new variant is measured together with the first one."""
+    flags = {name: value for name, value in FLAGS.items() if name != "max_train_steps"}
+    content = REAL_STUDY | {"flags": flags, "minutes": 0.5}
+    variants = {"base": {}, "fast": {"flags": {"train_batch_size": 8}}, "short": {"flags": {"lr_warmup_steps": 70}}}
+    measured, done = [], []
+
+    def measure(trainings):
+        measured.append([*trainings])
+        speeds = {"base": 32.0, "fast": 40.0, "short": 32.0, "new": 64.0}
+        return {name: speeds[name] / len(measured) for name in trainings}  # the machine is busy the second time
+
+    monkeypatch.setattr(ablation, "measure_speeds", measure)
+    monkeypatch.setattr(ablation, "do_all", lambda jobs, _: done.append({j.variant.name: j.config for j in jobs}))
+    monkeypatch.setattr(ablation, "write_study", lambda *arguments: None)
+    for more in ({}, {"new": {}}):
+        assert run_study(write_study(tmp_path, content | {"variants": variants | more})) == 0
+    assert measured == [["base", "fast", "short"], ["base", "new"]]
+    steps = {"base": 60, "fast": 150, "short": 71}  # longer than the warm-up
+    assert {name: config.max_train_steps for name, config in done[0].items()} == steps
+    assert {name: config.max_train_steps for name, config in done[1].items()} == steps | {"new": 120}
 
 
 # ---- Failures and rejected inputs
@@ -221,6 +247,7 @@ def study_with(**variant) -> dict:
         ("", "is not a study"),
         (REAL_STUDY | {"variant": {}}, "unexpected keyword argument 'variant'"),
         (study_with(flags={"seed": 1}), "the command itself sets seed"),
+        (REAL_STUDY | {"minutes": 1}, "the command itself sets max_train_steps"),
         (study_with(network="no_head"), "other has the network no_head"),
         (study_with(flags={"learnig_rate": 1.0}), "variant other: unknown flag --learnig_rate"),
         (study_with(evaluation={"num_images": 0}), "--num_images is 0"),

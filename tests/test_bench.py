@@ -1,5 +1,7 @@
 """The benchmark: what it times, and its rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -35,6 +37,25 @@ def test_benchmark_times_the_configured_objective(name, monkeypatch):
 
 def test_flops_of_the_ddim_paper_network():
     assert bench.flops_per_image(config_of("celeba64_ddim")) == pytest.approx(144e9, rel=0.01)  # counted separately
+
+
+def test_speed_is_the_median_over_interleaved_updates(monkeypatch):
+    """A fake clock advances by the cost of each update; one update is slow, as on a busy machine."""
+    base = config_of("quickstart")
+    trainings = {"small": (replace(base, train_batch_size=6), "plain"), "large": (base, "no_skips")}
+    costs_seconds = {6: 2.0, 16: 4.0}
+    now_seconds, turns = 0.0, []
+
+    def loss(network, scheduler, images, **settings):
+        nonlocal now_seconds
+        turns.append(len(images))
+        now_seconds += costs_seconds[len(images)] + (100 if len(turns) == 9 else 0)
+        return next(network.args[0].parameters()).sum()
+
+    monkeypatch.setattr(bench, "diffusion_loss", loss)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now_seconds)
+    assert bench.measure_speeds(trainings) == {"small": 3.0, "large": 4.0}
+    assert turns == [6, 16] * (len(turns) // 2)
 
 
 def test_command_measures_training_and_sampling_of_both_networks(monkeypatch, capsys):
