@@ -100,7 +100,7 @@ class Trainer:
         if config.objective in ("ve", "edm"):
             check_noise_levels(self.noise_scheduler, self.data.first_images(RANGE_IMAGES))
         self.build_networks(network_class, pretrained)
-        self.metric, self.last_metric = None, {}
+        self.metric = None
         if config.metric is not None:
             self.metric = TrainingMetric(config, self.data.store, self.pipeline, accelerator)
         self.total_steps = config.max_train_steps
@@ -275,10 +275,6 @@ class Trainer:
         logger.info(
             f"{length}, {self.images_seen:,} images in {duration} of training; the pipeline is {self.pipeline_dir}"
         )
-        if self.metric is not None and (best := self.metric.best_in(self.best_dir)) is not None:
-            logger.info(
-                f"the best by {self.metric.title} is {self.best_dir}: {best['value']:.4g} at step {best['step']}"
-            )
 
     def dry_run(self) -> None:
         """Runs one update to check that everything fits; writes nothing."""
@@ -344,12 +340,9 @@ def run(config: TrainConfig, stop: Stop, network_class: type[CustomUNet2DModel])
         if is_pushed and stop.number is None and trainer.progress.step:
             push = partial(push_to_hub, trainer.pipeline_dir, config.hub_repo_id, config.hub_private_repo)
             logger.info(f"pushed: {on_main_process(accelerator, push)}")
-        accelerator.end_training()
-    except BaseException:
-        with suppress(Exception):  # ending a tracker that never started raises; report the first error instead
-            accelerator.end_training()
-        raise
     finally:
+        with suppress(Exception):  # ending a tracker that never started raises
+            accelerator.end_training()
         if trainer.lock is not None:
             trainer.lock.release()
 

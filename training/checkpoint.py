@@ -56,12 +56,9 @@ def lock_output_dir(output_dir: Path) -> FileLock:
         new = output_dir / f"{TEMPORARY_PREFIX}{name}"
         if not (output_dir / name).exists():
             (new if new.exists() else old).rename(output_dir / name)
-    newest = max(list_checkpoints(output_dir), default=None)
-    before = "there is no complete one" if newest is None else f"the newest complete one is checkpoint-{newest}"
     for leftover in (*output_dir.glob(f"{TEMPORARY_PREFIX}*"), *output_dir.glob(f"{SNAPSHOTS}/{TEMPORARY_PREFIX}*")):
-        name = leftover.name.removeprefix(TEMPORARY_PREFIX)
-        if _NAME.fullmatch(name) and leftover.parent == output_dir:
-            logger.info(f"{output_dir}: the save of {name} was cut off; {before}")
+        if leftover.match(f"{TEMPORARY_PREFIX}checkpoint-*"):
+            logger.info(f"removing {leftover}, whose save was cut off")
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
 
@@ -183,7 +180,11 @@ def verify_checkpoint(folder: Path) -> None:
     Raises:
         Failed: naming the first file that is missing, truncated or altered.
     """
-    for name, entry in ({STATE: None} | _read_manifest(folder)).items():
+    try:
+        manifest = dict(json.loads((folder / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise Failed(f"{folder / MANIFEST} is missing or damaged") from error
+    for name, entry in ({STATE: None} | manifest).items():
         path = folder / name
         try:
             found = _file_entry(path)
@@ -191,15 +192,6 @@ def verify_checkpoint(folder: Path) -> None:
             raise Failed(f"{path} cannot be read: {error.strerror}") from error
         if found != entry:
             raise Failed(f"{path} is damaged: its size or checksum does not match {MANIFEST}")
-
-
-def _read_manifest(folder: Path) -> dict:
-    """File name -> its size and checksum. Raises Failed if it is not a JSON object."""
-    path = folder / MANIFEST
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise Failed(f"{path} is missing or damaged") from error
 
 
 def read_state(folder: Path) -> dict:
@@ -214,22 +206,8 @@ def checkpoint_of(config) -> Path | None:
     return find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
 
 
-def recorded_state(config) -> dict | None:
-    """The state of that checkpoint."""
-    folder = checkpoint_of(config)
-    return None if folder is None else read_state(folder)
-
-
 def load_tensors(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of the named files of a verified checkpoint, on the CPU.
-
-    Raises:
-        Failed: naming a file that the checkpoint lacks, before any is read.
-    """
-    manifest = _read_manifest(folder)
-    for name in names:
-        if f"{name}.safetensors" not in manifest:
-            raise Failed(f"{folder} has no {name}.safetensors")
+    """The tensors of the named files of a verified checkpoint, on the CPU. Raises OSError, naming a file it lacks."""
     return {name: load_file(folder / f"{name}.safetensors") for name in names}
 
 

@@ -24,7 +24,6 @@ from training.images import compact, height_and_width
 from training.sde import SDEScheduler
 
 OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the others take --prediction_type
-LARGEST_LAST_SIGNAL = 0.05  # of the image, at time 1
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 BOUNDS = {"min": (ge, "at least"), "max": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
 
@@ -213,16 +212,13 @@ class TrainConfig:
         embeddings = {"ddpm": ("positional", "learned"), "ve": ("fourier",)}.get(self.objective, ("positional",))
         if self.time_embedding_type not in embeddings:
             raise InputError(f"--objective {self.objective} needs --time_embedding_type {' or '.join(embeddings)}")
-        self._check_ddpm() if self.objective == "ddpm" else self._check_sde()
+        if self.objective == "ddpm":
+            self._check_ddpm()
         self._check_run()
 
     def _check_data(self) -> None:
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise InputError("give either --dataset_name or --train_data_dir, exactly one of them")
-        is_on_hub = self.train_data_dir is None and self.dataset_name != "synthetic-faces"
-        for name in ("streaming", "dataset_revision"):
-            if getattr(self, name) and not is_on_hub:
-                raise InputError(f"--{name} is for data sets on the Hub; leave it out")
         train, heldout = ("validation" if split == "valid" else split for split in (self.split, self.validation_split))
         if train == heldout:
             raise InputError(f"--validation_split {self.split} is trained on, so it is not held out; choose another")
@@ -244,14 +240,6 @@ class TrainConfig:
             raise InputError(
                 f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps} exceeds --ddpm_num_steps"
                 f" {self.ddpm_num_steps}"
-            )
-
-    def _check_sde(self) -> None:
-        signal = math.exp(-(self.sde_beta_min + self.sde_beta_max) / 4)
-        if self.sde_beta_min > self.sde_beta_max or signal > LARGEST_LAST_SIGNAL:
-            raise InputError(
-                f"--sde_beta_min {self.sde_beta_min} and --sde_beta_max {self.sde_beta_max} leave {signal:.3g} of"
-                f" the image at time 1; they must not decrease, and must leave at most {LARGEST_LAST_SIGNAL}"
             )
 
     def _check_run(self) -> None:
