@@ -270,11 +270,10 @@ class Trainer:
             self.export()  # a kill may have prevented it
         if is_new and step % config.metric_steps:
             report_metric(self)
-        length = f"{step} of {self.total_steps} steps" if self.total_steps else f"{step} steps"
+        total = "" if self.total_steps is None else f" of {self.total_steps}"
         duration = timedelta(seconds=round(self.progress.train_seconds))
-        logger.info(
-            f"{length}, {self.images_seen:,} images in {duration} of training; the pipeline is {self.pipeline_dir}"
-        )
+        seen = f"{self.images_seen:,} images in {duration} of training"
+        logger.info(f"{step}{total} steps, {seen}; the pipeline is {self.pipeline_dir}")
 
     def dry_run(self) -> None:
         """Runs one update to check that everything fits; writes nothing."""
@@ -299,11 +298,7 @@ class Trainer:
         on_main_process(self.accelerator, partial(self.write_pipeline, self.pipeline_dir))
 
     def write_pipeline(self, folder: Path, metric: dict | None = None) -> None:
-        """Writes the pipeline into any folder, on the main process.
-
-        Args:
-            metric: the metric that selected these weights, see `eval/training_metric.py`; None for the newest weights.
-        """
+        """Writes the pipeline, on the main process; `metric` is what selected it, see `eval/training_metric.py`."""
         grids = list_grids(self.output_dir / "samples")
         newest = max(grids, default=None)
         try:

@@ -29,9 +29,8 @@ def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
         Failed: naming a damaged one.
     """
     found = dict(sorted((list_checkpoints(run / SNAPSHOTS) | list_checkpoints(run)).items()))
-    if step is not None and step not in found:
-        nearest = min(found, key=lambda other: abs(other - step), default="nowhere")
-        raise InputError(f"--step {step} has no snapshot in {run}; the nearest is that of step {nearest}")
+    if step not in (None, *found):
+        raise InputError(f"--step {step} has no snapshot in {run}; choose from {', '.join(map(str, found))}")
     found = {other: folder for other, folder in found.items() if step is None or other <= step}
     for folder in found.values():
         verify_checkpoint(folder)

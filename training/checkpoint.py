@@ -70,14 +70,10 @@ def list_checkpoints(output_dir: Path) -> dict[int, Path]:
 
 
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
-    """The checkpoint to resume from.
+    """The newest intact checkpoint (`latest`; None if there is none), logging damaged ones, or the one at a path.
 
     Args:
-        resume_from: `latest` for the newest intact checkpoint, logging each newer one that is damaged; or the path of
-            a checkpoint, which may be relative to `output_dir`.
-
-    Returns:
-        its folder, or None if `latest` finds no checkpoint at all.
+        resume_from: `latest` or a path, which may be relative to `output_dir`.
 
     Raises:
         Failed: if the path is not an intact checkpoint, or there are checkpoints but none is intact.
@@ -117,15 +113,14 @@ def set_aside_newer(output_dir: Path, step: int) -> None:
 
 def save_checkpoint(
     output_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, total_limit: int | None
-) -> Path:
-    """Writes `checkpoint-STEP` and then deletes the oldest ones beyond `total_limit`.
+) -> None:
+    """Writes `checkpoint-STEP` and then deletes the oldest ones beyond `total_limit` (None keeps all).
 
     The folder gets its final name only when every byte is on disk.
 
     Args:
         tensors: file stem -> tensors by name.
         state: JSON-serializable numbers.
-        total_limit: number of newest checkpoints to keep; None keeps all.
 
     Raises:
         Failed: naming the path, if the disk is full or cannot be written. Older checkpoints are untouched.
@@ -151,7 +146,6 @@ def save_checkpoint(
     if total_limit is not None:
         for path in list(list_checkpoints(output_dir).values())[:-total_limit]:
             _delete(path)
-    return folder
 
 
 def _file_entry(path: Path) -> dict:
