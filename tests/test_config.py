@@ -1,7 +1,6 @@
 """The configuration: precedence, round trip, and one-line errors for invalid settings."""
 
 import inspect
-import typing
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from diffusers import UNet2DModel
 from common import InputError
 from custom_unet import CustomUNet2DModel
 from training.arguments import parse_config
-from training.config import DEFAULTS, LIMITS, TYPES, UNET_OPTIONS, TrainConfig
+from training.config import UNET_OPTIONS
 from training.log import levels_without_time
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -85,7 +84,6 @@ def test_flags_of_length_and_objective_replace_entries_of_the_file(parse):
     ddpm = BASE + "ddpm_beta_schedule: squaredcos_cap_v2\nsnr_gamma: 5.0\nprediction_type: v_prediction\n"
     config = parse(ddpm, "--objective", "flow")
     assert (config.objective, config.snr_gamma, config.ddpm_beta_schedule) == ("flow", None, "linear")
-    assert "snr_gamma is 2.0, which means nothing" in parse_error(parse, ddpm, "--objective", "vp", "--snr_gamma", "2")
 
 
 def test_home_folder_is_expanded_in_every_path(parse, tmp_path, monkeypatch):
@@ -163,8 +161,6 @@ def test_network_options_match_diffusers(parse):
     ("yaml_text", "message"),
     [
         (BASE + "learning_rat: 1\n", "learning_rate"),
-        (BASE + "seed: null\n", "null"),
-        (BASE + "block_out_channels: {a: 1}\n", "block_out_channels"),
         (BASE + "mixed_precision: no\n", "is False; it should be text, put it in quotes"),
         ("max_train_steps: 1\n", "exactly one"),
         ("dataset_name: synthetic-faces\n", "no length"),
@@ -182,10 +178,6 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
     [
         ("--resoluton 32", "did you mean --resolution?"),
         ("--resol 32", "did you mean --resolution?"),
-        ("--prediction_type v", "v_prediction"),
-        ("--resolution -32", "at least 1"),
-        ("--learning_rate nan", "--learning_rate is nan"),
-        ("--noise_mean nan --objective edm", "finite"),
         ("--dropout 1.5", "below 1"),
         ("--rescale_betas_zero_snr --prediction_type epsilon", "zero SNR"),
         ("--rescale_betas_zero_snr --prediction_type sample --snr_gamma 5", "the weight 0"),
@@ -194,12 +186,13 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
         ("--validation_split train", "not held out"),
         ("--ddpm_num_inference_steps 2000", "1000"),
         ("--hub_model_id someone/faces", "--push_to_hub"),
-        ("--block_out_channels 65537 8 8 8", "at most 65536"),
         ("--beta_end 0.9", "alphas_cumprod"),
         ("--beta_start 0.03", "must rise"),
         ("--label_dropout 0.2", "--label_column"),
         ("--overwrite_output_dir --resume_from_checkpoint runs/checkpoint-3", "deletes checkpoints"),
         # specific to an objective
+        ("--sigma_min 1", "--sigma_min is 1.0, which means nothing to --objective ddpm"),
+        (f"{FLOW} --snr_gamma 5", "--snr_gamma is 5.0, which means nothing to --objective flow"),
         ("--time_embedding_type fourier", "ddpm needs --time_embedding_type positional or learned"),
         ("--objective ve", "ve needs --time_embedding_type fourier"),
         ("--objective vp --sde_beta_min 30", "beta_min 30.0 and beta_max 20.0 must be positive and not fall"),
@@ -208,17 +201,6 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
 )
 def test_bad_options_raise_one_line_errors(parse, flags, message):
     assert message in parse_error(parse, BASE, *flags.split())
-
-
-@pytest.mark.parametrize("objective", ["ddpm", "vp", "subvp", "ve", "edm", "flow"])
-def test_options_of_other_objectives_are_rejected(objective):
-    own = {"objective": objective, "time_embedding_type": "fourier" if objective == "ve" else "positional"}
-    for name in [name for name, limits in LIMITS.items() if objective not in limits.get("only", objective).split()]:
-        choices = [choice for choice in typing.get_args(TYPES[name]) if isinstance(choice, str)]
-        choices = [choice for choice in choices if choice != DEFAULTS[name]]
-        value = choices[-1] if choices else TYPES[name] is bool or 1.5 * (DEFAULTS[name] or 1)
-        with pytest.raises(InputError, match=f"--{name} is {value}, which means nothing to --objective {objective}"):
-            TrainConfig(dataset_name="synthetic-faces", max_train_steps=10, **own, **{name: value})
 
 
 def parse_error(parse, *arguments: str) -> str:
@@ -249,10 +231,6 @@ def test_objective_settings_contain_only_relevant_options(parse):
         "likelihood_weighting": False,
         "sigma_min": 0.02,
         "sigma_max": 100.0,
-    }
-    assert set(parse(BASE).objective_settings()) == {
-        *("objective prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end").split(),
-        *("rescale_betas_zero_snr snr_gamma snr_weighting sampler").split(),
     }
 
 

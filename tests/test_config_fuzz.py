@@ -44,6 +44,8 @@ def bad_values(rng):
         values = rng.sample(BAD_VALUES[kind], min(3, len(BAD_VALUES[kind])))
         if limits.get("min") == 1 or "above" in limits:
             values += ["0", "-1"]
+        if "max" in limits:
+            values += [str(2 * limits["max"])]
         for value in values:
             yield {}, [f"--{name}={value}"], [name]
         if kind in (str, "choice") and name != "in_channels":
@@ -52,27 +54,6 @@ def bad_values(rng):
             yield {}, [f"--{name}"], [name]
         if type(None) not in typing.get_args(TYPES[name]):
             yield {name: None}, [], [name]
-
-
-def absurd_values(rng):
-    absurd = {
-        "resolution": [10**9, 8193, 7],
-        "block_out_channels": [[10**12, 16], [8, 10**9], [0, 16], [-8, 16]],
-        "layers_per_block": [10**9, 101],
-        "ddpm_num_steps": [10**9, 10**6],
-        "train_batch_size": [10**15, 2**21],
-        "eval_batch_size": [10**9],
-        "dataloader_num_workers": [10**9, 1000],
-        "num_cpu_threads": [10**9],
-        "seed": [2**64, -1],
-        "beta_end": [1, 1.5, "0.99999999999", 1e-9],
-        "freq_shift": [4, 10**6],
-        "attention_head_dim": [0, -8, 10**6],
-        "norm_num_groups": [3, 0, 16, 10**6],
-    }
-    for name, values in absurd.items():
-        for value in values:
-            yield {name: value}, [], [name, "sample_size", "groups", "beta"]
 
 
 def broken_files(rng):
@@ -112,10 +93,11 @@ def impossible_networks(rng):
         bad = {
             "down_block_types": [[*changes["down_block_types"], "DownBlock2D"], ["KDownBlock2D"] * levels],
             "up_block_types": [changes["up_block_types"][1:] or ["DownBlock2D"], [""] * levels],
-            "block_out_channels": [[1] * levels, [6, 31, 12][:levels]],
-            "norm_num_groups": [5, 64],
-            "attention_head_dim": [3, 64],
+            "block_out_channels": [[1] * levels, [6, 31, 12][:levels], [0] * levels, [-8] * levels],
+            "norm_num_groups": [5, 64, 0],
+            "attention_head_dim": [3, 64, 0, -8],
             "resolution": [7, 10],
+            "freq_shift": [4, 10**6],
             "act_fn": ["elu"],
             "resnet_time_scale_shift": ["spatial", "scale_shift"],
             "time_embedding_type": ["learned", "fourier"],
@@ -126,7 +108,7 @@ def impossible_networks(rng):
         yield changes, [], [*changes, "sample_size", "groups", "KDown", "channels", "Skip"]
 
 
-LEAST_REFUSED = {bad_values: 400, absurd_values: 30, broken_files: 55, impossible_networks: 40}
+LEAST_REFUSED = {bad_values: 400, broken_files: 55, impossible_networks: 40}
 
 
 def complaint(call, capfd, words: list[str]) -> str | None:
@@ -175,28 +157,22 @@ COMMANDS = {  # and the bad values of each flag, separated by commas
     generate.main: {
         "--num_images": "0,-1,x,1.5,nan,",
         "--seed": "-1,x,1e3",
-        "--steps": "x,1.5,",
         "--eta": "x,,nan,-1,inf",
         "--scheduler": "euler2,,DDIM",
         "--batch_size": "0,-3,x",
-        "--dtype": "fp64,float32",
         "--num_cpu_threads": "0,-1,x,1000000000",
-        "--class_label": "x,1.5",
     },
     evaluation.main: {
         "--num_images": "0,-1,x",
         "--metrics": "fid2,",
-        "--steps": "x,1.5",
         "--eta": "x,nan,-1",
         "--sampler": "euler2,",
-        "--batch_size": "0,x",
         "--k": "0,x",
         "--ode_tolerance": "x,nan,0,-1",
         "--ode_images": "0,-1",
         "--bound_evaluations": "x,0,-1",
         "--cost_samplers": "x,ddim:0,ddim:5:nan",
         "--seed": "x,-1",
-        "--num_cpu_threads": "0,-1,x,1000000000",
     },
 }
 
