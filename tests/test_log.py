@@ -7,13 +7,7 @@ import torch
 
 from custom_unet import CustomUNet2DModel
 from training.config import TrainConfig
-from training.log import (
-    RunLog,
-    device_name,
-    levels_without_time,
-    read_log,
-    recorded,
-)
+from training.log import RunLog, device_name, levels_without_time, read_log, recorded
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,7 @@ from tiny_network import TINY
 
 from custom_unet import CustomUNet2DModel
 from training.config import TrainConfig
-from training.optimization import (
-    build_optimizer,
-    ema_decay,
-    learning_rate_schedule,
-    orthogonalize,
-    update_ema,
-)
+from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, orthogonalize, update_ema
 
 
 def make_config(**changes) -> TrainConfig:

@@ -40,15 +40,13 @@ class _Parser(Parser, HfArgumentParser):
 def parse_config(arguments: list[str]) -> TrainConfig:
     """Reads `[--config FILE.yaml] [--flag value ...]`; without `--config`, `configs/quickstart.yaml`.
 
-    `null` stands for no value, in the file and after a flag.
-
-    Each entry of the file becomes the flag of the same name, so that the same rules apply to the file and the command
-    line; flags on the command line come later and win. A data set on the command line replaces the one in the file, a
-    number of epochs its number of steps, and an objective the options of other objectives.
+    `null` stands for no value. Each entry of the file becomes the flag of the same name, so that the same rules apply
+    to both; flags on the command line come later and win. A data set on the command line replaces the one in the file,
+    a number of epochs its number of steps, and an objective the options of other objectives.
 
     Raises:
-        InputError: for an unreadable file, an unknown key or flag (naming the nearest known one), a bad value, or a
-            network or noise schedule that cannot be built.
+        InputError: for an unreadable file, an unknown key or flag, a bad value, or a network or noise schedule that
+            cannot be built.
     """
     if TOKEN.search(" ".join(arguments)):
         raise InputError(TOKEN_HINT)

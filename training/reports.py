@@ -28,9 +28,8 @@ LIBRARIES = "torch diffusers accelerate datasets".split()
 def preflight_summary(trainer) -> str:
     """A table of the run's sizes, length and memory."""
     config, data = trainer.config, trainer.data
-    parameters = list(trainer.network.parameters())
+    num_parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
     copies = 7 if config.post_hoc_ema else 5  # weights, gradients, two moments, EMAs
-    state_bytes = sum(p.numel() * p.element_size() for p in parameters) * copies
     length = "open-ended"
     if total_steps := trainer.total_steps:
         epochs = total_steps * trainer.images_per_update / len(data.store)
@@ -39,7 +38,7 @@ def preflight_summary(trainer) -> str:
         length += f", at most {config.max_train_minutes:g} minutes in this start"
     channels, height, width = config.image_shape
     rows = {
-        "network": f"{sum(p.numel() for p in parameters):,} parameters at {height}x{width}",
+        "network": f"{num_parameters:,} parameters at {height}x{width}",
         "data": f"{data.store.description['source']}, {config.split}: {len(data.store):,} images per epoch"
         + (", grey (--in_channels 1)" if channels == 1 else ""),
         "held-out data": f"{data.num_heldout_images:,} images",
@@ -47,7 +46,7 @@ def preflight_summary(trainer) -> str:
         "images per update": f"{trainer.images_per_update} = {config.train_batch_size} x"
         f" {config.gradient_accumulation_steps} accumulated x {trainer.accelerator.num_processes} processes",
         "length": length,
-        "memory": f"{state_bytes / 2**20:,.0f} MiB for weights, gradients, optimizer and EMA, without activations",
+        "memory": f"{copies * 4 * num_parameters / 2**20:,.0f} MiB for weights, gradients, optimizer and EMA",
         "device": f"{trainer.accelerator.device}, precision {config.mixed_precision}",
         "starts at": f"step {trainer.progress.step}",
     }

@@ -53,9 +53,8 @@ def start_or_resume(trainer) -> None:
     """Locks the output folder and restores the checkpoint to resume from, if any.
 
     Raises:
-        Failed: before anything is changed, if the folder is in use, or if the checkpoint is missing, damaged or from
-            another run.
-        OSError: if the folder cannot be written.
+        Failed: before anything is changed, if the folder is in use or cannot be written, or if the checkpoint is
+            missing, damaged or from another run.
     """
     folder = on_main_process(trainer.accelerator, partial(_take_output_dir, trainer))
     if folder is not None:
@@ -88,8 +87,7 @@ def _take_output_dir(trainer) -> Path | None:
     current = {name: value for name, value in identity(trainer).items() if name in saved}
     if difference := checkpoint.difference(saved, current):
         raise Failed(
-            f"{folder} belongs to another run ({difference}); restore these settings, choose another --output_dir"
-            " or start from scratch with --overwrite_output_dir"
+            f"{folder} belongs to another run ({difference}); restore these settings or take another --output_dir"
         )
     return folder
 
@@ -113,11 +111,7 @@ def _prepare_output_dir(trainer) -> None:
 
 
 def restore(trainer, folder: Path) -> None:
-    """Restores a verified checkpoint of a run with the same identity, after reading all of it.
-
-    Raises:
-        Failed: before anything is changed, if the checkpoint lacks a file.
-    """
+    """Restores a verified checkpoint of a run with the same identity, after reading all of it."""
     network, averages, scaler = trainer.network, trainer.averages, trainer.accelerator.scaler
     tensors = checkpoint.load_tensors(folder, ["unet", "ema_unet", "optimizer", *averages])
     state = checkpoint.read_state(folder)
