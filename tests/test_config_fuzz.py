@@ -96,7 +96,7 @@ def impossible_networks(rng):
             "block_out_channels": [[1] * levels, [6, 31, 12][:levels], [0] * levels, [-8] * levels],
             "norm_num_groups": [5, 64, 0],
             "attention_head_dim": [3, 64, 0, -8],
-            "resolution": [7, 10],
+            "resolution": [9, 10],
             "freq_shift": [4, 10**6],
             "act_fn": ["elu"],
             "resnet_time_scale_shift": ["spatial", "scale_shift"],
