@@ -145,11 +145,7 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def make_folder(folder: Path) -> None:
-    """Creates the `--out` folder.
-
-    Raises:
-        InputError: if the path exists and is not a folder.
-    """
+    """Creates the `--out` folder. Raises InputError if the path exists and is not a folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -159,8 +155,7 @@ def make_folder(folder: Path) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a temporary file and renames it, so that readers see the old or the new content, never a partial file.
 
-    Raises:
-        OSError: naming the path; the old content is kept.
+    Raises OSError, naming the path; the old content is kept.
     """
     temporary = path.with_name(f".tmp-{path.name}")
     try:

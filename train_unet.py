@@ -56,11 +56,7 @@ RANGE_IMAGES = 1000  # images that the noise levels are checked against
 class Trainer:
     """A training run: its networks, data, optimizer and output folder, and the training loop.
 
-    Args:
-        network_class: network variant for an experiment, see `experiments/unet_variants.py`.
-
-    Raises:
-        InputError: if the data, the pretrained weights or the metric's weights cannot be loaded or do not fit.
+    Raises InputError if the data, the pretrained weights or the metric's weights cannot be loaded or do not fit.
     """
 
     def __init__(
@@ -182,11 +178,7 @@ class Trainer:
         return mean_loss, grad_norm, applied
 
     def train(self) -> None:
-        """Trains until the last step, the deadline or a signal, then saves a checkpoint and the pipeline folder.
-
-        Raises:
-            Failed: after too many non-finite gradients in a row.
-        """
+        """Trains until the last step, the deadline or a signal, then saves a checkpoint and the pipeline folder."""
         progress = self.progress
         self.open_batches()
         if progress.step == 0:
@@ -237,7 +229,7 @@ class Trainer:
         """Logs a skipped update. Raises Failed after `max_nonfinite_steps` in a row."""
         step = self.progress.step + 1
         logger.info(f"step {step}: the gradient's norm is {grad_norm.item()}; update skipped")
-        reports.record(self, skipped_steps=self.progress.skipped_steps)
+        reports.record(self, skipped_steps=self.progress.attempts - self.progress.step)
         if in_a_row == self.config.max_nonfinite_steps:
             raise Failed(f"{in_a_row} gradients in a row were not finite at step {step}; lower --learning_rate")
 
@@ -278,15 +270,11 @@ class Trainer:
     # ---- The model
 
     def export(self) -> None:
-        """Writes the pipeline folder of the EMA network, with the facts of the run.
-
-        Raises:
-            Failed: if it cannot be written; an existing folder is left unchanged.
-        """
+        """Writes the pipeline folder. Raises Failed if that is impossible; an existing folder is left unchanged."""
         on_main_process(self.accelerator, partial(self.write_pipeline, self.pipeline_dir))
 
     def write_pipeline(self, folder: Path, metric: dict | None = None) -> None:
-        """Writes the pipeline, on the main process; `metric` is what selected it, see `eval/training_metric.py`."""
+        """On the main process; `metric` is what selected these weights, see `eval/training_metric.py`."""
         grids = list_grids(self.output_dir / "samples")
         newest = max(grids, default=None)
         try:

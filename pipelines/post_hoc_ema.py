@@ -24,9 +24,7 @@ from training.post_hoc_ema import LARGEST_SIGMA_REL, STORED, combine_profiles
 def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
     """Step -> folder of the snapshots and checkpoints of a run up to `step`, in ascending order.
 
-    Raises:
-        InputError: if there is none of that step, or the run kept no averages.
-        Failed: naming a damaged one.
+    Raises InputError if there is none of that step or the run kept no averages; Failed, naming a damaged one.
     """
     found = dict(sorted((list_checkpoints(run / SNAPSHOTS) | list_checkpoints(run)).items()))
     if step not in (None, *found):
@@ -42,11 +40,7 @@ def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
 def reconstruct(
     snapshots: dict[int, Path], sigma_rel: float, parameters: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """The average of length `sigma_rel` at the last snapshot, summed in float64, and its profile's relative error.
-
-    Args:
-        parameters: parameters of the network by name.
-    """
+    """The average of length `sigma_rel` at the last snapshot, summed in float64, and its profile's relative error."""
     factors, error = combine_profiles([*snapshots], max(snapshots), sigma_rel)
     sums = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in parameters.items()}
     for folder, row in zip(snapshots.values(), factors, strict=True):

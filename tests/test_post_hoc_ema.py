@@ -29,11 +29,6 @@ def profile(step: int, sigma_rel: float) -> np.ndarray:
     return np.diff(borders)
 
 
-def average(trajectory: np.ndarray, step: int, sigma_rel: float) -> np.ndarray:
-    """The explicit weighted sum: (T, P) -> (P,)."""
-    return profile(step, sigma_rel) @ trajectory[:step]
-
-
 @pytest.mark.parametrize("sigma_rel", [0.01, 0.1, LARGEST_SIGMA_REL])
 def test_sigma_rel_is_the_standard_deviation_of_the_profile(sigma_rel):
     step = 100_000
@@ -55,7 +50,7 @@ def test_updates_reproduce_the_profile_and_skip_frozen_parameters():
     assert averages.keys() == STORED.keys()
     for stem, tensors in averages.items():
         assert tensors.keys() == {"weight"}
-        expected = average(np.array(trajectory), 300, STORED[stem])
+        expected = profile(300, STORED[stem]) @ np.array(trajectory)
         np.testing.assert_allclose(tensors["weight"].numpy().ravel(), expected, rtol=0, atol=1e-12)
 
 

@@ -3,6 +3,7 @@
 import copy
 import importlib.machinery
 import json
+import math
 import re
 import signal
 import sys
@@ -125,7 +126,7 @@ def test_time_budget_ends_the_run_and_the_same_command_resumes_it(make_trainer):
     step_once = trainer.training_step
 
     def step_until_the_deadline():
-        trainer.stop.deadline_seconds = float("inf") if trainer.progress.step < 4 else 0.0
+        trainer.stop.deadline_seconds = math.inf if trainer.progress.step < 4 else 0.0
         return step_once()
 
     trainer.training_step = step_until_the_deadline

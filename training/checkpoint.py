@@ -40,8 +40,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def lock_output_dir(output_dir: Path) -> FileLock:
     """Locks the folder until this process ends, however it ends, and removes half-written files left by a crash.
 
-    Raises:
-        Failed: if the folder cannot be created or another process is writing to it.
+    Raises Failed if the folder cannot be created or another process is writing to it.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -169,11 +168,7 @@ def _delete(folder: Path) -> None:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Compares every file with the manifest.
-
-    Raises:
-        Failed: naming the first file that is missing, truncated or altered.
-    """
+    """Compares every file with the manifest. Raises Failed, naming the first that is missing, truncated or altered."""
     try:
         manifest = dict(json.loads((folder / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError) as error:

@@ -28,10 +28,7 @@ def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> Tra
     """The configuration with `auto` replaced by a precision, which the main process chooses for all processes.
 
     A resumed run keeps the precision of its checkpoint; a new run takes the faster one. Call this before building the
-    `Accelerator`, whose precision cannot be changed.
-
-    Raises:
-        Failed: if there are checkpoints but none is intact.
+    `Accelerator`, whose precision cannot be changed. Raises Failed if there are checkpoints but none is intact.
     """
     if config.mixed_precision != "auto":
         return config

@@ -66,11 +66,7 @@ class Stop:
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Builds the `Accelerator` of this run.
-
-    Raises:
-        InputError: if the machine lacks what the configuration asks for, or the launcher shards the network.
-    """
+    """Raises InputError if the machine lacks what the configuration asks for, or the launcher shards the network."""
     if config.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("--report_to wandb, but wandb is not installed: pip install wandb")
     output_dir = Path(config.output_dir)

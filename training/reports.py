@@ -74,7 +74,7 @@ def record_interval(trainer, grad_norm: torch.Tensor, bar: tqdm) -> None:
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "grad_norm": grad_norm.item(),
         "images_per_second": num_images / (progress.train_seconds - before.train_seconds),
-        "skipped_steps": progress.skipped_steps,
+        "skipped_steps": progress.attempts - progress.step,
         "train_seconds": progress.train_seconds,
     }
     record(trainer, **values)

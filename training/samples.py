@@ -14,17 +14,11 @@ class SamplingStopped(RuntimeError):
     """Sampling was abandoned because the run is stopping."""
 
 
-def draw_grid(
-    pipeline, num_images: int, num_inference_steps: int, should_stop: Callable[[], bool] = lambda: False
-) -> Image.Image:
+def draw_grid(pipeline, num_images: int, num_inference_steps: int, should_stop: Callable[[], bool]) -> Image.Image:
     """A square grid of the images of seeds 0 to `num_images` - 1, always from the same noise.
 
-    Args:
-        should_stop: called after each sampling step.
-
-    Raises:
-        RuntimeError, ValueError: as the pipeline, for example for non-finite weights.
-        SamplingStopped: once `should_stop` returns True.
+    Raises SamplingStopped once `should_stop`, called after each sampling step, returns True; and what the pipeline
+    raises, for example for non-finite weights.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)]
     images = pipeline(
