@@ -29,7 +29,10 @@ def open_pretrained(name: str, prediction_type: str, accelerator: Accelerator) -
     pipeline = load_pipeline(folder, "fp32", None)
     theirs = pipeline.scheduler.config["prediction_type"]
     if theirs != prediction_type:
-        raise InputError(f"--pretrained_model_name_or_path {name} predicts {theirs}, this run {prediction_type}")
+        raise InputError(
+            f"--pretrained_model_name_or_path {name} predicts {theirs}, this run {prediction_type}; set"
+            " --prediction_type or --objective to match"
+        )
     return pipeline, training_in_all(folder)
 
 

@@ -94,6 +94,14 @@ def test_interrupted_snapshots_are_taken_again(start, straight, tmp_path):
     assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
 
 
+def test_resume_after_several_kills_is_bit_identical():
+    """The soak test with a few kills; `make soak` runs a hundred."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.soak", "--kills", "4"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("4 kills over")
+
+
 # ---- A full disk
 
 

@@ -71,11 +71,7 @@ def list_checkpoints(output_dir: Path) -> dict[int, Path]:
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
     """The newest intact checkpoint (`latest`; None if there is none), logging damaged ones, or the one at a path.
 
-    Args:
-        resume_from: `latest` or a path, which may be relative to `output_dir`.
-
-    Raises:
-        Failed: if the path is not an intact checkpoint, or there are checkpoints but none is intact.
+    The path may be relative to `output_dir`. Raises Failed if its checkpoint, or every one there, is not intact.
     """
     there = list_checkpoints(output_dir).values()
     if resume_from != "latest":

@@ -197,7 +197,7 @@ class TrainConfig:
             if value == DEFAULTS[name]:
                 continue
             if self.objective not in objectives.split():
-                raise InputError(f"--{name} is {value}, which means nothing to --objective {self.objective}")
+                raise InputError(f"--{name} is {value}, which means nothing to --objective {self.objective}; omit it")
             if needed and getattr(self, needed) in (None, False):
                 raise InputError(f"--{name} is {value}, which means nothing without --{needed}; give both or neither")
         sides = height_and_width(self.resolution)
