@@ -179,6 +179,8 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
         ("--resoluton 32", "did you mean --resolution?"),
         ("--resol 32", "did you mean --resolution?"),
         ("--dropout 1.5", "below 1"),
+        ("--norm_num_groups 5", "5 groups do not divide"),
+        ("--act_fn elu", "'elu' is not supported"),
         ("--rescale_betas_zero_snr --prediction_type epsilon", "not epsilon"),
         ("--rescale_betas_zero_snr --prediction_type sample --snr_gamma 5", "the weight 0"),
         ("--snr_weighting soft_min", "without --snr_gamma"),

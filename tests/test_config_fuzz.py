@@ -76,50 +76,13 @@ def broken_files(rng):
         yield {}, ["--config", path], ["configuration"]
 
 
-def impossible_networks(rng):
-    """Some of them are possible, which is no fault."""
-    down = ["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D"]
-    up = ["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D"]
-    for _ in range(100):
-        levels = rng.randrange(1, 4)
-        changes = {
-            "down_block_types": rng.choices(down[:3] if rng.random() < 0.5 else down, k=levels),
-            "up_block_types": rng.choices(up[:3] if rng.random() < 0.5 else up, k=levels),
-            "block_out_channels": [rng.choice([4, 8, 8, 16, 32]) for _ in range(levels)],
-            "norm_num_groups": rng.choice([1, 2, 4]),
-            "attention_head_dim": rng.choice([None, 1, 4]),
-            "resolution": rng.choice([8, 16]),
-        }
-        bad = {
-            "down_block_types": [[*changes["down_block_types"], "DownBlock2D"], ["KDownBlock2D"] * levels],
-            "up_block_types": [changes["up_block_types"][1:] or ["DownBlock2D"], [""] * levels],
-            "block_out_channels": [[1] * levels, [6, 31, 12][:levels], [0] * levels, [-8] * levels],
-            "norm_num_groups": [5, 64, 0],
-            "attention_head_dim": [3, 64, 0, -8],
-            "resolution": [9, 10],
-            "freq_shift": [4, 10**6],
-            "act_fn": ["elu"],
-            "resnet_time_scale_shift": ["spatial", "scale_shift"],
-            "time_embedding_type": ["learned", "fourier"],
-            "downsample_padding": [0, 2],
-        }
-        for name in rng.sample(list(bad), rng.randrange(3)):
-            changes[name] = rng.choice(bad[name])
-        yield changes, [], [*changes, "sample_size", "groups", "KDown", "channels", "Skip"]
-
-
-LEAST_REFUSED = {bad_values: 400, broken_files: 55, impossible_networks: 40}
-
-
 def complaint(call, capfd, words: list[str]) -> str | None:
-    """None if a call exits with code 2 and one line, "valid" if with 0, otherwise what is wrong."""
+    """None if a call exits with code 2 and one line, otherwise what is wrong."""
     capfd.readouterr()
     try:
         code = call()
     except BaseException as error:  # SystemExit of argparse among them
         return f"{type(error).__name__}: {str(error)[:300]}"
-    if code == 0:
-        return "valid"
     output = capfd.readouterr().err
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     if code != 2 or len(lines) != 1 or "Traceback" in output:
@@ -129,11 +92,11 @@ def complaint(call, capfd, words: list[str]) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("group", LEAST_REFUSED, ids=lambda group: group.__name__)
+@pytest.mark.parametrize("group", [bad_values, broken_files])
 def test_bad_configurations_exit_with_one_line_before_reading_data(group, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    num_refused, faults = 0, []
+    faults = []
     for number, (file, flags, words) in enumerate(group(random.Random(group.__name__))):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -145,12 +108,10 @@ def test_bad_configurations_exit_with_one_line_before_reading_data(group, tmp_pa
         fault = complaint(lambda arguments=arguments: train_unet.main(arguments), capfd, words)
         if fault is None and len(list(folder.iterdir())) > 1:
             fault = "left files"
-        num_refused += fault is None
-        if fault and not (fault == "valid" and group is impossible_networks):
+        if fault:
             faults.append(f"{file}, {flags}: {fault}")
     AcceleratorState._reset_state(reset_partial_state=True)
     assert not faults, "\n".join([f"{len(faults)} faults", *faults])
-    assert num_refused >= LEAST_REFUSED[group]
 
 
 COMMANDS = {  # and the bad values of each flag, separated by commas
