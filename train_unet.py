@@ -87,9 +87,7 @@ class Trainer:
         if config.objective in ("ve", "edm"):
             check_noise_levels(self.noise_scheduler, self.data.first_images(RANGE_IMAGES))
         self.build_networks(network_class, pretrained)
-        self.metric = None
-        if config.metric is not None:
-            self.metric = TrainingMetric(config, self.data.store, self.pipeline, accelerator)
+        self.metric = TrainingMetric(config, self.data.store, self.pipeline, accelerator) if config.metric else None
         self.total_steps = config.max_train_steps
         if self.total_steps is None and config.num_epochs is not None:
             self.total_steps = math.ceil(config.num_epochs * len(self.data.store) / self.images_per_update)
@@ -274,7 +272,7 @@ class Trainer:
         on_main_process(self.accelerator, partial(self.write_pipeline, self.pipeline_dir))
 
     def write_pipeline(self, folder: Path, metric: dict | None = None) -> None:
-        """On the main process; `metric` is what selected these weights, see `eval/training_metric.py`."""
+        """Writes any folder, on the main process; `metric` selected the weights, see `eval/training_metric.py`."""
         grids = list_grids(self.output_dir / "samples")
         newest = max(grids, default=None)
         try:
