@@ -311,7 +311,7 @@ def study_with(**variant) -> dict:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is not a study"),
+        ("", "is not a mapping"),
         (REAL_STUDY | {"variant": {}}, "unexpected keyword argument 'variant'"),
         (REAL_STUDY | {"variants": {"base": {}}}, "has a single variant"),
         (REAL_STUDY | {"config": "configs/nowhere.yaml"}, "nowhere.yaml"),
