@@ -1,6 +1,7 @@
 """Shared by all commands: two kinds of errors, argument parsing, atomic file writes, and multi-process helpers."""
 
 import argparse
+import difflib
 import hashlib
 import logging
 import math
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 MOST_THREADS = 1024  # OpenMP aborts the process when it cannot create a thread
 NUM_SEEDS = 2**32  # torch's CPU generator takes seeds modulo this
+TOKEN_HINT = "the Hub's token is read from HF_TOKEN or from `hf auth login`; take it out of the arguments and files"
 
 
 class InputError(ValueError):
@@ -56,10 +58,9 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> int:
 def report_error(error: object) -> None:
     """Writes the error that ends the process as one line on stderr, with the rank unless it is 0."""
     rank = os.environ.get("RANK", "0")
-    line = f"{'' if rank == '0' else f'[rank {rank}] '}error: {one_line(error)}\n"
-    # Not print, which would continue the line of a progress bar. The newline is part of the same write, so that with
-    # unbuffered output the lines of several processes do not mix.
-    tqdm.write(line, file=sys.stderr, end="")
+    process = "" if rank == "0" else f"[rank {rank}] "
+    # above a progress bar; as a single write, so that the lines of several processes do not mix
+    tqdm.write(f"{process}error: {one_line(error)}\n", file=sys.stderr, end="")
 
 
 class _Terminal(logging.Handler):
@@ -79,8 +80,7 @@ def log_to_terminal() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether GPU or CPU memory ran out; torch has no exception class for the CPU."""
-    texts = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def one_line(error: object) -> str:
@@ -91,7 +91,7 @@ def one_line(error: object) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises InputError with a short one-line message that never shows a token."""
+    """Raises InputError with a short one-line message, which never shows the Hub's token."""
 
     def error(self, message):
         raise InputError(one_line(message)[:300])
@@ -99,9 +99,11 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, arguments):
         options, unknown = self.parse_known_args(arguments)
         if any("token" in argument.lower() or argument.startswith("hf_") for argument in unknown):
-            self.error("the Hub's token is not an argument; it is read from HF_TOKEN or from `hf auth login`")
+            self.error(TOKEN_HINT)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            flag = unknown[0].split("=")[0]
+            nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            self.error(f"unknown flag {flag}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
         return options
 
 
@@ -143,11 +145,7 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def make_folder(folder: Path) -> None:
-    """Creates the `--out` folder.
-
-    Raises:
-        InputError: if the path exists and is not a folder.
-    """
+    """Creates the `--out` folder. Raises InputError if the path exists and is not a folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -157,8 +155,7 @@ def make_folder(folder: Path) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a temporary file and renames it, so that readers see the old or the new content, never a partial file.
 
-    Raises:
-        OSError: naming the path; the old content is kept.
+    Raises OSError, naming the path; the old content is kept.
     """
     temporary = path.with_name(f".tmp-{path.name}")
     try:

@@ -34,6 +34,7 @@ from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
 from pipelines.hub import check_account, open_repository, push_to_hub
 from pipelines.pretrained import open_pretrained, take_weights
+from training import reports
 from training.arguments import parse_config
 from training.config import TrainConfig
 from training.diffusion import check_noise_levels, diffusion_loss, make_sampling_scheduler
@@ -42,15 +43,6 @@ from training.optimization import build_optimizer, ema_decay, learning_rate_sche
 from training.post_hoc_ema import start_averages, update_averages
 from training.precision import settle_precision
 from training.processes import Stop, build_accelerator, on_any_process
-from training.reports import (
-    facts,
-    preflight_summary,
-    record,
-    record_interval,
-    report_heldout_loss,
-    report_metric,
-    save_samples,
-)
 from training.resumable import Progress, save_checkpoint, save_snapshot, start_or_resume
 from training.samples import list_grids
 from training.training_data import TrainingData
@@ -64,12 +56,7 @@ RANGE_IMAGES = 1000  # images that the noise levels are checked against
 class Trainer:
     """A training run: its networks, data, optimizer and output folder, and the training loop.
 
-    Args:
-        network_class: network variant for an experiment, see `experiments/unet_variants.py`.
-
-    Raises:
-        InputError: if the data or the pretrained weights cannot be loaded or do not fit the network, the noise levels
-            do not suit the data, or the metric cannot be measured.
+    Raises InputError if the data, the pretrained weights or the metric's weights cannot be loaded or do not fit.
     """
 
     def __init__(
@@ -100,9 +87,7 @@ class Trainer:
         if config.objective in ("ve", "edm"):
             check_noise_levels(self.noise_scheduler, self.data.first_images(RANGE_IMAGES))
         self.build_networks(network_class, pretrained)
-        self.metric, self.last_metric = None, {}
-        if config.metric is not None:
-            self.metric = TrainingMetric(config, self.data.store, self.pipeline, accelerator)
+        self.metric = TrainingMetric(config, self.data.store, self.pipeline, accelerator) if config.metric else None
         self.total_steps = config.max_train_steps
         if self.total_steps is None and config.num_epochs is not None:
             self.total_steps = math.ceil(config.num_epochs * len(self.data.store) / self.images_per_update)
@@ -191,15 +176,11 @@ class Trainer:
         return mean_loss, grad_norm, applied
 
     def train(self) -> None:
-        """Trains until the last step, the deadline or a signal, then saves a checkpoint and the pipeline folder.
-
-        Raises:
-            Failed: after too many non-finite gradients in a row.
-        """
+        """Trains until the last step, the deadline or a signal, then saves a checkpoint and the pipeline folder."""
         progress = self.progress
         self.open_batches()
         if progress.step == 0:
-            report_heldout_loss(self)
+            reports.report_heldout_loss(self)
         self.stop.is_noted_only = True
         self.first_step, skipped_in_a_row = progress.step, 0
         self.losses, self.last_record = [], replace(progress)  # since the last log record
@@ -229,29 +210,26 @@ class Trainer:
         """Logs, samples, saves and measures when each is due."""
         config, step = self.config, self.progress.step
         if step % config.logging_steps == 0 or step == self.total_steps:
-            record_interval(self, grad_norm, bar)
+            reports.record_interval(self, grad_norm, bar)
         if step % config.validation_steps == 0:
-            report_heldout_loss(self)
+            reports.report_heldout_loss(self)
         if step % config.save_images_steps == 0:
-            save_samples(self)
+            reports.save_samples(self)
         if config.post_hoc_ema and step % config.post_hoc_ema_steps == 0:
             save_snapshot(self)  # before the checkpoint, so that a run resumed from it has every snapshot
         if step % config.checkpointing_steps == 0:
             save_checkpoint(self)
             self.export()
         if step % config.metric_steps == 0:
-            report_metric(self)
+            reports.report_metric(self)
 
-    def report_skipped(self, grad_norm: torch.Tensor, skipped_in_a_row: int) -> None:
+    def report_skipped(self, grad_norm: torch.Tensor, in_a_row: int) -> None:
         """Logs a skipped update. Raises Failed after `max_nonfinite_steps` in a row."""
         step = self.progress.step + 1
         logger.info(f"step {step}: the gradient's norm is {grad_norm.item()}; update skipped")
-        record(self, skipped_steps=self.progress.skipped_steps)
-        if skipped_in_a_row == self.config.max_nonfinite_steps:
-            raise Failed(
-                f"{skipped_in_a_row} gradients in a row were not finite at step {step}; lower --learning_rate or look"
-                " at the data, and resume from a checkpoint whose losses were sound"
-            )
+        reports.record(self, skipped_steps=self.progress.attempts - self.progress.step)
+        if in_a_row == self.config.max_nonfinite_steps:
+            raise Failed(f"{in_a_row} gradients in a row were not finite at step {step}; lower --learning_rate")
 
     def finish(self) -> None:
         """Saves, samples, exports and measures for the last time, except for what the last step has already done."""
@@ -263,22 +241,17 @@ class Trainer:
         if is_new and step % config.checkpointing_steps:
             save_checkpoint(self)
         if is_new and is_unsignalled and step % config.validation_steps:
-            report_heldout_loss(self)
+            reports.report_heldout_loss(self)
         if is_new and is_unsignalled and step % config.save_images_steps:
-            save_samples(self)
+            reports.save_samples(self)
         if is_new or on_main_process(self.accelerator, lambda: recorded(self.pipeline_dir, "step") != step):
             self.export()  # a kill may have prevented it
         if is_new and step % config.metric_steps:
-            report_metric(self)
-        length = f"{step} of {self.total_steps} steps" if self.total_steps else f"{step} steps"
+            reports.report_metric(self)
+        total = "" if self.total_steps is None else f" of {self.total_steps}"
         duration = timedelta(seconds=round(self.progress.train_seconds))
-        logger.info(
-            f"{length}, {self.images_seen:,} images in {duration} of training; the pipeline is {self.pipeline_dir}"
-        )
-        if self.metric is not None and (best := self.metric.best_in(self.best_dir)) is not None:
-            logger.info(
-                f"the best by {self.metric.title} is {self.best_dir}: {best['value']:.4g} at step {best['step']}"
-            )
+        seen = f"{self.images_seen:,} images in {duration} of training"
+        logger.info(f"{step}{total} steps, {seen}; the pipeline is {self.pipeline_dir}")
 
     def dry_run(self) -> None:
         """Runs one update to check that everything fits; writes nothing."""
@@ -295,34 +268,23 @@ class Trainer:
     # ---- The model
 
     def export(self) -> None:
-        """Writes the pipeline folder of the EMA network, with the facts of the run.
-
-        Raises:
-            Failed: if it cannot be written; an existing folder is left unchanged.
-        """
+        """Writes the pipeline folder. Raises Failed if that is impossible; an existing folder is left unchanged."""
         on_main_process(self.accelerator, partial(self.write_pipeline, self.pipeline_dir))
 
     def write_pipeline(self, folder: Path, metric: dict | None = None) -> None:
-        """Writes the pipeline into any folder, on the main process.
-
-        Args:
-            metric: the metric that selected these weights, see `eval/training_metric.py`; None for the newest weights.
-        """
+        """Writes any folder, on the main process; `metric` selected the weights, see `eval/training_metric.py`."""
         grids = list_grids(self.output_dir / "samples")
         newest = max(grids, default=None)
         try:
             export_pipeline(
                 self.pipeline,
                 folder,
-                facts=facts(self) | {"samples_step": newest} | ({} if metric is None else {"metric": metric}),
+                facts=reports.facts(self) | {"samples_step": newest} | ({} if metric is None else {"metric": metric}),
                 training_config=self.config.to_public_yaml(),
                 sample_grid=grids.get(newest),
             )
         except (OSError, SafetensorError) as error:
-            raise Failed(
-                f"could not write {folder}: {error}; check the disk and run the same command again, which resumes"
-                " from the newest checkpoint"
-            ) from error
+            raise Failed(f"could not write {folder}: {error}; check the disk, and the same command resumes") from error
 
 
 def run(config: TrainConfig, stop: Stop, network_class: type[CustomUNet2DModel]) -> None:
@@ -339,17 +301,14 @@ def run(config: TrainConfig, stop: Stop, network_class: type[CustomUNet2DModel])
             start_or_resume(trainer)
         if is_pushed:
             on_main_process(accelerator, partial(open_repository, config.hub_repo_id, config.hub_private_repo))
-        accelerator.print(f"{trainer.config.to_yaml()}\n{preflight_summary(trainer)}\n", flush=True)
+        accelerator.print(f"{trainer.config.to_yaml()}\n{reports.preflight_summary(trainer)}\n", flush=True)
         trainer.dry_run() if config.dry_run else trainer.train()
         if is_pushed and stop.number is None and trainer.progress.step:
             push = partial(push_to_hub, trainer.pipeline_dir, config.hub_repo_id, config.hub_private_repo)
             logger.info(f"pushed: {on_main_process(accelerator, push)}")
-        accelerator.end_training()
-    except BaseException:
-        with suppress(Exception):  # ending a tracker that never started raises; report the first error instead
-            accelerator.end_training()
-        raise
     finally:
+        with suppress(Exception):  # ending a tracker that never started raises
+            accelerator.end_training()
         if trainer.lock is not None:
             trainer.lock.release()
 

@@ -24,14 +24,11 @@ from training.post_hoc_ema import LARGEST_SIGMA_REL, STORED, combine_profiles
 def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
     """Step -> folder of the snapshots and checkpoints of a run up to `step`, in ascending order.
 
-    Raises:
-        InputError: if there is none of that step, or the run kept no averages.
-        Failed: naming a damaged one.
+    Raises InputError if there is none of that step or the run kept no averages; Failed, naming a damaged one.
     """
     found = dict(sorted((list_checkpoints(run / SNAPSHOTS) | list_checkpoints(run)).items()))
-    if step is not None and step not in found:
-        nearest = min(found, key=lambda other: abs(other - step), default="nowhere")
-        raise InputError(f"--step {step} has no snapshot in {run}; the nearest is that of step {nearest}")
+    if step not in (None, *found):
+        raise InputError(f"--step {step} has no snapshot in {run}; choose from {', '.join(map(str, found))}")
     found = {other: folder for other, folder in found.items() if step is None or other <= step}
     for folder in found.values():
         verify_checkpoint(folder)
@@ -43,11 +40,7 @@ def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
 def reconstruct(
     snapshots: dict[int, Path], sigma_rel: float, parameters: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """The average of length `sigma_rel` at the last snapshot, summed in float64, and its profile's relative error.
-
-    Args:
-        parameters: parameters of the network by name.
-    """
+    """The average of length `sigma_rel` at the last snapshot, summed in float64, and its profile's relative error."""
     factors, error = combine_profiles([*snapshots], max(snapshots), sigma_rel)
     sums = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in parameters.items()}
     for folder, row in zip(snapshots.values(), factors, strict=True):

@@ -18,8 +18,7 @@ FREE = ("dropout", "sample_size")  # options in which the network may differ fro
 def open_pretrained(name: str, prediction_type: str, accelerator: Accelerator) -> tuple[CustomUNetPipeline, dict]:
     """The pipeline of a folder or Hub id, and its total images seen and training time.
 
-    Raises:
-        InputError: if there is no such model, or its network has another prediction type.
+    Raises InputError if there is no such model, or its network has another prediction type.
     """
 
     def find() -> Path:
@@ -38,15 +37,10 @@ def open_pretrained(name: str, prediction_type: str, accelerator: Accelerator) -
 
 
 def take_weights(name: str, pretrained: nn.Module, network: nn.Module, unet_kwargs: dict) -> None:
-    """Copies the pretrained weights into the network.
-
-    Raises:
-        InputError: if the two networks differ in more than dropout and resolution.
-    """
+    """Copies the pretrained weights. Raises InputError if the networks differ in more than dropout and resolution."""
     wanted = {"num_class_embeds": None} | {key: value for key, value in unet_kwargs.items() if key not in FREE}
     wanted = json.loads(json.dumps(wanted))  # turns tuples into lists
     found = json.loads(json.dumps({key: pretrained.config.get(key) for key in wanted}))
-    differs = difference(found, wanted)
-    if differs:
+    if differs := difference(found, wanted):
         raise InputError(f"--pretrained_model_name_or_path {name} is another network ({differs}); use its settings")
     network.load_state_dict(pretrained.state_dict())

@@ -244,7 +244,7 @@ def study_with(**variant) -> dict:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is not a study"),
+        ("", "is not a mapping"),
         (REAL_STUDY | {"variant": {}}, "unexpected keyword argument 'variant'"),
         (study_with(flags={"seed": 1}), "the command itself sets seed"),
         (REAL_STUDY | {"minutes": 1}, "the command itself sets max_train_steps"),

@@ -26,7 +26,8 @@ def state_of(step: int) -> dict:
 
 
 def save(folder: Path, step: int, total_limit: int | None = None, tensors=TENSORS) -> Path:
-    return checkpoint.save_checkpoint(folder, step, tensors, state_of(step), total_limit)
+    checkpoint.save_checkpoint(folder, step, tensors, state_of(step), total_limit)
+    return folder / f"checkpoint-{step}"
 
 
 def test_checkpoint_round_trip_and_overwriting_a_step(tmp_path):
@@ -38,7 +39,7 @@ def test_checkpoint_round_trip_and_overwriting_a_step(tmp_path):
     assert torch.equal(tensors["ema_unet"]["a"], TENSORS["ema_unet"]["a"])
     save(tmp_path, 7, tensors={"unet": {"a": torch.zeros(1)}})
     assert checkpoint.load_tensors(folder, ["unet"])["unet"]["a"].tolist() == [0.0]
-    with pytest.raises(Failed, match=r"no optimizer\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"optimizer\.safetensors"):
         checkpoint.load_tensors(folder, ["unet", "optimizer"])
 
 
@@ -55,19 +56,6 @@ def test_rotation_keeps_the_newest_and_latest_ignores_other_names(tmp_path):
     assert checkpoint.find_checkpoint(tmp_path, "checkpoint-20") == tmp_path / "checkpoint-20"
     with pytest.raises(Failed, match=r"does not exist.*checkpoint-20, checkpoint-100"):
         checkpoint.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-4"))
-
-
-def test_newer_checkpoints_are_set_aside_not_deleted(tmp_path):
-    for step in (1, 2, 3):
-        save(tmp_path, step)
-    checkpoint.set_aside_newer(tmp_path, 1)
-    assert list(checkpoint.list_checkpoints(tmp_path)) == [1]
-    assert (tmp_path / "abandoned-checkpoint-3" / "state.json").is_file()
-
-
-def test_difference_lists_only_changed_entries():
-    text = checkpoint.difference({"a": 1, "b": [2]}, {"a": 1, "b": [3], "c": None, "d": 4})
-    assert text == "b: [2] -> [3]; d: None -> 4"
 
 
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree")
@@ -110,7 +98,7 @@ def test_sigkill_during_save_leaves_the_previous_or_the_new_checkpoint(tmp_path,
         caplog.clear()
         lock = checkpoint.lock_output_dir(folder)
         newest.append(checkpoint.find_checkpoint(folder, "latest").name)
-        expected = [f"{folder}: the save of checkpoint-3 was cut off; the newest complete one is checkpoint-2"]
+        expected = [f"removing {folder / '.tmp-checkpoint-3'}, whose save was cut off"]
         assert caplog.messages == (expected if was_cut_off else []), "nothing that is there is damaged"
         assert not list(folder.glob(".tmp-*"))
         for path in checkpoint.list_checkpoints(folder).values():
@@ -143,23 +131,13 @@ def damage_file(path: Path, how: str) -> None:
         path.write_bytes(changed[how])
 
 
-def edit_manifest(path: Path, change) -> None:
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
-
-
-def without(name: str):
-    """An edit of the manifest that removes one entry."""
-    return lambda manifest: {key: value for key, value in manifest.items() if key != name}
+def replace_manifest(path: Path, content) -> None:
+    path.write_text(json.dumps(content))
 
 
 FILE_DAMAGES = ("removed", "a folder", "flipped", "truncated", "extended", "emptied")
 DAMAGES = [(damage_file, name, how) for name in (*FILES, "optimizer.safetensors") for how in FILE_DAMAGES]
-DAMAGES += [
-    (edit_manifest, "manifest.json", lambda manifest, value=value: value) for value in (None, 1, "x", [[]], {})
-]
-DAMAGES += [(edit_manifest, "manifest.json", without("state.json"))]
-UNLISTED = [f"{name}.safetensors" for name in ("unet", "ema_unet", "optimizer", "ema_sigma_rel_0.05")]
-DAMAGES += [(edit_manifest, "manifest.json", without(name)) for name in UNLISTED]  # an error even if not explicit
+DAMAGES += [(replace_manifest, "manifest.json", content) for content in (None, 1, "x", [[]], {})]
 
 
 def full_state(trainer) -> dict:
@@ -191,19 +169,16 @@ def test_damaged_checkpoint_is_rejected_or_skipped_as_a_whole(make_trainer, tmp_
         trainer.output_dir, trainer.config.output_dir = run, str(run)
         trainer.config.resume_from_checkpoint = "checkpoint-2" if explicit else "latest"
         trainer.lock.release()
-        error, case = None, f"{file} {how}, case {number}"
+        message, case = "", f"{file} {how}, case {number}"
         try:
             start_or_resume(trainer)
         except Failed as failure:
-            error = str(failure)
+            message = str(failure)
         assert is_same(full_state(trainer), states[1]), f"{case}: restored, or half of it"
-        if explicit or number >= len(DAMAGES) - len(UNLISTED):
-            assert str(run / "checkpoint-2") in error, case
-            assert "\n" not in error, case
+        assert bool(message) == explicit, case
+        assert str(run / "checkpoint-2") in message + capsys.readouterr().out, case
+        if explicit:
             assert {p.name for p in run.glob("*checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}, case
-        else:
-            assert error is None, case
-            assert str(run / "checkpoint-2") in capsys.readouterr().out, case
 
 
 def test_resuming_without_an_intact_checkpoint_fails(tmp_path):

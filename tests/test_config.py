@@ -1,8 +1,6 @@
 """The configuration: precedence, round trip, and one-line errors for invalid settings."""
 
 import inspect
-import re
-import typing
 from pathlib import Path
 
 import pytest
@@ -11,10 +9,9 @@ from diffusers import UNet2DModel
 
 from common import InputError
 from custom_unet import CustomUNet2DModel
-from training.arguments import OF_DIFFUSERS, parse_config
-from training.config import DEFAULTS, LIMITS, TYPES, UNET_OPTIONS, TrainConfig
+from training.arguments import parse_config
+from training.config import UNET_OPTIONS
 from training.log import levels_without_time
-from training.processes import check_launcher
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 TOKEN = "hf_" + "aB3" * 11
@@ -39,12 +36,13 @@ def test_flags_override_the_file_and_the_file_overrides_defaults(parse):
     assert (config.learning_rate, config.resolution, config.train_batch_size) == (3e-4, 16, 16)
 
 
-def test_values_have_the_declared_types(parse):
+def test_values_have_the_declared_types_and_the_saved_configuration_reads_back_unchanged(parse):
     config = parse(
         BASE + "block_out_channels: [8, 16]\nattention_head_dim: null\nsnr_gamma: 5\nrandom_flip: true\n"
         "up_block_types: [AttnUpBlock2D, UpBlock2D]\nnorm_num_groups: 8\n",
         *["--down_block_types", "DownBlock2D", "AttnDownBlock2D", "--no_add_attention", "--compile", "false"],
     )
+    assert parse(config.to_yaml()) == config
     assert config.block_out_channels == [8, 16]
     assert (config.attention_head_dim, config.snr_gamma, config.random_flip) == (None, 5.0, True)
     assert config.down_block_types == ["DownBlock2D", "AttnDownBlock2D"]
@@ -65,7 +63,10 @@ def test_data_flags_replace_the_data_source_of_the_file(parse, tmp_path, caplog)
     caplog.set_level("INFO")
     config = parse_config(["--train_data_dir", "faces", "--output_dir", str(tmp_path / "run")])
     assert (config.train_data_dir, config.dataset_name, config.validation_split) == ("faces", None, None)
-    assert caplog.messages[1] == "--train_data_dir replaces dataset_name, validation_split of quickstart.yaml"
+    assert caplog.messages == [
+        "no --config given: using configs/quickstart.yaml",
+        "--train_data_dir replaces dataset_name, validation_split of quickstart.yaml",
+    ]
     hub_yaml = BASE.replace("synthetic-faces", "a/b") + "dataset_revision: abc\nvalidation_split: test\n"
     config = parse(hub_yaml, "--train_data_dir", "faces", "--validation_split", "validation")
     assert (config.dataset_revision, config.validation_split) == (None, "validation")
@@ -75,24 +76,14 @@ def test_data_flags_replace_the_data_source_of_the_file(parse, tmp_path, caplog)
     assert parse(folder_yaml, "--dataset_name", "synthetic-faces").train_data_dir is None
 
 
-def test_num_epochs_flag_replaces_max_train_steps_of_the_file(parse, caplog):
-    caplog.set_level("INFO")
+def test_flags_of_length_and_objective_replace_entries_of_the_file(parse):
     config = parse(BASE, "--num_epochs", "3")
     assert (config.num_epochs, config.max_train_steps) == (3, None)
-    assert "--num_epochs replaces max_train_steps of" in caplog.text
     assert parse(BASE + "num_epochs: 2\n").max_train_steps == 10
-    caplog.clear()
     assert parse(BASE, "--num_epochs", "3", "--max_train_steps", "5").max_train_steps == 5
-    assert "replaces" not in caplog.text
-
-
-def test_objective_flag_replaces_options_of_other_objectives_in_the_file(parse, caplog):
-    caplog.set_level("INFO")
     ddpm = BASE + "ddpm_beta_schedule: squaredcos_cap_v2\nsnr_gamma: 5.0\nprediction_type: v_prediction\n"
     config = parse(ddpm, "--objective", "flow")
     assert (config.objective, config.snr_gamma, config.ddpm_beta_schedule) == ("flow", None, "linear")
-    assert "--objective replaces ddpm_beta_schedule, snr_gamma, prediction_type of" in caplog.text
-    assert "snr_gamma is 2.0, which means nothing" in parse_error(parse, ddpm, "--objective", "vp", "--snr_gamma", "2")
 
 
 def test_home_folder_is_expanded_in_every_path(parse, tmp_path, monkeypatch):
@@ -101,37 +92,6 @@ def test_home_folder_is_expanded_in_every_path(parse, tmp_path, monkeypatch):
     config = parse_config(["--config=~/own.yaml", "--output_dir=~/out", "--pretrained_model_name_or_path=~/model"])
     assert config.output_dir == f"{tmp_path}/out"
     assert config.pretrained_model_name_or_path == f"{tmp_path}/model"
-
-
-@pytest.mark.parametrize("flag", OF_DIFFUSERS)
-def test_flags_of_the_diffusers_script_suggest_a_replacement(parse, flag):
-    for written in {f"--{flag}", f"--{flag.replace('_', '-')}"}:
-        assert parse_error(parse, BASE, written).endswith(f"unknown flag {written}; {OF_DIFFUSERS[flag]}")
-    for instead in re.findall(r"--(\w+)", OF_DIFFUSERS[flag]):
-        assert instead in TYPES
-
-
-@pytest.mark.parametrize(
-    ("name", "asked", "flags", "message"),
-    [
-        ("MIXED_PRECISION", "bf16", [], "asks for mixed_precision bf16, the run's configuration for no"),
-        ("GRADIENT_ACCUMULATION_STEPS", "4", [], "asks for gradient_accumulation_steps 4, .* configuration for 1"),
-        ("DYNAMO_BACKEND", "EAGER", ["--compile", "true"], "asks for dynamo_backend eager"),
-    ],
-)
-def test_accelerate_launch_settings_must_match_the_configuration(parse, monkeypatch, name, asked, flags, message):
-    config = parse(BASE, *flags)
-    monkeypatch.setenv(f"ACCELERATE_{name}", asked)
-    with pytest.raises(InputError, match=message):
-        check_launcher(config)
-    same = {"MIXED_PRECISION": "no", "GRADIENT_ACCUMULATION_STEPS": "1", "DYNAMO_BACKEND": "NO"}
-    monkeypatch.setenv(f"ACCELERATE_{name}", same[name])
-    check_launcher(config)
-
-
-def test_saved_configuration_reads_back_unchanged(parse):
-    config = parse(BASE + "attention_head_dim: null\nblock_out_channels: [32, 64, 64, 64]\nsnr_gamma: 5\n")
-    assert parse(config.to_yaml()) == config
 
 
 def test_public_configuration_has_no_local_paths(parse, tmp_path):
@@ -157,13 +117,14 @@ def test_hub_repository_is_named_after_the_run(parse, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("yaml_text", "flags", "message"),
     [
-        (BASE, [f"--hub_token={SECRET}"], "unknown flag --hub_token; the Hub's token is read from HF_TOKEN"),
-        (BASE, ["--hub_token", SECRET], "unknown flag --hub_token; the Hub's token is read from HF_TOKEN"),
-        (BASE, ["-t", SECRET], "argument 3 belongs to no flag"),
-        (BASE + f"hub_token: {SECRET}\n", [], "unknown key 'hub_token'"),
+        (BASE, [f"--hub_token={SECRET}"], "HF_TOKEN"),
+        (BASE, ["--hub_token", SECRET], "HF_TOKEN"),
+        (BASE, ["-t", SECRET], "HF_TOKEN"),
+        (BASE, [f"--password={SECRET}"], "unknown flag --password"),
+        (BASE + f"hub_token: {SECRET}\n", [], "HF_TOKEN"),
         (BASE + f"hub_token: '{SECRET}\n", [], "line 4: found unexpected end of stream"),
-        (BASE, ["--hub_model_id", TOKEN, "--push_to_hub"], "argument 4 holds a token"),
-        (BASE + f"hub_model_id: {TOKEN}\npush_to_hub: true\n", [], "line 3"),
+        (BASE, ["--hub_model_id", TOKEN, "--push_to_hub"], "HF_TOKEN"),
+        (BASE + f"hub_model_id: {TOKEN}\npush_to_hub: true\n", [], "HF_TOKEN"),
     ],
 )
 def test_misplaced_secrets_are_not_printed(parse, yaml_text, flags, message):
@@ -171,12 +132,6 @@ def test_misplaced_secrets_are_not_printed(parse, yaml_text, flags, message):
     assert message in line
     assert SECRET not in line
     assert TOKEN not in line
-
-
-def test_quickstart_is_the_default(caplog):
-    caplog.set_level("INFO")
-    assert parse_config([]) == parse_config(["--config", str(CONFIGS[0].parent / "quickstart.yaml")])
-    assert "quickstart.yaml" in caplog.text
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -206,17 +161,12 @@ def test_network_options_match_diffusers(parse):
     ("yaml_text", "message"),
     [
         (BASE + "learning_rat: 1\n", "learning_rate"),
-        (BASE + "seed: null\n", "null"),
-        (BASE + "block_out_channels: {a: 1}\n", "block_out_channels"),
-        (BASE + "max_train_steps: 20\n", "line 3: duplicate key"),
         (BASE + "mixed_precision: no\n", "is False; it should be text, put it in quotes"),
         ("max_train_steps: 1\n", "exactly one"),
         ("dataset_name: synthetic-faces\n", "no length"),
-        ("dataset_name: synthetic-faces\nmax_train_minutes: 5\n", "--lr_scheduler cosine ends at the last step"),
+        ("dataset_name: synthetic-faces\nmax_train_minutes: 5\n", "--lr_scheduler cosine needs"),
         ("- a\n- b\n", "mapping"),
         ("a: [b\n", "cannot read"),
-        ("a: 2026-99-99\n", "cannot read"),
-        ("\x00", "cannot read"),
     ],
 )
 def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
@@ -228,45 +178,31 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
     [
         ("--resoluton 32", "did you mean --resolution?"),
         ("--resol 32", "did you mean --resolution?"),
-        ("--prediction_type v", "v_prediction"),
-        ("--resolution -32", "at least 1"),
-        ("--learning_rate nan", "--learning_rate is nan"),
-        ("--noise_mean nan --objective edm", "finite"),
         ("--dropout 1.5", "below 1"),
-        ("--rescale_betas_zero_snr --prediction_type epsilon", "zero SNR"),
+        ("--norm_num_groups 5", "5 groups do not divide"),
+        ("--act_fn elu", "'elu' is not supported"),
+        ("--rescale_betas_zero_snr --prediction_type epsilon", "not epsilon"),
         ("--rescale_betas_zero_snr --prediction_type sample --snr_gamma 5", "the weight 0"),
         ("--snr_weighting soft_min", "without --snr_gamma"),
         ("--train_data_dir x --dataset_name synthetic-faces", "exactly one"),
-        ("--dataset_revision main", "--dataset_revision is for data sets on the Hub"),
         ("--validation_split train", "not held out"),
         ("--ddpm_num_inference_steps 2000", "1000"),
         ("--hub_model_id someone/faces", "--push_to_hub"),
-        ("--block_out_channels 65537 8 8 8", "at most 65536"),
         ("--beta_end 0.9", "alphas_cumprod"),
         ("--beta_start 0.03", "must rise"),
         ("--label_dropout 0.2", "--label_column"),
         ("--overwrite_output_dir --resume_from_checkpoint runs/checkpoint-3", "deletes checkpoints"),
-        (f"--output_dir {__file__}/run", "--output_dir"),
         # specific to an objective
+        ("--sigma_min 1", "--sigma_min is 1.0, which means nothing to --objective ddpm"),
+        (f"{FLOW} --snr_gamma 5", "--snr_gamma is 5.0, which means nothing to --objective flow"),
         ("--time_embedding_type fourier", "ddpm needs --time_embedding_type positional or learned"),
         ("--objective ve", "ve needs --time_embedding_type fourier"),
-        ("--objective vp --sde_beta_max 5", "leave 0.279 of the image at time 1"),
+        ("--objective vp --sde_beta_min 30", "beta_min 30.0 and beta_max 20.0 must be positive and not fall"),
         (f"{EDM} --sigma_max 0.001", "sigma_min 0.002 and sigma_max 0.001 must be positive and rise"),
     ],
 )
 def test_bad_options_raise_one_line_errors(parse, flags, message):
     assert message in parse_error(parse, BASE, *flags.split())
-
-
-@pytest.mark.parametrize("objective", ["ddpm", "vp", "subvp", "ve", "edm", "flow"])
-def test_options_of_other_objectives_are_rejected(objective):
-    own = {"objective": objective, "time_embedding_type": "fourier" if objective == "ve" else "positional"}
-    for name in [name for name, limits in LIMITS.items() if objective not in limits.get("only", objective).split()]:
-        choices = [choice for choice in typing.get_args(TYPES[name]) if isinstance(choice, str)]
-        choices = [choice for choice in choices if choice != DEFAULTS[name]]
-        value = choices[-1] if choices else TYPES[name] is bool or 1.5 * (DEFAULTS[name] or 1)
-        with pytest.raises(InputError, match=f"--{name} is {value}, which means nothing to --objective {objective}"):
-            TrainConfig(dataset_name="synthetic-faces", max_train_steps=10, **own, **{name: value})
 
 
 def parse_error(parse, *arguments: str) -> str:
@@ -298,17 +234,7 @@ def test_objective_settings_contain_only_relevant_options(parse):
         "sigma_min": 0.02,
         "sigma_max": 100.0,
     }
-    assert set(parse(BASE).objective_settings()) == {
-        *("objective prediction_type ddpm_num_steps ddpm_beta_schedule beta_start beta_end").split(),
-        *("rescale_betas_zero_snr snr_gamma snr_weighting sampler").split(),
-    }
 
 
 def test_stray_argument_is_not_appended_to_a_list_of_the_file(parse):
-    with pytest.raises(InputError, match="argument 3 belongs to no flag"):
-        parse(BASE + "block_out_channels: [32, 64, 64]\n", "64")
-
-
-def test_missing_file_raises_an_input_error():
-    with pytest.raises(InputError, match=r"nowhere\.yaml"):
-        parse_config(["--config", "nowhere.yaml"])
+    assert "unknown flag 64" in parse_error(parse, BASE + "block_out_channels: [32, 64, 64]\n", "64")

@@ -14,7 +14,7 @@ def test_grid_shows_the_seeds_in_order():
     levels = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     network = CustomUNet2DModel(sample_size=8, norm_num_groups=4, layers_per_block=1, **levels)
     pipe = CustomUNetPipeline(network, DDIMScheduler())
-    grid = draw_grid(pipe, 5, 2)
+    grid = draw_grid(pipe, 5, 2, lambda: False)
     assert grid.size == (3 * 8 + 4 * 2, 2 * 8 + 3 * 2)  # 3 columns, 2 rows, lines of 2 pixels
     alone = np.asarray(pipe(1, [torch.Generator().manual_seed(4)], 2).images[0])
     fifth = np.asarray(grid)[12:20, 12:20]  # second row, second column

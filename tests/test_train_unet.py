@@ -1,7 +1,9 @@
 """train_unet.py as users run it: complete runs, kills, resumes and errors, and single training steps."""
 
+import copy
 import importlib.machinery
 import json
+import math
 import re
 import signal
 import sys
@@ -16,13 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_training import (
-    TINY,
-    assert_same_tensors,
-    error_line,
-    records,
-    signal_at,
-)
+from tiny_training import TINY, assert_same_tensors, error_line, records, signal_at
 
 import train_unet
 from pipelines import CustomUNetPipeline
@@ -30,7 +26,7 @@ from training import training_data
 from training.checkpoint import list_checkpoints
 from training.config import TrainConfig
 from training.processes import build_accelerator
-from training.reports import facts, preflight_summary, report_heldout_loss, save_samples
+from training.reports import report_heldout_loss, save_samples
 from training.resumable import save_checkpoint
 
 pytest_plugins = ["tiny_training"]
@@ -93,12 +89,7 @@ KILLS = {  # flags, processes, the step whose record is not written, the checkpo
     "two workers": ("--dataloader_num_workers 2", 1, 9, [3, 6]),
     "two processes": ("", 2, 6, [3]),
     "end of an epoch": ("--max_images 35 --checkpointing_steps 5", 1, 9, [5]),
-    "edm with classes": (
-        "--objective edm --label_column glasses --label_dropout 0.3 --channels_last true",
-        1,
-        9,
-        [3, 6],
-    ),
+    "edm with classes": ("--objective edm --label_column glasses --channels_last true", 1, 9, [3, 6]),
     "muon": ("--optimizer muon", 1, 9, [3, 6]),
 }
 
@@ -135,7 +126,7 @@ def test_time_budget_ends_the_run_and_the_same_command_resumes_it(make_trainer):
     step_once = trainer.training_step
 
     def step_until_the_deadline():
-        trainer.stop.deadline_seconds = float("inf") if trainer.progress.step < 4 else 0.0
+        trainer.stop.deadline_seconds = math.inf if trainer.progress.step < 4 else 0.0
         return step_once()
 
     trainer.training_step = step_until_the_deadline
@@ -148,8 +139,11 @@ def test_time_budget_ends_the_run_and_the_same_command_resumes_it(make_trainer):
     assert list(records(again.output_dir, "loss")) == [1, 2, 3, 4, 5, 6]
 
 
-def test_dry_run_writes_nothing(train, tmp_path):
-    assert re.search(r"dry run: loss .*; one update takes .* s and [\d,]+ MiB\n", train(tmp_path / "run", "--dry_run"))
+def test_dry_run_shows_sizes_and_memory_and_writes_nothing(train, tmp_path):
+    output = train(tmp_path / "run", "--dry_run")
+    assert re.search(r"dry run: loss .*; one update takes .* s and [\d,]+ MiB\n", output)
+    for row in (r"memory +\d MiB for weights", "14 = 7 x 2 accumulated x 1 processes", r"9 updates = 2\.5 epochs"):
+        assert re.search(row, output)
     assert not (tmp_path / "run").exists()
 
 
@@ -206,19 +200,14 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_lowers_the_heldout_loss_and_exports_its_pipeline(objective, train, tmp_path):
+def test_every_objective_lowers_the_heldout_loss(objective, train, tmp_path):
     run = tmp_path / "run"
     toy = {"dropout": 0.0, "max_train_steps": 80, "checkpointing_steps": 80, "learning_rate": 1e-2, "ema_power": 0.5}
     toy |= {"validation_split": "validation", "validation_images": 40, "gradient_accumulation_steps": 1}
     output = train(run, *OBJECTIVES[objective].split(), **toy, objective=objective)
     assert "sampling failed" not in output
-    assert re.search(rf"objective +{objective}", output)
     losses = records(run, "heldout_loss")
     assert losses[80] < 0.8 * losses[0]
-    pipeline = CustomUNetPipeline.from_pretrained(run / "pipeline")
-    assert pipeline.scheduler.config.objective == objective
-    assert torch.isfinite(torch.as_tensor(pipeline(seeds=[1], num_inference_steps=3, output_type="np").images)).all()
-    assert json.loads((run / "pipeline" / "training.json").read_text())["objective"]["objective"] == objective
 
 
 # ---- Starting from pretrained weights
@@ -235,8 +224,7 @@ def pretrained(make_trainer) -> train_unet.Trainer:
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_run_starts_from_the_ema_weights_of_a_pretrained_model(pretrained, make_trainer):
@@ -247,7 +235,6 @@ def test_run_starts_from_the_ema_weights_of_a_pretrained_model(pretrained, make_
     assert not same_weights(pretrained.network, pretrained.ema_network)
     assert same_weights(run.network, pretrained.ema_network)
     assert same_weights(run.ema_network, pretrained.ema_network)
-    assert run.progress.step == 0
     run.training_step()
     run.training_step()
     save_checkpoint(run)
@@ -256,13 +243,11 @@ def test_run_starts_from_the_ema_weights_of_a_pretrained_model(pretrained, make_
     again = make_trainer(**name, **other, output_dir=run.config.output_dir)
     assert again.progress.step == 2
     assert same_weights(again.network, run.network)
-    assert not same_weights(again.network, pretrained.ema_network)
 
     record = json.loads((run.pipeline_dir / "training.json").read_text())
     seconds = pretrained.progress.train_seconds
     assert record["pretrained"] == {"name": "run0", "images_seen": 28, "train_seconds": seconds}
-    card = (run.pipeline_dir / "README.md").read_text()
-    assert re.search(r"the weights of `run0`, which had seen 28 images in [\d.]+ minutes of training", card)
+    assert "the weights of `run0`, which had seen 28 images" in (run.pipeline_dir / "README.md").read_text()
     public = yaml.safe_load((run.pipeline_dir / "training_config.yaml").read_text())
     assert public["pretrained_model_name_or_path"] == "run0"
     third = make_trainer(pretrained_model_name_or_path=str(run.pipeline_dir), **other)
@@ -281,19 +266,6 @@ def test_incompatible_pretrained_models_are_rejected(flags, message, pretrained,
     flags = ["--pretrained_model_name_or_path", pretrained.pipeline_dir, *flags.split()]
     assert message in error_line(train(tmp_path / "new", *flags, code=2))
     assert not (tmp_path / "new").exists()
-
-
-# ---- Data
-
-
-def test_part_of_a_decoded_split_is_trained_on_without_decoding_again(make_trainer, tmp_path, cache_dir):
-    (tmp_path / "faces").mkdir()
-    for i in range(30):
-        Image.new("RGB", (8, 8), (8 * i, 0, 0)).save(tmp_path / "faces" / f"{i:02}.png")
-    which = {"dataset_name": None, "train_data_dir": str(tmp_path / "faces")}
-    whole, part = (make_trainer(**which, max_images=number).data.store for number in (None, 20))
-    assert (len(whole), len(part)) == (30, 20)
-    assert part.folder == whole.folder
 
 
 # ---- Classes
@@ -340,30 +312,16 @@ def trainer(make_trainer):
     return make_trainer()
 
 
-def weights(trainer) -> list[torch.Tensor]:
-    return [p.detach().clone() for n in (trainer.network, trainer.ema_network) for p in n.parameters()]
-
-
-def test_training_step_updates_the_ema_with_the_documented_decay(trainer):
-    trainer.training_step()  # the first learning rate is 0
-    ema_before = [p.clone() for p in trainer.ema_network.parameters()]
-    trainer.training_step()
-    decay = 1 - (1 + 2 / trainer.config.ema_inv_gamma) ** -trainer.config.ema_power
-    pairs = zip(ema_before, trainer.ema_network.parameters(), trainer.network.parameters(), strict=True)
-    for before, ema, weight in pairs:
-        torch.testing.assert_close(ema, decay * before + (1 - decay) * weight)
-    assert not all(torch.equal(b, e) for b, e in zip(ema_before, trainer.ema_network.parameters(), strict=True))
-
-
 def test_nonfinite_gradients_skip_the_whole_update(trainer, monkeypatch):
     trainer.training_step()
-    before, rate = weights(trainer), trainer.optimizer.param_groups[0]["lr"]
+    networks, rate = (trainer.network, trainer.ema_network), trainer.optimizer.param_groups[0]["lr"]
+    before = copy.deepcopy(networks)
     monkeypatch.setattr(training_data, "to_model_range", lambda images: images.float() * float("nan"))
     _, grad_norm, applied = trainer.training_step()
     assert not applied
     assert not torch.isfinite(grad_norm)
     assert (trainer.progress.step, trainer.progress.attempts) == (1, 2)
-    assert all(torch.equal(one, other) for one, other in zip(before, weights(trainer), strict=True))
+    assert all(same_weights(one, other) for one, other in zip(before, networks, strict=True))
     monkeypatch.undo()
     assert trainer.training_step()[2]
     assert (trainer.progress.step, trainer.progress.attempts) == (2, 3)
@@ -421,32 +379,3 @@ def test_pipeline_records_the_step_of_its_sample_grid(trainer):
     trainer.train()  # nothing is left to train, but a kill may have prevented the export
     assert exported[-1]["step"] == 6
     assert len(exported) == 4
-
-
-def test_facts_contain_the_newest_heldout_loss_and_no_paths(make_trainer, tmp_path):
-    trainer = make_trainer(validation_split="validation", validation_images=20)
-    assert facts(trainer)["heldout"] is None
-    for _ in range(2):
-        trainer.training_step()
-        report_heldout_loss(trainer)
-    record = facts(trainer)
-    assert json.loads(json.dumps(record)) == record
-    assert str(tmp_path) not in json.dumps(record)
-    assert (record["heldout"]["step"], record["heldout"]["split"]) == (2, "validation")
-    assert record["heldout"].keys() > {"heldout_loss", "heldout_loss_q1", "heldout_loss_q4"}
-    assert record["objective"] == trainer.config.objective_settings()
-    trainer.config.validation_split = None  # dropped by a resumed run
-    assert facts(trainer)["heldout"] is None
-
-
-def test_preflight_summary_shows_sizes_precision_and_memory(make_trainer):
-    trainer = make_trainer(mixed_precision="bf16", block_out_channels=[64, 128])
-    mebibytes = 7 * 4 * sum(p.numel() for p in trainer.network.parameters()) / 2**20
-    text = preflight_summary(trainer)
-    for line in (
-        f"memory             {mebibytes:.0f} MiB for weights",
-        "device             cpu, precision bf16",
-        "images per update  14 = 7 x 2 accumulated x 1 processes",
-        "length             9 updates = 2.5 epochs",
-    ):
-        assert line in text

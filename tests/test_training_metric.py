@@ -129,9 +129,7 @@ def test_best_weights_survive_a_kill_until_the_measurement_or_run_changes(start,
     start(run, *flags, fault=partial(patched, partial(values_are, 3.0, 1.0), kill)).finish(-signal.SIGKILL)
     assert not (run / "best_pipeline").exists()
     output = start(run, *flags, fault=partial(patched, partial(values_are, 2.0, 2.5, 1.5))).finish(0)
-    assert "FID of 20 images every 2 updates" in output
     assert "step 8: FID 2.5 (best 1 at step 4)" in output
-    assert f"the best by FID is {run / 'best_pipeline'}: 1 at step 4" in output
     assert records(run, "fid") == {2: 3.0, 6: 2.0, 8: 2.5, 9: 1.5}
     best = load_file(run / "best_pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
     ema = load_file(run / "checkpoint-4" / "ema_unet.safetensors")

@@ -40,8 +40,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def lock_output_dir(output_dir: Path) -> FileLock:
     """Locks the folder until this process ends, however it ends, and removes half-written files left by a crash.
 
-    Raises:
-        Failed: if the folder cannot be created or another process is writing to it.
+    Raises Failed if the folder cannot be created or another process is writing to it.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -56,12 +55,9 @@ def lock_output_dir(output_dir: Path) -> FileLock:
         new = output_dir / f"{TEMPORARY_PREFIX}{name}"
         if not (output_dir / name).exists():
             (new if new.exists() else old).rename(output_dir / name)
-    newest = max(list_checkpoints(output_dir), default=None)
-    before = "there is no complete one" if newest is None else f"the newest complete one is checkpoint-{newest}"
     for leftover in (*output_dir.glob(f"{TEMPORARY_PREFIX}*"), *output_dir.glob(f"{SNAPSHOTS}/{TEMPORARY_PREFIX}*")):
-        name = leftover.name.removeprefix(TEMPORARY_PREFIX)
-        if _NAME.fullmatch(name) and leftover.parent == output_dir:
-            logger.info(f"{output_dir}: the save of {name} was cut off; {before}")
+        if leftover.match(f"{TEMPORARY_PREFIX}checkpoint-*"):
+            logger.info(f"removing {leftover}, whose save was cut off")
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
 
@@ -73,17 +69,9 @@ def list_checkpoints(output_dir: Path) -> dict[int, Path]:
 
 
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
-    """The checkpoint to resume from.
+    """The newest intact checkpoint (`latest`; None if there is none), logging damaged ones, or the one at a path.
 
-    Args:
-        resume_from: `latest` for the newest intact checkpoint, logging each newer one that is damaged; or the path of
-            a checkpoint, which may be relative to `output_dir`.
-
-    Returns:
-        its folder, or None if `latest` finds no checkpoint at all.
-
-    Raises:
-        Failed: if the path is not an intact checkpoint, or there are checkpoints but none is intact.
+    The path may be relative to `output_dir`. Raises Failed if its checkpoint, or every one there, is not intact.
     """
     there = list_checkpoints(output_dir).values()
     if resume_from != "latest":
@@ -120,15 +108,14 @@ def set_aside_newer(output_dir: Path, step: int) -> None:
 
 def save_checkpoint(
     output_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, total_limit: int | None
-) -> Path:
-    """Writes `checkpoint-STEP` and then deletes the oldest ones beyond `total_limit`.
+) -> None:
+    """Writes `checkpoint-STEP` and then deletes the oldest ones beyond `total_limit` (None keeps all).
 
     The folder gets its final name only when every byte is on disk.
 
     Args:
         tensors: file stem -> tensors by name.
         state: JSON-serializable numbers.
-        total_limit: number of newest checkpoints to keep; None keeps all.
 
     Raises:
         Failed: naming the path, if the disk is full or cannot be written. Older checkpoints are untouched.
@@ -154,7 +141,6 @@ def save_checkpoint(
     if total_limit is not None:
         for path in list(list_checkpoints(output_dir).values())[:-total_limit]:
             _delete(path)
-    return folder
 
 
 def _file_entry(path: Path) -> dict:
@@ -178,12 +164,12 @@ def _delete(folder: Path) -> None:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Compares every file with the manifest.
-
-    Raises:
-        Failed: naming the first file that is missing, truncated or altered.
-    """
-    for name, entry in ({STATE: None} | _read_manifest(folder)).items():
+    """Compares every file with the manifest. Raises Failed, naming the first that is missing, truncated or altered."""
+    try:
+        manifest = dict(json.loads((folder / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise Failed(f"{folder / MANIFEST} is missing or damaged") from error
+    for name, entry in ({STATE: None} | manifest).items():
         path = folder / name
         try:
             found = _file_entry(path)
@@ -191,15 +177,6 @@ def verify_checkpoint(folder: Path) -> None:
             raise Failed(f"{path} cannot be read: {error.strerror}") from error
         if found != entry:
             raise Failed(f"{path} is damaged: its size or checksum does not match {MANIFEST}")
-
-
-def _read_manifest(folder: Path) -> dict:
-    """File name -> its size and checksum. Raises Failed if it is not a JSON object."""
-    path = folder / MANIFEST
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise Failed(f"{path} is missing or damaged") from error
 
 
 def read_state(folder: Path) -> dict:
@@ -214,22 +191,8 @@ def checkpoint_of(config) -> Path | None:
     return find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
 
 
-def recorded_state(config) -> dict | None:
-    """The state of that checkpoint."""
-    folder = checkpoint_of(config)
-    return None if folder is None else read_state(folder)
-
-
 def load_tensors(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of the named files of a verified checkpoint, on the CPU.
-
-    Raises:
-        Failed: naming a file that the checkpoint lacks, before any is read.
-    """
-    manifest = _read_manifest(folder)
-    for name in names:
-        if f"{name}.safetensors" not in manifest:
-            raise Failed(f"{folder} has no {name}.safetensors")
+    """The tensors of the named files of a verified checkpoint, on the CPU. Raises OSError, naming a file it lacks."""
     return {name: load_file(folder / f"{name}.safetensors") for name in names}
 
 

@@ -24,7 +24,6 @@ from training.images import compact, height_and_width
 from training.sde import SDEScheduler
 
 OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the others take --prediction_type
-LARGEST_LAST_SIGNAL = 0.05  # of the image, at time 1
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 BOUNDS = {"min": (ge, "at least"), "max": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
 
@@ -198,9 +197,7 @@ class TrainConfig:
             if value == DEFAULTS[name]:
                 continue
             if self.objective not in objectives.split():
-                raise InputError(
-                    f"--{name} is {value}, which means nothing to --objective {self.objective}; leave it out"
-                )
+                raise InputError(f"--{name} is {value}, which means nothing to --objective {self.objective}; omit it")
             if needed and getattr(self, needed) in (None, False):
                 raise InputError(f"--{name} is {value}, which means nothing without --{needed}; give both or neither")
         sides = height_and_width(self.resolution)
@@ -209,60 +206,30 @@ class TrainConfig:
         self.resolution = compact(sides)
         if any("Skip" in block for block in (*self.down_block_types, *self.up_block_types)):
             self.in_channels = self.in_channels or 3
-        self._check_data()
-        embeddings = {"ddpm": ("positional", "learned"), "ve": ("fourier",)}.get(self.objective, ("positional",))
-        if self.time_embedding_type not in embeddings:
-            raise InputError(f"--objective {self.objective} needs --time_embedding_type {' or '.join(embeddings)}")
-        self._check_ddpm() if self.objective == "ddpm" else self._check_sde()
-        self._check_run()
+        self._check_combinations()
 
-    def _check_data(self) -> None:
+    def _check_combinations(self) -> None:
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise InputError("give either --dataset_name or --train_data_dir, exactly one of them")
-        is_on_hub = self.train_data_dir is None and self.dataset_name != "synthetic-faces"
-        for name in ("streaming", "dataset_revision"):
-            if getattr(self, name) and not is_on_hub:
-                raise InputError(f"--{name} is for data sets on the Hub; leave it out")
         train, heldout = ("validation" if split == "valid" else split for split in (self.split, self.validation_split))
         if train == heldout:
             raise InputError(f"--validation_split {self.split} is trained on, so it is not held out; choose another")
-
-    def _check_ddpm(self) -> None:
+        embeddings = {"ddpm": ("positional", "learned"), "ve": ("fourier",)}.get(self.objective, ("positional",))
+        if self.time_embedding_type not in embeddings:
+            raise InputError(f"--objective {self.objective} needs --time_embedding_type {' or '.join(embeddings)}")
         if self.beta_start > self.beta_end:
             raise InputError(f"--beta_start {self.beta_start} exceeds --beta_end {self.beta_end}; betas must rise")
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise InputError(
-                "--rescale_betas_zero_snr does not go with --prediction_type epsilon: at zero SNR the noise tells"
-                " nothing about the image; use v_prediction or sample"
-            )
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":  # pure noise tells nothing of the image
+            raise InputError("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, not epsilon")
         if self.rescale_betas_zero_snr and self.snr_gamma is not None:
-            raise InputError(
-                f"--snr_gamma {self.snr_gamma} gives the last timestep of --rescale_betas_zero_snr, where sampling"
-                " starts, the weight 0; leave one of them out"
-            )
-        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
-            raise InputError(
-                f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps} exceeds --ddpm_num_steps"
-                f" {self.ddpm_num_steps}"
-            )
-
-    def _check_sde(self) -> None:
-        signal = math.exp(-(self.sde_beta_min + self.sde_beta_max) / 4)
-        if self.sde_beta_min > self.sde_beta_max or signal > LARGEST_LAST_SIGNAL:
-            raise InputError(
-                f"--sde_beta_min {self.sde_beta_min} and --sde_beta_max {self.sde_beta_max} leave {signal:.3g} of"
-                f" the image at time 1; they must not decrease, and must leave at most {LARGEST_LAST_SIGNAL}"
-            )
-
-    def _check_run(self) -> None:
+            raise InputError("--snr_gamma gives the last timestep of --rescale_betas_zero_snr the weight 0; give one")
+        if self.objective == "ddpm" and self.ddpm_num_inference_steps > self.ddpm_num_steps:
+            raise InputError(f"--ddpm_num_inference_steps exceeds the {self.ddpm_num_steps} of --ddpm_num_steps")
         has_last_step = self.max_train_steps is not None or self.num_epochs is not None
         if not has_last_step and self.max_train_minutes is None:
             raise InputError("the run has no length: give --max_train_steps, --num_epochs or --max_train_minutes")
-        if self.lr_scheduler in ("linear", "cosine") and not has_last_step:
-            raise InputError(
-                f"--lr_scheduler {self.lr_scheduler} ends at the last step: give --max_train_steps or --num_epochs, or"
-                " use constant_with_warmup"
-            )
+        if not has_last_step and self.lr_scheduler in ("linear", "cosine"):  # they end at the last step
+            raise InputError(f"--lr_scheduler {self.lr_scheduler} needs --max_train_steps or --num_epochs")
         if self.overwrite_output_dir and self.resume_from_checkpoint != "latest":
             raise InputError("--overwrite_output_dir deletes checkpoints; leave out --resume_from_checkpoint")
 

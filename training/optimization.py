@@ -12,6 +12,7 @@ from training.config import TrainConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of a X + b (X X^T) X + c (X X^T)^2 X
 NEWTON_SCHULZ_STEPS = 5
+MOMENTUM = 0.95  # of Muon
 # Name prefixes of the parameters that do not belong to a hidden layer
 OUTER = ("conv_in", "conv_out", "time_proj", "time_embedding", "class_embedding")
 
@@ -25,28 +26,19 @@ class Muon(torch.optim.AdamW):
 
     Args:
         matrices: parameters for Muon, with two or more dimensions.
-        others: parameters for AdamW.
-        momentum: Muon's momentum.
         dtype: the precision in which matrices are orthogonalized.
         adamw: arguments of AdamW.
     """
 
-    def __init__(
-        self,
-        matrices: list[nn.Parameter],
-        others: list[nn.Parameter],
-        momentum: float = 0.95,
-        dtype: torch.dtype = torch.float32,
-        **adamw,
-    ):
-        super().__init__([{"params": others}, {"params": matrices, "momentum": momentum}], **adamw)
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], dtype: torch.dtype, **adamw):
+        super().__init__([{"params": others}, {"params": matrices}], **adamw)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
         adamw_group, group = self.param_groups
         self.param_groups = [adamw_group]
-        loss = super().step(closure)
+        super().step(closure)
         self.param_groups = [adamw_group, group]
         by_shape = defaultdict(list)  # matrices of the same shape are orthogonalized as a batch
         for parameter in group["params"]:
@@ -58,14 +50,13 @@ class Muon(torch.optim.AdamW):
                 state = self.state[parameter]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                directions.append(parameter.grad.lerp(average, group["momentum"]).flatten(1))
+                average = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
+                directions.append(parameter.grad.lerp(average, MOMENTUM).flatten(1))
             size = group["lr"] * 0.2 * max(shape) ** 0.5
             updates = orthogonalize(torch.stack(directions).to(self.dtype))
             for parameter, update in zip(parameters, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update.view_as(parameter), alpha=size)
-        return loss
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
@@ -112,7 +103,7 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Adam
     matrices = [parameter for name, parameter in trainable.items() if name in hidden]
     others = [parameter for name, parameter in trainable.items() if name not in hidden]
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    return Muon(matrices, others, dtype=dtype, **adamw)
+    return Muon(matrices, others, dtype, **adamw)
 
 
 def learning_rate_schedule(config: TrainConfig, total_steps: int | None) -> Callable[[int], float]:

@@ -1,7 +1,6 @@
-"""`--mixed_precision auto`: times float32 and half precision on this machine and uses the faster one."""
+"""`--mixed_precision auto`: times float32 and bf16 on this machine and uses the faster one."""
 
 import logging
-import math
 import statistics
 import time
 from dataclasses import replace
@@ -13,8 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from common import is_out_of_memory, on_main_process
-from training.checkpoint import recorded_state
+from common import on_main_process
+from training.checkpoint import checkpoint_of, read_state
 from training.config import TrainConfig
 from training.diffusion import diffusion_loss
 from training.processes import take_cpu_threads
@@ -29,10 +28,7 @@ def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> Tra
     """The configuration with `auto` replaced by a precision, which the main process chooses for all processes.
 
     A resumed run keeps the precision of its checkpoint; a new run takes the faster one. Call this before building the
-    `Accelerator`, whose precision cannot be changed.
-
-    Raises:
-        Failed: if there are checkpoints but none is intact.
+    `Accelerator`, whose precision cannot be changed. Raises Failed if there are checkpoints but none is intact.
     """
     if config.mixed_precision != "auto":
         return config
@@ -42,38 +38,28 @@ def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> Tra
         take_cpu_threads(config)
 
     def choose() -> str:
-        recorded = (recorded_state(config) or {}).get("mixed_precision")
-        if recorded is not None:
+        folder = checkpoint_of(config)
+        if folder is not None:
+            recorded = read_state(folder)["mixed_precision"]
             logger.info("--mixed_precision auto: %s, as in the checkpoint", recorded)
             return recorded
-        seconds = update_seconds(config, network_class, state.device, candidates(state.device))
+        seconds = update_seconds(config, network_class, state.device)
         fastest = min(seconds, key=seconds.get)
-        speeds = {name: f"{config.train_batch_size / value:.1f} images/s" for name, value in seconds.items()}
-        told = " against ".join(f"{speed} with {name}" for name, speed in speeds.items())
+        told = " against ".join(
+            f"{config.train_batch_size / value:.1f} images/s with {name}" for name, value in seconds.items()
+        )
         logger.info("--mixed_precision auto: %s; using %s", told, fastest)
         return fastest
 
     return replace(config, mixed_precision=on_main_process(state, choose))
 
 
-def candidates(device: torch.device) -> list[str]:
-    """Values of `--mixed_precision`: float32, and the half precision that suits the device."""
-    lacks_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return ["no", "fp16" if lacks_bf16 else "bf16"]
+def update_seconds(config: TrainConfig, network_class: type[nn.Module], device: torch.device) -> dict[str, float]:
+    """Median seconds per forward and backward pass on a batch of noise, for float32 and bf16, which alternate.
 
-
-def update_seconds(
-    config: TrainConfig, network_class: type[nn.Module], device: torch.device, precisions: list[str]
-) -> dict[str, float]:
-    """Median seconds per forward and backward pass on a batch of noise, per precision; passes alternate between them.
-
-    Builds its own network, without classes, and restores the random generators. The time is infinite for a precision
-    that runs out of memory.
-
-    Raises:
-        RuntimeError: if every precision runs out of memory.
+    Builds its own network, without classes, and restores the random generators.
     """
-    seconds = {name: [] for name in precisions}
+    seconds = {"no": [], "bf16": []}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         network = network_class(**config.unet_kwargs()).train()
         network.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
@@ -84,21 +70,16 @@ def update_seconds(
         shape = (config.train_batch_size, *config.image_shape)
         images, scheduler = torch.rand(shape, device=device).mul_(2).sub_(1), config.noise_scheduler()
         for number in range(WARM_UP_UPDATES + TIMED_UPDATES):
-            for name in [name for name in precisions if math.inf not in seconds[name]]:
+            for name, times in seconds.items():
                 started_at_seconds = time.perf_counter()
                 unet = partial(under_autocast, network, DTYPES[name])
-                try:
-                    diffusion_loss(unet, scheduler, images, **config.loss_settings()).backward()
-                except (RuntimeError, MemoryError) as error:
-                    seconds[name] = [math.inf]
-                    if not is_out_of_memory(error) or all(math.inf in values for values in seconds.values()):
-                        raise
+                diffusion_loss(unet, scheduler, images, **config.loss_settings()).backward()
                 network.zero_grad()
                 if device.type != "cpu":
                     torch.accelerator.synchronize()
                 if number >= WARM_UP_UPDATES:
-                    seconds[name].append(time.perf_counter() - started_at_seconds)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                    times.append(time.perf_counter() - started_at_seconds)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def under_autocast(network: nn.Module, dtype: torch.dtype, images: torch.Tensor, *arguments):

@@ -4,55 +4,52 @@
 """
 
 import logging
+import platform
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
+from io import BytesIO
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from common import on_main_process, one_line
+from common import on_main_process, one_line, replace_file
 from training.diffusion import heldout_loss
-from training.log import levels_without_time, machine_facts
-from training.samples import draw_grid, save_grid
+from training.log import device_name, levels_without_time
+from training.samples import draw_grid
 
 logger = logging.getLogger(__name__)
+
+LIBRARIES = "torch diffusers accelerate datasets".split()
 
 
 def preflight_summary(trainer) -> str:
     """A table of the run's sizes, length and memory."""
     config, data = trainer.config, trainer.data
-    parameters, num_classes = list(trainer.network.parameters()), len(data.label_names or [])
+    num_parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
     copies = 7 if config.post_hoc_ema else 5  # weights, gradients, two moments, EMAs
-    state_bytes = sum(p.numel() * p.element_size() for p in parameters) * copies
     length = "open-ended"
     if total_steps := trainer.total_steps:
         epochs = total_steps * trainer.images_per_update / len(data.store)
         length = f"{total_steps:,} updates = {epochs:.1f} epochs"
     if config.max_train_minutes:
         length += f", at most {config.max_train_minutes:g} minutes in this start"
-    objective = [f"{k} {v}" for k, v in config.objective_settings().items() if v not in (None, False)]
     channels, height, width = config.image_shape
     rows = {
-        "network": f"{sum(p.numel() for p in parameters):,} parameters at {height}x{width}",
-        "objective": ", ".join(objective).removeprefix("objective "),
+        "network": f"{num_parameters:,} parameters at {height}x{width}",
         "data": f"{data.store.description['source']}, {config.split}: {len(data.store):,} images per epoch"
         + (", grey (--in_channels 1)" if channels == 1 else ""),
         "held-out data": f"{data.num_heldout_images:,} images",
-        "classes": f"{num_classes} of {config.label_column}" if num_classes else "none",
+        "classes": str(len(data.label_names or [])),
         "images per update": f"{trainer.images_per_update} = {config.train_batch_size} x"
         f" {config.gradient_accumulation_steps} accumulated x {trainer.accelerator.num_processes} processes",
         "length": length,
-        "memory": f"{state_bytes / 2**20:,.0f} MiB for weights, gradients, optimizer and EMA, without activations",
+        "memory": f"{copies * 4 * num_parameters / 2**20:,.0f} MiB for weights, gradients, optimizer and EMA",
         "device": f"{trainer.accelerator.device}, precision {config.mixed_precision}",
-        "output": config.output_dir,
         "starts at": f"step {trainer.progress.step}",
     }
-    if config.metric is not None:
-        rows["metric"] = (
-            f"{trainer.metric.title} of {config.metric_images:,} images every {config.metric_steps:,} updates"
-        )
     if without_time := levels_without_time(config):
         rows["note"] = (
             f"level {without_time[0]} has one channel per group, so group norm cancels the time embedding; lower"
@@ -77,13 +74,13 @@ def record_interval(trainer, grad_norm: torch.Tensor, bar: tqdm) -> None:
         "learning_rate": trainer.optimizer.param_groups[0]["lr"],
         "grad_norm": grad_norm.item(),
         "images_per_second": num_images / (progress.train_seconds - before.train_seconds),
-        "skipped_steps": progress.skipped_steps,
+        "skipped_steps": progress.attempts - progress.step,
         "train_seconds": progress.train_seconds,
     }
     record(trainer, **values)
     trainer.losses, trainer.last_record = [], replace(progress)
     shown = {"loss": "loss", "lr": "learning_rate", "grad": "grad_norm", "images/s": "images_per_second"}
-    bar.set_postfix({name: f"{values[key]:.3g}" for name, key in shown.items()} | trainer.last_metric)
+    bar.set_postfix({name: f"{values[key]:.3g}" for name, key in shown.items()})
 
 
 def report_heldout_loss(trainer) -> None:
@@ -126,7 +123,10 @@ def save_samples(trainer) -> None:
                 config.ddpm_num_inference_steps,
                 should_stop=lambda: trainer.stop.number is not None,
             )
-        save_grid(grid, trainer.output_dir / "samples", step)
+        folder, content = trainer.output_dir / "samples", BytesIO()
+        folder.mkdir(exist_ok=True)
+        grid.save(content, "PNG")
+        replace_file(folder / f"step-{step:07d}.png", content.getvalue())
         for tracker in trainer.accelerator.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
@@ -152,7 +152,6 @@ def _measure(trainer) -> None:
         return
     logger.info(f"{start} {metric.keep_best(value, trainer.progress.step, trainer.best_dir, trainer.write_pipeline)}")
     record(trainer, **{metric.name: value})
-    trainer.last_metric = {metric.name: f"{value:.3g}"}
 
 
 def facts(trainer) -> dict:
@@ -175,7 +174,9 @@ def facts(trainer) -> dict:
         "heldout": heldout,
         "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
         "date": datetime.now(UTC).date().isoformat(),
+        "device": device_name(trainer.accelerator.device),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     }
     if trainer.pretrained_facts is not None:
         values["pretrained"] = trainer.pretrained_facts
-    return values | machine_facts(trainer.accelerator.device)
+    return values

@@ -36,10 +36,6 @@ class Progress:
     attempts: int = 0  # updates attempted: the position in the data stream
     train_seconds: float = 0.0  # time spent in updates, over all starts
 
-    @property
-    def skipped_steps(self) -> int:
-        return self.attempts - self.step
-
 
 def identity(trainer) -> dict:
     """The settings that a resumed run must share with its checkpoint, as a flat dictionary."""
@@ -52,10 +48,7 @@ def identity(trainer) -> dict:
 def start_or_resume(trainer) -> None:
     """Locks the output folder and restores the checkpoint to resume from, if any.
 
-    Raises:
-        Failed: before anything is changed, if the folder is in use, or if the checkpoint is missing, damaged or from
-            another run.
-        OSError: if the folder cannot be written.
+    Raises Failed, before anything is changed, if the folder is in use or the checkpoint damaged or from another run.
     """
     folder = on_main_process(trainer.accelerator, partial(_take_output_dir, trainer))
     if folder is not None:
@@ -68,12 +61,13 @@ def start_or_resume(trainer) -> None:
 
 def tracker_options(trainer) -> dict:
     """Arguments with which the trackers continue: one W&B run over all starts, and each step once in TensorBoard."""
-    folder = trainer.output_dir / trainer.config.logging_dir / PROJECT
-    path = folder / "wandb_id"
-    if trainer.accelerator.is_main_process and not path.exists() and trainer.config.report_to in ("wandb", "all"):
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, uuid4().hex.encode())
-    wandb = {"dir": str(trainer.output_dir), "resume": "allow"} | ({"id": path.read_text()} if path.exists() else {})
+    path = trainer.output_dir / trainer.config.logging_dir / PROJECT / "wandb_id"
+    wandb = {"dir": str(trainer.output_dir), "resume": "allow"}
+    if trainer.accelerator.is_main_process and trainer.config.report_to in ("wandb", "all"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            replace_file(path, uuid4().hex.encode())
+        wandb["id"] = path.read_text()
     return {"wandb": wandb, "tensorboard": {"purge_step": trainer.progress.step + 1}}
 
 
@@ -88,8 +82,7 @@ def _take_output_dir(trainer) -> Path | None:
     current = {name: value for name, value in identity(trainer).items() if name in saved}
     if difference := checkpoint.difference(saved, current):
         raise Failed(
-            f"{folder} belongs to another run ({difference}); restore these settings, choose another --output_dir"
-            " or start from scratch with --overwrite_output_dir"
+            f"{folder} belongs to another run ({difference}); restore these settings or take another --output_dir"
         )
     return folder
 
@@ -113,11 +106,7 @@ def _prepare_output_dir(trainer) -> None:
 
 
 def restore(trainer, folder: Path) -> None:
-    """Restores a verified checkpoint of a run with the same identity, after reading all of it.
-
-    Raises:
-        Failed: before anything is changed, if the checkpoint lacks a file.
-    """
+    """Restores a verified checkpoint of a run with the same identity, after reading all of it."""
     network, averages, scaler = trainer.network, trainer.averages, trainer.accelerator.scaler
     tensors = checkpoint.load_tensors(folder, ["unet", "ema_unet", "optimizer", *averages])
     state = checkpoint.read_state(folder)

@@ -1,9 +1,7 @@
 """Grids of samples that show how a training progresses."""
 
 import math
-import re
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -11,24 +9,16 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from common import replace_file
-
 
 class SamplingStopped(RuntimeError):
     """Sampling was abandoned because the run is stopping."""
 
 
-def draw_grid(
-    pipeline, num_images: int, num_inference_steps: int, should_stop: Callable[[], bool] = lambda: False
-) -> Image.Image:
+def draw_grid(pipeline, num_images: int, num_inference_steps: int, should_stop: Callable[[], bool]) -> Image.Image:
     """A square grid of the images of seeds 0 to `num_images` - 1, always from the same noise.
 
-    Args:
-        should_stop: called after each sampling step.
-
-    Raises:
-        RuntimeError, ValueError: as the pipeline, for example for non-finite weights.
-        SamplingStopped: once `should_stop` returns True.
+    Raises SamplingStopped once `should_stop`, called after each sampling step, returns True; and what the pipeline
+    raises, for example for non-finite weights.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)]
     images = pipeline(
@@ -47,15 +37,6 @@ def stop_callback(should_stop: Callable[[], bool]) -> Callable:
     return look_for_stop
 
 
-def save_grid(grid: Image.Image, folder: Path, step: int) -> None:
-    """Writes `step-NNNNNNN.png`. Raises OSError, naming the path, if it cannot be written."""
-    folder.mkdir(exist_ok=True)
-    content = BytesIO()
-    grid.save(content, "PNG")
-    replace_file(folder / f"step-{step:07d}.png", content.getvalue())
-
-
 def list_grids(folder: Path) -> dict[int, Path]:
     """Step -> file of the grids in a folder, in ascending order; other files are ignored."""
-    found = {path: re.fullmatch(r"step-(\d{7,})\.png", path.name) for path in folder.glob("step-*.png")}
-    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+    return {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob(f"step-{'[0-9]' * 7}.png"))}
