@@ -29,13 +29,11 @@ class CustomUNetPipeline(shipped.CustomUNetPipeline):
             kwargs: `NETWORK_ARGUMENTS`.
 
         Raises:
-            ValueError: for other keyword arguments, which diffusers would take for options of the network, or if the
-                repository's scheduler is not in `SCHEDULERS`.
+            ValueError: for other keyword arguments, or if the repository's scheduler is not in `SCHEDULERS`.
         """
         path, unknown = pretrained_model_name_or_path, sorted(kwargs.keys() - {*NETWORK_ARGUMENTS})
-        if unknown:
-            known = ", ".join(("unet", "scheduler", *NETWORK_ARGUMENTS))
-            raise ValueError(f"from_pretrained takes no {', '.join(unknown)}; it takes {known}")
+        if unknown:  # diffusers would take them for options of the network
+            raise ValueError(f"from_pretrained takes no {', '.join(unknown)}; it takes {', '.join(NETWORK_ARGUMENTS)}")
         if unet is None:
             unet = CustomUNet2DModel.from_pretrained(path, subfolder="unet", use_safetensors=True, **kwargs)
         if scheduler is None:

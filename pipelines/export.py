@@ -96,7 +96,6 @@ def export_variant(pipeline: CustomUNetPipeline, source: Path, folder: Path, cha
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """Raises InputError."""
     parser = Parser(prog="python -m pipelines.export", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     card = commands.add_parser("card", help="regenerate the model card", allow_abbrev=False)
@@ -105,7 +104,6 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--pipeline", type=Path, required=True, help="folder of the model repository")
     push.add_argument("--repo_id", required=True, help="name on the Hub, with or without the user's name before it")
     push.add_argument("--private", action="store_true", help="create a private repository")
-    push.add_argument("--revision", help="branch to push to, created if it does not exist (default main)")
     return parser.parse_args(arguments)
 
 
@@ -115,8 +113,7 @@ def run(options: argparse.Namespace) -> None:
         write_card(options.pipeline)
         print(f"wrote {options.pipeline / 'README.md'}")
     else:
-        url = push_to_hub(options.pipeline, options.repo_id, options.private, options.revision)
-        print(f"pushed: {url}")
+        print(f"pushed: {push_to_hub(options.pipeline, options.repo_id, options.private)}")
 
 
 def main(arguments: list[str]) -> int:
