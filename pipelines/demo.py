@@ -33,10 +33,7 @@ ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "network"}  # one que
 
 
 def build_demo(pipeline: CustomUNetPipeline, name: str = "An unconditional diffusion model") -> gr.Blocks:
-    """Builds the page; call `build_demo(pipeline).launch()`.
-
-    Args:
-        name: name of the model, used as the page title.
+    """Builds the page, with the model's name as its title; call `build_demo(pipeline).launch()`.
 
     Raises:
         ValueError: if the network has class embeddings, for which the page has no input.
@@ -52,17 +49,16 @@ An unconditional diffusion model{", trained in continuous time" if pipeline.is_c
 {width}x{height} pixels from nothing but noise, with a network of {pipeline.unet.num_parameters() / 1e6:.1f} million
 parameters. No image that it draws is a photograph. They may be used as the licence of the model and the terms of its
 training data allow: images from a model trained on CelebA are for non-commercial research only."""
-    tabs = {
-        "Generate": page.generate_tab,
-        "Denoising": page.denoising_tab,
-        "Interpolation": page.interpolation_tab,
-        "Inpainting": page.inpainting_tab,
-    }
     with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(FILES_KEPT_SECONDS, FILES_KEPT_SECONDS)) as demo:
         gr.Markdown(about)
-        for title, lay_out in tabs.items():
-            with gr.Tab(title):
-                lay_out()
+        with gr.Tab("Generate"):
+            page.generate_tab()
+        with gr.Tab("Denoising"):
+            page.denoising_tab()
+        with gr.Tab("Interpolation"):
+            page.interpolation_tab()
+        with gr.Tab("Inpainting"):
+            page.inpainting_tab()
     return demo
 
 
@@ -113,9 +109,10 @@ class Page:
                 button = gr.Button("Show", variant="primary")
             with gr.Column(scale=3):
                 gr.Markdown("Above the noisy image x_t, below the image x_0 that the network predicts from it.")
-                strip = result_image("Strip", format="png")
+                look = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
+                strip = gr.Image(label="Strip", format="png", **look)
                 levels = gr.Markdown()
-                animation = result_image("Animation", format="gif", height=300)
+                animation = gr.Image(label="Animation", format="gif", height=300, **look)
         inputs = [seed, frames, sampler, steps, eta]
         button.click(self.denoise, inputs, [strip, levels, animation], **ONE_AT_A_TIME)
 
@@ -217,8 +214,8 @@ class Page:
     def sampler_inputs(self) -> tuple[gr.Dropdown, gr.Slider, gr.Slider]:
         sampler = gr.Dropdown([*self.pipeline.samplers], value=self.own_sampler, label="Sampler")
         steps = self.steps_input()
-        info, is_used = "Randomness of DDIM: 0 none, 1 as DDPM.", self.own_sampler == "ddim"
-        eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info=info, visible=is_used)
+        info = "Randomness of DDIM: 0 none, 1 as DDPM."
+        eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info=info, visible=self.own_sampler == "ddim")
         sampler.change(lambda name: gr.Slider(visible=name == "ddim"), sampler, eta)
         return sampler, steps, eta
 
@@ -256,13 +253,8 @@ def seed_input(label: str, value: int = 0) -> gr.Number:
 
 
 def image_gallery(label: str, columns: int = 4) -> gr.Gallery:
-    buttons = ["download", "download_all", "fullscreen"]
-    look = {"columns": columns, "object_fit": "contain", "height": "auto"}
-    return gr.Gallery(format="png", label=label, show_label=False, buttons=buttons, **look)
-
-
-def result_image(label: str, **kwargs) -> gr.Image:
-    return gr.Image(label=label, show_label=False, interactive=False, buttons=["download", "fullscreen"], **kwargs)
+    look = {"show_label": False, "columns": columns, "object_fit": "contain", "height": "auto"}
+    return gr.Gallery(format="png", label=label, buttons=["download", "download_all", "fullscreen"], **look)
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:

@@ -39,7 +39,6 @@ def export_pipeline(
     facts: dict | None = None,
     training_config: str | None = None,
     sample_grid: Path | None = None,
-    max_shard_size: int | str | None = None,
 ) -> Path:
     """Writes the model repository; an existing one is replaced only when the new one is complete.
 
@@ -49,7 +48,6 @@ def export_pipeline(
         facts: facts of the run for `training.json`; see `facts` in `training/reports.py`.
         training_config: configuration of the run, as YAML.
         sample_grid: picture to copy to `samples.png`.
-        max_shard_size: maximum size of a weights file, in bytes or as a string like "15MB".
 
     Raises:
         InputError: if the folder holds something other than a model repository.
@@ -62,7 +60,7 @@ def export_pipeline(
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        pipeline.save_pretrained(temporary, max_shard_size=max_shard_size)
+        pipeline.save_pretrained(temporary)
         if facts is not None:
             (temporary / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
         if training_config is not None:

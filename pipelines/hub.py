@@ -19,17 +19,15 @@ from pipelines.card_edits import FILES, keep_edits, recorded
 from pipelines.model_card import read_card, read_mapping, render_card
 
 TIMEOUT_SECONDS = 60  # per connect, read or write; the library's default is to wait forever
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 OPTIONAL = ("README.md", "training.json", "training_config.yaml", "samples.png", "results.json")
 WEIGHTS = re.compile(r"unet/diffusion_pytorch_model[\w.-]*\.safetensors(\.index(\.\w+)?\.json)?")
 
 
 def model_files(folder: Path) -> list[str]:
-    """The files of a model repository, relative to its folder; other files in the folder are left out.
+    """The files of a model repository, relative to its folder; others in the folder, such as pickles, are left out.
 
     Raises:
-        InputError: if a file is missing or broken, if a name or a link leads out of the folder, or if weights are
-            pickled, because loading a pickle can run arbitrary code.
+        InputError: if a file is missing or broken, or if a name or a link leads out of the folder.
     """
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is not a model repository: it lacks model_index.json")
@@ -44,9 +42,6 @@ def model_files(folder: Path) -> list[str]:
         if pair[0] != "diffusers":
             names.append(f"{pair[0]}.py" if component == "_class_name" else f"{component}/{pair[0]}.py")
     in_unet = [path.relative_to(folder).as_posix() for path in sorted((folder / "unet").glob("*"))]
-    pickles = [name for name in in_unet if name.endswith(PICKLES)]
-    if pickles:
-        raise InputError(f"{folder}/{pickles[0]} is pickled; keep safetensors only")
     weights = [name for name in in_unet if WEIGHTS.fullmatch(name)] or ["unet/diffusion_pytorch_model.safetensors"]
     for name in [name for name in weights if name.endswith(".json")]:
         shards = read_mapping(folder / name).get("weight_map")
@@ -90,7 +85,7 @@ def check_account(repo_id: str) -> None:
 
 
 def open_repository(repo_id: str, private: bool = False) -> str:
-    """Creates the repository on the Hub if it does not exist, and checks that this user may write to it.
+    """Creates the repository if it does not exist, and checks that this user may write to it.
 
     Args:
         repo_id: repository name, with or without the user's name and a slash in front.

@@ -92,8 +92,8 @@ def test_inversion_improves_with_steps_and_converges_with_iterations(schedule):
     assert by_iterations[2] < 2e-4
 
 
-def test_timesteps_and_clipping_follow_the_current_ddim_scheduler(pipe):
-    """Inversion then matches the pipeline's sampling; with another sampler set, it uses the DDIM of the training."""
+def test_inversion_follows_the_current_ddim_scheduler(pipe):
+    """It then matches the pipeline's sampling; with another sampler set, it uses the DDIM of the training."""
     images = sample_data(pipe, 4)
     trained = invert(pipe, images, 7)
     pipe.set_sampler("unipc")
@@ -101,12 +101,6 @@ def test_timesteps_and_clipping_follow_the_current_ddim_scheduler(pipe):
     pipe.scheduler = DDIMScheduler.from_config(pipe._trained.config, timestep_spacing="leading")
     assert not torch.allclose(invert(pipe, images, 7), trained, atol=0.01)
     assert reconstruction_error(pipe, images, 20, 20) < 1e-3
-    drawn = []
-    for clip in (False, True):
-        ours = {"clip_sample": clip, "clip_sample_range": 0.01}
-        pipe.scheduler = DDIMScheduler.from_config(pipe._trained.config, **ours)
-        drawn.append(inpaint(pipe, images[:1], np.ones((1, 2), np.float32), 10, seeds=[0], output_type="pt"))
-    assert (drawn[1] - 0.5).abs().max() < 0.006 < (drawn[0] - 0.5).abs().max()
 
 
 def test_inverted_images_are_standard_normal(pipe):

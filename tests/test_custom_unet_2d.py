@@ -53,7 +53,6 @@ CONFIGS = {
     "plain": {"down_block_types": PLAIN_DOWN, "up_block_types": PLAIN_UP, "add_attention": False, "act_fn": "relu"},
     "attention": {},
     "attention everywhere": {**ALL_ATTN, "act_fn": "gelu"},
-    "one head per level": {**ALL_ATTN, "attention_head_dim": None},
     "heads narrower than the level": {**ALL_ATTN, "attention_head_dim": 3},
     "resnet blocks": {"down_block_types": RESNET_DOWN, "up_block_types": RESNET_UP},
     "resnet resampling": {**ALL_ATTN, "downsample_type": "resnet", "upsample_type": "resnet"},
@@ -69,13 +68,6 @@ CONFIGS = {
         "dropout": 0.3,
         "attention_head_dim": 16,
     },
-    "NCSN++ small groups": {
-        **NCSNPP,
-        "block_out_channels": (8, 16),
-        "down_block_types": ("SkipDownBlock2D",) * 2,
-        "up_block_types": ("SkipUpBlock2D",) * 2,
-        "center_input_sample": True,
-    },
     "mixed skip blocks": {
         "block_out_channels": (8, 16, 16),
         "down_block_types": ("SkipDownBlock2D", "DownBlock2D", "ResnetDownsampleBlock2D"),
@@ -83,12 +75,11 @@ CONFIGS = {
     },
     "no bottleneck": {"mid_block_type": None, "act_fn": "mish"},
     "bottleneck without attention": {"add_attention": False, "mid_block_scale_factor": 3.0, "act_fn": "swish"},
-    "scale_shift": {"resnet_time_scale_shift": "scale_shift", "mid_block_scale_factor": 2},
+    "scale_shift": {"resnet_time_scale_shift": "scale_shift", "mid_block_scale_factor": 2, "dropout": 0.4},
     "attn_norm_num_groups": {"attn_norm_num_groups": 2},
     "attn_norm_num_groups scale_shift": {"attn_norm_num_groups": 8, "resnet_time_scale_shift": "scale_shift"},
     "positional sin first": {"flip_sin_to_cos": False, "freq_shift": 1, "time_embedding_dim": 24},
     "positional odd width": {"block_out_channels": (9, 12), "norm_num_groups": 3, "attention_head_dim": 3},
-    "fourier": {"time_embedding_type": "fourier"},
     "learned": {"time_embedding_type": "learned", "num_train_timesteps": 50},
     "class table": {"num_class_embeds": 5},
     "class as timestep": {"class_embed_type": "timestep", "num_class_embeds": 5},
@@ -96,7 +87,6 @@ CONFIGS = {
     "class as vector": {"class_embed_type": "identity"},
     "asymmetric padding": {"downsample_padding": 0, "sample_size": (8, 12)},
     "centered, other channels": {"center_input_sample": True, "in_channels": 1, "out_channels": 6},
-    "dropout": {"dropout": 0.4, "resnet_time_scale_shift": "scale_shift"},
     "three layers, narrowing": {"layers_per_block": 3, "block_out_channels": (16, 8, 12), "sample_size": [8, 16]}
     | {"down_block_types": ("AttnDownBlock2D", *ATTN_DOWN), "up_block_types": (*ATTN_UP, "AttnUpBlock2D")},
     "one level": {

@@ -245,7 +245,6 @@ def test_diffusers_network_is_exported_without_code(pipe, tmp_path):
     assert "auto_map" not in index
     assert not list((folder / "unet").glob("*.py"))
     loaded = CustomUNetPipeline.from_pretrained(folder)
-    assert type(loaded.unet) is CustomUNet2DModel
     np.testing.assert_allclose(draw(loaded), draw(pipe), atol=1e-5)
 
 

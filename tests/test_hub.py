@@ -26,7 +26,7 @@ from pipelines.loading import find_pipeline, load_pipeline
 from training.sde import SDEScheduler
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-STRAY = ("checkpoint-10/optimizer.pt", "log.jsonl", "optimizer.pt", ".env", "scheduler/notes.txt", "unet/notes.txt")
+STRAY = ("checkpoint-10/optimizer.pt", "log.jsonl", ".env", "scheduler/notes.txt", "unet/diffusion_pytorch_model.bin")
 
 
 @pytest.fixture
@@ -51,7 +51,10 @@ def folder(tmp_path) -> Path:
     """A model repository with weights in two shards, and stray files beside its own."""
     grid, folder = tmp_path / "grid.png", tmp_path / "faces"
     Image.new("RGB", (8, 8)).save(grid)
-    export_pipeline(tiny_pipeline(), folder, sample_grid=grid, max_shard_size=30_000)
+    pipe = tiny_pipeline()
+    export_pipeline(pipe, folder, sample_grid=grid)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    pipe.unet.save_pretrained(folder / "unet", max_shard_size=30_000)
     for name in STRAY:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"{name} must not leave this machine")
@@ -284,7 +287,6 @@ SPOILERS = {
     "not a model repository": lambda folder: (folder / "model_index.json").unlink(),
     "custom_unet_2d.py": lambda folder: (folder / "unet" / "custom_unet_2d.py").unlink(),
     "../evil": point_outside,
-    "is pickled": lambda folder: (folder / "unet" / "diffusion_pytorch_model.bin").touch(),
     "-00002-of": lambda folder: next((folder / "unet").glob("*-00002-of*")).unlink(),
     "is damaged": lambda folder: torch.save({}, next((folder / "unet").glob("*-00001-of*"))),
     "is outside the folder or a link out of it": link_outside,

@@ -27,6 +27,7 @@ TRAINED = {  # prediction types with the usual noise schedules
     "sample": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing"},
 }
 NUM_QUASIRANDOM, NUM_RANDOM = 2048, 10000
+POINT = gaussian(scale=1e-4)
 
 
 def make_pipeline(sampler: str, prediction_type: str, data: Mixture, timestep_error: int = 0) -> CustomUNetPipeline:
@@ -99,10 +100,6 @@ def test_deterministic_samplers_follow_the_ode(sampler, prediction_type):
     assert fine <= max(coarse / 3, 2e-3), (coarse, fine)
 
 
-def point() -> Mixture:
-    return gaussian(scale=1e-4)
-
-
 def check_noise_levels(pipe: CustomUNetPipeline, sampler: str, steps: int) -> None:
     """The network's input is signal x mean + noise scale x noise, with constant or with fresh standard noise.
 
@@ -111,7 +108,7 @@ def check_noise_levels(pipe: CustomUNetPipeline, sampler: str, steps: int) -> No
     result = draw(pipe, sampler, steps)
     # float32 rounding errors grow where sigma is in the thousands, as at the end of the cosine schedule
     tolerance = 6e-3 if pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2" else 5e-4
-    noises = [(x - signal * point().means) / scale for x, signal, scale in pipe.unet.seen]
+    noises = [(x - signal * POINT.means) / scale for x, signal, scale in pipe.unet.seen]
     for noise, (_, _, scale) in zip(noises, pipe.unet.seen, strict=True):
         if sampler in STOCHASTIC:
             covariance_error = (torch.cov(noise.T) - torch.eye(3)).abs().max().item()
@@ -119,7 +116,7 @@ def check_noise_levels(pipe: CustomUNetPipeline, sampler: str, steps: int) -> No
         else:
             noise_error = scale * (noise - noises[0]).abs().max().item()
             assert noise_error < tolerance, f"noise at the scale {scale}: {noise_error}"
-    left = (result - point().means).abs().max().item()
+    left = (result - POINT.means).abs().max().item()
     assert left < (0.06 if sampler == "deis" else tolerance), f"left: {left}"  # DEIS ends at the first timestep
 
 
@@ -127,11 +124,11 @@ def check_noise_levels(pipe: CustomUNetPipeline, sampler: str, steps: int) -> No
 @pytest.mark.parametrize("prediction_type", TRAINED)
 def test_noise_level_of_the_input_matches_the_timestep(sampler, prediction_type):
     for steps in (5, 40):
-        check_noise_levels(make_pipeline(sampler, prediction_type, point()), sampler, steps)
+        check_noise_levels(make_pipeline(sampler, prediction_type, POINT), sampler, steps)
 
 
 @pytest.mark.parametrize("sampler", [*SAMPLERS, "ddim eta 1"])
 @pytest.mark.parametrize("timestep_error", [-1, 1])
 def test_timesteps_off_by_one_in_a_thousand_are_found(sampler, timestep_error):
     with pytest.raises(AssertionError):
-        check_noise_levels(make_pipeline(sampler, "sample", point(), timestep_error), sampler, 100)
+        check_noise_levels(make_pipeline(sampler, "sample", POINT, timestep_error), sampler, 100)

@@ -98,11 +98,7 @@ class SDE:
 
 @dataclass(frozen=True)
 class _SigmaSDE(SDE):
-    """Base class of VE and EDM: alpha = 1, hence f = 0, and noise levels from sigma_min to sigma_max.
-
-    Raises:
-        ValueError: unless 0 < sigma_min < sigma_max.
-    """
+    """Base class of VE and EDM: alpha = 1, hence f = 0, and noise levels from sigma_min to sigma_max."""
 
     sigma_min: float
     sigma_max: float
@@ -147,11 +143,7 @@ class VESDE(_SigmaSDE):
 
 @dataclass(frozen=True)
 class _BetaSDE(SDE):
-    """Base class of VP and sub-VP: beta(t) = beta_min + t (beta_max - beta_min), and f = -beta / 2.
-
-    Raises:
-        ValueError: unless 0 < beta_min <= beta_max.
-    """
+    """Base class of VP and sub-VP: beta(t) = beta_min + t (beta_max - beta_min), and f = -beta / 2."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -216,11 +208,11 @@ class EDMSDE(_SigmaSDE):
     sigma_max: float = 80.0
 
     @property
-    def first_time(self) -> float:
+    def first_time(self):
         return self.sigma_min
 
     @property
-    def last_time(self) -> float:
+    def last_time(self):
         return self.sigma_max
 
     def diffusion(self, t):
@@ -292,9 +284,6 @@ class Denoiser:
     """A network's prediction of E[x_0 | x_t = x], called with x (B, ...) and one time for the batch.
 
     It takes the time and not sigma, which is infinite at time 1 of rectified flow, where its samplers start.
-
-    Args:
-        predict: function of x and t that returns x_0.
     """
 
     sde: SDE
@@ -319,10 +308,8 @@ class Denoiser:
 
 
 class ContinuousSampler(NamedTuple):
-    """One of `CONTINUOUS_SAMPLERS` with all its settings."""
-
-    name: str
-    settings: dict[str, float]
+    name: str  # one of `CONTINUOUS_SAMPLERS`
+    settings: dict[str, float]  # all of them
 
 
 def continuous_samplers(objective: str) -> tuple[str, ...]:
@@ -642,20 +629,14 @@ def straight_flow(denoise: Denoiser, x: Tensor, num_steps: int, heun: bool = Fal
     return x
 
 
-def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """Noise levels of Karras et al. 2022, eq. 5, followed by 0, (num_steps + 1,), float64."""
+def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """Noise levels of Karras et al. 2022, eq. 5 with rho = 7, followed by 0, (num_steps + 1,), float64."""
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+    low, high = sigma_min ** (1 / 7), sigma_max ** (1 / 7)
+    return torch.cat([(high + ramp * (low - high)) ** 7, torch.zeros(1, dtype=torch.float64)])
 
 
-def edm_heun(
-    denoise: Denoiser,
-    y: Tensor,
-    sigmas: Tensor,
-    noise: Noise,
-    churn: float = 0.0,
-) -> Tensor:
+def edm_heun(denoise: Denoiser, y: Tensor, sigmas: Tensor, noise: Noise, churn: float = 0.0) -> Tensor:
     """Heun's method with churn (Karras et al. 2022, algorithm 2) on y = x / alpha, whose noise level is sigma.
 
     Args:

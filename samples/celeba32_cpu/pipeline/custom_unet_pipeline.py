@@ -208,7 +208,10 @@ class CustomUNetPipeline(DiffusionPipeline):
         if self.continuous_sampler is None:
             images = self._reverse_timesteps(latents, num_inference_steps, eta, draw_noise, generator, guidance, tell)
         else:
-            images = self._reverse_process(latents, num_inference_steps, draw_noise, guidance, tell)
+            process, sampler = self.process, self.continuous_sampler
+            total = process.num_evaluations(sampler, num_inference_steps)
+            with self.denoising(guidance, total, tell) as denoise:
+                images = process.sample(sampler, denoise, latents, num_inference_steps, draw_noise)
         images = self.to_output(images, output_type)
         return GeneratedImages(images=images, network_evaluations=guidance.evaluations) if return_dict else (images,)
 
@@ -248,13 +251,6 @@ class CustomUNetPipeline(DiffusionPipeline):
                 seen = {"noisy_images": noisy_images, "pred_original_sample": clean_images}
                 latents = tell(index, timestep, latents=latents, **seen).get("latents", latents)
         return latents
-
-    def _reverse_process(self, latents, num_inference_steps, draw_noise, guidance, tell) -> Tensor:
-        """Samples in continuous time."""
-        process, sampler = self.process, self.continuous_sampler
-        total = process.num_evaluations(sampler, num_inference_steps)
-        with self.denoising(guidance, total, tell) as denoise:
-            return process.sample(sampler, denoise, latents, num_inference_steps, draw_noise)
 
     @contextmanager
     def denoising(self, guidance: "Guidance", total: int | None, tell=None, clip: bool = True) -> Iterator:
