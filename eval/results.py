@@ -87,8 +87,8 @@ def table(results: Iterable[dict], columns: dict[str, str]) -> str:
 
 def unusual_settings(entry: dict) -> dict[str, float]:
     """The settings of a continuous-time sampler that differ from its defaults."""
-    usual = CONTINUOUS_SAMPLERS.get(entry["sampler"], {})
-    return {name: value for name, value in entry.get("sampler_settings", {}).items() if value != usual[name]}
+    usual, settings = CONTINUOUS_SAMPLERS.get(entry["sampler"], {}), entry.get("sampler_settings", {})
+    return {name: value for name, value in settings.items() if value != usual.get(name, value)}
 
 
 def sampler_text(entry: dict) -> str | None:

@@ -5,16 +5,15 @@ In continuous time (Song et al. 2021, arXiv 2011.13456), for all models: `encode
 all models: `denoising_strip` and `interpolate`.
 
 Input images are PIL images, arrays in [0, 1] of shape (B, H, W, C) or tensors in [0, 1] of shape (B, C, H, W); one for
-all seeds or one for each. `call` stands for the pipeline's arguments `seeds` or `generator`, `class_labels` and
-`output_type`. All functions raise ValueError for arguments that the pipeline refuses, and for images that do not have
-the network's shape or are not in [0, 1].
+all seeds or one for each. `call` stands for the pipeline's arguments `seeds` or `generator` and `class_labels`. All
+functions raise ValueError for arguments that the pipeline refuses, and for images that do not have the network's shape
+or are not in [0, 1].
 """
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from diffusers import DDIMScheduler
@@ -27,7 +26,6 @@ from torch import Tensor
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import (
     Guidance,
-    check_output_type,
     clean_images_and_noise,
     ddim_step,
     finite,
@@ -187,7 +185,7 @@ def invert(
 
 @torch.no_grad()
 def variations(
-    pipe: CustomUNetPipeline, image: Images, timestep: int, num_inference_steps: int = 50, eta: float = 1.0, **call
+    pipe: CustomUNetPipeline, image: Images, timestep: int, num_inference_steps=50, eta=1.0, output_type="pil", **call
 ):
     """Adds noise to images and denoises them, as in figure 8 of DDPM: more noise allows larger changes.
 
@@ -196,15 +194,15 @@ def variations(
         eta: eta of the denoising steps (eq. 16 of DDIM); with 0, only the added noise is random.
     """
     scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps, eta)
-    batch = _batch_of(pipe, image, **call)
+    clean_images, draw_noise, guidance = _batch_of(pipe, image, **call)
     start = min(range(1, len(levels)), key=lambda k: abs(timesteps[k - 1] - timestep))
     signal, sigma = scales(levels[start])
-    latents = signal * batch.clean_images + sigma * batch.draw_noise()
+    latents = signal * clean_images + sigma * draw_noise()
     with pipe.evaluation_mode():
         for k in pipe.progress_bar(range(start, 0, -1)):
-            predicted = _predict(pipe, latents, timesteps[k - 1], levels[k], batch.guidance)
-            latents = ddim_step(scheduler, *predicted, levels[k], levels[k - 1], batch.draw_noise, eta)
-    return pipe.to_output(latents, batch.output_type)
+            predicted = _predict(pipe, latents, timesteps[k - 1], levels[k], guidance)
+            latents = ddim_step(scheduler, *predicted, levels[k], levels[k - 1], draw_noise, eta)
+    return pipe.to_output(latents, output_type)
 
 
 @torch.no_grad()
@@ -215,6 +213,7 @@ def inpaint(
     num_inference_steps=50,
     jump_length=1,
     num_resamples=5,
+    output_type="pil",
     **call,
 ):
     """Repaints the masked part of images with RePaint (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1).
@@ -228,21 +227,21 @@ def inpaint(
     """
     scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps)
     painted = _mask(pipe, mask)
-    batch = _batch_of(pipe, image, **call)
+    clean_images, draw_noise, guidance = _batch_of(pipe, image, **call)
     walk = repaint_walk(num_inference_steps, jump_length, num_resamples)
-    latents = batch.draw_noise()
+    latents = draw_noise()
     with pipe.evaluation_mode():
         for k, next_k in pipe.progress_bar(list(itertools.pairwise(walk))):
-            noise = batch.draw_noise()
+            noise = draw_noise()
             if next_k > k:  # forward: q(x_t | x_s), DDPM eq. 2 over several steps
                 signal, sigma = scales(levels[next_k] / levels[k])
                 latents = signal * latents + sigma * noise
             else:
-                predicted = _predict(pipe, latents, timesteps[k - 1], levels[k], batch.guidance)
-                unknown = ddim_step(scheduler, *predicted, levels[k], levels[next_k], batch.draw_noise, 1.0)
+                predicted = _predict(pipe, latents, timesteps[k - 1], levels[k], guidance)
+                unknown = ddim_step(scheduler, *predicted, levels[k], levels[next_k], draw_noise, 1.0)
                 signal, sigma = scales(levels[next_k])
-                latents = torch.where(painted, unknown, signal * batch.clean_images + sigma * noise)
-    return pipe.to_output(latents, batch.output_type)
+                latents = torch.where(painted, unknown, signal * clean_images + sigma * noise)
+    return pipe.to_output(latents, output_type)
 
 
 def repaint_walk(num_steps: int, jump_length: int, num_resamples: int) -> list[int]:
@@ -317,10 +316,9 @@ def decode(
 
 
 def _solve(pipe: CustomUNetPipeline, x: Tensor, start: float, end: float, tolerance: float, class_labels) -> Tensor:
-    """Solves the probability-flow ODE for x, float32 (B, C, H, W), from one time to another."""
-    process, guidance = pipe.process, pipe.guidance(class_labels, len(x))
-    process.sampler("ode", tolerance=tolerance)  # raises ValueError for an invalid tolerance
-    with pipe.denoising(process, guidance, total=None, clip=False) as denoise:  # clipping is not invertible
+    pipe.process.sampler("ode", tolerance=tolerance)  # raises ValueError for an invalid tolerance
+    guidance = pipe.guidance(class_labels, len(x))
+    with pipe.denoising(guidance, total=None, clip=False) as denoise:  # clipping is not invertible
         return solve_ode(denoise.pf_ode, x, start, end, tolerance)[0].float()
 
 
@@ -359,6 +357,7 @@ def draw_given(
     num_inference_steps: int,
     snr: float = 0.16,
     corrector_steps: int = 1,
+    output_type: str = "pil",
     **call,
 ):
     """Draws images of which a part is given, by predictor-corrector sampling.
@@ -369,25 +368,26 @@ def draw_given(
         snr, corrector_steps: see `predictor_corrector`.
     """
     process, settings = pipe.process, {"snr": snr, "corrector_steps": corrector_steps}
-    total = process.num_evaluations(process.sampler("predictor_corrector", **settings), num_inference_steps)
-    batch, sde = _batch_of(pipe, image, **call), process.sde
+    sde, sampler = process.sde, process.sampler("predictor_corrector", **settings)
+    total = process.num_evaluations(sampler, num_inference_steps)
+    clean_images, draw_noise, guidance = _batch_of(pipe, image, **call)
 
     def change_basis(x: Tensor, matrix: Tensor | None) -> Tensor:
         return x if matrix is None else torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
 
-    given = change_basis(batch.clean_images, basis)
+    given = change_basis(clean_images, basis)
 
     def put_back(x: Tensor, signal: Tensor | float, noise_scale: Tensor | float) -> Tensor:
-        x = torch.where(known, signal * given + noise_scale * batch.draw_noise(), change_basis(x, basis))
+        x = torch.where(known, signal * given + noise_scale * draw_noise(), change_basis(x, basis))
         return change_basis(x, None if basis is None else basis.T)
 
     def impose(x: Tensor, t: Tensor) -> Tensor:
         return put_back(x, sde.signal_scale(t), sde.noise_scale(t))
 
-    x, times = sde.prior_std * batch.draw_noise(), sampling_times(sde, num_inference_steps)
-    with pipe.denoising(process, batch.guidance, total) as denoise:
-        x = predictor_corrector(denoise, x, times, batch.draw_noise, **settings, per_image=True, impose=impose)
-    return pipe.to_output(put_back(x, 1.0, 0.0), batch.output_type)
+    x, times = sde.prior_std * draw_noise(), sampling_times(sde, num_inference_steps)
+    with pipe.denoising(guidance, total) as denoise:
+        x = predictor_corrector(denoise, x, times, draw_noise, **settings, per_image=True, impose=impose)
+    return pipe.to_output(put_back(x, 1.0, 0.0), output_type)
 
 
 # ---- Inputs
@@ -414,25 +414,14 @@ def _mask(pipe: CustomUNetPipeline, mask: Images) -> Tensor:
     return painted.to(pipe._execution_device)
 
 
-class _Batch(NamedTuple):
-    """Input images (B, C, H, W), a source of noise in their shape, their guidance, and the output type."""
-
-    clean_images: Tensor
-    draw_noise: Callable[[], Tensor]
-    guidance: Guidance
-    output_type: str
-
-
 def _batch_of(
-    pipe: CustomUNetPipeline, image: Images, *, seeds=None, generator=None, class_labels=None, output_type="pil"
-) -> _Batch:
-    """The batch of input images, one for each seed or generator."""
-    check_output_type(output_type)
+    pipe: CustomUNetPipeline, image: Images, *, seeds=None, generator=None, class_labels=None
+) -> tuple[Tensor, Callable[[], Tensor], Guidance]:
+    """The input images (B, C, H, W), one for each seed or generator, noise in their shape, and the guidance."""
     clean_images = _to_model_range(pipe, image)
-    given = next((x for x in (seeds, generator) if x is not None and not isinstance(x, torch.Generator)), None)
-    batch_size = len(clean_images if given is None else given)
+    is_one_each = seeds is not None or isinstance(generator, list)
+    batch_size, generator = pipe.batch_and_generator(None if is_one_each else len(clean_images), generator, seeds)
     if len(clean_images) not in (1, batch_size):
         raise ValueError(f"{len(clean_images)} images for {batch_size} seeds; give one for all or one for each")
-    batch_size, generator = pipe.batch_and_generator(batch_size, generator, seeds)
-    draw_noise, guidance = partial(pipe.draw_noise, batch_size, generator), pipe.guidance(class_labels, batch_size)
-    return _Batch(clean_images.expand(batch_size, -1, -1, -1), draw_noise, guidance, output_type)
+    draw_noise = partial(pipe.draw_noise, batch_size, generator)
+    return clean_images.expand(batch_size, -1, -1, -1), draw_noise, pipe.guidance(class_labels, batch_size)

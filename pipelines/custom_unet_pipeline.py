@@ -22,11 +22,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-
-logger = logging.get_logger(__name__)
 
 # Samplers by name: class and settings. The multistep solvers use trailing spacing, because with leading spacing and
 # many steps they start far from the last timestep.
@@ -45,9 +42,8 @@ SUITABLE = tuple({cls: None for cls, _ in SAMPLERS.values()})
 # These solve for x_t / sqrt(abar_t), whose noise has the scale sigma = sqrt(1 / abar_t - 1); the others solve for x_t
 SIGMA_TYPE = (diffusers.EulerDiscreteScheduler, diffusers.EulerAncestralDiscreteScheduler)
 # Scheduler options that spoil images, since the network gets other timesteps or the step is wrong: their usual values
-USUAL = dict.fromkeys(
-    "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas".split()
-)
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
+USUAL = dict.fromkeys(SPACINGS, False)
 USUAL |= {"interpolation_type": "linear", "timestep_type": "discrete", "predict_x0": True}
 
 
@@ -71,7 +67,6 @@ class CustomUNetPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _interrupt = False  # what a callback may set during a call
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
@@ -83,19 +78,12 @@ class CustomUNetPipeline(DiffusionPipeline):
         colors = {"do_convert_grayscale": channels == 1, "do_convert_rgb": channels == 3}
         self.image_processor = VaeImageProcessor(do_resize=False, **colors)
 
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
-        """As in diffusers, which alone would refuse a network of any other class than the annotated one."""
-        return super().from_pipe(pipeline, **{"unet": pipeline.unet} | kwargs)
-
     def save_config(self, save_directory, **kwargs) -> None:
         """The last step of `save_pretrained`: writes `model_index.json` and the code that it refers to.
 
         diffusers alone would write the module paths of this process and not copy the code.
         """
         super().save_config(save_directory, **kwargs)
-        if self._continuous is not None and self._continuous[1] is self.scheduler:
-            logger.warning(f"the sampler {self._continuous[0].name} is not saved: set it again after loading")
         folder = Path(save_directory)
         unet = getattr(self.unet, "_orig_mod", self.unet)  # unwraps torch.compile
         parts = {"unet": unet, "scheduler": self.scheduler}
@@ -153,7 +141,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             self._continuous = self.process.sampler(name, **settings), self.scheduler
             return
         if settings:
-            raise ValueError(f"{name} takes no settings, but {min(settings)} was given")
+            raise ValueError(f"{name} takes no settings, but {', '.join(settings)} was given")
         cls, fixed = SAMPLERS[name]
         self.scheduler, self._continuous = scheduler_like(self._trained.config, cls, **fixed), None
 
@@ -196,8 +184,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             guidance_scale: w. For a network whose last class embedding is the null class, the output is
                 null + w (conditional - null) (classifier-free guidance, arXiv 2207.12598); 1 means no guidance.
             callback_on_step_end: called after each network evaluation as `callback(pipeline, index, timestep,
-                tensors)`. It may return a dictionary with new `latents`, or end the loop after this step by setting
-                `pipeline._interrupt = True`; neither is possible in continuous time.
+                tensors)`. It may return a dictionary with new `latents`, but not in continuous time.
             callback_on_step_end_tensor_inputs: names of the `tensors` passed to the callback: `latents` (after the
                 step, in the scheduler's scaling; in continuous time, the network's input), `noisy_images` (x_t, the
                 network's input) and `pred_original_sample` (the x_0 predicted from it), each float32 (B, C, H, W).
@@ -205,26 +192,28 @@ class CustomUNetPipeline(DiffusionPipeline):
         Raises:
             ValueError: for an argument out of range, an unsuitable scheduler, or a result that is not finite.
         """
-        self.check_inputs(num_inference_steps, eta, output_type)
-        self._interrupt = False
+        self.check_inputs(num_inference_steps, eta)
         batch_size, generator = self.batch_and_generator(batch_size, generator, seeds, latents)
         guidance = self.guidance(class_labels, batch_size, guidance_scale)
         # The latents stay float32 whatever the network's dtype: each step changes them only a little.
         draw_noise = partial(self.draw_noise, batch_size, generator)
         latents = (draw_noise() if latents is None else latents).to(self._execution_device, torch.float32)
-        tell = partial(self._tell, callback_on_step_end, callback_on_step_end_tensor_inputs)
+
+        def tell(index: int, timestep: Tensor, **tensors: Tensor) -> dict:
+            if callback_on_step_end is None:
+                return {}
+            tensors = {name: tensors[name].float() for name in callback_on_step_end_tensor_inputs}
+            return callback_on_step_end(self, index, timestep, tensors) or {}
+
         if self.continuous_sampler is None:
             images = self._reverse_timesteps(latents, num_inference_steps, eta, draw_noise, generator, guidance, tell)
         else:
-            images = self._reverse_process(latents, num_inference_steps, draw_noise, guidance, tell)
+            process, sampler = self.process, self.continuous_sampler
+            total = process.num_evaluations(sampler, num_inference_steps)
+            with self.denoising(guidance, total, tell) as denoise:
+                images = process.sample(sampler, denoise, latents, num_inference_steps, draw_noise)
         images = self.to_output(images, output_type)
         return GeneratedImages(images=images, network_evaluations=guidance.evaluations) if return_dict else (images,)
-
-    def _tell(self, callback, names, index: int, timestep: Tensor, **tensors: Tensor) -> dict:
-        """Calls the caller's callback and returns its result."""
-        if callback is None:
-            return {}
-        return callback(self, index, timestep, {name: tensors[name].float() for name in names}) or {}
 
     def _reverse_timesteps(self, latents, num_inference_steps, eta, draw_noise, generator, guidance, tell) -> Tensor:
         """Samples with a diffusers scheduler."""
@@ -244,15 +233,12 @@ class CustomUNetPipeline(DiffusionPipeline):
         levels = noise_levels(scheduler, scheduler.timesteps.tolist())
         with self.evaluation_mode():
             for index, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-                if self._interrupt:
-                    break
                 # 1. Predict x_0 and epsilon
                 noisy_images = scheduler.scale_model_input(latents, timestep)
                 signal, sigma = scales(levels[index])
                 model_output = guidance.model_output(self.unet, noisy_images, timestep)
-                clean_images, noise = clean_images_and_noise(
-                    prediction_type, model_output, noisy_images, signal, sigma
-                )
+                predicted = clean_images_and_noise(prediction_type, model_output, noisy_images, signal, sigma)
+                clean_images, noise = predicted
                 # 2. Take a step of the sampler
                 if isinstance(scheduler, diffusers.DDIMScheduler):
                     pair = levels[index : index + 2]
@@ -266,19 +252,11 @@ class CustomUNetPipeline(DiffusionPipeline):
                 latents = tell(index, timestep, latents=latents, **seen).get("latents", latents)
         return latents
 
-    def _reverse_process(self, latents, num_inference_steps, draw_noise, guidance, tell) -> Tensor:
-        """Samples in continuous time."""
-        process, sampler = self.process, self.continuous_sampler
-        total = process.num_evaluations(sampler, num_inference_steps)
-        with self.denoising(process, guidance, total, tell) as denoise:
-            return process.sample(sampler, denoise, latents, num_inference_steps, draw_noise)
-
     @contextmanager
-    def denoising(self, process, guidance: "Guidance", total: int | None, tell=None, clip: bool = True) -> Iterator:
+    def denoising(self, guidance: "Guidance", total: int | None, tell=None, clip: bool = True) -> Iterator:
         """The `Denoiser` for continuous-time samplers, with the network in evaluation mode and a progress bar.
 
         Args:
-            process: the `SDEScheduler` that the network was trained with.
             total: number of denoiser evaluations; None if it is not known beforehand.
             tell: called after each evaluation, as in `_reverse_timesteps`.
             clip: whether to clip x_0 if the scheduler's configuration says so.
@@ -294,11 +272,9 @@ class CustomUNetPipeline(DiffusionPipeline):
             tensors = {"latents": x, "noisy_images": x, "pred_original_sample": clean_images}
             if tell is not None and "latents" in tell(next(indices), t, **tensors):
                 raise ValueError("a callback cannot change the latents in continuous time")
-            if self._interrupt:
-                raise ValueError("a callback cannot interrupt in continuous time; raise an exception of your own")
 
         with self.evaluation_mode(), bar:
-            yield process.denoiser(partial(guidance.model_output, self.unet), bound, after_each)
+            yield self.process.denoiser(partial(guidance.model_output, self.unet), bound, after_each)
 
     # ---- Parts
 
@@ -362,17 +338,13 @@ class CustomUNetPipeline(DiffusionPipeline):
         """Converts images from the model's range to `output_type`; raises ValueError if they are not finite."""
         return self.image_processor.postprocess(finite(images), output_type)
 
-    def check_inputs(self, num_inference_steps: int, eta: float = 0.0, output_type: str = "pil") -> None:
+    def check_inputs(self, num_inference_steps: int, eta: float = 0.0) -> None:
         """Raises ValueError unless the scheduler suits the network and the arguments suit the scheduler."""
-        scheduler, sampler, channels = self.scheduler, self.continuous_sampler, self.unet.config.in_channels
-        check_output_type(output_type)
-        if self.unet.config.get("out_channels", channels) != channels:
-            raise ValueError("the network's out_channels differ from its in_channels; it may predict a variance")
+        scheduler, sampler = self.scheduler, self.continuous_sampler
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
-        if eta > 0 and (sampler is not None or not isinstance(scheduler, diffusers.DDIMScheduler)):
-            name = type(scheduler).__name__ if sampler is None else sampler.name
-            raise ValueError(f"eta is {eta}, but {name} does not take it; use DDIMScheduler")
+        if eta > 0 and not isinstance(scheduler if sampler is None else sampler, diffusers.DDIMScheduler):
+            raise ValueError(f"eta is {eta}; only the sampler ddim takes it")
         if sampler is not None:
             self.process.num_evaluations(sampler, num_inference_steps)  # raises ValueError for a number out of range
             return
@@ -394,17 +366,10 @@ class CustomUNetPipeline(DiffusionPipeline):
         if known.shape != new.shape or not torch.allclose(known, new, rtol=0, atol=1e-4):
             raise ValueError(f"{name} has another noise schedule than the network was trained with; take set_sampler")
         for option, usual in USUAL.items():
-            if scheduler.config.get(option, usual) not in (usual, False if usual is None else usual):
+            if scheduler.config.get(option, usual) not in (usual, None):
                 raise ValueError(f"{name} has {option} {scheduler.config[option]}, which is not supported here")
-        if scheduler.config.get("algorithm_type") == "sde-dpmsolver":
-            raise ValueError(f"{name} has algorithm_type sde-dpmsolver; take sde-dpmsolver++")
         if isinstance(scheduler, SIGMA_TYPE):
             check_fractional_timesteps(self.unet)
-
-
-def check_output_type(output_type: str) -> None:
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type is {output_type!r}; it must be pil, np, pt or latent")
 
 
 def check_fractional_timesteps(unet) -> None:

@@ -26,7 +26,6 @@ from pipelines.loading import find_pipeline, load_pipeline
 MAX_IMAGES = 16
 MAX_SEED = 2**31 - 1
 SHOWN_SIZE, STRIP_SIZE = 512, 128  # approximate longer side of an enlarged image, alone and in a strip, in pixels
-MAX_STEPS_OF_AN_SDE = 1000
 FILES_KEPT_SECONDS = 3600
 PROGRESS = gr.Progress(track_tqdm=True)  # shows the pipeline's progress bar on the page
 error_shown = partial(gr.Error, print_exception=False)  # on the page, without a traceback in the terminal
@@ -34,10 +33,7 @@ ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "network"}  # one que
 
 
 def build_demo(pipeline: CustomUNetPipeline, name: str = "An unconditional diffusion model") -> gr.Blocks:
-    """Builds the page; call `build_demo(pipeline).launch()`.
-
-    Args:
-        name: name of the model, used as the page title.
+    """Builds the page, with the model's name as its title; call `build_demo(pipeline).launch()`.
 
     Raises:
         ValueError: if the network has class embeddings, for which the page has no input.
@@ -53,17 +49,16 @@ An unconditional diffusion model{", trained in continuous time" if pipeline.is_c
 {width}x{height} pixels from nothing but noise, with a network of {pipeline.unet.num_parameters() / 1e6:.1f} million
 parameters. No image that it draws is a photograph. They may be used as the licence of the model and the terms of its
 training data allow: images from a model trained on CelebA are for non-commercial research only."""
-    tabs = {
-        "Generate": page.generate_tab,
-        "Denoising": page.denoising_tab,
-        "Interpolation": page.interpolation_tab,
-        "Inpainting": page.inpainting_tab,
-    }
     with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(FILES_KEPT_SECONDS, FILES_KEPT_SECONDS)) as demo:
         gr.Markdown(about)
-        for title, lay_out in tabs.items():
-            with gr.Tab(title):
-                lay_out()
+        with gr.Tab("Generate"):
+            page.generate_tab()
+        with gr.Tab("Denoising"):
+            page.denoising_tab()
+        with gr.Tab("Interpolation"):
+            page.interpolation_tab()
+        with gr.Tab("Inpainting"):
+            page.inpainting_tab()
     return demo
 
 
@@ -77,14 +72,11 @@ class Page:
         self.pipeline, scheduler = pipeline, pipeline.scheduler
         _, height, width = pipeline.image_shape
         self.size = (width, height)
-        matching = (
-            name
-            for name, (cls, settings) in SAMPLERS.items()
-            if type(scheduler) is cls and settings.items() <= scheduler.config.items()
-        )
-        continuous = pipeline.continuous_sampler
-        self.own_sampler = continuous.name if continuous else next(matching, pipeline.samplers[0])
-        self.max_steps = scheduler.config.get("num_train_timesteps", MAX_STEPS_OF_AN_SDE)
+        if pipeline.is_continuous:
+            self.own_sampler = pipeline.continuous_sampler.name
+        else:
+            self.own_sampler = next(name for name, (cls, _) in SAMPLERS.items() if type(scheduler) is cls)
+        self.max_steps = scheduler.config.get("num_train_timesteps", 1000)
 
     # ---- Generate
 
@@ -100,7 +92,7 @@ class Page:
         button.click(self.generate, [seed, number, sampler, steps, eta], gallery, **ONE_AT_A_TIME)
 
     def generate(self, seed, number, sampler, steps, eta, progress=PROGRESS) -> list:
-        seeds = consecutive_seeds(seed, number)
+        seeds = list(range(seed, seed + number))
         eta = eta if sampler == "ddim" else 0.0  # the slider keeps its value while it is hidden
         with self.sampling(sampler) as pipeline:
             images = pipeline(seeds=seeds, num_inference_steps=steps, eta=eta).images
@@ -117,16 +109,17 @@ class Page:
                 button = gr.Button("Show", variant="primary")
             with gr.Column(scale=3):
                 gr.Markdown("Above the noisy image x_t, below the image x_0 that the network predicts from it.")
-                strip = result_image("Strip", format="png")
+                look = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
+                strip = gr.Image(label="Strip", format="png", **look)
                 levels = gr.Markdown()
-                animation = result_image("Animation", format="gif", height=300)
+                animation = gr.Image(label="Animation", format="gif", height=300, **look)
         inputs = [seed, frames, sampler, steps, eta]
         button.click(self.denoise, inputs, [strip, levels, animation], **ONE_AT_A_TIME)
 
     def denoise(self, seed, frames, sampler, steps, eta, progress=PROGRESS) -> Iterator[tuple]:
-        seeds, eta = consecutive_seeds(seed, 1), eta if sampler == "ddim" else 0.0
+        eta = eta if sampler == "ddim" else 0.0
         with self.sampling(sampler) as pipeline:
-            result = denoising_strip(pipeline, frames, steps, seeds=seeds, eta=eta)
+            result = denoising_strip(pipeline, frames, steps, seeds=[seed], eta=eta)
         times = [f"{time:.3g}" if isinstance(time, float) else str(time) for time in result.timesteps]
         levels = f"From left to right: t = {', '.join(times)}, and the result."
         with tempfile.TemporaryDirectory() as folder:  # Gradio has copied the file when it resumes after the yield
@@ -149,7 +142,6 @@ class Page:
         button.click(self.interpolate, [start, end, number, steps], gallery, **ONE_AT_A_TIME)
 
     def interpolate(self, start, end, number, steps, progress=PROGRESS) -> list:
-        (start,), (end,) = consecutive_seeds(start, 1), consecutive_seeds(end, 1)
         with self.sampling() as pipeline:
             images = interpolate(pipeline, start, end, number, steps)
         between = [f"{i / (number - 1):.0%}" for i in range(1, number - 1)]
@@ -174,19 +166,10 @@ class Page:
                 resamples = gr.Slider(1, 20, 5, step=1, label="Resamplings", info=info, visible=is_used)
                 button = gr.Button("Paint anew", variant="primary")
             with gr.Column(scale=4):
-                editor = gr.ImageEditor(
-                    type="pil",
-                    format="png",
-                    label="2. Draw over what is to be painted anew",
-                    placeholder="First take an image",
-                    sources=(),
-                    transforms=(),
-                    layers=False,
-                    brush=brush,
-                    canvas_size=canvas_size,
-                    height=500,
-                    buttons=[],
-                )
+                label, placeholder = "2. Draw over what is to be painted anew", "First take an image"
+                look = {"type": "pil", "format": "png", "label": label, "placeholder": placeholder, "height": 500}
+                tools = {"sources": (), "transforms": (), "layers": False, "brush": brush, "buttons": []}
+                editor = gr.ImageEditor(canvas_size=canvas_size, **look, **tools)
             with gr.Column(scale=3):
                 gallery = image_gallery("Results", columns=2)
         take_button.click(self.image_of_seed, [image_seed, steps], [image, editor], **ONE_AT_A_TIME)
@@ -194,9 +177,8 @@ class Page:
         button.click(self.inpaint, [image, editor, seed, number, steps, resamples], gallery, **ONE_AT_A_TIME)
 
     def image_of_seed(self, seed, steps, progress=PROGRESS) -> tuple:
-        seeds = consecutive_seeds(seed, 1)
         with self.sampling() as pipeline:
-            (image,) = pipeline(seeds=seeds, num_inference_steps=steps).images
+            (image,) = pipeline(seeds=[seed], num_inference_steps=steps).images
         return image, enlarged(image, self.factor(SHOWN_SIZE))
 
     def image_of_upload(self, upload) -> tuple:
@@ -209,7 +191,7 @@ class Page:
     def inpaint(self, image, drawing, seed, number, steps, resamples, progress=PROGRESS) -> list:
         if image is None or drawing is None or drawing["background"] is None:  # the last two: the editor was cleared
             raise error_shown("there is no image; take that of a seed or upload one")
-        mask, seeds = self.drawn_mask(drawing), consecutive_seeds(seed, number)
+        mask, seeds = self.drawn_mask(drawing), list(range(seed, seed + number))
         with self.sampling() as pipeline:
             if pipeline.is_continuous:
                 images = impute(pipeline, image, mask, steps, seeds=seeds)
@@ -218,11 +200,7 @@ class Page:
         return self.with_captions(images, [f"seed {seed}" for seed in seeds])
 
     def drawn_mask(self, drawing: dict) -> Image.Image:
-        """A mask that is white where the drawing touches any part of a pixel of the image.
-
-        Raises:
-            gr.Error: if nothing was drawn.
-        """
+        """White where the drawing touches any part of a pixel of the image; raises gr.Error if nothing was drawn."""
         drawn = Image.new("L", self.size)
         for layer in drawing["layers"]:
             touched = layer.getchannel("A").point(lambda alpha: 255 * (alpha > 0))
@@ -236,8 +214,8 @@ class Page:
     def sampler_inputs(self) -> tuple[gr.Dropdown, gr.Slider, gr.Slider]:
         sampler = gr.Dropdown([*self.pipeline.samplers], value=self.own_sampler, label="Sampler")
         steps = self.steps_input()
-        info, is_used = "Randomness of DDIM: 0 none, 1 as DDPM.", self.own_sampler == "ddim"
-        eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info=info, visible=is_used)
+        info = "Randomness of DDIM: 0 none, 1 as DDPM."
+        eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info=info, visible=self.own_sampler == "ddim")
         sampler.change(lambda name: gr.Slider(visible=name == "ddim"), sampler, eta)
         return sampler, steps, eta
 
@@ -275,24 +253,11 @@ def seed_input(label: str, value: int = 0) -> gr.Number:
 
 
 def image_gallery(label: str, columns: int = 4) -> gr.Gallery:
-    buttons = ["download", "download_all", "fullscreen"]
-    look = {"columns": columns, "object_fit": "contain", "height": "auto"}
-    return gr.Gallery(format="png", label=label, show_label=False, buttons=buttons, **look)
-
-
-def result_image(label: str, **kwargs) -> gr.Image:
-    return gr.Image(label=label, show_label=False, interactive=False, buttons=["download", "fullscreen"], **kwargs)
-
-
-def consecutive_seeds(first: int | None, number: int) -> list[int]:
-    """Raises gr.Error if the field is empty."""
-    if first is None:
-        raise error_shown("the seed is empty; type a whole number")
-    return list(range(first, first + number))
+    look = {"show_label": False, "columns": columns, "object_fit": "contain", "height": "auto"}
+    return gr.Gallery(format="png", label=label, buttons=["download", "download_all", "fullscreen"], **look)
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """Raises InputError."""
     parser = Parser(prog="python -m pipelines.demo", description="A web page for a trained model.", allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder or Hub id of the model")
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
@@ -303,11 +268,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serves the page until Ctrl-C.
-
-    Raises:
-        InputError: if the model cannot be loaded or shown, or the port is taken.
-    """
+    """Serves the page until Ctrl-C."""
     source, _ = find_pipeline(options.pipeline, None)
     pipeline = load_pipeline(source, "fp32", None).to("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -39,7 +39,6 @@ def export_pipeline(
     facts: dict | None = None,
     training_config: str | None = None,
     sample_grid: Path | None = None,
-    max_shard_size: int | str | None = None,
 ) -> Path:
     """Writes the model repository; an existing one is replaced only when the new one is complete.
 
@@ -49,7 +48,6 @@ def export_pipeline(
         facts: facts of the run for `training.json`; see `facts` in `training/reports.py`.
         training_config: configuration of the run, as YAML.
         sample_grid: picture to copy to `samples.png`.
-        max_shard_size: maximum size of a weights file, in bytes or as a string like "15MB".
 
     Raises:
         InputError: if the folder holds something other than a model repository.
@@ -62,7 +60,7 @@ def export_pipeline(
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        pipeline.save_pretrained(temporary, max_shard_size=max_shard_size)
+        pipeline.save_pretrained(temporary)
         if facts is not None:
             (temporary / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
         if training_config is not None:
@@ -96,7 +94,6 @@ def export_variant(pipeline: CustomUNetPipeline, source: Path, folder: Path, cha
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """Raises InputError."""
     parser = Parser(prog="python -m pipelines.export", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     card = commands.add_parser("card", help="regenerate the model card", allow_abbrev=False)
@@ -105,7 +102,6 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--pipeline", type=Path, required=True, help="folder of the model repository")
     push.add_argument("--repo_id", required=True, help="name on the Hub, with or without the user's name before it")
     push.add_argument("--private", action="store_true", help="create a private repository")
-    push.add_argument("--revision", help="branch to push to, created if it does not exist (default main)")
     return parser.parse_args(arguments)
 
 
@@ -115,8 +111,7 @@ def run(options: argparse.Namespace) -> None:
         write_card(options.pipeline)
         print(f"wrote {options.pipeline / 'README.md'}")
     else:
-        url = push_to_hub(options.pipeline, options.repo_id, options.private, options.revision)
-        print(f"pushed: {url}")
+        print(f"pushed: {push_to_hub(options.pipeline, options.repo_id, options.private)}")
 
 
 def main(arguments: list[str]) -> int:

@@ -44,9 +44,6 @@ SAMPLER_SETTINGS = {
     "corrector_steps": (int, "for predictor_corrector: Langevin steps per noise level"),
     "tolerance": (float, "for ode: maximum relative error per step"),
     "churn": (float, "for edm_heun: S_churn; 0 is deterministic"),
-    "churn_min": (float, "for edm_heun: S_tmin, the lowest noise level with churn"),
-    "churn_max": (float, "for edm_heun: S_tmax, the highest noise level with churn"),
-    "noise_factor": (float, "for edm_heun: S_noise, standard deviation of the noise added by churn"),
 }
 
 
@@ -72,7 +69,6 @@ def add_drawing_flags(parser: Parser, **defaults: int) -> None:
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """Raises InputError."""
     parser = Parser(prog="python -m pipelines.generate", description=__doc__.splitlines()[0], allow_abbrev=False)
     add_drawing_flags(parser, num_images=64, batch_size=16)
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
@@ -106,7 +102,6 @@ def set_up_process(num_cpu_threads: int | None) -> PartialState:
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> None:
-    """Generates the missing images on all processes."""
     state = set_up_process(options.num_cpu_threads)
     commit = on_main_process(state, lambda: find_pipeline(options.pipeline, options.revision)[1])
     source, commit = find_pipeline(options.pipeline, commit)

@@ -19,17 +19,15 @@ from pipelines.card_edits import FILES, keep_edits, recorded
 from pipelines.model_card import read_card, read_mapping, render_card
 
 TIMEOUT_SECONDS = 60  # per connect, read or write; the library's default is to wait forever
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 OPTIONAL = ("README.md", "training.json", "training_config.yaml", "samples.png", "results.json")
 WEIGHTS = re.compile(r"unet/diffusion_pytorch_model[\w.-]*\.safetensors(\.index(\.\w+)?\.json)?")
 
 
 def model_files(folder: Path) -> list[str]:
-    """The files of a model repository, relative to its folder; other files in the folder are left out.
+    """The files of a model repository, relative to its folder; others in the folder, such as pickles, are left out.
 
     Raises:
-        InputError: if a file is missing or broken, if a name or a link leads out of the folder, or if weights are
-            pickled, because loading a pickle can run arbitrary code.
+        InputError: if a file is missing or broken, or if a name or a link leads out of the folder.
     """
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is not a model repository: it lacks model_index.json")
@@ -39,15 +37,11 @@ def model_files(folder: Path) -> list[str]:
         pair = index.get(component)
         if not (isinstance(pair, list) and len(pair) == 2 and all(str(part).isidentifier() for part in pair)):
             raise InputError(
-                f"{folder}/model_index.json: {component} is {pair!r:.80}; it should be a module's name and a"
-                " class's; load it with CustomUNetPipeline and write it with save_pretrained"
+                f"{folder}/model_index.json: {component} is {pair!r:.80}, not a module's name and a class's"
             )
         if pair[0] != "diffusers":
             names.append(f"{pair[0]}.py" if component == "_class_name" else f"{component}/{pair[0]}.py")
     in_unet = [path.relative_to(folder).as_posix() for path in sorted((folder / "unet").glob("*"))]
-    pickles = [name for name in in_unet if name.endswith(PICKLES)]
-    if pickles:
-        raise InputError(f"{folder}/{pickles[0]} is pickled; keep safetensors only")
     weights = [name for name in in_unet if WEIGHTS.fullmatch(name)] or ["unet/diffusion_pytorch_model.safetensors"]
     for name in [name for name in weights if name.endswith(".json")]:
         shards = read_mapping(folder / name).get("weight_map")
@@ -90,8 +84,8 @@ def check_account(repo_id: str) -> None:
             raise ValueError(f"the token is that of {', '.join(owners)}, not of {owner}")
 
 
-def open_repository(repo_id: str, private: bool = False, branch: str | None = None) -> str:
-    """Creates the repository on the Hub if it does not exist, and checks that this user may write to it.
+def open_repository(repo_id: str, private: bool = False) -> str:
+    """Creates the repository if it does not exist, and checks that this user may write to it.
 
     Args:
         repo_id: repository name, with or without the user's name and a slash in front.
@@ -100,18 +94,16 @@ def open_repository(repo_id: str, private: bool = False, branch: str | None = No
         the full id, with the user's name.
 
     Raises:
-        InputError: for a missing or invalid token, a name that is not allowed, no permission, no answer.
+        InputError: as in `check_account`.
     """
     with _asking_the_hub(repo_id) as api:
         # None keeps the visibility of an existing repository; a new one is public
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
-        if branch is not None:
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
     return repo_id
 
 
-def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str | None = None) -> str:
+def push_to_hub(folder: Path, repo_id: str, private: bool = False) -> str:
     """Pushes a model repository in one commit, which also deletes files that only earlier pushes wrote.
 
     The examples in the pushed card use the repository's id on the Hub; manual edits of the local card and of the card
@@ -128,9 +120,9 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str |
     names = model_files(folder)
     render_card(folder)
     try:
-        whole_id = open_repository(repo_id, private, branch)
+        whole_id = open_repository(repo_id, private)
         with _asking_the_hub(repo_id) as api, TemporaryDirectory() as temporary:
-            there = api.model_info(whole_id, revision=branch)
+            there = api.model_info(whole_id)
             on_hub = {file.rfilename for file in there.siblings}
             if "README.md" in on_hub:
                 api.hf_hub_download(whole_id, "README.md", revision=there.sha, local_dir=temporary)
@@ -141,12 +133,12 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str |
         operations = [CommitOperationAdd("README.md", card.encode(errors="surrogateescape"))]
         operations += [CommitOperationAdd(name, folder / name) for name in names if name != "README.md"]
         operations += [CommitOperationDelete(name, is_folder=False) for name in sorted(stale)]
-        about = {"commit_message": "Push the model", "revision": branch, "parent_commit": there.sha}
+        about = {"commit_message": "Push the model", "parent_commit": there.sha}
         with _asking_the_hub(repo_id) as api:  # not `upload_folder`, which may split a push into several commits
             return api.create_commit(whole_id, operations, **about).commit_url
     except InputError as error:
         words = ["python", "-m", "pipelines.export", "push", "--pipeline", str(folder), "--repo_id", repo_id]
-        words += ["--private"] * private + (["--revision", branch] if branch else [])
+        words += ["--private"] * private
         raise Failed(f"{error}; {folder} is unchanged, push it again with: {shlex.join(words)}") from error
 
 

@@ -187,8 +187,7 @@ def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Names
         "image_size": list(pipeline.image_shape[1:]),
     }
     if sampler is not None:
-        finite = {name: value if math.isfinite(value) else None for name, value in sampler.settings.items()}
-        settings["continuous_sampler"] = {"name": sampler.name} | finite
+        settings["continuous_sampler"] = {"name": sampler.name} | sampler.settings
     if labels is not None:
         settings["guidance_scale"] = options.guidance_scale
     return {

@@ -50,11 +50,7 @@ def part_folder(source: Path, name: str) -> Path:
 
 
 def weight_files(source: Path) -> list[Path]:
-    """The weights files of the network.
-
-    Raises:
-        InputError: if there are none.
-    """
+    """The weights files of the network; raises InputError if there are none."""
     unet = part_folder(source, "unet")
     files = sorted(unet.glob(SHARDS)) if (unet / WEIGHTS_INDEX).exists() else [unet / WEIGHTS]
     if not files or not all(path.is_file() for path in files):
@@ -115,9 +111,7 @@ def _load_network(folder: Path, dtype: torch.dtype, network_class: type[ModelMix
     finally:
         logger.setLevel(level)
     missing = [name for name, tensor in unet.state_dict().items() if tensor.is_meta]
-    for names, are in ((missing, "missing"), (sorted(found["unexpected_keys"]), "unexpected")):
-        if names:
-            raise InputError(
-                f"its weights do not match unet/config.json: {len(names)} tensors are {are}, such as {names[0]}"
-            )
+    wrong = missing + sorted(found["unexpected_keys"])
+    if wrong:
+        raise InputError(f"its weights do not match unet/config.json: {wrong[0]} is missing or unexpected")
     return unet

@@ -80,19 +80,12 @@ def render_card(folder: Path, name: str | None = None, previous: str = "") -> st
         text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
         card = f"---\n{_metadata(**values).to_yaml()}\n---\n\n{text}\n"
     except (jinja2.UndefinedError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(
-            f"a value in one of the files of {folder} that the card is written from is missing or wrong:"
-            f" {one_line(error)}"
-        ) from error
+        raise InputError(f"a value in one of the files of {folder} is missing or wrong: {one_line(error)}") from error
     return keep_edits(card, previous)
 
 
 def read_mapping(path: Path, optional: bool = False) -> dict:
-    """What a file of JSON or YAML holds; nothing if it is optional and missing.
-
-    Raises:
-        InputError: if it cannot be read or holds something else.
-    """
+    """What a file of JSON or YAML holds, {} if it is optional and missing; raises InputError if it cannot be read."""
     if optional and not path.exists():
         return {}
     try:
@@ -105,18 +98,17 @@ def read_mapping(path: Path, optional: bool = False) -> dict:
 
 
 def _read_weights(folder: Path) -> dict:
-    """`num_parameters`, `num_bytes` and `dtype` of the weights in a folder, and whether it also `has_fp16` ones."""
-    paths = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    halves = [path for path in paths if path.name.startswith("diffusion_pytorch_model.fp16")]
-    weights = {"num_parameters": 0, "num_bytes": 0, "dtype": None, "has_fp16": bool(halves)}
-    for path in paths:
+    """`num_parameters`, `num_bytes` and `dtype` of the weights in a folder, without those of variants like fp16."""
+    weights = {"num_parameters": 0, "num_bytes": 0, "dtype": None}
+    for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        if path.name.count(".") > 1:
+            continue
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (not a dictionary)
-                if path not in halves:
-                    weights["num_bytes"] += path.stat().st_size
-                    weights["num_parameters"] += sum(math.prod(tensor.get_shape()) for tensor in tensors)
-                    weights["dtype"] = tensors[0].get_dtype()
+            weights["num_bytes"] += path.stat().st_size
+            weights["num_parameters"] += sum(math.prod(tensor.get_shape()) for tensor in tensors)
+            weights["dtype"] = tensors[0].get_dtype()
         except (SafetensorError, OSError, IndexError) as error:  # the last one where there is no tensor
             raise InputError(f"{path} is damaged: {error}") from error
     return weights
@@ -179,9 +171,8 @@ def _metadata(**model) -> ModelCardData:
 
 def _eval_result(model: dict, result: dict) -> EvalResult:
     settings = {key: result[key] for key in SETTINGS if key != "floor" and result.get(key) is not None}
-    details = [f"n = {_cell(settings['n'])}"] if "n" in settings else []
-    details += [settings["sampler"]] if "sampler" in settings else []
-    details += [f"{settings['steps']} steps"] if "steps" in settings else []
+    words = {"n": "n = {:,}", "sampler": "{}", "steps": "{} steps"}
+    details = [text.format(settings[key]) for key, text in words.items() if key in settings]
     dataset_name = settings.get("dataset") or model["data"].get("source", "unknown")
     return EvalResult(
         task_type=TASK,

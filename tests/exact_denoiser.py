@@ -66,12 +66,11 @@ def gaussian(scale: float = 0.2) -> Mixture:
 class ExactDenoiser(ModelMixin, ConfigMixin):
     """A "network" whose output is the best there is: the expectation of what it predicts, given x_t.
 
-    It keeps what it saw at each evaluation: x_t (N, 3), sqrt(abar_t) and sqrt(1 - abar_t). `timestep_error` is a
-    planted bug: it is told another timestep than the one it is called with.
+    It keeps what it saw at each evaluation: x_t (N, 3), sqrt(abar_t) and sqrt(1 - abar_t).
     """
 
     @register_to_config
-    def __init__(self, prediction_type: str, timestep_error: int = 0, sample_size: int = 1, in_channels: int = 3):
+    def __init__(self, prediction_type: str, sample_size: int = 1, in_channels: int = 3):
         super().__init__()
         self.unused = torch.nn.Parameter(torch.zeros(()))
 
@@ -82,7 +81,7 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
 
     def forward(self, noisy_images: Tensor, timestep: Tensor) -> SimpleNamespace:
         timesteps = np.arange(len(self.sigmas))  # between two of them as the schedulers do it
-        sigma = float(np.interp(float(timestep) + self.config.timestep_error, timesteps, self.sigmas))
+        sigma = float(np.interp(float(timestep), timesteps, self.sigmas))
         signal, noise_scale = 1 / np.sqrt(1 + sigma**2), sigma / np.sqrt(1 + sigma**2)
         x = noisy_images.double().flatten(1)
         self.seen.append((x, signal, noise_scale))

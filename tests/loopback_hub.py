@@ -146,10 +146,6 @@ class _Handler(BaseHTTPRequestHandler):
     def may_write(self, repo_id: str, body: bytes) -> None:
         self.answer(200 if repo_id in self.hub.commits else 404, {})
 
-    def branch(self, repo_id: str, branch: str, body: bytes) -> None:
-        self.hub.heads[repo_id, branch] = self.hub.heads[repo_id, "main"]
-        self.answer(200, {})
-
     def accept(self, *_, body: bytes) -> None:
         self.answer(200, {})
 
@@ -245,7 +241,6 @@ ROUTES = {
     r"GET /api/whoami-v2": _Handler.who_am_i,
     r"POST /api/repos/create": _Handler.create,
     rf"GET /api/models/{REPO}/auth-check/write": _Handler.may_write,
-    rf"POST /api/models/{REPO}/branch/(.+)": _Handler.branch,
     r"POST /api/validate-yaml": _Handler.accept,
     rf"POST /api/models/{REPO}/preupload/(.+)": _Handler.preupload,
     rf"POST /{REPO}\.git/info/lfs/objects/batch": _Handler.lfs_batch,

@@ -88,7 +88,8 @@ def page(browser, address):
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("response", lambda response: response.status >= 400 and problems.append(response.url))
     page.on("requestfailed", lambda request: is_real_failure(request) and problems.append(request.url))
-    page.on("request", lambda request: is_foreign(request.url, address) and problems.append(request.url))
+    ours = (address, f"blob:{address}", "data:")
+    page.on("request", lambda request: request.url.startswith(ours) or problems.append(request.url))
     page.goto(address)
     page.get_by_role("button", name="Generate").wait_for()
     yield page
@@ -99,10 +100,6 @@ def page(browser, address):
 def is_real_failure(request) -> bool:
     """False for a request that Gradio aborts itself, the stream of a queue after its last event."""
     return not (request.failure == "net::ERR_ABORTED" and "/queue/data" in request.url)
-
-
-def is_foreign(url: str, address: str) -> bool:
-    return not url.startswith((address, f"blob:{address}", "data:"))
 
 
 # ---- What a visitor does and sees
@@ -192,26 +189,6 @@ def test_generate(page, pipe, folder):
     assert page.locator(".caption-label:visible").all_inner_texts() == ["seed 5", "seed 6", "seed 7"]
 
 
-def test_sampler_choice_is_per_visitor(page, pipe, browser, address):
-    eta = page.get_by_label("number input for eta").locator("visible=true")
-    expect(eta).to_be_visible()
-    type_into(page, eta=1)
-    choose_sampler(page, "euler")
-    expect(eta).to_be_hidden()
-    other = browser.new_page()
-    other.goto(address)
-    shown = []
-    for visitor in (page, other):
-        type_into(visitor, Steps=STEPS, Images=2)
-        click(visitor, "Generate")
-        shown.append(gallery(visitor, 2))
-    other.close()
-    euler = quiet(CustomUNetPipeline(pipe.unet, pipe.scheduler))
-    euler.set_sampler("euler")
-    for images, own in zip(shown, (euler, pipe), strict=True):
-        assert_same(images, own(seeds=[0, 1], num_inference_steps=STEPS).images)
-
-
 def test_denoising(page, pipe):
     open_tab(page, "Denoising")
     type_into(page, Seed=3, Frames=4, Steps=6)
@@ -262,14 +239,13 @@ def test_errors_are_shown_on_the_page(page):
     click(page, "Generate")
     expect(page.get_by_text("num_inference_steps is 1")).to_be_visible()
     open_tab(page, "Inpainting")
+    click(page, "Paint anew")
+    expect(page.get_by_text("there is no image")).to_be_visible()
     type_into(page, Steps=STEPS)
     click(page, "Take this image")
     page.get_by_role("button", name="Brush Size", exact=True).wait_for()
     click(page, "Paint anew")
-    expect(page.get_by_text("there is no mask; draw over what is to be painted anew")).to_be_visible()
-    click(page, "Clear canvas")
-    click(page, "Paint anew")
-    expect(page.get_by_text("there is no image; take that of a seed or upload one")).to_be_visible()
+    expect(page.get_by_text("there is no mask")).to_be_visible()
 
 
 # ---- Continuous-time models, without a browser
@@ -280,23 +256,11 @@ def sde_pipe(pipe) -> CustomUNetPipeline:
     return quiet(CustomUNetPipeline(pipe.unet, SDEScheduler(objective="edm", prediction_type="edm")))
 
 
-def components(demo: gr.Blocks, kind: str) -> dict[str, dict]:
-    """The components of one kind on a page, by label."""
-    found = [component["props"] for component in demo.get_config_file()["components"] if component["type"] == kind]
-    return {props["label"]: props for props in found}
-
-
-@pytest.mark.parametrize(
-    ("name", "own", "resamplings", "least_steps"), [("sde_pipe", "edm_heun", False, 2), ("pipe", "ddim", True, 1)]
-)
-def test_page_offers_only_supported_controls(name, own, resamplings, least_steps, request):
-    pipe = request.getfixturevalue(name)
-    page = build_demo(pipe)
-    sampler, sliders = components(page, "dropdown")["Sampler"], components(page, "slider")
-    assert [choice for choice, _ in sampler["choices"]] == list(pipe.samplers)
-    assert sampler["value"] == own
-    assert sliders["Resamplings"]["visible"] == resamplings
-    assert sliders["Steps"]["minimum"] == least_steps
+def test_sde_page_offers_its_samplers(sde_pipe):
+    shown = build_demo(sde_pipe).get_config_file()["components"]
+    sampler = next(component["props"] for component in shown if component["type"] == "dropdown")
+    assert [choice for choice, _ in sampler["choices"]] == list(sde_pipe.samplers)
+    assert sampler["value"] == "edm_heun"
 
 
 @pytest.mark.parametrize("sampler", ["edm_heun", "ode"])
@@ -311,7 +275,6 @@ def test_sde_page_generates_and_reports_progress(sde_pipe, sampler, monkeypatch)
     own.set_sampler(sampler)
     result = own(seeds=[5, 6], num_inference_steps=STEPS)
     assert_same([image for image, _ in shown], result.images)
-    assert [caption for _, caption in shown] == ["seed 5", "seed 6"]
     assert sde_pipe.continuous_sampler.name == "edm_heun", "the sampler is the visitor's own"
     steps = result.network_evaluations
     assert sent[-1] == (steps, None if sampler == "ode" else steps)  # the ODE's total is not known in advance
@@ -319,12 +282,9 @@ def test_sde_page_generates_and_reports_progress(sde_pipe, sampler, monkeypatch)
 
 def test_sde_page_denoises_interpolates_and_inpaints(sde_pipe):
     tabs = demo.Page(sde_pipe)
-    ((strip, levels, animation),) = [
-        (strip, levels, Image.open(path).n_frames) for strip, levels, path in tabs.denoise(3, 4, "edm_heun", STEPS, 0)
-    ]
+    strip, levels, _ = next(tabs.denoise(3, 4, "edm_heun", STEPS, 0))
     expected = denoising_strip(sde_pipe, 4, STEPS, seeds=[3])
     np.testing.assert_array_equal(np.asarray(strip), np.asarray(expected.to_image(16)))
-    assert animation == 4
     assert f"t = {expected.timesteps[0]:.3g}, {expected.timesteps[1]:.3g}, " in levels
     shown = tabs.interpolate(2, 9, 5, STEPS)
     assert_same([image for image, _ in shown], interpolate(sde_pipe, 2, 9, 5, STEPS))

@@ -13,7 +13,6 @@ from training.diffusion import diffusion_loss, heldout_loss, sample_positions, s
 from training.sde import SDEScheduler
 
 KINDS = ["epsilon", "sample", "v_prediction"]
-SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 SDES = [(name, kind) for name in ("vp", "subvp") for kind in KINDS] + [("ve", "score")]
 SDES += [("edm", "edm"), ("flow", "flow_prediction")]
 
@@ -96,31 +95,17 @@ def images(count: int = 16) -> torch.Tensor:
 # ---- DDPM
 
 
-def ddpm_target(scheduler, clean_images, noise, timesteps):
-    positions = (timesteps.double() + 0.5) / scheduler.config.num_train_timesteps
-    return diffusion.ddpm_regression(scheduler, clean_images, noise, positions).target
-
-
-@pytest.mark.parametrize("beta_schedule", SCHEDULES)
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("prediction_type", KINDS)
 def test_diffusers_recovers_the_image_from_a_perfect_prediction(prediction_type, beta_schedule):
     scheduler = scheduler_of(prediction_type, beta_schedule)
-    clean_images, noise = torch.randn(2, 3, 4, 4).clamp(-1, 1), torch.randn(2, 3, 4, 4)
     ddim = DDIMScheduler.from_config(scheduler.config)
     ddim.set_timesteps(1000)
-    for t in [0, 100, 500, 900]:
-        timesteps = torch.tensor([t, t])
-        noisy_images = scheduler.add_noise(clean_images, noise, timesteps)
-        target = ddpm_target(scheduler, clean_images, noise, timesteps)
-        step = ddim.step(target, t, noisy_images)
-        torch.testing.assert_close(step.pred_original_sample, clean_images, atol=2e-3, rtol=0)
-
-
-def test_velocity_matches_diffusers():
-    scheduler = scheduler_of("v_prediction", "squaredcos_cap_v2", zero_snr=True)
-    clean_images, noise, timesteps = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
-    expected = DDPMScheduler.from_config(scheduler.config).get_velocity(clean_images, noise, timesteps)
-    torch.testing.assert_close(ddpm_target(scheduler, clean_images, noise, timesteps), expected)
+    for t in (0, 100, 500, 900):
+        position = torch.full((16,), (t + 0.5) / 1000, dtype=torch.float64)
+        task = diffusion.ddpm_regression(scheduler, images(), images().flip(0), position)
+        step = ddim.step(task.target, t, task.inputs)
+        torch.testing.assert_close(step.pred_original_sample, images(), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("weighting", [None, "min", "soft_min"])
@@ -141,51 +126,33 @@ def test_training_loss_matches_a_known_prediction_error(prediction_type, weighti
     assert loss.item() == pytest.approx((0.01 * factor).mean().item(), rel=1e-3)
 
 
-def test_rescaled_betas_have_zero_terminal_snr():
-    assert scheduler_of("v_prediction", zero_snr=True).alphas_cumprod[-1] == 0
-    assert scheduler_of("v_prediction", zero_snr=False).alphas_cumprod[-1] > 0
-
-
 @pytest.mark.parametrize("how", ["uniform", "stratified", "antithetic"])
 def test_positions_and_timesteps_are_uniform(how):
     torch.manual_seed(0)
     draws = torch.cat([sample_positions(how, 7) for _ in range(6000)])
     assert draws.dtype == torch.float64
     assert 0 < draws.min() < draws.max() < 1
-    frequencies = torch.bincount((10 * draws).long(), minlength=10) / len(draws)
-    assert len(frequencies) == 10
+    frequencies = torch.bincount(timesteps_of(draws, 10)) / len(draws)
     torch.testing.assert_close(frequencies, torch.full((10,), 0.1), atol=0.01, rtol=0)
-    timesteps = timesteps_of(draws, 10)
-    assert timesteps.dtype == torch.int64
-    assert torch.equal(timesteps, (10 * draws).floor().long())
-
-
-def timesteps_of(positions, num_train_timesteps=1000):
-    scheduler, blank = scheduler_of(num_train_timesteps=num_train_timesteps), torch.zeros(len(positions), 1, 1, 1)
-    return diffusion.ddpm_regression(scheduler, blank, blank, positions).times
 
 
 def test_stratified_positions_fill_every_stratum():
-    for _ in range(50):
-        positions = sample_positions("stratified", 8)
-        torch.testing.assert_close(positions.sort().values.diff(), torch.full((7,), 1 / 8, dtype=torch.float64))
+    positions = sample_positions("stratified", 8)
+    torch.testing.assert_close(positions.sort().values.diff(), torch.full((7,), 1 / 8, dtype=torch.float64))
 
 
-def test_antithetic_timesteps_come_in_pairs():
-    torch.manual_seed(0)
-    for _ in range(200):
-        timesteps = timesteps_of(sample_positions("antithetic", 9))
-        assert len(timesteps) == 9
-        assert (timesteps[:4] + timesteps[5:] == 999).all()
-
-
-def test_positions_avoid_the_boundaries_of_timesteps(monkeypatch):
-    """Antithetic pairs stay pairs even if the random number is extreme or on a boundary."""
+def test_antithetic_timesteps_come_in_pairs(monkeypatch):
+    """Even if the random number is extreme or on the boundary of a timestep."""
     extremes = torch.tensor([0.0, 1 - 2**-24, 0.5, 0.125, 0.875])
     monkeypatch.setattr(torch, "rand", lambda count: extremes[:count])
     timesteps = timesteps_of(sample_positions("antithetic", 10))
     assert (timesteps[:5] + timesteps[5:] == 999).all()
     assert timesteps[:2].tolist() == [0, 999]
+
+
+def timesteps_of(positions, num_train_timesteps=1000):
+    scheduler, blank = scheduler_of(num_train_timesteps=num_train_timesteps), torch.zeros(len(positions), 1, 1, 1)
+    return diffusion.ddpm_regression(scheduler, blank, blank, positions).times
 
 
 def test_labels_are_dropped_with_the_given_probability():
@@ -194,9 +161,7 @@ def test_labels_are_dropped_with_the_given_probability():
     after = diffusion.drop_labels(labels, 4, 0.3)
     dropped = after == 4
     assert torch.equal(after[~dropped], labels[~dropped])
-    for label in range(4):
-        assert dropped[labels == label].double().mean().item() == pytest.approx(0.3, abs=0.03)
-    assert torch.equal(diffusion.drop_labels(labels, 4, 0.0), labels)
+    assert dropped.double().mean().item() == pytest.approx(0.3, abs=0.03)
 
 
 @pytest.mark.parametrize(("sampler", "cls"), [("ddpm", DDPMScheduler), ("ddim", DDIMScheduler)])
@@ -205,31 +170,12 @@ def test_sampling_scheduler_has_the_same_forward_process(sampler, cls):
     other = diffusion.make_sampling_scheduler(scheduler, sampler)
     assert type(other) is cls
     assert torch.equal(other.alphas_cumprod, scheduler.alphas_cumprod)
+    assert other.alphas_cumprod[-1] == 0
     other.set_timesteps(50)
     assert other.timesteps[0] == 999
-    assert math.isclose(other.config.beta_end, 0.02)
 
 
 # ---- Continuous time
-
-
-@pytest.mark.parametrize("objective", ["vp", "subvp"])
-@pytest.mark.parametrize("how", ["uniform", "stratified", "antithetic"])
-def test_vp_loss_with_epsilon_is_the_mse_of_the_noise(objective, how):
-    network = Network()
-    loss, noise, positions = loss_and_draws(SDEScheduler(objective=objective), network, images(), how)
-    times = 1e-5 + (1 - 1e-5) * positions
-    alpha, n = alpha_and_n(SDEScheduler(objective=objective), times)
-    prediction = network((alpha * images() + n * noise).float(), (999 * times).float()).sample
-    torch.testing.assert_close(loss, (prediction - noise).square().mean(), rtol=1e-4, atol=0)
-
-
-def test_ve_loss_is_the_mse_of_sigma_times_the_score():
-    network = Network()
-    loss, noise, positions = loss_and_draws(SDEScheduler(objective="ve", prediction_type="score"), network, images())
-    sigma = 0.02 * (100 / 0.02) ** positions.view(-1, 1, 1, 1)
-    score = network((images() + sigma * noise).float(), sigma.flatten().float()).sample
-    torch.testing.assert_close(loss, (sigma * score + noise).square().mean().float(), rtol=1e-4, atol=0)
 
 
 def test_edm_loss_matches_karras_et_al():
@@ -282,24 +228,15 @@ def test_likelihood_weighting_is_g_squared_times_the_score_error(objective, kind
 
 @pytest.mark.parametrize(("objective", "kind"), SDES)
 def test_target_and_noisy_image_combine_to_the_clean_image(objective, kind):
-    """c_skip x + c_out F = x_0 with the coefficients of the scheduler, also at both ends of the times."""
-    scheduler = SDEScheduler(objective=objective, prediction_type=kind)
-    clean_images, noise = images(5).double(), images(5).double().flip(0)
-    positions = torch.tensor([0.0, 1e-3, 0.3, 0.7, 1 - 2**-25], dtype=torch.float64)
-    task = score_regression(scheduler, clean_images, noise, positions)
-    times = scheduler.times(positions)
-    c_skip, c_out, c_in, c_noise = (value.view(-1, 1, 1, 1) for value in scheduler.preconditioning(times))
-    torch.testing.assert_close(c_skip * task.inputs / c_in + c_out * task.target, clean_images, rtol=0, atol=1e-7)
-    assert torch.equal(task.times, c_noise.flatten())
-
-
-@pytest.mark.parametrize(("objective", "kind"), SDES)
-def test_regression_is_float32_and_accurate_at_small_times(objective, kind):
+    """c_skip x + c_out F = x_0, also at both ends of the times; in float32 the regression is as accurate."""
     scheduler, is_weighted = SDEScheduler(objective=objective, prediction_type=kind), objective not in ("edm", "flow")
-    clean_images, noise = images(4), images(4).flip(0)
-    positions = torch.tensor([0.0, 1e-6, 1e-3, 1 - 2**-25], dtype=torch.float64)
-    task = score_regression(scheduler, clean_images, noise, positions, is_weighted)
+    clean_images, noise = images(5), images(5).flip(0)
+    positions = torch.tensor([0.0, 1e-6, 1e-3, 0.3, 1 - 2**-25], dtype=torch.float64)
     exact = score_regression(scheduler, clean_images.double(), noise.double(), positions, is_weighted)
+    c_skip, c_out, c_in, _ = (x.view(-1, 1, 1, 1) for x in scheduler.preconditioning(scheduler.times(positions)))
+    combined = c_skip * exact.inputs / c_in + c_out * exact.target
+    torch.testing.assert_close(combined, clean_images.double(), rtol=0, atol=1e-7)
+    task = score_regression(scheduler, clean_images, noise, positions, is_weighted)
     for name in ("inputs", "times", "target", "loss_weight", "noise_weight"):
         value = getattr(task, name)
         assert value.dtype == torch.float32
@@ -314,11 +251,10 @@ def test_noise_levels_must_range_from_clean_images_to_pure_noise(objective, kind
     def check(**sigmas):
         diffusion.check_noise_levels(SDEScheduler(objective=objective, prediction_type=kind, **sigmas), grey)
 
-    check()
     check(sigma_min=0.041, sigma_max=8.25)
-    with pytest.raises(InputError, match=r"--sigma_max is 8.2, .* root mean square 0.412; take at least 8.25"):
+    with pytest.raises(InputError, match=r"--sigma_max is 8.2, .* take at least 8.25"):
         check(sigma_max=8.2)
-    with pytest.raises(InputError, match=r"--sigma_min is 0.042, .* root mean square 0.412; take at most 0.0412"):
+    with pytest.raises(InputError, match=r"--sigma_min is 0.042, .* take at most 0.0412"):
         check(sigma_min=0.042)
 
 

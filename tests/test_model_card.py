@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import ModelCard
@@ -15,7 +14,7 @@ from tiny_pipeline import sde_pipeline, tiny_pipeline
 
 from common import InputError
 from custom_unet import CustomUNet2DModel
-from pipelines import CustomUNetPipeline, export
+from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
 from pipelines.model_card import render_card
 from training.config import TrainConfig
@@ -92,34 +91,30 @@ def test_metadata_round_trips_through_huggingface_hub(card):
     assert read.data.library_name == "diffusers"
     assert read.data.pipeline_tag == "unconditional-image-generation"
     assert read.data.datasets == ["someone/faces"]
-    assert {"unconditional-image-generation", "diffusion", "faces"} <= {*read.data.tags}
     assert read.data.model_name == "faces-8"
     fid, kid = read.data.eval_results  # metrics that were not measured are left out
     assert (fid.metric_type, fid.metric_value, fid.metric_config) == ("fid", 12.345, "clean")
     assert fid.metric_name == "FID (clean), n = 10,000, DDIM, 50 steps"
     assert fid.metric_args == {"mode": "clean", "n": 10_000, "sampler": "DDIM", "steps": 50, "eta": 0.0}
-    assert (fid.task_type, fid.dataset_type) == ("unconditional-image-generation", "someone/faces")
     assert (kid.metric_type, kid.metric_value) == ("kid", 0.0123)
 
 
 @pytest.mark.parametrize(
-    ("facts", "licence", "claims"),
+    ("facts", "licence", "claim"),
     [
-        (data(), ("other", "celeba-agreement"), ["non-commercial research only", "celebrities"]),
-        (data(crop="center", source="CelebA-HQ"), ("other", "celeba-agreement"), ["CelebA.html", "identify anybody"]),
-        (data(crop="none", source="synthetic-faces"), ("apache-2.0", None), ["procedural faces", "show nobody"]),
-        (data(crop="center", source="cats"), (None, None), ["no licence is claimed"]),
-        (None, (None, None), ["no licence is claimed", "no record of the training"]),
+        (data(), "other", "non-commercial research only"),
+        (data(crop="center", source="CelebA-HQ"), "other", "identify anybody"),
+        (data(crop="none", source="synthetic-faces"), "apache-2.0", "procedural faces"),
+        (data(crop="center", source="cats"), None, "no licence is claimed"),
+        (None, None, "no record of the training"),
     ],
 )
-def test_licence_and_limitations_depend_on_the_data(card, facts, licence, claims):
-    read = card(facts)
-    assert (read.data.license, read.data.license_name) == licence
-    assert (read.data.license_link is not None) == (licence[0] == "other")
-    for claim in claims:
-        assert claim in read.text
-    assert ("CelebA" in read.text) == (licence[0] == "other")
-    assert ("liu2015faceattributes" in read.text) == (licence[0] == "other")
+def test_licence_and_limitations_depend_on_the_data(card, facts, licence, claim):
+    read, is_celeba = card(facts), licence == "other"
+    assert read.data.license == licence
+    assert (read.data.license_name == "celeba-agreement") == (read.data.license_link is not None) == is_celeba
+    assert claim in read.text
+    assert ("CelebA" in read.text) == ("liu2015faceattributes" in read.text) == is_celeba
 
 
 @pytest.mark.parametrize("crop", CROPS)
@@ -165,18 +160,17 @@ def test_card_lists_the_results_or_says_that_there_are_none(card):
     ]
 
 
-def test_card_has_no_placeholders_and_only_relevant_citations(card, tmp_path):
+def test_card_has_no_placeholders_and_only_relevant_citations(card):
     read = card(config=config(), results={"results": RESULTS})
     assert not re.search(r"\b(None|nan|TODO|TBD|null|unknown|More Information)\b|\{\}|<[a-z_-]+>", read.text)
     keys = re.findall(r"^@inproceedings\{(\w+),$", read.text, re.MULTILINE)
     assert len(keys) == len({*keys}) == 6
-    soft = card(config=config(snr_weighting="soft_min")).text
-    assert "soft-min-SNR, gamma 5" in soft
-    assert ("crowson2024" in soft, "hang2023" in soft) == (True, False)
-    read = card(data(crop="none", source="synthetic-faces"), config(snr_gamma=None))
-    assert "hang2023" not in read.text
     bibtex = read.text.split("```bibtex")[1].split("```")[0]
     assert bibtex.count("{") == bibtex.count("}")
+    soft = card(config=config(snr_weighting="soft_min", optimizer="muon")).text
+    assert "soft-min-SNR, gamma 5" in soft
+    assert ("crowson2024" in soft, "hang2023" in soft) == (True, False)
+    assert "| optimizer | Muon for the matrices" in soft
 
 
 def test_loading_instructions_match_the_name_and_the_sampler(card, tmp_path):
@@ -187,8 +181,6 @@ def test_loading_instructions_match_the_name_and_the_sampler(card, tmp_path):
 
 
 # Continuous-time and class-conditional models
-
-LABELS = {"label_column": "Smiling", "label_names": ["no", "yes"]}
 
 
 def sde_model(folder: Path, objective: str = "vp", facts: dict | None = FACTS, classes: int | None = None, **options):
@@ -227,7 +219,7 @@ def test_card_describes_the_sde_and_its_parameters(tmp_path, objective, options,
     assert ("DDPMPipeline" in text) == ("liu2023flow" in text) == (objective == "flow")
     kind = {"flow-matching", "rectified-flow"} if objective == "flow" else {"score-based", "sde"}
     assert {*card.data.tags} & {"ddpm", "score-based", "sde", "flow-matching", "rectified-flow"} == kind
-    for source in ("song2021scorebased", "karras2022elucidating", "arXiv:2011.13456", "arXiv:2206.00364"):
+    for source in ("song2021scorebased", "karras2022elucidating"):
         assert source in card.text
     assert not re.search(r"\b(None|nan|null|unknown|inf)\b|\{\}|\{[a-z_]+\}", text)
 
@@ -236,13 +228,15 @@ def test_card_describes_the_sde_and_its_parameters(tmp_path, objective, options,
 def test_numbers_of_evaluations_in_the_card_match_the_samplers(tmp_path, objective):
     folder = sde_model(tmp_path / "faces", objective, facts=None)
     rows = re.findall(r"^\| `(\w+)`.* \| (.*) \|$", (folder / "README.md").read_text(), re.MULTILINE)
-    pipe = CustomUNetPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
+    pipe, calls = CustomUNetPipeline.from_pretrained(folder), []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     assert rows[0][0] == pipe.continuous_sampler.name
     assert {name for name, _ in rows} == {*pipe.samplers}
     for name, formula in rows:
         pipe.set_sampler(name)
+        calls.clear()
         taken = pipe(seeds=[0], num_inference_steps=7).network_evaluations
+        assert taken == len(calls)
         if name == "ode":
             assert formula == "as many as it takes"
             assert taken > 20
@@ -270,11 +264,27 @@ def test_examples_in_the_card_run(model, tmp_path, monkeypatch, objective, class
     assert ("guidance_scale" in blocks[0]) == (classes is not None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"results": "{"}, "cannot read"),
+        ({"results": "[]"}, "mapping"),
+        ({"results": {"results": ["fid"]}}, "missing or wrong"),
+        ({"facts": {name: value for name, value in FACTS.items() if name != "images_seen"}}, "images_seen"),
+        ({"config": config().replace("learning_rate:", "rate:")}, "learning_rate"),
+    ],
+)
+def test_bad_files_raise_one_line_errors(card, changes, message):
+    with pytest.raises(InputError, match=message) as error:
+        card(**changes)
+    assert "\n" not in str(error.value)
+
+
 def test_card_names_the_classes_and_shows_how_to_choose_them(tmp_path):
+    labels = {"label_column": "Smiling", "label_names": ["no", "yes"]}
     options = {"label_column": "Smiling", "label_dropout": 0.2}
-    card = ModelCard(
-        (sde_model(tmp_path / "faces", facts=data(**LABELS), classes=2, **options) / "README.md").read_text()
-    )
+    folder = sde_model(tmp_path / "faces", facts=data(**labels), classes=2, **options)
+    card = ModelCard((folder / "README.md").read_text())
     text = " ".join(card.text.split())
     for claim in (
         "A class-conditional diffusion model",
@@ -288,62 +298,7 @@ def test_card_names_the_classes_and_shows_how_to_choose_them(tmp_path):
     ):
         assert claim in text, claim
     assert "saw no labels" not in text
-    assert "no class" not in text
     assert "class-conditional" in card.data.tags
-
-
-def test_class_conditional_card_offers_no_stock_pipeline(tmp_path):
-    """diffusers' pixel-space pipelines pass no labels to the network."""
-    pipe = tiny_pipeline(num_class_embeds=1001)
-    names = [f"class {number}" for number in range(1000)]
-    folder = export_pipeline(
-        pipe,
-        tmp_path / "faces",
-        facts=data(label_column="kind", label_names=names),
-        training_config=config(label_column="kind"),
-    )
-    text = (folder / "README.md").read_text()
-    assert "DDIMPipeline" not in text
-    assert "only the weights can be loaded" in text
-    assert "39: `class 39`, and so on as in `training.json`" in text
-    assert "class 40" not in text
-    unnamed = export_pipeline(pipe, tmp_path / "unnamed")
-    assert "1000 classes, 0 to 999; their names are not recorded" in (unnamed / "README.md").read_text()
-
-
-@pytest.mark.parametrize(("name", "text"), [("adamw", "AdamW, "), ("muon", "Muon for the matrices")])
-def test_card_names_the_optimizer(card, name, text):
-    assert f"| optimizer | {text}" in card(config=config(optimizer=name)).text
-
-
-@pytest.mark.parametrize(
-    ("results", "message"),
-    [
-        ("{", "cannot read"),
-        ("[]", "mapping"),
-        ({"results": ["fid"]}, "missing or wrong"),
-    ],
-)
-def test_bad_results_raise_one_line_errors(card, results, message):
-    with pytest.raises(InputError, match=message) as error:
-        card(results=results)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("key", ["images_seen", "learning_rate"])
-def test_missing_keys_are_named_in_the_error(card, key):
-    facts = {name: value for name, value in FACTS.items() if name != key}
-    settings = {name: value for name, value in yaml.safe_load(config()).items() if name != key}
-    with pytest.raises(InputError, match=rf"missing or wrong: .*{key}"):
-        card(facts, yaml.safe_dump(settings))
-
-
-def test_card_command_rewrites_the_card(model, tmp_path, capsys):
-    before = (model / "README.md").read_text()
-    (model / "README.md").unlink()
-    assert export.main(["card", "--pipeline", str(model)]) == 0
-    assert (model / "README.md").read_text() == before
-    (model / "results.json").write_text("{")
-    assert export.main(["card", "--pipeline", str(model)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    (model / "results.json").unlink()
+    unnamed = (export_pipeline(tiny_pipeline(num_class_embeds=11), tmp_path / "unnamed") / "README.md").read_text()
+    assert "10 classes, 0 to 9; their names are not recorded" in unnamed
+    assert "DDIMPipeline" not in unnamed, "diffusers' pipelines of pixels pass no labels to the network"

@@ -8,7 +8,6 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     UNet2DModel,
@@ -56,10 +55,10 @@ def check_against_stock(pipe: CustomUNetPipeline, stock, scheduler, atol: float,
 
 @pytest.mark.parametrize(("stock", "scheduler"), [(DDIMPipeline, DDIMScheduler), (DDPMPipeline, DDPMScheduler)])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("clip_sample", [True, False])
-def test_images_match_the_stock_pipeline(pipe, stock, scheduler, prediction_type, clip_sample):
-    settings = {"prediction_type": prediction_type, "clip_sample": clip_sample}
-    check_against_stock(pipe, stock, scheduler(**settings), ROUNDING if prediction_type == "epsilon" else 1e-5)
+def test_images_match_the_stock_pipeline(pipe, stock, scheduler, prediction_type):
+    for clip_sample in (True, False):
+        settings = {"prediction_type": prediction_type, "clip_sample": clip_sample}
+        check_against_stock(pipe, stock, scheduler(**settings), ROUNDING if prediction_type == "epsilon" else 1e-5)
 
 
 def test_images_match_the_stock_pipeline_with_thresholding_and_noise(pipe):
@@ -157,33 +156,6 @@ def test_callbacks_see_every_step_and_may_change_it(pipe):
     assert (images == 0.5).all()
 
 
-def test_callbacks_may_interrupt_sampling(v_pipe):
-    """As in diffusers' pipelines; the next call is complete again."""
-    shown = []
-
-    def watch(pipeline, index, timestep, tensors):
-        shown.append(tensors["latents"])
-        pipeline._interrupt = index == 2
-
-    call = {"seeds": [1], "num_inference_steps": 5, "output_type": "latent"}
-    interrupted = v_pipe(**call, callback_on_step_end=watch).images
-    assert len(shown) == 3
-    assert torch.equal(interrupted, shown[-1])
-    assert not torch.equal(v_pipe(**call).images, interrupted)
-    v_pipe.set_sampler("edm_heun")
-    with pytest.raises(ValueError, match="cannot interrupt in continuous time"):
-        v_pipe(**call, callback_on_step_end=watch)
-
-
-def test_from_pipe_converts_from_and_to_diffusers_pipelines(v_pipe):
-    stock = DDIMPipeline.from_pipe(v_pipe, unet=v_pipe.unet.eval())
-    ours = quiet(CustomUNetPipeline.from_pipe(quiet(stock)))
-    assert ours.unet is stock.unet is v_pipe.unet
-    call = {"batch_size": 1, "num_inference_steps": 4, "output_type": "np"}
-    images = [pipe(**call, generator=generators(1)).images for pipe in (v_pipe, stock, ours)]
-    np.testing.assert_allclose(images[1:], [images[0]] * 2, atol=1e-5)
-
-
 def test_class_labels_reach_the_network():
     pipe = tiny_pipeline(num_class_embeds=3)
     arguments = {"seeds": [1, 1], "num_inference_steps": 3, "output_type": "pt"}
@@ -209,12 +181,10 @@ def test_class_labels_reach_the_network():
         ({"seeds": [1], "generator": generators(1)}, "either seeds or generator"),
         ({"seeds": [1, 2**32]}, "they must be whole numbers from 0 to 4294967295"),
         ({"seeds": [0.7]}, "seeds are 0.7 to 0.7"),
-        ({"latents": torch.zeros(1, 3, 4, 4)}, r"latents have the shape \(1, 3, 4, 4\); it must be \(1, 3, 8, 8\)"),
         ({"latents": torch.zeros(2, 3, 8, 8), "seeds": [1]}, r"it must be \(1, 3, 8, 8\)"),
         ({"num_inference_steps": 0}, "1 to 1000"),
         ({"num_inference_steps": 1001}, "1 to 1000"),
-        ({"eta": 1.5}, r"eta is 1.5"),
-        ({"output_type": "jpeg"}, "must be pil, np, pt or latent"),
+        ({"eta": 1.5}, "eta is 1.5"),
         ({"class_labels": 1}, "no class embeddings"),
     ],
 )
@@ -243,21 +213,14 @@ def test_set_sampler_keeps_the_noise_schedule(pipe):
         (DDIMScheduler(beta_schedule="squaredcos_cap_v2"), "another noise schedule"),
         (DDIMScheduler(num_train_timesteps=100), "another noise schedule"),
         (EulerDiscreteScheduler.from_config(DDIMScheduler().config, use_karras_sigmas=True), "has use_karras_sigmas"),
-        (UniPCMultistepScheduler(use_flow_sigmas=True, beta_end=0.02), "use_flow_sigmas"),
         (EulerDiscreteScheduler(interpolation_type="log_linear"), "has interpolation_type log_linear"),
-        (EulerDiscreteScheduler(timestep_type="continuous"), "has timestep_type continuous"),
         (UniPCMultistepScheduler(predict_x0=False, beta_end=0.02), "has predict_x0 False"),
-        (
-            DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"),
-            r"take sde-dpmsolver\+\+",
-        ),
     ],
 )
-def test_unsuitable_schedulers_raise_one_line_errors(pipe, scheduler, message):
+def test_unsuitable_schedulers_are_rejected(pipe, scheduler, message):
     pipe.scheduler = scheduler
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=message):
         pipe(num_inference_steps=50)
-    assert "\n" not in str(error.value)
 
 
 def test_suitable_schedulers_may_be_assigned_directly(v_pipe):
@@ -265,13 +228,6 @@ def test_suitable_schedulers_may_be_assigned_directly(v_pipe):
     assigned = v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
     v_pipe.set_sampler("unipc")
     assert torch.equal(v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images, assigned)
-
-
-def test_unknown_prediction_types_and_learned_variances_are_rejected(pipe):
-    with pytest.raises(ValueError, match="prediction_type is 'eps'"):
-        CustomUNetPipeline(pipe.unet, DDIMScheduler(prediction_type="eps"))(num_inference_steps=2)
-    with pytest.raises(ValueError, match="out_channels differ from its in_channels"):
-        CustomUNetPipeline(UNet2DModel(**TINY, out_channels=6), pipe.scheduler)(num_inference_steps=2)
 
 
 def test_euler_ancestral_draws_finite_images_for_every_number_of_steps(v_pipe):
@@ -294,22 +250,9 @@ def test_from_pretrained_takes_components_and_network_arguments(pipe, tmp_path):
     assert loaded.unet.dtype == torch.bfloat16
     network = UNet2DModel(**TINY)
     assert CustomUNetPipeline.from_pretrained(tmp_path, unet=network).unet is network
-    with pytest.raises(ValueError, match="takes no dropout, use_safetensors; it takes unet"):
-        CustomUNetPipeline.from_pretrained(tmp_path, dropout=0.5, use_safetensors=False)
-
-
-def test_saving_warns_about_samplers_that_cannot_be_saved(v_pipe, tmp_path, caplog):
-    for sampler, warnings in {"unipc": [], "edm_heun": ["the sampler edm_heun is not saved"]}.items():
-        v_pipe.set_sampler(sampler)
-        v_pipe.save_pretrained(tmp_path)
-        assert [message.split(":")[0] for message in caplog.messages] == warnings
 
 
 def test_shipped_pipeline_offers_only_diffusers_samplers(pipe):
-    shipped = quiet(custom_unet_pipeline.CustomUNetPipeline(pipe.unet, pipe.scheduler))
+    shipped = custom_unet_pipeline.CustomUNetPipeline(pipe.unet, pipe.scheduler)
     assert shipped.samplers == tuple(SAMPLERS)
     assert pipe.samplers == (*SAMPLERS, *continuous_samplers("ddpm"))
-    with pytest.raises(ValueError, match="no sampler 'edm_heun'; there are ddpm, ddim"):
-        shipped.set_sampler("edm_heun")
-    call = {"seeds": [1], "num_inference_steps": 3, "output_type": "pt"}
-    assert torch.equal(shipped(**call).images, pipe(**call).images)

@@ -1,4 +1,4 @@
-"""The SDEs compared with simulation, with each other, and with the discrete processes whose limits they are."""
+"""The SDEs compared with their definition, with each other, and with the processes whose limits they are."""
 
 import math
 
@@ -7,14 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from pipelines.continuous import DiscreteVPScheduler, DiscreteVPSDE
-from training.sde import (
-    EDMSDE,
-    VESDE,
-    VPSDE,
-    FlowSDE,
-    SubVPSDE,
-    clean_image_coefficients,
-)
+from training.sde import EDMSDE, VESDE, VPSDE, FlowSDE, SubVPSDE, clean_image_coefficients
 
 LINEAR = DDPMScheduler(beta_schedule="linear").alphas_cumprod
 COSINE = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod[:-10]  # the last ones are nearly 0
@@ -35,22 +28,6 @@ def times(sde, number: int = 9) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SDES)
-def test_simulated_paths_match_the_marginals(name):
-    """Euler-Maruyama paths of eq. 5 from one point."""
-    sde, num_paths, num_steps = SDES[name], 20_000, 1000
-    generator = torch.Generator().manual_seed(0)
-    t = times(sde, num_steps + 1)
-    x_0 = 0.7
-    x = sde.signal_scale(t[0]) * x_0 + sde.noise_scale(t[0]) * torch.randn(num_paths, generator=generator).double()
-    for now, dt in zip(t[:-1], t.diff(), strict=True):
-        noise = torch.randn(num_paths, generator=generator).double()
-        x = x + sde.drift(now) * x * dt + sde.diffusion(now) * dt.sqrt() * noise
-    mean, std = float(sde.signal_scale(t[-1])) * x_0, float(sde.noise_scale(t[-1]))
-    assert float(x.mean()) == pytest.approx(mean, abs=5 * std / math.sqrt(num_paths))
-    assert float(x.std()) == pytest.approx(std, rel=5 / math.sqrt(2 * num_paths) + 0.01)  # plus discretisation error
-
-
-@pytest.mark.parametrize("name", SDES)
 def test_functions_of_an_sde_are_consistent(name):
     """f = alpha' / alpha and g^2 = 2 n^2 sigma' / sigma by autograd (Karras et al. 2022, appendix B), and the rest."""
     sde = SDES[name]
@@ -63,9 +40,6 @@ def test_functions_of_an_sde_are_consistent(name):
     torch.testing.assert_close(sde.time_of(sde.sigma(t)), t, rtol=1e-6, atol=1e-9)
     assert (sde.sigma(t).diff() > 0).all()
     assert float(sde.noise_scale(t[-1])) == pytest.approx(sde.prior_std, rel=2e-4)
-    assert sde.noise_levels == pytest.approx(
-        [float(sde.sigma(x)) for x in torch.tensor([sde.first_time, t[-1]]).double()]
-    )
 
 
 def test_vp_is_the_limit_of_ddpm():
@@ -79,10 +53,8 @@ def test_discrete_schedule_is_exact_at_its_timesteps():
         sde = DiscreteVPSDE(alphas_cumprod)
         t = torch.arange(len(alphas_cumprod), dtype=torch.float64) / (len(alphas_cumprod) - 1)
         torch.testing.assert_close(sde.signal_scale(t).square(), alphas_cumprod.double(), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(
-            DiscreteVPScheduler(alphas_cumprod, "sample").preconditioning(t)[-1],
-            torch.arange(len(t), dtype=torch.float64),
-        )
+        c_noise = DiscreteVPScheduler(alphas_cumprod, "sample").preconditioning(t)[-1]
+        torch.testing.assert_close(c_noise, torch.arange(len(t), dtype=torch.float64))
 
 
 def test_score_gives_the_posterior_mean_of_the_data():
@@ -106,8 +78,6 @@ def test_score_gives_the_posterior_mean_of_the_data():
         (lambda: VESDE(2.0, 1.0), "sigma_max 1.0"),
         (lambda: EDMSDE(1.0, math.inf), "sigma_max inf"),
         (lambda: VPSDE(beta_min=3.0, beta_max=2.0), "beta_max 2.0"),
-        (lambda: DiscreteVPSDE(torch.tensor([0.5, 0.6])), "falling"),
-        (lambda: DiscreteVPSDE(torch.tensor([1.0, 0.5])), "between 0 and 1"),
     ],
 )
 def test_bad_arguments_raise_value_errors(make, message):

@@ -76,13 +76,13 @@ def test_stochastic_samplers_reproduce_the_data(name, method, steps):
     assert many[2] < max(few[2] / 2, 0.1), "more steps must be better, down to chance"
 
 
-def test_churn_noise_is_scaled_by_noise_factor():
-    """Algorithm 2 by hand for a network that always predicts zeros, so that x is proportional to sigma."""
+def test_churn_matches_algorithm_2():
+    """By hand for a network that always predicts zeros, so that x is proportional to sigma."""
     start, sigmas = torch.full((2, 3), 5.0, dtype=torch.float64), torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
     denoise = Denoiser(SDES["edm"], lambda x, t: torch.zeros_like(x))
-    found = edm_heun(denoise, start, sigmas, lambda: torch.ones(2, 3), churn=0.4, noise_factor=3)
+    found = edm_heun(denoise, start, sigmas, lambda: torch.ones(2, 3), churn=0.4)
     raised = 2 * (1 + 0.4 / 2)  # the first step starts at the largest noise level, which is not raised
-    expected = (5.0 / 2 + math.sqrt(raised**2 - 2**2) * 3) / raised
+    expected = (5.0 / 2 + math.sqrt(raised**2 - 2**2)) / raised
     torch.testing.assert_close(found, torch.full((2, 3), expected, dtype=torch.float64))
 
 

@@ -52,13 +52,12 @@ def make_noise_scheduler(
         rescale_betas_zero_snr=rescale_betas_zero_snr,
         timestep_spacing="leading" if prediction_type == "epsilon" else "trailing",
     )
-    alphas_cumprod = scheduler.alphas_cumprod
-    with_signal = alphas_cumprod[:-1] if rescale_betas_zero_snr else alphas_cumprod
-    if not ((alphas_cumprod < 1).all() and (with_signal > 0).all()):
+    abar = scheduler.alphas_cumprod
+    with_signal = abar[:-1] if rescale_betas_zero_snr else abar
+    if not ((abar < 1).all() and (with_signal > 0).all()):
         raise ValueError(
-            f"the {beta_schedule} schedule from --beta_start {beta_start} to --beta_end {beta_end} in --ddpm_num_steps"
-            f" {num_train_timesteps} has alphas_cumprod from {alphas_cumprod[0]:.3g} to {alphas_cumprod[-1]:.3g};"
-            " it must stay inside (0, 1): change one of the three"
+            f"the {beta_schedule} schedule has alphas_cumprod from {abar[0]:.3g} to {abar[-1]:.3g}; they must lie"
+            " inside (0, 1): change --beta_start, --beta_end or --ddpm_num_steps"
         )
     return scheduler
 
@@ -69,18 +68,13 @@ def make_sampling_scheduler(noise_scheduler: DDPMScheduler, sampler: str) -> DDP
 
 
 def sample_positions(how: str, batch_size: int) -> Tensor:
-    """Random positions in [0, 1) for a batch, each marginally uniform.
-
-    They are drawn on the CPU, which supports float64 whatever the device.
+    """Random positions in [0, 1) for a batch, each marginally uniform; float64 (B,) on the CPU.
 
     Args:
         how: `uniform`: independent. `stratified`: one from each of B equal strata, with a shared random shift
             (Kingma et al. 2021, arXiv 2107.00630, appendix I.1), which lowers the variance of the loss.
             `antithetic`: pairs u and 1 - u (DDPM's t and T - 1 - t; authors' code of Song et al. 2021, arXiv
             2010.02502).
-
-    Returns:
-        float64, shape (B,).
     """
     if how == "stratified":
         return (_uniform(1) + torch.arange(batch_size) / batch_size) % 1.0
@@ -201,7 +195,7 @@ def diffusion_loss(
     likelihood_weighting: bool = False,
     class_labels: Tensor | None = None,
 ) -> Tensor:
-    """The training objective on one batch, with noise and times from the global random generator.
+    """The training objective on one batch, a float32 scalar; noise and times are from the global random generator.
 
     Args:
         unet: called as `unet(inputs, times, class_labels).sample`, under the caller's autocast, if any.
@@ -210,9 +204,6 @@ def diffusion_loss(
         snr_gamma, snr_weighting: see `ddpm_regression`.
         likelihood_weighting: see `score_regression`; has no effect for edm and flow.
         class_labels: int64 (B,), for a class-conditional network.
-
-    Returns:
-        scalar float32 loss.
     """
     noise = torch.randn_like(clean_images)
     positions = sample_positions(timestep_sampling, len(clean_images))
@@ -261,27 +252,21 @@ def heldout_loss(
 
 
 def check_noise_levels(scheduler: SDEScheduler, clean_images: Iterable[Tensor]) -> None:
-    """Checks that the noise levels from sigma_min to sigma_max range from nearly clean images to nearly pure noise.
+    """Raises InputError unless the noise levels of ve or edm reach from nearly clean images to nearly pure noise.
 
     With the bound on sigma_max, the divergence of the last marginal from the prior is at most (rms / sigma_max)^2 / 2
     = 0.00125 per dimension.
 
     Args:
-        scheduler: a scheduler with the objective ve or edm.
         clean_images: at least one image in [-1, 1], of any shape.
-
-    Raises:
-        InputError: if they do not.
     """
     sde = scheduler.sde
     squares = [image.square().mean().item() for image in clean_images]
     rms = (sum(squares) / len(squares)) ** 0.5
-    images = f"these images, whose pixel values have the root mean square {rms:.3g}"
-    if sde.sigma_max < LEAST_SIGMA_MAX * rms:
+    least, most = LEAST_SIGMA_MAX * rms, MOST_SIGMA_MIN * rms
+    if sde.sigma_max < least:
         raise InputError(
-            f"--sigma_max is {sde.sigma_max:g}, too little to hide {images}; take at least {LEAST_SIGMA_MAX * rms:.3g}"
+            f"--sigma_max is {sde.sigma_max:g}, too little to hide these images; take at least {least:.3g}"
         )
-    if sde.sigma_min > MOST_SIGMA_MIN * rms:
-        raise InputError(
-            f"--sigma_min is {sde.sigma_min:g}, visible noise on {images}; take at most {MOST_SIGMA_MIN * rms:.3g}"
-        )
+    if sde.sigma_min > most:
+        raise InputError(f"--sigma_min is {sde.sigma_min:g}, visible noise on these images; take at most {most:.3g}")

@@ -24,7 +24,6 @@ Samplers and likelihoods take the network as a `Denoiser`.
 
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,7 +40,6 @@ PREDICTION_TYPES = {
     "edm": ("edm",),
     "flow": ("flow_prediction",),
 }
-TIME_DENSITIES = ("uniform", "logit_normal")
 # Samplers in continuous time, with the defaults of their settings
 CONTINUOUS_SAMPLERS: dict[str, dict[str, float]] = {
     "euler_maruyama": {},
@@ -50,17 +48,17 @@ CONTINUOUS_SAMPLERS: dict[str, dict[str, float]] = {
     "predictor_corrector": {"snr": 0.16, "corrector_steps": 1},
     # Maximum error per step: root mean square over the batch, relative to 1 + |x|
     "ode": {"tolerance": 1e-3},
-    # S_churn, S_tmin, S_tmax and S_noise of Karras et al. 2022, algorithm 2
-    "edm_heun": {"churn": 0.0, "churn_min": 0.0, "churn_max": math.inf, "noise_factor": 1.0},
+    "edm_heun": {"churn": 0.0},  # S_churn of Karras et al. 2022, algorithm 2
     "flow_euler": {},  # flow_euler and flow_heun are for rectified flow only
     "flow_heun": {},
 }
+SETTING_BOUNDS = {"snr": (1e-6, 1e6), "corrector_steps": (1, 1000), "tolerance": (1e-12, 1e3), "churn": (0, 1e6)}
 MOST_STEPS, MOST_EVALUATIONS = 10_000, 100_000
 
 Noise = Callable[[], Tensor]  # draws standard normal noise in the shape of x
 
 
-class SDE(ABC):
+class SDE:
     """A diffusion with a linear drift.
 
     Attributes:
@@ -72,23 +70,18 @@ class SDE(ABC):
     last_time: float = 1.0
     prior_std: float = 1.0
 
-    @abstractmethod
     def drift(self, t: Tensor) -> Tensor:
         """f(t), the coefficient of x."""
 
-    @abstractmethod
     def diffusion(self, t: Tensor) -> Tensor:
         """g(t)."""
 
-    @abstractmethod
     def signal_scale(self, t: Tensor) -> Tensor:
         """alpha(t): the mean of x_t given x_0 is alpha(t) x_0."""
 
-    @abstractmethod
     def noise_scale(self, t: Tensor) -> Tensor:
         """n(t): the standard deviation of x_t given x_0."""
 
-    @abstractmethod
     def time_of(self, sigma: Tensor) -> Tensor:
         """The time at a noise level n / alpha; the inverse of `sigma`."""
 
@@ -105,11 +98,7 @@ class SDE(ABC):
 
 @dataclass(frozen=True)
 class _SigmaSDE(SDE):
-    """Base class of VE and EDM: alpha = 1, hence f = 0, and noise levels from sigma_min to sigma_max.
-
-    Raises:
-        ValueError: unless 0 < sigma_min < sigma_max.
-    """
+    """Base class of VE and EDM: alpha = 1, hence f = 0, and noise levels from sigma_min to sigma_max."""
 
     sigma_min: float
     sigma_max: float
@@ -154,11 +143,7 @@ class VESDE(_SigmaSDE):
 
 @dataclass(frozen=True)
 class _BetaSDE(SDE):
-    """Base class of VP and sub-VP: beta(t) = beta_min + t (beta_max - beta_min), and f = -beta / 2.
-
-    Raises:
-        ValueError: unless 0 < beta_min <= beta_max.
-    """
+    """Base class of VP and sub-VP: beta(t) = beta_min + t (beta_max - beta_min), and f = -beta / 2."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -223,11 +208,11 @@ class EDMSDE(_SigmaSDE):
     sigma_max: float = 80.0
 
     @property
-    def first_time(self) -> float:
+    def first_time(self):
         return self.sigma_min
 
     @property
-    def last_time(self) -> float:
+    def last_time(self):
         return self.sigma_max
 
     def diffusion(self, t):
@@ -299,9 +284,6 @@ class Denoiser:
     """A network's prediction of E[x_0 | x_t = x], called with x (B, ...) and one time for the batch.
 
     It takes the time and not sigma, which is infinite at time 1 of rectified flow, where its samplers start.
-
-    Args:
-        predict: function of x and t that returns x_0.
     """
 
     sde: SDE
@@ -326,29 +308,13 @@ class Denoiser:
 
 
 class ContinuousSampler(NamedTuple):
-    """One of `CONTINUOUS_SAMPLERS` with all its settings."""
-
-    name: str
-    settings: dict[str, float]
+    name: str  # one of `CONTINUOUS_SAMPLERS`
+    settings: dict[str, float]  # all of them
 
 
 def continuous_samplers(objective: str) -> tuple[str, ...]:
     """The names of the continuous-time samplers for an objective: a key of `PREDICTION_TYPES`, or ddpm."""
     return tuple(name for name in CONTINUOUS_SAMPLERS if objective == "flow" or not name.startswith("flow_"))
-
-
-def check_settings(settings: dict[str, float]) -> None:
-    """Raises ValueError if a setting of one of `CONTINUOUS_SAMPLERS` is out of range."""
-    for name in {"snr", "tolerance", "noise_factor"} & settings.keys():
-        if not 0 < settings[name] < math.inf:
-            raise ValueError(f"{name} is {settings[name]}; it must be positive")
-    if settings.get("corrector_steps", 1) not in range(1, 1001):
-        raise ValueError(f"corrector_steps is {settings['corrector_steps']}; it must be 1 to 1000")
-    if not 0 <= settings.get("churn", 0) < math.inf:
-        raise ValueError(f"churn is {settings['churn']}; it must not be negative")
-    low, high = settings.get("churn_min", 0), settings.get("churn_max", math.inf)
-    if not 0 <= low <= high:
-        raise ValueError(f"churn_min is {low} and churn_max {high}; they must not be negative, and rise")
 
 
 class SDEScheduler(SchedulerMixin, ConfigMixin):
@@ -369,7 +335,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         clip_sample, clip_sample_range: whether, and to which size, samplers clip the predicted x_0; see DDPMScheduler.
 
     Raises:
-        ValueError: for values that do not define an SDE, or a prediction type that does not suit the objective.
+        ValueError: for a noise schedule that defines no SDE, or a prediction type that does not suit the objective.
     """
 
     order = 1
@@ -396,21 +362,15 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         suitable = PREDICTION_TYPES[objective]
         if prediction_type not in suitable:
             raise ValueError(f"prediction_type is {prediction_type!r}; {objective} takes {' or '.join(suitable)}")
-        for name in ("sigma_data", "noise_std"):
-            if not 0 < self.config[name] < math.inf:
-                raise ValueError(f"{name} is {self.config[name]}; it must be positive")
-        if not math.isfinite(noise_mean):
-            raise ValueError(f"noise_mean is {noise_mean}; it must be finite")
-        if time_density not in TIME_DENSITIES:
-            raise ValueError(f"time_density is {time_density!r}; it must be {' or '.join(TIME_DENSITIES)}")
-        self.sde: SDE
-        if objective in ("vp", "subvp"):
-            self.sde = {"vp": VPSDE, "subvp": SubVPSDE}[objective](beta_min, beta_max)
-        elif objective == "flow":
-            self.sde = FlowSDE()
-        else:
-            cls, low, high = {"ve": (VESDE, 0.02, 100.0), "edm": (EDMSDE, 0.002, 80.0)}[objective]
-            self.sde = cls(low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
+        low, high = (0.02, 100.0) if objective == "ve" else (0.002, 80.0)
+        sigmas = (low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
+        self.sde: SDE = {
+            "vp": lambda: VPSDE(beta_min, beta_max),
+            "subvp": lambda: SubVPSDE(beta_min, beta_max),
+            "ve": lambda: VESDE(*sigmas),
+            "edm": lambda: EDMSDE(*sigmas),
+            "flow": FlowSDE,
+        }[objective]()
 
     def preconditioning(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in and c_noise, with the shape and dtype of the times.
@@ -467,7 +427,6 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """The names of the samplers that suit the model."""
         return continuous_samplers(self.config.objective)
 
     @property
@@ -490,9 +449,13 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         if unknown:
             raise ValueError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(known) or 'none'}")
         if name == "edm_heun" and self.config.prediction_type == "score":
-            settings = {"churn": 10.0} | settings
-        check_settings(known | settings)
-        return ContinuousSampler(name, known | settings)
+            known = {"churn": 10.0}
+        settings = known | settings
+        for setting, value in settings.items():
+            least, most = SETTING_BOUNDS[setting]
+            if not least <= value <= most:
+                raise ValueError(f"{setting} is {value}; it must be {least} to {most}")
+        return ContinuousSampler(name, settings)
 
     def num_evaluations(self, sampler: ContinuousSampler, num_steps: int) -> int | None:
         """Number of denoiser calls of a sampler; None for `ode`, which chooses its steps by its tolerance.
@@ -504,8 +467,10 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"num_inference_steps is {num_steps}; it must be 2 to {MOST_STEPS}")
         if sampler.name in ("edm_heun", "flow_heun"):
             return 2 * num_steps - 1
-        if sampler.name in ("ode", "flow_euler"):
-            return None if sampler.name == "ode" else num_steps
+        if sampler.name == "ode":
+            return None
+        if sampler.name == "flow_euler":
+            return num_steps
         return num_steps + 1 + (num_steps - 1) * sampler.settings.get("corrector_steps", 0)
 
     def denoiser(
@@ -549,10 +514,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         if name == "edm_heun":
             low, high = sde.noise_levels
             # schedules reach up to sigma = 20,000; at 4 sqrt(D) an image in [-1, 1] is already invisible
-            high = min(high, 4 * math.sqrt(x[0].numel()))
-            return edm_heun(
-                denoise, high * latents, karras_sigmas(num_steps, max(low, 0.002), high), noise, **settings
-            )
+            sigmas = karras_sigmas(num_steps, max(low, 0.002), min(high, 4 * math.sqrt(x[0].numel())))
+            return edm_heun(denoise, sigmas[0] * latents, sigmas, noise, **settings)
         if name == "reverse_diffusion":  # the predictor alone
             settings = {"snr": 0.0, "corrector_steps": 0}
         return predictor_corrector(denoise, x, times, noise, **settings, per_image=True)
@@ -654,11 +617,9 @@ def straight_flow(denoise: Denoiser, x: Tensor, num_steps: int, heun: bool = Fal
     Args:
         x: pure noise of unit variance.
     """
-    if heun:
-        times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    else:
-        times = torch.linspace(1, denoise.sde.first_time, num_steps, dtype=torch.float64)
-        times = torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    if not heun:
+        times[:-1] = torch.linspace(1, denoise.sde.first_time, num_steps, dtype=torch.float64)
     for now, later in itertools.pairwise(times):
         slope = (x - denoise(x, now)) / now
         new = x + (later - now) * slope
@@ -668,36 +629,27 @@ def straight_flow(denoise: Denoiser, x: Tensor, num_steps: int, heun: bool = Fal
     return x
 
 
-def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """Noise levels of Karras et al. 2022, eq. 5, followed by 0, (num_steps + 1,), float64."""
+def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """Noise levels of Karras et al. 2022, eq. 5 with rho = 7, followed by 0, (num_steps + 1,), float64."""
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+    low, high = sigma_min ** (1 / 7), sigma_max ** (1 / 7)
+    return torch.cat([(high + ramp * (low - high)) ** 7, torch.zeros(1, dtype=torch.float64)])
 
 
-def edm_heun(
-    denoise: Denoiser,
-    y: Tensor,
-    sigmas: Tensor,
-    noise: Noise,
-    churn: float = 0.0,
-    churn_min: float = 0.0,
-    churn_max: float = math.inf,
-    noise_factor: float = 1.0,
-) -> Tensor:
+def edm_heun(denoise: Denoiser, y: Tensor, sigmas: Tensor, noise: Noise, churn: float = 0.0) -> Tensor:
     """Heun's method with churn (Karras et al. 2022, algorithm 2) on y = x / alpha, whose noise level is sigma.
 
     Args:
         y: noise with standard deviation `sigmas[0]`.
         sigmas: decreasing noise levels that end with 0.
-        churn, churn_min, churn_max, noise_factor: S_churn, S_tmin, S_tmax, S_noise.
+        churn: S_churn, at all noise levels (S_tmin 0, S_tmax infinite) and with S_noise 1.
     """
     num_steps = len(sigmas) - 1
     for sigma, later in itertools.pairwise(sigmas):
-        if churn > 0 and churn_min <= sigma <= churn_max:
+        if churn > 0:
             raised = sigma * (1 + min(churn / num_steps, math.sqrt(2) - 1))
             raised = raised.clamp(max=float(sigmas[0]))  # never above the initial noise level
-            y = y + (raised**2 - sigma**2).sqrt() * noise_factor * noise()
+            y = y + (raised**2 - sigma**2).sqrt() * noise()
             sigma = raised
         slope = (y - denoise.of_noise_level(y, sigma)) / sigma
         new = y + (later - sigma) * slope
@@ -737,7 +689,7 @@ def solve_ode(
         ValueError: if the step becomes too small, values are not finite, or it takes too many evaluations.
     """
     x, t, sign = x.double(), start, math.copysign(1.0, end - start)
-    first = rate(x, _time(t))
+    first = rate(x, torch.tensor(t, dtype=torch.float64))
     evaluations = 1
     scale = tolerance * (1 + x.abs())
     step = 0.01 * rms(x / scale) / max(rms(first / scale), 1e-12)
@@ -747,10 +699,10 @@ def solve_ode(
         slopes = [first]
         for node, stage in zip(_NODES[1:], _STAGES[1:], strict=True):
             inner = x + sign * step * sum(w * s for w, s in zip(stage, slopes, strict=True))
-            slopes.append(rate(inner, _time(t + sign * step * node)))
+            slopes.append(rate(inner, torch.tensor(t + sign * step * node, dtype=torch.float64)))
         new = x + sign * step * sum(w * s for w, s in zip(_FIFTH, slopes, strict=True))
         at_end = end if step >= abs(end - t) else t + sign * step
-        slopes.append(rate(new, _time(at_end)))
+        slopes.append(rate(new, torch.tensor(at_end, dtype=torch.float64)))
         evaluations += 6
         scale = tolerance * (1 + torch.maximum(x.abs(), new.abs()))
         error = rms(step * sum(w * s for w, s in zip(_ERROR, slopes, strict=True)) / scale)
@@ -764,7 +716,3 @@ def solve_ode(
 
 def rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
-
-
-def _time(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
