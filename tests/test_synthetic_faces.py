@@ -70,11 +70,6 @@ def test_splits_have_their_sizes_and_do_not_overlap():
     assert split_indices("train", 25_000)[:10_000] == train
 
 
-def test_unknown_split_raises_one_line_error():
-    with pytest.raises(ValueError, match=r"no split .test.; it has train, validation$"):
-        split_indices("test")
-
-
 # Factors
 
 

@@ -5,7 +5,6 @@ import itertools
 import os
 import posixpath
 import stat
-import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -220,7 +219,8 @@ class FolderImages:
         InputError: if there is no such split or label column, or a metadata table is damaged.
     """
 
-    version = 5  # incremented whenever decoding or the choice of files changes
+    label_names = None
+    version = 6  # incremented whenever decoding or the choice of files changes
 
     def __init__(
         self,
@@ -252,39 +252,29 @@ class FolderImages:
         self.names, rows = [*real_files.values()], read_metadata(tables)
         rows = rows[[splits.get(name, self.split) == self.split for name in rows["file_name"]]]
         if len(rows):
-            nfc = partial(unicodedata.normalize, "NFC")  # macOS stores an accent as a character of its own
-            composed = {nfc(name): name for name in self.files}
-            named = [n if n in self.files else composed.get(nfc(n), n) for n in rows["file_name"]]
-            rows = rows.assign(file_name=named).drop_duplicates("file_name")
+            rows = rows.drop_duplicates("file_name")
             left_out["not named by the metadata"] = len({*self.names} - {*rows["file_name"]})
             self.names = rows["file_name"].tolist()
-        self.label_names, self.labels = self._labels(rows, [name for name in splits if splits[name]])
+        self.labels = self._labels(rows)
         self.names = self.names[:max_images]
         self.num_images = len(self.names)
         self.identity = {"source": folder.name, "revision": digest_of(files), "split": split, "max_images": max_images}
-        self.identity |= {} if label_column is None else {"label_column": label_column}
+        self.identity["label_column"] = label_column
         taken = f"taken for split {self.split}: {self.num_images:,}"
         self.summary = describe_files(self.name, len(files), taken, left_out)
 
-    def _labels(self, rows: pandas.DataFrame, everywhere: list[str]) -> tuple[list[str] | None, list[Label]]:
-        """The names of the classes, None if the values are the classes, and the label of each image.
-
-        Args:
-            everywhere: the names of the images of all splits.
-        """
+    def _labels(self, rows: pandas.DataFrame) -> list[Label]:
         column = self.label_column
         if column is None:
-            return None, [None] * len(self.names)
+            return [None] * len(self.names)
         if column in rows.columns[1:]:
             values = rows[column].astype(object)
-            return None, values.where(values.notna(), None).tolist()
-        depths = {name.count("/") for name in [*everywhere, *self.names]}
+            return values.where(values.notna(), None).tolist()
+        depths = {name.count("/") for name in self.names}
         if column != "label" or depths == {0} or len(depths) > 1:
             columns = [*rows.columns[1:], "label (of their folders) if all images lie equally deep in folders"]
             raise no_column(self.name, column, columns)
-        folders = {name: posixpath.basename(posixpath.dirname(name)) for name in [*everywhere, *self.names]}
-        classes = sorted({*folders.values()})
-        return classes, [classes.index(folders[name]) for name in self.names]
+        return [name.split("/")[-2] for name in self.names]
 
     def decode(self, to: Format) -> Iterator[Row]:
         yield from on_all_cores(partial(self._decode_part, to), self.num_images)
