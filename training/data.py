@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from common import InputError
-from training.images import CROPS, Format, Label, compact, height_and_width
+from training.images import CROPS, Format, compact, height_and_width
 from training.sources import Source, find_source
 from training.synthetic_faces import NO_YES
 
@@ -207,51 +207,45 @@ def _build(folder: Path, source: Source, facts: dict, about: dict) -> ImageStore
 
 
 def _write(folder: Path, source: Source, facts: dict) -> dict:
-    """Decodes the images of a source into a folder; returns their number and the names of their classes."""
-    num_images, skipped, labels, dtype = 0, [], [], facts.get("dtype", "uint8")
+    """Decodes the images of a source into a folder; returns their number, labels and classes."""
+    kept, skipped, dtype = [], [], facts["dtype"]
     decoding = contextlib.closing(source.decode(Format(facts["crop"], _image_shape(facts), dtype)))
-    with decoding as rows, (folder / PIXELS.format(dtype)).open("wb") as file, tqdm(unit=" images") as bar:
-        for row, (decoded, label) in enumerate(rows):
+    with decoding as images, (folder / PIXELS.format(dtype)).open("wb") as file, tqdm(unit=" images") as bar:
+        for row, decoded in enumerate(images):
             bar.total = source.num_images
             bar.update()
             if isinstance(decoded, np.ndarray):
-                if source.label_column is not None:
-                    _check_label(source, row, label)
-                    labels.append(label)
                 file.write(decoded.tobytes())
-                num_images += 1
+                kept.append(row)
             elif facts["skip_bad_images"]:
                 skipped.append(decoded)
             else:
                 raise InputError(f"{source.name}, {decoded}; fix it or pass --skip_bad_images")
-    if num_images == 0:
+    if not kept:
         raise InputError(f"{source.name}, split {source.split}, has no usable image; {len(skipped)} are unreadable")
     unreadable = f"left out {len(skipped)} unreadable images, the first one: {skipped[0]}" if skipped else None
     summary = "; ".join(filter(None, [source.summary, unreadable])) or None
-    about = {"num_images": num_images, "num_skipped": len(skipped), "fingerprint": "", "summary": summary}
-    if source.label_column is None:
-        return about | {"labels": None}
-    label_names, labels = _classes(source, labels)
-    return about | {"label_names": label_names, "labels": labels}
+    about = {"num_images": len(kept), "num_skipped": len(skipped), "fingerprint": "", "summary": summary}
+    return about | ({"labels": None} if source.label_column is None else _classes(source, kept))
 
 
-def _check_label(source: Source, row: int, label: Label) -> None:
-    is_unknown = label is None or (source.label_names is not None and label == -1)  # -1 means unknown in `datasets`
-    if is_unknown or not isinstance(label, (int, str)):
-        raise InputError(
-            f"the column {source.label_column!r} of {source.name} holds {label!r:.80} in row {row}; labels are class"
-            " numbers, integers, strings or booleans: correct it or leave out --label_column"
-        )
-
-
-def _classes(source: Source, labels: list[int | bool | str]) -> tuple[list[str], list[int]]:
-    """The names of the classes, and the class number of each image."""
+def _classes(source: Source, kept: list[int]) -> dict:
+    """The class numbers of the rows that are kept, and the names of the classes."""
+    labels = [source.labels[row] for row in kept]
+    for row, label in zip(kept, labels, strict=True):
+        is_unknown = label is None or (source.label_names is not None and label == -1)  # -1 in `datasets`
+        if is_unknown or not isinstance(label, (int, str)):
+            raise InputError(
+                f"the column {source.label_column!r} of {source.name} holds {label!r:.80} in row {row}; labels are"
+                " class numbers, integers, strings or booleans: correct it or leave out --label_column"
+            )
     if source.label_names is not None:
-        return list(source.label_names), labels
+        return {"labels": labels, "label_names": source.label_names}
     if isinstance(labels[0], bool):
-        return NO_YES, labels
-    numbers = {value: number for number, value in enumerate(sorted({*labels}))}
-    return [str(value) for value in numbers], [numbers[label] for label in labels]
+        return {"labels": labels, "label_names": NO_YES}
+    classes = sorted({*labels})
+    numbers = {label: number for number, label in enumerate(classes)}
+    return {"labels": [numbers[label] for label in labels], "label_names": [str(label) for label in classes]}
 
 
 def to_model_range(images: Tensor) -> Tensor:

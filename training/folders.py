@@ -16,11 +16,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas
 from PIL import Image
 
 from common import InputError, one_line
-from training.images import FORMATS, BadImage, Format, Label, Row, decode_row
+from training.images import FORMATS, BadImage, Format, decode_row
 from training.workers import on_all_cores
 
 IMAGE_EXTENSIONS = {extension for extension, kind in Image.EXTENSION.items() if kind in FORMATS}
@@ -263,10 +264,10 @@ class FolderImages:
         taken = f"taken for split {self.split}: {self.num_images:,}"
         self.summary = describe_files(self.name, len(files), taken, left_out)
 
-    def _labels(self, rows: pandas.DataFrame) -> list[Label]:
+    def _labels(self, rows: pandas.DataFrame) -> list | None:
         column = self.label_column
         if column is None:
-            return [None] * len(self.names)
+            return None
         if column in rows.columns[1:]:
             values = rows[column].astype(object)
             return values.where(values.notna(), None).tolist()
@@ -276,12 +277,14 @@ class FolderImages:
             raise no_column(self.name, column, columns)
         return [name.split("/")[-2] for name in self.names]
 
-    def decode(self, to: Format) -> Iterator[Row]:
+    def decode(self, to: Format) -> Iterator[np.ndarray | str]:
         yield from on_all_cores(partial(self._decode_part, to), self.num_images)
 
-    def _decode_part(self, to: Format, part: slice) -> list[Row]:
-        rows = zip(range(part.start, part.stop), self.names[part], self.labels[part], strict=True)
-        return [(decode_row(row, name, partial(self._read, name), to), label) for row, name, label in rows]
+    def _decode_part(self, to: Format, part: slice) -> list[np.ndarray | str]:
+        return [
+            decode_row(row, name, partial(self._read, name), to)
+            for row, name in enumerate(self.names[part], part.start)
+        ]
 
     def _read(self, name: str) -> bytes:
         if name not in self.files:

@@ -24,10 +24,6 @@ class BadImage(ValueError):
     """An image that cannot be used. The message is one line."""
 
 
-Label = int | bool | str | None  # None without labels
-Row = tuple[np.ndarray | str, Label]  # the pixels of an image, or why there are none, and its label
-
-
 class Format(NamedTuple):
     """What images are decoded to, the arguments of `decode_image`; `shape` is (C, H, W)."""
 

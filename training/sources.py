@@ -2,9 +2,9 @@
 
 A source has `name`, `split`, `label_column`, `num_images` (None if unknown before reading), `identity`
 (JSON-serializable: determines the images), `version` (of the code that turns them into pixels), and `decode`, which
-yields a `Row` for each image. Its label is None without a `label_column`, otherwise the number of a class in
-`label_names`, or a string, integer or bool if `label_names` is None. Once `decode` has started, `label_names` and
-`summary` are known: how many files were found, used and left out, and why (None if the source does not report it).
+yields the pixels of each image, or why there are none. After that `labels` holds, if there is a `label_column`, the
+class of each image: a number if `label_names` is known, otherwise a string, integer or bool. `summary` says how many
+files were found, used and left out, and why (None if the source does not report it).
 """
 
 import logging
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import numpy as np
 from huggingface_hub import DatasetInfo, HfApi, constants
 from huggingface_hub.errors import (
     HFValidationError,
@@ -38,13 +39,13 @@ from training.folders import (
     no_column,
     pick_split,
 )
-from training.images import BadImage, Format, Label, Row, crop_and_resize, decode_row
+from training.images import BadImage, Format, crop_and_resize, decode_row
 from training.synthetic_faces import (
     LABEL_NAMES,
     SYNTHETIC_FACES,
     VERSION,
-    draw_faces,
     face_factors,
+    render_faces,
     split_indices,
 )
 from training.workers import on_all_cores
@@ -66,17 +67,16 @@ class SyntheticFaces:
         self.identity = {"source": self.name, "revision": VERSION, "split": split, "max_images": max_images}
         self.identity["label_column"] = label_column
         self.num_images = len(self.indices)
+        self.labels = face_factors(self.indices)[label_column].tolist() if label_column else None
 
-    def decode(self, to: Format) -> Iterator[Row]:
+    def decode(self, to: Format) -> Iterator[np.ndarray]:
         if to.crop not in ("none", "center"):
             raise InputError(f"crop {to.crop} is for CelebA's photographs; choose none for {self.name}")
         yield from on_all_cores(partial(self._draw, to), self.num_images)
 
-    def _draw(self, to: Format, part: slice) -> list[Row]:
-        factors, side = face_factors(self.indices[part]), max(to.shape[1:])  # of the square that is cropped
-        faces = [crop_and_resize(Image.fromarray(face), *to) for face in draw_faces(factors, side)]
-        labels = factors[self.label_column].tolist() if self.label_column else [None] * len(faces)
-        return list(zip(faces, labels, strict=True))
+    def _draw(self, to: Format, part: slice) -> list[np.ndarray]:
+        squares = render_faces(self.indices[part], max(to.shape[1:]))
+        return [crop_and_resize(Image.fromarray(square), *to) for square in squares]
 
 
 @dataclass(eq=False)
@@ -97,7 +97,7 @@ class HuggingFaceImages:
     streaming: bool
     label_column: str | None
     found: list[str] | None
-    label_names = summary = num_images = None
+    labels = label_names = summary = num_images = None
     version = 6  # incremented whenever decoding changes
 
     @property
@@ -110,33 +110,32 @@ class HuggingFaceImages:
     def is_local(self) -> bool:
         return os.path.isdir(self.name)
 
-    def decode(self, to: Format) -> Iterator[Row]:
+    def decode(self, to: Format) -> Iterator[np.ndarray | str]:
         rows = self._open()
         if self.streaming:
             yield from self._stream(rows, to)
         else:
             self.num_images = len(rows)
+            self.labels = rows[self.label_column][:] if self.label_column else None
             yield from on_all_cores(partial(self._decode_part, rows, to), self.num_images)
 
-    def _stream(self, rows: datasets.IterableDataset, to: Format) -> Iterator[Row]:
-        num_done = 0
+    def _stream(self, rows: datasets.IterableDataset, to: Format) -> Iterator[np.ndarray | str]:
+        self.labels = []
         try:
             for row in rows:
-                yield self._decode_row(num_done, row[self.image_column], row.get(self.label_column), to)
-                num_done += 1
+                yield self._decode_cell(len(self.labels), row[self.image_column], to)
+                self.labels.append(row.get(self.label_column))
         except (OSError, HTTPError, ValueError) as error:
+            num_done = len(self.labels)
             raise InputError(f"the stream of {self.name} broke off after {num_done} rows: {_reason(error)}") from error
 
-    def _decode_part(self, rows: datasets.Dataset, to: Format, part: slice) -> list[Row]:
-        columns = rows[part]
-        cells = columns[self.image_column]
-        labels = columns[self.label_column] if self.label_column else [None] * len(cells)
-        numbered = zip(range(part.start, part.stop), cells, labels, strict=True)
-        return [self._decode_row(number, cell, label, to) for number, cell, label in numbered]
+    def _decode_part(self, rows: datasets.Dataset, to: Format, part: slice) -> list[np.ndarray | str]:
+        cells = rows[part][self.image_column]
+        return [self._decode_cell(number, cell, to) for number, cell in enumerate(cells, part.start)]
 
-    def _decode_row(self, number: int, cell: dict | None, label: Label, to: Format) -> Row:
+    def _decode_cell(self, number: int, cell: dict | None, to: Format) -> np.ndarray | str:
         name = os.path.basename(cell["path"] or "") if cell else None
-        return decode_row(number, name, partial(self._read, cell), to), label
+        return decode_row(number, name, partial(self._read, cell), to)
 
     def _read(self, cell: dict | None) -> bytes:
         """An image's content, from the table, this machine, the Hub (hf://) or an archive (zip://inner::outer.zip).
