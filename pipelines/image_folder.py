@@ -60,16 +60,9 @@ def _is_intact(path: Path) -> bool:
 def generate_images(
     pipeline: CustomUNetPipeline, seeds: Sequence[int], options: argparse.Namespace, show_progress: bool
 ) -> int:
-    """Writes the image of each seed; a file gets its final name only when it is complete.
+    """Writes the image of each seed and returns the total number of network evaluations.
 
     With K class labels, seed s gets label number s mod K.
-
-    Returns:
-        the total number of network evaluations.
-
-    Raises:
-        Failed: if the pipeline raises an error, such as for non-finite images.
-        OSError: if an image cannot be written.
     """
     labels, evaluations = options.class_label, 0
     firsts = range(0, len(seeds), options.batch_size)
@@ -126,8 +119,8 @@ def fill_folder(
 
     Raises:
         InputError: if the folder holds images with other or unknown settings.
-        Failed: as in `generate_images`.
-        OSError: as in `generate_images`, or if another process is filling the folder.
+        Failed: if the pipeline raises an error, such as for non-finite images.
+        OSError: if an image cannot be written, or another process is filling the folder.
     """
     lock = FileLock(options.out / ".lock")
     start = describe_start(options, command, state)

@@ -56,7 +56,7 @@ TRAINING = {
     "workers": "",
     "folders": "images workers",
     "sources": "folders images synthetic_faces workers",
-    "data": "images sources synthetic_faces workers",
+    "data": "images sources synthetic_faces",
 }
 
 

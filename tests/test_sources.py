@@ -276,12 +276,7 @@ def test_binary_columns_may_hold_images(tmp_path, open_store, kind, streaming):
 
 
 LABELS = {  # values, feature, class numbers and names
-    "classes": (
-        [1, 0, 2, 0],
-        datasets.ClassLabel(names=["red", "blue", "grey"]),
-        [1, 0, 2, 0],
-        ["red", "blue", "grey"],
-    ),
+    "classes": ([1, 0, 2, 0], datasets.ClassLabel(names=["z", "y", "x"]), [1, 0, 2, 0], ["z", "y", "x"]),
     "bool": ([True, False, False, True], datasets.Value("bool"), [1, 0, 0, 1], ["no", "yes"]),
     "strings": (["b", "ä", "a", "b"], datasets.Value("large_string"), [1, 2, 0, 1], ["a", "b", "ä"]),
     "integers": ([10, -1, 9, 10], datasets.Value("int8"), [2, 0, 1, 2], ["-1", "9", "10"]),
@@ -311,7 +306,7 @@ def test_class_folders_become_labels(tmp_path, open_store, error_of):
     write(folder, {"train/dogs/small/5.png": 5})
     for unequal in (folder, write(tmp_path / "b", ["0.png"])):
         message = error_of(unequal, label_column="label")
-        assert "has no column 'label' of labels; it has label (of their folders) if all images lie equally" in message
+        assert "has no column 'label'; it has label (of their folders) if all images lie equally" in message
 
 
 @pytest.mark.parametrize(
@@ -328,7 +323,7 @@ def test_metadata_columns_become_labels(tmp_path, open_store, error_of, table, c
     store = open_store(folder, label_column=column)
     assert store.labels.tolist() == labels
     assert store.description["label_names"] == names
-    assert f"has no column 'x' of labels; it has {column}, " in error_of(folder, label_column="x")
+    assert f"has no column 'x'; it has {column}, " in error_of(folder, label_column="x")
 
 
 def test_labels_of_skipped_images_are_skipped(tmp_path, open_store):
@@ -351,7 +346,7 @@ def test_unusable_labels_are_rejected(tmp_path, error_of, values, feature, messa
     table([0] * len(values), kind=(values, feature)).save_to_disk(tmp_path / "data")
     start = f"the column 'kind' of {tmp_path}/data {message}"
     assert error_of(tmp_path / "data", label_column="kind").startswith(start)
-    assert error_of(tmp_path / "data", label_column="z").endswith("no column 'z' of labels; it has image, kind")
+    assert error_of(tmp_path / "data", label_column="z").endswith("no column 'z'; it has image, kind")
     assert not list((tmp_path / "cache").glob("*"))
 
 
@@ -369,7 +364,7 @@ def test_synthetic_faces_have_class_labels(open_store, column):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_column": "smile"}, "has no column 'smile' of labels; it has hair_style, hair_colour, eye_colour, "),
+        ({"label_column": "smile"}, "has no column 'smile'; it has hair_style, hair_colour, eye_colour, "),
         ({"split": "test"}, "synthetic-faces has no split 'test'; it has train, validation"),
         ({"crop": "celeba_140"}, "crop celeba_140 is for CelebA's photographs; choose none for synthetic-faces"),
     ],
@@ -440,17 +435,11 @@ def test_damaged_data_raise_one_line_errors_with_the_reason(tmp_path, error_of, 
     assert "generating the dataset" not in error
 
 
-@pytest.mark.parametrize("fault", ["arrow", "state", "missing"])
-def test_damaged_saved_data_sets_raise_one_line_errors(tmp_path, error_of, fault):
+def test_damaged_saved_data_set_raises_one_line_error(tmp_path, error_of):
     folder = tmp_path / "data"
     table([0, 1]).save_to_disk(folder)
     (arrow,) = folder.glob("*.arrow")
-    if fault == "arrow":
-        arrow.write_bytes(arrow.read_bytes()[:100])
-    elif fault == "state":
-        (folder / "state.json").write_text("{")
-    else:
-        arrow.unlink()
+    arrow.write_bytes(arrow.read_bytes()[:100])
     assert error_of(folder).startswith(f"no readable data set in {folder}, which holds ")
 
 
@@ -527,14 +516,13 @@ def test_hub_data_sets_open_online_and_offline(tmp_path, hub, open_store):
     hub.refused = {
         "/datasets/someone/gated/resolve": (403, "GatedRepo"),
         "/api/datasets/someone/locked": (403, "GatedRepo"),
-        "/api/datasets/someone/private": (401, "RepoNotFound"),
     }
     faces = {"dataset_name": "someone/faces", "resolution": SIDE, "cache_dir": str(tmp_path / "stores")}
     streamed = faces | {"cache_dir": str(tmp_path / "streamed"), "streaming": True}
     later = faces | {"dataset_revision": later_commit}
     cases = [streamed, faces, faces | {"dataset_revision": commit}, later, faces | {"dataset_revision": "v9"}]
     cases += [faces | {"split": "validation"}]
-    cases += [faces | {"dataset_name": f"someone/{name}"} for name in ("gated", "locked", "private")]
+    cases += [faces | {"dataset_name": f"someone/{name}"} for name in ("gated", "locked")]
     answers = ask(cases, hub.address)
     assert answers[:4] == [[fingerprints[0], commit, 3]] * 3 + [[fingerprints[1], later_commit, 2]]
     starts = [
@@ -542,7 +530,6 @@ def test_hub_data_sets_open_online_and_offline(tmp_path, hub, open_store):
         "someone/faces has no split 'validation'; it has train",
         "cannot read someone/gated: Dataset 'someone/gated' is a gated dataset on the Hub. Visit ",
         "cannot open someone/locked, revision main, on the Hub: 403 ",
-        "cannot open someone/private, revision main, on the Hub: 401 ",
     ]
     for answer, start in zip(answers[4:], starts, strict=True):
         assert answer.startswith(start)

@@ -77,18 +77,13 @@ class ImageStore:
         return self.images[indices], None if self.labels is None else self.labels[indices]
 
     def labels_among(self, names: Sequence[str]) -> np.ndarray:
-        """The labels as positions in `names`, the classes of another split, which may differ from this one's.
-
-        Raises:
-            InputError: if an image has a class that is not in `names`.
-        """
-        positions = {name: position for position, name in enumerate(names)}
-        labels = np.array([positions.get(name, -1) for name in self.description["label_names"]], np.int64)[self.labels]
-        if labels.min() < 0:
-            unknown = self.description["label_names"][self.labels[labels.argmin()]]
-            split, column, known = self.description["split"], self.description["label_column"], ", ".join(names)
-            raise InputError(f"split {split} has the class {unknown!r:.80} of {column!r}, not one of {known:.200}")
-        return labels
+        """The labels as positions in `names`, the classes of another split; InputError if one of ours is not there."""
+        split, column, own_names = (self.description[key] for key in ("split", "label_column", "label_names"))
+        for name in own_names:
+            if name not in names:
+                known = ", ".join(names)
+                raise InputError(f"split {split} has the class {name!r:.80} of {column!r}, not one of {known:.200}")
+        return np.array([names.index(name) for name in own_names], np.int64)[self.labels]
 
 
 def _cache_root(cache_dir: str | None) -> Path:

@@ -149,9 +149,7 @@ def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
         try:
             entries = _open_archive(archive.path, os.getpid()).infolist()
         except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
-            raise InputError(
-                f"{archive.path} is not an intact zip archive: {error}; move it out of the folder"
-            ) from error
+            raise InputError(f"{archive.path} is not an intact zip archive: {error}; move it elsewhere") from error
         for entry in entries:
             name = posixpath.normpath(f"{posixpath.splitext(archive.name)[0]}/{entry.filename}")
             unpacked = posixpath.normpath(posixpath.join(posixpath.dirname(archive.name), entry.filename))
@@ -304,7 +302,7 @@ def pick_split(source: str, split: str, splits: Iterable[str]) -> str:
 
 
 def no_column(source: str, name: str, columns: Iterable[str]) -> InputError:
-    return InputError(f"{source} has no column {name!r:.80} of labels; it has {', '.join(columns)}")
+    return InputError(f"{source} has no column {name!r:.80}; it has {', '.join(columns)}")
 
 
 def extensions(names: Iterable[str]) -> str:

@@ -67,11 +67,13 @@ class SyntheticFaces:
         self.identity = {"source": self.name, "revision": VERSION, "split": split, "max_images": max_images}
         self.identity["label_column"] = label_column
         self.num_images = len(self.indices)
-        self.labels = face_factors(self.indices)[label_column].tolist() if label_column else None
+        self.labels = None
 
     def decode(self, to: Format) -> Iterator[np.ndarray]:
         if to.crop not in ("none", "center"):
             raise InputError(f"crop {to.crop} is for CelebA's photographs; choose none for {self.name}")
+        if self.label_column is not None:
+            self.labels = face_factors(self.indices)[self.label_column].tolist()
         yield from on_all_cores(partial(self._draw, to), self.num_images)
 
     def _draw(self, to: Format, part: slice) -> list[np.ndarray]:
@@ -195,7 +197,7 @@ class HuggingFaceImages:
     def _with_columns(self, rows: datasets.Dataset | datasets.IterableDataset):
         features = rows.features or {}
         if self.image_column not in features:
-            raise InputError(f"{self.name} has no column {self.image_column!r}; it has {', '.join(features)}")
+            raise no_column(self.name, self.image_column, features)
         if self.label_column is not None:
             if self.label_column not in features:
                 raise no_column(self.name, self.label_column, features)
@@ -258,9 +260,7 @@ def find_source(
     Args:
         dataset_name: Hub id, or `synthetic-faces`; either this or `train_data_dir` is given.
         train_data_dir: folder of images, of parquet files, or written by `save_to_disk`.
-        split: `valid` and `validation` mean the same.
         streaming: read the Hub data set as a stream, so that its original files are never all on disk.
-        max_images: use only the first images.
         label_column: also read each image's class: a column of ClassLabel, of bool (the classes are no and yes), or of
             strings or integers (the classes are its sorted values); for `synthetic-faces`, a categorical factor or
             `glasses`.
