@@ -349,18 +349,14 @@ def test_loader_yields_images_with_their_labels(labelled, pictures, num_workers,
         np.testing.assert_array_equal(labels, None if column is None else numbers[indices])
 
 
-def test_workers_use_no_shared_memory_and_receive_no_pixels(faces, pictures):
+def test_workers_use_no_shared_memory_and_receive_no_pixels(faces):
     """/dev/shm may be too small for a batch, and a spawned worker receives a pickle of the data set."""
     store = open_faces(faces)
     assert type(store.__getitems__([3, 1])[0]) is np.ndarray
-    sent = pickle.dumps(store)
-    assert len(sent) < 5000 < store.images.nbytes
-    arrived = pickle.loads(sent)
-    np.testing.assert_array_equal(arrived.images, pictures.transpose(0, 3, 1, 2))
-    assert isinstance(arrived.images, np.memmap)
+    assert len(pickle.dumps(store)) < 5000 < store.images.nbytes
 
 
-class Blocked(torch.utils.data.Dataset):
+class Blocked:
     """Item 0 is available at once; at item 1 the worker blocks forever or is killed by a signal."""
 
     def __init__(self, signal_number: int | None = None):
