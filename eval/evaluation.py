@@ -239,7 +239,7 @@ class Evaluation:
         found = {}
         for kind, store in {"training": self.training, "held-out": self.heldout}.items():
             if store is not None:
-                images = store.__getitems__(subset(len(store), min(count, len(store))))
+                images = torch.from_numpy(store.images[subset(len(store), min(count, len(store)))])
                 about = {key: self.reference[key] for key in ("dataset", "crop", "resolution")}
                 found[kind] = images, about | {"split": store.description["split"], "n": len(images)}
         return found

@@ -36,7 +36,6 @@ from pipelines.loading import weight_files
 from training.checkpoint import difference
 
 RECORD = "generate.json"
-CONTACT_SHEET = "contact_sheet.png"
 CONTACT_SHEET_IMAGES = 256
 
 
@@ -50,7 +49,6 @@ def missing_seeds(folder: Path, seeds: Iterable[int]) -> list[int]:
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether the file is a complete PNG with valid checksums."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.verify()
@@ -62,19 +60,11 @@ def _is_intact(path: Path) -> bool:
 def generate_images(
     pipeline: CustomUNetPipeline, seeds: Sequence[int], options: argparse.Namespace, show_progress: bool
 ) -> int:
-    """Writes the image of each seed; a file gets its final name only when it is complete.
+    """Writes the image of each seed and returns the total number of network evaluations.
 
     With K class labels, seed s gets label number s mod K.
-
-    Returns:
-        the total number of network evaluations.
-
-    Raises:
-        Failed: if the pipeline raises an error, such as for non-finite images.
-        OSError: if an image cannot be written.
     """
-    labels = options.class_label
-    evaluations = 0
+    labels, evaluations = options.class_label, 0
     firsts = range(0, len(seeds), options.batch_size)
     for first in tqdm(firsts, "generating", unit="batch", disable=not show_progress):
         batch = seeds[first : first + options.batch_size]
@@ -102,7 +92,7 @@ def draw_contact_sheet(folder: Path) -> None:
     paths = itertools.islice(filter(_is_intact, paths), CONTACT_SHEET_IMAGES)
     images = [pil_to_tensor(Image.open(path)) for path in paths]
     grid = make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2, pad_value=255)
-    _write_png(folder / CONTACT_SHEET, to_pil_image(grid))
+    _write_png(folder / "contact_sheet.png", to_pil_image(grid))
 
 
 def _write_png(path: Path, image: Image.Image) -> None:
@@ -129,8 +119,8 @@ def fill_folder(
 
     Raises:
         InputError: if the folder holds images with other or unknown settings.
-        Failed: as in `generate_images`.
-        OSError: as in `generate_images`, or if another process is filling the folder.
+        Failed: if the pipeline raises an error, such as for non-finite images.
+        OSError: if an image cannot be written, or another process is filling the folder.
     """
     lock = FileLock(options.out / ".lock")
     start = describe_start(options, command, state)
@@ -183,23 +173,20 @@ def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Names
         "num_inference_steps": None if sampler is not None and sampler.name == "ode" else options.steps,
         "eta": options.eta,
         "dtype": options.dtype,
-        "class_label": labels[0] if labels is not None and len(labels) == 1 else labels,
+        "class_label": labels[0] if labels and len(labels) == 1 else labels,
         "image_size": list(pipeline.image_shape[1:]),
     }
     if sampler is not None:
         settings["continuous_sampler"] = {"name": sampler.name} | sampler.settings
     if labels is not None:
         settings["guidance_scale"] = options.guidance_scale
-    return {
-        "pipeline": without_folder(options.pipeline),
-        "revision": commit,
-        "sampler": options.scheduler,
-        "settings": settings,
-    }
+    about = {"pipeline": without_folder(options.pipeline), "revision": commit, "sampler": options.scheduler}
+    return about | {"settings": settings}
 
 
 def describe_start(options: argparse.Namespace, command: str, state: PartialState) -> dict:
     """The request of one start, and the machine and software that run it."""
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     return {
         "command": command,
         "first_seed": options.seed,
@@ -207,22 +194,13 @@ def describe_start(options: argparse.Namespace, command: str, state: PartialStat
         "batch_size": options.batch_size,
         "num_processes": state.num_processes,
         "device": torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        "versions": {"python": platform.python_version()} | versions,
     }
 
 
 def open_record(folder: Path, description: dict) -> dict:
-    """The record in the folder, or a new one.
-
-    Raises:
-        InputError: if the folder holds images with unknown settings, or with others than in the description.
-    """
-    path = folder / RECORD
-    if not path.exists():
+    """The record in the folder, or a new one; InputError if it holds images with unknown or other settings."""
+    if not (folder / RECORD).exists():
         images = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".png")
         if images:
             raise InputError(
@@ -230,7 +208,7 @@ def open_record(folder: Path, description: dict) -> dict:
                 " records how they were made; choose another --out"
             )
         return description | {"starts": []}
-    record = json.loads(path.read_text())
+    record = json.loads((folder / RECORD).read_text())
     different = difference(_flat(record["settings"]), _flat(description["settings"]))
     if different:
         raise InputError(f"{folder} holds images with other settings ({different}); choose another --out")

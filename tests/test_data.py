@@ -22,7 +22,7 @@ from PIL import Image
 
 from common import Failed, InputError
 from training import data, folders, workers
-from training.data import make_loader, open_image_store, random_flip, shuffled_batches, to_model_range, to_uint8
+from training.data import open_image_store, random_flip, shuffled_batches, to_model_range, to_uint8
 from training.workers import StoppedWaiting, load_batches
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -80,12 +80,11 @@ def test_store_holds_the_pixels_in_order(faces, pictures):
     store = open_faces(faces)
     np.testing.assert_array_equal(store.images, pictures.transpose(0, 3, 1, 2))
     assert len(store) == NUM_IMAGES
-    assert torch.equal(store[7], torch.from_numpy(pictures[7]).permute(2, 0, 1))
-    assert torch.equal(store.__getitems__([9, 3]), torch.from_numpy(pictures[[9, 3]]).permute(0, 3, 1, 2))
     facts = {"source": "faces", "split": "train", "crop": "none", "resolution": SIDE, "num_images": NUM_IMAGES}
     assert store.description.items() >= (facts | {"num_skipped": 0, "fingerprint": store.fingerprint}).items()
     with pytest.raises(ValueError, match="read-only"):
         store.images[0] = 0
+    assert error_of(open_faces, faces, crop="middle").startswith("unknown crop 'middle'; choose one of celeba_140")
 
 
 def test_reopening_a_store_does_not_decode_again(faces, monkeypatch):
@@ -93,7 +92,6 @@ def test_reopening_a_store_does_not_decode_again(faces, monkeypatch):
     forbid_decoding(monkeypatch)
     second = open_faces(faces)
     assert second.fingerprint == first.fingerprint
-    np.testing.assert_array_equal(second.images, first.images)
     few = open_faces(faces, max_images=3)
     assert few.fingerprint == hashlib.sha256(first.images[:3]).hexdigest()[:16] == few.description["fingerprint"]
     assert (len(few), few.description["num_images"]) == (3, 3)
@@ -119,29 +117,10 @@ def test_changed_file_creates_a_new_store(faces, pictures):
     assert len(open_faces(faces)) == NUM_IMAGES - 1
 
 
-def test_fingerprint_depends_on_the_pixels_not_on_the_source(faces, tmp_path):
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    rows = [{"bytes": path.read_bytes(), "path": None} for path in sorted(faces.iterdir())]
-    datasets.Dataset.from_dict({"image": rows}).to_parquet(folder / "train.parquet")
-    from_folder, from_parquet = open_faces(faces), open_faces(folder)
-    assert from_folder.description["source"] != from_parquet.description["source"]
-    assert from_folder.fingerprint == from_parquet.fingerprint
-
-
-def test_max_images_keeps_the_first_images(faces, pictures):
-    np.testing.assert_array_equal(open_faces(faces, max_images=70).images, pictures[:70].transpose(0, 3, 1, 2))
-    assert len(open_faces(faces, max_images=10_000)) == NUM_IMAGES
-    assert error_of(open_faces, faces, crop="middle").startswith("unknown crop 'middle'; choose one of celeba_140")
-
-
-BAD_CONTENTS = {"truncated": None, "text": b"no image\nat all", "zero-byte": b""}
-
-
-@pytest.mark.parametrize("fault", BAD_CONTENTS)
-def test_bad_image_error_names_row_and_file(faces, fault):
+@pytest.mark.parametrize("content", [None, b"no image\nat all", b""], ids=["truncated", "text", "empty"])
+def test_bad_image_error_names_row_and_file(faces, content):
     path = faces / "0100.png"
-    path.write_bytes(path.read_bytes()[:80] if BAD_CONTENTS[fault] is None else BAD_CONTENTS[fault])
+    path.write_bytes(path.read_bytes()[:80] if content is None else content)
     message = error_of(open_faces, faces)
     assert "faces, row 100 (0100.png): " in message
     assert "--skip_bad_images" in message
@@ -184,23 +163,10 @@ def test_sigkill_during_a_build_leaves_no_store(faces, pictures, monkeypatch):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
-    assert leftover.name.startswith(".tmp-")
-    assert (leftover / data.PIXELS.format("uint8")).exists()
+    assert (leftover / "images.uint8").exists()
     np.testing.assert_array_equal(open_faces(faces).images, pictures.transpose(0, 3, 1, 2))
     forbid_decoding(monkeypatch)
     open_faces(faces)
-
-
-def test_stale_temporary_folders_are_removed(faces):
-    cache = faces.parent / "cache"
-    for name in ("fresh", "old", "alive"):
-        (cache / f".tmp-{name}").mkdir(parents=True)
-        (cache / f".tmp-{name}" / "images").write_bytes(b"?")
-    for path in (".tmp-old/images", ".tmp-old", ".tmp-alive"):  # a folder's mtime is not that of its file
-        long_ago = time.time() - data.STALE_SECONDS - 60
-        os.utime(cache / path, (long_ago, long_ago))
-    open_faces(faces)
-    assert {path.name for path in cache.glob(".tmp-*")} == {".tmp-fresh", ".tmp-alive"}
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
@@ -221,30 +187,29 @@ def test_error_or_ctrl_c_while_decoding_stops_the_workers(faces, monkeypatch, er
 
 
 def test_concurrent_builders_share_the_store_of_the_first(faces, pictures, monkeypatch):
-    rename = Path.rename
+    write = data._write
 
-    def let_another_finish_first(temporary: Path, folder: Path):
-        monkeypatch.setattr(Path, "rename", rename)
-        assert open_faces(faces).fingerprint
+    def let_another_finish_first(*arguments) -> dict:
+        monkeypatch.setattr(data, "_write", write)
+        open_faces(faces)
         assert len(list((faces.parent / "cache").iterdir())) == 2  # the other builder's store and this temporary one
-        return rename(temporary, folder)
+        return write(*arguments)
 
-    monkeypatch.setattr(Path, "rename", let_another_finish_first)
+    monkeypatch.setattr(data, "_write", let_another_finish_first)
     np.testing.assert_array_equal(open_faces(faces).images, pictures.transpose(0, 3, 1, 2))
     assert len(list((faces.parent / "cache").iterdir())) == 1
 
 
 def test_full_disk_raises_one_line_error_and_leaves_nothing(faces, tmp_path):
     options = {"max_images": 60, "resolution": 16}  # 46,080 bytes
-    open_faces(faces, cache_dir=str(tmp_path / "first"), **options)  # so that `datasets` already has its own cache
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         message = error_of(open_faces, faces, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert message.startswith(f"could not write the image store {tmp_path}/cache/")
-    assert message.endswith("File too large")
+    assert message.startswith(f"cannot write the store {tmp_path}/cache/")
+    assert "File too large; free some space" in message
     assert not list((tmp_path / "cache").iterdir())
     assert len(open_faces(faces, **options)) == 60
 
@@ -253,45 +218,26 @@ def test_default_cache_is_in_the_users_cache_folder_and_must_be_writable(faces, 
     assert open_faces(faces, cache_dir=None).folder.parent == tmp_path / "xdg" / "train_unet"
     (tmp_path / "file").write_text("in the way")
     message = error_of(open_faces, faces, cache_dir=str(tmp_path / "file" / "cache"))
-    assert message == f"cannot write to the cache {tmp_path}/file/cache: Not a directory; set --cache_dir"
+    assert "Not a directory; free some space or set --cache_dir" in message
 
 
 # Labels
 
 
-KINDS = ["b", "c", "a", "c", "b"]
-
-
-def write_metadata(folder: Path, kinds=KINDS) -> None:
+def write_metadata(folder: Path, kinds: list[str]) -> None:
     lines = [f"{i:04}.png,{kinds[i % len(kinds)]}" for i in range(NUM_IMAGES)]
     (folder / "metadata.csv").write_text("\n".join(["file_name,kind", *lines]))
 
 
 @pytest.fixture
 def labelled(faces) -> Path:
-    write_metadata(faces)
+    write_metadata(faces, ["b", "c", "a", "c", "b"])
     return faces
-
-
-def test_labels_are_aligned_with_their_images(labelled, pictures):
-    store = open_faces(labelled, label_column="kind")
-    assert store.labels.dtype == np.int64
-    assert store.labels.tolist() == [1, 2, 0, 2, 1] * (NUM_IMAGES // 5)
-    assert store.description["label_names"] == ["a", "b", "c"]
-    np.testing.assert_array_equal(store.images, pictures.transpose(0, 3, 1, 2))
-    with pytest.raises(ValueError, match="read-only"):
-        store.labels[0] = 0
-
-
-def test_key_of_a_store_without_labels_is_backward_compatible(tmp_path):
-    store = open_image_store(dataset_name="synthetic-faces", max_images=2, resolution=8, cache_dir=str(tmp_path))
-    assert store.folder.name == "0a7935f592fe5b6b"
 
 
 def test_labels_change_the_key_and_the_fingerprint(labelled):
     without, first = open_faces(labelled), open_faces(labelled, label_column="kind")
     assert without.labels is None
-    assert not {"label_column", "label_names"} & without.description.keys()
     assert without.fingerprint == hashlib.sha256(first.images).hexdigest()[:16]
     write_metadata(labelled, ["b", "c", "a", "c", "a"])
     other_labels = open_faces(labelled, label_column="kind")
@@ -302,26 +248,20 @@ def test_labels_change_the_key_and_the_fingerprint(labelled):
     assert len(list((labelled.parent / "cache").iterdir())) == 4
 
 
-def flipped(content: bytes) -> bytes:
-    return content[:80] + bytes([content[80] ^ 1]) + content[81:]  # which a check of the file size would miss
-
-
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        *((name, damage) for name in ("images.uint8", data.LABELS) for damage in (flipped, None)),
-        *((name, lambda content: content[:40]) for name in ("images.uint8", data.META)),
-        (data.LABELS, lambda content: content + bytes(8)),
+        ("images.uint8", lambda content: content[:80] + bytes(4) + content[84:]),  # a check of the size would miss it
+        ("images.uint8", lambda content: content[:40]),
+        (data.META, lambda content: content[:40]),
         (data.META, lambda content: b"[1, 2]"),
+        (data.META, lambda content: content.replace(b'"labels": [1', b'"labels": [0')),
     ],
 )
 def test_damaged_store_is_rebuilt(labelled, caplog, name, damage):
     store = open_faces(labelled, label_column="kind")
     images, labels, path = np.array(store.images), store.labels.tolist(), store.folder / name
-    content = path.read_bytes()
-    path.unlink()
-    if damage is not None:
-        path.write_bytes(damage(content))
+    path.write_bytes(damage(path.read_bytes()))
     store = open_faces(labelled, label_column="kind")
     assert f"{store.folder} is damaged: building it again" in caplog.text
     np.testing.assert_array_equal(store.images, images)
@@ -402,26 +342,21 @@ def test_random_flip_mirrors_half_of_the_images():
 def test_loader_yields_images_with_their_labels(labelled, pictures, num_workers, column):
     store = open_faces(labelled, label_column=column)
     order = batches(9, NUM_IMAGES, 40, 3)
-    numbers = torch.tensor([1, 2, 0, 2, 1]).repeat(NUM_IMAGES // 5)
-    loaded = list(make_loader(store, order, num_workers, pin_memory=False))
+    numbers = np.tile([1, 2, 0, 2, 1], NUM_IMAGES // 5)
+    loaded = list(load_batches(store, num_workers, batch_sampler=order))
     for indices, (images, labels) in zip(order, loaded, strict=True):
-        assert torch.equal(images, torch.from_numpy(pictures[indices]).permute(0, 3, 1, 2))
-        assert labels is None if column is None else torch.equal(labels, numbers[indices])
+        np.testing.assert_array_equal(images, pictures[indices].transpose(0, 3, 1, 2))
+        np.testing.assert_array_equal(labels, None if column is None else numbers[indices])
 
 
-def test_workers_use_no_shared_memory_and_receive_no_pixels(faces, pictures):
+def test_workers_use_no_shared_memory_and_receive_no_pixels(faces):
     """/dev/shm may be too small for a batch, and a spawned worker receives a pickle of the data set."""
     store = open_faces(faces)
-    batch = data._Batches(store).__getitems__([3, 1])
-    assert type(batch.images) is np.ndarray
-    sent = pickle.dumps(data._Batches(store))
-    assert len(sent) < 5000 < store.images.nbytes
-    arrived = pickle.loads(sent).store
-    np.testing.assert_array_equal(arrived.images, pictures.transpose(0, 3, 1, 2))
-    assert isinstance(arrived.images, np.memmap)
+    assert type(store.__getitems__([3, 1])[0]) is np.ndarray
+    assert len(pickle.dumps(store)) < 5000 < store.images.nbytes
 
 
-class Blocked(torch.utils.data.Dataset):
+class Blocked:
     """Item 0 is available at once; at item 1 the worker blocks forever or is killed by a signal."""
 
     def __init__(self, signal_number: int | None = None):
@@ -440,12 +375,18 @@ class Blocked(torch.utils.data.Dataset):
 
 def test_waiting_for_a_worker_stops_when_the_run_should_stop():
     answers, blocked = iter([False, True]), Blocked()
-    loaded = load_batches(blocked, 1, lambda: next(answers), batch_size=None)
+
+    def should_stop() -> bool:
+        answer = next(answers)
+        if answer:
+            blocked.event.set()  # so that the worker can end
+        return answer
+
+    loaded = load_batches(blocked, 1, should_stop, batch_size=None)
     assert next(loaded) == 0
     with pytest.raises(StoppedWaiting):
         next(loaded)
     assert list(answers) == []
-    blocked.event.set()
 
 
 def test_dead_worker_raises_one_line_error():
@@ -459,7 +400,7 @@ def test_only_the_loaders_workers_are_killed_at_exit(faces, monkeypatch):
     other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
     other.start()
     before = {*multiprocessing.active_children()}
-    loaded = make_loader(open_faces(faces), shuffled_batches(NUM_IMAGES, 4, 0), 2, pin_memory=False)
+    loaded = load_batches(open_faces(faces), 2, batch_sampler=shuffled_batches(NUM_IMAGES, 4, 0))
     next(loaded)
     children = {*multiprocessing.active_children()} - before
     for kill in at_exit:

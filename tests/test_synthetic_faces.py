@@ -17,37 +17,6 @@ from training.synthetic_faces import (
     split_indices,
 )
 
-NEUTRAL_POSE = {"roll": 0.0, "yaw": 0.0, "scale": 0.66, "shift_x": 0.0, "shift_y": 0.06}
-EYES = (-0.72, -0.30, 0.72, 0.40)
-BROWS = (-0.75, -0.55, 0.75, -0.05)
-NOSE = (-0.25, 0.00, 0.25, 0.55)
-MOUTH = (-0.45, 0.40, 0.45, 0.95)
-# Where a factor may change the picture: left, top, right, bottom in head units. Other factors: anywhere.
-REGIONS = {
-    "blush": (-0.80, 0.05, 0.80, 0.75),
-    "eye_size": EYES,
-    "eye_openness": EYES,
-    "eye_colour": EYES,
-    "gaze": EYES,
-    "brow_height": BROWS,
-    "brow_tilt": BROWS,
-    "brow_thickness": BROWS,
-    "nose_length": NOSE,
-    "nose_width": NOSE,
-    "mouth_width": MOUTH,
-    "mouth_open": MOUTH,
-    "smile": MOUTH,
-    "lip_colour": MOUTH,
-    "facial_hair": (-0.90, 0.05, 0.90, 1.15),
-    "glasses": (-0.95, -0.30, 0.95, 0.45),
-    "clothes_colour": (-2.0, 1.10, 2.0, 2.0),
-}
-
-
-def with_factors(factors, **values):
-    """The same faces with some factors set to one value for all."""
-    return factors | {name: np.full_like(factors[name], value) for name, value in values.items()}
-
 
 def extremes(name):
     """Two values of a factor, as far apart as it goes."""
@@ -68,11 +37,6 @@ def test_splits_have_their_sizes_and_do_not_overlap():
     largest_train, largest_validation = split_indices("train", 2**40), split_indices("validation", 2**40)
     assert largest_train.stop <= largest_validation.start
     assert split_indices("train", 25_000)[:10_000] == train
-
-
-def test_unknown_split_raises_one_line_error():
-    with pytest.raises(ValueError, match=r"no split .test.; it has train, validation$"):
-        split_indices("test")
 
 
 # Factors
@@ -107,11 +71,8 @@ def test_pictures_have_shape_dtype_and_contrast():
     images = render_faces(range(256), 32)
     assert images.shape == (256, 32, 32, 3)
     assert images.dtype == np.uint8
-    assert 120 < images.mean() < 190
-    assert images.std() > 40
     assert (images.reshape(256, -1).std(axis=1) > 20).all()  # no picture is flat
-    varied = images.std(axis=0).mean(axis=-1)  # (32, 32), over the faces
-    assert varied.min() > 10  # no pixel is the same everywhere
+    assert images.std(axis=0).mean(axis=-1).min() > 10  # no pixel is the same in every face
     assert len(np.unique(images.reshape(256, -1), axis=0)) == 256
     assert render_faces([], 32).shape == (0, 32, 32, 3)
 
@@ -134,18 +95,11 @@ def test_face_is_the_same_at_every_resolution():
 
 
 @pytest.mark.parametrize("name", FACTORS)
-def test_factors_change_only_their_part_of_the_picture(name):
-    resolution, num_faces = 64, 32
-    factors = with_factors(face_factors(range(num_faces)), **NEUTRAL_POSE)
-    low, high = (draw_faces(with_factors(factors, **{name: value}), resolution) for value in extremes(name))
-    difference = np.abs(low.astype(int) - high).max(axis=-1)  # (n, R, R)
-    assert (difference.max(axis=(1, 2)) > 4).mean() > 0.6  # not all: a bald head has no fringe
-
-    left, top, right, bottom = REGIONS.get(name, (-9.0, -9.0, 9.0, 9.0))
-    axis = (np.arange(resolution) + 0.5) * 2 / resolution - 1
-    x, y = axis / NEUTRAL_POSE["scale"], (axis - NEUTRAL_POSE["shift_y"]) / NEUTRAL_POSE["scale"]
-    inside = ((top < y) & (y < bottom))[:, None] & ((left < x) & (x < right))[None, :]
-    assert difference[:, ~inside].max(initial=0) <= 1
+def test_every_factor_changes_the_picture(name):
+    factors = face_factors(range(32))
+    low, high = (draw_faces(factors | {name: np.full_like(factors[name], end)}, 64) for end in extremes(name))
+    difference = np.abs(low.astype(int) - high).reshape(32, -1).max(axis=1)
+    assert (difference > 4).mean() > 0.6  # not all: a bald head has no fringe
 
 
 def test_pixels_change_only_with_the_version():

@@ -264,7 +264,7 @@ def test_signals_to_the_process_group_end_the_run_gracefully(start, tmp_path):
 def stall_and_stop() -> None:
     """The data loader's worker yields six batches; then it sends SIGTERM to the trainer and stalls."""
     multiprocessing.set_start_method("fork", force=True)  # so that the worker inherits the patch
-    take, taken = data._Batches.__getitems__, []
+    take, taken = data.ImageStore.__getitems__, []
 
     def stalling(self, indices):
         taken.append(indices)
@@ -273,7 +273,7 @@ def stall_and_stop() -> None:
             signal.pause()
         return take(self, indices)
 
-    data._Batches.__getitems__ = stalling
+    data.ImageStore.__getitems__ = stalling
 
 
 def test_signals_end_a_run_whose_data_loader_stalls(start, tmp_path):

@@ -11,56 +11,47 @@ import json
 import logging
 import os
 import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from common import InputError
-from training.images import CROPS, Format, Label, compact, height_and_width
+from training.images import CROPS, Format, compact, height_and_width
 from training.sources import Source, find_source
 from training.synthetic_faces import NO_YES
-from training.workers import load_batches
 
 logger = logging.getLogger(__name__)
 
-STALE_SECONDS = 2 * 24 * 3600  # longer than any download takes before the first image is written
-PIXELS, LABELS, META = "images.{}", "labels.int64", "meta.json"
-MAX_CLASSES = 1000  # a column of strings or integers with more values holds names or captions, not classes
+PIXELS, META = "images.{}", "meta.json"
 
 
-class ImageStore(Dataset):
+class ImageStore:
     """Decoded images of one split, in a folder written by `open_image_store`.
 
     Attributes:
         images: uint8 or uint16, shape (N, C, H, W), mapped from the disk, read-only.
-        labels: class number of each image, int64, shape (N,), read-only; None without a label column.
+        labels: class number of each image, int64, shape (N,); None without a label column.
         summary: how many files were found, used and left out, and why; None if the source does not report it.
         fingerprint: hex digest of the pixels and labels, the same on every machine.
         description: JSON-serializable facts: source, revision, split, crop, resolution, num_images, num_skipped, ...;
-            with labels also label_column and label_names, the names of the classes in the order of their numbers.
+            with labels also label_names, the names of the classes in the order of their numbers.
     """
 
     def __init__(self, folder: Path, max_images: int | None = None):
         self.folder, self.max_images = folder, max_images
         self.description = json.loads((folder / META).read_text())
-        self.summary: str | None = self.description.pop("summary", None)
+        self.summary: str | None = self.description.pop("summary")
         self.fingerprint: str = self.description["fingerprint"]
-        shape = self.description["num_images"], *_image_shape(self.description)
-        dtype = self.description.get("dtype", "uint8")
+        shape, dtype = (self.description["num_images"], *_image_shape(self.description)), self.description["dtype"]
         self.images = np.memmap(folder / PIXELS.format(dtype), dtype, "r", shape=shape)
-        self.labels: np.ndarray | None = None
-        if "label_column" in self.description:
-            self.labels = np.fromfile(folder / LABELS, "<i8").astype(np.int64, copy=False)
-            self.labels.setflags(write=False)
+        labels = self.description.pop("labels")
+        self.labels = None if labels is None else np.array(labels, np.int64)
         if max_images is not None:  # the first images of a store without labels
             self.images = self.images[:max_images]
             self.description |= {"max_images": max_images, "num_images": len(self.images)}
@@ -75,36 +66,27 @@ class ImageStore(Dataset):
         digest = hashlib.sha256(self.images)
         if self.labels is not None:
             names = json.dumps(self.description["label_names"])
-            digest.update(names.encode() + self.labels.astype("<i8").tobytes())
+            digest.update(names.encode() + self.labels.tobytes())
         return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(self.images[index].copy())
-
-    def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        """Shape (len(indices), C, H, W)."""
-        return torch.from_numpy(self.images[np.asarray(indices)])
+    def __getitems__(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Images (B, C, H, W) and labels (B,), for a data loader."""
+        return self.images[indices], None if self.labels is None else self.labels[indices]
 
     def labels_among(self, names: Sequence[str]) -> np.ndarray:
-        """The labels as positions in `names`, the classes of another split, which may differ from this one's.
-
-        Raises:
-            InputError: if an image has a class that is not in `names`.
-        """
-        positions = {name: position for position, name in enumerate(names)}
-        labels = np.array([positions.get(name, -1) for name in self.description["label_names"]], np.int64)[self.labels]
-        if labels.min() < 0:
-            unknown = self.description["label_names"][self.labels[labels.argmin()]]
-            split, column, known = self.description["split"], self.description["label_column"], ", ".join(names)
-            raise InputError(f"split {split} has the class {unknown!r:.80} of {column!r}, not one of {known:.200}")
-        return labels
+        """The labels as positions in `names`, the classes of another split; InputError if one of ours is not there."""
+        split, column, own_names = (self.description[key] for key in ("split", "label_column", "label_names"))
+        for name in own_names:
+            if name not in names:
+                known = ", ".join(names)
+                raise InputError(f"split {split} has the class {name!r:.80} of {column!r}, not one of {known:.200}")
+        return np.array([names.index(name) for name in own_names], np.int64)[self.labels]
 
 
-def cache_root(cache_dir: str | None) -> Path:
-    """The folder of all stores, by default in the user's cache; raises InputError if there is no home folder."""
+def _cache_root(cache_dir: str | None) -> Path:
     root = Path(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "train_unet"))
     try:
         return root.expanduser()
@@ -140,13 +122,16 @@ def open_image_store(
     height, width = height_and_width(resolution)
     if crop.startswith("celeba") and height != width:
         raise InputError(f"crop {crop} is a square, which {height}x{width} is not; choose center or none")
-    root = cache_root(cache_dir)
+    root = _cache_root(cache_dir)
     name, revision = which.get("dataset_name"), which.get("dataset_revision")
     source = find_source(**which, last_commit=partial(_last_commit, root, name, revision))
-    facts = source.identity | {"crop": crop, "resolution": compact((height, width))}
-    facts["skip_bad_images"] = skip_bad_images
-    facts |= {"dtype": "uint16"} if preserve_input_precision else {}
-    facts |= {} if in_channels in (None, 3) else {"in_channels": in_channels}
+    facts = source.identity | {
+        "crop": crop,
+        "resolution": compact((height, width)),
+        "in_channels": in_channels or 3,
+        "dtype": "uint16" if preserve_input_precision else "uint8",
+        "skip_bad_images": skip_bad_images,
+    }
     about = {} if name is None else {"requested_revision": revision}
     store = _open_or_build(root, source, facts, about)
     if in_channels is None and all((image == image[0]).all() for image in store.images):
@@ -170,8 +155,8 @@ def _open_or_build(root: Path, source: Source, facts: dict, about: dict) -> Imag
 
 
 def _image_shape(facts: dict) -> tuple[int, int, int]:
-    """(C, H, W) of a store's images, with 3 channels unless the facts give another number."""
-    return facts.get("in_channels", 3), *height_and_width(facts["resolution"])
+    """(C, H, W) of a store's images."""
+    return facts["in_channels"], *height_and_width(facts["resolution"])
 
 
 def _last_commit(root: Path, name: str, revision: str | None) -> str | None:
@@ -202,86 +187,60 @@ def _build(folder: Path, source: Source, facts: dict, about: dict) -> ImageStore
     logger.info("decoding %s, split %s, into %s", source.name, source.split, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"cannot write to the cache {folder.parent}: {error.strerror}; set --cache_dir") from error
-    try:
-        meta = facts | about | _write(temporary, source, facts)
-        (temporary / META).write_text(json.dumps(meta, indent=1))
-        meta["fingerprint"] = ImageStore(temporary).digest()
-        (temporary / META).write_text(json.dumps(meta, indent=1))
-        try:
-            temporary.rename(folder)
-        except OSError:
+        with TemporaryDirectory(prefix=".tmp-", dir=folder.parent, ignore_cleanup_errors=True) as name:
+            temporary = Path(name)
+            meta = facts | about | _write(temporary, source, facts)
+            (temporary / META).write_text(json.dumps(meta))
+            meta["fingerprint"] = ImageStore(temporary).digest()
+            (temporary / META).write_text(json.dumps(meta))
             if not folder.exists():  # otherwise another process was faster
-                raise
+                temporary.rename(folder)
     except OSError as error:
-        raise InputError(f"could not write the image store {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror or error
+        raise InputError(f"cannot write the store {folder}: {reason}; free some space or set --cache_dir") from error
     return ImageStore(folder)
 
 
 def _write(folder: Path, source: Source, facts: dict) -> dict:
-    """Decodes the images of a source into a folder; returns their number and the names of their classes."""
-    num_images, skipped, labels, dtype = 0, [], [], facts.get("dtype", "uint8")
+    """Decodes the images of a source into a folder; returns their number, labels and classes."""
+    kept, skipped, dtype = [], [], facts["dtype"]
     decoding = contextlib.closing(source.decode(Format(facts["crop"], _image_shape(facts), dtype)))
-    with decoding as rows, (folder / PIXELS.format(dtype)).open("wb") as file, tqdm(unit=" images") as bar:
-        for row, (decoded, label) in enumerate(rows):
+    with decoding as images, (folder / PIXELS.format(dtype)).open("wb") as file, tqdm(unit=" images") as bar:
+        for row, decoded in enumerate(images):
             bar.total = source.num_images
             bar.update()
             if isinstance(decoded, np.ndarray):
-                if source.label_column is not None:
-                    labels.append(_checked_label(source, row, label))
                 file.write(decoded.tobytes())
-                num_images += 1
+                kept.append(row)
             elif facts["skip_bad_images"]:
                 skipped.append(decoded)
             else:
                 raise InputError(f"{source.name}, {decoded}; fix it or pass --skip_bad_images")
-    if num_images == 0:
+    if not kept:
         raise InputError(f"{source.name}, split {source.split}, has no usable image; {len(skipped)} are unreadable")
     unreadable = f"left out {len(skipped)} unreadable images, the first one: {skipped[0]}" if skipped else None
     summary = "; ".join(filter(None, [source.summary, unreadable])) or None
-    about = {"num_images": num_images, "num_skipped": len(skipped), "fingerprint": "", "summary": summary}
-    if source.label_column is not None:
-        about["label_names"], numbers = _classes(source, labels)
-        (folder / LABELS).write_bytes(np.array(numbers, "<i8").tobytes())
-    return about
+    about = {"num_images": len(kept), "num_skipped": len(skipped), "fingerprint": "", "summary": summary}
+    return about | ({"labels": None} if source.label_column is None else _classes(source, kept))
 
 
-def _checked_label(source: Source, row: int, label: Label) -> int | bool | str:
-    is_unknown = label is None or (source.label_names is not None and label == -1)  # -1 means unknown in `datasets`
-    if is_unknown or not isinstance(label, (int, str)):
-        raise InputError(
-            f"the column {source.label_column!r} of {source.name} holds {label!r:.80} in row {row}; labels are class"
-            " numbers, integers, strings or booleans: correct it or leave out --label_column"
-        )
-    return label
-
-
-def _classes(source: Source, labels: list[int | bool | str]) -> tuple[list[str], list[int]]:
-    """The names of the classes, and the class number of each image. Raises InputError for too many classes."""
+def _classes(source: Source, kept: list[int]) -> dict:
+    """The class numbers of the rows that are kept, and the names of the classes."""
+    labels = [source.labels[row] for row in kept]
+    for row, label in zip(kept, labels, strict=True):
+        is_unknown = label is None or (source.label_names is not None and label == -1)  # -1 in `datasets`
+        if is_unknown or not isinstance(label, (int, str)):
+            raise InputError(
+                f"the column {source.label_column!r} of {source.name} holds {label!r:.80} in row {row}; labels are"
+                " class numbers, integers, strings or booleans: correct it or leave out --label_column"
+            )
     if source.label_names is not None:
-        return list(source.label_names), labels
+        return {"labels": labels, "label_names": source.label_names}
     if isinstance(labels[0], bool):
-        return NO_YES, labels
-    numbers = {value: number for number, value in enumerate(sorted({*labels}))}
-    if len(numbers) > MAX_CLASSES:
-        raise InputError(
-            f"the column {source.label_column!r} of {source.name} has {len(numbers):,} different values, more than"
-            f" {MAX_CLASSES:,}; name a column of classes"
-        )
-    return [str(value) for value in numbers], [numbers[label] for label in labels]
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Removes folders left by killed builders; judges by age, because a builder may run on another machine."""
-    for leftover in root.glob(".tmp-*"):
-        with contextlib.suppress(FileNotFoundError):  # its builder has just finished
-            if max(path.stat().st_mtime for path in (leftover, *leftover.iterdir())) < time.time() - STALE_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
+        return {"labels": labels, "label_names": NO_YES}
+    classes = sorted({*labels})
+    numbers = {label: number for number, label in enumerate(classes)}
+    return {"labels": [numbers[label] for label in labels], "label_names": [str(label) for label in classes]}
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -319,43 +278,3 @@ def shuffled_batches(
         first = (batch * world_size + rank) * batch_size
         positions = (divmod(position, num_images) for position in range(first, first + batch_size))
         yield [permutation(epoch)[position] for epoch, position in positions]
-
-
-class Batch(NamedTuple):
-    """Images, uint8 or uint16 (B, C, H, W), and their labels, int64 (B,), or None for a store without labels."""
-
-    images: np.ndarray | Tensor
-    labels: np.ndarray | Tensor | None
-
-    def as_tensors(self) -> "Batch":
-        return Batch(*(None if part is None else torch.as_tensor(part) for part in self))
-
-    def pin_memory(self) -> "Batch":
-        """Pins the memory; called by the data loader."""
-        return Batch(*(None if part is None else part.pin_memory() for part in self.as_tensors()))
-
-
-class _Batches(Dataset):
-    """A data set that returns whole batches of a store, by their indices."""
-
-    def __init__(self, store: ImageStore):
-        self.store = store
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        store = self.store
-        return Batch(store.images[np.asarray(indices)], None if store.labels is None else store.labels[indices])
-
-
-def make_loader(
-    store: ImageStore,
-    batches: Iterable[list[int]],
-    num_workers: int,
-    pin_memory: bool,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Batch]:
-    """Yields batches of indices as tensors; see `load_batches` for `should_stop`."""
-    loaded = load_batches(_Batches(store), num_workers, should_stop, batch_sampler=batches, pin_memory=pin_memory)
-    return (batch.as_tensors() for batch in loaded)

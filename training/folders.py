@@ -5,7 +5,6 @@ import itertools
 import os
 import posixpath
 import stat
-import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -17,11 +16,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas
 from PIL import Image
 
 from common import InputError, one_line
-from training.images import FORMATS, BadImage, Format, Label, Row, decode_row
+from training.images import FORMATS, BadImage, Format, decode_row
 from training.workers import on_all_cores
 
 IMAGE_EXTENSIONS = {extension for extension, kind in Image.EXTENSION.items() if kind in FORMATS}
@@ -149,9 +149,7 @@ def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
         try:
             entries = _open_archive(archive.path, os.getpid()).infolist()
         except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
-            raise InputError(
-                f"{archive.path} is not an intact zip archive: {error}; move it out of the folder"
-            ) from error
+            raise InputError(f"{archive.path} is not an intact zip archive: {error}; move it elsewhere") from error
         for entry in entries:
             name = posixpath.normpath(f"{posixpath.splitext(archive.name)[0]}/{entry.filename}")
             unpacked = posixpath.normpath(posixpath.join(posixpath.dirname(archive.name), entry.filename))
@@ -220,7 +218,8 @@ class FolderImages:
         InputError: if there is no such split or label column, or a metadata table is damaged.
     """
 
-    version = 5  # incremented whenever decoding or the choice of files changes
+    label_names = None
+    version = 6  # incremented whenever decoding or the choice of files changes
 
     def __init__(
         self,
@@ -252,46 +251,38 @@ class FolderImages:
         self.names, rows = [*real_files.values()], read_metadata(tables)
         rows = rows[[splits.get(name, self.split) == self.split for name in rows["file_name"]]]
         if len(rows):
-            nfc = partial(unicodedata.normalize, "NFC")  # macOS stores an accent as a character of its own
-            composed = {nfc(name): name for name in self.files}
-            named = [n if n in self.files else composed.get(nfc(n), n) for n in rows["file_name"]]
-            rows = rows.assign(file_name=named).drop_duplicates("file_name")
+            rows = rows.drop_duplicates("file_name")
             left_out["not named by the metadata"] = len({*self.names} - {*rows["file_name"]})
             self.names = rows["file_name"].tolist()
-        self.label_names, self.labels = self._labels(rows, [name for name in splits if splits[name]])
+        self.labels = self._labels(rows)
         self.names = self.names[:max_images]
         self.num_images = len(self.names)
         self.identity = {"source": folder.name, "revision": digest_of(files), "split": split, "max_images": max_images}
-        self.identity |= {} if label_column is None else {"label_column": label_column}
+        self.identity["label_column"] = label_column
         taken = f"taken for split {self.split}: {self.num_images:,}"
         self.summary = describe_files(self.name, len(files), taken, left_out)
 
-    def _labels(self, rows: pandas.DataFrame, everywhere: list[str]) -> tuple[list[str] | None, list[Label]]:
-        """The names of the classes, None if the values are the classes, and the label of each image.
-
-        Args:
-            everywhere: the names of the images of all splits.
-        """
+    def _labels(self, rows: pandas.DataFrame) -> list | None:
         column = self.label_column
         if column is None:
-            return None, [None] * len(self.names)
+            return None
         if column in rows.columns[1:]:
             values = rows[column].astype(object)
-            return None, values.where(values.notna(), None).tolist()
-        depths = {name.count("/") for name in [*everywhere, *self.names]}
+            return values.where(values.notna(), None).tolist()
+        depths = {name.count("/") for name in self.names}
         if column != "label" or depths == {0} or len(depths) > 1:
             columns = [*rows.columns[1:], "label (of their folders) if all images lie equally deep in folders"]
             raise no_column(self.name, column, columns)
-        folders = {name: posixpath.basename(posixpath.dirname(name)) for name in [*everywhere, *self.names]}
-        classes = sorted({*folders.values()})
-        return classes, [classes.index(folders[name]) for name in self.names]
+        return [name.split("/")[-2] for name in self.names]
 
-    def decode(self, to: Format) -> Iterator[Row]:
+    def decode(self, to: Format) -> Iterator[np.ndarray | str]:
         yield from on_all_cores(partial(self._decode_part, to), self.num_images)
 
-    def _decode_part(self, to: Format, part: slice) -> list[Row]:
-        rows = zip(range(part.start, part.stop), self.names[part], self.labels[part], strict=True)
-        return [(decode_row(row, name, partial(self._read, name), to), label) for row, name, label in rows]
+    def _decode_part(self, to: Format, part: slice) -> list[np.ndarray | str]:
+        return [
+            decode_row(row, name, partial(self._read, name), to)
+            for row, name in enumerate(self.names[part], part.start)
+        ]
 
     def _read(self, name: str) -> bytes:
         if name not in self.files:
@@ -311,7 +302,7 @@ def pick_split(source: str, split: str, splits: Iterable[str]) -> str:
 
 
 def no_column(source: str, name: str, columns: Iterable[str]) -> InputError:
-    return InputError(f"{source} has no column {name!r:.80} of labels; it has {', '.join(columns)}")
+    return InputError(f"{source} has no column {name!r:.80}; it has {', '.join(columns)}")
 
 
 def extensions(names: Iterable[str]) -> str:

@@ -2,9 +2,9 @@
 
 A source has `name`, `split`, `label_column`, `num_images` (None if unknown before reading), `identity`
 (JSON-serializable: determines the images), `version` (of the code that turns them into pixels), and `decode`, which
-yields a `Row` for each image. Its label is None without a `label_column`, otherwise the number of a class in
-`label_names`, or a string, integer or bool if `label_names` is None. Once `decode` has started, `label_names` and
-`summary` are known: how many files were found, used and left out, and why (None if the source does not report it).
+yields the pixels of each image, or why there are none. After that `labels` holds, if there is a `label_column`, the
+class of each image: a number if `label_names` is known, otherwise a string, integer or bool. `summary` says how many
+files were found, used and left out, and why (None if the source does not report it).
 """
 
 import logging
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import numpy as np
 from huggingface_hub import DatasetInfo, HfApi, constants
 from huggingface_hub.errors import (
-    GatedRepoError,
     HFValidationError,
     HTTPError,  # from the HTTP library in use, which differs between releases
     RepositoryNotFoundError,
@@ -39,14 +39,13 @@ from training.folders import (
     no_column,
     pick_split,
 )
-from training.images import BadImage, Format, Label, Row, crop_and_resize, decode_row
+from training.images import BadImage, Format, crop_and_resize, decode_row
 from training.synthetic_faces import (
     LABEL_NAMES,
-    LEAST_RESOLUTION,
     SYNTHETIC_FACES,
     VERSION,
-    draw_faces,
     face_factors,
+    render_faces,
     split_indices,
 )
 from training.workers import on_all_cores
@@ -59,29 +58,27 @@ class SyntheticFaces:
 
     name, version, summary = SYNTHETIC_FACES, 2, None
 
-    def __init__(self, split: str, max_images: int | None, label_column: str | None = None):
+    def __init__(self, split: str, max_images: int | None, label_column: str | None):
         self.split, self.label_column = split, label_column
         if label_column is not None and label_column not in LABEL_NAMES:
             raise no_column(self.name, label_column, LABEL_NAMES)
         self.label_names = LABEL_NAMES.get(label_column)
         self.indices = split_indices(split, max_images)
         self.identity = {"source": self.name, "revision": VERSION, "split": split, "max_images": max_images}
-        self.identity |= {} if label_column is None else {"label_column": label_column}
+        self.identity["label_column"] = label_column
         self.num_images = len(self.indices)
+        self.labels = None
 
-    def decode(self, to: Format) -> Iterator[Row]:
+    def decode(self, to: Format) -> Iterator[np.ndarray]:
         if to.crop not in ("none", "center"):
             raise InputError(f"crop {to.crop} is for CelebA's photographs; choose none for {self.name}")
-        side = max(to.shape[1:])  # of the square from which a rectangle is taken
-        if side < LEAST_RESOLUTION:
-            raise InputError(f"{self.name} are drawn at a resolution of {LEAST_RESOLUTION} or more, not {side}")
-        yield from on_all_cores(partial(self._draw, side, to), self.num_images)
+        if self.label_column is not None:
+            self.labels = face_factors(self.indices)[self.label_column].tolist()
+        yield from on_all_cores(partial(self._draw, to), self.num_images)
 
-    def _draw(self, side: int, to: Format, part: slice) -> list[Row]:
-        factors = face_factors(self.indices[part])
-        faces = [crop_and_resize(Image.fromarray(face), *to) for face in draw_faces(factors, side)]
-        labels = factors[self.label_column].tolist() if self.label_column else [None] * len(faces)
-        return list(zip(faces, labels, strict=True))
+    def _draw(self, to: Format, part: slice) -> list[np.ndarray]:
+        squares = render_faces(self.indices[part], max(to.shape[1:]))
+        return [crop_and_resize(Image.fromarray(square), *to) for square in squares]
 
 
 @dataclass(eq=False)
@@ -90,7 +87,6 @@ class HuggingFaceImages:
 
     Attributes:
         revision: commit on the Hub, or digest of the files in the folder.
-        is_offline: whether the Hub did not answer, so that `datasets` need not wait for it.
         found: the names of all files of the data set; None if the Hub did not answer.
     """
 
@@ -101,52 +97,47 @@ class HuggingFaceImages:
     image_column: str
     max_images: int | None
     streaming: bool
-    label_column: str | None = None
-    is_offline: bool = False
-    found: list[str] | None = None
-    label_names = summary = num_images = None
-    version = 5  # incremented whenever decoding changes
+    label_column: str | None
+    found: list[str] | None
+    labels = label_names = summary = num_images = None
+    version = 6  # incremented whenever decoding changes
 
     @property
     def identity(self) -> dict:
-        names = ["revision", "config_name", "split", "image_column", "max_images"]
-        names += ["label_column"] if self.label_column else []
-        return {"source": os.path.basename(self.name) if self.is_local else self.name} | {
-            name: getattr(self, name) for name in names
-        }
+        source = os.path.basename(self.name) if self.is_local else self.name
+        names = ("revision", "config_name", "split", "image_column", "max_images", "label_column")
+        return {"source": source} | {name: getattr(self, name) for name in names}
 
     @property
     def is_local(self) -> bool:
         return os.path.isdir(self.name)
 
-    def decode(self, to: Format) -> Iterator[Row]:
+    def decode(self, to: Format) -> Iterator[np.ndarray | str]:
         rows = self._open()
         if self.streaming:
             yield from self._stream(rows, to)
         else:
             self.num_images = len(rows)
+            self.labels = rows[self.label_column][:] if self.label_column else None
             yield from on_all_cores(partial(self._decode_part, rows, to), self.num_images)
 
-    def _stream(self, rows: datasets.IterableDataset, to: Format) -> Iterator[Row]:
-        num_done = 0
+    def _stream(self, rows: datasets.IterableDataset, to: Format) -> Iterator[np.ndarray | str]:
+        self.labels = []
         try:
             for row in rows:
-                yield self._decode_row(num_done, row[self.image_column], row.get(self.label_column), to)
-                num_done += 1
+                yield self._decode_cell(len(self.labels), row[self.image_column], to)
+                self.labels.append(row.get(self.label_column))
         except (OSError, HTTPError, ValueError) as error:
+            num_done = len(self.labels)
             raise InputError(f"the stream of {self.name} broke off after {num_done} rows: {_reason(error)}") from error
 
-    def _decode_part(self, rows: datasets.Dataset, to: Format, part: slice) -> list[Row]:
-        columns = rows[part]
-        cells = columns[self.image_column]
-        labels = columns[self.label_column] if self.label_column else [None] * len(cells)
-        numbered = zip(range(part.start, part.stop), cells, labels, strict=True)
-        return [self._decode_row(number, cell, label, to) for number, cell, label in numbered]
+    def _decode_part(self, rows: datasets.Dataset, to: Format, part: slice) -> list[np.ndarray | str]:
+        cells = rows[part][self.image_column]
+        return [self._decode_cell(number, cell, to) for number, cell in enumerate(cells, part.start)]
 
-    def _decode_row(self, number: int, cell: dict | None, label: Label, to: Format) -> Row:
-        path = cell and cell["path"]
-        name = path and (os.path.basename(path) if os.path.isabs(path) or "://" in path else path)
-        return decode_row(number, name, partial(self._read, cell), to), label
+    def _decode_cell(self, number: int, cell: dict | None, to: Format) -> np.ndarray | str:
+        name = os.path.basename(cell["path"] or "") if cell else None
+        return decode_row(number, name, partial(self._read, cell), to)
 
     def _read(self, cell: dict | None) -> bytes:
         """An image's content, from the table, this machine, the Hub (hf://) or an archive (zip://inner::outer.zip).
@@ -186,7 +177,7 @@ class HuggingFaceImages:
     def _open(self) -> datasets.Dataset | datasets.IterableDataset:
         """The rows of the split, with images as encoded bytes or file names."""
         before = datasets.config.HF_HUB_OFFLINE
-        datasets.config.HF_HUB_OFFLINE = before or self.is_offline  # then its cache is used at once, without retries
+        datasets.config.HF_HUB_OFFLINE = before or self.found is None  # use its cache without retries
         try:
             return self._with_columns(self._load())
         except InputError:
@@ -194,9 +185,7 @@ class HuggingFaceImages:
         except Exception as error:  # `datasets` raises many kinds for data that are missing or damaged
             if self.is_local:
                 raise InputError(f"no readable data set in {_listing(Path(self.name))}: {_reason(error)}") from error
-            if isinstance(error, datasets.exceptions.DatasetNotFoundError) and " gated " in str(error):
-                raise _gated(self.name) from error
-            if not self.is_offline:
+            if self.found is not None:
                 raise InputError(f"cannot read {self.name}: {_reason(error)}") from error
             raise InputError(
                 f"cannot get {self.name} from the Hub and it is not cached: {_reason(error)}; check the network,"
@@ -206,14 +195,14 @@ class HuggingFaceImages:
             datasets.config.HF_HUB_OFFLINE = before
 
     def _with_columns(self, rows: datasets.Dataset | datasets.IterableDataset):
-        features = rows.features or dict.fromkeys(next(iter(rows), {}))
+        features = rows.features or {}
         if self.image_column not in features:
-            raise InputError(f"{self.name} has no column {self.image_column!r}; it has {', '.join(features)}")
+            raise no_column(self.name, self.image_column, features)
         if self.label_column is not None:
             if self.label_column not in features:
                 raise no_column(self.name, self.label_column, features)
             self.label_names = getattr(features[self.label_column], "names", None)  # of a ClassLabel
-        if self.streaming and rows.features:
+        if self.streaming:
             # `datasets` decodes image files from the Hub in its own threads, even after a cast
             rows = rows.decode(False)
         rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
@@ -269,11 +258,9 @@ def find_source(
     """The source that the arguments describe; its images are not read yet.
 
     Args:
-        dataset_name: Hub id, or `synthetic-faces`.
+        dataset_name: Hub id, or `synthetic-faces`; either this or `train_data_dir` is given.
         train_data_dir: folder of images, of parquet files, or written by `save_to_disk`.
-        split: `valid` and `validation` mean the same.
         streaming: read the Hub data set as a stream, so that its original files are never all on disk.
-        max_images: use only the first images.
         label_column: also read each image's class: a column of ClassLabel, of bool (the classes are no and yes), or of
             strings or integers (the classes are its sorted values); for `synthetic-faces`, a categorical factor or
             `glasses`.
@@ -282,8 +269,6 @@ def find_source(
     Raises:
         InputError: if there is no such source.
     """
-    if (dataset_name is None) == (train_data_dir is None):
-        raise InputError("give either dataset_name or train_data_dir, exactly one of them")
     split = "validation" if split == "valid" else split
     if dataset_name == SYNTHETIC_FACES:
         return SyntheticFaces(split, max_images, label_column)
@@ -293,45 +278,36 @@ def find_source(
             raise InputError(f"{dataset_name} is a local folder; give it as --train_data_dir")
         info = _ask_the_hub(dataset_name, dataset_revision)
         if info is None:
-            return HuggingFaceImages(dataset_name, last_commit() or dataset_revision, *names, is_offline=True)
+            return HuggingFaceImages(dataset_name, last_commit() or dataset_revision, *names, found=None)
         found = [file.rfilename for file in info.siblings or ()]
-        return HuggingFaceImages(dataset_name, info.sha, *names, found=found)
+        return HuggingFaceImages(dataset_name, info.sha, *names, found)
     # absolute, because some names mean something else to `datasets`, such as `parquet`
     folder = Path(os.path.abspath(os.path.expanduser(train_data_dir)))
     if not folder.is_dir():
-        if folder.exists():
-            raise InputError(f"{folder} is a file; give the folder that it is in")
         nearest = next(parent for parent in folder.parents if parent.is_dir())
         raise InputError(f"there is no folder {folder}; there is {_listing(nearest)}")
     files, left_out = list_files(folder)
     if not files:
-        raise InputError(f"the folder {folder} has no files{' that are not hidden' if left_out['hidden'] else ''}")
+        raise InputError(f"there are no images in {_listing(folder)}")
     tables = [file for file in files if file.extension in TABLE_EXTENSIONS and file.base not in METADATA_READERS]
     images = [file for file in files if file.is_image()]  # opens those with unknown extensions
     if dataset_config_name is None and len(images) > len(tables):
         return FolderImages(folder, files, images, left_out, split, max_images, label_column)
-    return HuggingFaceImages(str(folder), digest_of(files), *names, found=[file.name for file in files])
+    return HuggingFaceImages(str(folder), digest_of(files), *names, [file.name for file in files])
 
 
 def _ask_the_hub(name: str, revision: str | None) -> DatasetInfo | None:
     """The current commit of a data set's revision, and its files; None if the Hub does not answer."""
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=20)
-    except HFValidationError as error:
-        raise InputError(f"{name!r} is neither {SYNTHETIC_FACES} nor a data set's id on the Hub") from error
-    except GatedRepoError as error:
-        raise _gated(name) from error
-    except RevisionNotFoundError as error:
-        raise InputError(f"{name} has no revision {revision!r} on the Hub") from error
-    except RepositoryNotFoundError as error:
-        raise InputError(f"there is no data set {name} on the Hub, or it is private: `hf auth login`") from error
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise InputError(
+            f"cannot open {name}, revision {revision or 'main'}, on the Hub: {_reason(error)}; accept the terms of a"
+            " gated data set there, and log in with `hf auth login`"
+        ) from error
     except (OSError, HTTPError) as error:
         logger.info("no answer from the Hub, using what is cached of %s: %s", name, _reason(error))
         return None
-
-
-def _gated(name: str) -> InputError:
-    return InputError(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`")
 
 
 def _reason(error: Exception) -> str:

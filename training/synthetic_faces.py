@@ -104,7 +104,6 @@ HAIR_STYLE = {
 }
 FACIAL_HAIR = {"none": (0.0, 0.0), "stubble": (0.3, 0.3), "moustache": (0.0, 0.95), "beard": (0.95, 0.95)}  # opacities
 
-LEAST_RESOLUTION = 8
 PIXELS_PER_CHUNK = 2**16  # a float32 plane of 256 KiB stays in the cache
 
 

@@ -4,13 +4,15 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from common import InputError, on_main_process
 from training.config import TrainConfig
-from training.data import ImageStore, make_loader, open_image_store, random_flip, shuffled_batches, to_model_range
+from training.data import ImageStore, open_image_store, random_flip, shuffled_batches, to_model_range
 from training.diffusion import drop_labels
+from training.workers import load_batches
 
 
 class TrainingData:
@@ -63,35 +65,36 @@ class TrainingData:
         if self.label_names is not None:
             self.heldout_labels = torch.from_numpy(store.labels_among(self.label_names))
         if self.accelerator.is_main_process:
-            self.heldout_images = to_model_range(store.__getitems__(range(len(store))))
+            self.heldout_images = to_model_range(torch.tensor(store.images))
 
     def first_images(self, count: int) -> Iterator[torch.Tensor]:
         """The first `count` training images, each float32 (C, H, W) in [-1, 1]."""
-        return (to_model_range(self.store[index]) for index in range(min(count, len(self.store))))
+        return (to_model_range(torch.tensor(image)) for image in self.store.images[:count])
 
     def open_batches(self, start_batch: int, should_stop: Callable[[], bool]) -> None:
         """Opens this process's endless stream of batches at batch number `start_batch`; see `load_batches`."""
+        config, rank, world_size = self.config, self.accelerator.process_index, self.accelerator.num_processes
         order = shuffled_batches(
-            len(self.store),
-            self.config.train_batch_size,
-            self.config.seed,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            start_batch=start_batch,
+            len(self.store), config.train_batch_size, config.seed, rank, world_size, start_batch=start_batch
         )
-        pin_memory = self.accelerator.device.type == "cuda"
-        self.batches = make_loader(self.store, order, self.config.dataloader_num_workers, pin_memory, should_stop)
+        self.batches = load_batches(self.store, config.dataloader_num_workers, should_stop, batch_sampler=order)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Randomly flipped clean images, float32 (B, C, H, W) in [-1, 1], and randomly dropped labels (B,)."""
-        config, device = self.config, self.accelerator.device
-        clean_images, labels = next(self.batches)
-        clean_images = clean_images.to(device, non_blocking=True)
+        config = self.config
+        images, labels = next(self.batches)
+        clean_images = self.to_device(images)
         if config.random_flip:
             clean_images = random_flip(clean_images)
         clean_images = to_model_range(clean_images)
         if labels is not None:
-            labels = drop_labels(labels.to(device, non_blocking=True), len(self.label_names), config.label_dropout)
+            labels = drop_labels(self.to_device(labels), len(self.label_names), config.label_dropout)
         if config.channels_last:
             clean_images = clean_images.contiguous(memory_format=torch.channels_last)
         return clean_images, labels
+
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor, device = torch.from_numpy(array), self.accelerator.device
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()  # so that the copy does not wait for the GPU
+        return tensor.to(device, non_blocking=True)

@@ -37,7 +37,7 @@ def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = la
         Failed: if a worker dies.
         StoppedWaiting: if `should_stop` returns True while no batch is ready.
     """
-    before, on_child = {*multiprocessing.active_children()}, _child_handler()
+    before, on_child = {*multiprocessing.active_children()}, signal.getsignal(signal.SIGCHLD)
     settings |= {"timeout": POLL_SECONDS} if num_workers else {}
     settings = {"worker_init_fn": _ignore_signals, "collate_fn": _as_it_is} | settings
     loader = DataLoader(dataset, num_workers=num_workers, **settings)
@@ -46,13 +46,9 @@ def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = la
     finally:  # even if only some of them could be started
         for worker in {*multiprocessing.active_children()} - before:
             Finalize(None, worker.kill, exitpriority=0)  # before multiprocessing sends SIGTERM
-    if _child_handler() is not on_child:  # torch's handler would raise at any point in the main thread
+    if signal.getsignal(signal.SIGCHLD) is not on_child:  # torch's handler would raise at any point in the main thread
         signal.signal(signal.SIGCHLD, on_child)
     return _received(batches, should_stop)
-
-
-def _child_handler():
-    return signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
 
 
 def _received(batches: Iterator, should_stop: Callable[[], bool]) -> Iterator:
