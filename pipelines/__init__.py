@@ -9,6 +9,7 @@ from training.sde import SDEScheduler, continuous_samplers
 
 SCHEDULERS = {cls.__name__: cls for cls in (*shipped.SUITABLE, SDEScheduler)}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+NETWORK_ARGUMENTS = (*HUB_ARGUMENTS, "device_map", "low_cpu_mem_usage", "torch_dtype", "variant")
 
 
 class CustomUNetPipeline(shipped.CustomUNetPipeline):
@@ -25,12 +26,16 @@ class CustomUNetPipeline(shipped.CustomUNetPipeline):
 
         Args:
             unet, scheduler: replace the repository's own.
-            kwargs: other arguments of the network's `from_pretrained`, such as `revision` and `torch_dtype`.
+            kwargs: `NETWORK_ARGUMENTS`.
 
         Raises:
-            ValueError: if the repository's scheduler is not in `SCHEDULERS`.
+            ValueError: for other keyword arguments, which diffusers would take for options of the network, or if the
+                repository's scheduler is not in `SCHEDULERS`.
         """
-        path = pretrained_model_name_or_path
+        path, unknown = pretrained_model_name_or_path, sorted(kwargs.keys() - {*NETWORK_ARGUMENTS})
+        if unknown:
+            known = ", ".join(("unet", "scheduler", *NETWORK_ARGUMENTS))
+            raise ValueError(f"from_pretrained takes no {', '.join(unknown)}; it takes {known}")
         if unet is None:
             unet = CustomUNet2DModel.from_pretrained(path, subfolder="unet", use_safetensors=True, **kwargs)
         if scheduler is None:

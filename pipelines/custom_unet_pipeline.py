@@ -368,6 +368,8 @@ class CustomUNetPipeline(DiffusionPipeline):
         for option, usual in USUAL.items():
             if scheduler.config.get(option, usual) not in (usual, None):
                 raise ValueError(f"{name} has {option} {scheduler.config[option]}, which is not supported here")
+        if scheduler.config.get("algorithm_type") == "sde-dpmsolver":
+            raise ValueError(f"{name} has algorithm_type sde-dpmsolver; take sde-dpmsolver++")
         if isinstance(scheduler, SIGMA_TYPE):
             check_fractional_timesteps(self.unet)
 

@@ -8,6 +8,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     UNet2DModel,
@@ -215,6 +216,10 @@ def test_set_sampler_keeps_the_noise_schedule(pipe):
         (EulerDiscreteScheduler.from_config(DDIMScheduler().config, use_karras_sigmas=True), "has use_karras_sigmas"),
         (EulerDiscreteScheduler(interpolation_type="log_linear"), "has interpolation_type log_linear"),
         (UniPCMultistepScheduler(predict_x0=False, beta_end=0.02), "has predict_x0 False"),
+        (
+            DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"),
+            r"take sde-dpmsolver\+\+",
+        ),
     ],
 )
 def test_unsuitable_schedulers_are_rejected(pipe, scheduler, message):
@@ -250,6 +255,8 @@ def test_from_pretrained_takes_components_and_network_arguments(pipe, tmp_path):
     assert loaded.unet.dtype == torch.bfloat16
     network = UNet2DModel(**TINY)
     assert CustomUNetPipeline.from_pretrained(tmp_path, unet=network).unet is network
+    with pytest.raises(ValueError, match="takes no dropout, use_safetensors; it takes unet"):
+        CustomUNetPipeline.from_pretrained(tmp_path, dropout=0.5, use_safetensors=False)
 
 
 def test_shipped_pipeline_offers_only_diffusers_samplers(pipe):

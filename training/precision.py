@@ -1,4 +1,4 @@
-"""`--mixed_precision auto`: times float32 and bf16 on this machine and uses the faster one."""
+"""`--mixed_precision auto`: times float32 and half precision on this machine and uses the faster one."""
 
 import logging
 import statistics
@@ -54,12 +54,18 @@ def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> Tra
     return replace(config, mixed_precision=on_main_process(state, choose))
 
 
+def half_precision(device: torch.device) -> str:
+    """bf16, or fp16 on GPUs that only emulate bf16."""
+    emulates = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "fp16" if emulates else "bf16"
+
+
 def update_seconds(config: TrainConfig, network_class: type[nn.Module], device: torch.device) -> dict[str, float]:
-    """Median seconds per forward and backward pass on a batch of noise, for float32 and bf16, which alternate.
+    """Median seconds per forward and backward pass on a batch of noise, for each precision; passes alternate.
 
     Builds its own network, without classes, and restores the random generators.
     """
-    seconds = {"no": [], "bf16": []}
+    seconds = {"no": [], half_precision(device): []}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         network = network_class(**config.unet_kwargs()).train()
         network.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)

@@ -66,7 +66,10 @@ class Stop:
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Raises InputError if the machine lacks what the configuration asks for, or the launcher shards the network."""
+    """Raises InputError if the machine lacks what the configuration asks for, or the launcher contradicts it."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in ("no", config.mixed_precision):
+        raise InputError(f"accelerate launch asks for {launched}; set --mixed_precision of train_unet.py instead")
     if config.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("--report_to wandb, but wandb is not installed: pip install wandb")
     output_dir = Path(config.output_dir)
