@@ -4,8 +4,6 @@ Features are finite arrays of shape (N, D), see `eval.features`. All of these me
 of images; compare them only at equal n.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from scipy import linalg
@@ -35,22 +33,9 @@ def frechet_distance(features1: np.ndarray, features2: np.ndarray) -> float:
     return max(float(squared), 0.0)  # rounding can make it negative
 
 
-class KernelDistance(NamedTuple):
-    """KID over random subsets; it is unbiased, so it can be negative if the distributions are equal.
-
-    `std` is the standard deviation over the subsets, as reported in the literature, not the standard error of the
-    mean; None if every subset is the full set and nothing varies.
-    """
-
-    mean: float
-    std: float | None
-    num_subsets: int
-    subset_size: int
-
-
 def kernel_distance(
     features1: np.ndarray, features2: np.ndarray, *, seed: int, num_subsets: int = 100, max_subset_size: int = 1000
-) -> KernelDistance:
+) -> dict:
     """KID (Binkowski et al. 2018, arXiv 1801.01401, section 4), in float64.
 
     The unbiased estimate of MMD^2 with the kernel k(x, y) = (x^T y / D + 1)^3, over random subsets of equal size m
@@ -59,6 +44,10 @@ def kernel_distance(
     Args:
         features1, features2: shapes (N, D) and (M, D); the first is the reference in clean-fid.
         max_subset_size: m is the minimum of this, N and M.
+
+    Returns `value`, the mean over the subsets, which can be negative since the estimate is unbiased; `std` over the
+    subsets, as reported in the literature (not the standard error of the mean), None if every subset is the full set;
+    `num_subsets` and `subset_size`.
     """
     size = min(len(features1), len(features2), max_subset_size)
     draws, values = np.random.RandomState(seed), []
@@ -66,8 +55,9 @@ def kernel_distance(
         x = features2[draws.choice(len(features2), size, replace=False)]
         y = features1[draws.choice(len(features1), size, replace=False)]
         values.append(_unbiased_polynomial_mmd(x.astype(np.float64), y.astype(np.float64)))
-    varies = num_subsets > 1 and (size < len(features1) or size < len(features2))
-    return KernelDistance(float(np.mean(values)), float(np.std(values)) if varies else None, num_subsets, size)
+    varies = size < len(features1) or size < len(features2)
+    spread = float(np.std(values)) if varies else None
+    return {"value": float(np.mean(values)), "std": spread, "num_subsets": num_subsets, "subset_size": size}
 
 
 def _unbiased_polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:

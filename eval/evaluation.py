@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from common import InputError, on_main_process, sha256_of
 from eval.features import ImageSet, images_of_files, subset
-from eval.results import unusual_settings
+from eval.results import sampler_text
 from pipelines import CustomUNetPipeline, generate
 from pipelines.continuous import denoiser
 from pipelines.custom_unet_pipeline import SAMPLERS
@@ -54,14 +55,7 @@ def parse_sampler(text: str) -> SamplerSetting:
 
 def images_folder(setting: dict) -> str:
     """The name of the folder for images drawn with a setting, which is given as in a result."""
-    parts = [setting["sampler"]] + ([str(setting["steps"])] if "steps" in setting else [])
-    numbers = {"eta": setting["eta"]} if "eta" in setting else {}
-    parts += [f"{name}{value:g}" for name, value in (numbers | unusual_settings(setting)).items()]
-    if "class_label" in setting:
-        parts.append(f"class{'.'.join(map(str, setting['class_label']))}")
-    if setting.get("guidance_scale", 1) != 1:
-        parts.append(f"guidance{setting['guidance_scale']:g}")
-    return "-".join([*parts, setting["dtype"]])
+    return f"{re.sub('[ ,]+', '-', sampler_text(setting))}-{setting['dtype']}"
 
 
 class WithoutClass(torch.nn.Module):
@@ -110,10 +104,8 @@ class Evaluation:
         self.weights_sha256 = {path.name: sha256_of(path) for path in weight_files(self.source)}
         self.training = self._open_store(options.split)
         if options.num_images > len(self.training):
-            raise InputError(
-                f"--num_images is {options.num_images}, but split {options.split} has {len(self.training)} images;"
-                " lower it, since sets of equal size are compared"
-            )
+            there = f"split {options.split} has {len(self.training)} images"
+            raise InputError(f"--num_images is {options.num_images}, but {there}; sets of equal size are compared")
         self.heldout = self._open_store(options.heldout_split) if options.heldout_split else None
 
     def _choose_samplers(self) -> None:

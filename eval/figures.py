@@ -42,32 +42,17 @@ def plot_cost_curve(entries: list[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_colours(sets: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Plots histograms of the `colour_statistics` of each set, by label, side by side."""
-    names = list(next(iter(sets.values())))
-    figure, all_axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3))
-    for axes, name in zip(all_axes, names, strict=True):
-        values = {label: statistics[name] for label, statistics in sets.items()}
-        _histograms(axes, values, np.histogram_bin_edges(np.concatenate([*values.values()]), 40))
-        axes.set(xlabel=f"{name}, grey levels")
-    all_axes[0].set_ylabel("share of the images")
-    all_axes[-1].legend()
+def plot_histograms(panels: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Plots panels side by side, by x label: histograms of the values of each set, by label, from 0."""
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(2 + 3 * len(panels), 4), squeeze=False)
+    for axes, (label, sets) in zip(all_axes[0], panels.items(), strict=True):
+        edges = np.linspace(0, max(values.max() for values in sets.values()), 51)
+        for name, values in sets.items():
+            axes.stairs(np.histogram(values, edges)[0] / len(values), edges, label=name, fill=True, alpha=0.5)
+        axes.set_xlabel(label)
+    all_axes[0, 0].set_ylabel("share of the images")
+    all_axes[0, -1].legend()
     save_figure(figure, path)
-
-
-def plot_nearest_distances(distances: dict[str, np.ndarray], unit: str, path: Path) -> None:
-    """Plots histograms of the nearest-neighbour distances of each set of images, by label, starting at 0."""
-    figure, axes = plt.subplots(figsize=SIZE_INCHES)
-    _histograms(axes, distances, np.linspace(0, max(values.max() for values in distances.values()), 51))
-    axes.set(xlabel=f"distance to the nearest training image, {unit}", ylabel="share of the images")
-    axes.legend()
-    save_figure(figure, path)
-
-
-def _histograms(axes: plt.Axes, sets: dict[str, np.ndarray], edges: np.ndarray) -> None:
-    """Overlays the histograms, each normalised to the share of its values."""
-    for label, values in sets.items():
-        axes.stairs(np.histogram(values, edges)[0] / len(values), edges, label=label, fill=True, alpha=0.5)
 
 
 def plot_curves(

@@ -10,13 +10,13 @@ from statistics import fmean
 import numpy as np
 from scipy.stats import wasserstein_distance
 
-from common import InputError, on_main_process
+from common import InputError
 from eval.colours import colour_statistics, share_of_extremes
 from eval.distances import cmmd, frechet_distance, kernel_distance, prdc
 from eval.encoders import open_extractor
 from eval.evaluation import Evaluation, SamplerSetting
 from eval.features import FeatureExtractor, ImageSet, cached_features, images_of_store
-from eval.figures import plot_colours, plot_cost_curve, plot_curves, plot_nearest_distances
+from eval.figures import plot_cost_curve, plot_curves, plot_histograms
 from eval.heldout import SIGMAS, clean_image_errors, midpoint_timesteps, noise_errors
 from eval.likelihood import VARIANCES, ode_likelihood, standard_error, variational_bound
 from eval.memorisation import memorisation
@@ -39,13 +39,11 @@ def check_metrics(evaluation: Evaluation) -> None:
     for name in ("memorisation", "heldout"):
         if name in metrics and evaluation.heldout is None:
             raise InputError(f"the metric {name} needs held-out images; give --heldout_split or other --metrics")
-    height, width = evaluation.pipeline.image_shape[1:]
-    if min(height, width) < SMALLEST_RESOLUTION and not {"swd", "cost"}.isdisjoint(metrics):
-        need = f"swd and cost need {SMALLEST_RESOLUTION}; leave these metrics out"
-        raise InputError(f"the images are {height}x{width} pixels, and {need}")
+    if min(evaluation.pipeline.image_shape[1:]) < SMALLEST_RESOLUTION and not {"swd", "cost"}.isdisjoint(metrics):
+        raise InputError(f"swd and cost need images of {SMALLEST_RESOLUTION} pixels; leave these metrics out")
     if "cost" in metrics and not evaluation.has_floor(options.cost_images):
-        needed, there = 2 * options.cost_images, len(evaluation.training)
-        raise InputError(f"--cost_images {options.cost_images} needs {needed} real images; there are {there}")
+        there = len(evaluation.training)
+        raise InputError(f"--cost_images {options.cost_images} needs twice as many real images; there are {there}")
     if not {"features", "cost"}.isdisjoint(metrics):
         for name in options.features or ():
             open_features(evaluation, name)
@@ -72,7 +70,8 @@ def measure_colours(evaluation: Evaluation) -> Iterable[dict]:
     yield from _colour_results("colours", evaluation, generated, real, evaluation.describe_images())
     if "saturation" not in real:
         yield result("colours", f"Saturation, {DISTANCE}", "saturation", None, reason="the images are grey")
-    plot_colours({"generated": generated, "real": real}, evaluation.out / "colours.png")
+    panels = {f"{name}, grey levels": {"generated": generated[name], "real": real[name]} for name in real}
+    plot_histograms(panels, evaluation.out / "colours.png")
 
 
 def _colour_results(
@@ -112,13 +111,7 @@ def feature_metrics(network: str) -> dict[str, str]:
 def open_features(evaluation: Evaluation, network: str) -> FeatureExtractor:
     """Opens the extractor of a network, see `feature_metrics`. Raises InputError if its weights are not found."""
     path = getattr(evaluation.options, f"{network.partition(':')[0]}_path", None)
-
-    def open_it() -> FeatureExtractor:
-        return open_extractor(network, path=path, device=evaluation.state.device)
-
-    if evaluation.state.num_processes > 1:
-        on_main_process(evaluation.state, lambda: bool(open_it()))  # the others find them downloaded
-    return open_it()
+    return open_extractor(network, path=path, device=evaluation.state.device)
 
 
 def measure_features(evaluation: Evaluation) -> Iterable[dict]:
@@ -149,8 +142,11 @@ def measure_features(evaluation: Evaluation) -> Iterable[dict]:
         if "memorisation" in options.metrics and network != "inception:legacy_tensorflow":
             stores = evaluation.training, evaluation.heldout
             training, heldout = (_features(evaluation, extractor, images_of_store(store)) for store in stores)
-            facts = {"mode": extractor.mode, "features": extractor.name, "features_sha256": extractor.sha256}
-            yield from _memorisation_results(evaluation, (generated, heldout, training), facts)
+            yield from _memorisation_results(evaluation, (generated, heldout, training), _describe(extractor))
+
+
+def _describe(extractor: FeatureExtractor) -> dict[str, str]:
+    return {"mode": extractor.mode, "features": extractor.name, "features_sha256": extractor.sha256}
 
 
 def _features(evaluation: Evaluation, extractor: FeatureExtractor, images: ImageSet) -> np.ndarray:
@@ -169,8 +165,7 @@ def _distances(metrics: Iterable[str], real: np.ndarray, generated: np.ndarray, 
     if "fid" in metrics:
         found["fid"] = {"value": frechet_distance(real, generated)}
     if "kid" in metrics:
-        kid = kernel_distance(real, generated, seed=options.seed)._asdict()
-        found["kid"] = {"value": kid.pop("mean")} | kid
+        found["kid"] = kernel_distance(real, generated, seed=options.seed)
     if "cmmd" in metrics:
         found["cmmd"] = {"value": cmmd(real, generated)}
     if "precision" in metrics:
@@ -183,8 +178,7 @@ def _feature_results(
     family: str, metrics: dict[str, str], extractor: FeatureExtractor, values: dict, floors: dict, about: dict
 ) -> Iterable[dict]:
     """Results from `values`, the `_distances` to real images, and `floors`, those between real images or empty."""
-    about = about | {"n_reference": about["n"], "mode": extractor.mode, "features": extractor.name}
-    about |= {"features_file": extractor.file, "features_sha256": extractor.sha256}
+    about = about | {"n_reference": about["n"]} | _describe(extractor)
     for metric, name in metrics.items():
         floor = floors[metric]["value"] if floors else None
         yield result(family, name, metric, floor=floor, **values[metric], **about)
@@ -210,22 +204,25 @@ def _memorisation_results(
     if evaluation.state.is_main_process:
         distances = {"generated": report.distances, "held-out": report.heldout_distances}
         figure = evaluation.out / (f"memorisation_{features}.png" if features else "memorisation.png")
-        plot_nearest_distances(distances, unit, figure)
+        plot_histograms({f"distance to the nearest training image, {unit}": distances}, figure)
     about = evaluation.describe_images() | evaluation.reference | facts | {"mirrored_too": features is None}
     about |= {"n": len(sets[0]), "n_reference": len(sets[2]), "n_heldout": len(report.heldout_distances)}
     about |= {"heldout_duplicates_left_out": report.num_heldout_duplicates}
-    values = {  # metric, value and the value expected from a model that generalises
-        "Nearest training image, generated / held-out (median)": ("memorisation_ratio", report.ratio, 1.0),
-        "Share nearer than any held-out image": ("memorisation_share", *report.share_below_minimum),
-        "Share nearer than 99 % of held-out images": ("memorisation_share_1", *report.share_below_percentile),
-    }
-    for name, (metric, value, expected) in values.items():
-        yield result("memorisation", f"{name}{where}", metric, value, floor=expected, **about)
-    value, expected = report.share_nearest_heldout
-    control = about | {"n_heldout": len(sets[1]), "floor": expected, "std": report.std_share_nearest_heldout}
-    yield result("memorisation", f"Share nearest to a held-out image{where}", "memorisation_control", value, **control)
-    name, nearest = f"Median distance of held-out images, {unit}", [pair._asdict() for pair in report.pairs]
-    yield result("memorisation", name, "heldout_distance", report.heldout_median, nearest_pairs=nearest, **about)
+
+    def measured(name: str, metric: str, value: float, expected: float | None, **more) -> dict:
+        """`expected` is the value of a model that generalises perfectly."""
+        return result("memorisation", name, metric, value, floor=expected, **about | more)
+
+    name = f"Nearest training image, generated / held-out (median){where}"
+    yield measured(name, "memorisation_ratio", report.ratio, 1.0)
+    yield measured(f"Share nearer than any held-out image{where}", "memorisation_share", *report.share_below_minimum)
+    name = f"Share nearer than 99 % of held-out images{where}"
+    yield measured(name, "memorisation_share_1", *report.share_below_percentile)
+    more = {"n_heldout": len(sets[1]), "std": report.std_share_nearest_heldout}
+    name = f"Share nearest to a held-out image{where}"
+    yield measured(name, "memorisation_control", *report.share_nearest_heldout, **more)
+    name = f"Median distance of held-out images, {unit}"
+    yield measured(name, "heldout_distance", report.heldout_median, None, nearest_pairs=report.nearest_pairs)
 
 
 # ---- Likelihood and held-out errors
@@ -243,19 +240,17 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
             bound = variational_bound(*model, images, num_evaluations=options.bound_evaluations, variance=variance)
             terms[f"{kind}, {variance}"] = bound.terms, None
             facts = {"decoder": float(bound.decoder.mean()), "prior": float(bound.prior.mean())}
-            facts |= {"std": standard_error(bound.bits_per_dim), "network_evaluations": bound.num_evaluations}
+            facts |= {"std": standard_error(bound.bits_per_dim), "network_evaluations": options.bound_evaluations}
             yield result("likelihood", name, metric, bound.bits_per_dim.mean(), unit="bits/dim", **facts, **about)
         name, metric = f"Probability-flow ODE, {kind}", "bits_per_dim_ode"
         if evaluation.no_ode is not None:
             yield result("likelihood", name, metric, None, reason=evaluation.no_ode)
             continue
         images, about = of_ode[kind]
-        ode = ode_likelihood(*model, images, num_draws=options.ode_draws, tolerance=options.ode_tolerance)
-        facts = {"std": standard_error(ode.bits_per_dim), "draws": options.ode_draws}
+        bits_per_dim, num_evaluations = ode_likelihood(*model, images, tolerance=options.ode_tolerance)
+        facts = {"std": standard_error(bits_per_dim), "network_evaluations": num_evaluations}
         facts |= {"tolerance": options.ode_tolerance, "first_sigma": evaluation.noise_levels[0]}
-        facts |= {"draw_standard_error": ode.draw_standard_error} if options.ode_draws > 1 else {}
-        facts["network_evaluations"] = ode.num_evaluations
-        yield result("likelihood", name, metric, ode.draws.mean(), unit="bits/dim", **facts, **about)
+        yield result("likelihood", name, metric, bits_per_dim.mean(), unit="bits/dim", **facts, **about)
     if terms:  # timesteps 1 to T as in the paper, starting with L_0
         timesteps = np.arange(1, len(evaluation.pipeline.scheduler.alphas_cumprod) + 1)
         labels = {"xlabel": "timestep, from 1", "ylabel": "term of the bound, bits/dim"}

@@ -31,7 +31,7 @@ MARKED = re.compile(
 
 
 def result(family: str, name: str, metric: str, value: float | None, **settings) -> dict:
-    """One RESULT; settings that are None are left out, and so is a `std` of NaN (that of a single value).
+    """One RESULT; settings that are None are left out.
 
     Args:
         family: the family of metrics, which determines the table.
@@ -40,8 +40,6 @@ def result(family: str, name: str, metric: str, value: float | None, **settings)
     if value is not None and not math.isfinite(value):
         raise InputError(f"{name} is {value}; it must be finite")
     kept = {key: setting for key, setting in settings.items() if setting is not None}
-    if math.isnan(kept.get("std", 0)):
-        del kept["std"]
     return {"family": family, "name": name, "metric": metric, "value": value, **kept}
 
 
@@ -85,19 +83,14 @@ def table(results: Iterable[dict], columns: dict[str, str]) -> str:
     return markdown_table(list(columns.values()), rows)
 
 
-def unusual_settings(entry: dict) -> dict[str, float]:
-    """The settings of a continuous-time sampler that differ from its defaults."""
-    usual = CONTINUOUS_SAMPLERS.get(entry["sampler"], {})
-    return {name: value for name, value in entry.get("sampler_settings", {}).items() if value != usual[name]}
-
-
 def sampler_text(entry: dict) -> str | None:
     """The sampler, its steps and its settings other than the defaults; None for a result without generated images."""
     if "sampler" not in entry:
         return None
     parts = [entry["sampler"]] + ([f"{entry['steps']} steps"] if "steps" in entry else [])
-    own = {"eta": entry["eta"]} if entry.get("eta") else {}
-    parts += [f"{name} {value:g}" for name, value in (own | unusual_settings(entry)).items()]
+    defaults = {"eta": 0} | CONTINUOUS_SAMPLERS.get(entry["sampler"], {})
+    settings = {"eta": entry.get("eta", 0)} | entry.get("sampler_settings", {})
+    parts += [f"{name} {value:g}" for name, value in settings.items() if value != defaults[name]]
     if "class_label" in entry:
         classes = " ".join(map(str, entry["class_label"]))
         parts += [f"class {classes}", f"guidance scale {entry['guidance_scale']:g}"]

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import InputError
-
 PATCH_SIZE = 7
 SMALLEST_RESOLUTION = 16  # of a pyramid level
 PAPER_SCALE = 1000  # the paper's tables show 1000 times the distance
@@ -47,7 +45,7 @@ def sliced_wasserstein(
 
     Returns:
         Distance by the level's height, see `pyramid_heights`. The last level is the low-pass image, the others are
-        differences. Raises InputError if all patches of a set have one value in a channel.
+        differences. It is NaN if all patches of a set have one value in a channel.
     """
     distances, (num_images, channels, *sides) = {}, images1.shape
     for level, height in enumerate(pyramid_heights(*sides)):
@@ -121,8 +119,6 @@ def normalised_patches(images: np.ndarray, level: int, corners: Tensor, batch_si
         y, x = corners[start : start + batch_size].unbind(-1)  # (B, P) each
         patches[start : start + batch_size] = windows[torch.arange(len(batch))[:, None], :, y, x]  # (B, P, C, 7, 7)
     variance, mean = torch.var_mean(patches, dim=(0, 1, 3, 4), correction=0, keepdim=True)
-    if not (variance > 0).all():
-        raise InputError(f"all patches of level {level} have one value in a channel; look at the images")
     return patches.sub_(mean).div_(variance.sqrt()).reshape(num_images * num_patches, -1).numpy()
 
 

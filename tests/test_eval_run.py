@@ -171,7 +171,7 @@ def test_two_processes_give_the_same_results_as_one(measured, inputs, tmp_path):
         (["--cost_samplers", "ddim:x"], "'ddim:x' is not NAME, NAME:STEPS or NAME:STEPS:ETA"),
         (["--class_label", "1"], "no class embeddings"),
         (["--heldout_split", "", "--metrics", "memorisation"], "give --heldout_split"),
-        (["--cost_images", "30", "--metrics", "cost"], "needs 60 real images; there are 50"),
+        (["--cost_images", "30", "--metrics", "cost"], "needs twice as many real images; there are 50"),
         (["--cost_images", "1", "--metrics", "cost"], "--cost_images is 1; a distance between"),
         (["--num_images", "51"], "split train has 50 images"),
         (["--pipeline", "no/where", "--write_card"], "--write_card is for a folder"),
@@ -200,7 +200,7 @@ def test_too_few_or_too_small_images_are_rejected(evaluate, tmp_path, capfd):
     assert "24 images are too few" in capfd.readouterr().err
     small = export(tmp_path / "small", DDIMScheduler(), sample_size=8)
     assert evaluate(tmp_path / "out", "--pipeline", str(small), "--metrics", "swd") == 2
-    assert "8x8 pixels, and swd and cost need 16" in capfd.readouterr().err
+    assert "swd and cost need images of 16 pixels" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -208,9 +208,7 @@ def test_unavailable_published_networks_are_not_measured(inputs, tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("eval.inception._packaged_file", lambda: None)
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: refuses connections
-    monkeypatch.setattr("urllib.request._opener", None)  # created once per process, with the proxies of its first use
+    monkeypatch.setattr("eval.inception.packaged_file", lambda: None)
     fixed = ["--pipeline", str(inputs[0]), "--reference", str(inputs[2]), *SMALL, "--allow_few"]
     out = tmp_path / "out"
     assert main([*fixed, "--out", str(out), "--metrics", "features"]) == 0
@@ -220,7 +218,7 @@ def test_unavailable_published_networks_are_not_measured(inputs, tmp_path, monke
     assert str(tmp_path) not in (out / "results.json").read_text()
     assert re.search(r"\| FID \(clean\); .*; CMMD \| not measured \|", (out / "results.md").read_text())
     assert main([*fixed, "--out", str(out), "--metrics", "features", "--features", "inception"]) == 2
-    assert "could not be downloaded" in capfd.readouterr().err.splitlines()[-1]
+    assert "run `make inception`" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_missing_value_never_replaces_a_measurement():
@@ -257,7 +255,7 @@ def test_sde_model_has_results_for_every_metric(measured_sde):
     swd = next(entry for entry in entries if entry["name"] == "SWD, mean")
     own = {"churn": 0.0, "churn_min": 0.0, "noise_factor": 1.0}
     assert {"sampler": "edm_heun", "steps": 3, "sampler_settings": own}.items() <= swd.items()
-    assert len(list((measured_sde / "images" / "edm_heun-3-fp32").glob("seed-*.png"))) == N
+    assert len(list((measured_sde / "images" / "edm_heun-3-steps-fp32").glob("seed-*.png"))) == N
     drawing = next(entry for entry in entries if entry["metric"] == "seconds_drawing")
     assert drawing["network_evaluations"] == 5
     cost = [entry for entry in entries if entry["family"] == "cost" and entry["metric"] == "swd"]
@@ -290,15 +288,15 @@ def test_sampler_settings_reach_the_images_and_the_results(evaluate, tmp_path):
     pc = "--sampler predictor_corrector --snr 0.1 --corrector_steps 2".split()
     for flags in ([], ["--churn", "0"], pc, ["--sampler", "ode", "--tolerance", "0.1"]):
         assert evaluate(tmp_path, *model, *flags) == 0
-    names = "edm_heun-3-churn10-fp32 edm_heun-3-fp32 ode-tolerance0.1-fp32"
+    names = "edm_heun-3-steps-churn-10-fp32 edm_heun-3-steps-fp32 ode-tolerance-0.1-fp32"
     folders = {path.name for path in (tmp_path / "images").iterdir()}
-    assert folders == {*names.split(), "predictor_corrector-3-snr0.1-corrector_steps2-fp32"}
+    assert folders == {*names.split(), "predictor_corrector-3-steps-snr-0.1-corrector_steps-2-fp32"}
     entries = [entry for entry in results(tmp_path) if entry["name"] == "SWD, mean"]
     assert [entry["sampler_settings"].get("churn") for entry in entries] == [10.0, 0.0, None, None]
     expected = [{"snr": 0.1, "corrector_steps": 2}, {"tolerance": 0.1}]
     assert [entry["sampler_settings"] for entry in entries[2:]] == expected
     assert [entry.get("steps") for entry in entries] == [3, 3, 3, None]
-    record = json.loads((tmp_path / "images" / "ode-tolerance0.1-fp32" / "generate.json").read_text())
+    record = json.loads((tmp_path / "images" / "ode-tolerance-0.1-fp32" / "generate.json").read_text())
     assert record["settings"]["continuous_sampler"] == {"name": "ode", "tolerance": 0.1}
 
 
@@ -310,7 +308,8 @@ def test_class_conditional_model_needs_class_labels_and_a_suitable_sampler(evalu
     flags = ["--class_label", "0", "1", "--guidance_scale", "2", "--cost_samplers", "euler_maruyama:2"]
     assert evaluate(tmp_path, *model, *flags, "--metrics", "swd", "likelihood", "heldout", "cost") == 0
     folders = {path.name for path in (tmp_path / "images").iterdir()}
-    assert folders == {f"{name}-class0.1-guidance2-fp32" for name in ("edm_heun-3", "euler_maruyama-2")}
+    settings = ("edm_heun-3-steps", "euler_maruyama-2-steps")
+    assert folders == {f"{setting}-class-0-1-guidance-scale-2-fp32" for setting in settings}
     entries = {entry["metric"]: entry for entry in results(tmp_path)}
     assert np.isfinite([entries[metric]["value"] for metric in ("bits_per_dim_ode", "sample_mse")]).all()
     assert entries["swd_16"]["guidance_scale"] == 2.0
