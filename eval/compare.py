@@ -144,6 +144,7 @@ def errors_by_noise_level(runs: list[Run]) -> tuple[list[float], dict[str, np.nd
 
 def compare(options: Namespace) -> None:
     """Writes the comparison. Raises InputError if the evaluations cannot be compared."""
+    check_numbers(options, {"num_images": 1}, {"num_images": 64})
     runs, out = open_runs(options.run_dirs, options.titles), options.out
     rows = [row for run in runs for row in rows_of(run)]
     seeds, images = images_of(runs, options.num_images)
@@ -162,20 +163,13 @@ def compare(options: Namespace) -> None:
     print(f"wrote {out / 'comparison.md'}: {len(rows)} rows, images of {len(images)}", flush=True)
 
 
-def parse_options(arguments: list[str]) -> Namespace:
-    """Parses and checks the arguments; raises InputError."""
+def main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m eval.compare", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of eval.run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the table and figures")
     parser.add_argument("--titles", nargs="+", help="titles of the models (default: the names of their folders)")
     parser.add_argument("--num_images", type=int, default=8, help="images per row of the figure (default 8)")
-    options = parser.parse_args(arguments)
-    check_numbers(options, {"num_images": 1}, {"num_images": 64})
-    return options
-
-
-def main(arguments: list[str]) -> int:
-    return run_command(lambda: compare(parse_options(arguments)))
+    return run_command(lambda: compare(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

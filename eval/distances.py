@@ -19,10 +19,9 @@ def frechet_distance(features1: np.ndarray, features2: np.ndarray) -> float:
 
         d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))        Heusel et al. 2017 (arXiv 1706.08500), equation 6
 
-    with the means m and the covariances S (over N - 1) of the features, (N, D) and (M, D). For S = R^T R, the
-    eigenvalues of S1 S2 are the squared singular values of R1 R2^T, so the trace of the root is the sum of the
-    singular values. R comes from the QR decomposition of the centred features: the covariance is never formed and may
-    be singular, and no square root magnifies rounding errors near 0.
+    with the means m and the covariances S (over N - 1) of the features, (N, D) and (M, D). For S = R^T R, the trace
+    of the root is the sum of the singular values of R1 R2^T. R comes from the QR decomposition of the centred
+    features: the covariance is never formed and may be singular, and no square root magnifies rounding errors near 0.
     """
     means = [features.mean(axis=0, dtype=np.float64) for features in (features1, features2)]
     roots = []
@@ -71,13 +70,10 @@ def _unbiased_polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
 def cmmd(embeddings1: np.ndarray, embeddings2: np.ndarray) -> float:
     """CMMD (Jayasumana et al. 2024, arXiv 2401.09603), in float64.
 
-    MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y) with the kernel exp(-|x - y|^2 / (2 sigma^2)), sigma 10, times 1000.
-    Like the paper's code, this is the biased estimate (Gretton et al. 2012, equation 5: it counts every pair,
-    including an image with itself): it is never negative, 0 for identical sets, and about 1/n above 0 for equal
-    distributions.
-
-    Args:
-        embeddings1, embeddings2: CLIP image embeddings of norm 1, shapes (N, D) and (M, D).
+    MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y) with the kernel exp(-|x - y|^2 / (2 sigma^2)), sigma 10, times 1000,
+    for CLIP image embeddings of norm 1, (N, D) and (M, D). Like the paper's code, this is the biased estimate (Gretton
+    et al. 2012, equation 5: it counts every pair, including an image with itself): it is never negative, 0 for
+    identical sets, and about 1/n above 0 for equal distributions.
     """
     x, y = (torch.from_numpy(np.asarray(embeddings, np.float64)) for embeddings in (embeddings1, embeddings2))
 
@@ -100,8 +96,7 @@ def prdc(real: np.ndarray, generated: np.ndarray, *, k: int = 5) -> dict[str, fl
 
     All but density are in [0, 1]. For equal distributions the expected density is 1 and the expected coverage
     1 - (N-1)...(N-k) / ((M+N-1)...(M+N-k)); precision and recall depend on the distribution. Balls are closed, as in
-    equation 1 of the first paper. (The package `prdc` uses open balls, which differs only for tied distances: for two
-    identical sets the density is (k + 1)/k here and 1 there.)
+    equation 1 of the first paper; the package `prdc` uses open balls, which differs only for tied distances.
 
     Args:
         real, generated: shapes (N, D) and (M, D), any real type; N, M > k.

@@ -30,7 +30,6 @@ class Published(NamedTuple):
     hub_id: str
     commit: str
     weights: str
-    sha256: str  # of the weights
     size: int  # side of the images, pixels
     mean: list[float]
     std: list[float]
@@ -42,7 +41,6 @@ PUBLISHED = {
         "facebook/dinov2-large",
         "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c",
         "model.safetensors",
-        "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
         224,
         IMAGENET_DEFAULT_MEAN,
         IMAGENET_DEFAULT_STD,
@@ -52,7 +50,6 @@ PUBLISHED = {
         "openai/clip-vit-large-patch14-336",
         "ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
         "pytorch_model.bin",
-        "c6032c2e0caae3dc2d4fba35535fa6307dbb49df59c7e182b1bc4b3329b81801",
         336,
         OPENAI_CLIP_MEAN,
         OPENAI_CLIP_STD,
@@ -60,18 +57,19 @@ PUBLISHED = {
 }
 
 
-def open_extractor(name: str, *, path: Path | None = None, device: torch.device | str = "cpu") -> FeatureExtractor:
+def open_extractor(
+    name: str, *, inception_path: Path | None = None, device: torch.device | str = "cpu"
+) -> FeatureExtractor:
     """Opens a feature extractor; raises InputError if it is not available.
 
     Args:
         name: `inception`, `inception:MODE` (see `open_inception`), `dinov2`, `clip` or a TorchScript file.
-        path: local weights of `inception` (a file), `dinov2` or `clip` (a folder).
     """
     network, _, mode = name.partition(":")
     if network == "inception":
-        return open_inception(mode or "clean", path=path, device=device)
+        return open_inception(mode or "clean", path=inception_path, device=device)
     if name in PUBLISHED:
-        return open_published(PUBLISHED[name], path, device=device)
+        return open_published(PUBLISHED[name], device=device)
     return open_torchscript(Path(name), device=device)
 
 
@@ -84,8 +82,8 @@ def open_torchscript(path: Path, *, device: torch.device | str) -> FeatureExtrac
     return FeatureExtractor(path.name, "as they are", sha256_of(path), lambda x: network(x.float().to(device)))
 
 
-def open_published(published: Published, path: Path | None, *, device: torch.device | str) -> FeatureExtractor:
-    """Opens DINOv2 or CLIP from its folder, or else from the Hub. No code from there is run.
+def open_published(published: Published, *, device: torch.device | str) -> FeatureExtractor:
+    """Opens DINOv2 or CLIP from the Hub or its cache. No code from there is run.
 
     Images are resized (antialiased bicubic, rounded to uint8) and normalised as in the authors' code.
 
@@ -95,10 +93,11 @@ def open_published(published: Published, path: Path | None, *, device: torch.dev
 
     CLIP: the projected image embedding divided by its norm, as in the code of Jayasumana et al.
     """
-    folder = path or _download(published)
-    weights = folder / published.weights
-    if not weights.is_file() or sha256_of(weights) != published.sha256:
-        raise InputError(f"{weights} is missing, damaged or not that of {published.hub_id}; download it again")
+    files = ["config.json", published.weights]
+    try:
+        folder = Path(snapshot_download(published.hub_id, revision=published.commit, allow_patterns=files))
+    except (OSError, HTTPError) as error:
+        raise InputError(f"{published.hub_id} could not be downloaded from the Hub: {error}") from error
     use_safetensors = published.weights.endswith(".safetensors")  # otherwise a pickle, read with weights_only
     network = published.network_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=use_safetensors)
     network.eval().to(device)
@@ -115,14 +114,4 @@ def open_published(published: Published, path: Path | None, *, device: torch.dev
             return normalize(output.image_embeds, dim=1)
         return output.pooler_output
 
-    return FeatureExtractor(published.hub_id, f"bicubic {size}", published.sha256, features)
-
-
-def _download(published: Published) -> Path:
-    """Downloads a network from the Hub and returns its folder in the cache."""
-    files = ["config.json", published.weights]
-    try:
-        return Path(snapshot_download(published.hub_id, revision=published.commit, allow_patterns=files))
-    except (OSError, HTTPError) as error:
-        what_to_do = "download it elsewhere and give the path of its folder"
-        raise InputError(f"{published.hub_id} could not be downloaded from the Hub: {error}; {what_to_do}") from error
+    return FeatureExtractor(published.hub_id, f"bicubic {size}", sha256_of(folder / published.weights), features)

@@ -59,10 +59,9 @@ class VariationalBound(NamedTuple):
 def posterior_of(alphas_cumprod: Tensor, variance: str) -> tuple[Tensor, Tensor, Tensor]:
     """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7, and the reverse process, at every timestep; float64, shape (T,).
 
-    Returns the weight of x_0 in the posterior mean (that of x_t is not needed, because the model's mean is the
-    posterior mean with the predicted x_0 in place of x_0); the posterior variance beta-tilde_t, 0 at timestep 0; and
-    sigma_t^2 of the reverse process, beta-tilde_t or beta_t by `variance`, one of `VARIANCES` (DDPM section 3.2). At
-    timestep 0, where beta-tilde is 0, sigma^2 is beta-tilde of the next timestep, as in the authors' code.
+    Returns the weight of x_0 in the posterior mean (the model's mean is the same with the predicted x_0); the
+    posterior variance beta-tilde_t, 0 at timestep 0; and sigma_t^2 of the reverse process, beta-tilde_t or beta_t by
+    `variance`, one of `VARIANCES` (DDPM section 3.2), at timestep 0 beta-tilde of the next one, as in the authors' code.
     """
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     beta = 1 - alphas_cumprod / previous
@@ -150,9 +149,8 @@ def draw_timesteps(
 
     If `num_evaluations` is None, these are all T timesteps with weight 1. Otherwise they are timestep 0 and K - 1
     others by stratified importance sampling: one from each of K - 1 equal parts of the mass of a proposal p(t), with
-    the weight 1 / ((K - 1) p(t)), which is unbiased for any p. For white data of unit variance and many timesteps, L_t
-    is proportional to the decrease of log(1 + snr). p mixes this decrease with a uniform distribution in equal parts,
-    so that no weight exceeds 2 (T - 1) / (K - 1).
+    the weight 1 / ((K - 1) p(t)), which is unbiased for any p. For white data of unit variance, L_t is proportional
+    to the decrease of log(1 + snr); p mixes it with a uniform one, so that no weight exceeds 2 (T - 1) / (K - 1).
 
     Returns int64 and float64, shape (N, K); column 0 is timestep 0.
     """
@@ -254,21 +252,19 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
 
     It starts at sigma_0, the lowest noise level that the network knows (`SDE.noise_levels`: 0.006 for the cosine
     schedule with 1,000 timesteps, 0.010 for the linear one, 0.001 for vp and 0.02 for ve; adjacent pixel values are
-    0.008 apart), so the result is the density of x_0 + sigma_0 epsilon: a proper density, and hence a valid code, of a
-    model whose images keep that noise. For data smoother than this noise, it costs about
-    log2(1 + sigma_0^2 / variance) / 2 bits/dim more than the density at sigma 0.
+    0.008 apart), so the result is the density of x_0 + sigma_0 epsilon: a valid code of a model whose images keep that
+    noise, about log2(1 + sigma_0^2 / variance) / 2 bits/dim longer than at sigma 0.
 
     Args:
         points: float64, shape (B, C, H, W); x_0 + sigma_0 epsilon, not scaled by alpha.
         probes: vectors e whose e^T J e sum to the trace of a matrix J, in expectation or (for the D unit vectors)
             exactly; float64, shape (K, B, C, H, W).
         tolerance: largest local error per step of the solver (Runge-Kutta 5(4)): the root mean square error over all
-            pixel values of the batch and, with equal weight, of log p / D. For a Gaussian with the spectrum of 32x32
-            images, 1e-3 takes 50 network evaluations and errs by up to 0.002 bits/dim; 1e-5 takes 120 and errs by
-            0.0001. With 1e-2, a step can skip the noise levels where the data have their structure.
+            pixel values of the batch and of log p / D. For a Gaussian with the spectrum of 32x32 images, 1e-3 takes 50
+            network evaluations and errs by up to 0.002 bits/dim; 1e-5 takes 120 and errs by 0.0001.
 
     Returns float64 log-densities (B,), and the number of network evaluations. Raises InputError if the network's
-    output is not finite or the ODE cannot be solved, and ValueError if the network accepts only whole timesteps.
+    output is not finite or the ODE cannot be solved.
     """
     denoise = denoiser(unet, scheduler)
     sde, (first_sigma, last_sigma) = denoise.sde, denoise.sde.noise_levels

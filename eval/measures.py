@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import wasserstein_distance
 
 from common import InputError
-from eval.colours import colour_statistics, share_of_extremes
+from eval.colours import colour_statistics
 from eval.distances import cmmd, frechet_distance, kernel_distance, prdc
 from eval.encoders import open_extractor
 from eval.evaluation import Evaluation, SamplerSetting
@@ -26,7 +26,7 @@ from pipelines import CustomUNetPipeline
 from training.data import to_model_range
 
 PRDC = ("precision", "recall", "density", "coverage")
-PUBLISHED = ("inception", "dinov2", "clip")  # feature extractors
+DEFAULT_FEATURES = ("inception", "dinov2", "clip")
 COST_METRICS = ("fid", "kid")  # in addition to SWD and colours
 DISTANCE = "Wasserstein distance in grey levels"
 LOG_LOG = {"xscale": "log", "yscale": "log"}
@@ -83,7 +83,6 @@ def _colour_results(
     for name, values in generated.items():
         facts = {"n": n, "n_reference": n, "mean": values.mean(), "spread": values.std()}
         facts |= {"real_mean": real[name].mean(), "real_spread": real[name].std()}
-        facts |= {"share_of_extremes": share_of_extremes(values, real[name]), "share_of_extremes_expected": 0.01}
         facts |= {"floor": wasserstein_distance(others[name], real[name])} if others else {}
         title, distance = f"{name.capitalize()}, {DISTANCE}", wasserstein_distance(values, real[name])
         yield result(family, title, name, distance, **facts, **evaluation.reference | about)
@@ -110,17 +109,17 @@ def feature_metrics(network: str) -> dict[str, str]:
 
 def open_features(evaluation: Evaluation, network: str) -> FeatureExtractor:
     """Opens the extractor of a network, see `feature_metrics`. Raises InputError if its weights are not found."""
-    path = getattr(evaluation.options, f"{network.partition(':')[0]}_path", None)
-    return open_extractor(network, path=path, device=evaluation.state.device)
+    options, device = evaluation.options, evaluation.state.device
+    return open_extractor(network, inception_path=options.inception_path, device=device)
 
 
 def measure_features(evaluation: Evaluation) -> Iterable[dict]:
     """Computes the metrics in all feature spaces, on all processes.
 
-    Without --features, published networks whose weights are not found are reported as not measured.
+    Without --features, networks whose weights are not found are reported as not measured.
     """
     options, n = evaluation.options, evaluation.options.num_images
-    for network in options.features or PUBLISHED:
+    for network in options.features or DEFAULT_FEATURES:
         metrics = feature_metrics(network)
         try:
             extractor = open_features(evaluation, network)
@@ -309,7 +308,7 @@ def _mean_and_standard_error(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
     """Measures each sampler: its quality, on all processes, and the network evaluations and seconds of one batch."""
     options, is_main, entries = evaluation.options, evaluation.state.is_main_process, []
-    n, network, metrics = options.cost_images, (options.features or PUBLISHED)[0], {}
+    n, network, metrics = options.cost_images, (options.features or DEFAULT_FEATURES)[0], {}
     try:
         extractor = open_features(evaluation, network)
         real_features, others = _real_features(evaluation, extractor, n)
@@ -349,7 +348,7 @@ def _cost_of_one_batch(evaluation: Evaluation, pipeline: CustomUNetPipeline, set
     seeds = range(options.seed, options.seed + min(options.batch_size, options.cost_images))
     labels = options.class_label and [options.class_label[seed % len(options.class_label)] for seed in seeds]
     guidance = {"class_labels": labels, "guidance_scale": options.guidance_scale}
-    how = {"num_inference_steps": setting.steps or options.steps, "eta": setting.eta, "output_type": "pt"}
+    how = {"num_inference_steps": setting.steps, "eta": setting.eta, "output_type": "pt"}
     started_at_seconds = time.perf_counter()
     output = pipeline(seeds=seeds, **how, **guidance)
     output.images.cpu()  # waits for the device

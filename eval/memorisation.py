@@ -3,14 +3,11 @@
 Held-out images come from the same distribution and cannot have been copied, so their distances to the nearest training
 images show what is normal. Inspect generated images that are nearer than that: they may be copies.
 
-Two biases matter. A smooth or blurred image is nearer in pixels to every other image than a sharp one, so a ratio
-below 1 may come from blur; copies show in the shares and the pairs. Data sets also contain near-copies: a held-out
-image that almost repeats a training image lowers the minimum, so that no generated image falls below it. Held-out
-images nearer than `duplicate_distance` are therefore left out and counted.
-
-To tell blur from copying, look at whether the nearest real image is a training or a held-out image. A model that
-generalises treats both alike, however much it blurs; for a model that reproduces its training data, the nearest image
-is a held-out one too rarely. (Meehan, Chaudhuri and Dasgupta 2020, arXiv 2004.05675, compare both distances for this.)
+A blurred image is nearer in pixels to every other image than a sharp one, so a ratio below 1 may come from blur. To
+tell blur from copying, look at whether the nearest real image is a training or a held-out image: a model that
+generalises treats both alike, however much it blurs (Meehan et al. 2020, arXiv 2004.05675, compare both distances).
+Data sets also contain near-copies: a held-out image that almost repeats a training image would lower the minimum, so
+that no generated image falls below it. Held-out images nearer than `duplicate_distance` are left out and counted.
 """
 
 from dataclasses import dataclass

@@ -112,21 +112,21 @@ def quality_table(results: list[dict]) -> str:
 
 
 def cost_table(results: list[dict]) -> str:
-    """One row per sampler setting: FID and KID, or else SWD, network evaluations and seconds."""
+    """One row per sampler setting: FID and KID, or else SWD, network evaluations and seconds; of the newest n."""
     entries = [entry for entry in results if entry["family"] == "cost"]
     if not entries:
         raise InputError("the results have no cost curve")
-    rows, floors = {}, {}  # by number of images, since distances depend on it
+    n, rows = entries[-1]["n"], {}
+    floors = {"sampler": f"real against real, n = {number(n)}"}
     for entry in entries:
-        n, sampler = entry["n"], sampler_text(entry)
-        facts = {key: entry[key] for key in ("network_evaluations", "seconds_per_image")} | {"sampler": sampler}
-        rows.setdefault(n, {}).setdefault(sampler, facts)[entry["metric"]] = value_text(entry)
-        floor = floors.setdefault(n, {"sampler": f"real against real, n = {number(n)}"})
-        floor[entry["metric"]] = entry.get("floor")
-    metrics = {entry["metric"]: entry["metric"].upper() for entry in entries if entry["metric"] in ("fid", "kid")}
-    columns = {"sampler": "sampler"} | (metrics or {"swd": "SWD"})
+        if entry["n"] == n:
+            row = rows.setdefault(sampler_text(entry), entry | {"sampler": sampler_text(entry)})
+            row[entry["metric"]] = value_text(entry)
+            floors[entry["metric"]] = entry.get("floor")
+    metrics = [metric for metric in ("fid", "kid") if metric in floors] or ["swd"]
+    columns = {"sampler": "sampler"} | {metric: metric.upper() for metric in metrics}
     columns |= {"network_evaluations": "network evaluations", "seconds_per_image": "seconds per image"}
-    return table([row for n in rows for row in [*rows[n].values(), floors[n]]], columns)
+    return table([*rows.values(), floors], columns)
 
 
 TABLES = {

