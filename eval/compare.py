@@ -157,7 +157,7 @@ def compare(options: Namespace) -> None:
         labels = {"xlabel": "noise level sigma", "ylabel": "mean squared error of the noise, held-out"}
         labels |= {"xscale": "log", "yscale": "log"}
         bands = {title: (curve, None) for title, curve in curves.items()}
-        plot_curves(np.array(sigmas), bands, labels, out / "comparison_errors.png")
+        plot_curves(sigmas, bands, labels, out / "comparison_errors.png")
     shown = {"seeds": [*seeds], "labels": [*images]} if images else None
     write_results(out / "comparison.json", {"reference": runs[0].record["reference"], "rows": rows, "shown": shown})
     print(f"wrote {out / 'comparison.md'}: {len(rows)} rows, images of {len(images)}", flush=True)

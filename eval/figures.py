@@ -1,5 +1,6 @@
 """Figures of an evaluation, from arrays and results; no figure shows a reference image."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -54,7 +55,7 @@ def plot_histograms(panels: dict[str, dict[str, np.ndarray]], path: Path) -> Non
 
 
 def plot_curves(
-    x: np.ndarray, curves: dict[str, tuple[np.ndarray, np.ndarray | None]], labels: dict, path: Path
+    x: Sequence[float], curves: dict[str, tuple[np.ndarray, np.ndarray | None]], labels: dict, path: Path
 ) -> None:
     """Plots lines with bands of one standard error.
 

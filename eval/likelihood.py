@@ -61,7 +61,7 @@ def posterior_of(alphas_cumprod: Tensor, variance: str) -> tuple[Tensor, Tensor,
 
     Returns the weight of x_0 in the posterior mean (the model's mean is the same with the predicted x_0); the
     posterior variance beta-tilde_t, 0 at timestep 0; and sigma_t^2 of the reverse process, beta-tilde_t or beta_t by
-    `variance`, one of `VARIANCES` (DDPM section 3.2), at timestep 0 beta-tilde of the next one, as in the authors' code.
+    `variance`, one of `VARIANCES` (DDPM section 3.2), at timestep 0 beta-tilde of the next, as in the authors' code.
     """
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     beta = 1 - alphas_cumprod / previous

@@ -26,11 +26,8 @@ from pipelines import CustomUNetPipeline
 from training.data import to_model_range
 
 PRDC = ("precision", "recall", "density", "coverage")
-DEFAULT_FEATURES = ("inception", "dinov2", "clip")
-COST_METRICS = ("fid", "kid")  # in addition to SWD and colours
+COST_METRICS = ("fid", "kid")  # if the first of the networks has them, in addition to SWD and colours
 DISTANCE = "Wasserstein distance in grey levels"
-LOG_LOG = {"xscale": "log", "yscale": "log"}
-NO_BOUND = "the bound needs discrete timesteps, but the model was trained in continuous time"
 
 
 def check_metrics(evaluation: Evaluation) -> None:
@@ -45,7 +42,7 @@ def check_metrics(evaluation: Evaluation) -> None:
         there = len(evaluation.training)
         raise InputError(f"--cost_images {options.cost_images} needs twice as many real images; there are {there}")
     if not {"features", "cost"}.isdisjoint(metrics):
-        for name in options.features or ():
+        for name in options.features:
             open_features(evaluation, name)
 
 
@@ -114,23 +111,10 @@ def open_features(evaluation: Evaluation, network: str) -> FeatureExtractor:
 
 
 def measure_features(evaluation: Evaluation) -> Iterable[dict]:
-    """Computes the metrics in all feature spaces, on all processes.
-
-    Without --features, networks whose weights are not found are reported as not measured.
-    """
+    """Computes the metrics in all feature spaces, on all processes."""
     options, n = evaluation.options, evaluation.options.num_images
-    for network in options.features or DEFAULT_FEATURES:
-        metrics = feature_metrics(network)
-        try:
-            extractor = open_features(evaluation, network)
-        except InputError as error:
-            if options.features is not None:
-                raise
-            mode = "clean" if network == "inception" else None
-            reason = str(error).replace(str(Path.home()), "~")  # results are published with the model card
-            for metric, name in metrics.items():
-                yield result("features", name, metric, None, reason=reason, mode=mode)
-            continue
+    for network in options.features:
+        metrics, extractor = feature_metrics(network), open_features(evaluation, network)
         generated = _features(evaluation, extractor, evaluation.generated_set)
         real, *others = _real_features(evaluation, extractor, n)
         if evaluation.state.is_main_process:
@@ -228,14 +212,13 @@ def _memorisation_results(
 
 
 def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
+    """Measures the likelihood by the ODE and, for a model with discrete timesteps, also by the variational bound."""
+    variances = () if evaluation.pipeline.is_continuous else VARIANCES
     options, model = evaluation.options, (evaluation.network, evaluation.pipeline.scheduler)
     of_ode, terms = evaluation.splits(options.ode_images), {}
     for kind, (images, about) in evaluation.splits(options.likelihood_images).items():
-        for variance in VARIANCES:
+        for variance in variances:
             name, metric = f"Variational bound ({variance}), {kind}", f"bits_per_dim_bound_{variance}"
-            if evaluation.pipeline.is_continuous:
-                yield result("likelihood", name, metric, None, reason=NO_BOUND)
-                continue
             bound = variational_bound(*model, images, num_evaluations=options.bound_evaluations, variance=variance)
             terms[f"{kind}, {variance}"] = bound.terms, None
             facts = {"decoder": float(bound.decoder.mean()), "prior": float(bound.prior.mean())}
@@ -253,48 +236,42 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
     if terms:  # timesteps 1 to T as in the paper, starting with L_0
         timesteps = np.arange(1, len(evaluation.pipeline.scheduler.alphas_cumprod) + 1)
         labels = {"xlabel": "timestep, from 1", "ylabel": "term of the bound, bits/dim"}
-        plot_curves(timesteps, terms, labels | LOG_LOG, evaluation.out / "bound_terms.png")
+        labels |= {"xscale": "log", "yscale": "log"}
+        plot_curves(timesteps, terms, labels, evaluation.out / "bound_terms.png")
 
 
 def measure_heldout(evaluation: Evaluation) -> Iterable[dict]:
     """Held-out errors by noise level and, for a model with discrete timesteps, also by timestep."""
-    splits = evaluation.splits(evaluation.options.heldout_images)
-    sets = {kind: (to_model_range(images), about) for kind, (images, about) in splits.items()}
-    if not evaluation.pipeline.is_continuous:
-        yield from _errors_by_timestep(evaluation, sets)
-    yield from _errors_by_noise_level(evaluation, sets)
-
-
-def _errors_by_timestep(evaluation: Evaluation, sets: dict) -> Iterable[dict]:
-    timesteps, curves = midpoint_timesteps(evaluation.pipeline.scheduler), {}
-    for kind, (images, about) in sets.items():
-        errors = noise_errors(evaluation.network, evaluation.pipeline.scheduler, images, timesteps)
-        curves[kind] = _mean_and_standard_error(errors)
-        name, more = f"Error of the noise, mean over timesteps, {kind}", about | {"timesteps": timesteps}
-        yield result("heldout", name, "epsilon_mse", errors.mean(), curve=errors.mean(axis=1).tolist(), **more)
-    labels = {"xlabel": "timestep", "ylabel": "mean squared error of the noise", "yscale": "log"}
-    plot_curves(timesteps, curves, labels, evaluation.out / "heldout_loss.png")
-
-
-def _errors_by_noise_level(evaluation: Evaluation, sets: dict) -> Iterable[dict]:
-    reason, curves = evaluation.no_ode, {}
+    model, reason = (evaluation.network, evaluation.pipeline.scheduler), evaluation.no_ode
     if reason is None:
         low, high = evaluation.noise_levels
         if low > SIGMAS[0] * (1 + 1e-6) or high < SIGMAS[-1]:
             reason = f"the model was trained with noise levels from {low:.3g} to {high:.3g}, but models are compared"
             reason += f" at {SIGMAS[0]:g} to {SIGMAS[-1]:g}"
-    for kind, (images, about) in sets.items():
+    timesteps = [] if evaluation.pipeline.is_continuous else midpoint_timesteps(evaluation.pipeline.scheduler)
+    by_timestep, by_sigma = {}, {}
+    for kind, (images, about) in evaluation.splits(evaluation.options.heldout_images).items():
+        images = to_model_range(images)
+        if timesteps:
+            errors = noise_errors(*model, images, timesteps)
+            by_timestep[kind] = _mean_and_standard_error(errors)
+            more = about | {"timesteps": timesteps, "curve": errors.mean(axis=1).tolist()}
+            name = f"Error of the noise, mean over timesteps, {kind}"
+            yield result("heldout", name, "epsilon_mse", errors.mean(), **more)
         name = f"Error of x_0, mean over log sigma, {kind}"
         if reason is not None:
             yield result("heldout", name, "sample_mse", None, reason=reason)
             continue
-        errors = clean_image_errors(evaluation.network, evaluation.pipeline.scheduler, images)
-        curves[kind] = _mean_and_standard_error(errors / np.square(SIGMAS)[:, None])
-        more = about | {"std": standard_error(errors.mean(axis=0)), "sigmas": SIGMAS}
-        yield result("heldout", name, "sample_mse", errors.mean(), curve=errors.mean(axis=1).tolist(), **more)
-    if curves:
-        labels = {"xlabel": "noise level sigma", "ylabel": "mean squared error of the noise"}
-        plot_curves(np.array(SIGMAS), curves, labels | LOG_LOG, evaluation.out / "denoising_error.png")
+        errors = clean_image_errors(*model, images)
+        by_sigma[kind] = _mean_and_standard_error(errors / np.square(SIGMAS)[:, None])
+        more = about | {"sigmas": SIGMAS, "curve": errors.mean(axis=1).tolist()}
+        yield result("heldout", name, "sample_mse", errors.mean(), std=standard_error(errors.mean(axis=0)), **more)
+    labels = {"ylabel": "mean squared error of the noise", "yscale": "log"}
+    if by_timestep:
+        plot_curves(timesteps, by_timestep, labels | {"xlabel": "timestep"}, evaluation.out / "heldout_loss.png")
+    if by_sigma:
+        labels |= {"xlabel": "noise level sigma", "xscale": "log"}
+        plot_curves(SIGMAS, by_sigma, labels, evaluation.out / "denoising_error.png")
 
 
 def _mean_and_standard_error(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -308,22 +285,17 @@ def _mean_and_standard_error(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
     """Measures each sampler: its quality, on all processes, and the network evaluations and seconds of one batch."""
     options, is_main, entries = evaluation.options, evaluation.state.is_main_process, []
-    n, network, metrics = options.cost_images, (options.features or DEFAULT_FEATURES)[0], {}
-    try:
-        extractor = open_features(evaluation, network)
-        real_features, others = _real_features(evaluation, extractor, n)
-        metrics = {key: name for key, name in feature_metrics(network).items() if key in COST_METRICS}
-    except InputError as error:
-        if options.features is not None:
-            raise
-        print(f"cost: FID and KID are not measured: {error}", flush=True)
+    n, network = options.cost_images, options.features[0]
+    metrics = {key: name for key, name in feature_metrics(network).items() if key in COST_METRICS}
+    extractor = open_features(evaluation, network)
+    real_features, others = _real_features(evaluation, extractor, n)
     if is_main:
         real, floor = evaluation.real(n), fmean(swd_floor(evaluation.real(2 * n)).values())
         real_colours = colour_statistics(real)
-        floors = _distances(metrics, real_features, others, options) if metrics else {}
+        floors = _distances(metrics, real_features, others, options)
     for setting in evaluation.cost_settings:
         images, _, pipeline = evaluation.draw(setting, n)
-        features = _features(evaluation, extractor, images) if metrics else None
+        features = _features(evaluation, extractor, images)
         if not is_main:
             continue
         if not entries:  # warm-up: the first batch also initialises the libraries
@@ -334,9 +306,8 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
         distance = fmean(sliced_wasserstein(pixels, real).values())
         found = [result("cost", "SWD, mean", "swd", distance, floor=floor, n=n, n_reference=n, **about)]
         found += _colour_results("cost", evaluation, colour_statistics(pixels), real_colours, about)
-        if metrics:
-            values = _distances(metrics, real_features, features, options)
-            found += _feature_results("cost", metrics, extractor, values, floors, about | {"n": n})
+        values = _distances(metrics, real_features, features, options)
+        found += _feature_results("cost", metrics, extractor, values, floors, about | {"n": n})
         entries += found
         yield from found
     if is_main:

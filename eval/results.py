@@ -67,8 +67,6 @@ def number(value: float | int | str | None) -> str:
 
 
 def value_text(entry: dict) -> str:
-    if entry["value"] is None:
-        return "not measured"
     spread = f" ± {entry['std']:.2g}" if "std" in entry else ""
     return number(entry["value"]) + spread
 
@@ -98,15 +96,9 @@ def sampler_text(entry: dict) -> str | None:
 
 
 def quality_table(results: list[dict]) -> str:
-    """All results except costs and times; consecutive metrics that were not measured share a row."""
-    rows = []
-    for entry in results:
-        if entry["family"] in ("cost", "time"):
-            continue
-        if entry["value"] is None and rows and rows[-1]["value"] is None:
-            rows[-1] = rows[-1] | {"name": f"{rows[-1]['name']}; {entry['name']}"}
-        else:
-            rows.append(entry | {"sampler": sampler_text(entry)})
+    """All values except costs and times."""
+    shown = [entry for entry in results if entry["family"] not in ("cost", "time") and entry["value"] is not None]
+    rows = [entry | {"sampler": sampler_text(entry)} for entry in shown]
     columns = {"name": "metric", "value": "value", "floor": "real against real", "n": "n"}
     return table(rows, columns | {"split": "split", "sampler": "sampler"})
 

@@ -5,8 +5,8 @@
 DATA is a folder, a Hub id or `synthetic-faces`, cropped as in training. OUT/results.json has every value and how it
 was measured, OUT/results.md a table, OUT/*.png the figures. A second start reuses the images in OUT/images and the
 features in the user's cache. `--write_card` adds the results to the model card; `python -m eval.compare` compares the
-results of several models. DDPM and SDE models are measured in the same way, except for metrics that need discrete
-timesteps.
+results of several models. DDPM and SDE models are measured in the same way; the variational bound and the loss by
+timestep are only for models with discrete timesteps.
 
     swd            sliced Wasserstein distance, with the floor (real against real)        eval/swd.py
     colours        brightness, contrast and saturation                                   eval/colours.py
@@ -48,8 +48,8 @@ FEWEST_IMAGES = 2048  # with fewer, the covariance of Inception's 2,048 features
 NEED_IMAGES = {"swd", "colours", "features", "memorisation"}
 ON_ALL_PROCESSES = {"features", "cost"}  # the main process alone measures the other metrics
 ON_THE_CARD = {"swd", "features", "memorisation", "likelihood"}
-# Two results with the same values for these keys are the same measurement
-IDENTITY = "family name split sampler steps eta sampler_settings class_label guidance_scale n".split()
+# Two results with the same name and the same values for these keys are the same measurement
+IDENTITY = "split sampler steps eta sampler_settings class_label guidance_scale n".split()
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
@@ -68,8 +68,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for results.json and figures")
     add("--images_dir", type=Path, help="folder for generated images (default OUT/images)")
     add("--allow_few", action="store_true", help=f"allow fewer than {FEWEST_IMAGES} images for FID and the like")
-    features = "inception[:legacy_tensorflow], dinov2, clip or a TorchScript file (default: the three, if available)"
-    add("--features", nargs="+", help=features)
+    features = "inception[:legacy_tensorflow], dinov2, clip or a TorchScript file (default: inception)"
+    add("--features", nargs="+", default=["inception"], help=features)
     add("--inception_path", type=Path, help="Inception's weights (default: those of `make inception`)")
     add("--k", type=int, default=5, help="nearest neighbours for precision, recall, density and coverage")
     add("--likelihood_images", type=int, default=256, help="images per split for the variational bound")
@@ -177,16 +177,13 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
 
 
 def keep(record: dict, entry: dict) -> None:
-    """Adds a result, which replaces the same measurement from an earlier start or a "not measured" entry.
+    """Adds a result, which replaces the same measurement from an earlier start or a "not measured" entry."""
 
-    A "not measured" entry never replaces a value.
-    """
-    same_name = [old for old in record["results"] if (old["family"], old["name"]) == (entry["family"], entry["name"])]
-    if entry["value"] is None and any(old["value"] is not None for old in same_name):
-        return
-    identity = [entry.get(key) for key in IDENTITY]
-    replaced = [old for old in same_name if old["value"] is None or [old.get(key) for key in IDENTITY] == identity]
-    record["results"] = [old for old in record["results"] if old not in replaced] + [entry]
+    def is_replaced(old: dict) -> bool:
+        same_name = (old["family"], old["name"]) == (entry["family"], entry["name"])
+        return same_name and (old["value"] is None or all(old.get(key) == entry.get(key) for key in IDENTITY))
+
+    record["results"] = [old for old in record["results"] if not is_replaced(old)] + [entry]
 
 
 def main(arguments: list[str], network_class: type[ModelMixin] = CustomUNet2DModel) -> int:

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import assert_same_tensors, error_line, full_disk_at, records, signal_at
+from tiny_training import assert_same_tensors, error_line, records, signal_at
 from torch import Tensor
 
 from eval import training_metric
 from eval.distances import frechet_distance, kernel_distance
 from eval.features import images_of_store
 from pipelines import CustomUNetPipeline
-from training.checkpoint import verify_checkpoint
 from training.reports import report_metric
 
 pytest_plugins = ["tiny_training"]
@@ -152,15 +151,6 @@ def test_metric_does_not_change_the_losses_even_if_it_fails(start, straight, tmp
     assert records(run, "fid").keys() == {6}
     assert records(run, "loss") == records(straight, "loss")
     assert_same_tensors(run / "checkpoint-9", straight / "checkpoint-9")
-
-
-def test_full_disk_while_saving_the_best_weights_ends_all_processes(start, tmp_path):
-    run, flags = tmp_path / "run", [*METRIC, "--metric_steps", "3"]
-    fault = partial(patch_inception, tmp_path / "cache", partial(full_disk_at, 5000, "os.mkdir", ".tmp-best"))
-    output = start(run, *flags, fault=fault, num_processes=2).finish(1)
-    assert f"error: could not write {run / 'best_pipeline'}" in output
-    assert not (run / "best_pipeline").exists()
-    verify_checkpoint(run / "checkpoint-3")
 
 
 @pytest.mark.parametrize(
