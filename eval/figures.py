@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
 NUM_COLOURS = 10  # in matplotlib's colour cycle; further lines are dashed
@@ -79,7 +79,8 @@ def plot_image_rows(rows: dict[str, list[Path | Image.Image]], path: Path) -> No
     figure, all_axes = plt.subplots(len(rows), 1, figsize=(8, 1.4 * len(rows)), squeeze=False)
     for axes, (label, entries) in zip(all_axes[:, 0], rows.items(), strict=True):
         images = [entry if isinstance(entry, Image.Image) else Image.open(entry) for entry in entries]
-        axes.imshow(np.concatenate([image.convert("RGB") for image in images], axis=1), interpolation="nearest")
+        framed = [ImageOps.expand(image.convert("RGB"), 1, "white") for image in images]
+        axes.imshow(np.concatenate(framed, axis=1), interpolation="nearest")
         axes.set_title(label, loc="left", fontsize="small")
         axes.axis("off")
     save_figure(figure, path)

@@ -25,9 +25,9 @@ from training.sde import SDEScheduler
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
-def make_scheduler(prediction_type: str = "v_prediction", num_timesteps: int = 1000, **settings) -> DDPMScheduler:
+def make_scheduler(prediction_type: str = "v_prediction", **settings) -> DDPMScheduler:
     settings = {"beta_schedule": "squaredcos_cap_v2"} | settings
-    return DDPMScheduler(num_train_timesteps=num_timesteps, prediction_type=prediction_type, **settings)
+    return DDPMScheduler(prediction_type=prediction_type, **settings)
 
 
 def bits_per_dim(nats: Tensor, num_dims: int = 3) -> np.ndarray:
