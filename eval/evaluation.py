@@ -182,11 +182,6 @@ class Evaluation:
         keys = ("split", "crop", "resolution", "fingerprint")
         return {"dataset": facts["source"]} | {key: facts[key] for key in keys}
 
-    @property
-    def threads(self) -> dict:
-        """The number of threads, if times are measured on a CPU."""
-        return {"num_cpu_threads": torch.get_num_threads()} if self.state.device.type == "cpu" else {}
-
     # ---- Images
 
     def draw(self, setting: SamplerSetting, num_images: int) -> tuple[ImageSet, list[dict], CustomUNetPipeline]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+import torch
 from scipy.stats import wasserstein_distance
 
 from common import InputError
@@ -325,7 +326,8 @@ def _cost_of_one_batch(evaluation: Evaluation, pipeline: CustomUNetPipeline, set
     output.images.cpu()  # waits for the device
     seconds = (time.perf_counter() - started_at_seconds) / len(seeds)
     cost = {"network_evaluations": output.network_evaluations, "seconds_per_image": seconds}
-    return cost | {"batch_size": len(seeds)} | evaluation.threads
+    threads = {"num_cpu_threads": torch.get_num_threads()} if evaluation.state.device.type == "cpu" else {}
+    return cost | {"batch_size": len(seeds)} | threads
 
 
 METRICS = {

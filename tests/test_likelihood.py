@@ -73,6 +73,14 @@ def test_prior_term_matches_the_kl_divergence():
     assert likelihood.prior_term(clean_images, torch.zeros(()).double()).tolist() == [0] * 5
 
 
+@pytest.mark.parametrize("variance", likelihood.VARIANCES)
+def test_variance_of_the_last_reverse_step_is_that_of_the_one_before(variance):
+    """As in the authors' code; beta-tilde is 0 at timestep 0, and beta is larger."""
+    abar = make_scheduler().alphas_cumprod.double()
+    _, posterior_variance, model_variance = likelihood.posterior_of(abar, variance)
+    assert model_variance[0] == posterior_variance[1] < 1 - abar[0]
+
+
 # ---- The variational bound: its terms and their sum
 
 
