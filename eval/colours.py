@@ -11,7 +11,6 @@ from eval.features import over_white
 
 COLOURS = ("brightness", "contrast", "saturation")
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B: ITU-R BT.601
-TAILS_PERCENT = 0.5  # share of the real images on each side that counts as extreme
 BLOCK = 512  # images processed at once
 
 
@@ -30,9 +29,3 @@ def colour_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
         blocks.append([luma.mean(axis=(1, 2)), luma.std(axis=(1, 2)), spread.mean(axis=(1, 2))])
     statistics = dict(zip(COLOURS, np.concatenate(blocks, axis=1), strict=True))
     return {name: values for name, values in statistics.items() if not (is_grey and name == "saturation")}
-
-
-def share_of_extremes(values: np.ndarray, real: np.ndarray) -> float:
-    """Share of the values (N,) that lie outside the central 99 % of the real values (M,)."""
-    low, high = np.percentile(real, [TAILS_PERCENT, 100 - TAILS_PERCENT])
-    return float(np.mean((values < low) | (values > high)))

@@ -36,8 +36,7 @@ COLUMNS = {  # key in a row: heading
     "bits_per_dim_ode": "bits/dim by the ODE, held-out",
     "sample_mse": "error of x_0, held-out",
 }
-FEATURES = ("fid", "kid", "cmmd")  # one column for each that was measured
-ABOUT = "name value std floor n n_reference split tolerance first_sigma".split()  # keys kept in comparison.json
+FEATURES = ("fid", "kid", "cmmd")  # metrics with one column for each name that was measured
 
 
 class Run(NamedTuple):
@@ -74,17 +73,16 @@ def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
             if here != there:
                 differ = f"the real images of {title} have {key} {here}, those of {titles[0]} {there}"
                 raise InputError(f"{differ}; evaluate both with the same images")
-    measured = [[entry for entry in record["results"] if entry.get("value") is not None] for record in records]
+    measured = [[entry for entry in record["results"] if entry["value"] is not None] for record in records]
     return [Run(*run) for run in zip(folders, titles, records, measured, strict=True)]
 
 
 def rows_of(run: Run) -> Iterator[dict]:
     """One row per sampler setting, or a single row without images; None means not measured."""
-    model = run.record.get("model", {})
-    row = {"title": run.title, "objective": None, "images_seen": model.get("images_seen")}
-    if "objective" in model:
-        names = dict.fromkeys((model["objective"], model["prediction_type"]))  # edm is both
-        row["objective"] = ", ".join([*names] + ["likelihood weighting"] * model.get("likelihood_weighting", False))
+    model = run.record["model"]
+    names = dict.fromkeys((model["objective"], model["prediction_type"]))  # edm is both
+    objective = ", ".join([*names] + ["likelihood weighting"] * model.get("likelihood_weighting", False))
+    row = {"title": run.title, "objective": objective, "images_seen": model.get("images_seen")}
     row |= {metric: _newest(run.results, metric, ", held-out") for metric in ("bits_per_dim_ode", "sample_mse")}
     for setting in run.settings or [None]:
         entries = [entry for entry in run.results if setting is not None and setting.items() <= entry.items()]
@@ -103,8 +101,8 @@ def _newest(results: list[dict], metric: str, end_of_name: str = "") -> dict | N
 
 def table_of(rows: list[dict]) -> str:
     """Formats the rows as Markdown; missing values read "not measured"."""
-    features = [key for row in rows for key, value in row.items() if _is_result(value) and key not in COLUMNS]
-    columns = COLUMNS | {name: name for name in features}
+    fixed = {*COLUMNS, "setting"}
+    columns = COLUMNS | {key: key for row in rows for key in row if key not in fixed}
     text = table([{key: _cell(row.get(key)) for key in columns} for row in rows], columns)
     ends = {row["title"]: row["bits_per_dim_ode"] for row in rows if row["bits_per_dim_ode"] is not None}
     left = [f"{title} {number(entry['first_sigma'])}" for title, entry in ends.items() if "first_sigma" in entry]
@@ -112,17 +110,12 @@ def table_of(rows: list[dict]) -> str:
     return text + note if left else text
 
 
-def _is_result(value: object) -> bool:
-    return isinstance(value, dict) and "metric" in value
-
-
 def _cell(value: dict | float | str | None) -> str:
     if value is None:
         return "not measured"
-    if not _is_result(value):
-        return number(value).replace("|", r"\|")
-    # a memorisation ratio always has the floor 1
-    return value_text(value) + (f" ({number(value['floor'])})" if value["metric"] == "swd" else "")
+    if isinstance(value, dict):
+        return value_text(value) + (f" ({number(value['floor'])})" if value["metric"] == "swd" else "")
+    return number(value).replace("|", r"\|")
 
 
 def images_of(runs: list[Run], num_images: int) -> tuple[range, dict[str, list[Path]]]:
@@ -131,7 +124,7 @@ def images_of(runs: list[Run], num_images: int) -> tuple[range, dict[str, list[P
     for run in runs:
         for setting in run.settings:
             folder = run.folder / IMAGES / images_folder(setting)
-            if (folder / RECORD).is_file():  # `pipelines.generate` drew them
+            if (folder / RECORD).is_file():  # drawn by `pipelines.generate`, so not photographs
                 folders[f"{run.title}: {sampler_text(setting)}"] = folder, int(setting["seeds"].split()[0])
     first = max((seed for _, seed in folders.values()), default=0)
     seeds = range(first, first + num_images)
@@ -152,46 +145,32 @@ def errors_by_noise_level(runs: list[Run]) -> tuple[list[float], dict[str, np.nd
 
 def compare(options: Namespace) -> None:
     """Writes the comparison. Raises InputError if the evaluations cannot be compared."""
-    try:
-        runs, out = open_runs(options.run_dirs, options.titles), options.out
-        rows = [row for run in runs for row in rows_of(run)]
-        sigmas, curves = errors_by_noise_level(runs)
-        text = table_of(rows)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"a result lacks what is compared, or it is of another type: {error}") from error
+    check_numbers(options, {"num_images": 1}, {"num_images": 64})
+    runs, out = open_runs(options.run_dirs, options.titles), options.out
+    rows = [row for run in runs for row in rows_of(run)]
     seeds, images = images_of(runs, options.num_images)
+    sigmas, curves = errors_by_noise_level(runs)
     make_folder(out)
-    (out / "comparison.md").write_text(f"{text}\n")
+    (out / "comparison.md").write_text(f"{table_of(rows)}\n")
     if images:
         plot_image_rows(images, out / "comparison.png")
     if curves:
         labels = {"xlabel": "noise level sigma", "ylabel": "mean squared error of the noise, held-out"}
         labels |= {"xscale": "log", "yscale": "log"}
         bands = {title: (curve, None) for title, curve in curves.items()}
-        plot_curves(np.array(sigmas), bands, labels, out / "comparison_errors.png")
-    short = [
-        {key: {k: value[k] for k in ABOUT if k in value} if _is_result(value) else value for key, value in row.items()}
-        for row in rows
-    ]
+        plot_curves(sigmas, bands, labels, out / "comparison_errors.png")
     shown = {"seeds": [*seeds], "labels": [*images]} if images else None
-    write_results(out / "comparison.json", {"reference": runs[0].record["reference"], "rows": short, "shown": shown})
+    write_results(out / "comparison.json", {"reference": runs[0].record["reference"], "rows": rows, "shown": shown})
     print(f"wrote {out / 'comparison.md'}: {len(rows)} rows, images of {len(images)}", flush=True)
 
 
-def parse_options(arguments: list[str]) -> Namespace:
-    """Parses and checks the arguments; raises InputError."""
+def main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m eval.compare", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of eval.run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the table and figures")
     parser.add_argument("--titles", nargs="+", help="titles of the models (default: the names of their folders)")
     parser.add_argument("--num_images", type=int, default=8, help="images per row of the figure (default 8)")
-    options = parser.parse_args(arguments)
-    check_numbers(options, {"num_images": 1}, {"num_images": 64})
-    return options
-
-
-def main(arguments: list[str]) -> int:
-    return run_command(lambda: compare(parse_options(arguments)))
+    return run_command(lambda: compare(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ Features are finite arrays of shape (N, D), see `eval.features`. All of these me
 of images; compare them only at equal n.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from scipy import linalg
@@ -21,10 +19,9 @@ def frechet_distance(features1: np.ndarray, features2: np.ndarray) -> float:
 
         d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))        Heusel et al. 2017 (arXiv 1706.08500), equation 6
 
-    with the means m and the covariances S (over N - 1) of the features, (N, D) and (M, D). For S = R^T R, the
-    eigenvalues of S1 S2 are the squared singular values of R1 R2^T, so the trace of the root is the sum of the
-    singular values. R comes from the QR decomposition of the centred features: the covariance is never formed and may
-    be singular, and no square root magnifies rounding errors near 0.
+    with the means m and the covariances S (over N - 1) of the features, (N, D) and (M, D). For S = R^T R, the trace
+    of the root is the sum of the singular values of R1 R2^T. R comes from the QR decomposition of the centred
+    features: the covariance is never formed and may be singular, and no square root magnifies rounding errors near 0.
     """
     means = [features.mean(axis=0, dtype=np.float64) for features in (features1, features2)]
     roots = []
@@ -35,22 +32,9 @@ def frechet_distance(features1: np.ndarray, features2: np.ndarray) -> float:
     return max(float(squared), 0.0)  # rounding can make it negative
 
 
-class KernelDistance(NamedTuple):
-    """KID over random subsets; it is unbiased, so it can be negative if the distributions are equal.
-
-    `std` is the standard deviation over the subsets, as reported in the literature, not the standard error of the
-    mean; None if every subset is the full set and nothing varies.
-    """
-
-    mean: float
-    std: float | None
-    num_subsets: int
-    subset_size: int
-
-
 def kernel_distance(
     features1: np.ndarray, features2: np.ndarray, *, seed: int, num_subsets: int = 100, max_subset_size: int = 1000
-) -> KernelDistance:
+) -> dict:
     """KID (Binkowski et al. 2018, arXiv 1801.01401, section 4), in float64.
 
     The unbiased estimate of MMD^2 with the kernel k(x, y) = (x^T y / D + 1)^3, over random subsets of equal size m
@@ -59,6 +43,10 @@ def kernel_distance(
     Args:
         features1, features2: shapes (N, D) and (M, D); the first is the reference in clean-fid.
         max_subset_size: m is the minimum of this, N and M.
+
+    Returns `value`, the mean over the subsets, which can be negative since the estimate is unbiased; `std` over the
+    subsets, as reported in the literature (not the standard error of the mean), None if every subset is the full set;
+    `num_subsets` and `subset_size`.
     """
     size = min(len(features1), len(features2), max_subset_size)
     draws, values = np.random.RandomState(seed), []
@@ -66,8 +54,9 @@ def kernel_distance(
         x = features2[draws.choice(len(features2), size, replace=False)]
         y = features1[draws.choice(len(features1), size, replace=False)]
         values.append(_unbiased_polynomial_mmd(x.astype(np.float64), y.astype(np.float64)))
-    varies = num_subsets > 1 and (size < len(features1) or size < len(features2))
-    return KernelDistance(float(np.mean(values)), float(np.std(values)) if varies else None, num_subsets, size)
+    varies = size < len(features1) or size < len(features2)
+    spread = float(np.std(values)) if varies else None
+    return {"value": float(np.mean(values)), "std": spread, "num_subsets": num_subsets, "subset_size": size}
 
 
 def _unbiased_polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -81,13 +70,10 @@ def _unbiased_polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
 def cmmd(embeddings1: np.ndarray, embeddings2: np.ndarray) -> float:
     """CMMD (Jayasumana et al. 2024, arXiv 2401.09603), in float64.
 
-    MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y) with the kernel exp(-|x - y|^2 / (2 sigma^2)), sigma 10, times 1000.
-    Like the paper's code, this is the biased estimate (Gretton et al. 2012, equation 5: it counts every pair,
-    including an image with itself): it is never negative, 0 for identical sets, and about 1/n above 0 for equal
-    distributions.
-
-    Args:
-        embeddings1, embeddings2: CLIP image embeddings of norm 1, shapes (N, D) and (M, D).
+    MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y) with the kernel exp(-|x - y|^2 / (2 sigma^2)), sigma 10, times 1000,
+    for CLIP image embeddings of norm 1, (N, D) and (M, D). Like the paper's code, this is the biased estimate (Gretton
+    et al. 2012, equation 5: it counts every pair, including an image with itself): it is never negative, 0 for
+    identical sets, and about 1/n above 0 for equal distributions.
     """
     x, y = (torch.from_numpy(np.asarray(embeddings, np.float64)) for embeddings in (embeddings1, embeddings2))
 
@@ -110,8 +96,7 @@ def prdc(real: np.ndarray, generated: np.ndarray, *, k: int = 5) -> dict[str, fl
 
     All but density are in [0, 1]. For equal distributions the expected density is 1 and the expected coverage
     1 - (N-1)...(N-k) / ((M+N-1)...(M+N-k)); precision and recall depend on the distribution. Balls are closed, as in
-    equation 1 of the first paper. (The package `prdc` uses open balls, which differs only for tied distances: for two
-    identical sets the density is (k + 1)/k here and 1 there.)
+    equation 1 of the first paper; the package `prdc` uses open balls, which differs only for tied distances.
 
     Args:
         real, generated: shapes (N, D) and (M, D), any real type; N, M > k.

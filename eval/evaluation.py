@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from common import InputError, on_main_process, sha256_of
 from eval.features import ImageSet, images_of_files, subset
-from eval.results import unusual_settings
+from eval.results import sampler_text
 from pipelines import CustomUNetPipeline, generate
 from pipelines.continuous import denoiser
 from pipelines.custom_unet_pipeline import SAMPLERS
@@ -32,36 +33,24 @@ IMAGES = "images"  # subfolder of an evaluation, with one folder per sampler set
 
 
 class SamplerSetting(NamedTuple):
-    """A sampler and its settings; `steps` is None for `ode`, which chooses its own number of steps."""
+    """A sampler and its settings; `ode` ignores `steps` and chooses its own number."""
 
     sampler: str
-    steps: int | None
+    steps: int
     eta: float = 0.0
 
 
 def parse_sampler(text: str) -> SamplerSetting:
-    """Parses `NAME`, `NAME:STEPS` or `NAME:STEPS:ETA`; `ode` accepts no steps, the other samplers default to 50."""
-    name, *numbers = text.split(":")
-    try:
-        steps, eta = int(numbers[0]) if numbers else 50, float(numbers[1]) if numbers[1:] else 0.0
-    except ValueError:
-        steps, eta = 0, 0.0
-    known = name in {*SAMPLERS, *CONTINUOUS_SAMPLERS} and not (name == "ode" and numbers)
-    if not known or numbers[2:] or steps < 1 or not 0 <= eta <= 1:
+    """Parses `NAME`, `NAME:STEPS` or `NAME:STEPS:ETA`; by default 50 steps and eta 0."""
+    match = re.fullmatch(r"([^:]+)(?::(\d+))?(?::([\d.]+))?", text)
+    if match is None or match[1] not in {*SAMPLERS, *CONTINUOUS_SAMPLERS}:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME, NAME:STEPS or NAME:STEPS:ETA of a sampler")
-    return SamplerSetting(name, None if name == "ode" else steps, eta)
+    return SamplerSetting(match[1], int(match[2] or 50), float(match[3] or 0))
 
 
 def images_folder(setting: dict) -> str:
     """The name of the folder for images drawn with a setting, which is given as in a result."""
-    parts = [setting["sampler"]] + ([str(setting["steps"])] if "steps" in setting else [])
-    numbers = {"eta": setting["eta"]} if "eta" in setting else {}
-    parts += [f"{name}{value:g}" for name, value in (numbers | unusual_settings(setting)).items()]
-    if "class_label" in setting:
-        parts.append(f"class{'.'.join(map(str, setting['class_label']))}")
-    if setting.get("guidance_scale", 1) != 1:
-        parts.append(f"guidance{setting['guidance_scale']:g}")
-    return "-".join([*parts, setting["dtype"]])
+    return f"{re.sub('[ ,]+', '-', sampler_text(setting))}-{setting['dtype']}"
 
 
 class WithoutClass(torch.nn.Module):
@@ -110,10 +99,8 @@ class Evaluation:
         self.weights_sha256 = {path.name: sha256_of(path) for path in weight_files(self.source)}
         self.training = self._open_store(options.split)
         if options.num_images > len(self.training):
-            raise InputError(
-                f"--num_images is {options.num_images}, but split {options.split} has {len(self.training)} images;"
-                " lower it, since sets of equal size are compared"
-            )
+            there = f"split {options.split} has {len(self.training)} images"
+            raise InputError(f"--num_images is {options.num_images}, but {there}; sets of equal size are compared")
         self.heldout = self._open_store(options.heldout_split) if options.heldout_split else None
 
     def _choose_samplers(self) -> None:
@@ -121,7 +108,7 @@ class Evaluation:
         options, pipeline = self.options, self.pipeline
         sampler = options.sampler or (pipeline.continuous_sampler.name if pipeline.is_continuous else "ddim")
         usual = COST_SAMPLERS_IN_CONTINUOUS_TIME if pipeline.is_continuous else COST_SAMPLERS
-        self.sampler_setting = SamplerSetting(sampler, None if sampler == "ode" else options.steps, options.eta)
+        self.sampler_setting = SamplerSetting(sampler, options.steps, options.eta)
         self.cost_settings = []
         if "cost" in options.metrics:
             self.cost_settings = options.cost_samplers or [parse_sampler(text) for text in usual]
@@ -134,7 +121,7 @@ class Evaluation:
         for setting in (*self.cost_settings, self.sampler_setting):
             try:
                 pipeline.set_sampler(setting.sampler, **self._own_settings(setting.sampler))
-                pipeline.check_inputs(setting.steps or 50, setting.eta)
+                pipeline.check_inputs(setting.steps, setting.eta)
             except ValueError as error:
                 raise InputError(str(error)) from error
         generate.check_arguments(pipeline, options)
@@ -177,7 +164,8 @@ class Evaluation:
         """How images are drawn; by default, the images of the evaluation."""
         options, setting = self.options, setting or self.sampler_setting
         seeds = f"{options.seed} to {options.seed + (num_images or options.num_images) - 1}"
-        about = {"sampler": setting.sampler, "steps": setting.steps, "seeds": seeds, "dtype": options.dtype}
+        steps = None if setting.sampler == "ode" else setting.steps
+        about = {"sampler": setting.sampler, "steps": steps, "seeds": seeds, "dtype": options.dtype}
         if options.class_label is not None:
             about |= {"class_label": options.class_label, "guidance_scale": options.guidance_scale}
         if setting.sampler in CONTINUOUS_SAMPLERS:
@@ -194,11 +182,6 @@ class Evaluation:
         keys = ("split", "crop", "resolution", "fingerprint")
         return {"dataset": facts["source"]} | {key: facts[key] for key in keys}
 
-    @property
-    def threads(self) -> dict:
-        """The number of threads, if times are measured on a CPU."""
-        return {"num_cpu_threads": torch.get_num_threads()} if self.state.device.type == "cpu" else {}
-
     # ---- Images
 
     def draw(self, setting: SamplerSetting, num_images: int) -> tuple[ImageSet, list[dict], CustomUNetPipeline]:
@@ -210,8 +193,8 @@ class Evaluation:
         folder = (options.images_dir or self.out / IMAGES) / images_folder(self.describe_images(setting, num_images))
         how = (options.dtype, setting.sampler, self.network_class)
         pipeline = load_pipeline(self.source, *how, **self._own_settings(setting.sampler)).to(self.state.device)
-        own = {"out": folder, "num_images": num_images, "scheduler": setting.sampler, "eta": setting.eta}
-        drawing = argparse.Namespace(**vars(options) | own | {"steps": setting.steps or options.steps})
+        own = {"out": folder, "num_images": num_images, "scheduler": setting.sampler}
+        drawing = argparse.Namespace(**vars(options) | own | {"steps": setting.steps, "eta": setting.eta})
         fill_folder(pipeline, self.source, self.commit, drawing, self.state, self.command)
         seeds = range(options.seed, options.seed + num_images)
         starts = json.loads((folder / RECORD).read_text())["starts"]

@@ -17,33 +17,31 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from common import InputError, on_main_process, one_line, replace_file
+from common import InputError, on_main_process, replace_file
 from training.data import ImageStore
 
 
-@dataclass
+@dataclass(frozen=True)
 class FeatureExtractor:
     """A network that maps each image to a vector."""
 
-    name: str  # only published weights get a published name, whatever the file is called
+    name: str
     mode: str  # how images are resized and scaled for the network
     sha256: str  # of its weights
     network: Callable[[Tensor], Tensor]  # preprocesses uint8 images (B, 3, H, W) and returns their features
-    file: str | None = None  # the published file that the weights come from, if there are several
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) of 1 to 4 channels -> float32 (B, D).
 
-        Raises ValueError for other images, since pixels in [-1, 1] would pass as black, and InputError for a network
-        that returns anything else.
+        Raises ValueError for other images, since pixels in [-1, 1] would pass as black, and InputError for other
+        features.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or not 1 <= images.shape[1] <= 4:
             raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; give uint8 (B, 3, H, W)")
         features = self.network(over_white(images).expand(-1, 3, -1, -1))
-        shape = tuple(getattr(features, "shape", ()))
-        if len(shape) != 2 or len(features) != len(images):
-            raise InputError(f"{self.name} returns {shape} for {len(images)} images; it must be a tensor (B, D)")
+        if features.ndim != 2 or len(features) != len(images):
+            raise InputError(f"{self.name} returns {tuple(features.shape)} for {len(images)} images, not (B, D)")
         return features.float()
 
 
@@ -103,7 +101,7 @@ def resize_each(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> T
 
 def _in_threads(function: Callable, items: Sequence) -> list:
     """Applies a function that releases the GIL (decoding, resizing) to each item, on all cores."""
-    with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(function, items))
 
 
@@ -129,32 +127,24 @@ def cached_features(
     """`extract_features`, or the features of the same images from the same network in the user's cache."""
     facts = {name: getattr(extractor, name) for name in ("name", "mode", "sha256")}
     key = json.dumps(facts | {"fingerprint": images.fingerprint, "count": images.count})
-    path = default_cache_dir() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    features = on_main_process(state, lambda: _read_cached(path))
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = user_cache / "train_unet_eval" / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+
+    def read() -> np.ndarray | None:
+        try:
+            with np.load(path, allow_pickle=False) as file:  # checks the checksums of the zip file
+                return file["features"]
+        except Exception:  # missing or damaged, for which numpy raises almost anything
+            return None
+
+    def write() -> None:
+        content = io.BytesIO()
+        np.savez(content, features=features)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content.getvalue())
+
+    features = on_main_process(state, read)
     if features is None:
         features = extract_features(images, extractor, state, batch_size=batch_size)
-        on_main_process(state, lambda: _write_cached(path, features))
+        on_main_process(state, write)
     return features
-
-
-def _read_cached(path: Path) -> np.ndarray | None:
-    """The cached features; None if the file is missing, or damaged according to the checksums of the zip file."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["features"]
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # numpy raises almost anything for a damaged file
-        print(f"{path} is damaged ({one_line(error)}) and is replaced", flush=True)
-        return None
-
-
-def _write_cached(path: Path, features: np.ndarray) -> None:
-    content = io.BytesIO()
-    np.savez(content, features=features)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, content.getvalue())
-
-
-def default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train_unet_eval"

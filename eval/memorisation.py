@@ -3,18 +3,14 @@
 Held-out images come from the same distribution and cannot have been copied, so their distances to the nearest training
 images show what is normal. Inspect generated images that are nearer than that: they may be copies.
 
-Two biases matter. A smooth or blurred image is nearer in pixels to every other image than a sharp one, so a ratio
-below 1 may come from blur; copies show in the shares and the pairs. Data sets also contain near-copies: a held-out
-image that almost repeats a training image lowers the minimum, so that no generated image falls below it. Held-out
-images nearer than `duplicate_distance` are therefore left out and counted.
-
-To tell blur from copying, look at whether the nearest real image is a training or a held-out image. A model that
-generalises treats both alike, however much it blurs; for a model that reproduces its training data, the nearest image
-is a held-out one too rarely. (Meehan, Chaudhuri and Dasgupta 2020, arXiv 2004.05675, compare both distances for this.)
+A blurred image is nearer in pixels to every other image than a sharp one, so a ratio below 1 may come from blur. To
+tell blur from copying, look at whether the nearest real image is a training or a held-out image: a model that
+generalises treats both alike, however much it blurs (Meehan et al. 2020, arXiv 2004.05675, compare both distances).
+Data sets also contain near-copies: a held-out image that almost repeats a training image would lower the minimum, so
+that no generated image falls below it. Held-out images nearer than `duplicate_distance` are left out and counted.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,37 +19,22 @@ from common import InputError
 NUM_PAIRS = 16  # listed as possible copies
 
 
-class Pair(NamedTuple):
-    """A generated image and its nearest training image, by index."""
-
-    generated: int
-    training: int
-    mirrored: bool  # whether the training image is nearest when flipped horizontally
-    distance: float
-
-
-class Share(NamedTuple):
-    """A share of the generated images, in [0, 1]."""
-
-    value: float
-    expected: float  # of a model that generalises perfectly
-
-
 @dataclass(frozen=True)
 class MemorisationReport:
     """Distances to the nearest training image, and the statistics derived from them.
 
-    For images, distances are root mean squares over the pixels in grey levels (0..255); for features, L2 norms.
+    For images, distances are root mean squares over the pixels in grey levels (0..255); for features, L2 norms. Shares
+    of the generated images, in [0, 1], are pairs: measured, and expected of a model that generalises perfectly.
     """
 
     distances: np.ndarray  # (N,), of the generated images
     heldout_distances: np.ndarray  # (M,), of the held-out images, near-copies left out
     num_heldout_duplicates: int  # held-out images left out as near-copies of training images
-    share_below_minimum: Share  # nearer than the smallest held-out distance
-    share_below_percentile: Share  # nearer than the first percentile of the held-out distances
-    share_nearest_heldout: Share  # nearer to a held-out image than to any training image
+    share_below_minimum: tuple[float, float]  # nearer than the smallest held-out distance
+    share_below_percentile: tuple[float, float]  # nearer than the first percentile of the held-out distances
+    share_nearest_heldout: tuple[float, float]  # nearer to a held-out image than to any training image
     std_share_nearest_heldout: float | None  # over groups of training images that take the place of the held-out ones
-    pairs: list[Pair]  # the nearest pairs, nearest first
+    nearest_pairs: list[dict]  # indices of a generated and a training image, nearest first, and whether it is mirrored
 
     @property
     def heldout_median(self) -> float:
@@ -73,9 +54,7 @@ def memorisation(
     Mirrored training images count as training images, because training flips them; features cannot be mirrored.
 
     Args:
-        generated: uint8 images, shape (N, C, H, W), or their features, shape (N, D).
-        heldout: images or features from the same distribution as the training images, but not among them.
-        training: the images that the model was trained on, or their features.
+        generated, heldout, training: uint8 images, shapes (N, C, H, W), or their features, shapes (N, D).
         duplicate_distance: held-out images nearer to a training image than this are left out, as near-copies in the
             data; in the unit of the report.
 
@@ -95,17 +74,20 @@ def memorisation(
     if len(heldout_distances) == 0 or np.median(heldout_distances) == 0:
         near = f"training images or nearer to one than {duplicate_distance}"
         raise InputError(f"too many held-out images are {near}; use others, or lower --duplicate_distance")
-    suspects = np.argsort(distances, kind="stable")[:NUM_PAIRS].tolist()
     minimum, percentile_1 = heldout_distances.min(), np.percentile(heldout_distances, 1)
+    nearest_pairs = []
+    for i in np.argsort(distances, kind="stable")[:NUM_PAIRS].tolist():
+        pair = {"generated": i, "training": int(indices[i]), "mirrored": bool(mirrored[i])}
+        nearest_pairs.append(pair | {"distance": float(distances[i])})
     return MemorisationReport(
         distances=distances,
         heldout_distances=heldout_distances,
         num_heldout_duplicates=int(is_duplicate.sum()),
-        share_below_minimum=Share(float((distances < minimum).mean()), 1 / (len(heldout_distances) + 1)),
-        share_below_percentile=Share(float((distances < percentile_1).mean()), 0.01),
-        share_nearest_heldout=Share(float(is_heldout_nearest.mean()), len(heldout) / (len(heldout) + len(training))),
+        share_below_minimum=(float((distances < minimum).mean()), 1 / (len(heldout_distances) + 1)),
+        share_below_percentile=(float((distances < percentile_1).mean()), 0.01),
+        share_nearest_heldout=(float(is_heldout_nearest.mean()), len(heldout) / (len(heldout) + len(training))),
         std_share_nearest_heldout=float(shares.std(ddof=1)) if len(shares) > 1 else None,
-        pairs=[Pair(i, int(indices[i]), bool(mirrored[i]), float(distances[i])) for i in suspects],
+        nearest_pairs=nearest_pairs,
     )
 
 

@@ -31,7 +31,7 @@ MARKED = re.compile(
 
 
 def result(family: str, name: str, metric: str, value: float | None, **settings) -> dict:
-    """One RESULT; settings that are None are left out, and so is a `std` of NaN (that of a single value).
+    """One RESULT; settings that are None are left out.
 
     Args:
         family: the family of metrics, which determines the table.
@@ -40,8 +40,6 @@ def result(family: str, name: str, metric: str, value: float | None, **settings)
     if value is not None and not math.isfinite(value):
         raise InputError(f"{name} is {value}; it must be finite")
     kept = {key: setting for key, setting in settings.items() if setting is not None}
-    if math.isnan(kept.get("std", 0)):
-        del kept["std"]
     return {"family": family, "name": name, "metric": metric, "value": value, **kept}
 
 
@@ -69,8 +67,6 @@ def number(value: float | int | str | None) -> str:
 
 
 def value_text(entry: dict) -> str:
-    if entry["value"] is None:
-        return "not measured"
     spread = f" ± {entry['std']:.2g}" if "std" in entry else ""
     return number(entry["value"]) + spread
 
@@ -85,19 +81,14 @@ def table(results: Iterable[dict], columns: dict[str, str]) -> str:
     return markdown_table(list(columns.values()), rows)
 
 
-def unusual_settings(entry: dict) -> dict[str, float]:
-    """The settings of a continuous-time sampler that differ from its defaults."""
-    usual, settings = CONTINUOUS_SAMPLERS.get(entry["sampler"], {}), entry.get("sampler_settings", {})
-    return {name: value for name, value in settings.items() if value != usual.get(name, value)}
-
-
 def sampler_text(entry: dict) -> str | None:
     """The sampler, its steps and its settings other than the defaults; None for a result without generated images."""
     if "sampler" not in entry:
         return None
     parts = [entry["sampler"]] + ([f"{entry['steps']} steps"] if "steps" in entry else [])
-    own = {"eta": entry["eta"]} if entry.get("eta") else {}
-    parts += [f"{name} {value:g}" for name, value in (own | unusual_settings(entry)).items()]
+    defaults = {"eta": 0} | CONTINUOUS_SAMPLERS.get(entry["sampler"], {})
+    settings = {"eta": entry.get("eta", 0)} | entry.get("sampler_settings", {})
+    parts += [f"{name} {value:g}" for name, value in settings.items() if value != defaults.get(name, value)]
     if "class_label" in entry:
         classes = " ".join(map(str, entry["class_label"]))
         parts += [f"class {classes}", f"guidance scale {entry['guidance_scale']:g}"]
@@ -105,35 +96,29 @@ def sampler_text(entry: dict) -> str | None:
 
 
 def quality_table(results: list[dict]) -> str:
-    """All results except costs and times; consecutive metrics that were not measured share a row."""
-    rows = []
-    for entry in results:
-        if entry["family"] in ("cost", "time"):
-            continue
-        if entry["value"] is None and rows and rows[-1]["value"] is None:
-            rows[-1] = rows[-1] | {"name": f"{rows[-1]['name']}; {entry['name']}"}
-        else:
-            rows.append(entry | {"sampler": sampler_text(entry)})
+    """All values except costs and times."""
+    shown = [entry for entry in results if entry["family"] not in ("cost", "time") and entry["value"] is not None]
+    rows = [entry | {"sampler": sampler_text(entry)} for entry in shown]
     columns = {"name": "metric", "value": "value", "floor": "real against real", "n": "n"}
     return table(rows, columns | {"split": "split", "sampler": "sampler"})
 
 
 def cost_table(results: list[dict]) -> str:
-    """One row per sampler setting: FID and KID, or else SWD, network evaluations and seconds."""
+    """One row per sampler setting: FID and KID, or else SWD, network evaluations and seconds; of the newest n."""
     entries = [entry for entry in results if entry["family"] == "cost"]
     if not entries:
         raise InputError("the results have no cost curve")
-    rows, floors = {}, {}  # by number of images, since distances depend on it
+    n, rows = entries[-1]["n"], {}
+    floors = {"sampler": f"real against real, n = {number(n)}"}
     for entry in entries:
-        n, sampler = entry["n"], sampler_text(entry)
-        facts = {key: entry[key] for key in ("network_evaluations", "seconds_per_image")} | {"sampler": sampler}
-        rows.setdefault(n, {}).setdefault(sampler, facts)[entry["metric"]] = value_text(entry)
-        floor = floors.setdefault(n, {"sampler": f"real against real, n = {number(n)}"})
-        floor[entry["metric"]] = entry.get("floor")
-    metrics = {entry["metric"]: entry["metric"].upper() for entry in entries if entry["metric"] in ("fid", "kid")}
-    columns = {"sampler": "sampler"} | (metrics or {"swd": "SWD"})
+        if entry["n"] == n:
+            row = rows.setdefault(sampler_text(entry), entry | {"sampler": sampler_text(entry)})
+            row[entry["metric"]] = value_text(entry)
+            floors[entry["metric"]] = entry.get("floor")
+    metrics = [metric for metric in ("fid", "kid") if metric in floors] or ["swd"]
+    columns = {"sampler": "sampler"} | {metric: metric.upper() for metric in metrics}
     columns |= {"network_evaluations": "network evaluations", "seconds_per_image": "seconds per image"}
-    return table([row for n in rows for row in [*rows[n].values(), floors[n]]], columns)
+    return table([*rows.values(), floors], columns)
 
 
 TABLES = {

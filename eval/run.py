@@ -5,8 +5,8 @@
 DATA is a folder, a Hub id or `synthetic-faces`, cropped as in training. OUT/results.json has every value and how it
 was measured, OUT/results.md a table, OUT/*.png the figures. A second start reuses the images in OUT/images and the
 features in the user's cache. `--write_card` adds the results to the model card; `python -m eval.compare` compares the
-results of several models. DDPM and SDE models are measured in the same way, except for metrics that need discrete
-timesteps.
+results of several models. DDPM and SDE models are measured in the same way; the variational bound and the loss by
+timestep are only for models with discrete timesteps.
 
     swd            sliced Wasserstein distance, with the floor (real against real)        eval/swd.py
     colours        brightness, contrast and saturation                                   eval/colours.py
@@ -36,7 +36,7 @@ from diffusers import ModelMixin
 from common import MOST_THREADS, InputError, Parser, check_numbers, check_seeds, command_line, make_folder, run_command
 from custom_unet import CustomUNet2DModel
 from eval.evaluation import COST_SAMPLERS, COST_SAMPLERS_IN_CONTINUOUS_TIME, Evaluation, parse_sampler
-from eval.measures import METRICS, PUBLISHED, check_metrics
+from eval.measures import METRICS, check_metrics
 from eval.results import quality_table, read_results, result, write_results
 from pipelines import generate
 from pipelines.custom_unet_pipeline import SAMPLERS
@@ -48,8 +48,8 @@ FEWEST_IMAGES = 2048  # with fewer, the covariance of Inception's 2,048 features
 NEED_IMAGES = {"swd", "colours", "features", "memorisation"}
 ON_ALL_PROCESSES = {"features", "cost"}  # the main process alone measures the other metrics
 ON_THE_CARD = {"swd", "features", "memorisation", "likelihood"}
-# Two results with the same values for these keys are the same measurement
-IDENTITY = "family name split sampler steps eta sampler_settings class_label guidance_scale n".split()
+# Two results with the same name and the same values for these keys are the same measurement
+IDENTITY = "split sampler steps eta sampler_settings class_label guidance_scale n".split()
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
@@ -68,15 +68,13 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for results.json and figures")
     add("--images_dir", type=Path, help="folder for generated images (default OUT/images)")
     add("--allow_few", action="store_true", help=f"allow fewer than {FEWEST_IMAGES} images for FID and the like")
-    features = "inception[:legacy_tensorflow], dinov2, clip or a path (default: those of the three with weights)"
-    add("--features", nargs="+", help=features)
-    for name in PUBLISHED:
-        add(f"--{name}_path", type=Path, help="local weights, if they cannot be downloaded")
+    features = "inception[:legacy_tensorflow], dinov2, clip or a TorchScript file (default: inception)"
+    add("--features", nargs="+", default=["inception"], help=features)
+    add("--inception_path", type=Path, help="Inception's weights (default: those of `make inception`)")
     add("--k", type=int, default=5, help="nearest neighbours for precision, recall, density and coverage")
     add("--likelihood_images", type=int, default=256, help="images per split for the variational bound")
     add("--bound_evaluations", type=int, default=20, help="network evaluations per image for the bound")
     add("--ode_images", type=int, default=32, help="images per split for the ODE likelihood")
-    add("--ode_draws", type=int, default=1, help="draws of dequantisation noise and probe per image")
     add("--ode_tolerance", type=float, default=1e-3)
     duplicates = "RMS in grey levels; held-out images nearer than this to a training image are left out as near-copies"
     add("--duplicate_distance", type=float, default=15.0, help=duplicates)
@@ -93,7 +91,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raises InputError for invalid options."""
-    counts = "num_images batch_size num_cpu_threads k likelihood_images ode_images ode_draws cost_images steps".split()
+    counts = "num_images batch_size num_cpu_threads k likelihood_images ode_images cost_images steps".split()
     least = dict.fromkeys(counts, 1) | {"ode_tolerance": 1e-12, "bound_evaluations": 2, "heldout_images": 2}
     least |= dict.fromkeys(("seed", "eta", "duplicate_distance", *generate.SAMPLER_SETTINGS), 0)
     check_numbers(options, least, {"num_cpu_threads": MOST_THREADS, "eta": 1})
@@ -125,24 +123,16 @@ def run(options: argparse.Namespace, command: str, network_class: type[ModelMixi
         for entry in drawing_time(starts, evaluation.describe_images()):
             keep(record, entry)
 
-    def add(entry: dict) -> None:
-        keep(record, entry)
-        if state.is_main_process:
-            write_results(path, record)
-
     for name in options.metrics:
         if not (state.is_main_process or name in ON_ALL_PROCESSES):
             continue
-        started_at_seconds, measured = time.perf_counter(), False
+        started_at_seconds = time.perf_counter()
         for entry in METRICS[name](evaluation):
-            measured |= entry["value"] is not None
-            add(entry)
-        seconds = time.perf_counter() - started_at_seconds
-        if measured:
-            n = getattr(options, f"{name}_images", options.num_images)
-            add(result("time", name, f"seconds_{name}", seconds, n=n, **evaluation.threads))
+            keep(record, entry)
+            if state.is_main_process:
+                write_results(path, record)
         if state.is_main_process:
-            print(f"{name}: {seconds:.0f} s", flush=True)
+            print(f"{name}: {time.perf_counter() - started_at_seconds:.0f} s", flush=True)
     state.wait_for_everyone()
     if state.is_main_process:
         (options.out / "results.md").write_text(f"{quality_table(record['results'])}\n")
@@ -187,16 +177,13 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
 
 
 def keep(record: dict, entry: dict) -> None:
-    """Adds a result, which replaces the same measurement from an earlier start or a "not measured" entry.
+    """Adds a result, which replaces the same measurement from an earlier start or a "not measured" entry."""
 
-    A "not measured" entry never replaces a value.
-    """
-    same_name = [old for old in record["results"] if (old["family"], old["name"]) == (entry["family"], entry["name"])]
-    if entry["value"] is None and any(old["value"] is not None for old in same_name):
-        return
-    identity = [entry.get(key) for key in IDENTITY]
-    replaced = [old for old in same_name if old["value"] is None or [old.get(key) for key in IDENTITY] == identity]
-    record["results"] = [old for old in record["results"] if old not in replaced] + [entry]
+    def is_replaced(old: dict) -> bool:
+        same_name = (old["family"], old["name"]) == (entry["family"], entry["name"])
+        return same_name and (old["value"] is None or all(old.get(key) == entry.get(key) for key in IDENTITY))
+
+    record["results"] = [old for old in record["results"] if not is_replaced(old)] + [entry]
 
 
 def main(arguments: list[str], network_class: type[ModelMixin] = CustomUNet2DModel) -> int:

@@ -5,17 +5,14 @@ Laplacian pyramid. Random 7x7 patches from every level are normalised by the mea
 colour channel over all patches of their set, and compared along random directions. Along one direction, the
 Wasserstein distance of order 1 between two sets of M patches is the mean |difference| of the sorted projections.
 
-Two caveats. Each set is normalised by itself, so a shift or scaling of a colour channel that is common to all its
-images goes unnoticed. And two finite sets from the same distribution are not at distance 0; `swd_floor` measures how
-far apart they are.
+Each set is normalised by itself, so a shift or scaling of a colour channel that is common to all its images goes
+unnoticed. Two finite sets from one distribution are not at distance 0; `swd_floor` measures how far apart they are.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from common import InputError
 
 PATCH_SIZE = 7
 SMALLEST_RESOLUTION = 16  # of a pyramid level
@@ -39,15 +36,12 @@ def sliced_wasserstein(
     one level are in memory at once: 392 bytes x C x N x num_patches_per_image for both sets.
 
     Args:
-        images1, images2: uint8, shape (N, C, H, W), H and W at least 16; may be memory-mapped. The distance depends on
-            N; compare it only at equal N.
-        num_patches_per_image: M/N; the paper uses 128, with 16,384 images.
-        num_projections: number of random directions; the paper's code uses 512.
+        images1, images2: uint8, shape (N, C, H, W), H and W at least 16. Compare distances only at equal N.
+        num_patches_per_image, num_projections: by default as in the paper (128, with 16,384 images) and its code.
         batch_size: images whose pyramids are computed at once, few enough to fit the cache; the result is the same.
 
-    Returns:
-        Distance by the level's height, see `pyramid_heights`. The last level is the low-pass image, the others are
-        differences. Raises InputError if all patches of a set have one value in a channel.
+    Returns the distance by the level's height, see `pyramid_heights`; the last level is the low-pass image, the others
+    are differences. It is NaN if all patches of a set have one value in a channel.
     """
     distances, (num_images, channels, *sides) = {}, images1.shape
     for level, height in enumerate(pyramid_heights(*sides)):
@@ -62,10 +56,7 @@ def sliced_wasserstein(
 
 
 def swd_floor(images: np.ndarray, *, seed: int = 0, **settings: int) -> dict[int, float]:
-    """Distance between random halves of 2N real images: what a perfect model would score with N generated ones.
-
-    `settings` are further arguments of `sliced_wasserstein`.
-    """
+    """Distance between random halves of 2N real images: what a perfect model would score with N generated ones."""
     half = len(images) // 2
     order = np.random.default_rng(seed).permutation(len(images))
     return sliced_wasserstein(images[order[:half]], images[order[half : 2 * half]], seed=seed, **settings)
@@ -121,8 +112,6 @@ def normalised_patches(images: np.ndarray, level: int, corners: Tensor, batch_si
         y, x = corners[start : start + batch_size].unbind(-1)  # (B, P) each
         patches[start : start + batch_size] = windows[torch.arange(len(batch))[:, None], :, y, x]  # (B, P, C, 7, 7)
     variance, mean = torch.var_mean(patches, dim=(0, 1, 3, 4), correction=0, keepdim=True)
-    if not (variance > 0).all():
-        raise InputError(f"all patches of level {level} have one value in a channel; look at the images")
     return patches.sub_(mean).div_(variance.sqrt()).reshape(num_images * num_patches, -1).numpy()
 
 

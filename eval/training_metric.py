@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from tqdm.auto import tqdm
 
-from common import InputError, on_main_process
+from common import InputError
 from eval.distances import frechet_distance, kernel_distance
 from eval.features import cached_features, images_of_store
-from eval.inception import find_weights, open_inception
+from eval.inception import open_inception
 from pipelines import CustomUNetPipeline
 from training.config import TrainConfig
 from training.data import ImageStore
@@ -25,22 +25,15 @@ LARGEST_BATCH = 64  # images drawn at once; fewer if the training batches are sm
 class TrainingMetric:
     """FID or KID of n images by the pipeline's network, with seeds 0 to n - 1, against n training images.
 
-    Attributes:
-        name, title: `fid` and `FID`, or `kid` and `KID`.
-        identity: settings that must agree for two values to be comparable.
-
-    Raises:
-        InputError: if Inception's weights are not found, or there are fewer than `config.metric_images` images.
+    Values are comparable if the `identity` is the same. Raises InputError if Inception's weights are not found, or
+    there are too few training images.
     """
 
     def __init__(self, config: TrainConfig, store: ImageStore, pipeline: CustomUNetPipeline, accelerator: Accelerator):
         if len(store) < config.metric_images:
-            raise InputError(
-                f"{len(store)} training images are fewer than --metric_images {config.metric_images}; lower it"
-            )
+            raise InputError(f"{len(store)} training images are fewer than --metric_images {config.metric_images}")
         self.name, self.title, self.accelerator = config.metric, config.metric.upper(), accelerator
-        path = None if config.inception_path is None else Path(config.inception_path)
-        on_main_process(accelerator, lambda: find_weights(path))  # downloads them once for all processes
+        path = config.inception_path and Path(config.inception_path)
         self.extractor = open_inception(path=path, device=accelerator.device)
         if not config.dry_run:
             images = images_of_store(store, config.metric_images)
@@ -56,7 +49,7 @@ class TrainingMetric:
             "name": self.name,
             "num_images": config.metric_images,
             "data": store.fingerprint,
-            "features": self.extractor.name,  # implies the published weights, from whichever file
+            "features": self.extractor.name,  # implies the published weights
             "sampler": sampler,
             "steps": steps,
         }
@@ -64,12 +57,7 @@ class TrainingMetric:
     def measure(self, should_stop: Callable[[], bool]) -> float:
         """The value, from images that this process draws.
 
-        Args:
-            should_stop: called before each batch of images and after each sampling step.
-
-        Raises:
-            SamplingStopped: once `should_stop` returns True.
-            ValueError: if the features are not finite.
+        Raises SamplingStopped once `should_stop`, called before each batch and after each step, returns True.
         """
         seeds = np.arange(self.identity["num_images"])
         batches = [seeds[start : start + self.batch_size] for start in range(0, len(seeds), self.batch_size)]
@@ -77,7 +65,7 @@ class TrainingMetric:
             generated = np.concatenate([self.features(batch, should_stop) for batch in bar])
         if self.name == "fid":
             return frechet_distance(self.training_features, generated)
-        return kernel_distance(self.training_features, generated, seed=0).mean
+        return kernel_distance(self.training_features, generated, seed=0)["value"]
 
     def features(self, seeds: np.ndarray, should_stop: Callable[[], bool]) -> np.ndarray:
         """Features of the images from B seeds, float32 (B, D); the classes take turns."""
@@ -95,15 +83,9 @@ class TrainingMetric:
         return self.extractor((images * 255).round().to(torch.uint8)).float().cpu().numpy()
 
     def keep_best(self, value: float, step: int, folder: Path, write: Callable[[Path, dict], object]) -> str:
-        """Writes the network if its value is below that of the pipeline in the folder.
+        """Writes the network unless the pipeline in the folder has a comparable value that is as low.
 
-        A pipeline that was chosen by another measurement is replaced, too.
-
-        Args:
-            write: takes the folder and the measurement, which goes into `metric` of `training.json`.
-
-        Returns:
-            the value and the best one, to log.
+        `write` takes the folder and the measurement, for `metric` of `training.json`. Returns the values as a text.
         """
         best = self.best_in(folder)
         if best is None or value < best["value"]:

@@ -1,6 +1,5 @@
 """Small random networks with the interfaces of a feature extractor, DINOv2 and CLIP, and images to feed them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +35,15 @@ def write_dinov2(folder: Path) -> Path:
 
 
 def write_clip(folder: Path) -> Path:
-    """Both towers, as in OpenAI's repository."""
+    """Both towers and a pickle, as in OpenAI's repository."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     vision = sizes | {"image_size": 48, "patch_size": 16, "projection_dim": 8}
     text = sizes | {"vocab_size": 99, "projection_dim": 8}
     config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=8)
-    transformers.CLIPModel(config).save_pretrained(folder)
-    pixels = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    network = transformers.CLIPModel(config)
+    network.save_pretrained(folder)
+    torch.save(network.state_dict(), folder / "pytorch_model.bin")
     return folder
 
 

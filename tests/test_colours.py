@@ -1,9 +1,8 @@
 """Brightness, contrast and saturation of images against known values."""
 
 import numpy as np
-import pytest
 
-from eval.colours import BLOCK, COLOURS, colour_statistics, share_of_extremes
+from eval.colours import BLOCK, COLOURS, colour_statistics
 
 
 def test_statistics_match_values_computed_by_hand():
@@ -23,10 +22,3 @@ def test_large_sets_are_processed_in_blocks():
     images = np.random.default_rng(0).integers(0, 256, (BLOCK + 3, 3, 4, 4), dtype=np.uint8)
     luma = (images * np.array([0.299, 0.587, 0.114])[:, None, None]).sum(axis=1)
     np.testing.assert_allclose(colour_statistics(images)["contrast"], luma.std(axis=(1, 2)))
-
-
-def test_share_of_extremes():
-    real = np.arange(1000.0)
-    assert share_of_extremes(real, real) == pytest.approx(0.01)
-    assert share_of_extremes(real[400:600], real) == 0
-    assert share_of_extremes(np.concatenate([real[400:500], np.full(100, 2000.0)]), real) == 0.5

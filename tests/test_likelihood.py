@@ -25,9 +25,9 @@ from training.sde import SDEScheduler
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
-def make_scheduler(prediction_type: str = "v_prediction", num_timesteps: int = 1000, **settings) -> DDPMScheduler:
+def make_scheduler(prediction_type: str = "v_prediction", **settings) -> DDPMScheduler:
     settings = {"beta_schedule": "squaredcos_cap_v2"} | settings
-    return DDPMScheduler(num_train_timesteps=num_timesteps, prediction_type=prediction_type, **settings)
+    return DDPMScheduler(prediction_type=prediction_type, **settings)
 
 
 def bits_per_dim(nats: Tensor, num_dims: int = 3) -> np.ndarray:
@@ -43,11 +43,6 @@ def discrete_nats(images: Tensor, data: Mixture) -> Tensor:
 
 
 # ---- The variational bound: its parts
-
-
-def test_float64_range_matches_the_model_range():
-    values = torch.arange(256, dtype=torch.uint8)
-    np.testing.assert_allclose(likelihood.to_float64_range(values), to_model_range(values), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("std", [1e-3, 0.0074, 0.3])
@@ -78,16 +73,12 @@ def test_prior_term_matches_the_kl_divergence():
     assert likelihood.prior_term(clean_images, torch.zeros(()).double()).tolist() == [0] * 5
 
 
-def test_posterior_follows_from_bayes_rule():
-    """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0): precisions add up."""
+@pytest.mark.parametrize("variance", likelihood.VARIANCES)
+def test_variance_of_the_last_reverse_step_is_that_of_the_one_before(variance):
+    """As in the authors' code; beta-tilde is 0 at timestep 0, and beta is larger."""
     abar = make_scheduler().alphas_cumprod.double()
-    found_weight, variance, _ = likelihood.posterior_of(abar, "fixed_small")
-    alpha, previous = abar[1:] / abar[:-1], abar[:-1]
-    precision = alpha / (1 - alpha) + 1 / (1 - previous)
-    torch.testing.assert_close(variance[1:], 1 / precision, rtol=1e-8, atol=0)
-    clean_weight = previous.sqrt() / (1 - previous) / precision
-    torch.testing.assert_close(found_weight[1:], clean_weight, rtol=1e-8, atol=0)
-    assert (variance[0], found_weight[0]) == (0, 1)
+    _, posterior_variance, model_variance = likelihood.posterior_of(abar, variance)
+    assert model_variance[0] == posterior_variance[1] < 1 - abar[0]
 
 
 # ---- The variational bound: its terms and their sum
@@ -137,18 +128,9 @@ def test_monte_carlo_estimate_is_unbiased(num_evaluations):
     scheduler, images = make_scheduler(), draw_images(CORRELATED, 3000)
     network = exact_network(ExactGaussian, CORRELATED, scheduler)
     found = variational_bound(network, scheduler, images, num_evaluations=num_evaluations, batch_size=4096)
-    assert found.num_evaluations == num_evaluations
     expected = bits_per_dim(expected_terms(images, CORRELATED, scheduler, "fixed_small")[0].sum(1))
     errors = found.bits_per_dim - found.decoder - found.prior - expected
     assert abs(errors.mean()) < 3 * likelihood.standard_error(errors)
-
-
-def test_bound_is_the_sum_of_its_parts():
-    """The schedule ends while the image is still visible, so that the prior term is large."""
-    scheduler, images = make_scheduler(num_timesteps=20, beta_schedule="linear"), draw_images(INDEPENDENT, 4)
-    found = variational_bound(exact_network(ExactGaussian, INDEPENDENT, scheduler), scheduler, images)
-    assert found.prior.min() > 0.1
-    assert found.bits_per_dim.mean() == pytest.approx(found.terms.sum() + found.prior.mean(), rel=1e-9)
 
 
 def test_bound_supports_zero_terminal_snr():
@@ -223,19 +205,19 @@ def test_ode_likelihood_matches_the_closed_form(data):
     """Within the error bars of the draws, and the known entropy of the data within those of images and draws."""
     images, scheduler = draw_images(data, 250), make_scheduler()
     network = exact_network(ExactDenoiser, data, scheduler)
-    found = ode_likelihood(network, scheduler, images, num_draws=4, tolerance=1e-5, batch_size=1000)
-    assert found.draws.shape == (4, 250)
+    bits, _ = ode_likelihood(network, scheduler, images.repeat(4, 1, 1, 1), tolerance=1e-5, batch_size=1000)
+    draws = bits.reshape(4, 250)  # of dequantisation noise and probe
+    draw_standard_error = math.sqrt(draws.var(0, ddof=1).mean() / draws.size)
     sigma = denoiser(network, scheduler).sde.noise_levels[0]
     precision = torch.linalg.inv(data.covariances[0] + sigma**2 * torch.eye(3).double())
     density = smoothed_log_density(data, to_model_range(images).double(), sigma)
     nats = precision.trace() * (2 / 255) ** 2 / 24 - density
     expected = bits_per_dim(nats - 3 * math.log(2 / 255)).mean()
-    assert abs(found.draws.mean() - expected) < 3 * found.draw_standard_error + 1e-5
-    assert found.draw_standard_error < 0.03
+    assert abs(draws.mean() - expected) < 3 * draw_standard_error + 1e-5
     entropy = data.covariances[0].logdet() / 2 + 1.5 * math.log(2 * math.pi * math.e) - 3 * math.log(2 / 255)
-    standard_error = likelihood.standard_error(found.bits_per_dim)
-    assert abs(found.draws.mean() - float(bits_per_dim(entropy))) < 3 * standard_error + 0.01
-    assert found.draw_standard_error < standard_error < 0.1
+    standard_error = likelihood.standard_error(draws.mean(0))
+    assert abs(draws.mean() - float(bits_per_dim(entropy))) < 3 * standard_error + 0.01
+    assert draw_standard_error < 0.03 < standard_error < 0.1
 
 
 def model_log_density(data: Mixture, points: Tensor, sde) -> Tensor:
@@ -280,34 +262,16 @@ def random_images(num_images: int = 3) -> Tensor:
 
 
 def test_bound_does_not_depend_on_the_batch_size():
-    def bound(**settings):
-        return variational_bound(tiny_network(), make_scheduler(), random_images(), num_evaluations=5, **settings)
-
-    first = bound(batch_size=1)
-    np.testing.assert_allclose(bound(batch_size=4).bits_per_dim, first.bits_per_dim, rtol=1e-4)
-    assert (bound(seed=1).bits_per_dim != first.bits_per_dim).all()
-    assert np.isnan(likelihood.standard_error(first.bits_per_dim[:1]))
+    model = tiny_network(), make_scheduler()
+    one, four = (variational_bound(*model, random_images(), num_evaluations=5, batch_size=size) for size in (1, 4))
+    np.testing.assert_allclose(four.bits_per_dim, one.bits_per_dim, rtol=1e-4)
 
 
 def test_ode_likelihood_does_not_depend_on_the_batch_size():
-    scheduler, images = make_scheduler(), draw_images(CORRELATED, 3)
+    scheduler, images = make_scheduler(), draw_images(CORRELATED, 6)
     network = exact_network(ExactDenoiser, CORRELATED, scheduler)
-
-    def draws(**settings):
-        return ode_likelihood(network, scheduler, images, num_draws=2, tolerance=1e-5, **settings).draws
-
-    first = draws(batch_size=16)
-    np.testing.assert_allclose(draws(batch_size=4), first, atol=1e-3)
-    np.testing.assert_array_equal(draws(batch_size=16), first)
-    assert (np.abs(draws(seed=1) - first) > 1e-3).all()
-
-
-def test_ode_likelihood_of_a_network_is_finite_and_leaves_no_gradients():
-    network = tiny_network()
-    found = ode_likelihood(network, make_scheduler(), random_images(2), tolerance=1e-2)
-    assert np.isfinite(found.draws).all()
-    assert found.num_evaluations > 20
-    assert all(parameter.grad is None for parameter in network.parameters())
+    whole, parts = (ode_likelihood(network, scheduler, images, tolerance=1e-5, batch_size=size)[0] for size in (6, 4))
+    np.testing.assert_allclose(parts, whole, atol=1e-3)
 
 
 @pytest.mark.parametrize("function", [variational_bound, ode_likelihood])
