@@ -288,8 +288,8 @@ def test_half_precision_variant_loads_beside_the_full_weights(models, tmp_path):
     [
         (["card", "--pipeline", "nowhere"], "nowhere is not a model repository"),
         (["push", "--pipeline", "x"], "--repo_id"),
-        (["push", "--pipeline", "x", "--repo_id", "y", "--token", "hf_secret"], "the Hub's token is not an argument"),
-        (["push", "--pipeline", "x", "--repo_id", "y", "hf_secret"], "the Hub's token is not an argument"),
+        (["push", "--pipeline", "x", "--repo_id", "y", "--token", "hf_secret"], "the Hub's token is read from HF_TOKEN"),
+        (["push", "--pipeline", "x", "--repo_id", "y", "hf_secret"], "the Hub's token is read from HF_TOKEN"),
     ],
 )
 def test_bad_input_exits_with_code_2_and_one_line(flags, message, capsys):
