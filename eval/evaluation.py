@@ -42,7 +42,7 @@ class SamplerSetting(NamedTuple):
 
 def parse_sampler(text: str) -> SamplerSetting:
     """Parses `NAME`, `NAME:STEPS` or `NAME:STEPS:ETA`; by default 50 steps and eta 0."""
-    match = re.fullmatch(r"([^:]+)(?::([1-9]\d*))?(?::([\d.]+))?", text)
+    match = re.fullmatch(r"([^:]+)(?::([1-9]\d*)(?::([\d.]+))?)?", text)
     if match is None or match[1] not in {*SAMPLERS, *CONTINUOUS_SAMPLERS}:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME, NAME:STEPS or NAME:STEPS:ETA of a sampler")
     return SamplerSetting(match[1], int(match[2] or 50), float(match[3] or 0))
