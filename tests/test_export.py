@@ -288,7 +288,10 @@ def test_half_precision_variant_loads_beside_the_full_weights(models, tmp_path):
     [
         (["card", "--pipeline", "nowhere"], "nowhere is not a model repository"),
         (["push", "--pipeline", "x"], "--repo_id"),
-        (["push", "--pipeline", "x", "--repo_id", "y", "--token", "hf_secret"], "the Hub's token is read from HF_TOKEN"),
+        (
+            ["push", "--pipeline", "x", "--repo_id", "y", "--token", "hf_secret"],
+            "the Hub's token is read from HF_TOKEN",
+        ),
         (["push", "--pipeline", "x", "--repo_id", "y", "hf_secret"], "the Hub's token is read from HF_TOKEN"),
     ],
 )
