@@ -198,13 +198,7 @@ class CustomUNetPipeline(DiffusionPipeline):
         # The latents stay float32 whatever the network's dtype: each step changes them only a little.
         draw_noise = partial(self.draw_noise, batch_size, generator)
         latents = (draw_noise() if latents is None else latents).to(self._execution_device, torch.float32)
-
-        def tell(index: int, timestep: Tensor, **tensors: Tensor) -> dict:
-            if callback_on_step_end is None:
-                return {}
-            tensors = {name: tensors[name].float() for name in callback_on_step_end_tensor_inputs}
-            return callback_on_step_end(self, index, timestep, tensors) or {}
-
+        tell = partial(self._tell, callback_on_step_end, callback_on_step_end_tensor_inputs)
         if self.continuous_sampler is None:
             images = self._reverse_timesteps(latents, num_inference_steps, eta, draw_noise, generator, guidance, tell)
         else:
@@ -214,6 +208,12 @@ class CustomUNetPipeline(DiffusionPipeline):
                 images = process.sample(sampler, denoise, latents, num_inference_steps, draw_noise)
         images = self.to_output(images, output_type)
         return GeneratedImages(images=images, network_evaluations=guidance.evaluations) if return_dict else (images,)
+
+    def _tell(self, callback, names, index: int, timestep: Tensor, **tensors: Tensor) -> dict:
+        """Calls the caller's callback and returns its result."""
+        if callback is None:
+            return {}
+        return callback(self, index, timestep, {name: tensors[name].float() for name in names}) or {}
 
     def _reverse_timesteps(self, latents, num_inference_steps, eta, draw_noise, generator, guidance, tell) -> Tensor:
         """Samples with a diffusers scheduler."""
