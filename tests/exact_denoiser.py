@@ -58,7 +58,7 @@ def mixture() -> Mixture:
     )
 
 
-def gaussian(scale: float = 0.2) -> Mixture:
+def gaussian(scale: float) -> Mixture:
     mean = torch.tensor([[0.2, -0.1, 0.0]], dtype=torch.float64)
     return Mixture(torch.ones(1).double(), mean, scale**2 * torch.eye(3).double()[None])
 

@@ -16,6 +16,10 @@ CORRELATION = torch.tensor([[1.0, 0.8, -0.4], [0.8, 1.0, -0.2], [-0.4, -0.2, 1.0
 CORRELATED = Mixture(torch.ones(1).double(), MEAN, (STD.T * CORRELATION * STD)[None])
 
 
+def make_scheduler(prediction_type: str = "v_prediction", **settings) -> DDPMScheduler:
+    return DDPMScheduler(**{"beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction_type} | settings)
+
+
 def draw_images(data: Mixture, num_images: int, size: int = 1) -> Tensor:
     """uint8, shape (N, 3, size, size)."""
     shape = (num_images, size, size, 3)

@@ -60,18 +60,19 @@ class LoopbackHub:
         self.commits[repo_id], self.heads[repo_id, "main"] = list(commits), 0
         return self._ids(repo_id)
 
-    def commit_id(self, repo_id: str, branch: str = "main") -> str:
-        return self._ids(repo_id)[self.heads[repo_id, branch]]
-
-    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes] | None:
-        """The files at a branch or commit; None if there is no such repository or revision."""
+    def commit_id(self, repo_id: str, revision: str = "main") -> str:
+        """The newest commit of a branch; a commit itself."""
         if (repo_id, revision) in self.heads:
-            return self.commits[repo_id][self.heads[repo_id, revision]]
-        return dict(zip(self._ids(repo_id), self.commits.get(repo_id, []), strict=True)).get(revision)
+            return self._ids(repo_id)[self.heads[repo_id, revision]]
+        return revision
+
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """The files at a branch or commit; KeyError if there is no such repository or revision."""
+        commits = dict(zip(self._ids(repo_id), self.commits[repo_id], strict=True))
+        return commits[self.commit_id(repo_id, revision)]
 
     def _ids(self, repo_id: str) -> list[str]:
-        numbers = range(len(self.commits.get(repo_id, [])))
-        return [hashlib.sha1(f"{repo_id} {number}".encode()).hexdigest() for number in numbers]
+        return [hashlib.sha1(f"{repo_id} {n}".encode()).hexdigest() for n in range(len(self.commits[repo_id]))]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -106,7 +107,11 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, respond in ROUTES.items():
             match = re.fullmatch(pattern, f"{self.command} {path}")
             if match:
-                return respond(self, *match.groups(), body=body)
+                try:
+                    return respond(self, *match.groups(), body=body)
+                except KeyError:
+                    error = {"error": "no such repository or revision"}
+                    return self.answer(404, error, {"X-Error-Code": "RevisionNotFound"})
         return self.answer(404, {"error": f"nothing at {path}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
@@ -143,9 +148,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.private.add(repo_id)
         self.answer(409 if exists else 200, {"url": f"{self.hub.address}/{repo_id}", "error": "exists"})
 
-    def may_write(self, repo_id: str, body: bytes) -> None:
-        self.answer(200 if repo_id in self.hub.commits else 404, {})
-
     def accept(self, *_, body: bytes) -> None:
         self.answer(200, {})
 
@@ -162,8 +164,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, oid: str, body: bytes) -> None:
-        if hashlib.sha256(body).hexdigest() != oid:
-            return self.answer(400, {"error": "these bytes have another sha256"})
         self.hub.large[oid] = body
         self.answer(200, {})
 
@@ -190,26 +190,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, repo_id: str, revision: str, body: bytes) -> None:
         files = self.hub.files(repo_id, revision)
-        if files is None:
-            return self.no_revision()
         self.answer(200, [_entry(path, content) for path, content in files.items()])
 
     def info(self, repo_id: str, revision: str | None, body: bytes) -> None:
-        files = self.hub.files(repo_id, revision or "main")
-        if files is None:
-            return self.no_revision()
-        is_branch = (repo_id, revision or "main") in self.hub.heads
-        sha = self.hub.commit_id(repo_id, revision or "main") if is_branch else revision
+        files, sha = self.hub.files(repo_id, revision or "main"), self.hub.commit_id(repo_id, revision or "main")
         self.answer(200, {"id": repo_id, "sha": sha, "siblings": [{"rfilename": path} for path in files]})
 
     def resolve(self, repo_id: str, revision: str, path: str, body: bytes) -> None:
         files = self.hub.files(repo_id, revision)
-        if files is None:
-            return self.no_revision()
         if path not in files:
             return self.answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
-        commit = self.hub.commit_id(repo_id, revision) if (repo_id, revision) in self.hub.heads else revision
-        content, status = files[path], 200
+        content, status, commit = files[path], 200, self.hub.commit_id(repo_id, revision)
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
         if span := self.headers.get("Range"):
             first, last = (int(number or len(content)) for number in span.removeprefix("bytes=").split("-"))
@@ -222,9 +213,6 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.hub.files(repo_id, revision)
         paths = json.loads(body)["paths"]
         self.answer(200, [_entry(path, files[path]) for path in paths if path in files])
-
-    def no_revision(self) -> None:
-        self.answer(404, {"error": "no such repository or revision"}, {"X-Error-Code": "RevisionNotFound"})
 
 
 def _entry(path: str, content: bytes) -> dict:
@@ -240,7 +228,7 @@ REPO = r"([\w.-]+/[\w.-]+)"
 ROUTES = {
     r"GET /api/whoami-v2": _Handler.who_am_i,
     r"POST /api/repos/create": _Handler.create,
-    rf"GET /api/models/{REPO}/auth-check/write": _Handler.may_write,
+    rf"GET /api/models/{REPO}/auth-check/write": _Handler.accept,
     r"POST /api/validate-yaml": _Handler.accept,
     rf"POST /api/models/{REPO}/preupload/(.+)": _Handler.preupload,
     rf"POST /{REPO}\.git/info/lfs/objects/batch": _Handler.lfs_batch,

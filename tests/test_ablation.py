@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import yaml
 from test_eval_run import write_real_images
+from tiny_training import REPOSITORY, error_line
 
 from eval.results import number, read_results, write_results
 from experiments import ablation
 from experiments.ablation import Job, jobs_of, main, table_of
 from experiments.study import read_study
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE, NUM_IMAGES = 16, 16
 FLAGS = {
     "resolution": SIZE,
@@ -60,12 +60,6 @@ def write_study(folder: Path, content, name: str = "study.yaml") -> Path:
 
 def run_study(study: Path, data: Path | str = "synthetic-faces", *flags: str) -> int:
     return main([str(study), "--data", str(data), "--out", str(study.parent / "out"), *flags])
-
-
-def error_line(capsys) -> str:
-    (error,) = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: ")
-    return error
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -178,7 +172,7 @@ def test_changed_settings_are_rejected_and_new_variants_are_left_to_do(finished_
     fast = VARIANTS | {"fast": {"flags": {"learning_rate": 0.02}}}
     for changes, folder in ({"evaluation": {}}, "evaluation"), ({"variants": fast}, "seed-0"):
         assert run_study(write_study(finished_study.parent, STUDY | changes)) == 2
-        assert f"{folder} was made with other settings" in error_line(capsys)
+        assert f"{folder} was made with other settings" in error_line(capsys.readouterr().err)
     write_study(finished_study.parent, STUDY | {"variants": VARIANTS | {"new": {}}, "seeds": [*SEEDS, 6]})
     new = [f"seed-{seed}" for seed in (*SEEDS, 6)]
     assert unfinished(finished_study) == {*itertools.product(VARIANTS, ["seed-6"]), *itertools.product(["new"], new)}
@@ -188,7 +182,7 @@ def test_sigterm_stops_the_processes(tmp_path, monkeypatch, capsys):
     started = []
 
     def start(job, task, num_threads):
-        started.append(subprocess.Popen(["sleep", "100"]))
+        started.append(subprocess.Popen(["sleep", "infinity"]))
         if len(started) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return started[-1]
@@ -232,7 +226,7 @@ def test_failed_training_reports_one_line_error(tmp_path, capsys):
     """The data folder has no images; the jobs after the failed one do not start."""
     (tmp_path / "empty").mkdir()
     assert run_study(write_study(tmp_path, REAL_STUDY), tmp_path / "empty") == 1
-    assert error_line(capsys).startswith("error: base, seed-7 failed with exit code 2: error: ")
+    assert error_line(capsys.readouterr().err).startswith("error: base, seed-7 failed with exit code 2: error: ")
     assert not (tmp_path / "out" / "edm").exists()
     assert not (tmp_path / "out" / "ablation.md").exists()
 
@@ -257,7 +251,7 @@ def study_with(**variant) -> dict:
 )
 def test_invalid_study_is_rejected_before_any_training(content, message, tmp_path, capsys):
     assert run_study(write_study(tmp_path, content)) == 2
-    assert message in error_line(capsys)
+    assert message in error_line(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from exact_denoiser import ExactDenoiser, Mixture
 from PIL import Image
+from tiny_pipeline import quiet
 from torch import Tensor
 
 from pipelines import CustomUNetPipeline
@@ -27,9 +28,7 @@ def two_pixels() -> Mixture:
 def make_pipe(**schedule) -> CustomUNetPipeline:
     scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False, **schedule)
     network = ExactDenoiser("epsilon", sample_size=(1, 2)).set_data(two_pixels(), scheduler.alphas_cumprod.double())
-    pipe = CustomUNetPipeline(network, scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(CustomUNetPipeline(network, scheduler))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_training import error_line
 
 from eval.compare import main
 from eval.results import number, read_results, write_results
@@ -92,7 +93,5 @@ def test_bad_input_exits_with_code_2_and_one_line(runs, flags, message, capsys):
     record = read_results(Path("ddpm/results.json"))
     write_results(Path("ddpm/results.json"), record | {"reference": record["reference"] | {"fingerprint": "other"}})
     assert main(flags) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: ")
-    assert message in error
+    assert message in error_line(capsys.readouterr().err)
     assert not Path("out").exists()

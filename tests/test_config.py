@@ -165,8 +165,6 @@ def test_network_options_match_diffusers(parse):
         ("max_train_steps: 1\n", "exactly one"),
         ("dataset_name: synthetic-faces\n", "no length"),
         ("dataset_name: synthetic-faces\nmax_train_minutes: 5\n", "--lr_scheduler cosine needs"),
-        ("- a\n- b\n", "mapping"),
-        ("a: [b\n", "cannot read"),
     ],
 )
 def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
@@ -184,7 +182,6 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
         ("--rescale_betas_zero_snr --prediction_type epsilon", "not epsilon"),
         ("--rescale_betas_zero_snr --prediction_type sample --snr_gamma 5", "the weight 0"),
         ("--snr_weighting soft_min", "without --snr_gamma"),
-        ("--train_data_dir x --dataset_name synthetic-faces", "exactly one"),
         ("--validation_split train", "not held out"),
         ("--ddpm_num_inference_steps 2000", "1000"),
         ("--hub_model_id someone/faces", "--push_to_hub"),
@@ -197,7 +194,6 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
         (f"{FLOW} --snr_gamma 5", "--snr_gamma is 5.0, which means nothing to --objective flow"),
         ("--time_embedding_type fourier", "ddpm needs --time_embedding_type positional or learned"),
         ("--objective ve", "ve needs --time_embedding_type fourier"),
-        ("--objective vp --sde_beta_min 30", "beta_min 30.0 and beta_max 20.0 must be positive and not fall"),
         (f"{EDM} --sigma_max 0.001", "sigma_min 0.002 and sigma_max 0.001 must be positive and rise"),
     ],
 )

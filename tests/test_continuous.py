@@ -1,6 +1,7 @@
 """The pipeline in continuous time: networks trained with an SDE, and DDPM networks treated as a VP SDE."""
 
 import itertools
+import math
 
 import diffusers
 import pytest
@@ -8,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from exact_denoiser import Mixture, mixture
 from exact_sde import ExactSDENetwork
-from tiny_pipeline import quiet, tiny_pipeline
+from tiny_pipeline import quiet, sde_pipeline, tiny_pipeline
 
 from pipelines import CustomUNetPipeline
 from pipelines.applications import (
@@ -22,7 +23,7 @@ from pipelines.applications import (
     interpolate,
 )
 from pipelines.custom_unet_pipeline import Guidance
-from training.sde import PREDICTION_TYPES, SDEScheduler, continuous_samplers
+from training.sde import SDEScheduler, continuous_samplers
 
 SCHEDULERS = {
     "vp": SDEScheduler(objective="vp"),  # clips, which makes no difference here
@@ -39,14 +40,7 @@ SCHEDULERS = {
     "ddpm zero snr": DDPMScheduler(prediction_type="sample", rescale_betas_zero_snr=True, clip_sample=False),
 }
 N = 4000
-SAMPLERS = {  # and their numbers of steps
-    "euler_maruyama": 200,
-    "reverse_diffusion": 200,
-    "ode": 10,
-    "edm_heun": 40,
-    "flow_euler": 80,
-    "flow_heun": 20,
-}
+STEPS = {"euler_maruyama": 200, "reverse_diffusion": 200, "ode": 10, "edm_heun": 40, "flow_euler": 80, "flow_heun": 20}
 
 
 def exact_pipeline(name: str, size: int = 1) -> CustomUNetPipeline:
@@ -55,12 +49,7 @@ def exact_pipeline(name: str, size: int = 1) -> CustomUNetPipeline:
 
 
 def pipeline_of(objective: str, **network) -> CustomUNetPipeline:
-    """A tiny pipeline with the scheduler's defaults."""
-    if objective == "ddpm":
-        return tiny_pipeline(DDPMScheduler(), **network)
-    embedding = {"time_embedding_type": "fourier"} if objective == "ve" else {}
-    scheduler = SDEScheduler(objective=objective, prediction_type=PREDICTION_TYPES[objective][0])
-    return tiny_pipeline(scheduler, **embedding | network)
+    return tiny_pipeline(DDPMScheduler(), **network) if objective == "ddpm" else sde_pipeline(objective, **network)
 
 
 def last_clean_images(pipe: CustomUNetPipeline, steps: int, num_images: int = N, **call) -> torch.Tensor:
@@ -90,7 +79,7 @@ def test_samplers_reproduce_the_mixture(name, sampler):
     """With float32 x, the network's own time input and every prediction type."""
     pipe = exact_pipeline(name)
     pipe.set_sampler(sampler)
-    errors = mixture().errors(last_clean_images(pipe, SAMPLERS[sampler]))
+    errors = mixture().errors(last_clean_images(pipe, STEPS[sampler]))
     assert (errors < torch.tensor([0.04, 0.03, 0.25])).all(), errors
 
 
@@ -249,7 +238,9 @@ def test_replacing_the_scheduler_resets_the_sampler_and_back():
         ({"objective": "ve"}, "ve takes score"),
         ({"objective": "vp", "prediction_type": "v"}, "vp takes epsilon or sample or v_prediction"),
         ({"beta_min": 30.0}, "beta_max 20.0"),
+        ({"objective": "ve", "prediction_type": "score", "sigma_min": 0.0}, "sigma_min 0.0"),
         ({"objective": "edm", "prediction_type": "edm", "sigma_min": 100.0}, "sigma_min 100.0"),
+        ({"objective": "edm", "prediction_type": "edm", "sigma_max": math.inf}, "sigma_max inf"),
     ],
 )
 def test_invalid_sde_scheduler_settings_raise_value_errors(settings, message):

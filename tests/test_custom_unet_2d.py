@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-import json
 
 import pytest
 import safetensors.torch
@@ -25,28 +24,8 @@ NCSNPP = {
     "mid_block_scale_factor": 2**0.5,
     "attention_head_dim": None,
 }
-DDPM = {
-    "norm_eps": 1e-6,
-    "freq_shift": 1,
-    "flip_sin_to_cos": False,
-    "downsample_padding": 0,
-    "attention_head_dim": None,
-}
-CELEBA_64 = {
-    **DDPM,
-    "sample_size": 64,
-    "block_out_channels": (128, 256, 256, 256, 512),
-    "dropout": 0.1,
-    "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-}
-CELEBAHQ_256 = {
-    **DDPM,
-    "sample_size": 256,
-    "block_out_channels": (128, 128, 256, 256, 512, 512),
-    "down_block_types": (*("DownBlock2D",) * 4, "AttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
-}
+DDPM = {"norm_eps": 1e-6, "freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0}
+DDPM |= {"attention_head_dim": None}
 
 # Covers every option at least once; options not listed come from `tiny`.
 CONFIGS = {
@@ -55,8 +34,7 @@ CONFIGS = {
     "attention everywhere": {**ALL_ATTN, "act_fn": "gelu"},
     "heads narrower than the level": {**ALL_ATTN, "attention_head_dim": 3},
     "resnet blocks": {"down_block_types": RESNET_DOWN, "up_block_types": RESNET_UP},
-    "resnet resampling": {**ALL_ATTN, "downsample_type": "resnet", "upsample_type": "resnet"},
-    "resnet down, conv up": {**ALL_ATTN, "downsample_type": "resnet", "norm_eps": 1e-3},
+    "resnet resampling": {**ALL_ATTN, "downsample_type": "resnet", "upsample_type": "resnet", "norm_eps": 1e-3},
     "NCSN++": NCSNPP,
     "NCSN++ scale_shift": {**NCSNPP, "resnet_time_scale_shift": "scale_shift", "add_attention": False},
     "NCSN++ fixed groups": {**NCSNPP, "norm_num_groups": 8, "time_embedding_type": "positional", "sample_size": 12},
@@ -74,16 +52,14 @@ CONFIGS = {
         "up_block_types": ("AttnUpBlock2D", "SkipUpBlock2D", "SkipUpBlock2D"),
     },
     "no bottleneck": {"mid_block_type": None, "act_fn": "mish"},
-    "bottleneck without attention": {"add_attention": False, "mid_block_scale_factor": 3.0, "act_fn": "swish"},
     "scale_shift": {"resnet_time_scale_shift": "scale_shift", "mid_block_scale_factor": 2, "dropout": 0.4},
-    "attn_norm_num_groups": {"attn_norm_num_groups": 2},
+    "attn_norm_num_groups": {"attn_norm_num_groups": 2, "act_fn": "swish"},
     "attn_norm_num_groups scale_shift": {"attn_norm_num_groups": 8, "resnet_time_scale_shift": "scale_shift"},
     "positional sin first": {"flip_sin_to_cos": False, "freq_shift": 1, "time_embedding_dim": 24},
     "positional odd width": {"block_out_channels": (9, 12), "norm_num_groups": 3, "attention_head_dim": 3},
     "learned": {"time_embedding_type": "learned", "num_train_timesteps": 50},
     "class table": {"num_class_embeds": 5},
     "class as timestep": {"class_embed_type": "timestep", "num_class_embeds": 5},
-    "class as timestep fourier": {"class_embed_type": "timestep", "time_embedding_type": "fourier"},
     "class as vector": {"class_embed_type": "identity"},
     "asymmetric padding": {"downsample_padding": 0, "sample_size": (8, 12)},
     "centered, other channels": {"center_input_sample": True, "in_channels": 1, "out_channels": 6},
@@ -96,10 +72,22 @@ CONFIGS = {
         "layers_per_block": 1,
         "sample_size": 5,
     },
-    "celeba 64": {**CELEBA_64, "block_out_channels": (8, 16, 16, 16, 32), "sample_size": 16},
-    "celebahq 256": {**CELEBAHQ_256, "block_out_channels": (8, 8, 16, 16, 32, 32), "sample_size": 32},
+    "celeba 64": {
+        **DDPM,
+        "sample_size": 16,
+        "block_out_channels": (8, 16, 16, 16, 32),
+        "dropout": 0.1,
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    },
+    "celebahq 256": {
+        **DDPM,
+        "sample_size": 32,
+        "block_out_channels": (8, 8, 16, 16, 32, 32),
+        "down_block_types": (*("DownBlock2D",) * 4, "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
+    },
 }
-FEW_CONFIGS = ("attention", "NCSN++", "resnet resampling", "class table", "celeba 64")
 
 
 def tiny(name: str = "attention", **changes) -> dict:
@@ -197,29 +185,10 @@ def test_names_outputs_and_gradients_match_diffusers(name):
     assert_same_gradients(gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("name", FEW_CONFIGS)
-@pytest.mark.parametrize("source", [0, 1], ids=["from diffusers", "to diffusers"])
-def test_saved_weights_load_in_both_directions(name, source, tmp_path):
-    pair = make_pair(tiny(name))
-    saved, loader = pair[source].eval(), type(pair[1 - source])
-    saved.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == type(saved).__name__
-    loaded, info = loader.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values())
-    inputs = make_inputs(saved)
-    torch.testing.assert_close(loaded(**inputs).sample, saved(**inputs).sample, atol=1e-5, rtol=0)
-
-
 def test_signatures_match_diffusers():
     for method in ("__init__", "forward"):
         ours, theirs = (inspect.signature(getattr(c, method)).parameters for c in (CustomUNet2DModel, UNet2DModel))
         assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
-
-
-@pytest.mark.parametrize(("config", "parameters"), [(CELEBA_64, 78_700_803), (CELEBAHQ_256, 113_673_219)])
-def test_parameter_counts_of_published_networks(config, parameters):
-    with torch.device("meta"):
-        assert CustomUNet2DModel(**config).num_parameters() == parameters
 
 
 def test_timestep_may_be_a_number_or_a_scalar_or_batched_tensor():
@@ -335,7 +304,7 @@ def test_autocast_and_half_precision_weights_match_float32(name, dtype, tmp_path
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FEW_CONFIGS)
+@pytest.mark.parametrize("name", ["attention", "NCSN++", "resnet resampling", "class table", "celeba 64"])
 def test_layerwise_casting_to_float8_matches_diffusers(name):
     reference, ours = make_pair(tiny(name))
     inputs = make_inputs(ours)
@@ -347,7 +316,6 @@ def test_layerwise_casting_to_float8_matches_diffusers(name):
 
 # ------------------------------------------------------------------------------------------------ rejected arguments
 
-SKIP_DOWN, SKIP_UP = ("SkipDownBlock2D",) * 2, ("SkipUpBlock2D",) * 2
 INVALID_CONFIGS = {
     "time_embedding_type": {"time_embedding_type": "sinusoidal"},
     "mid_block_type": {"mid_block_type": "UNetMidBlock2DCrossAttn"},
@@ -361,10 +329,8 @@ INVALID_CONFIGS = {
     "down_block_types has 1 entries": {"down_block_types": ("DownBlock2D",)},
     "up_block_types has 3 entries": {"up_block_types": ("UpBlock2D",) * 3},
     r"block_out_channels=\(\)": {"block_out_channels": (), "down_block_types": (), "up_block_types": ()},
-    r"block_out_channels=\(8, 0\)": {"block_out_channels": (8, 0)},
     r"block_out_channels=\(8, 16.0\)": {"block_out_channels": (8, 16.0)},
     "sample_size=9": {"sample_size": 9},
-    r"sample_size=\(8, 7\)": {"sample_size": (8, 7)},
     r"sample_size=\(8, 8, 8\)": {"sample_size": (8, 8, 8)},
     "4 groups do not divide the 6 channels": {"block_out_channels": (6, 16)},
     "5 groups do not divide": {"attn_norm_num_groups": 5},
@@ -372,21 +338,21 @@ INVALID_CONFIGS = {
         "block_out_channels": (32, 48),
         "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
     },
-    "0 groups do not divide": {"block_out_channels": (3, 16), "down_block_types": SKIP_DOWN, "norm_num_groups": 1},
+    "0 groups do not divide": {
+        "block_out_channels": (3, 16),
+        "down_block_types": ("SkipDownBlock2D",) * 2,
+        "norm_num_groups": 1,
+    },
     "attention_head_dim=32 is more than the 16": {"attention_head_dim": 32},
     "num_train_timesteps=None": {"time_embedding_type": "learned"},
     "freq_shift=4": {"freq_shift": 4},
     "in_channels=0": {"in_channels": 0},
     "layers_per_block=1.5": {"layers_per_block": 1.5},
-    "attention_head_dim=0": {"attention_head_dim": 0},
     "norm_num_groups=None": {"norm_num_groups": None},
     "num_class_embeds=-1": {"num_class_embeds": -1},
     "mid_block_scale_factor=0": {"mid_block_scale_factor": 0},
     "norm_eps=0": {"norm_eps": 0.0},
-    "dropout=1.0": {"dropout": 1.0},
     "dropout=-0.1": {"dropout": -0.1},
-    "in_channels=1": {"in_channels": 1, "down_block_types": SKIP_DOWN},
-    "out_channels=6": {"out_channels": 6, "up_block_types": SKIP_UP},
 }
 
 

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import itertools
-import logging
 import multiprocessing
 import os
 import pickle
@@ -11,10 +10,8 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -27,6 +24,7 @@ from training.workers import StoppedWaiting, load_batches
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_IMAGES, SIDE = 150, 8  # decoded in three chunks
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +41,6 @@ def faces(tmp_path, pictures) -> Path:
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(folder / f"{i:04}.png")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def temporary_caches(tmp_path, monkeypatch, caplog):
-    """Keep this process and its children away from the user's caches."""
-    caplog.set_level(logging.INFO)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
 
 
 def open_faces(folder: Path, **options) -> data.ImageStore:
@@ -143,12 +132,12 @@ def test_skip_bad_images_skips_and_counts_them(faces, pictures, caplog):
 
 
 STALL = f"""
-import itertools, sys, time, training.data, training.folders
+import itertools, signal, sys, training.data, training.folders
 decode = training.folders.FolderImages.decode
 def stalling(self, *arguments):
     yield from itertools.islice(decode(self, *arguments), 100)
     print("halfway", flush=True)
-    time.sleep(60)
+    signal.pause()
 training.folders.FolderImages.decode = stalling
 training.data.open_image_store(train_data_dir=sys.argv[1], cache_dir=sys.argv[2], resolution={SIDE}, crop="none")
 """
@@ -215,7 +204,7 @@ def test_full_disk_raises_one_line_error_and_leaves_nothing(faces, tmp_path):
 
 
 def test_default_cache_is_in_the_users_cache_folder_and_must_be_writable(faces, tmp_path):
-    assert open_faces(faces, cache_dir=None).folder.parent == tmp_path / "xdg" / "train_unet"
+    assert open_faces(faces, cache_dir=None).folder.parent == tmp_path / "XDG_CACHE_HOME" / "train_unet"
     (tmp_path / "file").write_text("in the way")
     message = error_of(open_faces, faces, cache_dir=str(tmp_path / "file" / "cache"))
     assert "Not a directory; free some space or set --cache_dir" in message
@@ -397,7 +386,7 @@ def test_dead_worker_raises_one_line_error():
 def test_only_the_loaders_workers_are_killed_at_exit(faces, monkeypatch):
     at_exit = []
     monkeypatch.setattr(workers, "Finalize", lambda _, kill, exitpriority: at_exit.append(kill))
-    other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+    other = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
     other.start()
     before = {*multiprocessing.active_children()}
     loaded = load_batches(open_faces(faces), 2, batch_sampler=shuffled_batches(NUM_IMAGES, 4, 0))

@@ -17,6 +17,7 @@ from gradio.context import LocalContext
 from PIL import Image, ImageOps
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 from tiny_pipeline import quiet, tiny_pipeline
+from tiny_training import error_line
 
 from pipelines import CustomUNetPipeline, demo
 from pipelines.applications import denoising_strip, impute, interpolate
@@ -313,9 +314,7 @@ def test_bad_input_exits_with_code_2_and_one_line(flags, message, folder, monkey
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["--pipeline", str(folder), *(port if flag == "TAKEN" else flag for flag in flags)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
+    assert message in error_line(capsys.readouterr().err)
 
 
 def test_class_conditional_network_is_rejected():

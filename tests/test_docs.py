@@ -76,7 +76,7 @@ def test_linked_functions_exist(name):
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_commands_exist(name):
+def test_commands_exist_and_python_blocks_parse(name):
     text = (REPOSITORY / name).read_text()
     modules = set(re.findall(r"python (?:-W \w+ )?-m ([\w.]+)", text)) | set(re.findall(r"`(eval\.\w+)", text))
     assert modules or name in SHORT
@@ -86,11 +86,7 @@ def test_commands_exist(name):
     assert set(re.findall(r"`make (\w+)", text)) <= rules
     for path in re.findall(r"\bconfigs/[\w/]+\.yaml", text):
         assert (REPOSITORY / path).is_file(), path
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_python_blocks_parse(name):
-    for language, code in FENCE.findall((REPOSITORY / name).read_text()):
+    for language, code in FENCE.findall(text):
         if language == "python":
             ast.parse(code)
 

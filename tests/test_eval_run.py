@@ -2,11 +2,8 @@
 
 import argparse
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +11,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
-from tiny_network import TINY
-from torch import nn
+from stand_in_networks import write_features
+from tiny_pipeline import tiny_pipeline
+from tiny_training import error_line, torchrun
 
-from custom_unet import CustomUNet2DModel
 from eval.evaluation import WithoutClass, parse_sampler
 from eval.results import result
 from eval.run import keep, main
-from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
 from training.sde import SDEScheduler
 
 N = 24
-NETWORK = TINY | {"sample_size": 16}
 SMALL = f"--num_images {N} --steps 3".split()
 SMALL += "--likelihood_images 3 --bound_evaluations 3 --ode_images 2 --heldout_images 4 --cost_images 4".split()
 SMALL += "--cost_samplers ddim:2 ddim:3:1 unipc:3 --num_cpu_threads 1".split()
@@ -50,22 +45,18 @@ def write_real_images(folder: Path, **counts: int) -> Path:
     return folder
 
 
-def export(folder: Path, scheduler, *, facts: dict | None = FACTS, **network) -> Path:
+def export(folder: Path, scheduler, **network) -> Path:
     """A model repository of a tiny network."""
-    torch.manual_seed(0)
-    export_pipeline(CustomUNetPipeline(CustomUNet2DModel(**NETWORK | network), scheduler), folder, facts=facts)
-    return folder
+    return export_pipeline(tiny_pipeline(scheduler, **{"sample_size": 16} | network), folder, facts=FACTS)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> tuple[Path, Path, Path]:
     """A model repository, a TorchScript network, and a folder of real images."""
     folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    features = nn.Sequential(nn.Conv2d(3, 6, kernel_size=8, stride=8), nn.Flatten())
-    torch.jit.script(features.eval()).save(str(folder / "features.pt"))
     model = export(folder / "tiny", DDIMScheduler(prediction_type="v_prediction"))
-    return model, folder / "features.pt", write_real_images(folder / "real", train=50, validation=8)
+    real = write_real_images(folder / "real", train=50, validation=8)
+    return model, write_features(folder / "features.pt"), real
 
 
 @pytest.fixture(scope="module")
@@ -134,18 +125,10 @@ def test_rerun_reuses_images_and_keeps_other_results(measured, evaluate, tmp_pat
 
 def test_two_processes_give_the_same_results_as_one(measured, inputs, tmp_path):
     """For features and cost; the other metrics are measured by the main process alone."""
-    pipeline, features, real = map(str, inputs)
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 -m eval.run --allow_few".split()
-    arguments = ["--pipeline", pipeline, "--reference", real, "--features", features, *SMALL]
-    done = subprocess.run(
-        [sys.executable, *torchrun, *arguments, "--metrics", "features", "cost", "--out", str(tmp_path / "out")],
-        cwd=Path(__file__).resolve().parent.parent,
-        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    pipeline, features, real = inputs
+    arguments = ["--pipeline", pipeline, "--reference", real, "--features", features, *SMALL, "--allow_few"]
+    arguments += ["--metrics", "features", "cost", "--out", tmp_path / "out"]
+    torchrun("eval.run", *arguments, XDG_CACHE_HOME=str(tmp_path))
 
     def values(out: Path) -> dict:
         families = [entry for entry in results(out) if entry["family"] in ("features", "cost")]
@@ -158,6 +141,13 @@ def test_two_processes_give_the_same_results_as_one(measured, inputs, tmp_path):
     ("flags", "message"),
     [
         (["--k", "24"], "--k is 24; it must be below --num_images 24"),
+        (["--k", "0"], "--k is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--eta", "nan"], "--eta is nan"),
+        (["--bound_evaluations", "1"], "--bound_evaluations is 1"),
+        (["--ode_images", "0"], "--ode_images is 0"),
+        (["--ode_tolerance", "0"], "--ode_tolerance is 0"),
+        (["--metrics", "fid2"], "invalid choice: 'fid2'"),
         (["--split", "test"], "no split 'test'; it has train, validation"),
         (["--features", "nothing", "--metrics", "swd", "cost"], "nothing is not a TorchScript module"),
         (["--features", "inception", "--inception_path", "nothing"], "nothing is not a file; run `make inception`"),
@@ -176,9 +166,7 @@ def test_bad_input_exits_with_code_2_and_one_line(evaluate, measured, flags, mes
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = (measured / "results.json").read_text()
     assert evaluate(measured, *flags) == 2
-    error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
-    assert message in error
+    assert message in error_line(capfd.readouterr().err)
     assert (measured / "results.json").read_text() == before
 
 
@@ -240,7 +228,7 @@ def test_sde_model_has_results_for_every_metric(measured_sde):
     assert [(entry["sampler"], entry.get("steps")) for entry in cost] == [("edm_heun", 2), ("ode", None)]
     assert cost[0]["network_evaluations"] == 3 < cost[1]["network_evaluations"]
     assert [entry["sampler_settings"] for entry in cost] == [own, {"tolerance": 0.01}]
-    parameters = sum(p.numel() for p in CustomUNet2DModel(**NETWORK).parameters())
+    parameters = tiny_pipeline().unet.num_parameters()
     model = {"objective": "edm", "prediction_type": "edm", "parameters": parameters}
     record = json.loads((measured_sde / "results.json").read_text())
     assert record["model"] == model | {"images_seen": 4 + 8, "train_seconds": 1.0 + 1.5}
@@ -291,8 +279,7 @@ def test_class_conditional_model_needs_class_labels_and_a_suitable_sampler(evalu
 
 
 def test_without_class_uses_the_null_class():
-    torch.manual_seed(0)
-    network = CustomUNet2DModel(**NETWORK, num_class_embeds=3).eval()
+    network = tiny_pipeline(sample_size=16, num_class_embeds=3).unet.eval()
     images, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([5, 500])
     null, other = (network(images, timesteps, class_labels=torch.tensor([label] * 2)).sample for label in (2, 0))
     found = WithoutClass(network).eval()(images, timesteps).sample

@@ -15,6 +15,7 @@ from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline, FlowMatchEule
 from diffusers.utils import dynamic_modules_utils
 from tiny_network import TINY
 from tiny_pipeline import SDES, sde_pipeline, tiny_pipeline
+from tiny_training import error_line
 
 from common import InputError
 from custom_unet import CustomUNet2DModel
@@ -112,20 +113,7 @@ def test_exported_models_load_in_a_fresh_process_elsewhere(models, tmp_path):
     assert complaints == [""] * (1 + len(SDES))
 
 
-@pytest.mark.parametrize("objective", ["ddim", *SDES])
-def test_loading_in_this_repository_does_not_run_the_models_code(models, objective, tmp_path):
-    folder = shutil.copytree(models / objective, tmp_path / "faces")
-    expected = draw(CustomUNetPipeline.from_pretrained(folder))
-    for path in folder.rglob("*.py"):
-        path.write_text("raise SystemExit('the code was run')\n")
-    pipe = CustomUNetPipeline.from_pretrained(folder)
-    assert type(pipe.unet) is CustomUNet2DModel
-    assert type(pipe.scheduler) is (DDIMScheduler if objective == "ddim" else SDEScheduler)
-    assert {**pipe.scheduler.config}.items() >= SDES.get(objective, ({}, {}))[1].items()
-    np.testing.assert_array_equal(draw(pipe), expected)
-
-
-# Rejected: code without consent, pickles, paths out of the folder
+# Rejected: code without consent
 
 
 def test_remote_code_needs_consent(models, tmp_path, monkeypatch):
@@ -143,30 +131,10 @@ def test_remote_code_needs_consent(models, tmp_path, monkeypatch):
     assert not (tmp_path / "modules").exists()
 
 
-class MaliciousPickle:
-    """A pickle that acts on the machine of whoever reads it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-def test_pickled_weights_are_rejected(pipe, tmp_path):
-    folder, mark = export_pipeline(pipe, tmp_path / "faces"), tmp_path / "the pickle was read"
-    next((folder / "unet").glob("*.safetensors")).unlink()
-    torch.save({"conv_in.bias": MaliciousPickle(mark)}, folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
-        CustomUNetPipeline.from_pretrained(folder)
-    assert not mark.exists()
-
-
 # Contents of the folder
 
 
-def test_folder_has_the_expected_files_index_and_code(models):
-    """The index names the classes, and their code is a copy of this repository's."""
+def test_folder_has_the_expected_files_and_copies_of_this_repositorys_code(models):
     code = {
         "custom_unet_pipeline.py": custom_unet_pipeline.CustomUNetPipeline,
         "unet/custom_unet_2d.py": CustomUNet2DModel,
@@ -175,12 +143,6 @@ def test_folder_has_the_expected_files_index_and_code(models):
     rest = {"README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"}
     rest |= {"unet/diffusion_pytorch_model.safetensors"}
     for folder, names in {models / "ve": {*code}, models / "ddim": {*code} - {"scheduler/sde.py"}}.items():
-        index = json.loads((folder / "model_index.json").read_text())
-        assert index["_class_name"] == ["custom_unet_pipeline", "CustomUNetPipeline"]
-        assert index["unet"] == ["custom_unet_2d", "CustomUNet2DModel"]
-        assert index["auto_map"] == {"AutoModel": "custom_unet_2d.CustomUNet2DModel"}
-        is_sde = folder.name == "ve"
-        assert index["scheduler"] == (["sde", "SDEScheduler"] if is_sde else ["diffusers", "DDIMScheduler"])
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         assert files == rest | names
         assert model_files(folder) == sorted(files)
@@ -211,20 +173,6 @@ def test_folder_that_is_no_model_repository_is_not_replaced(pipe, tmp_path):
     with pytest.raises(InputError, match="not a model repository"):
         export_pipeline(pipe, tmp_path / "photos")
     assert (tmp_path / "photos" / "me.png").exists()
-
-
-def test_full_disk_leaves_the_old_folder(pipe, tmp_path, monkeypatch):
-    folder = export_pipeline(pipe, tmp_path / "faces")
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-    def no_space(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(shutil, "copyfile", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        export_pipeline(pipe, folder)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["faces"]
 
 
 def test_compiled_network_is_exported_uncompiled_and_without_its_path(pipe, tmp_path):
@@ -286,19 +234,14 @@ def test_half_precision_variant_loads_beside_the_full_weights(models, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["card", "--pipeline", "nowhere"], "nowhere is not a model repository"),
-        (["push", "--pipeline", "x"], "--repo_id"),
-        (
-            ["push", "--pipeline", "x", "--repo_id", "y", "--token", "hf_secret"],
-            "the Hub's token is read from HF_TOKEN",
-        ),
-        (["push", "--pipeline", "x", "--repo_id", "y", "hf_secret"], "the Hub's token is read from HF_TOKEN"),
+        ("card --pipeline nowhere", "nowhere is not a model repository"),
+        ("push --pipeline x", "--repo_id"),
+        ("push --pipeline x --repo_id y --token hf_secret", "the Hub's token is read from HF_TOKEN"),
+        ("push --pipeline x --repo_id y hf_secret", "the Hub's token is read from HF_TOKEN"),
     ],
 )
 def test_bad_input_exits_with_code_2_and_one_line(flags, message, capsys):
-    assert export.main(flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    assert export.main(flags.split()) == 2
+    error = error_line(capsys.readouterr().err)
     assert message in error
     assert "hf_secret" not in error

@@ -18,7 +18,6 @@ from eval import encoders
 from eval.encoders import open_extractor
 from eval.features import cached_features, extract_features, images_of_files, images_of_store, subset
 from eval.measures import feature_metrics
-from tests.loopback_hub import LoopbackHub
 from tests.stand_in_networks import StandInExtractor, draw_images, write_clip, write_dinov2, write_images
 from training.data import open_image_store
 
@@ -99,7 +98,7 @@ def test_dinov2_matches_stein_et_al(tmp_path, monkeypatch):
     assert (extractor.name, extractor.mode) == ("facebook/dinov2-large", "bicubic 224")
 
 
-def test_clip_matches_jayasumana_et_al(tmp_path, monkeypatch):
+def test_clip_matches_jayasumana_et_al(hub, tmp_path, monkeypatch):
     """Loaded from the Hub, at its commit and not at the newest one."""
     folder, images = write_clip(tmp_path / "clip"), draw_images(3, seed=0, size=80)
     statistics = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -107,16 +106,15 @@ def test_clip_matches_jayasumana_et_al(tmp_path, monkeypatch):
         network = transformers.CLIPModel.from_pretrained(folder).eval()
         pooled = network.vision_model(preprocessed(images, 48, *statistics)).pooler_output
         expected = network.visual_projection(pooled)
-    hub, repo_id = LoopbackHub(), encoders.PUBLISHED["clip"].hub_id
+    repo_id = encoders.PUBLISHED["clip"].hub_id
     first, second = {path.name: path.read_bytes() for path in folder.iterdir()}, {"README.md": b"moved"}
-    hub.commits[repo_id], hub.heads[repo_id, "first"], hub.heads[repo_id, "main"] = [first, second], 0, 1
+    commit, _ = hub.add(repo_id, first, second)
+    hub.heads[repo_id, "main"] = 1
     fetch = partial(snapshot_download, endpoint=hub.address, cache_dir=tmp_path / "hub")
     monkeypatch.setattr(encoders, "snapshot_download", fetch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    published = encoders.PUBLISHED["clip"]._replace(commit=hub.commit_id(repo_id, "first"), size=48)
-    monkeypatch.setitem(encoders.PUBLISHED, "clip", published)
+    monkeypatch.setitem(encoders.PUBLISHED, "clip", encoders.PUBLISHED["clip"]._replace(commit=commit, size=48))
     ours = open_extractor("clip")(torch.from_numpy(images))
-    hub.stop()
     torch.testing.assert_close(ours, expected / expected.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
 
 

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from diffusers import DDIMScheduler
 from PIL import Image
-from tiny_network import TINY
+from tiny_pipeline import tiny_pipeline
 
-from custom_unet import CustomUNet2DModel
 from experiments import gallery
 from experiments.gallery import labelled_grid, main
 from pipelines import CustomUNetPipeline
@@ -29,9 +27,8 @@ def test_labelled_grid_places_every_image():
 
 def arguments_of(folder: Path, scheduler, **config) -> list[str]:
     """The arguments of the command that writes a tiny model's pictures to FOLDER/out."""
-    torch.manual_seed(0)
-    pipe = CustomUNetPipeline(CustomUNet2DModel(**TINY, **config), scheduler)
-    return ["--pipeline", str(export_pipeline(pipe, folder / "model")), "--out", str(folder / "out")]
+    model = export_pipeline(tiny_pipeline(scheduler, **config), folder / "model")
+    return ["--pipeline", str(model), "--out", str(folder / "out")]
 
 
 def test_command_draws_the_pictures_and_records_their_settings(tmp_path, monkeypatch):

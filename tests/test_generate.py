@@ -1,7 +1,6 @@
 """Image folders: reproducible, resumable, protected from other settings, and with a record to redraw them."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,11 +9,11 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
-import torch
 from diffusers import DDIMScheduler
 from filelock import FileLock
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
+from tiny_training import REPOSITORY, torchrun
 
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
@@ -24,7 +23,6 @@ from pipelines.image_folder import image_path, missing_seeds
 from pipelines.loading import load_pipeline
 from training.sde import CONTINUOUS_SAMPLERS, SDEScheduler
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SDE = SDEScheduler(objective="edm", prediction_type="edm")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -178,7 +176,6 @@ def test_changed_settings_are_rejected(generate, sde_model, tmp_path):
     for difference, changed in {
         "continuous_sampler churn: 3.0 -> 4.0": {"churn": [4.0]},
         "class_label: [0, 1] -> [1, 0]": {"class_label": [1, 0]},
-        "guidance_scale: 2.0 -> 1.0": {"guidance_scale": [1.0]},
         "continuous_sampler name: 'edm_heun' -> 'ode'": {"scheduler": ["ode"], "churn": []},
         "num_inference_steps: 3 -> 4": {"steps": 4},
         "dtype: 'fp32' -> 'bf16'": {"dtype": ["bf16"]},
@@ -213,6 +210,10 @@ def test_foreign_images_are_rejected(generate, tmp_path):
         (["DDPM", "--scheduler", "magic"], "'magic' (choose from"),
         (["DDPM", "--churn", "2"], "--churn is for a sampler in continuous time; name one with --scheduler"),
         (["DDPM", "--num_images", "0"], "--num_images is 0; it must be at least 1"),
+        (["DDPM", "--batch_size", "-3"], "--batch_size is -3"),
+        (["DDPM", "--seed", "-1"], "--seed is -1"),
+        (["DDPM", "--eta", "nan"], "--eta is nan"),
+        (["DDPM", "--num_cpu_threads", "1000000000"], "--num_cpu_threads is 1000000000"),
         (["DDPM", "--seed", "4294967293"], "the last seed is 4294967296; it must be below 2**32"),
         (["DDPM", "--class_label", "1"], "the network has no class embeddings"),
         (["DDPM", "--pipeline", "nobody/nothing"], "nobody/nothing is not a local folder and could not be downloaded"),
@@ -238,14 +239,7 @@ def test_bad_input_exits_with_code_2_and_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_failures_exit_with_code_1(generate, model, tmp_path):
-    pipeline = CustomUNetPipeline.from_pretrained(model)
-    with torch.no_grad():
-        pipeline.unet.conv_out.bias[0] = float("nan")
-    broken = export_pipeline(pipeline, tmp_path / "broken")
-    code, _, error = generate(pipeline=broken, out=tmp_path / "nan")
-    assert code == 1
-    assert error.startswith("error: the model cannot be run: 4 of 4 images are not finite: the weights are broken")
+def test_folder_that_is_in_use_exits_with_code_1(generate, tmp_path):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".lock"):
         code, _, error = generate()
@@ -279,69 +273,45 @@ def test_hub_repository_is_recorded_with_its_commit(generate, model, tmp_path, m
 # ---- Interrupted and finished by several processes
 
 
-KILLED = """
+INTERRUPTED = """
 import os, signal, sys
 from pipelines import CustomUNetPipeline, generate
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it in its workers
 draw, drawn = CustomUNetPipeline.__call__, []
 
-def draw_until_killed(*arguments, **keywords):
+def draw_until_interrupted(*arguments, **keywords):
     drawn.append(keywords["seeds"])
     if len(drawn) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(sys.argv[1]))
     return draw(*arguments, **keywords)
 
-CustomUNetPipeline.__call__ = draw_until_killed
-generate.main(sys.argv[1:])
+CustomUNetPipeline.__call__ = draw_until_interrupted
+sys.exit(generate.main(sys.argv[2:]))
 """
 
 
-def test_ctrl_c_keeps_finished_images(generate, tmp_path, monkeypatch):
-    """The interrupt arrives while the third image is being drawn."""
-    draw, drawn = CustomUNetPipeline.__call__, []
-
-    def press_ctrl_c(pipeline, *arguments, **keywords):
-        drawn.append(keywords["seeds"])
-        if len(drawn) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return draw(pipeline, *arguments, **keywords)
-
-    monkeypatch.setattr(CustomUNetPipeline, "__call__", press_ctrl_c)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it in its workers
-    try:
-        code, _, error = generate("--batch_size", 1, images=5)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert code == 130
-    assert error == "stopped; the images so far are kept; run the same command to continue"
-    assert missing_seeds(tmp_path / "out", range(5)) == [2, 3, 4]
-
-
-def test_two_processes_finish_a_killed_run(generate, model, tmp_path):
+def test_two_processes_finish_an_interrupted_and_killed_run(generate, model, tmp_path):
+    """The signals arrive while the fourth image is being drawn."""
     out, seeds = tmp_path / "killed", range(20, 32)
     sampling = ["--seed", "20", "--scheduler", "ddpm"]
     fixed = ["--pipeline", model, "--num_images", len(seeds), "--steps", 20, "--out", out, "--num_cpu_threads", 1]
     flags = [*map(str, fixed), *sampling, "--batch_size", "1"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *flags], cwd=REPOSITORY)
-    assert killed.returncode == -signal.SIGKILL
-    assert missing_seeds(out, seeds) == [*seeds[3:]]
-    kept = identities(image_path(out, seed) for seed in seeds[:3])
+    for number, code, kept in ((signal.SIGINT, 130, 3), (signal.SIGKILL, -signal.SIGKILL, 6)):
+        command = [sys.executable, "-c", INTERRUPTED, str(int(number)), *flags]
+        stopped = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        assert stopped.returncode == code, stopped.stderr
+        assert missing_seeds(out, seeds) == [*seeds[kept:]]
+        message = "stopped; the images so far are kept; run the same command to continue\n"
+        assert stopped.stderr.endswith(message) == (number == signal.SIGINT)
+    before = identities(image_path(out, seed) for seed in seeds[:6])
 
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "pipelines.generate", *flags],
-        cwd=REPOSITORY,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "9 images generated" in done.stdout
-    assert identities(kept) == kept
+    assert "6 images generated" in torchrun("pipelines.generate", *flags)
+    assert identities(before) == before
     starts = record(out)["starts"]
-    assert [start["num_processes"] for start in starts] == [1, 2]
-    assert ["generated" in start for start in starts] == [False, True]
-    assert starts[1]["network_evaluations_per_image"] == 20
+    assert [start["num_processes"] for start in starts] == [1, 1, 2]
+    assert ["generated" in start for start in starts] == [False, False, True]
+    assert starts[2]["network_evaluations_per_image"] == 20
 
     whole = tmp_path / "whole"
     assert generate(*sampling, "--batch_size", 5, out=whole, images=len(seeds), steps=20)[0] == 0

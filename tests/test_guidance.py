@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from tiny_network import TINY
+from tiny_pipeline import tiny_pipeline
+from tiny_training import error_line
 
-from custom_unet import CustomUNet2DModel
 from experiments import guidance
 from experiments.guidance import class_shares, draw, fit_judge, main, real_sets, summary
 from pipelines import CustomUNetPipeline
@@ -20,12 +20,9 @@ SIZE, NAMES = 16, ["no", "yes"]
 FLAGS = "--num_images 9 --num_inference_steps 3 --num_cpu_threads 1"
 
 
-def tiny_pipeline(**config) -> CustomUNetPipeline:
-    torch.manual_seed(0)
-    network = CustomUNet2DModel(**TINY | {"sample_size": SIZE} | config)
-    pipe = CustomUNetPipeline(network, DDIMScheduler(prediction_type="v_prediction"))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def pipeline_with(num_class_embeds: int) -> CustomUNetPipeline:
+    scheduler = DDIMScheduler(prediction_type="v_prediction")
+    return tiny_pipeline(scheduler, sample_size=SIZE, num_class_embeds=num_class_embeds)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +35,7 @@ def models(tmp_path_factory) -> Path:
         ("of_photographs", 3, faces | {"source": "photographs"}),
         ("without_null_class", 2, faces),
     ]:
-        export_pipeline(tiny_pipeline(num_class_embeds=num_classes), folder / name)
+        export_pipeline(pipeline_with(num_classes), folder / name)
         (folder / name / "training.json").write_text(json.dumps({"data": data}))
     return folder
 
@@ -58,7 +55,7 @@ def real_images():
 
 
 def test_scale_0_is_the_null_class_and_scale_1_is_unguided():
-    pipe, labels = tiny_pipeline(num_class_embeds=3), [0, 1, 0, 1, 0]
+    pipe, labels = pipeline_with(3), [0, 1, 0, 1, 0]
     calls = {0.0: {"class_labels": 2}, 1.0: {"class_labels": labels}}
     calls[3.0] = {"class_labels": labels, "guidance_scale": 3.0}
     seen = []
@@ -130,7 +127,5 @@ def test_failed_sampling_exits_with_one_line(tmp_path, capsys):
 )
 def test_bad_input_exits_with_one_line_before_drawing(flags, message, tmp_path, capsys):
     assert main([*FLAGS.split(), *flags.split(), "--scales", "1", "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]  # after the progress bar of the first decoding
-    assert error.startswith("error: ")
-    assert message in error
+    assert message in error_line(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

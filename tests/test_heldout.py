@@ -5,14 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from exact_denoiser import ExactDenoiser
-from exact_gaussian import CORRELATED, ExactGaussian, draw_images, exact_network
+from exact_gaussian import CORRELATED, ExactGaussian, draw_images, exact_network, make_scheduler
 from exact_sde import exact_sde_network
-from tiny_network import TINY
+from tiny_pipeline import tiny_pipeline
 
 from common import InputError
-from custom_unet import CustomUNet2DModel
 from eval.heldout import SIGMAS, clean_image_errors, midpoint_timesteps, noise_errors
 from training.data import to_model_range
 from training.sde import PREDICTION_TYPES as OBJECTIVES
@@ -21,15 +19,6 @@ from training.sde import SDEScheduler
 VARIANCES = torch.linalg.eigvalsh(CORRELATED.covariances[0]).numpy()
 ROUNDING = (1 / 255) ** 2 / 3  # pixel values are rounded, which adds this to their variance
 MODELS = {"ddpm": ("epsilon", "v_prediction")} | OBJECTIVES  # and their prediction types
-
-
-def make_scheduler(prediction_type: str = "v_prediction", **settings) -> DDPMScheduler:
-    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, **settings)
-
-
-def tiny_network() -> CustomUNet2DModel:
-    torch.manual_seed(0)
-    return CustomUNet2DModel(**TINY).eval()
 
 
 def random_images() -> torch.Tensor:
@@ -62,7 +51,7 @@ def test_exact_denoiser_attains_the_minimal_errors_by_timestep(prediction_type):
 @pytest.mark.parametrize("levels", [[125, 375, 875], [0.1, 1.0, 10.0]], ids=["timesteps", "noise levels"])
 def test_noise_is_fixed_per_image_and_level(levels):
     """It does not depend on the other levels, the batch size or later images."""
-    network, images = tiny_network(), random_images()
+    network, images = tiny_pipeline().unet.eval(), random_images()
 
     def errors_of(images, levels, **settings):
         if isinstance(levels[0], int):
@@ -76,12 +65,12 @@ def test_noise_is_fixed_per_image_and_level(levels):
 
 def test_error_is_zero_without_signal():
     scheduler = make_scheduler(rescale_betas_zero_snr=True)
-    errors = noise_errors(tiny_network(), scheduler, random_images(), [999])
+    errors = noise_errors(tiny_pipeline().unet.eval(), scheduler, random_images(), [999])
     assert errors.mean() == pytest.approx(0, abs=1e-10)  # x_T is the noise
 
 
 def test_nan_weights_raise_an_input_error():
-    network = tiny_network()
+    network = tiny_pipeline().unet.eval()
     network.conv_out.weight.data[0] = math.nan
     with pytest.raises(InputError, match="output is not finite"):
         noise_errors(network, make_scheduler(), random_images(), [25])

@@ -1,23 +1,15 @@
 """Hundreds of damaged and unusual images from a fixed seed: each decodes or raises a one-line `BadImage`."""
 
-import io
-import struct
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+from test_images import encode
 
 from training.images import BadImage, decode_image
 
 SIDE = 24
-
-
-def encode(image: Image.Image, file_format: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
 
 
 def picture(mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -39,15 +31,11 @@ def frames(mode: str = "RGB") -> dict:
 
 INTACT = {
     "png rgb": encode(picture(), "PNG"),
-    "png l": encode(picture("L"), "PNG"),
-    "png la": encode(picture("LA"), "PNG"),
-    "png p": encode(picture("P"), "PNG"),
     "png p transparent": encode(picture("P"), "PNG", transparency=bytes(range(0, 256, 16))),
     "png rgba": encode(picture("RGBA"), "PNG"),
     "png 16": encode(picture("I;16"), "PNG"),
     "png animated": encode(picture(), "PNG", **frames()),
     "jpeg rgb": encode(picture(), "JPEG", quality=90),
-    "jpeg l": encode(picture("L"), "JPEG"),
     "jpeg cmyk": encode(picture("CMYK"), "JPEG"),
     "jpeg progressive": encode(picture(), "JPEG", progressive=True),
     "jpeg two": encode(picture(), "MPO", **frames()),
@@ -57,7 +45,6 @@ INTACT = {
     "gif": encode(picture("P"), "GIF"),
     "gif animated": encode(picture("P"), "GIF", **frames("P")),
     "bmp rgb": encode(picture(), "BMP"),
-    "bmp p": encode(picture("P"), "BMP"),
     "tiff rgb": encode(picture(), "TIFF"),
     "tiff lzw": encode(picture(), "TIFF", compression="tiff_lzw"),
     "tiff deflate": encode(picture("RGBA"), "TIFF", compression="tiff_adobe_deflate"),
@@ -114,23 +101,10 @@ def test_damaged_images_are_rejected_or_decode_to_the_original_pixels(name):
             np.testing.assert_array_equal(pixels, whole, err_msg=kind)
 
 
-def chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
-def black_png(side: int) -> bytes:
-    """With one bit per pixel, without holding the pixels in memory."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
-    compress, num_bytes = zlib.compressobj(1), (-(-side // 8) + 1) * side
-    parts = [compress.compress(bytes(1 << 20)) for _ in range(num_bytes >> 20)]
-    rows = b"".join([*parts, compress.compress(bytes(num_bytes % (1 << 20))), compress.flush()])
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
 def test_images_above_pillows_pixel_limit_are_rejected():
-    assert decoded(black_png(9459)) is not None  # just below
-    for side in (9460, 20_000):
-        assert decoded(black_png(side)) is None
+    assert decoded(encode(Image.new("1", (9459, 9459)), "PNG")) is not None  # just below
+    for side in (9460, 13_500):  # just above the limit, and above twice the limit
+        assert decoded(encode(Image.new("1", (side, side)), "PNG")) is None
     for file_format in ("GIF", "BMP", "TIFF", "JPEG"):
         options = {"compression": "group4"} if file_format == "TIFF" else {}
         mode = "1" if file_format in ("BMP", "TIFF") else "L"

@@ -8,10 +8,8 @@ from PIL import Image
 
 from training.images import BadImage, crop_box, decode_image
 
-BOXES = {
-    "celeba_140": (39, 179, 19, 159),
-    "celeba_128": (57, 185, 25, 153),
-}  # first and last row, first and last column
+# First and last row, first and last column
+BOXES = {"celeba_140": (39, 179, 19, 159), "celeba_128": (57, 185, 25, 153)}
 
 
 def encode(image: Image.Image | np.ndarray, file_format: str = "PNG", **options) -> bytes:

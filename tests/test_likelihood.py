@@ -5,16 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from exact_denoiser import ExactDenoiser, Mixture, mixture
-from exact_gaussian import CORRELATED, INDEPENDENT, ExactGaussian, draw_images, exact_network
+from exact_gaussian import CORRELATED, INDEPENDENT, ExactGaussian, draw_images, exact_network, make_scheduler
 from exact_sde import exact_sde_network
 from scipy.stats import norm
-from tiny_network import TINY
+from tiny_pipeline import tiny_pipeline
 from torch import Tensor
 
 from common import InputError
-from custom_unet import CustomUNet2DModel
 from eval import likelihood
 from eval.likelihood import BIN_WIDTH, discrete_decoder, log_density, ode_likelihood, variational_bound
 from pipelines.continuous import denoiser
@@ -23,11 +21,6 @@ from training.sde import PREDICTION_TYPES as OBJECTIVES
 from training.sde import SDEScheduler
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-
-
-def make_scheduler(prediction_type: str = "v_prediction", **settings) -> DDPMScheduler:
-    settings = {"beta_schedule": "squaredcos_cap_v2"} | settings
-    return DDPMScheduler(prediction_type=prediction_type, **settings)
 
 
 def bits_per_dim(nats: Tensor, num_dims: int = 3) -> np.ndarray:
@@ -251,18 +244,13 @@ def test_log_density_is_exact_for_sdes_that_end_far_from_their_prior(objective, 
 # ---- Networks, batch sizes, bad input
 
 
-def tiny_network(**settings) -> CustomUNet2DModel:
-    torch.manual_seed(0)
-    return CustomUNet2DModel(**TINY | settings).eval()
-
-
 def random_images(num_images: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(256, (num_images, 3, 8, 8), generator=generator, dtype=torch.uint8)
 
 
 def test_bound_does_not_depend_on_the_batch_size():
-    model = tiny_network(), make_scheduler()
+    model = tiny_pipeline().unet.eval(), make_scheduler()
     one, four = (variational_bound(*model, random_images(), num_evaluations=5, batch_size=size) for size in (1, 4))
     np.testing.assert_allclose(four.bits_per_dim, one.bits_per_dim, rtol=1e-4)
 
@@ -276,7 +264,7 @@ def test_ode_likelihood_does_not_depend_on_the_batch_size():
 
 @pytest.mark.parametrize("function", [variational_bound, ode_likelihood])
 def test_nan_weights_raise_input_errors(function):
-    network = tiny_network()
+    network = tiny_pipeline().unet.eval()
     network.conv_out.weight.data[0] = math.nan
     with pytest.raises(InputError, match="not finite"):
         function(network, make_scheduler(), random_images())

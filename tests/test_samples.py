@@ -2,18 +2,13 @@
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from tiny_pipeline import tiny_pipeline
 
-from custom_unet import CustomUNet2DModel
-from pipelines import CustomUNetPipeline
 from training.samples import draw_grid, list_grids
 
 
 def test_grid_shows_the_seeds_in_order():
-    torch.manual_seed(0)
-    levels = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    network = CustomUNet2DModel(sample_size=8, norm_num_groups=4, layers_per_block=1, **levels)
-    pipe = CustomUNetPipeline(network, DDIMScheduler())
+    pipe = tiny_pipeline()
     grid = draw_grid(pipe, 5, 2, lambda: False)
     assert grid.size == (3 * 8 + 4 * 2, 2 * 8 + 3 * 2)  # 3 columns, 2 rows, lines of 2 pixels
     alone = np.asarray(pipe(1, [torch.Generator().manual_seed(4)], 2).images[0])

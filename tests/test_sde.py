@@ -1,7 +1,5 @@
 """The SDEs compared with their definition, with each other, and with the processes whose limits they are."""
 
-import math
-
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -69,17 +67,3 @@ def test_score_gives_the_posterior_mean_of_the_data():
         posterior_mean = (exponents.softmax(1) * points).sum(1)
         c_skip, c_out = clean_image_coefficients("score", alpha, n)
         torch.testing.assert_close(c_skip * x + c_out * score, posterior_mean)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: VESDE(0.0, 1.0), "sigma_min 0.0"),
-        (lambda: VESDE(2.0, 1.0), "sigma_max 1.0"),
-        (lambda: EDMSDE(1.0, math.inf), "sigma_max inf"),
-        (lambda: VPSDE(beta_min=3.0, beta_max=2.0), "beta_max 2.0"),
-    ],
-)
-def test_bad_arguments_raise_value_errors(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()

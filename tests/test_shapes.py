@@ -1,6 +1,5 @@
 """Images with 1 to 4 channels or 16 bits, and rectangles: decoding, and the whole way from files to evaluation."""
 
-import io
 import itertools
 import json
 from pathlib import Path
@@ -12,13 +11,14 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from exact_denoiser import ExactDenoiser
 from exact_gaussian import INDEPENDENT, draw_images, exact_network
 from PIL import Image, ImageOps
-from tiny_network import TINY
+from stand_in_networks import write_features
+from test_images import encode
+from tiny_pipeline import tiny_pipeline
 
-from custom_unet import CustomUNet2DModel
 from eval import run as evaluation
 from eval.features import over_white
 from eval.likelihood import ode_likelihood
-from pipelines import CustomUNetPipeline, applications, generate
+from pipelines import applications, generate
 from training.config import TrainConfig
 from training.data import open_image_store, to_model_range
 from training.images import decode_image
@@ -49,15 +49,13 @@ def grey_images(count: int) -> list[Image.Image]:
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (41, 41)])
 def test_crop_and_resize_match_pillow(shape, size):
     image, mode = Image.fromarray(noise(*size, 3 + (shape[0] % 2 == 0))), ["L", "LA", "RGB", "RGBA"][shape[0] - 1]
-    content = io.BytesIO()
-    image.save(content, "PNG")
     target = (shape[2], shape[1])
     expected = {
         "center": ImageOps.fit(image.convert(mode), target, Image.Resampling.BICUBIC),
         "none": image.convert(mode).resize(target, Image.Resampling.BICUBIC),
     }
     for crop, pixels in expected.items():
-        found = decode_image(content.getvalue(), crop, shape)
+        found = decode_image(encode(image), crop, shape)
         assert found.shape == shape
         np.testing.assert_array_equal(np.moveaxis(found, 0, -1).squeeze(), np.asarray(pixels))
 
@@ -153,13 +151,9 @@ def test_channels_and_16_bits_work_from_training_to_evaluation(
     card = (run / "pipeline" / "README.md").read_text()
     assert (" with an alpha channel" in card, " grey " in card) == (mode == "RGBA", mode == "L")
     assert (about.get("dtype", "uint8"), about.get("in_channels")) == (dtype, len(mode))
-    torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 6, 8, 8), torch.nn.Flatten()).eval()).save(
-        str(tmp_path / "features.pt")
-    )
-    flags = (
-        f"--pipeline {run / 'pipeline'} --reference {data} --num_images 8 --steps 2 --num_cpu_threads 1 --allow_few"
-    )
-    flags += f" --metrics colours features --crop center --features {tmp_path}/features.pt --heldout_split train"
+    features = write_features(tmp_path / "features.pt")
+    flags = f"--pipeline {run}/pipeline --reference {data} --num_images 8 --steps 2 --num_cpu_threads 1 --allow_few"
+    flags += f" --metrics colours features --crop center --features {features} --heldout_split train"
     assert evaluation.main([*flags.split(), "--out", str(tmp_path / "evaluation")]) == 0
     (folder,) = (tmp_path / "evaluation" / "images").iterdir()
     assert {image.mode for image in map(Image.open, folder.glob("seed-*.png"))} == {mode}
@@ -194,11 +188,10 @@ def test_grey_images_work_from_training_to_evaluation(train, tmp_path, monkeypat
     unet = UNet2DModel.from_pretrained(model, subfolder="unet")
     assert DDIMPipeline(unet, DDIMScheduler())(num_inference_steps=1).images[0].size == (32, 16)
 
-    features = torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 6, 8, 8), torch.nn.Flatten()).eval())
-    features.save(str(tmp_path / "features.pt"))
+    features = write_features(tmp_path / "features.pt")
     flags += " --num_images 8 --ode_images 1 --ode_tolerance 0.1 --likelihood_images 2 --bound_evaluations 3"
     flags += " --heldout_images 4 --cost_images 4 --cost_samplers ddim:2 --allow_few --heldout_split validation"
-    flags += f" --features {tmp_path}/features.pt --reference {tmp_path}/data --out {tmp_path}/evaluation"
+    flags += f" --features {features} --reference {tmp_path}/data --out {tmp_path}/evaluation"
     assert evaluation.main(flags.split()) == 0
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())["results"]
     missing = {entry["name"]: entry["reason"] for entry in results if entry["value"] is None}
@@ -207,9 +200,7 @@ def test_grey_images_work_from_training_to_evaluation(train, tmp_path, monkeypat
 
 
 def test_applications_accept_images_of_any_mode_for_grey_networks():
-    network = CustomUNet2DModel(**TINY | {"sample_size": (8, 16), "in_channels": 1, "out_channels": 1})
-    pipe = CustomUNetPipeline(network, DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = tiny_pipeline(sample_size=(8, 16), in_channels=1, out_channels=1)
     image, mask = Image.fromarray(noise(8, 16, 3)), Image.fromarray(255 * (noise(8, 16) // 128))
     imputed = applications.impute(pipe, image, mask, 2, seeds=[0])[0]  # before any call of the pipeline
     assert (imputed.mode, imputed.size) == ("L", (16, 8))

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
-from loopback_hub import LoopbackHub
 from PIL import Image
 
 from common import InputError
@@ -24,16 +22,7 @@ from training.synthetic_faces import LABEL_NAMES, draw_faces, face_factors, spli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIDE = 8
-
-
-@pytest.fixture(autouse=True)
-def own_caches(tmp_path, monkeypatch, caplog):
-    """Isolates this process and its children from the user's caches."""
-    caplog.set_level(logging.INFO)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 @pytest.fixture
@@ -254,6 +243,9 @@ def test_saved_data_set_is_the_train_split(tmp_path, open_store, error_of):
     assert "data, row 2: no image; " in error_of(tmp_path / "data")
     assert_pictures(open_store(tmp_path / "data", skip_bad_images=True).images, [2, 0])
     assert error_of(tmp_path / "data", split="validation").endswith("has no split 'validation'; it has train")
+    (arrow,) = (tmp_path / "data").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    assert error_of(tmp_path / "data").startswith(f"no readable data set in {tmp_path}/data, which holds ")
 
 
 def test_files_beside_tables_are_reported(tmp_path, open_store):
@@ -361,18 +353,6 @@ def test_synthetic_faces_have_class_labels(open_store, column):
             assert store.description["label_names"] == LABEL_NAMES[column]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"label_column": "smile"}, "has no column 'smile'; it has hair_style, hair_colour, eye_colour, "),
-        ({"split": "test"}, "synthetic-faces has no split 'test'; it has train, validation"),
-        ({"crop": "celeba_140"}, "crop celeba_140 is for CelebA's photographs; choose none for synthetic-faces"),
-    ],
-)
-def test_synthetic_faces_reject_unsupported_options(error_of, options, message):
-    assert message in error_of(dataset_name="synthetic-faces", **options)
-
-
 # Paths that lead out of the data set
 
 
@@ -435,15 +415,12 @@ def test_damaged_data_raise_one_line_errors_with_the_reason(tmp_path, error_of, 
     assert "generating the dataset" not in error
 
 
-def test_damaged_saved_data_set_raises_one_line_error(tmp_path, error_of):
-    folder = tmp_path / "data"
-    table([0, 1]).save_to_disk(folder)
-    (arrow,) = folder.glob("*.arrow")
-    arrow.write_bytes(arrow.read_bytes()[:100])
-    assert error_of(folder).startswith(f"no readable data set in {folder}, which holds ")
-
-
-def test_contradictory_arguments_are_rejected(tmp_path, error_of):
+def test_unsupported_and_contradictory_arguments_are_rejected(tmp_path, error_of):
+    faces = "synthetic-faces"
+    message = f"{faces} has no column 'smile'; it has hair_style, hair_colour, eye_colour, "
+    assert error_of(dataset_name=faces, label_column="smile").startswith(message)
+    assert error_of(dataset_name=faces, split="test") == f"{faces} has no split 'test'; it has train, validation"
+    assert "is for CelebA's photographs; choose none" in error_of(dataset_name=faces, crop="celeba_140")
     assert error_of(dataset_name=str(tmp_path)) == f"{tmp_path} is a local folder; give it as --train_data_dir"
     assert error_of(dataset_name="a/b/c").startswith("cannot open a/b/c, revision main, on the Hub: Repo id must be ")
     write(tmp_path / "faces", ["0.png"])
@@ -454,19 +431,6 @@ def test_contradictory_arguments_are_rejected(tmp_path, error_of):
 
 
 # The Hub
-
-
-def parquet_bytes(indices) -> bytes:
-    file = io.BytesIO()
-    table(indices).to_parquet(file)
-    return file.getvalue()
-
-
-@pytest.fixture
-def hub():
-    hub = LoopbackHub()
-    yield hub
-    hub.stop()
 
 
 CASES = """
@@ -503,13 +467,13 @@ NOWHERE = "http://127.0.0.1:9"  # the discard port: refuses connections
 
 
 def test_hub_data_sets_open_online_and_offline(tmp_path, hub, open_store):
-    fingerprints = [
-        open_store(parquet(tmp_path / name, train=table(indices))).fingerprint
-        for name, indices in (("first", [0, 1, 2]), ("later", [3, 4]))
+    folders = [
+        parquet(tmp_path / name, train=table(indices)) for name, indices in (("first", [0, 1, 2]), ("later", [3, 4]))
     ]
+    fingerprints = [open_store(folder).fingerprint for folder in folders]
     files = [
-        {"train-00000-of-00001.parquet": parquet_bytes(indices), "README.md": title}
-        for indices, title in (([0, 1, 2], b"# Faces\n"), ([3, 4], b"# Other faces\n"))
+        {"train-00000-of-00001.parquet": (folder / "train.parquet").read_bytes(), "README.md": folder.name.encode()}
+        for folder in folders
     ]
     commit, later_commit = hub.add("someone/faces", *files)
     hub.add("someone/gated", files[0])

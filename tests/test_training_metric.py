@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from stand_in_networks import StandInExtractor
 from tiny_training import assert_same_tensors, error_line, records, signal_at
-from torch import Tensor
 
 from eval import training_metric
 from eval.distances import frechet_distance, kernel_distance
@@ -23,22 +23,10 @@ pytest_plugins = ["tiny_training"]
 METRIC = ["--metric", "fid", "--metric_images", "20"]
 
 
-class StandIn:
-    """A random network of 8 features."""
-
-    name, mode, sha256 = "stand-in", "clean", "0" * 64
-
-    def __init__(self, *, path: Path | None = None, device: torch.device | str = "cpu"):
-        self.matrix = torch.randn(3 * 8 * 8, 8, generator=torch.Generator().manual_seed(0)) / 10
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return torch.tanh((images.flatten(1) / 128 - 1) @ self.matrix)
-
-
 def patch_inception(cache: Path, *faults) -> None:
     """Replaces Inception by the stand-in in a separate process and injects the faults."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
-    training_metric.open_inception = StandIn
+    training_metric.open_inception = lambda **_: StandInExtractor()
     for fault in faults:
         fault()
 
@@ -65,7 +53,7 @@ def fail_at_batches(*numbers: int) -> None:
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(training_metric, "open_inception", StandIn)
+    monkeypatch.setattr(training_metric, "open_inception", lambda **_: StandInExtractor())
 
 
 @pytest.mark.parametrize(
@@ -89,7 +77,7 @@ def test_metric_matches_images_generated_from_the_seeds(changes, sampler, steps,
     images = pipeline(seeds=range(20), num_inference_steps=steps, **labels).images
     generated = torch.from_numpy(np.stack([np.asarray(image).transpose(2, 0, 1) for image in images]))
     chosen = torch.from_numpy(images_of_store(trainer.data.store, 20).read(range(20)))
-    real, generated = (StandIn()(images).numpy() for images in (chosen, generated))
+    real, generated = (StandInExtractor()(images).numpy() for images in (chosen, generated))
     distances = {"fid": frechet_distance(real, generated), "kid": kernel_distance(real, generated, seed=0)["value"]}
     value = records(trainer.output_dir, metric)[3]
     assert value == pytest.approx(distances[metric], rel=1e-4)
@@ -101,7 +89,7 @@ def test_metric_matches_images_generated_from_the_seeds(changes, sampler, steps,
         "num_images": 20,
         "step": 3,
         "data": trainer.data.store.fingerprint,
-        "features": StandIn.name,
+        "features": StandInExtractor.name,
         "sampler": sampler,
         "steps": steps,
     }

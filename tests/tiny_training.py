@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -182,6 +183,15 @@ def straight(start, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight") / "run"
     start(folder, "--checkpoints_total_limit", "null").finish(0)
     return folder
+
+
+def torchrun(*command: str | Path, **environment: str) -> str:
+    """Runs a module with arguments in two processes; returns stdout."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    own = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run([*launch, *map(str, command)], cwd=REPOSITORY, env=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 # ---- Faults
