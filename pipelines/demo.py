@@ -92,7 +92,7 @@ class Page:
         button.click(self.generate, [seed, number, sampler, steps, eta], gallery, **ONE_AT_A_TIME)
 
     def generate(self, seed, number, sampler, steps, eta, progress=PROGRESS) -> list:
-        seeds = list(range(seed, seed + number))
+        seeds = consecutive_seeds(seed, number)
         eta = eta if sampler == "ddim" else 0.0  # the slider keeps its value while it is hidden
         with self.sampling(sampler) as pipeline:
             images = pipeline(seeds=seeds, num_inference_steps=steps, eta=eta).images
@@ -117,9 +117,9 @@ class Page:
         button.click(self.denoise, inputs, [strip, levels, animation], **ONE_AT_A_TIME)
 
     def denoise(self, seed, frames, sampler, steps, eta, progress=PROGRESS) -> Iterator[tuple]:
-        eta = eta if sampler == "ddim" else 0.0
+        seeds, eta = consecutive_seeds(seed, 1), eta if sampler == "ddim" else 0.0
         with self.sampling(sampler) as pipeline:
-            result = denoising_strip(pipeline, frames, steps, seeds=[seed], eta=eta)
+            result = denoising_strip(pipeline, frames, steps, seeds=seeds, eta=eta)
         times = [f"{time:.3g}" if isinstance(time, float) else str(time) for time in result.timesteps]
         levels = f"From left to right: t = {', '.join(times)}, and the result."
         with tempfile.TemporaryDirectory() as folder:  # Gradio has copied the file when it resumes after the yield
@@ -142,6 +142,7 @@ class Page:
         button.click(self.interpolate, [start, end, number, steps], gallery, **ONE_AT_A_TIME)
 
     def interpolate(self, start, end, number, steps, progress=PROGRESS) -> list:
+        (start,), (end,) = consecutive_seeds(start, 1), consecutive_seeds(end, 1)
         with self.sampling() as pipeline:
             images = interpolate(pipeline, start, end, number, steps)
         between = [f"{i / (number - 1):.0%}" for i in range(1, number - 1)]
@@ -177,8 +178,9 @@ class Page:
         button.click(self.inpaint, [image, editor, seed, number, steps, resamples], gallery, **ONE_AT_A_TIME)
 
     def image_of_seed(self, seed, steps, progress=PROGRESS) -> tuple:
+        seeds = consecutive_seeds(seed, 1)
         with self.sampling() as pipeline:
-            (image,) = pipeline(seeds=[seed], num_inference_steps=steps).images
+            (image,) = pipeline(seeds=seeds, num_inference_steps=steps).images
         return image, enlarged(image, self.factor(SHOWN_SIZE))
 
     def image_of_upload(self, upload) -> tuple:
@@ -191,7 +193,7 @@ class Page:
     def inpaint(self, image, drawing, seed, number, steps, resamples, progress=PROGRESS) -> list:
         if image is None or drawing is None or drawing["background"] is None:  # the last two: the editor was cleared
             raise error_shown("there is no image; take that of a seed or upload one")
-        mask, seeds = self.drawn_mask(drawing), list(range(seed, seed + number))
+        mask, seeds = self.drawn_mask(drawing), consecutive_seeds(seed, number)
         with self.sampling() as pipeline:
             if pipeline.is_continuous:
                 images = impute(pipeline, image, mask, steps, seeds=seeds)
@@ -255,6 +257,13 @@ def seed_input(label: str, value: int = 0) -> gr.Number:
 def image_gallery(label: str, columns: int = 4) -> gr.Gallery:
     look = {"show_label": False, "columns": columns, "object_fit": "contain", "height": "auto"}
     return gr.Gallery(format="png", label=label, buttons=["download", "download_all", "fullscreen"], **look)
+
+
+def consecutive_seeds(first: int | None, number: int) -> list[int]:
+    """Raises gr.Error if the field is empty."""
+    if first is None:
+        raise error_shown("the seed is empty; type a whole number")
+    return list(range(first, first + number))
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:

@@ -32,11 +32,12 @@ from common import (
     without_folder,
 )
 from pipelines import CustomUNetPipeline
+from pipelines.applications import enlarged
 from pipelines.loading import weight_files
 from training.checkpoint import difference
 
 RECORD = "generate.json"
-CONTACT_SHEET_IMAGES = 256
+CONTACT_SHEET_IMAGES, SHOWN_SIZE = 256, 192  # of the contact sheet, whose images are enlarged to about this size
 
 
 def image_path(folder: Path, seed: int) -> Path:
@@ -92,7 +93,8 @@ def draw_contact_sheet(folder: Path) -> None:
     paths = itertools.islice(filter(_is_intact, paths), CONTACT_SHEET_IMAGES)
     images = [pil_to_tensor(Image.open(path)) for path in paths]
     grid = make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2, pad_value=255)
-    _write_png(folder / "contact_sheet.png", to_pil_image(grid))
+    factor = max(1, SHOWN_SIZE // max(images[0].shape))
+    _write_png(folder / "contact_sheet.png", enlarged(to_pil_image(grid), factor))
 
 
 def _write_png(path: Path, image: Image.Image) -> None:

@@ -12,6 +12,7 @@ from custom_unet import CustomUNet2DModel
 from training.arguments import parse_config
 from training.config import UNET_OPTIONS
 from training.log import levels_without_time
+from training.processes import check_launcher
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 TOKEN = "hf_" + "aB3" * 11
@@ -134,6 +135,21 @@ def test_misplaced_secrets_are_not_printed(parse, yaml_text, flags, message):
     assert TOKEN not in line
 
 
+@pytest.mark.parametrize(
+    ("name", "asked", "flags"),
+    [
+        ("MIXED_PRECISION", "bf16", []),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", []),
+        ("DYNAMO_BACKEND", "EAGER", ["--compile", "true"]),
+    ],
+)
+def test_accelerate_launch_settings_must_match_the_configuration(parse, monkeypatch, name, asked, flags):
+    check_launcher(parse(BASE, *flags))
+    monkeypatch.setenv(f"ACCELERATE_{name}", asked)
+    with pytest.raises(InputError, match=f"asks for {name.lower()} {asked.lower()}"):
+        check_launcher(parse(BASE, *flags))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configurations_build_their_network(path):
     config = parse_config(["--config", str(path), "--dataset_name", "synthetic-faces"])
@@ -160,7 +176,8 @@ def test_network_options_match_diffusers(parse):
 @pytest.mark.parametrize(
     ("yaml_text", "message"),
     [
-        (BASE + "learning_rat: 1\n", "learning_rate"),
+        (BASE + "learning_rat: 1\n", "config.yaml; did you mean learning_rate?"),
+        (BASE + "max_train_steps: 20\n", "duplicate key"),
         (BASE + "mixed_precision: no\n", "is False; it should be text, put it in quotes"),
         ("max_train_steps: 1\n", "exactly one"),
         ("dataset_name: synthetic-faces\n", "no length"),
@@ -176,6 +193,11 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
     [
         ("--resoluton 32", "did you mean --resolution?"),
         ("--resol 32", "did you mean --resolution?"),
+        ("--use_ema", "unknown flag --use_ema; leave it out"),
+        ("--save-model-epochs 3", "; pass --checkpointing_steps"),
+        ("--streaming true", "for data sets on the Hub"),
+        (f"--output_dir {__file__}/run", "--output_dir"),
+        ("--objective vp --sde_beta_max 5", "leave 0.279 of the image at time 1"),
         ("--dropout 1.5", "below 1"),
         ("--norm_num_groups 5", "5 groups do not divide"),
         ("--act_fn elu", "'elu' is not supported"),

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,18 @@ def test_sigkill_during_a_build_leaves_no_store(faces, pictures, monkeypatch):
     np.testing.assert_array_equal(open_faces(faces).images, pictures.transpose(0, 3, 1, 2))
     forbid_decoding(monkeypatch)
     open_faces(faces)
+
+
+def test_stale_temporary_folders_are_removed(faces):
+    cache = faces.parent / "cache"
+    for name in ("fresh", "old", "alive"):
+        (cache / f".tmp-{name}").mkdir(parents=True)
+        (cache / f".tmp-{name}" / "images").write_bytes(b"?")
+    for path in (".tmp-old/images", ".tmp-old", ".tmp-alive"):  # a folder's mtime is not that of its file
+        long_ago = time.time() - data.STALE_SECONDS - 60
+        os.utime(cache / path, (long_ago, long_ago))
+    open_faces(faces)
+    assert {path.name for path in cache.glob(".tmp-*")} == {".tmp-fresh", ".tmp-alive"}
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])

@@ -151,12 +151,14 @@ def test_record_suffices_to_reproduce_the_images(generate, model, sde_model, tmp
 
 def test_folder_can_be_extended_with_more_images(generate, tmp_path):
     assert generate(images=2)[0] == 0
-    assert pixels(tmp_path / "out" / "contact_sheet.png").shape == (12, 22, 3)
+    sheet = pixels(tmp_path / "out" / "contact_sheet.png")
+    assert sheet.shape == (24 * 12, 24 * 22, 3)  # images of 8x8 pixels are enlarged 24 times
+    np.testing.assert_array_equal(sheet, sheet[::24, ::24].repeat(24, 0).repeat(24, 1))
     assert "2 images generated" in generate(images=4)[1]
     assert "0 images generated" in generate("--batch_size", 1, "--scheduler", "ddim", images=3)[1]  # the model's own
     made = record(tmp_path / "out")
     assert [(start["num_images"], start["generated"]) for start in made["starts"]] == [(2, 2), (4, 2)]
-    sheet = pixels(tmp_path / "out" / "contact_sheet.png")
+    sheet = pixels(tmp_path / "out" / "contact_sheet.png")[::24, ::24]
     assert sheet.shape == (22, 22, 3)
     np.testing.assert_array_equal(sheet[12:20, 2:10], pixels(tmp_path / "out" / "seed-0000002.png"))
 

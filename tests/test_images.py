@@ -1,6 +1,8 @@
 """Decoding: crops compared with pixel boxes, unusual modes, sizes and metadata."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -108,6 +110,39 @@ def test_pixels_of_unknown_range_are_rejected(pixels, options):
 def test_broken_exif_is_ignored(file_format, options, exif):
     pixels = decode_image(encode(noise(6, 6), file_format, exif=exif, **options), "none", (3, 6, 6))
     np.testing.assert_array_equal(pixels, noise(6, 6).transpose(2, 0, 1))
+
+
+def with_chunk(png: bytes, kind: bytes, content: bytes, has_valid_crc: bool = True) -> bytes:
+    """A PNG with an additional chunk after its header."""
+    chunk = struct.pack(">I", len(content)) + kind + content
+    return png[:33] + chunk + struct.pack(">I", zlib.crc32(chunk[4:]) ^ (not has_valid_crc)) + png[33:]
+
+
+INTACT = encode(noise(6, 6))
+LARGE_TEXT = b"workflow\0\0" + zlib.compress(bytes(3 << 20))
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        with_chunk(INTACT, b"zTXt", LARGE_TEXT),  # as image generators write it; Pillow's limit is 1 MiB
+        with_chunk(INTACT, b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 << 20))),
+        with_chunk(INTACT, b"iCCP", b"profile\0\x07"),
+        with_chunk(INTACT, b"tEXt", b"Comment\0x", has_valid_crc=False),
+        with_chunk(INTACT, b"pHYs", b"?"),
+        with_chunk(INTACT, b"acTL", b"?"),
+        with_chunk(INTACT, b"abCd", b"private", has_valid_crc=False),
+    ],
+)
+def test_broken_and_oversized_metadata_is_ignored(encoded):
+    np.testing.assert_array_equal(decode_image(encoded, "none", (3, 6, 6)), noise(6, 6).transpose(2, 0, 1))
+
+
+def test_orientation_is_applied_despite_oversized_metadata():
+    exif = Image.Exif()
+    exif[274] = 3
+    turned = with_chunk(encode(noise(6, 6)[::-1, ::-1], exif=exif), b"zTXt", LARGE_TEXT)
+    np.testing.assert_array_equal(decode_image(turned, "none", (3, 6, 6)), noise(6, 6).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -186,6 +186,7 @@ def test_class_labels_reach_the_network():
         ({"num_inference_steps": 0}, "1 to 1000"),
         ({"num_inference_steps": 1001}, "1 to 1000"),
         ({"eta": 1.5}, "eta is 1.5"),
+        ({"output_type": "jpeg"}, "must be pil, np, pt or latent"),
         ({"class_labels": 1}, "no class embeddings"),
     ],
 )
@@ -233,6 +234,11 @@ def test_suitable_schedulers_may_be_assigned_directly(v_pipe):
     assigned = v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images
     v_pipe.set_sampler("unipc")
     assert torch.equal(v_pipe(seeds=[1], num_inference_steps=5, output_type="pt").images, assigned)
+
+
+def test_learned_variances_are_rejected(pipe):
+    with pytest.raises(ValueError, match="out_channels differ from its in_channels"):
+        CustomUNetPipeline(UNet2DModel(**TINY, out_channels=6), pipe.scheduler)(num_inference_steps=2)
 
 
 def test_euler_ancestral_draws_finite_images_for_every_number_of_steps(v_pipe):

@@ -164,6 +164,10 @@ FOLDERS = {
         [1, 0],
         "1 (in another split)",
     ),
+    "metadata with accents as macOS stores them": (
+        {"metadata.csv": "file_name\nx/e\u0301.png\n".encode(), "x/\u00e9.png": 1},
+        [1],
+    ),
     "metadata that name no files": (
         {"metadata.csv": b"id,age\n1,2\n", "a/metadata.csv": b"file_name\n", "0.png": 0},
         [0],

@@ -1,8 +1,10 @@
 """Reads the configuration of a training run from a YAML file and the command line."""
 
+import difflib
 import functools
 import itertools
 import logging
+import os
 import re
 import typing
 from pathlib import Path
@@ -19,11 +21,27 @@ from training.config import LIMITS, TYPES, TrainConfig, shown
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+# Flags of other scripts, most of them of diffusers' train_unconditional.py, and what to do instead
+OF_DIFFUSERS = {
+    "batch_size": "pass --train_batch_size",
+    "center_crop": "pass --crop center",
+    "data_dir": "pass --train_data_dir",
+    "enable_xformers_memory_efficient_attention": "leave it out, PyTorch's own efficient attention is always used",
+    "local_rank": "leave it out and start with accelerate launch or torchrun",
+    "logger": "pass --report_to",
+    "lr": "pass --learning_rate",
+    "model_config_name_or_path": "pass the network's options, or --pretrained_model_name_or_path for its weights",
+    "save_images_epochs": "pass --save_images_steps",
+    "save_model_epochs": "pass --checkpointing_steps",
+    "use_ema": "leave it out, an EMA is always kept and used",
+}
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 
 
 class _Parser(Parser, HfArgumentParser):
     """One flag for each option; one that may be None also takes `null`."""
+
+    hints = OF_DIFFUSERS
 
     def add_argument(self, *flags, limits: dict | None = None, **settings):
         if _is_optional(TYPES.get(flags[0].removeprefix("--"))):
@@ -45,8 +63,8 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     a number of epochs its number of steps, and an objective the options of other objectives.
 
     Raises:
-        InputError: for an unreadable file, an unknown key or flag, a bad value, or a network or noise schedule that
-            cannot be built.
+        InputError: for an unreadable file, an unknown key or flag, a bad value, an output folder that cannot be
+            created, or a network or noise schedule that cannot be built.
     """
     if TOKEN.search(" ".join(arguments)):
         raise InputError(TOKEN_HINT)
@@ -58,6 +76,13 @@ def parse_config(arguments: list[str]) -> TrainConfig:
         path = DEFAULT_CONFIG_PATH
         logger.info("no --config given: using configs/%s", path.name)
     values = read_yaml(path)
+    for key in values:
+        if key not in TYPES:
+            if "token" in str(key).lower():
+                raise InputError(f"{path}: {TOKEN_HINT}")
+            nearest = difflib.get_close_matches(str(key), TYPES, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise InputError(f"unknown key {shown(key)} in {path}{hint}")
     given = {token.removeprefix("--").split("=")[0].replace("-", "_") for token in arguments if token.startswith("--")}
     for flag, keys in _replaced(values, known.objective).items():
         replaced = [key for key in keys if values.get(key) is not None and (key == flag or key not in given)]
@@ -68,6 +93,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     options = vars(parser.parse_args([*flags_of_file, *arguments]))
     del options["config"]
     config = TrainConfig(**options)
+    check_output_dir(config.output_dir)
     check_model(config)
     return config
 
@@ -79,13 +105,13 @@ def _replaced(values: dict, objective: str) -> dict[str, list[str]]:
         "dataset_name": [*of_hub, "train_data_dir"],
         "train_data_dir": [*of_hub, "validation_split"] if values.get("dataset_name") else [],
         "num_epochs": ["max_train_steps"],
-        "objective": [key for key in values if objective not in LIMITS.get(key, {}).get("only", objective).split()],
+        "objective": [key for key in values if objective not in LIMITS[key].get("only", objective).split()],
     }
 
 
 def _flags(path: Path, key: str, value) -> list[str]:
     """An entry of a YAML file as command-line arguments."""
-    kind = TYPES.get(key)  # None for an unknown key, which the parser reports
+    kind = TYPES[key]
     if value is None and not _is_optional(kind):
         raise InputError(f"{key} is null in {path}; it needs a value")
     is_text = kind in (str, str | None) or typing.get_origin(kind) is Literal
@@ -100,15 +126,27 @@ def _is_optional(annotation) -> bool:
     return type(None) in typing.get_args(annotation)
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """Refuses duplicate keys; PyYAML would silently use the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in [key for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"]:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, "duplicate key", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file. Messages do not quote it, because a line may hold a secret.
 
     Raises:
-        InputError: if it cannot be read, is not a mapping or holds a token.
+        InputError: if it cannot be read, has a duplicate key, is not a mapping or holds a token.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _YamlLoader)
     except OSError as error:
         reason = error.strerror
     except yaml.MarkedYAMLError as error:
@@ -132,3 +170,11 @@ def check_model(config: TrainConfig) -> None:
         config.noise_scheduler()
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raises InputError unless the folder exists or can be created; does not create it."""
+    path = Path(output_dir).absolute()
+    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {shown(output_dir)}: {there} is not a writable folder; choose another one")

@@ -24,6 +24,7 @@ from training.images import compact, height_and_width
 from training.sde import SDEScheduler
 
 OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the others take --prediction_type
+LARGEST_LAST_SIGNAL = 0.05  # of the image, at time 1
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 BOUNDS = {"min": (ge, "at least"), "max": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
 
@@ -217,6 +218,16 @@ class TrainConfig:
         embeddings = {"ddpm": ("positional", "learned"), "ve": ("fourier",)}.get(self.objective, ("positional",))
         if self.time_embedding_type not in embeddings:
             raise InputError(f"--objective {self.objective} needs --time_embedding_type {' or '.join(embeddings)}")
+        is_on_hub = self.train_data_dir is None and self.dataset_name != "synthetic-faces"
+        for name in ("streaming", "dataset_revision"):
+            if getattr(self, name) and not is_on_hub:
+                raise InputError(f"--{name} is for data sets on the Hub; leave it out")
+        signal = math.exp(-(self.sde_beta_min + self.sde_beta_max) / 4)
+        if self.objective in ("vp", "subvp") and signal > LARGEST_LAST_SIGNAL:
+            raise InputError(
+                f"--sde_beta_min {self.sde_beta_min} and --sde_beta_max {self.sde_beta_max} leave {signal:.3g} of the"
+                f" image at time 1; it must be at most {LARGEST_LAST_SIGNAL}"
+            )
         if self.beta_start > self.beta_end:
             raise InputError(f"--beta_start {self.beta_start} exceeds --beta_end {self.beta_end}; betas must rise")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":  # pure noise tells nothing of the image

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from training.synthetic_faces import NO_YES
 
 logger = logging.getLogger(__name__)
 
+STALE_SECONDS = 2 * 24 * 3600  # longer than any download takes before the first image is written
 PIXELS, META = "images.{}", "meta.json"
 
 
@@ -187,14 +189,18 @@ def _build(folder: Path, source: Source, facts: dict, about: dict) -> ImageStore
     logger.info("decoding %s, split %s, into %s", source.name, source.split, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent)
         with TemporaryDirectory(prefix=".tmp-", dir=folder.parent, ignore_cleanup_errors=True) as name:
             temporary = Path(name)
             meta = facts | about | _write(temporary, source, facts)
             (temporary / META).write_text(json.dumps(meta))
             meta["fingerprint"] = ImageStore(temporary).digest()
             (temporary / META).write_text(json.dumps(meta))
-            if not folder.exists():  # otherwise another process was faster
+            try:
                 temporary.rename(folder)
+            except OSError:
+                if not folder.exists():  # otherwise another process was faster
+                    raise
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"cannot write the store {folder}: {reason}; free some space or set --cache_dir") from error
@@ -241,6 +247,14 @@ def _classes(source: Source, kept: list[int]) -> dict:
     classes = sorted({*labels})
     numbers = {label: number for number, label in enumerate(classes)}
     return {"labels": [numbers[label] for label in labels], "label_names": [str(label) for label in classes]}
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Removes folders left by killed builders; judges by age, because a builder may run on another machine."""
+    for leftover in root.glob(".tmp-*"):
+        with contextlib.suppress(FileNotFoundError):  # its builder has just finished
+            if max(path.stat().st_mtime for path in (leftover, *leftover.iterdir())) < time.time() - STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def to_model_range(images: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import itertools
 import os
 import posixpath
 import stat
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -251,7 +252,10 @@ class FolderImages:
         self.names, rows = [*real_files.values()], read_metadata(tables)
         rows = rows[[splits.get(name, self.split) == self.split for name in rows["file_name"]]]
         if len(rows):
-            rows = rows.drop_duplicates("file_name")
+            nfc = partial(unicodedata.normalize, "NFC")  # macOS stores an accent as a character of its own
+            composed = {nfc(name): name for name in self.files}
+            named = [name if name in self.files else composed.get(nfc(name), name) for name in rows["file_name"]]
+            rows = rows.assign(file_name=named).drop_duplicates("file_name")
             left_out["not named by the metadata"] = len({*self.names} - {*rows["file_name"]})
             self.names = rows["file_name"].tolist()
         self.labels = self._labels(rows)

@@ -1,7 +1,9 @@
 """From encoded images to training pixels: decoding, cropping and resizing."""
 
 import io
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -14,6 +16,7 @@ CROPS = ("celeba_140", "celeba_128", "center", "none")
 _CELEBA_WIDTH, _CELEBA_HEIGHT = 178, 218
 # left, top, right, bottom in the aligned image of 178 x 218
 _CELEBA_BOXES = {"celeba_140": (19, 39, 159, 179), "celeba_128": (25, 57, 153, 185)}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 Image.init()
 # Without formats that Pillow recognises but cannot decode, or that are programs which it would run (EPS)
@@ -44,10 +47,10 @@ def height_and_width(resolution: int | Sequence[int]) -> tuple[int, int]:
 def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int] | int, dtype: str = "uint8") -> np.ndarray:
     """Decodes, crops and resizes one image.
 
-    The EXIF orientation is applied unless it is broken. Without an alpha channel, transparent pixels are composited on
-    white. Palette and CMYK images become RGB; colour profiles are ignored. Pixels of unknown range (floating point,
-    32-bit integers) are refused, and so is PostScript, a program that Pillow would pass to Ghostscript. Of several
-    frames or pages the first one is used.
+    The EXIF orientation is applied; broken or oversized metadata are ignored. Without an alpha channel, transparent
+    pixels are composited on white. Palette and CMYK images become RGB; colour profiles are ignored. Pixels of unknown
+    range (floating point, 32-bit integers) are refused, and so is PostScript, a program that Pillow would pass to
+    Ghostscript. Of several frames or pages the first one is used.
 
     Args:
         shape: (C, H, W) with 1 channel (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha); R means (3, R, R).
@@ -123,11 +126,33 @@ def crop_box(crop: str, width: int, height: int, aspect: float = 1.0) -> tuple[f
 
 def _load(encoded: bytes) -> Image.Image:
     """Decodes the whole image and applies its orientation."""
-    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-    image.load()
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        image.load()
+    except Exception:
+        without_metadata = _without_metadata(encoded)
+        if len(without_metadata) == len(encoded):
+            raise
+        return _load(without_metadata)
     with suppress(Exception):  # an image with broken metadata counts as upright
         ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def _without_metadata(encoded: bytes) -> bytes:
+    """A PNG without the metadata that Pillow may reject as damaged or too large; other formats unchanged."""
+    if not encoded.startswith(PNG_SIGNATURE):
+        return encoded
+    kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while position + 12 <= len(encoded):
+        length, kind = struct.unpack_from(">I4s", encoded, position)
+        end = position + 12 + length
+        is_sound = encoded[end - 4 : end] == struct.pack(">I", zlib.crc32(encoded[position + 4 : end - 4]))
+        is_needed = not kind[0] & 0x20 or kind == b"tRNS"  # a small first letter means ancillary
+        if is_needed or (kind == b"eXIf" and is_sound):
+            kept.append(encoded[position:end])
+        position = end
+    return b"".join([*kept, encoded[position:]])
 
 
 def _to_standard_mode(image: Image.Image, has_alpha: bool, dtype: str) -> Image.Image:

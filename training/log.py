@@ -68,8 +68,10 @@ def read_log(path: Path) -> list[dict]:
 
 
 def heldout_table(records: list[dict]) -> str:
-    """The first, middle and last held-out loss as a Markdown table."""
+    """The first, middle and last held-out loss as a Markdown table; raises ValueError if there is none."""
     heldout = [record for record in records if "heldout_loss" in record]
+    if not heldout:
+        raise ValueError("no record has a held-out loss; train with --validation_split")
     keys = ["heldout_loss", *(f"heldout_loss_q{q}" for q in (1, 2, 3, 4))]
     rows = [
         [f"{record['images_seen']:,}", *(f"{record[key]:.4f}" for key in keys)]
@@ -89,7 +91,8 @@ def device_name(device: torch.device) -> str:
         return device.type
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return f"{model[1] if model else platform.machine()}, {available_cores()} cores"
+    cores = available_cores()
+    return f"{model[1] if model else platform.machine()}, {cores} core{'s' * (cores > 1)}"
 
 
 def recorded(folder: Path, key: str):

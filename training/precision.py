@@ -1,6 +1,7 @@
 """`--mixed_precision auto`: times float32 and half precision on this machine and uses the faster one."""
 
 import logging
+import math
 import statistics
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from common import on_main_process
+from common import is_out_of_memory, on_main_process
 from training.checkpoint import checkpoint_of, read_state
 from training.config import TrainConfig
 from training.diffusion import diffusion_loss
@@ -79,7 +80,12 @@ def update_seconds(config: TrainConfig, network_class: type[nn.Module], device: 
             for name, times in seconds.items():
                 started_at_seconds = time.perf_counter()
                 unet = partial(under_autocast, network, DTYPES[name])
-                diffusion_loss(unet, scheduler, images, **config.loss_settings()).backward()
+                try:
+                    diffusion_loss(unet, scheduler, images, **config.loss_settings()).backward()
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error) or name != "no":
+                        raise
+                    times.append(math.inf)  # half precision may fit
                 network.zero_grad()
                 if device.type != "cpu":
                     torch.accelerator.synchronize()

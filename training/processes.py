@@ -67,9 +67,7 @@ class Stop:
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Raises InputError if the machine lacks what the configuration asks for, or the launcher contradicts it."""
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if launched not in ("no", config.mixed_precision):
-        raise InputError(f"accelerate launch asks for {launched}; set --mixed_precision of train_unet.py instead")
+    check_launcher(config)
     if config.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("--report_to wandb, but wandb is not installed: pip install wandb")
     output_dir = Path(config.output_dir)
@@ -93,6 +91,25 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             raise InputError("--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no")
         take_cpu_threads(config)
     return accelerator
+
+
+def check_launcher(config: TrainConfig) -> None:
+    """Raises InputError if `accelerate launch` or its configuration file contradicts the run's configuration.
+
+    Both pass their settings through the environment. Default values are ignored, because the file always has them.
+    """
+    ours = {
+        "MIXED_PRECISION": ("no", config.mixed_precision, "--mixed_precision"),
+        "GRADIENT_ACCUMULATION_STEPS": ("1", config.gradient_accumulation_steps, "--gradient_accumulation_steps"),
+        "DYNAMO_BACKEND": ("no", "inductor" if config.compile else "no", "--compile"),
+    }
+    for name, (default, value, flag) in ours.items():
+        asked = os.environ.get(f"ACCELERATE_{name}", default).lower()
+        if asked not in (default, str(value)):
+            raise InputError(
+                f"accelerate launch asks for {name.lower()} {asked}, the run's configuration for {value}; set it by"
+                f" {flag} of train_unet.py alone"
+            )
 
 
 def take_cpu_threads(config: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """Grids of samples that show how a training progresses."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,4 +40,5 @@ def stop_callback(should_stop: Callable[[], bool]) -> Callable:
 
 def list_grids(folder: Path) -> dict[int, Path]:
     """Step -> file of the grids in a folder, in ascending order; other files are ignored."""
-    return {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob(f"step-{'[0-9]' * 7}.png"))}
+    found = {path: re.fullmatch(r"step-(\d{7,})\.png", path.name) for path in folder.glob("step-*.png")}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))

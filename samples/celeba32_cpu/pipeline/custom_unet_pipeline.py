@@ -192,7 +192,7 @@ class CustomUNetPipeline(DiffusionPipeline):
         Raises:
             ValueError: for an argument out of range, an unsuitable scheduler, or a result that is not finite.
         """
-        self.check_inputs(num_inference_steps, eta)
+        self.check_inputs(num_inference_steps, eta, output_type)
         batch_size, generator = self.batch_and_generator(batch_size, generator, seeds, latents)
         guidance = self.guidance(class_labels, batch_size, guidance_scale)
         # The latents stay float32 whatever the network's dtype: each step changes them only a little.
@@ -338,12 +338,16 @@ class CustomUNetPipeline(DiffusionPipeline):
         """Converts images from the model's range to `output_type`; raises ValueError if they are not finite."""
         return self.image_processor.postprocess(finite(images), output_type)
 
-    def check_inputs(self, num_inference_steps: int, eta: float = 0.0) -> None:
+    def check_inputs(self, num_inference_steps: int, eta: float = 0.0, output_type: str = "pil") -> None:
         """Raises ValueError unless the scheduler suits the network and the arguments suit the scheduler."""
-        scheduler, sampler = self.scheduler, self.continuous_sampler
+        scheduler, sampler, channels = self.scheduler, self.continuous_sampler, self.unet.config.in_channels
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; it must be pil, np, pt or latent")
+        if self.unet.config.get("out_channels", channels) != channels:
+            raise ValueError("the network's out_channels differ from its in_channels; it may predict a variance")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
-        if eta > 0 and not isinstance(scheduler if sampler is None else sampler, diffusers.DDIMScheduler):
+        if eta > 0 and (sampler is not None or not isinstance(scheduler, diffusers.DDIMScheduler)):
             raise ValueError(f"eta is {eta}; only the sampler ddim takes it")
         if sampler is not None:
             self.process.num_evaluations(sampler, num_inference_steps)  # raises ValueError for a number out of range
