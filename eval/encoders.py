@@ -100,7 +100,7 @@ def open_published(published: Published, *, device: torch.device | str) -> Featu
         use_safetensors = published.weights.endswith(".safetensors")  # otherwise a pickle, read with weights_only
         network = published.network_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=use_safetensors)
     except (OSError, ValueError, HTTPError, SafetensorError) as error:
-        raise InputError(f"{published.hub_id} could not be had from the Hub or its cache: {error}") from error
+        raise InputError(f"{published.hub_id} could not be downloaded from the Hub: {error}") from error
     network.eval().to(device)
     size = published.size
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (published.mean, published.std))
