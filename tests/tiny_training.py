@@ -151,6 +151,8 @@ def _main(arguments: list[str], output: Path, environment: dict[str, str], fault
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ |= {"ACCELERATE_USE_CPU": "true"} | environment
+    # as outside of tests; children of a fork server would outlive a training that is killed
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     if fault is not None:
         fault()
