@@ -135,19 +135,18 @@ def test_misplaced_secrets_are_not_printed(parse, yaml_text, flags, message):
     assert TOKEN not in line
 
 
-@pytest.mark.parametrize(
-    ("name", "asked", "flags"),
-    [
-        ("MIXED_PRECISION", "bf16", []),
-        ("GRADIENT_ACCUMULATION_STEPS", "4", []),
-        ("DYNAMO_BACKEND", "EAGER", ["--compile", "true"]),
-    ],
-)
-def test_accelerate_launch_settings_must_match_the_configuration(parse, monkeypatch, name, asked, flags):
-    check_launcher(parse(BASE, *flags))
-    monkeypatch.setenv(f"ACCELERATE_{name}", asked)
-    with pytest.raises(InputError, match=f"asks for {name.lower()} {asked.lower()}"):
-        check_launcher(parse(BASE, *flags))
+def test_accelerate_launch_settings_must_match_the_configuration(parse, monkeypatch):
+    config = parse(BASE)
+    for name, asked in {
+        "MIXED_PRECISION": "bf16",
+        "GRADIENT_ACCUMULATION_STEPS": "4",
+        "DYNAMO_BACKEND": "EAGER",
+    }.items():
+        check_launcher(config)
+        monkeypatch.setenv(f"ACCELERATE_{name}", asked)
+        with pytest.raises(InputError, match=f"asks for {name.lower()} {asked.lower()}"):
+            check_launcher(config)
+        monkeypatch.delenv(f"ACCELERATE_{name}")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -46,8 +46,8 @@ def test_records_after_the_resumed_step_and_partial_lines_are_dropped(tmp_path):
 
 
 def test_device_name_includes_the_number_of_cores():
-    name = device_name(torch.device("cpu"))
-    assert name.endswith(f", {len(os.sched_getaffinity(0))} cores")
+    name, cores = device_name(torch.device("cpu")), len(os.sched_getaffinity(0))
+    assert name.endswith(", 1 core" if cores == 1 else f", {cores} cores")
     assert len(name.split(",")[0]) > 2
     assert device_name(torch.device("mps")) == "mps"
 

@@ -6,7 +6,7 @@ from tiny_network import TINY
 from torch import nn
 
 from custom_unet import CustomUNet2DModel
-from experiments.unet_variants import VARIANTS, main
+from experiments.unet_variants import VARIANTS
 
 NETWORK = TINY | {"sample_size": 16}
 
@@ -62,15 +62,3 @@ def test_variants_round_trip_through_save_pretrained(name, tmp_path):
     loaded = VARIANTS[name].from_pretrained(tmp_path).eval()
     assert loaded.config.block_out_channels == list(NETWORK["block_out_channels"])
     assert torch.equal(loaded(IMAGES, TIMESTEPS).sample, network(IMAGES, TIMESTEPS).sample)
-
-
-def test_skip_variants_reject_ncsnpp_blocks():
-    blocks = {"up_block_types": ("SkipUpBlock2D",) * 2, "down_block_types": ("SkipDownBlock2D",) * 2}
-    with pytest.raises(ValueError, match="up_block_types has SkipUpBlock2D"):
-        build("no_skips", **blocks)
-
-
-def test_unknown_variants_and_commands_print_the_usage(capsys):
-    for arguments in (["no_skips"], ["no_head", "train"], ["no_skips", "push"]):
-        assert main(arguments) == 2
-        assert capsys.readouterr().err.startswith("usage: ")
