@@ -165,9 +165,9 @@ class Page:
                 steps = self.steps_input()
                 info, is_used = "More blend better with the rest but take longer.", not self.pipeline.is_continuous
                 resamples = gr.Slider(1, 20, 5, step=1, label="Resamplings", info=info, visible=is_used)
-                button = gr.Button("Paint anew", variant="primary")
+                button = gr.Button("Repaint", variant="primary")
             with gr.Column(scale=4):
-                label, placeholder = "2. Draw over what is to be painted anew", "First take an image"
+                label, placeholder = "2. Draw over the part to repaint", "First take an image"
                 look = {"type": "pil", "format": "png", "label": label, "placeholder": placeholder, "height": 500}
                 tools = {"sources": (), "transforms": (), "layers": False, "brush": brush, "buttons": []}
                 editor = gr.ImageEditor(canvas_size=canvas_size, **look, **tools)
@@ -192,7 +192,7 @@ class Page:
 
     def inpaint(self, image, drawing, seed, number, steps, resamples, progress=PROGRESS) -> list:
         if image is None or drawing is None or drawing["background"] is None:  # the last two: the editor was cleared
-            raise error_shown("there is no image; take that of a seed or upload one")
+            raise error_shown("no image yet; take one from a seed or upload one")
         mask, seeds = self.drawn_mask(drawing), consecutive_seeds(seed, number)
         with self.sampling() as pipeline:
             if pipeline.is_continuous:
@@ -208,7 +208,7 @@ class Page:
             touched = layer.getchannel("A").point(lambda alpha: 255 * (alpha > 0))
             drawn = ImageChops.lighter(drawn, touched.resize(self.size, Image.Resampling.BOX))
         if drawn.getbbox() is None:
-            raise error_shown("there is no mask; draw over what is to be painted anew")
+            raise error_shown("no mask yet; draw over the part to repaint")
         return drawn.point(lambda share: 255 * (share > 0))
 
     # ---- Parts

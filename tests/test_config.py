@@ -119,8 +119,6 @@ def test_hub_repository_is_named_after_the_run(parse, tmp_path, monkeypatch):
     ("yaml_text", "flags", "message"),
     [
         (BASE, [f"--hub_token={SECRET}"], "HF_TOKEN"),
-        (BASE, ["--hub_token", SECRET], "HF_TOKEN"),
-        (BASE, ["-t", SECRET], "HF_TOKEN"),
         (BASE, [f"--password={SECRET}"], "unknown flag --password"),
         (BASE + f"hub_token: {SECRET}\n", [], "HF_TOKEN"),
         (BASE + f"hub_token: '{SECRET}\n", [], "line 4: found unexpected end of stream"),
@@ -190,7 +188,6 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--resoluton 32", "did you mean --resolution?"),
         ("--resol 32", "did you mean --resolution?"),
         ("--use_ema", "unknown flag --use_ema; leave it out"),
         ("--save-model-epochs 3", "; pass --checkpointing_steps"),

@@ -224,7 +224,7 @@ def test_inpainting(page, pipe, source, tmp_path):
         page.get_by_label("File upload").first.set_input_files(tmp_path / "wide.png")
         image = ImageOps.fit(Image.fromarray(pixels), (SIZE, SIZE), method=Image.Resampling.BICUBIC)
     draw_stroke(page)
-    click(page, "Paint anew")
+    click(page, "Repaint")
     results = network_sized(gallery(page, 2))
     changed = (np.abs(results - np.asarray(image).astype(int)) > 1).any(axis=-1)
     rows, columns = np.nonzero(changed.any(axis=0))
@@ -240,13 +240,13 @@ def test_errors_are_shown_on_the_page(page):
     click(page, "Generate")
     expect(page.get_by_text("num_inference_steps is 1")).to_be_visible()
     open_tab(page, "Inpainting")
-    click(page, "Paint anew")
-    expect(page.get_by_text("there is no image")).to_be_visible()
+    click(page, "Repaint")
+    expect(page.get_by_text("no image yet")).to_be_visible()
     type_into(page, Steps=STEPS)
     click(page, "Take this image")
     page.get_by_role("button", name="Brush Size", exact=True).wait_for()
-    click(page, "Paint anew")
-    expect(page.get_by_text("there is no mask")).to_be_visible()
+    click(page, "Repaint")
+    expect(page.get_by_text("no mask yet")).to_be_visible()
 
 
 # ---- Continuous-time models, without a browser

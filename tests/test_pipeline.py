@@ -216,7 +216,6 @@ def test_set_sampler_keeps_the_noise_schedule(pipe):
         (DDIMScheduler(num_train_timesteps=100), "another noise schedule"),
         (EulerDiscreteScheduler.from_config(DDIMScheduler().config, use_karras_sigmas=True), "has use_karras_sigmas"),
         (EulerDiscreteScheduler(interpolation_type="log_linear"), "has interpolation_type log_linear"),
-        (UniPCMultistepScheduler(predict_x0=False, beta_end=0.02), "has predict_x0 False"),
         (
             DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"),
             r"take sde-dpmsolver\+\+",

@@ -164,10 +164,7 @@ FOLDERS = {
         [1, 0],
         "1 (in another split)",
     ),
-    "metadata with accents as macOS stores them": (
-        {"metadata.csv": "file_name\nx/e\u0301.png\n".encode(), "x/\u00e9.png": 1},
-        [1],
-    ),
+    "metadata with accents of macOS": ({"metadata.csv": "file_name\ne\u0301.png\n".encode(), "\u00e9.png": 1}, [1]),
     "metadata that name no files": (
         {"metadata.csv": b"id,age\n1,2\n", "a/metadata.csv": b"file_name\n", "0.png": 0},
         [0],
@@ -396,10 +393,10 @@ def test_table_paths_out_of_the_data_set_are_not_read(tmp_path, open_store, erro
 def test_errors_for_missing_and_empty_folders_say_what_exists(tmp_path, error_of):
     folder = tmp_path / "parent"
     write(folder, ["f.zip", *(f"{name}/.0.png" for name in "abcdeg")])
-    listing = f"there is {folder}, which holds a, b, c, d, e and 2 more"
+    listing = f"its nearest parent is {folder}, which holds a, b, c, d, e and 2 more"
     for missing in ("faces", "x/faces", "f.zip"):
-        assert error_of(folder / missing) == f"there is no folder {folder}/{missing}; {listing}"
-    assert error_of(folder / "a") == f"there are no images in {folder}/a, which holds .0.png"
+        assert error_of(folder / missing) == f"folder not found: {folder}/{missing}; {listing}"
+    assert error_of(folder / "a") == f"no images found in {folder}/a, which holds .0.png"
 
 
 @pytest.mark.parametrize(

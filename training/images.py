@@ -129,7 +129,7 @@ def _load(encoded: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         image.load()
-    except Exception:
+    except Exception:  # decoders raise many kinds; raised again unless the metadata were at fault
         without_metadata = _without_metadata(encoded)
         if len(without_metadata) == len(encoded):
             raise

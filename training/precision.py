@@ -86,6 +86,7 @@ def update_seconds(config: TrainConfig, network_class: type[nn.Module], device: 
                     if not is_out_of_memory(error) or name != "no":
                         raise
                     times.append(math.inf)  # half precision may fit
+                    continue
                 network.zero_grad()
                 if device.type != "cpu":
                     torch.accelerator.synchronize()

@@ -285,10 +285,10 @@ def find_source(
     folder = Path(os.path.abspath(os.path.expanduser(train_data_dir)))
     if not folder.is_dir():
         nearest = next(parent for parent in folder.parents if parent.is_dir())
-        raise InputError(f"there is no folder {folder}; there is {_listing(nearest)}")
+        raise InputError(f"folder not found: {folder}; its nearest parent is {_listing(nearest)}")
     files, left_out = list_files(folder)
     if not files:
-        raise InputError(f"there are no images in {_listing(folder)}")
+        raise InputError(f"no images found in {_listing(folder)}")
     tables = [file for file in files if file.extension in TABLE_EXTENSIONS and file.base not in METADATA_READERS]
     images = [file for file in files if file.is_image()]  # opens those with unknown extensions
     if dataset_config_name is None and len(images) > len(tables):
