@@ -137,6 +137,7 @@ def run(options: Namespace, command: str) -> None:
     real, real_others = real_sets(store, names, labels)
     judge = fit_judge(store.images, store.labels_among(names), len(names))
     accuracy = float((judge(others.images) == others.labels_among(names)).mean())
+    make_folder(options.out)  # early: the images take long
     about = {"swd_floor": swd(real_others, real), "seeds": f"0 to {n - 1}", "batch_size": BATCH_SIZE}
     results, shown = [], {name: [] for name in names}
     for scale in options.scales:
@@ -161,7 +162,6 @@ def run(options: Namespace, command: str) -> None:
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "results": results,
     }
-    make_folder(options.out)
     write_results(options.out / "guidance.json", record)
     text, scales = summary(record), ", ".join(f"{scale:g}" for scale in options.scales)
     (options.out / "guidance.md").write_text(text)

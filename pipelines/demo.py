@@ -75,7 +75,9 @@ class Page:
         if pipeline.is_continuous:
             self.own_sampler = pipeline.continuous_sampler.name
         else:
-            self.own_sampler = next(name for name, (cls, _) in SAMPLERS.items() if type(scheduler) is cls)
+            names = [name for name, (cls, _) in SAMPLERS.items() if type(scheduler) is cls]
+            order = scheduler.config.get("solver_order")
+            self.own_sampler = min(names, key=lambda name: SAMPLERS[name][1].get("solver_order") != order)
         self.max_steps = scheduler.config.get("num_train_timesteps", 1000)
 
     # ---- Generate
