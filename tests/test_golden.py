@@ -34,8 +34,7 @@ QUIET = "--report_to none --logging_steps 1 --num_cpu_threads 1 --mixed_precisio
 QUICKSTART = "--block_out_channels 16 32 32 --attention_head_dim 32 --train_batch_size 8 --max_images 200".split()
 QUICKSTART += "--validation_images 16 --validation_steps 25 --max_train_steps 50 --checkpointing_steps 400".split()
 QUICKSTART += "--save_images_steps 400 --optimizer adamw --learning_rate 1e-3 --snr_gamma 5".split()
-QUICKSTART += ["--layers_per_block", "2"]
-QUICKSTART += "--down_block_types DownBlock2D AttnDownBlock2D DownBlock2D".split()
+QUICKSTART += "--layers_per_block 2 --down_block_types DownBlock2D AttnDownBlock2D DownBlock2D".split()
 QUICKSTART += "--up_block_types UpBlock2D AttnUpBlock2D UpBlock2D".split()
 TINY = {
     "dataset_name": "synthetic-faces",
