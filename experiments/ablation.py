@@ -98,9 +98,9 @@ class Job:
     def is_done(self) -> bool:
         """Whether it has finished; raises InputError if it was begun with other settings."""
         path, evaluation = self.folder / "job.json", self.folder / "evaluation"
-        before = json.loads(path.read_text()) if path.exists() else self.record
+        before = json.loads(path.read_text()) if path.exists() else {}
         for part, folder in (("training", self.folder), ("evaluation", evaluation)):
-            if folder.exists() and before[part] != self.record[part]:
+            if folder.exists() and any(folder.iterdir()) and before.get(part) != self.record[part]:
                 raise InputError(f"{folder} was made with other settings; remove it or choose another --out")
         return (evaluation / "results.md").exists()  # its last file
 

@@ -173,6 +173,7 @@ def test_changed_settings_are_rejected_and_new_variants_are_left_to_do(finished_
     for changes, folder in ({"evaluation": {}}, "evaluation"), ({"variants": fast}, "seed-0"):
         assert run_study(write_study(finished_study.parent, STUDY | changes)) == 2
         assert f"{folder} was made with other settings" in error_line(capsys.readouterr().err)
+    (finished_study.parent / "out" / "new" / "seed-6").mkdir(parents=True)  # as a kill before job.json leaves it
     write_study(finished_study.parent, STUDY | {"variants": VARIANTS | {"new": {}}, "seeds": [*SEEDS, 6]})
     new = [f"seed-{seed}" for seed in (*SEEDS, 6)]
     assert unfinished(finished_study) == {*itertools.product(VARIANTS, ["seed-6"]), *itertools.product(["new"], new)}

@@ -135,11 +135,8 @@ def test_misplaced_secrets_are_not_printed(parse, yaml_text, flags, message):
 
 def test_accelerate_launch_settings_must_match_the_configuration(parse, monkeypatch):
     config = parse(BASE)
-    for name, asked in {
-        "MIXED_PRECISION": "bf16",
-        "GRADIENT_ACCUMULATION_STEPS": "4",
-        "DYNAMO_BACKEND": "EAGER",
-    }.items():
+    settings = {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "4", "DYNAMO_BACKEND": "EAGER"}
+    for name, asked in settings.items():
         check_launcher(config)
         monkeypatch.setenv(f"ACCELERATE_{name}", asked)
         with pytest.raises(InputError, match=f"asks for {name.lower()} {asked.lower()}"):

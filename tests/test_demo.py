@@ -257,11 +257,13 @@ def sde_pipe(pipe) -> CustomUNetPipeline:
     return quiet(CustomUNetPipeline(pipe.unet, SDEScheduler(objective="edm", prediction_type="edm")))
 
 
-def test_sde_page_offers_its_samplers(sde_pipe):
+def test_page_offers_its_samplers_and_starts_with_the_models_own(sde_pipe):
     shown = build_demo(sde_pipe).get_config_file()["components"]
     sampler = next(component["props"] for component in shown if component["type"] == "dropdown")
     assert [choice for choice, _ in sampler["choices"]] == list(sde_pipe.samplers)
     assert sampler["value"] == "edm_heun"
+    own = CustomUNetPipeline(sde_pipe.unet, demo.SAMPLERS["dpmsolver++3m"][0](solver_order=3))
+    assert demo.Page(own).own_sampler == "dpmsolver++3m"
 
 
 @pytest.mark.parametrize("sampler", ["edm_heun", "ode"])
