@@ -23,7 +23,7 @@ quickstart: setup
 	@echo "The faces: $$(ls runs/quickstart/samples/*.png | tail -n 1)"
 
 faces: setup
-	$(BIN)/python -m pipelines.generate --pipeline samples/celeba32_cpu/pipeline --num_images 64 --out runs/faces
+	$(BIN)/python -m pipelines.generate --pipeline samples/celeba64/pipeline --num_images 64 --scheduler unipc --steps 20 --out runs/faces
 	@echo "The faces: runs/faces/contact_sheet.png"
 
 test: setup
@@ -47,6 +47,7 @@ report: setup
 	for name in celeba32_cpu celeba64; do \
 		$(BIN)/python -m experiments.architecture --config configs/$$name.yaml --out assets/report/$$name || exit 1; done
 	$(BIN)/python -m experiments.sde_tutorial --out assets/sde
-	$(BIN)/python -m experiments.gallery --pipeline samples/celeba32_cpu/pipeline --out assets
+	$(BIN)/python -m experiments.gallery --pipeline samples/celeba64/pipeline --out assets
 	$(BIN)/python -m eval.results README.md
 	$(BIN)/python -m eval.results REPORT.md
+	$(BIN)/python -m eval.results samples/README.md

@@ -133,6 +133,7 @@ class Evaluation:
 
     def _open_store(self, split: str) -> ImageStore:
         options, (channels, *sides) = self.options, self.pipeline.image_shape
+        sides = options.reference_resolution or sides
         trained_on = recorded(self.source, "data") or {}
         crop = options.crop or trained_on.get("crop")
         if crop is None:

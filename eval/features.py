@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from common import InputError, on_main_process, replace_file
-from training.data import ImageStore
+from training.data import ImageStore, cache_folder
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,7 @@ def cached_features(
     """`extract_features`, or the features of the same images from the same network in the user's cache."""
     facts = {name: getattr(extractor, name) for name in ("name", "mode", "sha256")}
     key = json.dumps(facts | {"fingerprint": images.fingerprint, "count": images.count})
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = user_cache / "train_unet_eval" / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    path = cache_folder("train_unet_eval") / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
     def read() -> np.ndarray | None:
         try:

@@ -63,6 +63,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--split", default="train", help="split that the model was trained on (default train)")
     add("--heldout_split", default="validation", help="split that it was not trained on; '' for none")
     add("--crop", help="name of the crop (default: as in training)")
+    add("--reference_resolution", type=int, help="side of the real images, for features alone")
     add("--image_column", default="image")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
     add("--out", type=Path, required=True, help="folder for results.json and figures")
@@ -91,7 +92,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raises InputError for invalid options."""
-    counts = "num_images batch_size num_cpu_threads k likelihood_images ode_images cost_images steps".split()
+    counts = "num_images batch_size num_cpu_threads k likelihood_images ode_images cost_images steps"
+    counts = [*counts.split(), "reference_resolution"]
     least = dict.fromkeys(counts, 1) | {"ode_tolerance": 1e-12, "bound_evaluations": 2, "heldout_images": 2}
     least |= dict.fromkeys(("seed", "eta", "duplicate_distance", *generate.SAMPLER_SETTINGS), 0)
     check_numbers(options, least, {"num_cpu_threads": MOST_THREADS, "eta": 1})
@@ -103,6 +105,8 @@ def check_options(options: argparse.Namespace) -> None:
         if metric in options.metrics and count < FEWEST_IMAGES and not options.allow_few:  # FID falls by about 1/n
             enough = f"use at least {FEWEST_IMAGES} (--{flag}), or pass --allow_few"
             raise InputError(f"{count} images are too few for a comparable value; {enough}")
+    if options.reference_resolution and options.metrics != ["features"]:
+        raise InputError("with --reference_resolution, only features can be compared; add --metrics features")
     if "features" in options.metrics and options.k >= options.num_images:
         raise InputError(f"--k is {options.k}; it must be below --num_images {options.num_images}")
     if options.write_card and not Path(options.pipeline).is_dir():

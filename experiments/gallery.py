@@ -1,6 +1,6 @@
 """Pictures of what a model can do, all from generated images: one per application, and comparisons of samplers.
 
-python -m experiments.gallery --pipeline samples/celeba32_cpu/pipeline --out assets
+python -m experiments.gallery --pipeline samples/celeba64/pipeline --out assets
 
 samplers.png           the same seeds by every sampler at several numbers of steps; ode chooses its own
 contact_sheets.png     more seeds by DDPM, DDIM, DPM-Solver++ and UniPC at more numbers of steps
@@ -106,8 +106,8 @@ def denoising(pipe: CustomUNetPipeline, out: Path) -> Picture:
     for index, seed in enumerate(SEEDS[:2]):
         rows[f"seed {seed}, x_t"] = [frame[index] for frame in strip.noisy_images]
         rows[f"seed {seed}, predicted x_0"] = [frame[index] for frame in strip.pred_original_samples]
-    animated = applications.denoising_strip(pipe, num_frames=51, num_inference_steps=50, seeds=SEEDS[:4])
-    animated.save_gif(out / "denoising.gif", scale=3)
+    animated = applications.denoising_strip(pipe, num_frames=26, num_inference_steps=50, seeds=SEEDS[:4])
+    animated.save_gif(out / "denoising.gif", scale=2)
     return rows, [*columns, "result"], {"seeds": SEEDS[:4], "sampler": "ddim", "steps": 50}
 
 

@@ -1,13 +1,15 @@
-"""The figures of REPORT.md that need no training: the network, noise schedules, loss weights and noised faces.
+"""The figures of REPORT.md that need no training: the network, schedules, weights, noised faces, a run's progress.
 
     python -m experiments.report_figures --out assets/report
 
 OUT/unet.png shows the modules of the network in configs/celeba32_cpu.yaml, OUT/time_embedding.png the output of its
 time_proj, OUT/forward.png synthetic faces turning into noise, OUT/schedules.png signal-to-noise ratios, and
-OUT/weights.png the loss weight that each prediction target implies. Exit codes: 0 done, 2 bad input.
+OUT/weights.png the loss weight that each prediction target implies, and OUT/progress.png the FID in the logs of the
+shipped model's training. Exit codes: 0 done, 2 bad input.
 """
 
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +29,12 @@ from eval.figures import plot_curves, save_figure
 from experiments.gallery import labelled_grid
 from training.arguments import parse_config
 from training.data import to_model_range, to_uint8
+from training.log import read_log
 from training.synthetic_faces import render_faces
 
-DRAWN_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "celeba32_cpu.yaml"
+REPOSITORY = Path(__file__).resolve().parent.parent
+DRAWN_CONFIG = REPOSITORY / "configs" / "celeba32_cpu.yaml"
+DRAWN_LOGS = [REPOSITORY / "samples" / "celeba64" / f"log_{part}.jsonl" for part in (1, 2, 3)]
 SCHEDULES = {"linear": DDPMScheduler(), "cosine": DDPMScheduler(beta_schedule="squaredcos_cap_v2")}
 SHOWN_TIMESTEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 SNR_GAMMA = 5.0
@@ -154,6 +159,30 @@ def noised_faces() -> dict[str, list[Image.Image]]:
     return {name: [to_pil_image(image) for image in images] for name, images in noisy.items()}
 
 
+def draw_progress(logs: Iterable[Path], path: Path) -> None:
+    """Draws FID against the images seen, and the hours of training as a second axis.
+
+    Args:
+        logs: of runs of which each started from the weights of the one before.
+    """
+    records = []
+    for log in logs:
+        before = {
+            key: max((r[key] for r in records if key in r), default=0) for key in ("images_seen", "train_seconds")
+        }
+        records += [r | {key: r[key] + total for key, total in before.items() if key in r} for r in read_log(log)]
+    seen, fid = zip(*((record["images_seen"], record["fid"]) for record in records if "fid" in record), strict=True)
+    timed = [record for record in records if "train_seconds" in record]
+    hours, images = zip(*((record["train_seconds"] / 3600, record["images_seen"]) for record in timed), strict=True)
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    axes.plot(np.array(seen) / 1000, fid, "o-")
+    axes.set(xlabel="images seen, thousands", ylabel="FID", xlim=(0, seen[-1] * 1.05 / 1000), ylim=(0, max(fid) * 1.1))
+    axes.grid(alpha=0.3)
+    top, ticks = axes.twiny(), range(1, int(hours[-1]) + 1)
+    top.set(xlabel="hours", xlim=axes.get_xlim(), xticks=np.interp(ticks, hours, images) / 1000, xticklabels=ticks)
+    save_figure(figure, path)
+
+
 def write_figures(out: Path) -> None:
     make_folder(out)
     config = parse_config(["--config", str(DRAWN_CONFIG), "--dataset_name", "any"])
@@ -165,6 +194,7 @@ def write_figures(out: Path) -> None:
     labelled_grid(noised_faces(), columns, FACE_PIXELS).save(out / "forward.png")
     draw_schedules(out / "schedules.png")
     draw_weights(out / "weights.png")
+    draw_progress(DRAWN_LOGS, out / "progress.png")
 
 
 def main(arguments: list[str]) -> int:

@@ -31,6 +31,7 @@ from common import InputError, one_line
 from pipelines.card_edits import keep_edits
 from pipelines.custom_unet_pipeline import SAMPLERS
 from training.images import height_and_width
+from training.log import trained_on_celeba
 from training.sde import SDEScheduler, continuous_samplers
 
 TASK = "unconditional-image-generation"
@@ -127,7 +128,8 @@ def _derived(name: str, unet: dict, scheduler: dict, facts: dict, config: dict, 
         "title": name.split("/")[-1] if "/" in name else config.get("output_dir") or name,
         "data": data,
         "dataset_id": None if dataset_id == "synthetic-faces" else dataset_id,
-        "is_celeba": "celeba" in str(data.get("source")).lower() or str(data.get("crop")).startswith("celeba"),
+        "is_celeba": trained_on_celeba(facts),
+        "data_are_celeba": trained_on_celeba({"data": data}),
         "is_synthetic": data.get("source") == "synthetic-faces",
         "sde": sde,  # empty unless it was trained in continuous time
         "is_flow": sde.get("objective") == "flow",

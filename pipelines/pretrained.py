@@ -10,13 +10,13 @@ from common import InputError, on_main_process
 from pipelines import CustomUNetPipeline
 from pipelines.loading import find_pipeline, load_pipeline
 from training.checkpoint import difference
-from training.log import training_in_all
+from training.log import recorded, trained_on_celeba, training_in_all
 
 FREE = ("dropout", "sample_size")  # options in which the network may differ from the pretrained one
 
 
 def open_pretrained(name: str, prediction_type: str, accelerator: Accelerator) -> tuple[CustomUNetPipeline, dict]:
-    """The pipeline of a folder or Hub id, and its total images seen and training time.
+    """The pipeline of a folder or Hub id, its total images seen and training time, and whether it saw CelebA.
 
     Raises InputError if there is no such model, or its network has another prediction type.
     """
@@ -33,7 +33,8 @@ def open_pretrained(name: str, prediction_type: str, accelerator: Accelerator) -
             f"--pretrained_model_name_or_path {name} predicts {theirs}, this run {prediction_type}; set"
             " --prediction_type or --objective to match"
         )
-    return pipeline, training_in_all(folder)
+    facts = {key: recorded(folder, key) for key in ("data", "pretrained")}
+    return pipeline, training_in_all(folder) | {"celeba": trained_on_celeba(facts)}
 
 
 def take_weights(name: str, pretrained: nn.Module, network: nn.Module, unet_kwargs: dict) -> None:

@@ -94,7 +94,7 @@ def test_reopening_a_store_does_not_decode_again(faces, monkeypatch):
 def test_missing_home_folder_raises_one_line_error(faces, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for users without a home folder
-    assert error_of(open_faces, faces, cache_dir=None).endswith("~/.cache/train_unet; set --cache_dir")
+    assert error_of(open_faces, faces, cache_dir=None).endswith("~/.cache/train_unet; set XDG_CACHE_HOME")
 
 
 def test_changed_file_creates_a_new_store(faces, pictures):

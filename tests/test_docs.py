@@ -10,8 +10,8 @@ from urllib.parse import urlparse
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "REPORT.md", "samples/README.md", "docs/errors.md", "docs/hub.md"]
-SHORT = ("docs/errors.md", "docs/hub.md")  # with few links, or without commands
+DOCUMENTS = ["README.md", "REPORT.md", "samples/README.md", "docs/errors.md", "docs/hub.md", "docs/training.md"]
+SHORT = ("docs/errors.md", "docs/hub.md", "docs/training.md")  # with few links, or without commands
 NOTEBOOK = "docs/from_noise_to_faces.ipynb"
 LINK = re.compile(r"!?\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^()\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -96,8 +96,7 @@ def test_formulas_are_balanced(name):
     """Braces and `\\left` match, and GitHub takes every formula for a formula and no line of it for Markdown."""
     text = text_of(name)
     outside = prose(text)
-    assert "$`" not in outside
-    assert "`$" not in outside
+    assert outside.count("$`") == outside.count("`$") == 0
     assert text.count("\n```") % 2 == 0
     formulas = FORMULA.findall(text) + [code for language, code in FENCE.findall(text) if language == "math"]
     if name == NOTEBOOK:  # Jupyter delimits formulas by dollars alone
@@ -108,5 +107,4 @@ def test_formulas_are_balanced(name):
         assert opening == closing, formula
         assert len(re.findall(r"\\left\b", formula)) == len(re.findall(r"\\right\b", formula)), formula
         assert "`" not in formula, formula
-    for formula in FORMULA.findall(text):
-        assert "\n\n" not in formula, formula
+    assert not any("\n\n" in formula for formula in FORMULA.findall(text))

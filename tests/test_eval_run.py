@@ -15,10 +15,14 @@ from stand_in_networks import write_features
 from tiny_pipeline import tiny_pipeline
 from tiny_training import error_line, torchrun
 
+from eval.distances import frechet_distance
+from eval.encoders import open_extractor
 from eval.evaluation import WithoutClass, parse_sampler
+from eval.features import images_of_files, subset
 from eval.results import result
 from eval.run import keep, main
 from pipelines.export import export_pipeline
+from training.data import open_image_store
 from training.sde import SDEScheduler
 
 N = 24
@@ -123,6 +127,16 @@ def test_rerun_reuses_images_and_keeps_other_results(measured, evaluate, tmp_pat
     assert (where["swd"], where["cost"], where["memorisation"]) == (None, None, "a GPU")
 
 
+def test_features_can_be_compared_with_photographs_of_another_resolution(evaluate, inputs, tmp_path):
+    assert evaluate(tmp_path, "--metrics", "features", "--reference_resolution", "8") == 0
+    store = open_image_store(train_data_dir=str(inputs[2]), split="train", crop="none", resolution=8)
+    generated = images_of_files(sorted(tmp_path.rglob("seed-*.png"))).read(range(N))
+    sets = [torch.from_numpy(images) for images in (store.images[subset(50, N)], generated)]
+    expected = frechet_distance(*(open_extractor(str(inputs[1]))(images).numpy() for images in sets))
+    fid = next(entry for entry in results(tmp_path) if entry["metric"] == "fid")
+    assert (fid["value"], fid["resolution"]) == (pytest.approx(expected, rel=1e-3), 8)
+
+
 def test_two_processes_give_the_same_results_as_one(measured, inputs, tmp_path):
     """For features and cost; the other metrics are measured by the main process alone."""
     pipeline, features, real = inputs
@@ -142,6 +156,7 @@ def test_two_processes_give_the_same_results_as_one(measured, inputs, tmp_path):
     [
         (["--k", "24"], "--k is 24; it must be below --num_images 24"),
         (["--k", "0"], "--k is 0"),
+        (["--reference_resolution", "8"], "only features can be compared; add --metrics features"),
         (["--seed", "-1"], "--seed is -1"),
         (["--eta", "nan"], "--eta is nan"),
         (["--bound_evaluations", "1"], "--bound_evaluations is 1"),

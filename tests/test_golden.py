@@ -36,26 +36,11 @@ QUICKSTART += "--validation_images 16 --validation_steps 25 --max_train_steps 50
 QUICKSTART += "--save_images_steps 400 --optimizer adamw --learning_rate 1e-3 --snr_gamma 5".split()
 QUICKSTART += "--layers_per_block 2 --down_block_types DownBlock2D AttnDownBlock2D DownBlock2D".split()
 QUICKSTART += "--up_block_types UpBlock2D AttnUpBlock2D UpBlock2D".split()
-TINY = {
-    "dataset_name": "synthetic-faces",
-    "max_images": 50,
-    "resolution": 16,
-    "random_flip": True,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "dropout": 0.3,
-    "train_batch_size": 7,
-    "gradient_accumulation_steps": 2,
-    "lr_warmup_steps": 2,
-    "learning_rate": 1e-3,
-    "max_train_steps": 10,
-    "validation_split": "validation",
-    "validation_images": 20,
-    "validation_steps": 5,
-}
+TINY = "--dataset_name synthetic-faces --max_images 50 --resolution 16 --random_flip true --dropout 0.3".split()
+TINY += "--block_out_channels 8 16 --layers_per_block 1 --norm_num_groups 4 --train_batch_size 7".split()
+TINY += "--down_block_types DownBlock2D AttnDownBlock2D --up_block_types AttnUpBlock2D UpBlock2D".split()
+TINY += "--gradient_accumulation_steps 2 --lr_warmup_steps 2 --learning_rate 1e-3 --max_train_steps 10".split()
+TINY += "--validation_split validation --validation_images 20 --validation_steps 5".split()
 OBJECTIVES = {
     "epsilon": "--prediction_type epsilon --timestep_sampling uniform",
     "v_prediction": "--prediction_type v_prediction --ddpm_beta_schedule squaredcos_cap_v2 --snr_gamma 5",
@@ -133,9 +118,9 @@ def evaluation(folder: Path, pipeline: Path) -> dict:
 
 def all_figures(folder: Path) -> dict:
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    (folder / "tiny.yaml").write_text(json.dumps(TINY))
     quickstart = ["--config", str(REPOSITORY / "configs" / "quickstart.yaml"), *QUICKSTART]
-    tiny = ["--config", str(folder / "tiny.yaml")]
+    (folder / "tiny.yaml").write_text("{}")  # every other setting has its default
+    tiny = ["--config", str(folder / "tiny.yaml"), *TINY]
     figures = {"quickstart": train(folder / "quickstart", *quickstart)}
     figures["losses"] = {name: train(folder / name, *tiny, *flags.split()) for name, flags in OBJECTIVES.items()}
     shipped = CustomUNetPipeline.from_pretrained(SHIPPED)

@@ -39,6 +39,7 @@ FACTS = {
     "versions": {"python": "3.11", "torch": "2.15"},
     "date": "2026-11-23",
 }
+CELEBA = {"name": "faces", "images_seen": 9, "train_seconds": 1.0, "celeba": True}  # where a model may have started
 RESULTS = [
     {"name": "FID (clean)", "metric": "fid", "value": 12.345, "mode": "clean", "n": 10_000, "sampler": "DDIM"}
     | {"steps": 50, "eta": 0.0},
@@ -106,6 +107,7 @@ def test_metadata_round_trips_through_huggingface_hub(card):
         (data(crop="center", source="CelebA-HQ"), "other", "identify anybody"),
         (data(crop="none", source="synthetic-faces"), "apache-2.0", "procedural faces"),
         (data(crop="center", source="cats"), None, "no licence is claimed"),
+        (data(crop="center", source="cats") | {"pretrained": CELEBA}, "other", "a local folder named `cats`"),
         (None, None, "no record of the training"),
     ],
 )

@@ -42,5 +42,5 @@ def test_signal_to_noise_matches_the_closed_forms():
 
 def test_command_writes_the_figures(tmp_path):
     assert main(["--out", str(tmp_path)]) == 0
-    figures = {f"{name}.png" for name in ("unet", "time_embedding", "forward", "schedules", "weights")}
+    figures = {f"{name}.png" for name in ("unet", "time_embedding", "forward", "schedules", "weights", "progress")}
     assert {path.name for path in tmp_path.iterdir()} == figures

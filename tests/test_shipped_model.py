@@ -8,11 +8,11 @@ from eval.results import read_results
 from pipelines.model_card import render_card
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MODEL = REPOSITORY / "samples" / "celeba32_cpu" / "pipeline"
+pytestmark = pytest.mark.parametrize("model", sorted(REPOSITORY.glob("samples/*/pipeline")), ids=["32", "64"])
 
 
-def test_card_matches_its_files():
-    assert (MODEL / "README.md").read_text() == render_card(MODEL), "run `python -m pipelines.export card`"
+def test_card_matches_its_files(model):
+    assert (model / "README.md").read_text() == render_card(model), "run `python -m pipelines.export card`"
 
 
 @pytest.mark.parametrize(
@@ -22,12 +22,12 @@ def test_card_matches_its_files():
         ("unet/custom_unet_2d.py", "custom_unet/custom_unet_2d.py"),
     ],
 )
-def test_shipped_code_matches_the_repository(copy, original):
-    assert (MODEL / copy).read_bytes() == (REPOSITORY / original).read_bytes()
+def test_shipped_code_matches_the_repository(model, copy, original):
+    assert (model / copy).read_bytes() == (REPOSITORY / original).read_bytes()
 
 
-def test_results_match_the_weights_and_the_evaluation():
-    evaluation, shipped = (read_results(path / "results.json") for path in (MODEL.parent / "evaluation", MODEL))
+def test_results_match_the_weights_and_the_evaluation(model):
+    evaluation, shipped = (read_results(path / "results.json") for path in (model.parent / "evaluation", model))
     assert shipped["weights_sha256"] == evaluation["weights_sha256"]
     assert shipped["results"] == [entry for entry in evaluation["results"] if entry in shipped["results"]]
     assert any(entry["value"] is not None for entry in shipped["results"])

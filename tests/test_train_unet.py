@@ -224,7 +224,7 @@ def test_run_starts_from_the_ema_weights_of_a_pretrained_model(pretrained, make_
 
     record = json.loads((run.pipeline_dir / "training.json").read_text())
     seconds = pretrained.progress.train_seconds
-    assert record["pretrained"] == {"name": "run0", "images_seen": 28, "train_seconds": seconds}
+    assert record["pretrained"] == {"name": "run0", "images_seen": 28, "train_seconds": seconds, "celeba": False}
     assert "the weights of `run0`, which had seen 28 images" in (run.pipeline_dir / "README.md").read_text()
     public = yaml.safe_load((run.pipeline_dir / "training_config.yaml").read_text())
     assert public["pretrained_model_name_or_path"] == "run0"

@@ -88,12 +88,13 @@ class ImageStore:
         return np.array([names.index(name) for name in own_names], np.int64)[self.labels]
 
 
-def _cache_root(cache_dir: str | None) -> Path:
-    root = Path(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "train_unet"))
+def cache_folder(name: str, cache_dir: str | None = None) -> Path:
+    """`cache_dir`, or the folder of this name in the user's cache. Raises InputError if there is no home folder."""
+    root = Path(cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", name))
     try:
         return root.expanduser()
     except RuntimeError as error:
-        raise InputError(f"there is no home folder for the cache {root}; set --cache_dir") from error
+        raise InputError(f"there is no home folder for the cache {root}; set XDG_CACHE_HOME") from error
 
 
 def open_image_store(
@@ -124,7 +125,7 @@ def open_image_store(
     height, width = height_and_width(resolution)
     if crop.startswith("celeba") and height != width:
         raise InputError(f"crop {crop} is a square, which {height}x{width} is not; choose center or none")
-    root = _cache_root(cache_dir)
+    root = cache_folder("train_unet", cache_dir)
     name, revision = which.get("dataset_name"), which.get("dataset_revision")
     source = find_source(**which, last_commit=partial(_last_commit, root, name, revision))
     facts = source.identity | {

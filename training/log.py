@@ -103,6 +103,13 @@ def recorded(folder: Path, key: str):
         return None
 
 
+def trained_on_celeba(facts: dict) -> bool:
+    """Whether a model with these facts, or one that it started from, was trained on CelebA, judged by names."""
+    data, before = facts.get("data") or {}, facts.get("pretrained") or {}
+    names_celeba = "celeba" in str(data.get("source")).lower() or str(data.get("crop")).startswith("celeba")
+    return names_celeba or bool(before.get("celeba"))
+
+
 def training_in_all(folder: Path) -> dict:
     """`images_seen` and `train_seconds` of a model, including those of the weights that it started from.
 
