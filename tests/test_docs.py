@@ -10,8 +10,8 @@ from urllib.parse import urlparse
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "REPORT.md", "samples/README.md", "docs/errors.md", "docs/hub.md", "docs/training.md"]
-SHORT = ("docs/errors.md", "docs/hub.md", "docs/training.md")  # with few links, or without commands
+SHORT = [f"docs/{name}.md" for name in ("errors", "evaluation", "hub", "training")]  # few links or no commands
+DOCUMENTS = ["README.md", "REPORT.md", "samples/README.md", *SHORT]
 NOTEBOOK = "docs/from_noise_to_faces.ipynb"
 LINK = re.compile(r"!?\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^()\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
