@@ -21,7 +21,7 @@ from PIL import Image
 from common import Failed, InputError
 from training import data, folders, workers
 from training.data import open_image_store, random_flip, shuffled_batches, to_model_range, to_uint8
-from training.workers import StoppedWaiting, load_batches
+from training.workers import load_batches
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_IMAGES, SIDE = 150, 8  # decoded in three chunks
@@ -358,42 +358,13 @@ def test_workers_use_no_shared_memory_and_receive_no_pixels(faces):
     assert len(pickle.dumps(store)) < 5000 < store.images.nbytes
 
 
-class Blocked:
-    """Item 0 is available at once; at item 1 the worker blocks forever or is killed by a signal."""
-
-    def __init__(self, signal_number: int | None = None):
-        self.signal_number, self.event = signal_number, multiprocessing.Event()
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> int:
-        if index == 1 and self.signal_number is not None:
-            os.kill(os.getpid(), self.signal_number)
-        if index == 1:
-            self.event.wait()
-        return index
-
-
-def test_waiting_for_a_worker_stops_when_the_run_should_stop():
-    answers, blocked = iter([False, True]), Blocked()
-
-    def should_stop() -> bool:
-        answer = next(answers)
-        if answer:
-            blocked.event.set()  # so that the worker can end
-        return answer
-
-    loaded = load_batches(blocked, 1, should_stop, batch_size=None)
-    assert next(loaded) == 0
-    with pytest.raises(StoppedWaiting):
-        next(loaded)
-    assert list(answers) == []
+def die(index: int) -> None:
+    os.kill(os.getpid(), signal.SIGBUS)
 
 
 def test_dead_worker_raises_one_line_error():
     with pytest.raises(Failed, match=r"^DataLoader worker .* exited unexpectedly, perhaps because memory ran out; .*"):
-        list(load_batches(Blocked(signal.SIGBUS), 1, batch_size=None))
+        list(load_batches([0, 1], 1, batch_size=None, collate_fn=die))
 
 
 def test_only_the_loaders_workers_are_killed_at_exit(faces, monkeypatch):

@@ -11,11 +11,6 @@ from torch.utils.data import DataLoader
 from common import Failed, one_line
 
 CHUNK = 64  # images per item of a decoding process
-POLL_SECONDS = 1  # how often `should_stop` is polled while no batch is ready
-
-
-class StoppedWaiting(Failed):
-    """`should_stop` returned True while no batch was ready."""
 
 
 def available_cores() -> int:
@@ -25,7 +20,7 @@ def available_cores() -> int:
     return os.cpu_count()
 
 
-def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = lambda: False, **settings) -> Iterator:
+def load_batches(dataset, num_workers: int, **settings) -> Iterator:
     """Yields what `dataset` returns for each index or batch of indices, in order, loaded by a `DataLoader`.
 
     Items should be NumPy arrays: tensors would go through /dev/shm, which is small in a container, and those that do
@@ -33,12 +28,9 @@ def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = la
     reaches their parent, which handles it. They are killed when the parent ends, because multiprocessing would send
     them a SIGTERM and wait.
 
-    Raises, while iterating:
-        Failed: if a worker dies.
-        StoppedWaiting: if `should_stop` returns True while no batch is ready.
+    Raises Failed, while iterating, if a worker dies.
     """
     before, on_child = {*multiprocessing.active_children()}, signal.getsignal(signal.SIGCHLD)
-    settings |= {"timeout": POLL_SECONDS} if num_workers else {}
     settings = {"worker_init_fn": _ignore_signals, "collate_fn": _as_it_is} | settings
     loader = DataLoader(dataset, num_workers=num_workers, **settings)
     try:
@@ -48,27 +40,19 @@ def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = la
             Finalize(None, worker.kill, exitpriority=0)  # before multiprocessing sends SIGTERM
     if signal.getsignal(signal.SIGCHLD) is not on_child:  # torch's handler would raise at any point in the main thread
         signal.signal(signal.SIGCHLD, on_child)
-    return _received(batches, should_stop)
+    return _received(batches)
 
 
-def _received(batches: Iterator, should_stop: Callable[[], bool]) -> Iterator:
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "exited unexpectedly" in str(error):
-                raise Failed(
-                    f"{one_line(error)}, perhaps because memory ran out; free some or lower --dataloader_num_workers,"
-                    " and run the same command again"
-                ) from error
-            if not str(error).startswith("DataLoader timed out"):
-                raise
-            if should_stop():
-                raise StoppedWaiting("stopped while waiting for the worker processes that load images") from error
-        else:
-            yield batch
+def _received(batches: Iterator) -> Iterator:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise Failed(
+            f"{one_line(error)}, perhaps because memory ran out; free some or lower --dataloader_num_workers,"
+            " and run the same command again"
+        ) from error
 
 
 def _as_it_is(batch):
