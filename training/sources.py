@@ -42,6 +42,7 @@ from training.folders import (
 from training.images import BadImage, Format, crop_and_resize, decode_row
 from training.synthetic_faces import (
     LABEL_NAMES,
+    SPLIT_SIZES,
     SYNTHETIC_FACES,
     VERSION,
     face_factors,
@@ -59,7 +60,7 @@ class SyntheticFaces:
     name, version, summary = SYNTHETIC_FACES, 2, None
 
     def __init__(self, split: str, max_images: int | None, label_column: str | None):
-        self.split, self.label_column = split, label_column
+        self.split, self.label_column = pick_split(self.name, split, SPLIT_SIZES), label_column
         if label_column is not None and label_column not in LABEL_NAMES:
             raise no_column(self.name, label_column, LABEL_NAMES)
         self.label_names = LABEL_NAMES.get(label_column)
@@ -290,9 +291,8 @@ def find_source(
     if not files:
         raise InputError(f"no images found in {_listing(folder)}")
     tables = [file for file in files if file.extension in TABLE_EXTENSIONS and file.base not in METADATA_READERS]
-    images = [file for file in files if file.is_image()]  # opens those with unknown extensions
-    if dataset_config_name is None and len(images) > len(tables):
-        return FolderImages(folder, files, images, left_out, split, max_images, label_column)
+    if dataset_config_name is None and sum(file.is_image for file in files) > len(tables):
+        return FolderImages(folder, files, left_out, split, max_images, label_column)
     return HuggingFaceImages(str(folder), digest_of(files), *names, [file.name for file in files])
 
 
