@@ -345,7 +345,7 @@ def test_loader_yields_images_with_their_labels(labelled, pictures, num_workers,
     store = open_faces(labelled, label_column=column)
     order = batches(9, NUM_IMAGES, 40, 3)
     numbers = np.tile([1, 2, 0, 2, 1], NUM_IMAGES // 5)
-    loaded = list(load_batches(store, num_workers, batch_sampler=order))
+    loaded = list(load_batches(store, num_workers, order))
     for indices, (images, labels) in zip(order, loaded, strict=True):
         np.testing.assert_array_equal(images, pictures[indices].transpose(0, 3, 1, 2))
         np.testing.assert_array_equal(labels, None if column is None else numbers[indices])
@@ -354,7 +354,7 @@ def test_loader_yields_images_with_their_labels(labelled, pictures, num_workers,
 def test_workers_use_no_shared_memory_and_receive_no_pixels(faces):
     """/dev/shm may be too small for a batch, and a spawned worker receives a pickle of the data set."""
     store = open_faces(faces)
-    assert type(store.__getitems__([3, 1])[0]) is np.ndarray
+    assert type(store[[3, 1]][0]) is np.ndarray
     assert len(pickle.dumps(store)) < 5000 < store.images.nbytes
 
 
@@ -364,7 +364,7 @@ def die(index: int) -> None:
 
 def test_dead_worker_raises_one_line_error():
     with pytest.raises(Failed, match=r"^DataLoader worker .* exited unexpectedly, perhaps because memory ran out; .*"):
-        list(load_batches([0, 1], 1, batch_size=None, collate_fn=die))
+        list(load_batches([0, 1], 1, convert=die))
 
 
 def test_only_the_loaders_workers_are_killed_at_exit(faces, monkeypatch):
@@ -373,7 +373,7 @@ def test_only_the_loaders_workers_are_killed_at_exit(faces, monkeypatch):
     other = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
     other.start()
     before = {*multiprocessing.active_children()}
-    loaded = load_batches(open_faces(faces), 2, batch_sampler=shuffled_batches(NUM_IMAGES, 4, 0))
+    loaded = load_batches(open_faces(faces), 2, shuffled_batches(NUM_IMAGES, 4, 0))
     next(loaded)
     children = {*multiprocessing.active_children()} - before
     for kill in at_exit:

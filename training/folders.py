@@ -208,7 +208,6 @@ class FolderImages:
     """
 
     label_names = None
-    version = 6  # incremented whenever decoding or the choice of files changes
 
     def __init__(
         self,
@@ -226,9 +225,8 @@ class FolderImages:
         splits = splits_of([file.name for file in images])
         self.split = pick_split(self.name, split, [name for name in SPLITS if name in splits.values()])
         self.files = {file.name: file for file in images if splits[file.name] == self.split}
-        real_files = {}
-        for file in self.files.values():
-            real_files.setdefault((file.real_path, file.member), file.name)
+        # the first name of each real file
+        real_files = {(file.real_path, file.member): file.name for file in reversed(self.files.values())}
         counts = Counter(splits.values())
         left_out.update(
             {
@@ -238,7 +236,7 @@ class FolderImages:
                 "a link to an image that is taken already": len(self.files) - len(real_files),
             }
         )
-        self.names, rows = [*real_files.values()], read_metadata(tables)
+        self.names, rows = sorted(real_files.values()), read_metadata(tables)
         rows = rows[[splits.get(name, self.split) == self.split for name in rows["file_name"]]]
         if len(rows):
             rows = rows.drop_duplicates("file_name")

@@ -1,10 +1,10 @@
 """Where images come from: the Hub, a local folder, or the embedded synthetic faces.
 
 A source has `name`, `split`, `label_column`, `num_images` (None if unknown before reading), `identity`
-(JSON-serializable: determines the images), `version` (of the code that turns them into pixels), and `decode`, which
-yields the pixels of each image, or why there are none. After that `labels` holds, if there is a `label_column`, the
-class of each image: a number if `label_names` is known, otherwise a string, integer or bool. `summary` says how many
-files were found, used and left out, and why (None if the source does not report it).
+(JSON-serializable: determines the images), and `decode`, which yields the pixels of each image, or why there are none.
+After that `labels` holds, if there is a `label_column`, the class of each image: a number if `label_names` is known,
+otherwise a string, integer or bool. `summary` says how many files were found, used and left out, and why (None if the
+source does not report it).
 """
 
 import logging
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 class SyntheticFaces:
     """The embedded data set, rendered at the requested resolution."""
 
-    name, version, summary = SYNTHETIC_FACES, 2, None
+    name, labels, summary = SYNTHETIC_FACES, None, None
 
     def __init__(self, split: str, max_images: int | None, label_column: str | None):
         self.split, self.label_column = pick_split(self.name, split, SPLIT_SIZES), label_column
@@ -68,7 +68,6 @@ class SyntheticFaces:
         self.identity = {"source": self.name, "revision": VERSION, "split": split, "max_images": max_images}
         self.identity["label_column"] = label_column
         self.num_images = len(self.indices)
-        self.labels = None
 
     def decode(self, to: Format) -> Iterator[np.ndarray]:
         if to.crop not in ("none", "center"):
@@ -101,7 +100,6 @@ class HuggingFaceImages:
     label_column: str | None
     found: list[str] | None
     labels = label_names = summary = num_images = None
-    version = 6  # incremented whenever decoding changes
 
     @property
     def identity(self) -> dict:

@@ -77,7 +77,7 @@ class TrainingData:
         order = shuffled_batches(
             len(self.store), config.train_batch_size, config.seed, rank, world_size, start_batch=start_batch
         )
-        self.batches = load_batches(self.store, config.dataloader_num_workers, batch_sampler=order)
+        self.batches = load_batches(self.store, config.dataloader_num_workers, order)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Randomly flipped clean images, float32 (B, C, H, W) in [-1, 1], and randomly dropped labels (B,)."""

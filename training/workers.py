@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.util import Finalize
 
 from torch.utils.data import DataLoader
@@ -20,10 +20,14 @@ def available_cores() -> int:
     return os.cpu_count()
 
 
-def load_batches(dataset, num_workers: int, **settings) -> Iterator:
-    """Yields what `dataset` returns for each index or batch of indices, in order, loaded by a `DataLoader`.
+def _as_it_is(item):
+    return item
 
-    Items should be NumPy arrays: tensors would go through /dev/shm, which is small in a container, and those that do
+
+def load_batches(dataset, num_workers: int, order: Iterable | None = None, convert: Callable = _as_it_is) -> Iterator:
+    """Yields `convert(dataset[i])` for each i of `order`, by default 0 to the last, loaded by a `DataLoader`.
+
+    Results should be NumPy arrays: tensors would go through /dev/shm, which is small in a container, and those that do
     not fit are lost. The workers ignore SIGINT and SIGTERM; a signal to the whole process group, such as Ctrl-C, also
     reaches their parent, which handles it. They are killed when the parent ends, because multiprocessing would send
     them a SIGTERM and wait.
@@ -31,8 +35,8 @@ def load_batches(dataset, num_workers: int, **settings) -> Iterator:
     Raises Failed, while iterating, if a worker dies.
     """
     before, on_child = {*multiprocessing.active_children()}, signal.getsignal(signal.SIGCHLD)
-    settings = {"worker_init_fn": _ignore_signals, "collate_fn": _as_it_is} | settings
-    loader = DataLoader(dataset, num_workers=num_workers, **settings)
+    settings = {"num_workers": num_workers, "worker_init_fn": _ignore_signals, "collate_fn": convert}
+    loader = DataLoader(dataset, batch_size=None, sampler=order, **settings)
     try:
         batches = iter(loader)
     finally:  # even if only some of them could be started
@@ -55,10 +59,6 @@ def _received(batches: Iterator) -> Iterator:
         ) from error
 
 
-def _as_it_is(batch):
-    return batch
-
-
 def _ignore_signals(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -68,5 +68,5 @@ def on_all_cores(decode: Callable[[slice], list], num_images: int) -> Iterator:
     """Yields the images that `decode` returns for the slices of `range(num_images)`, on all cores and in order."""
     parts = [slice(first, min(first + CHUNK, num_images)) for first in range(0, num_images, CHUNK)]
     num_workers = min(available_cores(), len(parts)) if len(parts) > 1 else 0
-    for images in load_batches(parts, num_workers, batch_size=None, collate_fn=decode):
+    for images in load_batches(parts, num_workers, convert=decode):
         yield from images
