@@ -46,7 +46,6 @@ from training.processes import Stop, build_accelerator, on_any_process
 from training.resumable import Progress, save_checkpoint, save_snapshot, start_or_resume
 from training.samples import list_grids
 from training.training_data import TrainingData
-from training.workers import StoppedWaiting
 
 logger = logging.getLogger("training")
 
@@ -121,8 +120,7 @@ class Trainer:
 
     def open_batches(self) -> None:
         """Opens the batch stream at the current position in the data."""
-        start_batch = self.progress.attempts * self.config.gradient_accumulation_steps
-        self.data.open_batches(start_batch, self.stop.is_due)
+        self.data.open_batches(self.progress.attempts * self.config.gradient_accumulation_steps)
         self.unet.train()
 
     @property
@@ -189,12 +187,7 @@ class Trainer:
         while progress.step < (self.total_steps or math.inf) and not on_any_process(
             self.accelerator, self.stop.is_due()
         ):
-            try:
-                loss, grad_norm, applied = self.training_step()
-            except StoppedWaiting:
-                if self.accelerator.num_processes > 1:  # the other processes are waiting for this one
-                    raise
-                break
+            loss, grad_norm, applied = self.training_step()
             if applied:
                 skipped_in_a_row = 0
                 self.losses.append(loss)

@@ -21,7 +21,7 @@ from PIL import Image
 from common import Failed, InputError
 from training import data, folders, workers
 from training.data import open_image_store, random_flip, shuffled_batches, to_model_range, to_uint8
-from training.workers import StoppedWaiting, load_batches
+from training.workers import load_batches
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_IMAGES, SIDE = 150, 8  # decoded in three chunks
@@ -345,7 +345,7 @@ def test_loader_yields_images_with_their_labels(labelled, pictures, num_workers,
     store = open_faces(labelled, label_column=column)
     order = batches(9, NUM_IMAGES, 40, 3)
     numbers = np.tile([1, 2, 0, 2, 1], NUM_IMAGES // 5)
-    loaded = list(load_batches(store, num_workers, batch_sampler=order))
+    loaded = list(load_batches(store, num_workers, order))
     for indices, (images, labels) in zip(order, loaded, strict=True):
         np.testing.assert_array_equal(images, pictures[indices].transpose(0, 3, 1, 2))
         np.testing.assert_array_equal(labels, None if column is None else numbers[indices])
@@ -354,46 +354,17 @@ def test_loader_yields_images_with_their_labels(labelled, pictures, num_workers,
 def test_workers_use_no_shared_memory_and_receive_no_pixels(faces):
     """/dev/shm may be too small for a batch, and a spawned worker receives a pickle of the data set."""
     store = open_faces(faces)
-    assert type(store.__getitems__([3, 1])[0]) is np.ndarray
+    assert type(store[[3, 1]][0]) is np.ndarray
     assert len(pickle.dumps(store)) < 5000 < store.images.nbytes
 
 
-class Blocked:
-    """Item 0 is available at once; at item 1 the worker blocks forever or is killed by a signal."""
-
-    def __init__(self, signal_number: int | None = None):
-        self.signal_number, self.event = signal_number, multiprocessing.Event()
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> int:
-        if index == 1 and self.signal_number is not None:
-            os.kill(os.getpid(), self.signal_number)
-        if index == 1:
-            self.event.wait()
-        return index
-
-
-def test_waiting_for_a_worker_stops_when_the_run_should_stop():
-    answers, blocked = iter([False, True]), Blocked()
-
-    def should_stop() -> bool:
-        answer = next(answers)
-        if answer:
-            blocked.event.set()  # so that the worker can end
-        return answer
-
-    loaded = load_batches(blocked, 1, should_stop, batch_size=None)
-    assert next(loaded) == 0
-    with pytest.raises(StoppedWaiting):
-        next(loaded)
-    assert list(answers) == []
+def die(index: int) -> None:
+    os.kill(os.getpid(), signal.SIGBUS)
 
 
 def test_dead_worker_raises_one_line_error():
     with pytest.raises(Failed, match=r"^DataLoader worker .* exited unexpectedly, perhaps because memory ran out; .*"):
-        list(load_batches(Blocked(signal.SIGBUS), 1, batch_size=None))
+        list(load_batches([0, 1], 1, convert=die))
 
 
 def test_only_the_loaders_workers_are_killed_at_exit(faces, monkeypatch):
@@ -402,7 +373,7 @@ def test_only_the_loaders_workers_are_killed_at_exit(faces, monkeypatch):
     other = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
     other.start()
     before = {*multiprocessing.active_children()}
-    loaded = load_batches(open_faces(faces), 2, batch_sampler=shuffled_batches(NUM_IMAGES, 4, 0))
+    loaded = load_batches(open_faces(faces), 2, shuffled_batches(NUM_IMAGES, 4, 0))
     next(loaded)
     children = {*multiprocessing.active_children()} - before
     for kill in at_exit:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -34,7 +33,7 @@ from tiny_training import (
     wait_until,
 )
 
-from training import checkpoint, data, samples
+from training import checkpoint, samples
 from training.log import read_log
 from training.resumable import restore, save_checkpoint
 
@@ -247,28 +246,6 @@ def test_signals_to_the_process_group_end_the_run_gracefully(start, tmp_path):
     assert "Traceback" not in job.finish(130)
     assert list(checkpoint.list_checkpoints(run)) == [2]
     wait_until(lambda: is_group_gone(job.process.pid))
-
-
-def stall_and_stop() -> None:
-    """The data loader's worker yields six batches; then it sends SIGTERM to the trainer and stalls."""
-    multiprocessing.set_start_method("fork", force=True)  # so that the worker inherits the patch
-    take, taken = data.ImageStore.__getitems__, []
-
-    def stalling(self, indices):
-        taken.append(indices)
-        if len(taken) > 6:
-            os.kill(os.getppid(), signal.SIGTERM)
-            signal.pause()
-        return take(self, indices)
-
-    data.ImageStore.__getitems__ = stalling
-
-
-def test_signals_end_a_run_whose_data_loader_stalls(start, tmp_path):
-    run = tmp_path / "run"
-    job = start(run, "--dataloader_num_workers", "1", fault=stall_and_stop)
-    assert "Traceback" not in job.finish(143)
-    assert list(checkpoint.list_checkpoints(run)) == [max(records(run, "loss"))] == [3]  # two batches per update
 
 
 def test_stopping_accelerate_launch_stops_the_trainer_after_a_checkpoint(start, tmp_path):

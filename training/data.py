@@ -29,6 +29,7 @@ from training.synthetic_faces import NO_YES
 
 logger = logging.getLogger(__name__)
 
+VERSION = 7  # part of each store's key: incremented whenever decoding or the choice of files changes
 STALE_SECONDS = 2 * 24 * 3600  # longer than any download takes before the first image is written
 PIXELS, META = "images.{}", "meta.json"
 
@@ -74,8 +75,8 @@ class ImageStore:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Images (B, C, H, W) and labels (B,), for a data loader."""
+    def __getitem__(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Images (B, C, H, W) and labels (B,)."""
         return self.images[indices], None if self.labels is None else self.labels[indices]
 
     def labels_among(self, names: Sequence[str]) -> np.ndarray:
@@ -135,26 +136,29 @@ def open_image_store(
         "dtype": "uint16" if preserve_input_precision else "uint8",
         "skip_bad_images": skip_bad_images,
     }
-    about = {} if name is None else {"requested_revision": revision}
-    store = _open_or_build(root, source, facts, about)
+    facts |= {} if name is None else {"requested_revision": revision}
+    store = _open_or_build(root, source, facts)
     if in_channels is None and all((image == image[0]).all() for image in store.images):
-        store = _open_or_build(root, source, facts | {"in_channels": 1}, about)
+        store = _open_or_build(root, source, facts | {"in_channels": 1})
     if store.summary is not None:
         logger.info(store.summary)
     return store
 
 
-def _open_or_build(root: Path, source: Source, facts: dict, about: dict) -> ImageStore:
+def _open_or_build(root: Path, source: Source, facts: dict) -> ImageStore:
     """Opens the store with these facts, or part of the whole split's store; builds it if there is neither."""
-
-    def folder(facts: dict) -> Path:
-        return root / hashlib.sha256(json.dumps([source.version, facts], sort_keys=True).encode()).hexdigest()[:16]
-
     if facts["max_images"] is not None and source.label_column is None and not facts["skip_bad_images"]:
-        whole = _open_if_intact(folder(facts | {"max_images": None}))
+        whole = _open_if_intact(_store_folder(root, facts | {"max_images": None}))
         if whole is not None:
             return ImageStore(whole.folder, facts["max_images"])
-    return _open_if_intact(folder(facts)) or _build(folder(facts), source, facts, about)
+    folder = _store_folder(root, facts)
+    return _open_if_intact(folder) or _build(folder, source, facts)
+
+
+def _store_folder(root: Path, facts: dict) -> Path:
+    """Named by a digest of the facts, but not of the name by which a commit was requested."""
+    key = [VERSION, facts | {"requested_revision": None}]
+    return root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _image_shape(facts: dict) -> tuple[int, int, int]:
@@ -185,7 +189,7 @@ def _open_if_intact(folder: Path) -> ImageStore | None:
     return None
 
 
-def _build(folder: Path, source: Source, facts: dict, about: dict) -> ImageStore:
+def _build(folder: Path, source: Source, facts: dict) -> ImageStore:
     """Decodes into a temporary folder and renames it, so that crashes and concurrent builders do no harm."""
     logger.info("decoding %s, split %s, into %s", source.name, source.split, folder)
     try:
@@ -193,7 +197,7 @@ def _build(folder: Path, source: Source, facts: dict, about: dict) -> ImageStore
         _remove_leftovers(folder.parent)
         with TemporaryDirectory(prefix=".tmp-", dir=folder.parent, ignore_cleanup_errors=True) as name:
             temporary = Path(name)
-            meta = facts | about | _write(temporary, source, facts)
+            meta = facts | _write(temporary, source, facts)
             (temporary / META).write_text(json.dumps(meta))
             meta["fingerprint"] = ImageStore(temporary).digest()
             (temporary / META).write_text(json.dumps(meta))

@@ -5,13 +5,10 @@ import itertools
 import os
 import posixpath
 import stat
-import unicodedata
-import warnings
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -25,9 +22,7 @@ from common import InputError, one_line
 from training.images import FORMATS, BadImage, Format, decode_row
 from training.workers import on_all_cores
 
-IMAGE_EXTENSIONS = {extension for extension, kind in Image.EXTENSION.items() if kind in FORMATS}
-# Recognised by their first bytes in files with other extensions; the signatures of other formats are too short
-SNIFFED_FORMATS = [kind for kind in "AVIF BMP GIF JPEG JPEG2000 PNG PPM QOI TIFF WEBP".split() if kind in Image.OPEN]
+IMAGE_EXTENSIONS = {".mpo"} | {extension for extension, kind in Image.EXTENSION.items() if kind in FORMATS}
 TABLE_EXTENSIONS = {".parquet", ".arrow", ".tar"}
 METADATA_READERS = {
     "metadata.csv": partial(
@@ -79,6 +74,10 @@ class FolderFile(NamedTuple):
         return posixpath.splitext(self.name)[1].lower()
 
     @property
+    def is_image(self) -> bool:
+        return self.extension in IMAGE_EXTENSIONS
+
+    @property
     def is_hidden(self) -> bool:
         """Whether it or a folder starts with a dot, or a folder with __, as macOS and Python create them."""
         *folders, base = self.name.split("/")
@@ -92,16 +91,6 @@ class FolderFile(NamedTuple):
             return _open_archive(self.path, os.getpid()).read(self.member)
         except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
             raise BadImage(f"cannot be read: {error}") from error
-
-    def is_image(self) -> bool:
-        """Whether it is an image, by its extension or, for unknown extensions, by its first bytes."""
-        if self.extension in IMAGE_EXTENSIONS:
-            return True
-        with suppress(Exception), warnings.catch_warnings():  # decoders raise anything on files that are not images
-            warnings.simplefilter("ignore")
-            with Image.open(self.path if self.member is None else BytesIO(self.read()), formats=SNIFFED_FORMATS):
-                return True
-        return False
 
 
 @lru_cache(maxsize=16)
@@ -213,49 +202,44 @@ class FolderImages:
 
     Args:
         files, left_out: results of `list_files`.
-        images: the files that are images.
 
     Raises:
         InputError: if there is no such split or label column, or a metadata table is damaged.
     """
 
     label_names = None
-    version = 6  # incremented whenever decoding or the choice of files changes
 
     def __init__(
         self,
         folder: Path,
         files: list[FolderFile],
-        images: list[FolderFile],
         left_out: Counter,
         split: str,
         max_images: int | None,
         label_column: str | None,
     ):
         self.name, self.label_column = str(folder), label_column
+        images = [file for file in files if file.is_image]
         tables = [file for file in files if file.base in METADATA_READERS]
+        others = [file.name for file in files if not file.is_image and file not in tables]
         splits = splits_of([file.name for file in images])
         self.split = pick_split(self.name, split, [name for name in SPLITS if name in splits.values()])
         self.files = {file.name: file for file in images if splits[file.name] == self.split}
-        real_files = {}
-        for file in self.files.values():
-            real_files.setdefault((file.real_path, file.member), file.name)
-        others, counts = {*files} - {*images} - {*tables}, Counter(splits.values())
-        left_out = left_out + Counter(
+        # the first name of each real file
+        real_files = {(file.real_path, file.member): file.name for file in reversed(self.files.values())}
+        counts = Counter(splits.values())
+        left_out.update(
             {
-                f"not an image that Pillow can read: {extensions(file.name for file in others)}": len(others),
+                f"not an image format of Pillow, by extension: {extensions(others)}": len(others),
                 "outside of the splits, the top-level folders train, validation and test": counts[None],
                 "in another split": len(images) - counts[None] - counts[self.split],
                 "a link to an image that is taken already": len(self.files) - len(real_files),
             }
         )
-        self.names, rows = [*real_files.values()], read_metadata(tables)
+        self.names, rows = sorted(real_files.values()), read_metadata(tables)
         rows = rows[[splits.get(name, self.split) == self.split for name in rows["file_name"]]]
         if len(rows):
-            nfc = partial(unicodedata.normalize, "NFC")  # macOS stores an accent as a character of its own
-            composed = {nfc(name): name for name in self.files}
-            named = [name if name in self.files else composed.get(nfc(name), name) for name in rows["file_name"]]
-            rows = rows.assign(file_name=named).drop_duplicates("file_name")
+            rows = rows.drop_duplicates("file_name")
             left_out["not named by the metadata"] = len({*self.names} - {*rows["file_name"]})
             self.names = rows["file_name"].tolist()
         self.labels = self._labels(rows)

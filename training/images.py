@@ -1,26 +1,26 @@
 """From encoded images to training pixels: decoding, cropping and resizing."""
 
 import io
-import struct
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode for each number of channels
 CROPS = ("celeba_140", "celeba_128", "center", "none")
 _CELEBA_WIDTH, _CELEBA_HEIGHT = 178, 218
 # left, top, right, bottom in the aligned image of 178 x 218
 _CELEBA_BOXES = {"celeba_140": (19, 39, 159, 179), "celeba_128": (25, 57, 153, 185)}
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 Image.init()
 # Without formats that Pillow recognises but cannot decode, or that are programs which it would run (EPS)
 FORMATS = [kind for kind in Image.ID if kind not in {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}]
+
+# Image generators write workflows into their PNG files that exceed Pillow's limit for a text of 1 MiB
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class BadImage(ValueError):
@@ -44,16 +44,16 @@ def height_and_width(resolution: int | Sequence[int]) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
 
 
-def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int] | int, dtype: str = "uint8") -> np.ndarray:
+def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int], dtype: str = "uint8") -> np.ndarray:
     """Decodes, crops and resizes one image.
 
-    The EXIF orientation is applied; broken or oversized metadata are ignored. Without an alpha channel, transparent
+    The EXIF orientation is applied; broken EXIF data are ignored. Without an alpha channel, transparent
     pixels are composited on white. Palette and CMYK images become RGB; colour profiles are ignored. Pixels of unknown
     range (floating point, 32-bit integers) are refused, and so is PostScript, a program that Pillow would pass to
     Ghostscript. Of several frames or pages the first one is used.
 
     Args:
-        shape: (C, H, W) with 1 channel (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha); R means (3, R, R).
+        shape: (C, H, W) with 1 channel (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
         dtype: `uint8`, to which 16-bit images are scaled, or `uint16`, to which 8-bit images are scaled. Pillow reads
             only grey images with 16 bits.
 
@@ -63,12 +63,15 @@ def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int] | int, d
     Raises:
         BadImage: if the bytes are not a complete image, there are too many pixels, or the crop does not suit the size.
     """
-    shape = (3, shape, shape) if isinstance(shape, int) else shape
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which are not used, at every image
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # more than Image.MAX_IMAGE_PIXELS
-            image = _to_standard_mode(_load(encoded), has_alpha=shape[0] % 2 == 0, dtype=dtype)
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+            image.load()
+            with suppress(Exception):  # an image with broken EXIF data counts as upright
+                ImageOps.exif_transpose(image, in_place=True)
+            image = _to_standard_mode(image, has_alpha=shape[0] % 2 == 0, dtype=dtype)
     except BadImage:
         raise
     except UnidentifiedImageError as error:
@@ -122,37 +125,6 @@ def crop_box(crop: str, width: int, height: int, aspect: float = 1.0) -> tuple[f
     if abs(width * _CELEBA_HEIGHT - height * _CELEBA_WIDTH) > _CELEBA_HEIGHT:  # more than a pixel's width off
         raise BadImage(f"{width} x {height} pixels are not in CelebA's 178 x 218 proportions, which {crop} needs")
     return tuple(edge * width / _CELEBA_WIDTH for edge in _CELEBA_BOXES[crop])
-
-
-def _load(encoded: bytes) -> Image.Image:
-    """Decodes the whole image and applies its orientation."""
-    try:
-        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-        image.load()
-    except Exception:  # decoders raise many kinds; raised again unless the metadata were at fault
-        without_metadata = _without_metadata(encoded)
-        if len(without_metadata) == len(encoded):
-            raise
-        return _load(without_metadata)
-    with suppress(Exception):  # an image with broken metadata counts as upright
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
-
-
-def _without_metadata(encoded: bytes) -> bytes:
-    """A PNG without the metadata that Pillow may reject as damaged or too large; other formats unchanged."""
-    if not encoded.startswith(PNG_SIGNATURE):
-        return encoded
-    kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
-    while position + 12 <= len(encoded):
-        length, kind = struct.unpack_from(">I4s", encoded, position)
-        end = position + 12 + length
-        is_sound = encoded[end - 4 : end] == struct.pack(">I", zlib.crc32(encoded[position + 4 : end - 4]))
-        is_needed = not kind[0] & 0x20 or kind == b"tRNS"  # a small first letter means ancillary
-        if is_needed or (kind == b"eXIf" and is_sound):
-            kept.append(encoded[position:end])
-        position = end
-    return b"".join([*kept, encoded[position:]])
 
 
 def _to_standard_mode(image: Image.Image, has_alpha: bool, dtype: str) -> Image.Image:

@@ -1,10 +1,10 @@
 """Where images come from: the Hub, a local folder, or the embedded synthetic faces.
 
 A source has `name`, `split`, `label_column`, `num_images` (None if unknown before reading), `identity`
-(JSON-serializable: determines the images), `version` (of the code that turns them into pixels), and `decode`, which
-yields the pixels of each image, or why there are none. After that `labels` holds, if there is a `label_column`, the
-class of each image: a number if `label_names` is known, otherwise a string, integer or bool. `summary` says how many
-files were found, used and left out, and why (None if the source does not report it).
+(JSON-serializable: determines the images), and `decode`, which yields the pixels of each image, or why there are none.
+After that `labels` holds, if there is a `label_column`, the class of each image: a number if `label_names` is known,
+otherwise a string, integer or bool. `summary` says how many files were found, used and left out, and why (None if the
+source does not report it).
 """
 
 import logging
@@ -42,6 +42,7 @@ from training.folders import (
 from training.images import BadImage, Format, crop_and_resize, decode_row
 from training.synthetic_faces import (
     LABEL_NAMES,
+    SPLIT_SIZES,
     SYNTHETIC_FACES,
     VERSION,
     face_factors,
@@ -56,10 +57,10 @@ logger = logging.getLogger(__name__)
 class SyntheticFaces:
     """The embedded data set, rendered at the requested resolution."""
 
-    name, version, summary = SYNTHETIC_FACES, 2, None
+    name, labels, summary = SYNTHETIC_FACES, None, None
 
     def __init__(self, split: str, max_images: int | None, label_column: str | None):
-        self.split, self.label_column = split, label_column
+        self.split, self.label_column = pick_split(self.name, split, SPLIT_SIZES), label_column
         if label_column is not None and label_column not in LABEL_NAMES:
             raise no_column(self.name, label_column, LABEL_NAMES)
         self.label_names = LABEL_NAMES.get(label_column)
@@ -67,7 +68,6 @@ class SyntheticFaces:
         self.identity = {"source": self.name, "revision": VERSION, "split": split, "max_images": max_images}
         self.identity["label_column"] = label_column
         self.num_images = len(self.indices)
-        self.labels = None
 
     def decode(self, to: Format) -> Iterator[np.ndarray]:
         if to.crop not in ("none", "center"):
@@ -100,7 +100,6 @@ class HuggingFaceImages:
     label_column: str | None
     found: list[str] | None
     labels = label_names = summary = num_images = None
-    version = 6  # incremented whenever decoding changes
 
     @property
     def identity(self) -> dict:
@@ -290,9 +289,8 @@ def find_source(
     if not files:
         raise InputError(f"no images found in {_listing(folder)}")
     tables = [file for file in files if file.extension in TABLE_EXTENSIONS and file.base not in METADATA_READERS]
-    images = [file for file in files if file.is_image()]  # opens those with unknown extensions
-    if dataset_config_name is None and len(images) > len(tables):
-        return FolderImages(folder, files, images, left_out, split, max_images, label_column)
+    if dataset_config_name is None and sum(file.is_image for file in files) > len(tables):
+        return FolderImages(folder, files, left_out, split, max_images, label_column)
     return HuggingFaceImages(str(folder), digest_of(files), *names, [file.name for file in files])
 
 

@@ -1,7 +1,7 @@
 """The data of a run: batches of training images, and the images of the held-out loss."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -71,13 +71,13 @@ class TrainingData:
         """The first `count` training images, each float32 (C, H, W) in [-1, 1]."""
         return (to_model_range(torch.tensor(image)) for image in self.store.images[:count])
 
-    def open_batches(self, start_batch: int, should_stop: Callable[[], bool]) -> None:
+    def open_batches(self, start_batch: int) -> None:
         """Opens this process's endless stream of batches at batch number `start_batch`; see `load_batches`."""
         config, rank, world_size = self.config, self.accelerator.process_index, self.accelerator.num_processes
         order = shuffled_batches(
             len(self.store), config.train_batch_size, config.seed, rank, world_size, start_batch=start_batch
         )
-        self.batches = load_batches(self.store, config.dataloader_num_workers, should_stop, batch_sampler=order)
+        self.batches = load_batches(self.store, config.dataloader_num_workers, order)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Randomly flipped clean images, float32 (B, C, H, W) in [-1, 1], and randomly dropped labels (B,)."""

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.util import Finalize
 
 from torch.utils.data import DataLoader
@@ -11,11 +11,6 @@ from torch.utils.data import DataLoader
 from common import Failed, one_line
 
 CHUNK = 64  # images per item of a decoding process
-POLL_SECONDS = 1  # how often `should_stop` is polled while no batch is ready
-
-
-class StoppedWaiting(Failed):
-    """`should_stop` returned True while no batch was ready."""
 
 
 def available_cores() -> int:
@@ -25,22 +20,23 @@ def available_cores() -> int:
     return os.cpu_count()
 
 
-def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = lambda: False, **settings) -> Iterator:
-    """Yields what `dataset` returns for each index or batch of indices, in order, loaded by a `DataLoader`.
+def _as_it_is(item):
+    return item
 
-    Items should be NumPy arrays: tensors would go through /dev/shm, which is small in a container, and those that do
+
+def load_batches(dataset, num_workers: int, order: Iterable | None = None, convert: Callable = _as_it_is) -> Iterator:
+    """Yields `convert(dataset[i])` for each i of `order`, by default 0 to the last, loaded by a `DataLoader`.
+
+    Results should be NumPy arrays: tensors would go through /dev/shm, which is small in a container, and those that do
     not fit are lost. The workers ignore SIGINT and SIGTERM; a signal to the whole process group, such as Ctrl-C, also
     reaches their parent, which handles it. They are killed when the parent ends, because multiprocessing would send
     them a SIGTERM and wait.
 
-    Raises, while iterating:
-        Failed: if a worker dies.
-        StoppedWaiting: if `should_stop` returns True while no batch is ready.
+    Raises Failed, while iterating, if a worker dies.
     """
     before, on_child = {*multiprocessing.active_children()}, signal.getsignal(signal.SIGCHLD)
-    settings |= {"timeout": POLL_SECONDS} if num_workers else {}
-    settings = {"worker_init_fn": _ignore_signals, "collate_fn": _as_it_is} | settings
-    loader = DataLoader(dataset, num_workers=num_workers, **settings)
+    settings = {"num_workers": num_workers, "worker_init_fn": _ignore_signals, "collate_fn": convert}
+    loader = DataLoader(dataset, batch_size=None, sampler=order, **settings)
     try:
         batches = iter(loader)
     finally:  # even if only some of them could be started
@@ -48,31 +44,19 @@ def load_batches(dataset, num_workers: int, should_stop: Callable[[], bool] = la
             Finalize(None, worker.kill, exitpriority=0)  # before multiprocessing sends SIGTERM
     if signal.getsignal(signal.SIGCHLD) is not on_child:  # torch's handler would raise at any point in the main thread
         signal.signal(signal.SIGCHLD, on_child)
-    return _received(batches, should_stop)
+    return _received(batches)
 
 
-def _received(batches: Iterator, should_stop: Callable[[], bool]) -> Iterator:
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "exited unexpectedly" in str(error):
-                raise Failed(
-                    f"{one_line(error)}, perhaps because memory ran out; free some or lower --dataloader_num_workers,"
-                    " and run the same command again"
-                ) from error
-            if not str(error).startswith("DataLoader timed out"):
-                raise
-            if should_stop():
-                raise StoppedWaiting("stopped while waiting for the worker processes that load images") from error
-        else:
-            yield batch
-
-
-def _as_it_is(batch):
-    return batch
+def _received(batches: Iterator) -> Iterator:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise Failed(
+            f"{one_line(error)}, perhaps because memory ran out; free some or lower --dataloader_num_workers,"
+            " and run the same command again"
+        ) from error
 
 
 def _ignore_signals(worker: int) -> None:
@@ -84,5 +68,5 @@ def on_all_cores(decode: Callable[[slice], list], num_images: int) -> Iterator:
     """Yields the images that `decode` returns for the slices of `range(num_images)`, on all cores and in order."""
     parts = [slice(first, min(first + CHUNK, num_images)) for first in range(0, num_images, CHUNK)]
     num_workers = min(available_cores(), len(parts)) if len(parts) > 1 else 0
-    for images in load_batches(parts, num_workers, batch_size=None, collate_fn=decode):
+    for images in load_batches(parts, num_workers, convert=decode):
         yield from images
