@@ -1,24 +1,22 @@
 """The metrics of an evaluation: each takes the `Evaluation`, yields its results and draws its figures."""
 
-import math
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import torch
-from scipy.stats import wasserstein_distance
+from scipy.stats import sem, wasserstein_distance
 
 from common import InputError
 from eval.colours import colour_statistics
 from eval.distances import cmmd, frechet_distance, kernel_distance, prdc
-from eval.encoders import open_extractor
 from eval.evaluation import Evaluation, SamplerSetting
-from eval.features import FeatureExtractor, ImageSet, cached_features, images_of_store
+from eval.features import FeatureExtractor, cached_features
 from eval.figures import plot_cost_curve, plot_curves, plot_histograms
-from eval.heldout import SIGMAS, clean_image_errors, midpoint_timesteps, noise_errors
+from eval.heldout import SIGMAS, clean_image_errors, midpoint_timesteps
 from eval.likelihood import VARIANCES, ode_likelihood, standard_error, variational_bound
 from eval.memorisation import memorisation
 from eval.results import result
@@ -42,9 +40,6 @@ def check_metrics(evaluation: Evaluation) -> None:
     if "cost" in metrics and not evaluation.has_floor(options.cost_images):
         there = len(evaluation.training)
         raise InputError(f"--cost_images {options.cost_images} needs twice as many real images; there are {there}")
-    if not {"features", "cost"}.isdisjoint(metrics):
-        for name in options.features:
-            open_features(evaluation, name)
 
 
 # ---- In pixels
@@ -105,18 +100,11 @@ def feature_metrics(network: str) -> dict[str, str]:
     return {"fid": f"FD-{label}"} | {key: f"{key.capitalize()}, {label}" for key in PRDC}
 
 
-def open_features(evaluation: Evaluation, network: str) -> FeatureExtractor:
-    """Opens the extractor of a network, see `feature_metrics`. Raises InputError if its weights are not found."""
-    options, device = evaluation.options, evaluation.state.device
-    return open_extractor(network, inception_path=options.inception_path, device=device)
-
-
 def measure_features(evaluation: Evaluation) -> Iterable[dict]:
     """Computes the metrics in all feature spaces, on all processes."""
     options, n = evaluation.options, evaluation.options.num_images
-    for network in options.features:
-        metrics, extractor = feature_metrics(network), open_features(evaluation, network)
-        generated = _features(evaluation, extractor, evaluation.generated_set)
+    for network, extractor in evaluation.extractors.items():
+        metrics, generated = feature_metrics(network), _features(evaluation, extractor, evaluation.generated)
         real, *others = _real_features(evaluation, extractor, n)
         if evaluation.state.is_main_process:
             values = _distances(metrics, real, generated, options)
@@ -125,7 +113,7 @@ def measure_features(evaluation: Evaluation) -> Iterable[dict]:
             yield from _feature_results("features", metrics, extractor, values, floors, about)
         if "memorisation" in options.metrics and network != "inception:legacy_tensorflow":
             stores = evaluation.training, evaluation.heldout
-            training, heldout = (_features(evaluation, extractor, images_of_store(store)) for store in stores)
+            training, heldout = (_features(evaluation, extractor, store.images) for store in stores)
             yield from _memorisation_results(evaluation, (generated, heldout, training), _describe(extractor))
 
 
@@ -133,14 +121,14 @@ def _describe(extractor: FeatureExtractor) -> dict[str, str]:
     return {"mode": extractor.mode, "features": extractor.name, "features_sha256": extractor.sha256}
 
 
-def _features(evaluation: Evaluation, extractor: FeatureExtractor, images: ImageSet) -> np.ndarray:
+def _features(evaluation: Evaluation, extractor: FeatureExtractor, images: np.ndarray) -> np.ndarray:
     return cached_features(images, extractor, evaluation.state, batch_size=evaluation.options.batch_size)
 
 
 def _real_features(evaluation: Evaluation, extractor: FeatureExtractor, n: int) -> list[np.ndarray]:
     """Features of two disjoint sets of n real images, or of one set if there are fewer than 2n images."""
-    sets = [images_of_store(evaluation.training, n, part) for part in range(1 + evaluation.has_floor(n))]
-    return [_features(evaluation, extractor, images) for images in sets]
+    parts = range(1 + evaluation.has_floor(n))
+    return [_features(evaluation, extractor, evaluation.real(n, part)) for part in parts]
 
 
 def _distances(metrics: Iterable[str], real: np.ndarray, generated: np.ndarray, options: Namespace) -> dict[str, dict]:
@@ -243,41 +231,41 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
 
 def measure_heldout(evaluation: Evaluation) -> Iterable[dict]:
     """Held-out errors by noise level and, for a model with discrete timesteps, also by timestep."""
-    model, reason = (evaluation.network, evaluation.pipeline.scheduler), evaluation.no_ode
+    if not evaluation.pipeline.is_continuous:
+        timesteps, sigmas = midpoint_timesteps(evaluation.pipeline.scheduler)
+        yield from _heldout_errors(evaluation, sigmas, timesteps)
+    yield from _heldout_errors(evaluation, SIGMAS)
+
+
+def _heldout_errors(
+    evaluation: Evaluation, sigmas: Sequence[float], timesteps: list[int] | None = None
+) -> Iterable[dict]:
+    """The errors of x_0 at ascending noise levels or, given their timesteps, the errors of the noise."""
+    name, metric, levels = "Error of x_0, mean over log sigma", "sample_mse", {"sigmas": sigmas}
+    file, axis = "denoising_error.png", {"xlabel": "noise level sigma", "xscale": "log"}
+    if timesteps is not None:
+        name, metric, levels = "Error of the noise, mean over timesteps", "epsilon_mse", {"timesteps": timesteps}
+        file, axis = "heldout_loss.png", {"xlabel": "timestep"}
+    curves, reason = {}, evaluation.no_ode
     if reason is None:
         low, high = evaluation.noise_levels
-        if low > SIGMAS[0] * (1 + 1e-6) or high < SIGMAS[-1]:
+        if low > sigmas[0] * (1 + 1e-6) or high < sigmas[-1]:
             reason = f"the model was trained with noise levels from {low:.3g} to {high:.3g}, but models are compared"
-            reason += f" at {SIGMAS[0]:g} to {SIGMAS[-1]:g}"
-    timesteps = [] if evaluation.pipeline.is_continuous else midpoint_timesteps(evaluation.pipeline.scheduler)
-    by_timestep, by_sigma = {}, {}
+            reason += f" at {sigmas[0]:g} to {sigmas[-1]:g}"
     for kind, (images, about) in evaluation.splits(evaluation.options.heldout_images).items():
-        images = to_model_range(images)
-        if timesteps:
-            errors = noise_errors(*model, images, timesteps)
-            by_timestep[kind] = _mean_and_standard_error(errors)
-            more = about | {"timesteps": timesteps, "curve": errors.mean(axis=1).tolist()}
-            name = f"Error of the noise, mean over timesteps, {kind}"
-            yield result("heldout", name, "epsilon_mse", errors.mean(), **more)
-        name = f"Error of x_0, mean over log sigma, {kind}"
         if reason is not None:
-            yield result("heldout", name, "sample_mse", None, reason=reason)
+            yield result("heldout", f"{name}, {kind}", metric, None, reason=reason)
             continue
-        errors = clean_image_errors(*model, images)
-        by_sigma[kind] = _mean_and_standard_error(errors / np.square(SIGMAS)[:, None])
-        more = about | {"sigmas": SIGMAS, "curve": errors.mean(axis=1).tolist()}
-        yield result("heldout", name, "sample_mse", errors.mean(), std=standard_error(errors.mean(axis=0)), **more)
-    labels = {"ylabel": "mean squared error of the noise", "yscale": "log"}
-    if by_timestep:
-        plot_curves(timesteps, by_timestep, labels | {"xlabel": "timestep"}, evaluation.out / "heldout_loss.png")
-    if by_sigma:
-        labels |= {"xlabel": "noise level sigma", "xscale": "log"}
-        plot_curves(SIGMAS, by_sigma, labels, evaluation.out / "denoising_error.png")
-
-
-def _mean_and_standard_error(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard error over the images: (K, N) -> (K,) and (K,)."""
-    return errors.mean(axis=1), errors.std(axis=1, ddof=1) / math.sqrt(errors.shape[1])
+        model = evaluation.network, evaluation.pipeline.scheduler
+        errors = clean_image_errors(*model, to_model_range(images), sigmas)
+        errors_of_noise = errors / np.square(sigmas)[:, None]
+        curves[kind] = errors_of_noise.mean(axis=1), sem(errors_of_noise, axis=1)
+        errors = errors if timesteps is None else errors_of_noise
+        facts = levels | {"curve": errors.mean(axis=1).tolist(), "std": standard_error(errors.mean(axis=0))}
+        yield result("heldout", f"{name}, {kind}", metric, errors.mean(), **about | facts)
+    if curves:
+        labels = axis | {"ylabel": "mean squared error of the noise", "yscale": "log"}
+        plot_curves(timesteps or sigmas, curves, labels, evaluation.out / file)
 
 
 # ---- Cost
@@ -286,9 +274,8 @@ def _mean_and_standard_error(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
     """Measures each sampler: its quality, on all processes, and the network evaluations and seconds of one batch."""
     options, is_main, entries = evaluation.options, evaluation.state.is_main_process, []
-    n, network = options.cost_images, options.features[0]
+    n, (network, extractor) = options.cost_images, next(iter(evaluation.extractors.items()))
     metrics = {key: name for key, name in feature_metrics(network).items() if key in COST_METRICS}
-    extractor = open_features(evaluation, network)
     real_features, others = _real_features(evaluation, extractor, n)
     if is_main:
         real, floor = evaluation.real(n), fmean(swd_floor(evaluation.real(2 * n)).values())
@@ -303,10 +290,9 @@ def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
             _cost_of_one_batch(evaluation, pipeline, setting)
         about = evaluation.describe_images(setting, n) | evaluation.reference
         about |= _cost_of_one_batch(evaluation, pipeline, setting)
-        pixels = images.read(range(n))
-        distance = fmean(sliced_wasserstein(pixels, real).values())
+        distance = fmean(sliced_wasserstein(images, real).values())
         found = [result("cost", "SWD, mean", "swd", distance, floor=floor, n=n, n_reference=n, **about)]
-        found += _colour_results("cost", evaluation, colour_statistics(pixels), real_colours, about)
+        found += _colour_results("cost", evaluation, colour_statistics(images), real_colours, about)
         values = _distances(metrics, real_features, features, options)
         found += _feature_results("cost", metrics, extractor, values, floors, about | {"n": n})
         entries += found

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from common import InputError
 from eval.distances import frechet_distance, kernel_distance
-from eval.features import cached_features, images_of_store
+from eval.features import cached_features, subset
 from eval.inception import open_inception
 from pipelines import CustomUNetPipeline
 from training.config import TrainConfig
@@ -36,7 +36,7 @@ class TrainingMetric:
         path = config.inception_path and Path(config.inception_path)
         self.extractor = open_inception(path=path, device=accelerator.device)
         if not config.dry_run:
-            images = images_of_store(store, config.metric_images)
+            images = store.images[subset(len(store), config.metric_images)]
             self.training_features = cached_features(images, self.extractor, PartialState())
         sampler, steps = "unipc", min(UNIPC_STEPS, config.ddpm_num_steps)
         if pipeline.is_continuous:
