@@ -181,6 +181,11 @@ class Evaluation:
             about["eta"] = setting.eta
         return {name: value for name, value in about.items() if value is not None}
 
+    def about(self, n: int, setting: SamplerSetting | None = None) -> dict:
+        """How n images were drawn, by default those of the evaluation, and the n real images beside them."""
+        images = self.describe_images() if setting is None else self.describe_images(setting, n)
+        return images | self.reference | {"n": n, "n_reference": n}
+
     @property
     def reference(self) -> dict:
         """Which real images are used."""
@@ -208,13 +213,13 @@ class Evaluation:
         mode = CHANNELS[pipeline.image_shape[0]]
         return read_images([image_path(folder, seed) for seed in seeds], mode), starts, pipeline
 
-    def real(self, count: int, part: int = 0) -> np.ndarray:
-        """A fixed random subset of the training images, uint8 (count, C, H, W); different parts are disjoint."""
-        return np.asarray(self.training.images[subset(len(self.training), count, part)])
+    def real(self, count: int) -> list[np.ndarray]:
+        """Two disjoint random subsets of the training images, or one if there are not enough; uint8 (count, C, H, W).
 
-    def has_floor(self, count: int) -> bool:
-        """Whether two disjoint subsets of this size exist, to compare real images with real images."""
-        return 2 * count <= len(self.training)
+        They are always the same. The distance of the second from the first is what a perfect model would have.
+        """
+        parts = (0, 1) if 2 * count <= len(self.training) else (0,)
+        return [np.asarray(self.training.images[subset(len(self.training), count, part)]) for part in parts]
 
     def splits(self, count: int) -> dict[str, tuple[Tensor, dict]]:
         """A fixed random subset of each split, or the whole split if it has fewer images.

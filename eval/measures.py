@@ -11,7 +11,7 @@ import torch
 from scipy.stats import sem, wasserstein_distance
 
 from common import InputError
-from eval.colours import colour_statistics
+from eval.colours import COLOURS, colour_statistics
 from eval.distances import cmmd, frechet_distance, kernel_distance, prdc
 from eval.evaluation import Evaluation, SamplerSetting
 from eval.features import FeatureExtractor, cached_features
@@ -20,13 +20,14 @@ from eval.heldout import SIGMAS, clean_image_errors, midpoint_timesteps
 from eval.likelihood import VARIANCES, ode_likelihood, standard_error, variational_bound
 from eval.memorisation import memorisation
 from eval.results import result
-from eval.swd import SMALLEST_RESOLUTION, sliced_wasserstein, swd_floor
+from eval.swd import SMALLEST_RESOLUTION, pyramid_heights, sliced_wasserstein
 from pipelines import CustomUNetPipeline
 from training.data import to_model_range
 
 PRDC = ("precision", "recall", "density", "coverage")
 COST_METRICS = ("fid", "kid")  # if the first of the networks has them, in addition to SWD and colours
-DISTANCE = "Wasserstein distance in grey levels"
+SWD_NAME = {"swd": "SWD, mean"}
+COLOUR_NAMES = {name: f"{name.capitalize()}, Wasserstein distance in grey levels" for name in COLOURS}
 
 
 def check_metrics(evaluation: Evaluation) -> None:
@@ -37,51 +38,73 @@ def check_metrics(evaluation: Evaluation) -> None:
             raise InputError(f"the metric {name} needs held-out images; give --heldout_split or other --metrics")
     if min(evaluation.pipeline.image_shape[1:]) < SMALLEST_RESOLUTION and not {"swd", "cost"}.isdisjoint(metrics):
         raise InputError(f"swd and cost need images of {SMALLEST_RESOLUTION} pixels; leave these metrics out")
-    if "cost" in metrics and not evaluation.has_floor(options.cost_images):
+    if "cost" in metrics and 2 * options.cost_images > len(evaluation.training):
         there = len(evaluation.training)
         raise InputError(f"--cost_images {options.cost_images} needs twice as many real images; there are {there}")
 
 
-# ---- In pixels
+# ---- Distances between images or their features and real ones: by metric, the `value` and how it was measured
+
+
+def swd_distances(images: np.ndarray, real: np.ndarray) -> dict[str, dict]:
+    levels = sliced_wasserstein(images, real)
+    mean = {"swd": {"value": fmean(levels.values())}}
+    return mean | {f"swd_{height}": {"value": distance} for height, distance in levels.items()}
+
+
+def colour_distances(images: dict[str, np.ndarray], real: dict[str, np.ndarray]) -> dict[str, dict]:
+    """From the `colour_statistics` of equally many images."""
+    found = {}
+    for name, values in images.items():
+        facts = {"mean": values.mean(), "spread": values.std()}
+        facts |= {"real_mean": real[name].mean(), "real_spread": real[name].std()}
+        found[name] = {"value": wasserstein_distance(values, real[name])} | facts
+    return found
+
+
+def feature_distances(
+    metrics: Iterable[str], features: np.ndarray, real: np.ndarray, extractor: FeatureExtractor, options: Namespace
+) -> dict[str, dict]:
+    """From features (N, D)."""
+    found = {}
+    if "fid" in metrics:
+        found["fid"] = {"value": frechet_distance(real, features)}
+    if "kid" in metrics:
+        found["kid"] = kernel_distance(real, features, seed=options.seed)
+    if "cmmd" in metrics:
+        found["cmmd"] = {"value": cmmd(real, features)}
+    if "precision" in metrics:
+        values = prdc(real, features, k=options.k)
+        found |= {name: {"value": value, "k": options.k} for name, value in values.items()}
+    return {metric: values | _describe(extractor) for metric, values in found.items()}
+
+
+def _results(
+    family: str, names: dict[str, str], distances: dict[str, dict], floors: dict[str, dict] | None, about: dict
+) -> Iterable[dict]:
+    """One result for each metric in `names`; `floors` are the distances between real images, None if not known."""
+    for metric, name in names.items():
+        floor = floors and floors[metric]["value"]
+        yield result(family, name, metric, floor=floor, **distances[metric], **about)
 
 
 def measure_swd(evaluation: Evaluation) -> Iterable[dict]:
     n = min(evaluation.options.num_images, len(evaluation.training) // 2)
-    distances = sliced_wasserstein(evaluation.generated[:n], evaluation.real(n))
-    floors = swd_floor(evaluation.real(2 * n))
-    about = evaluation.describe_images() | evaluation.reference | {"n": n, "n_reference": n}
-    yield result("swd", "SWD, mean", "swd", fmean(distances.values()), floor=fmean(floors.values()), **about)
     height, width = evaluation.pipeline.image_shape[1:]
-    for level, distance in distances.items():
-        name = f"SWD, level {level}x{level * width // height}"
-        yield result("swd", name, f"swd_{level}", distance, floor=floors[level], **about)
+    levels = pyramid_heights(height, width)
+    names = SWD_NAME | {f"swd_{level}": f"SWD, level {level}x{level * width // height}" for level in levels}
+    real, others = evaluation.real(n)
+    distances, floors = swd_distances(evaluation.generated[:n], real), swd_distances(others, real)
+    yield from _results("swd", names, distances, floors, evaluation.about(n))
 
 
 def measure_colours(evaluation: Evaluation) -> Iterable[dict]:
-    real = colour_statistics(evaluation.real(evaluation.options.num_images))
-    generated = colour_statistics(evaluation.generated)
-    yield from _colour_results("colours", evaluation, generated, real, evaluation.describe_images())
-    if "saturation" not in real:
-        yield result("colours", f"Saturation, {DISTANCE}", "saturation", None, reason="the images are grey")
+    n = evaluation.options.num_images
+    generated, real, *others = map(colour_statistics, (evaluation.generated, *evaluation.real(n)))
+    floors = colour_distances(others[0], real) if others else None
+    yield from _results("colours", COLOUR_NAMES, colour_distances(generated, real), floors, evaluation.about(n))
     panels = {f"{name}, grey levels": {"generated": generated[name], "real": real[name]} for name in real}
     plot_histograms(panels, evaluation.out / "colours.png")
-
-
-def _colour_results(
-    family: str, evaluation: Evaluation, generated: dict[str, np.ndarray], real: dict[str, np.ndarray], about: dict
-) -> Iterable[dict]:
-    """Results from the `colour_statistics` of equally many generated and real images."""
-    n = len(generated["brightness"])
-    others = colour_statistics(evaluation.real(n, 1)) if evaluation.has_floor(n) else {}
-    for name, values in generated.items():
-        facts = {"n": n, "n_reference": n, "mean": values.mean(), "spread": values.std()}
-        facts |= {"real_mean": real[name].mean(), "real_spread": real[name].std()}
-        facts |= {"floor": wasserstein_distance(others[name], real[name])} if others else {}
-        title, distance = f"{name.capitalize()}, {DISTANCE}", wasserstein_distance(values, real[name])
-        yield result(family, title, name, distance, **facts, **evaluation.reference | about)
-
-
-# ---- In feature spaces
 
 
 def feature_metrics(network: str) -> dict[str, str]:
@@ -104,13 +127,13 @@ def measure_features(evaluation: Evaluation) -> Iterable[dict]:
     """Computes the metrics in all feature spaces, on all processes."""
     options, n = evaluation.options, evaluation.options.num_images
     for network, extractor in evaluation.extractors.items():
-        metrics, generated = feature_metrics(network), _features(evaluation, extractor, evaluation.generated)
-        real, *others = _real_features(evaluation, extractor, n)
+        sets = evaluation.generated, *evaluation.real(n)
+        generated, real, *others = (_features(evaluation, extractor, images) for images in sets)
         if evaluation.state.is_main_process:
-            values = _distances(metrics, real, generated, options)
-            floors = _distances(metrics, real, others[0], options) if others else {}
-            about = evaluation.describe_images() | evaluation.reference | {"n": n}
-            yield from _feature_results("features", metrics, extractor, values, floors, about)
+            names, how = feature_metrics(network), (real, extractor, options)
+            floors = feature_distances(names, others[0], *how) if others else None
+            distances = feature_distances(names, generated, *how)
+            yield from _results("features", names, distances, floors, evaluation.about(n))
         if "memorisation" in options.metrics and network != "inception:legacy_tensorflow":
             stores = evaluation.training, evaluation.heldout
             training, heldout = (_features(evaluation, extractor, store.images) for store in stores)
@@ -123,37 +146,6 @@ def _describe(extractor: FeatureExtractor) -> dict[str, str]:
 
 def _features(evaluation: Evaluation, extractor: FeatureExtractor, images: np.ndarray) -> np.ndarray:
     return cached_features(images, extractor, evaluation.state, batch_size=evaluation.options.batch_size)
-
-
-def _real_features(evaluation: Evaluation, extractor: FeatureExtractor, n: int) -> list[np.ndarray]:
-    """Features of two disjoint sets of n real images, or of one set if there are fewer than 2n images."""
-    parts = range(1 + evaluation.has_floor(n))
-    return [_features(evaluation, extractor, evaluation.real(n, part)) for part in parts]
-
-
-def _distances(metrics: Iterable[str], real: np.ndarray, generated: np.ndarray, options: Namespace) -> dict[str, dict]:
-    """The `value` of each metric from features (N, D), and how it was measured."""
-    found = {}
-    if "fid" in metrics:
-        found["fid"] = {"value": frechet_distance(real, generated)}
-    if "kid" in metrics:
-        found["kid"] = kernel_distance(real, generated, seed=options.seed)
-    if "cmmd" in metrics:
-        found["cmmd"] = {"value": cmmd(real, generated)}
-    if "precision" in metrics:
-        values = prdc(real, generated, k=options.k)
-        found |= {name: {"value": value, "k": options.k} for name, value in values.items()}
-    return found
-
-
-def _feature_results(
-    family: str, metrics: dict[str, str], extractor: FeatureExtractor, values: dict, floors: dict, about: dict
-) -> Iterable[dict]:
-    """Results from `values`, the `_distances` to real images, and `floors`, those between real images or empty."""
-    about = about | {"n_reference": about["n"]} | _describe(extractor)
-    for metric, name in metrics.items():
-        floor = floors[metric]["value"] if floors else None
-        yield result(family, name, metric, floor=floor, **values[metric], **about)
 
 
 # ---- Memorisation
@@ -177,24 +169,20 @@ def _memorisation_results(
         distances = {"generated": report.distances, "held-out": report.heldout_distances}
         figure = evaluation.out / (f"memorisation_{features}.png" if features else "memorisation.png")
         plot_histograms({f"distance to the nearest training image, {unit}": distances}, figure)
-    about = evaluation.describe_images() | evaluation.reference | facts | {"mirrored_too": features is None}
-    about |= {"n": len(sets[0]), "n_reference": len(sets[2]), "n_heldout": len(report.heldout_distances)}
-    about |= {"heldout_duplicates_left_out": report.num_heldout_duplicates}
-
-    def measured(name: str, metric: str, value: float, expected: float | None, **more) -> dict:
-        """`expected` is the value of a model that generalises perfectly."""
-        return result("memorisation", name, metric, value, floor=expected, **about | more)
-
-    name = f"Nearest training image, generated / held-out (median){where}"
-    yield measured(name, "memorisation_ratio", report.ratio, 1.0)
-    yield measured(f"Share nearer than any held-out image{where}", "memorisation_share", *report.share_below_minimum)
-    name = f"Share nearer than 99 % of held-out images{where}"
-    yield measured(name, "memorisation_share_1", *report.share_below_percentile)
-    more = {"n_heldout": len(sets[1]), "std": report.std_share_nearest_heldout}
-    name = f"Share nearest to a held-out image{where}"
-    yield measured(name, "memorisation_control", *report.share_nearest_heldout, **more)
-    name = f"Median distance of held-out images, {unit}"
-    yield measured(name, "heldout_distance", report.heldout_median, None, nearest_pairs=report.nearest_pairs)
+    about = evaluation.about(len(sets[0])) | facts | {"mirrored_too": features is None, "n_reference": len(sets[2])}
+    about |= {"n_heldout": len(report.heldout_distances), "heldout_duplicates_left_out": report.num_heldout_duplicates}
+    measured = {  # metric: its name, its value, and the value of a model that generalises perfectly
+        "memorisation_ratio": ("Nearest training image, generated / held-out (median)", report.ratio, 1.0),
+        "memorisation_share": ("Share nearer than any held-out image", *report.share_below_minimum),
+        "memorisation_share_1": ("Share nearer than 99 % of held-out images", *report.share_below_percentile),
+        "memorisation_control": ("Share nearest to a held-out image", *report.share_nearest_heldout),
+    }
+    own = {"memorisation_control": {"n_heldout": len(sets[1]), "std": report.std_share_nearest_heldout}}
+    for metric, (name, value, expected) in measured.items():
+        facts = about | own.get(metric, {})
+        yield result("memorisation", f"{name}{where}", metric, value, floor=expected, **facts)
+    name, pairs = f"Median distance of held-out images, {unit}", report.nearest_pairs
+    yield result("memorisation", name, "heldout_distance", report.heldout_median, nearest_pairs=pairs, **about)
 
 
 # ---- Likelihood and held-out errors
@@ -273,31 +261,31 @@ def _heldout_errors(
 
 def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
     """Measures each sampler: its quality, on all processes, and the network evaluations and seconds of one batch."""
-    options, is_main, entries = evaluation.options, evaluation.state.is_main_process, []
-    n, (network, extractor) = options.cost_images, next(iter(evaluation.extractors.items()))
+    options, n, entries, floors = evaluation.options, evaluation.options.cost_images, [], None
+    network, extractor = next(iter(evaluation.extractors.items()))
     metrics = {key: name for key, name in feature_metrics(network).items() if key in COST_METRICS}
-    real_features, others = _real_features(evaluation, extractor, n)
-    if is_main:
-        real, floor = evaluation.real(n), fmean(swd_floor(evaluation.real(2 * n)).values())
-        real_colours = colour_statistics(real)
-        floors = _distances(metrics, real_features, others, options)
+    real, others = evaluation.real(n)
+    real_features, other_features = (_features(evaluation, extractor, images) for images in (real, others))
+    real_colours = colour_statistics(real)
+
+    def distances(images: np.ndarray, features: np.ndarray) -> dict[str, dict]:
+        in_pixels = swd_distances(images, real) | colour_distances(colour_statistics(images), real_colours)
+        return in_pixels | feature_distances(metrics, features, real_features, extractor, options)
+
     for setting in evaluation.cost_settings:
         images, _, pipeline = evaluation.draw(setting, n)
         features = _features(evaluation, extractor, images)
-        if not is_main:
+        if not evaluation.state.is_main_process:
             continue
-        if not entries:  # warm-up: the first batch also initialises the libraries
-            _cost_of_one_batch(evaluation, pipeline, setting)
-        about = evaluation.describe_images(setting, n) | evaluation.reference
-        about |= _cost_of_one_batch(evaluation, pipeline, setting)
-        distance = fmean(sliced_wasserstein(images, real).values())
-        found = [result("cost", "SWD, mean", "swd", distance, floor=floor, n=n, n_reference=n, **about)]
-        found += _colour_results("cost", evaluation, colour_statistics(images), real_colours, about)
-        values = _distances(metrics, real_features, features, options)
-        found += _feature_results("cost", metrics, extractor, values, floors, about | {"n": n})
+        if floors is None:
+            floors = distances(others, other_features)
+            _cost_of_one_batch(evaluation, pipeline, setting)  # warm-up: it also initialises the libraries
+        about = evaluation.about(n, setting) | _cost_of_one_batch(evaluation, pipeline, setting)
+        names = SWD_NAME | COLOUR_NAMES | metrics
+        found = [*_results("cost", names, distances(images, features), floors, about)]
         entries += found
         yield from found
-    if is_main:
+    if entries:
         plot_cost_curve(entries, evaluation.out / "cost.png")
 
 

@@ -6,7 +6,7 @@ colour channel over all patches of their set, and compared along random directio
 Wasserstein distance of order 1 between two sets of M patches is the mean |difference| of the sorted projections.
 
 Each set is normalised by itself, so a shift or scaling of a colour channel that is common to all its images goes
-unnoticed. Two finite sets from one distribution are not at distance 0; `swd_floor` measures how far apart they are.
+unnoticed. Two finite sets from one distribution are not at distance 0; compare with the distance of two real sets.
 """
 
 import numpy as np
@@ -53,13 +53,6 @@ def sliced_wasserstein(
         distances[height] = PAPER_SCALE * float(projected_distances(patches1, patches2, directions).mean())
         del patches1, patches2  # frees memory before the next level
     return distances
-
-
-def swd_floor(images: np.ndarray, *, seed: int = 0, **settings: int) -> dict[int, float]:
-    """Distance between random halves of 2N real images: what a perfect model would score with N generated ones."""
-    half = len(images) // 2
-    order = np.random.default_rng(seed).permutation(len(images))
-    return sliced_wasserstein(images[order[:half]], images[order[half : 2 * half]], seed=seed, **settings)
 
 
 def pyramid_heights(height: int, width: int) -> list[int]:
