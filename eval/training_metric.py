@@ -87,13 +87,9 @@ class TrainingMetric:
 
         `write` takes the folder and the measurement, for `metric` of `training.json`. Returns the values as a text.
         """
-        best = self.best_in(folder)
-        if best is None or value < best["value"]:
+        best = recorded(folder, "metric") or {}
+        is_comparable = self.identity.items() <= best.items()
+        if not is_comparable or value < best["value"]:
             best = self.identity | {"value": value, "step": step}
             write(folder, best)
         return f"{value:.4g} (best {best['value']:.4g} at step {best['step']})"
-
-    def best_in(self, folder: Path) -> dict | None:
-        """`identity`, `value` and `step` of the pipeline in the folder; None if no comparable pipeline is there."""
-        facts = recorded(folder, "metric") or {}
-        return facts if self.identity.items() <= facts.items() else None
