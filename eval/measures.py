@@ -127,17 +127,19 @@ def measure_features(evaluation: Evaluation) -> Iterable[dict]:
     """Computes the metrics in all feature spaces, on all processes."""
     options, n = evaluation.options, evaluation.options.num_images
     for network, extractor in evaluation.extractors.items():
+        is_memorisation_measured = "memorisation" in options.metrics and network != "inception:legacy_tensorflow"
+        stores = (evaluation.heldout, evaluation.training) if is_memorisation_measured else ()
         sets = evaluation.generated, *evaluation.real(n)
         generated, real, *others = (_features(evaluation, extractor, images) for images in sets)
-        if evaluation.state.is_main_process:
-            names, how = feature_metrics(network), (real, extractor, options)
-            floors = feature_distances(names, others[0], *how) if others else None
-            distances = feature_distances(names, generated, *how)
-            yield from _results("features", names, distances, floors, evaluation.about(n))
-        if "memorisation" in options.metrics and network != "inception:legacy_tensorflow":
-            stores = evaluation.training, evaluation.heldout
-            training, heldout = (_features(evaluation, extractor, store.images) for store in stores)
-            yield from _memorisation_results(evaluation, (generated, heldout, training), _describe(extractor))
+        splits = [_features(evaluation, extractor, store.images) for store in stores]
+        if not evaluation.state.is_main_process:
+            continue
+        names, how = feature_metrics(network), (real, extractor, options)
+        floors = feature_distances(names, others[0], *how) if others else None
+        distances = feature_distances(names, generated, *how)
+        yield from _results("features", names, distances, floors, evaluation.about(n))
+        if splits:
+            yield from _memorisation_results(evaluation, (generated, *splits), _describe(extractor))
 
 
 def _describe(extractor: FeatureExtractor) -> dict[str, str]:
@@ -165,10 +167,9 @@ def _memorisation_results(
     features = facts.get("features")
     report = memorisation(*sets, duplicate_distance=facts.get("duplicate_distance", 0.0))
     unit, where = features or "grey levels", f", {features}" if features else ""
-    if evaluation.state.is_main_process:
-        distances = {"generated": report.distances, "held-out": report.heldout_distances}
-        figure = evaluation.out / (f"memorisation_{features}.png" if features else "memorisation.png")
-        plot_histograms({f"distance to the nearest training image, {unit}": distances}, figure)
+    distances = {"generated": report.distances, "held-out": report.heldout_distances}
+    figure = evaluation.out / (f"memorisation_{features}.png" if features else "memorisation.png")
+    plot_histograms({f"distance to the nearest training image, {unit}": distances}, figure)
     about = evaluation.about(len(sets[0])) | facts | {"mirrored_too": features is None, "n_reference": len(sets[2])}
     about |= {"n_heldout": len(report.heldout_distances), "heldout_duplicates_left_out": report.num_heldout_duplicates}
     measured = {  # metric: its name, its value, and the value of a model that generalises perfectly
