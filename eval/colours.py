@@ -18,14 +18,13 @@ def colour_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
     """Computes three numbers per image, each (N,) in grey levels 0..255.
 
     They are `brightness`, the mean luma; `contrast`, the standard deviation of the luma; and `saturation`, the mean of
-    max(R, G, B) - min(R, G, B), omitted for grey images. Images are uint8, (N, C, H, W), of 1 to 4 channels;
-    transparent ones are composited on white.
+    max(R, G, B) - min(R, G, B). Images are uint8, (N, C, H, W), of 1 to 4 channels; transparent ones are composited on
+    white.
     """
-    blocks, is_grey = [], images.shape[1] < 3
+    blocks = []
     for first in range(0, len(images), BLOCK):
-        block = over_white(torch.from_numpy(np.array(images[first : first + BLOCK]))).numpy()
-        luma = block[:, 0].astype(float) if is_grey else np.einsum("nchw,c->nhw", block, np.asarray(LUMA))
+        block = over_white(torch.from_numpy(np.array(images[first : first + BLOCK]))).expand(-1, 3, -1, -1).numpy()
+        luma = np.einsum("nchw,c->nhw", block, np.asarray(LUMA))
         spread = block.max(axis=1) - block.min(axis=1)  # (B, H, W)
         blocks.append([luma.mean(axis=(1, 2)), luma.std(axis=(1, 2)), spread.mean(axis=(1, 2))])
-    statistics = dict(zip(COLOURS, np.concatenate(blocks, axis=1), strict=True))
-    return {name: values for name, values in statistics.items() if not (is_grey and name == "saturation")}
+    return dict(zip(COLOURS, np.concatenate(blocks, axis=1), strict=True))

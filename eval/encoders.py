@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.functional import normalize
+from torchvision import transforms
 from transformers import CLIPVisionModelWithProjection, Dinov2Model, PreTrainedModel
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -20,7 +19,7 @@ from transformers.image_utils import (
 )
 
 from common import InputError, sha256_of
-from eval.features import FeatureExtractor, resize_each
+from eval.features import FeatureExtractor, in_threads
 from eval.inception import open_inception
 
 
@@ -103,16 +102,14 @@ def open_published(published: Published, *, device: torch.device | str) -> Featu
         raise InputError(f"{published.hub_id} could not be downloaded from the Hub: {error}") from error
     network.eval().to(device)
     size = published.size
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (published.mean, published.std))
-
-    def resize(image: np.ndarray) -> np.ndarray:
-        return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+    resize = transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC)  # by Pillow, which rounds to uint8
+    normalize = transforms.Normalize(published.mean, published.std)
+    prepare = transforms.Compose([transforms.ToPILImage(), resize, transforms.ToTensor(), normalize])
 
     def features(images: Tensor) -> Tensor:
-        resized = resize_each(images, resize).to(device)  # uint8 (B, 3, size, size)
-        output = network(pixel_values=(resized.float() / 255 - mean) / std)
+        output = network(pixel_values=torch.stack(in_threads(prepare, images.cpu())).to(device))
         if isinstance(network, CLIPVisionModelWithProjection):
-            return normalize(output.image_embeds, dim=1)
+            return F.normalize(output.image_embeds, dim=1)
         return output.pooler_output
 
     return FeatureExtractor(published.hub_id, f"bicubic {size}", sha256_of(folder / published.weights), features)

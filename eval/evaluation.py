@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,8 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from common import InputError, on_main_process, sha256_of
-from eval.features import ImageSet, images_of_files, subset
+from eval.encoders import open_extractor
+from eval.features import read_images, subset
 from eval.results import sampler_text
 from pipelines import CustomUNetPipeline, generate
 from pipelines.continuous import denoiser
@@ -76,9 +76,11 @@ class Evaluation:
         no_ode: why the network cannot predict in continuous time; None if it can.
         noise_levels: the lowest and the highest that it knows, if it can.
         sampler_setting, cost_settings: the sampler settings of the images and of the cost curve.
+        generated: the images, uint8 (n, C, H, W), in seed order; set by `run` if a metric needs them.
         training, heldout: the real images, cropped and resized as in training; `heldout` may be None.
+        extractors: of the features, by name; none if no metric needs them.
 
-    Raises InputError if the model or the data cannot be loaded, or do not match the options.
+    Raises InputError if the model, the data or a feature network cannot be loaded, or do not match the options.
     """
 
     def __init__(
@@ -102,6 +104,9 @@ class Evaluation:
             there = f"split {options.split} has {len(self.training)} images"
             raise InputError(f"--num_images is {options.num_images}, but {there}; sets of equal size are compared")
         self.heldout = self._open_store(options.heldout_split) if options.heldout_split else None
+        names = [] if {"features", "cost"}.isdisjoint(options.metrics) else options.features
+        how = {"inception_path": options.inception_path, "device": state.device}
+        self.extractors = {name: open_extractor(name, **how) for name in names}
 
     def _choose_samplers(self) -> None:
         """Sets the samplers; the default is DDIM, or the model's own sampler if it was trained in continuous time."""
@@ -176,6 +181,11 @@ class Evaluation:
             about["eta"] = setting.eta
         return {name: value for name, value in about.items() if value is not None}
 
+    def about(self, n: int, setting: SamplerSetting | None = None) -> dict:
+        """How n images were drawn, by default those of the evaluation, and the n real images beside them."""
+        images = self.describe_images() if setting is None else self.describe_images(setting, n)
+        return images | self.reference | {"n": n, "n_reference": n}
+
     @property
     def reference(self) -> dict:
         """Which real images are used."""
@@ -185,10 +195,11 @@ class Evaluation:
 
     # ---- Images
 
-    def draw(self, setting: SamplerSetting, num_images: int) -> tuple[ImageSet, list[dict], CustomUNetPipeline]:
+    def draw(self, setting: SamplerSetting, num_images: int) -> tuple[np.ndarray, list[dict], CustomUNetPipeline]:
         """Draws the missing images of a setting, on all processes.
 
-        Returns the images in seed order, the starts recorded by `pipelines.generate`, and the pipeline.
+        Returns the images, uint8 (n, C, H, W), in seed order, the starts recorded by `pipelines.generate`, and the
+        pipeline.
         """
         options = self.options
         folder = (options.images_dir or self.out / IMAGES) / images_folder(self.describe_images(setting, num_images))
@@ -200,20 +211,15 @@ class Evaluation:
         seeds = range(options.seed, options.seed + num_images)
         starts = json.loads((folder / RECORD).read_text())["starts"]
         mode = CHANNELS[pipeline.image_shape[0]]
-        return images_of_files([image_path(folder, seed) for seed in seeds], mode), starts, pipeline
+        return read_images([image_path(folder, seed) for seed in seeds], mode), starts, pipeline
 
-    @cached_property
-    def generated(self) -> np.ndarray:
-        """uint8 (n, C, H, W), in seed order; `generated_set` must be drawn first."""
-        return self.generated_set.read(range(self.generated_set.count))
+    def real(self, count: int) -> list[np.ndarray]:
+        """Two disjoint random subsets of the training images, or one if there are not enough; uint8 (count, C, H, W).
 
-    def real(self, count: int, part: int = 0) -> np.ndarray:
-        """A fixed random subset of the training images, uint8 (count, C, H, W); different parts are disjoint."""
-        return np.asarray(self.training.images[subset(len(self.training), count, part)])
-
-    def has_floor(self, count: int) -> bool:
-        """Whether two disjoint subsets of this size exist, to compare real images with real images."""
-        return 2 * count <= len(self.training)
+        They are always the same. The distance of the second from the first is what a perfect model would have.
+        """
+        parts = (0, 1) if 2 * count <= len(self.training) else (0,)
+        return [np.asarray(self.training.images[subset(len(self.training), count, part)]) for part in parts]
 
     def splits(self, count: int) -> dict[str, tuple[Tensor, dict]]:
         """A fixed random subset of each split, or the whole split if it has fewer images.

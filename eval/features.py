@@ -1,9 +1,9 @@
-"""Features of images: they are computed from an image set by an extractor, on all processes, and cached on disk."""
+"""Features of images: they are computed by an extractor, on all processes, and cached on disk."""
 
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from common import InputError, on_main_process, replace_file
-from training.data import ImageStore, cache_folder
+from training.data import cache_folder
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,6 @@ def over_white(images: Tensor) -> Tensor:
     return (alpha * colours + 255 * (1 - alpha)).round().to(torch.uint8)
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Images of one size, read on demand."""
-
-    read: Callable[[Sequence[int]], np.ndarray]  # maps positions to uint8 images (B, C, H, W)
-    count: int
-    fingerprint: str  # identifies the pixels or files
-
-
 def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
     """Ascending positions of `count` images, drawn at random (folders may be sorted by class) with a fixed seed.
 
@@ -71,48 +62,31 @@ def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(num_images)[count * part : count * (part + 1)])
 
 
-def images_of_store(store: ImageStore, count: int | None = None, part: int = 0) -> ImageSet:
-    """All images of a store, or `count` of them chosen by `subset`."""
-    positions = subset(len(store), len(store) if count is None else count, part)
-    fingerprint = f"{store.fingerprint}, part {part}" if part else store.fingerprint
-    return ImageSet(lambda indices: store.images[positions[np.asarray(indices)]], len(positions), fingerprint)
+def read_images(paths: Sequence[Path], mode: str = "RGB") -> np.ndarray:
+    """Image files of one size, as RGB or in another mode of Pillow, such as `L`; uint8 (N, C, H, W)."""
 
-
-def images_of_files(paths: Sequence[Path], mode: str = "RGB") -> ImageSet:
-    """Image files of one size in the given order, as RGB or in another mode of Pillow, such as `L`."""
-    digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
-
-    def read_file(path: Path) -> np.ndarray:  # (H, W, C)
+    def read(path: Path) -> np.ndarray:  # (H, W, C)
         with Image.open(path) as image:
             return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1)
 
-    def read(indices: Sequence[int]) -> np.ndarray:
-        return np.stack(_in_threads(read_file, [paths[index] for index in indices])).transpose(0, 3, 1, 2)
-
-    return ImageSet(read, len(paths), digest[:16])
+    return np.stack(in_threads(read, paths)).transpose(0, 3, 1, 2)
 
 
-def resize_each(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    """Applies a function (H, W, 3) -> (R, R, 3) to each image: uint8 (B, 3, H, W) -> (B, 3, R, R) of its type."""
-    resized = _in_threads(resize, [image.permute(1, 2, 0).numpy() for image in images.cpu()])
-    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
-
-
-def _in_threads(function: Callable, items: Sequence) -> list:
+def in_threads(function: Callable, items: Iterable) -> list:
     """Applies a function that releases the GIL (decoding, resizing) to each item, on all cores."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(function, items))
 
 
 def extract_features(
-    images: ImageSet, extractor: FeatureExtractor, state: PartialState, *, batch_size: int = 64
+    images: np.ndarray, extractor: FeatureExtractor, state: PartialState, *, batch_size: int = 64
 ) -> np.ndarray:
-    """Features of all images in order, float32 (N, D), on every process; each process computes a part."""
-    part = np.array_split(np.arange(images.count), state.num_processes)[state.process_index]
+    """Features of uint8 images (N, C, H, W), float32 (N, D), on every process; each process computes a part."""
+    part = np.array_split(np.arange(len(images)), state.num_processes)[state.process_index]
     starts, features = range(0, len(part), batch_size), []
     for start in tqdm(starts, f"{extractor.name} features", unit="batch", disable=not state.is_main_process):
-        batch = images.read(part[start : start + batch_size])
-        features.append(extractor(torch.from_numpy(np.ascontiguousarray(batch))).float().cpu().numpy())
+        batch = torch.from_numpy(images[part[start : start + batch_size]])
+        features.append(extractor(batch).cpu().numpy())
         if not np.isfinite(features[-1]).all():
             raise InputError(f"features of {extractor.name} are not finite; its weights are damaged")
     if state.num_processes > 1:
@@ -121,11 +95,11 @@ def extract_features(
 
 
 def cached_features(
-    images: ImageSet, extractor: FeatureExtractor, state: PartialState, *, batch_size: int = 64
+    images: np.ndarray, extractor: FeatureExtractor, state: PartialState, *, batch_size: int = 64
 ) -> np.ndarray:
     """`extract_features`, or the features of the same images from the same network in the user's cache."""
-    facts = {name: getattr(extractor, name) for name in ("name", "mode", "sha256")}
-    key = json.dumps(facts | {"fingerprint": images.fingerprint, "count": images.count})
+    pixels = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+    key = json.dumps([extractor.name, extractor.mode, extractor.sha256, images.shape, pixels])
     path = cache_folder("train_unet_eval") / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
     def read() -> np.ndarray | None:

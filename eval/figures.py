@@ -11,10 +11,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
+
+from pipelines.applications import enlarged
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
 NUM_COLOURS = 10  # in matplotlib's colour cycle; further lines are dashed
-IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS, MIN_ROW_PIXELS = 96, 4, 26, 768  # in rows of images
+IMAGE_PIXELS, LABEL_PIXELS, MIN_ROW_PIXELS = 96, 26, 768  # in rows of images
 FEW_CURVES = 5  # with more curves, the legend is placed beside the plot
 
 
@@ -81,16 +85,14 @@ def plot_image_rows(rows: dict[str, list[Path | Image.Image]], path: Path) -> No
     lines = {}
     for label, entries in rows.items():
         opened = [entry if isinstance(entry, Image.Image) else Image.open(entry) for entry in entries]
-        images = [np.asarray(image.convert("RGB")) for image in opened]
-        scale = max(1, round(IMAGE_PIXELS / len(images[0])))
-        gap = ((0, 0), (0, GAP_PIXELS), (0, 0))
-        enlarged = [image.repeat(scale, axis=0).repeat(scale, axis=1) for image in images]
-        lines[label] = np.concatenate([np.pad(image, gap, constant_values=255) for image in enlarged], axis=1)
-    width = max(MIN_ROW_PIXELS, *(line.shape[1] for line in lines.values()))
-    sheet = Image.new("RGB", (width, sum(len(line) + LABEL_PIXELS for line in lines.values())), "white")
+        images = [pil_to_tensor(image.convert("RGB")) for image in opened]
+        row = to_pil_image(make_grid(images, nrow=len(images), padding=1, pad_value=255))
+        lines[label] = enlarged(row, max(1, round(IMAGE_PIXELS / opened[0].height)))
+    width = max(MIN_ROW_PIXELS, *(line.width for line in lines.values()))
+    sheet = Image.new("RGB", (width, sum(line.height + LABEL_PIXELS for line in lines.values())), "white")
     draw, font, top = ImageDraw.Draw(sheet), ImageFont.truetype(findfont("DejaVu Sans"), 15), 0
     for label, line in lines.items():
         draw.text((0, top + 5), label, "black", font)
-        sheet.paste(Image.fromarray(line), (0, top + LABEL_PIXELS))
-        top += len(line) + LABEL_PIXELS
+        sheet.paste(line, (0, top + LABEL_PIXELS))
+        top += line.height + LABEL_PIXELS
     sheet.save(path)

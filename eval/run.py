@@ -123,7 +123,7 @@ def run(options: argparse.Namespace, command: str, network_class: type[ModelMixi
     if state.is_main_process:
         make_folder(options.out)
     if not NEED_IMAGES.isdisjoint(options.metrics):
-        evaluation.generated_set, starts, _ = evaluation.draw(evaluation.sampler_setting, options.num_images)
+        evaluation.generated, starts, _ = evaluation.draw(evaluation.sampler_setting, options.num_images)
         for entry in drawing_time(starts, evaluation.describe_images()):
             keep(record, entry)
 

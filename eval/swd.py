@@ -6,7 +6,7 @@ colour channel over all patches of their set, and compared along random directio
 Wasserstein distance of order 1 between two sets of M patches is the mean |difference| of the sorted projections.
 
 Each set is normalised by itself, so a shift or scaling of a colour channel that is common to all its images goes
-unnoticed. Two finite sets from one distribution are not at distance 0; `swd_floor` measures how far apart they are.
+unnoticed. Two finite sets from one distribution are not at distance 0; compare with the distance of two real sets.
 """
 
 import numpy as np
@@ -17,49 +17,36 @@ from torch import Tensor
 PATCH_SIZE = 7
 SMALLEST_RESOLUTION = 16  # of a pyramid level
 PAPER_SCALE = 1000  # the paper's tables show 1000 times the distance
+BATCH_SIZE = 32  # images whose pyramids are computed at once, few enough to fit the cache
 DIRECTIONS_AT_ONCE = 16  # limits memory to 4 x 16 x M floats
 BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 
 def sliced_wasserstein(
-    images1: np.ndarray,
-    images2: np.ndarray,
-    *,
-    seed: int = 0,
-    num_patches_per_image: int = 128,
-    num_projections: int = 512,
-    batch_size: int = 32,
+    images1: np.ndarray, images2: np.ndarray, *, num_patches_per_image: int = 128, num_projections: int = 512
 ) -> dict[int, float]:
     """Distance between two sets of images at each level of the pyramid, times 1000 as in the paper.
 
-    The random patch positions and directions depend only on the seed and are the same for both sets. The patches of
-    one level are in memory at once: 392 bytes x C x N x num_patches_per_image for both sets.
+    The random patch positions and directions are always the same, for both sets. The patches of one level are in
+    memory at once: 392 bytes x C x N x num_patches_per_image for both sets.
 
     Args:
         images1, images2: uint8, shape (N, C, H, W), H and W at least 16. Compare distances only at equal N.
         num_patches_per_image, num_projections: by default as in the paper (128, with 16,384 images) and its code.
-        batch_size: images whose pyramids are computed at once, few enough to fit the cache; the result is the same.
 
     Returns the distance by the level's height, see `pyramid_heights`; the last level is the low-pass image, the others
     are differences. It is NaN if all patches of a set have one value in a channel.
     """
     distances, (num_images, channels, *sides) = {}, images1.shape
     for level, height in enumerate(pyramid_heights(*sides)):
-        generator = np.random.default_rng((seed, height))
+        generator = np.random.default_rng((0, height))
         num_corners = np.array(sides) // 2**level - PATCH_SIZE + 1  # along y and x
         corners = torch.from_numpy(generator.integers(num_corners, size=(num_images, num_patches_per_image, 2)))
         directions = random_directions(num_projections, channels * PATCH_SIZE**2, generator)
-        patches1, patches2 = (normalised_patches(images, level, corners, batch_size) for images in (images1, images2))
+        patches1, patches2 = (normalised_patches(images, level, corners) for images in (images1, images2))
         distances[height] = PAPER_SCALE * float(projected_distances(patches1, patches2, directions).mean())
         del patches1, patches2  # frees memory before the next level
     return distances
-
-
-def swd_floor(images: np.ndarray, *, seed: int = 0, **settings: int) -> dict[int, float]:
-    """Distance between random halves of 2N real images: what a perfect model would score with N generated ones."""
-    half = len(images) // 2
-    order = np.random.default_rng(seed).permutation(len(images))
-    return sliced_wasserstein(images[order[:half]], images[order[half : 2 * half]], seed=seed, **settings)
 
 
 def pyramid_heights(height: int, width: int) -> list[int]:
@@ -96,7 +83,7 @@ def _blur(images: Tensor) -> Tensor:
     return sum(weight * rows[..., i : i + width] for i, weight in enumerate(BINOMIAL))
 
 
-def normalised_patches(images: np.ndarray, level: int, corners: Tensor, batch_size: int) -> np.ndarray:
+def normalised_patches(images: np.ndarray, level: int, corners: Tensor) -> np.ndarray:
     """Patches (N P, 49 C) from one pyramid level; each channel has mean 0 and standard deviation 1 over all patches.
 
     Args:
@@ -105,12 +92,12 @@ def normalised_patches(images: np.ndarray, level: int, corners: Tensor, batch_si
     num_images, num_patches = corners.shape[:2]
     num_levels = min(level + 2, len(pyramid_heights(*images.shape[2:])))
     patches = torch.empty(num_images, num_patches, images.shape[1], PATCH_SIZE, PATCH_SIZE)
-    for start in range(0, num_images, batch_size):
-        batch = torch.from_numpy(np.array(images[start : start + batch_size])).float()
+    for start in range(0, num_images, BATCH_SIZE):
+        batch = torch.from_numpy(np.array(images[start : start + BATCH_SIZE])).float()
         pixels = laplacian_pyramid(batch, num_levels)[level]
         windows = pixels.unfold(2, PATCH_SIZE, 1).unfold(3, PATCH_SIZE, 1)  # (B, C, y, x, 7, 7)
-        y, x = corners[start : start + batch_size].unbind(-1)  # (B, P) each
-        patches[start : start + batch_size] = windows[torch.arange(len(batch))[:, None], :, y, x]  # (B, P, C, 7, 7)
+        y, x = corners[start : start + BATCH_SIZE].unbind(-1)  # (B, P) each
+        patches[start : start + BATCH_SIZE] = windows[torch.arange(len(batch))[:, None], :, y, x]  # (B, P, C, 7, 7)
     variance, mean = torch.var_mean(patches, dim=(0, 1, 3, 4), correction=0, keepdim=True)
     return patches.sub_(mean).div_(variance.sqrt()).reshape(num_images * num_patches, -1).numpy()
 

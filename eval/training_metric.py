@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from common import InputError
 from eval.distances import frechet_distance, kernel_distance
-from eval.features import cached_features, images_of_store
+from eval.features import cached_features, subset
 from eval.inception import open_inception
 from pipelines import CustomUNetPipeline
 from training.config import TrainConfig
@@ -36,7 +36,7 @@ class TrainingMetric:
         path = config.inception_path and Path(config.inception_path)
         self.extractor = open_inception(path=path, device=accelerator.device)
         if not config.dry_run:
-            images = images_of_store(store, config.metric_images)
+            images = store.images[subset(len(store), config.metric_images)]
             self.training_features = cached_features(images, self.extractor, PartialState())
         sampler, steps = "unipc", min(UNIPC_STEPS, config.ddpm_num_steps)
         if pipeline.is_continuous:
@@ -87,13 +87,9 @@ class TrainingMetric:
 
         `write` takes the folder and the measurement, for `metric` of `training.json`. Returns the values as a text.
         """
-        best = self.best_in(folder)
-        if best is None or value < best["value"]:
+        best = recorded(folder, "metric") or {}
+        is_comparable = self.identity.items() <= best.items()
+        if not is_comparable or value < best["value"]:
             best = self.identity | {"value": value, "step": step}
             write(folder, best)
         return f"{value:.4g} (best {best['value']:.4g} at step {best['step']})"
-
-    def best_in(self, folder: Path) -> dict | None:
-        """`identity`, `value` and `step` of the pipeline in the folder; None if no comparable pipeline is there."""
-        facts = recorded(folder, "metric") or {}
-        return facts if self.identity.items() <= facts.items() else None

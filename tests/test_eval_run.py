@@ -18,7 +18,7 @@ from tiny_training import error_line, torchrun
 from eval.distances import frechet_distance
 from eval.encoders import open_extractor
 from eval.evaluation import WithoutClass, parse_sampler
-from eval.features import images_of_files, subset
+from eval.features import read_images, subset
 from eval.results import result
 from eval.run import keep, main
 from pipelines.export import export_pipeline
@@ -130,7 +130,7 @@ def test_rerun_reuses_images_and_keeps_other_results(measured, evaluate, tmp_pat
 def test_features_can_be_compared_with_photographs_of_another_resolution(evaluate, inputs, tmp_path):
     assert evaluate(tmp_path, "--metrics", "features", "--reference_resolution", "8") == 0
     store = open_image_store(train_data_dir=str(inputs[2]), split="train", crop="none", resolution=8)
-    generated = images_of_files(sorted(tmp_path.rglob("seed-*.png"))).read(range(N))
+    generated = read_images(sorted(tmp_path.rglob("seed-*.png")))
     sets = [torch.from_numpy(images) for images in (store.images[subset(50, N)], generated)]
     expected = frechet_distance(*(open_extractor(str(inputs[1]))(images).numpy() for images in sets))
     fid = next(entry for entry in results(tmp_path) if entry["metric"] == "fid")
@@ -256,6 +256,10 @@ def test_ode_and_errors_by_noise_level_are_measured_for_ddpm_and_sde_models(meas
         errors = {entry["name"]: entry for entry in results(out) if entry["metric"] == "sample_mse"}
         assert {name.rpartition(", ")[2] for name in errors} == {"training", "held-out"}
         assert all(len(entry["curve"]) == len(entry["sigmas"]) == 16 for entry in errors.values())
+    by_timestep = [entry for entry in results(measured) if entry["metric"] == "epsilon_mse"]
+    assert [entry["timesteps"] for entry in by_timestep] == [[*range(25, 1000, 50)]] * 2
+    assert all(entry["value"] == pytest.approx(np.mean(entry["curve"])) for entry in by_timestep)
+    assert not any(entry["metric"] == "epsilon_mse" for entry in results(measured_sde))
 
 
 def test_sampler_settings_reach_the_images_and_the_results(evaluate, tmp_path):
@@ -309,7 +313,7 @@ def test_unsupported_metrics_are_not_measured(evaluate, tmp_path, case):
     metrics = {"sample_mse"}
     if case == "learned time embedding":
         scheduler, network = DDIMScheduler(), {"time_embedding_type": "learned", "num_train_timesteps": 1000}
-        metrics.add("bits_per_dim_ode")
+        metrics |= {"bits_per_dim_ode", "epsilon_mse"}
     model, out = export(tmp_path / "model", scheduler, **network), tmp_path / "out"
     assert evaluate(out, "--pipeline", str(model), "--metrics", "likelihood", "heldout") == 0
     missing = [entry for entry in results(out) if entry["value"] is None]

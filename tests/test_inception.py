@@ -16,7 +16,7 @@ from torch import nn
 from common import InputError
 from eval import inception
 from eval.distances import frechet_distance, kernel_distance
-from eval.features import extract_features, images_of_files
+from eval.features import extract_features, read_images
 from eval.inception import find_weights, load_layers, open_inception, resize_as_tensorflow
 from tests.stand_in_networks import draw_images, write_images
 
@@ -42,7 +42,7 @@ class TorchScript(nn.Module):
 def test_features_and_distances_match_clean_fid(tmp_path):
     """clean-fid reads and resizes the files and computes the distances with its own code."""
     sets = {"generated": draw_images(20, seed=0), "reference": draw_images(20, seed=1, tint=0.1)}
-    sets = [images_of_files(write_images(tmp_path / name, images)) for name, images in sets.items()]
+    sets = [read_images(write_images(tmp_path / name, images)) for name, images in sets.items()]
     options = {"num_workers": 0, "batch_size": 10, "device": torch.device("cpu"), "mode": "clean", "verbose": False}
     folders = (str(tmp_path / name) for name in ("generated", "reference"))
     theirs = [fid.get_folder_features(folder, TorchScript(), **options) for folder in folders]

@@ -15,7 +15,7 @@ from tiny_training import assert_same_tensors, error_line, records, signal_at
 
 from eval import training_metric
 from eval.distances import frechet_distance, kernel_distance
-from eval.features import images_of_store
+from eval.features import subset
 from pipelines import CustomUNetPipeline
 from training.reports import report_metric
 
@@ -76,7 +76,7 @@ def test_metric_matches_images_generated_from_the_seeds(changes, sampler, steps,
     labels = {"class_labels": [seed % len(classes) for seed in range(20)]} if "label_column" in changes else {}
     images = pipeline(seeds=range(20), num_inference_steps=steps, **labels).images
     generated = torch.from_numpy(np.stack([np.asarray(image).transpose(2, 0, 1) for image in images]))
-    chosen = torch.from_numpy(images_of_store(trainer.data.store, 20).read(range(20)))
+    chosen = torch.from_numpy(trainer.data.store.images[subset(len(trainer.data.store), 20)])
     real, generated = (StandInExtractor()(images).numpy() for images in (chosen, generated))
     distances = {"fid": frechet_distance(real, generated), "kid": kernel_distance(real, generated, seed=0)["value"]}
     value = records(trainer.output_dir, metric)[3]

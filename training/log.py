@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common import markdown_table, replace_file, unwritable
+from common import replace_file, unwritable
 from training.config import TrainConfig
 from training.workers import available_cores
 
@@ -65,19 +65,6 @@ def read_log(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return records
-
-
-def heldout_table(records: list[dict]) -> str:
-    """The first, middle and last held-out loss as a Markdown table; raises ValueError if there is none."""
-    heldout = [record for record in records if "heldout_loss" in record]
-    if not heldout:
-        raise ValueError("no record has a held-out loss; train with --validation_split")
-    keys = ["heldout_loss", *(f"heldout_loss_q{q}" for q in (1, 2, 3, 4))]
-    rows = [
-        [f"{record['images_seen']:,}", *(f"{record[key]:.4f}" for key in keys)]
-        for record in (heldout[0], heldout[len(heldout) // 2], heldout[-1])
-    ]
-    return markdown_table(["images seen", "held-out loss", "q1 (least noise)", "q2", "q3", "q4"], rows)
 
 
 # ---- The facts that are shipped with the model, in the training.json of its folder
