@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
 NUM_COLOURS = 10  # in matplotlib's colour cycle; further lines are dashed
-IMAGE_PIXELS, GAP_PIXELS, LABEL_PIXELS, MIN_ROW_PIXELS = 96, 4, 26, 768  # in rows of images
+CELL_PIXELS = 64  # approximate height of an image in a grid
 FEW_CURVES = 5  # with more curves, the legend is placed beside the plot
 
 
@@ -76,21 +76,25 @@ def plot_curves(
     save_figure(figure, path)
 
 
-def plot_image_rows(rows: dict[str, list[Path | Image.Image]], path: Path) -> None:
-    """Draws rows of images or image files, each under its label; small images are enlarged by an integer factor."""
-    lines = {}
-    for label, entries in rows.items():
-        opened = [entry if isinstance(entry, Image.Image) else Image.open(entry) for entry in entries]
-        images = [np.asarray(image.convert("RGB")) for image in opened]
-        scale = max(1, round(IMAGE_PIXELS / len(images[0])))
-        gap = ((0, 0), (0, GAP_PIXELS), (0, 0))
-        enlarged = [image.repeat(scale, axis=0).repeat(scale, axis=1) for image in images]
-        lines[label] = np.concatenate([np.pad(image, gap, constant_values=255) for image in enlarged], axis=1)
-    width = max(MIN_ROW_PIXELS, *(line.shape[1] for line in lines.values()))
-    sheet = Image.new("RGB", (width, sum(len(line) + LABEL_PIXELS for line in lines.values())), "white")
-    draw, font, top = ImageDraw.Draw(sheet), ImageFont.truetype(findfont("DejaVu Sans"), 15), 0
-    for label, line in lines.items():
-        draw.text((0, top + 5), label, "black", font)
-        sheet.paste(Image.fromarray(line), (0, top + LABEL_PIXELS))
-        top += len(line) + LABEL_PIXELS
-    sheet.save(path)
+def labelled_grid(rows: dict[str, list[Path | Image.Image]], columns: Sequence[str] = ()) -> Image.Image:
+    """A grid of images or image files of one size, with labels to the left of each row and above each column.
+
+    Small images are enlarged by an integer factor.
+    """
+    font, top = ImageFont.truetype(findfont("DejaVu Sans"), 13), 20 if columns else 0
+    margin = 12 + max(int(font.getlength(label)) for label in rows)
+    images = {label: [x if isinstance(x, Image.Image) else Image.open(x) for x in row] for label, row in rows.items()}
+    sample = next(iter(images.values()))[0]
+    scale = max(1, round(CELL_PIXELS / sample.height))
+    width, height = sample.width * scale, sample.height * scale
+    sheet_width = margin + width * max(len(row) for row in images.values())
+    sheet = Image.new("RGB", (sheet_width, top + height * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, label in enumerate(columns):
+        draw.text((margin + (j + 0.5) * width, top / 2), label, "black", font, anchor="mm")
+    for i, (label, row) in enumerate(images.items()):
+        draw.text((margin - 6, top + (i + 0.5) * height), label, "black", font, anchor="rm")
+        for j, image in enumerate(row):
+            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (margin + j * width, top + i * height))
+    return sheet

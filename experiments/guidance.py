@@ -26,7 +26,7 @@ from PIL import Image
 from torch.nn.functional import one_hot
 
 from common import Failed, InputError, Parser, check_numbers, command_line, make_folder, run_command, sha256_of
-from eval.figures import plot_image_rows
+from eval.figures import labelled_grid
 from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
 from pipelines import CustomUNetPipeline
@@ -166,7 +166,7 @@ def run(options: Namespace, command: str) -> None:
     text, scales = summary(record), ", ".join(f"{scale:g}" for scale in options.scales)
     (options.out / "guidance.md").write_text(text)
     rows = {f"{name}, at scales {scales}": images for name, images in shown.items()}
-    plot_image_rows(rows, options.out / "guidance.png")
+    labelled_grid(rows).save(options.out / "guidance.png")
     print(text)
 
 
