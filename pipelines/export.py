@@ -77,22 +77,6 @@ def export_pipeline(
     return folder
 
 
-def export_variant(pipeline: CustomUNetPipeline, source: Path, folder: Path, changes: dict) -> Path:
-    """Writes a model repository with the training facts of `source` and the weights of `pipeline`.
-
-    Held-out losses, samples and results of `source` belong to its weights and are left out.
-
-    Args:
-        changes: changed facts of the run, such as `step`.
-
-    Raises:
-        OSError: if a file of `source` is missing, and as in `export_pipeline`.
-    """
-    facts = json.loads((source / "training.json").read_text()) | {"heldout": None, "samples_step": None} | changes
-    training_config = (source / "training_config.yaml").read_text()
-    return export_pipeline(pipeline, folder, facts=facts, training_config=training_config)
-
-
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m pipelines.export", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
