@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
+from pipelines.applications import enlarged
+
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
 NUM_COLOURS = 10  # in matplotlib's colour cycle; further lines are dashed
 CELL_PIXELS = 64  # approximate height of an image in a grid
@@ -95,6 +97,5 @@ def labelled_grid(rows: dict[str, list[Path | Image.Image]], columns: Sequence[s
     for i, (label, row) in enumerate(images.items()):
         draw.text((margin - 6, top + (i + 0.5) * height), label, "black", font, anchor="rm")
         for j, image in enumerate(row):
-            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (margin + j * width, top + i * height))
+            sheet.paste(enlarged(image, scale), (margin + j * width, top + i * height))
     return sheet

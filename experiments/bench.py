@@ -98,16 +98,15 @@ def measure(task: str, network_class: type[nn.Module], config: TrainConfig, devi
     return measured
 
 
-def measure_speeds(trainings: dict[str, tuple[TrainConfig, str]], num_updates: int = 9) -> dict[str, float]:
-    """Training images/s by name: the median over interleaved updates on the CPU with all threads.
+def measure_speeds(trainings: dict[str, tuple[TrainConfig, str]]) -> dict[str, float]:
+    """Training images/s by name: the median over 9 interleaved updates on the CPU with all threads, after 2 others.
 
     Args:
         trainings: the configuration and the name of the network in `experiments.unet_variants`.
-        num_updates: updates per training, after two warm-up updates.
     """
     device, seconds = torch.device("cpu"), {name: [] for name in trainings}
     updates = {name: training_update(config, VARIANTS[net], device) for name, (config, net) in trainings.items()}
-    for _ in range(2 + num_updates):
+    for _ in range(2 + 9):
         for name, update in updates.items():
             started_at_seconds = time.perf_counter()
             update()

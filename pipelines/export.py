@@ -10,9 +10,7 @@
     FOLDER/samples.png                   a grid of samples
     FOLDER/results.json                  measurements, once there are any
 
-There are three ways to load it: `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` anywhere,
-`CustomUNetPipeline.from_pretrained(FOLDER)` in this repository, and `UNet2DModel.from_pretrained(FOLDER,
-subfolder="unet")` with diffusers' code only, which cannot sample from an SDE.
+docs/hub.md tells the three ways to load it.
 
     python -m pipelines.export card --pipeline DIR                    regenerate the model card
     python -m pipelines.export push --pipeline DIR --repo_id NAME     push it to the Hub
