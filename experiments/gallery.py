@@ -180,7 +180,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     parser.add_argument("--out", type=Path, default=Path("assets"))
     options = parser.parse_args(arguments)
-    pipe = load_pipeline(find_pipeline(options.pipeline, None)[0], "fp32", None)
+    pipe = load_pipeline(find_pipeline(options.pipeline)[0])
     config = pipe.unet.config
     has_classes = config.get("num_class_embeds") or config.get("class_embed_type")
     if pipe.is_continuous or has_classes or config.in_channels != 3:

@@ -123,8 +123,8 @@ def run(options: Namespace, command: str) -> None:
     """Draws and measures images, and writes the results; raises InputError, or Failed if sampling fails."""
     check_numbers(options, {"num_images": 1, "num_cpu_threads": 1, "scales": 0}, {})
     device = set_up_process(options.num_cpu_threads).device
-    source, _ = find_pipeline(options.pipeline, None)
-    pipeline, data = load_pipeline(source, "fp32", options.scheduler).to(device), recorded(source, "data") or {}
+    source, _ = find_pipeline(options.pipeline)
+    pipeline, data = load_pipeline(source, sampler=options.scheduler).to(device), recorded(source, "data") or {}
     names, n, config = data.get("label_names") or [], options.num_images, pipeline.unet.config
     if data.get("source") != "synthetic-faces" or config.get("num_class_embeds") != len(names) + 1:
         raise InputError(f"{source} was not trained on synthetic-faces with --label_column and a null class")

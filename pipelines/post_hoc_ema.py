@@ -67,7 +67,7 @@ def parse_options(arguments: list[str]) -> Namespace:
 
 def run(options: Namespace) -> None:
     snapshots, source = find_snapshots(options.run, options.step), options.run / "pipeline"
-    pipeline = load_pipeline(source, "fp32", None)
+    pipeline = load_pipeline(source)
     weights, error = reconstruct(snapshots, options.sigma_rel)
     pipeline.unet.load_state_dict(weights, strict=False)  # frozen parameters have no averages
     step = max(snapshots)
