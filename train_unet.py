@@ -32,7 +32,7 @@ from custom_unet import CustomUNet2DModel
 from eval.training_metric import TrainingMetric
 from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
-from pipelines.hub import check_account, open_repository, push_to_hub
+from pipelines.hub import check_account, push_to_hub
 from pipelines.pretrained import open_pretrained, take_weights
 from training import reports
 from training.arguments import parse_config
@@ -292,8 +292,6 @@ def run(config: TrainConfig, stop: Stop, network_class: type[CustomUNet2DModel])
     try:
         if not config.dry_run:
             start_or_resume(trainer)
-        if is_pushed:
-            on_main_process(accelerator, partial(open_repository, config.hub_repo_id, config.hub_private_repo))
         accelerator.print(f"{trainer.config.to_yaml()}\n{reports.preflight_summary(trainer)}\n", flush=True)
         trainer.dry_run() if config.dry_run else trainer.train()
         if is_pushed and stop.number is None and trainer.progress.step:

@@ -18,7 +18,7 @@ import numpy as np
 
 from common import InputError, Parser, check_numbers, make_folder, run_command
 from eval.evaluation import IMAGES, images_folder
-from eval.figures import plot_curves, plot_image_rows
+from eval.figures import labelled_grid, plot_curves
 from eval.results import number, read_results, sampler_text, table, value_text, write_results
 from pipelines.image_folder import RECORD, image_path, missing_seeds
 
@@ -157,7 +157,7 @@ def compare(options: Namespace) -> None:
     make_folder(out)
     (out / "comparison.md").write_text(f"{table_of(rows)}\n")
     if images:
-        plot_image_rows(images, out / "comparison.png")
+        labelled_grid(images).save(out / "comparison.png")
     if curves:
         labels = {"xlabel": "noise level sigma", "ylabel": "mean squared error of the noise, held-out"}
         labels |= {"xscale": "log", "yscale": "log"}

@@ -11,14 +11,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
 
 from pipelines.applications import enlarged
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.0), 120
 NUM_COLOURS = 10  # in matplotlib's colour cycle; further lines are dashed
-IMAGE_PIXELS, LABEL_PIXELS, MIN_ROW_PIXELS = 96, 26, 768  # in rows of images
+CELL_PIXELS = 64  # approximate height of an image in a grid
 FEW_CURVES = 5  # with more curves, the legend is placed beside the plot
 
 
@@ -80,19 +78,24 @@ def plot_curves(
     save_figure(figure, path)
 
 
-def plot_image_rows(rows: dict[str, list[Path | Image.Image]], path: Path) -> None:
-    """Draws rows of images or image files, each under its label; small images are enlarged by an integer factor."""
-    lines = {}
-    for label, entries in rows.items():
-        opened = [entry if isinstance(entry, Image.Image) else Image.open(entry) for entry in entries]
-        images = [pil_to_tensor(image.convert("RGB")) for image in opened]
-        row = to_pil_image(make_grid(images, nrow=len(images), padding=1, pad_value=255))
-        lines[label] = enlarged(row, max(1, round(IMAGE_PIXELS / opened[0].height)))
-    width = max(MIN_ROW_PIXELS, *(line.width for line in lines.values()))
-    sheet = Image.new("RGB", (width, sum(line.height + LABEL_PIXELS for line in lines.values())), "white")
-    draw, font, top = ImageDraw.Draw(sheet), ImageFont.truetype(findfont("DejaVu Sans"), 15), 0
-    for label, line in lines.items():
-        draw.text((0, top + 5), label, "black", font)
-        sheet.paste(line, (0, top + LABEL_PIXELS))
-        top += line.height + LABEL_PIXELS
-    sheet.save(path)
+def labelled_grid(rows: dict[str, list[Path | Image.Image]], columns: Sequence[str] = ()) -> Image.Image:
+    """A grid of images or image files of one size, with labels to the left of each row and above each column.
+
+    Small images are enlarged by an integer factor.
+    """
+    font, top = ImageFont.truetype(findfont("DejaVu Sans"), 13), 20 if columns else 0
+    margin = 12 + max(int(font.getlength(label)) for label in rows)
+    images = {label: [x if isinstance(x, Image.Image) else Image.open(x) for x in row] for label, row in rows.items()}
+    sample = next(iter(images.values()))[0]
+    scale = max(1, round(CELL_PIXELS / sample.height))
+    width, height = sample.width * scale, sample.height * scale
+    sheet_width = margin + width * max(len(row) for row in images.values())
+    sheet = Image.new("RGB", (sheet_width, top + height * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, label in enumerate(columns):
+        draw.text((margin + (j + 0.5) * width, top / 2), label, "black", font, anchor="mm")
+    for i, (label, row) in enumerate(images.items()):
+        draw.text((margin - 6, top + (i + 0.5) * height), label, "black", font, anchor="rm")
+        for j, image in enumerate(row):
+            sheet.paste(enlarged(image, scale), (margin + j * width, top + i * height))
+    return sheet

@@ -27,7 +27,7 @@ import torch
 
 from common import Failed, InputError, Parser, check_numbers, make_folder, run_command
 from eval.compare import Run, errors_by_noise_level, images_of, open_runs
-from eval.figures import plot_curves, plot_image_rows
+from eval.figures import labelled_grid, plot_curves
 from eval.results import number, sampler_text, table, value_text, write_results
 from eval.run import parse_options as parse_evaluation
 from experiments.bench import measure_speeds
@@ -311,7 +311,7 @@ def write_study(study: Study, jobs: list[Job], out: Path) -> None:
         plot_curves(np.array(sigmas), bands, labels, out / "ablation_errors.png")
     _, images = images_of(shown, IMAGES_OF_A_VARIANT)
     if images:
-        plot_image_rows(images, out / "ablation_images.png")
+        labelled_grid(images).save(out / "ablation_images.png")
     print(f"wrote {out / 'ablation.md'}: {len(rows)} rows", flush=True)
 
 

@@ -25,10 +25,11 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm.auto import tqdm
 
 from common import InputError, Parser, make_folder, run_command
+from eval.figures import labelled_grid
 from eval.results import write_results
 from pipelines import CustomUNetPipeline, applications
 from pipelines.custom_unet_pipeline import SAMPLERS
@@ -45,26 +46,8 @@ CONTINUOUS_STEPS = {"euler_maruyama": 200, "reverse_diffusion": 200, "predictor_
 CONTINUOUS_STEPS |= {"edm_heun": 18, "ode": 2}
 
 
-def labelled_grid(rows: dict[str, list], columns: list[str] | None = None, side: int = 64) -> Image.Image:
-    """A grid of images, each enlarged to `side` pixels, with labels to the left of each row and above each column."""
-    font = ImageFont.load_default(size=13)
-    margin = 12 + max(int(font.getlength(label)) for label in rows)
-    top = 20 if columns else 0
-    width = max(len(images) for images in rows.values())
-    sheet = Image.new("RGB", (margin + width * side, top + len(rows) * side), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, label in enumerate(columns or []):
-        draw.text((margin + (column + 0.5) * side, top / 2), label, "black", font, anchor="mm")
-    for row, (label, images) in enumerate(rows.items()):
-        draw.text((margin - 6, top + (row + 0.5) * side), label, "black", font, anchor="rm")
-        for column, image in enumerate(images):
-            enlarged = image.resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (margin + column * side, top + row * side))
-    return sheet
-
-
-# Each function below returns a picture: its rows by label, its column labels or None, and the settings to record
-Picture = tuple[dict[str, list], list[str] | None, dict]
+# Each function below returns a picture: its rows by label, its column labels, and the settings to record
+Picture = tuple[dict[str, list], Sequence[str], dict]
 
 
 def rows_by_sampler(pipe: CustomUNetPipeline, settings: Iterable, seeds: Sequence[int], unit: str = "steps") -> dict:
@@ -80,7 +63,7 @@ def rows_by_sampler(pipe: CustomUNetPipeline, settings: Iterable, seeds: Sequenc
 
 def samplers(pipe: CustomUNetPipeline, out: Path) -> Picture:
     rows = rows_by_sampler(pipe, itertools.product(SAMPLERS, STEPS), SEEDS)
-    return rows, None, {"seeds": SEEDS, "rows": list(rows)}
+    return rows, (), {"seeds": SEEDS, "rows": list(rows)}
 
 
 def contact_sheets(pipe: CustomUNetPipeline, out: Path) -> Picture:
@@ -90,13 +73,13 @@ def contact_sheets(pipe: CustomUNetPipeline, out: Path) -> Picture:
 
 def continuous(pipe: CustomUNetPipeline, out: Path) -> Picture:
     rows = rows_by_sampler(pipe, CONTINUOUS_STEPS.items(), SEEDS, unit="evaluations")
-    return rows, None, {"seeds": SEEDS, "rows": list(rows)}
+    return rows, (), {"seeds": SEEDS, "rows": list(rows)}
 
 
 def interpolation(pipe: CustomUNetPipeline, out: Path) -> Picture:
     pairs = [(0, 1), (2, 3), (4, 5), (6, 7)]
     rows = {f"{a} to {b}": applications.interpolate(pipe, a, b, num_images=10) for a, b in tqdm(pairs)}
-    return rows, None, {"seed_pairs": pairs, "num_images": 10, "sampler": "ddim", "steps": 50}
+    return rows, (), {"seed_pairs": pairs, "num_images": 10, "sampler": "ddim", "steps": 50}
 
 
 def denoising(pipe: CustomUNetPipeline, out: Path) -> Picture:
@@ -132,7 +115,7 @@ def inversion(pipe: CustomUNetPipeline, out: Path) -> Picture:
             rows[f"{steps} steps"] = pipe.numpy_to_pil(again.permute(0, 2, 3, 1).numpy())
     facts = {"seeds": SEEDS, "images_by": "dpmsolver++2m, 100 steps"}
     write_results(out / "inversion.json", facts | {"reconstructions": errors})
-    return rows, None, facts | {"steps": INVERSION_STEPS}
+    return rows, (), facts | {"steps": INVERSION_STEPS}
 
 
 def inpainting(pipe: CustomUNetPipeline, out: Path) -> Picture:
@@ -197,7 +180,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     parser.add_argument("--out", type=Path, default=Path("assets"))
     options = parser.parse_args(arguments)
-    pipe = load_pipeline(find_pipeline(options.pipeline, None)[0], "fp32", None)
+    pipe = load_pipeline(find_pipeline(options.pipeline)[0])
     config = pipe.unet.config
     has_classes = config.get("num_class_embeds") or config.get("class_embed_type")
     if pipe.is_continuous or has_classes or config.in_channels != 3:

@@ -26,11 +26,12 @@ from PIL import Image
 from torch.nn.functional import one_hot
 
 from common import Failed, InputError, Parser, check_numbers, command_line, make_folder, run_command, sha256_of
-from eval.figures import plot_image_rows
+from eval.figures import labelled_grid
 from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
+from pipelines.generate import set_up_process
 from pipelines.loading import find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
 from training.log import device_name, recorded
@@ -121,11 +122,9 @@ def summary(record: dict) -> str:
 def run(options: Namespace, command: str) -> None:
     """Draws and measures images, and writes the results; raises InputError, or Failed if sampling fails."""
     check_numbers(options, {"num_images": 1, "num_cpu_threads": 1, "scales": 0}, {})
-    if options.num_cpu_threads is not None:
-        torch.set_num_threads(options.num_cpu_threads)
-    source, _ = find_pipeline(options.pipeline, None)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    pipeline, data = load_pipeline(source, "fp32", options.scheduler).to(device), recorded(source, "data") or {}
+    device = set_up_process(options.num_cpu_threads).device
+    source, _ = find_pipeline(options.pipeline)
+    pipeline, data = load_pipeline(source, sampler=options.scheduler).to(device), recorded(source, "data") or {}
     names, n, config = data.get("label_names") or [], options.num_images, pipeline.unet.config
     if data.get("source") != "synthetic-faces" or config.get("num_class_embeds") != len(names) + 1:
         raise InputError(f"{source} was not trained on synthetic-faces with --label_column and a null class")
@@ -166,7 +165,7 @@ def run(options: Namespace, command: str) -> None:
     text, scales = summary(record), ", ".join(f"{scale:g}" for scale in options.scales)
     (options.out / "guidance.md").write_text(text)
     rows = {f"{name}, at scales {scales}": images for name, images in shown.items()}
-    plot_image_rows(rows, options.out / "guidance.png")
+    labelled_grid(rows).save(options.out / "guidance.png")
     print(text)
 
 

@@ -25,8 +25,7 @@ from torchvision.transforms.functional import to_pil_image
 from common import Parser, make_folder, run_command
 from custom_unet import CustomUNet2DModel
 from custom_unet.custom_unet_2d import Downsample, PositionalProjection, ResidualBlock, SelfAttention, Upsample
-from eval.figures import plot_curves, save_figure
-from experiments.gallery import labelled_grid
+from eval.figures import labelled_grid, plot_curves, save_figure
 from training.arguments import parse_config
 from training.data import to_model_range, to_uint8
 from training.log import read_log
@@ -191,7 +190,7 @@ def write_figures(out: Path) -> None:
     draw_network(layers_of(network, config.resolution), out / "unet.png")
     draw_time_embedding(network.time_proj, out / "time_embedding.png")
     columns = [f"t = {timestep}" for timestep in SHOWN_TIMESTEPS]
-    labelled_grid(noised_faces(), columns, FACE_PIXELS).save(out / "forward.png")
+    labelled_grid(noised_faces(), columns).save(out / "forward.png")
     draw_schedules(out / "schedules.png")
     draw_weights(out / "weights.png")
     draw_progress(DRAWN_LOGS, out / "progress.png")

@@ -8,8 +8,8 @@ from pipelines.continuous import process_of
 from training.sde import SDEScheduler, continuous_samplers
 
 SCHEDULERS = {cls.__name__: cls for cls in (*shipped.SUITABLE, SDEScheduler)}
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-NETWORK_ARGUMENTS = (*HUB_ARGUMENTS, "device_map", "low_cpu_mem_usage", "torch_dtype", "variant")
+KEYWORDS = "cache_dir force_download local_files_only proxies revision token".split()  # of the Hub
+KEYWORDS += "device_map low_cpu_mem_usage torch_dtype variant".split()  # of the network
 
 
 class CustomUNetPipeline(shipped.CustomUNetPipeline):
@@ -26,22 +26,21 @@ class CustomUNetPipeline(shipped.CustomUNetPipeline):
 
         Args:
             unet, scheduler: replace the repository's own.
-            kwargs: `NETWORK_ARGUMENTS`.
+            kwargs: `KEYWORDS`.
 
         Raises:
             ValueError: for other keyword arguments, which diffusers would take for options of the network, or if the
                 repository's scheduler is not in `SCHEDULERS`.
         """
-        path, unknown = pretrained_model_name_or_path, sorted(kwargs.keys() - {*NETWORK_ARGUMENTS})
+        path, unknown = pretrained_model_name_or_path, sorted(kwargs.keys() - {*KEYWORDS})
         if unknown:
-            known = ", ".join(("unet", "scheduler", *NETWORK_ARGUMENTS))
+            known = ", ".join(["unet", "scheduler", *KEYWORDS])
             raise ValueError(f"from_pretrained takes no {', '.join(unknown)}; it takes {known}")
         if unet is None:
             unet = CustomUNet2DModel.from_pretrained(path, subfolder="unet", use_safetensors=True, **kwargs)
         if scheduler is None:
-            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             # all schedulers use the same file name; the config names the class that wrote it
-            config = DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
+            config = DDIMScheduler.load_config(path, subfolder="scheduler", **kwargs)
             name = config["_class_name"]
             if name not in SCHEDULERS:
                 raise ValueError(f"{path} has a {name}, not one of {', '.join(SCHEDULERS)}")

@@ -36,10 +36,6 @@ from pipelines.custom_unet_pipeline import (
 )
 from training.sde import predictor_corrector, sampling_times, solve_ode
 
-# Rows: the grey axis and two colour axes
-GREY_AND_COLOURS = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]]) / torch.tensor([[3.0], [2], [6]]).sqrt()
-
-
 # ---- The way from noise to an image
 
 
@@ -332,28 +328,27 @@ def impute(pipe: CustomUNetPipeline, image: Images, mask: Images, num_inference_
         mask: as for `inpaint`.
         how: other arguments of `draw_given`.
     """
-    return draw_given(pipe, image, ~_mask(pipe, mask), None, num_inference_steps, **how)
+    known = ~_mask(pipe, mask)
+    return draw_given(pipe, image, lambda x: known * x, num_inference_steps, **how)
 
 
 def colorize(pipe: CustomUNetPipeline, image: Images, num_inference_steps: int = 100, **how):
-    """Colorizes grey images (arXiv 2011.13456, appendix I.2): the grey axis of colour space is given, as in `impute`.
+    """Colorizes grey images (arXiv 2011.13456, appendix I.2): the mean over the channels is given, as in `impute`.
 
     Args:
-        image: of a colour image, the mean over its three channels is used.
+        image: colours are not used.
         how: other arguments of `draw_given`.
     """
     if pipe.unet.config.in_channels != 3:
         raise ValueError(f"the network has {pipe.unet.config.in_channels} channels; colours need 3")
-    known = torch.tensor([True, False, False], device=pipe._execution_device).view(1, 3, 1, 1)
-    return draw_given(pipe, image, known, GREY_AND_COLOURS, num_inference_steps, **how)
+    return draw_given(pipe, image, lambda x: x.mean(1, keepdim=True).expand_as(x), num_inference_steps, **how)
 
 
 @torch.no_grad()
 def draw_given(
     pipe: CustomUNetPipeline,
     image: Images,
-    known: Tensor,
-    basis: Tensor | None,
+    known_part: Callable[[Tensor], Tensor],
     num_inference_steps: int,
     snr: float = 0.16,
     corrector_steps: int = 1,
@@ -363,8 +358,7 @@ def draw_given(
     """Draws images of which a part is given, by predictor-corrector sampling.
 
     Args:
-        known: bool mask of the given part, broadcast to (B, C, H, W), with the channels in the given basis.
-        basis: orthonormal basis of the channels, shape (C, C), one vector per row; None for the channels themselves.
+        known_part: orthogonal projection of x (B, C, H, W) onto the given part.
         snr, corrector_steps: see `predictor_corrector`.
     """
     process, settings = pipe.process, {"snr": snr, "corrector_steps": corrector_steps}
@@ -372,14 +366,8 @@ def draw_given(
     total = process.num_evaluations(sampler, num_inference_steps)
     clean_images, draw_noise, guidance = _batch_of(pipe, image, **call)
 
-    def change_basis(x: Tensor, matrix: Tensor | None) -> Tensor:
-        return x if matrix is None else torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
-
-    given = change_basis(clean_images, basis)
-
     def put_back(x: Tensor, signal: Tensor | float, noise_scale: Tensor | float) -> Tensor:
-        x = torch.where(known, signal * given + noise_scale * draw_noise(), change_basis(x, basis))
-        return change_basis(x, None if basis is None else basis.T)
+        return x + known_part(signal * clean_images + noise_scale * draw_noise() - x)
 
     def impose(x: Tensor, t: Tensor) -> Tensor:
         return put_back(x, sde.signal_scale(t), sde.noise_scale(t))

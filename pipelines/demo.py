@@ -280,8 +280,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Serves the page until Ctrl-C."""
-    source, _ = find_pipeline(options.pipeline, None)
-    pipeline = load_pipeline(source, "fp32", None).to("cuda" if torch.cuda.is_available() else "cpu")
+    source, _ = find_pipeline(options.pipeline)
+    pipeline = load_pipeline(source).to("cuda" if torch.cuda.is_available() else "cpu")
     try:
         demo = build_demo(pipeline, name=options.pipeline)
     except ValueError as error:

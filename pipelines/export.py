@@ -10,9 +10,7 @@
     FOLDER/samples.png                   a grid of samples
     FOLDER/results.json                  measurements, once there are any
 
-There are three ways to load it: `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` anywhere,
-`CustomUNetPipeline.from_pretrained(FOLDER)` in this repository, and `UNet2DModel.from_pretrained(FOLDER,
-subfolder="unet")` with diffusers' code only, which cannot sample from an SDE.
+docs/hub.md tells the three ways to load it.
 
     python -m pipelines.export card --pipeline DIR                    regenerate the model card
     python -m pipelines.export push --pipeline DIR --repo_id NAME     push it to the Hub
@@ -75,22 +73,6 @@ def export_pipeline(
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     return folder
-
-
-def export_variant(pipeline: CustomUNetPipeline, source: Path, folder: Path, changes: dict) -> Path:
-    """Writes a model repository with the training facts of `source` and the weights of `pipeline`.
-
-    Held-out losses, samples and results of `source` belong to its weights and are left out.
-
-    Args:
-        changes: changed facts of the run, such as `step`.
-
-    Raises:
-        OSError: if a file of `source` is missing, and as in `export_pipeline`.
-    """
-    facts = json.loads((source / "training.json").read_text()) | {"heldout": None, "samples_step": None} | changes
-    training_config = (source / "training_config.yaml").read_text()
-    return export_pipeline(pipeline, folder, facts=facts, training_config=training_config)
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:

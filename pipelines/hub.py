@@ -70,10 +70,11 @@ def _asking_the_hub(repo_id: str) -> Iterator[HfApi]:
 
 
 def check_account(repo_id: str) -> None:
-    """Checks that there is a token and that its user may own the repository; creates nothing.
+    """Checks that there is a token to write with, and that its user may own the repository; creates nothing.
 
     Raises:
-        InputError: for a missing or invalid token, a name that is not allowed or belongs to another user, no answer.
+        InputError: for a missing, invalid or read-only token, a name that is not allowed or belongs to another user,
+            no answer.
     """
     with _asking_the_hub(repo_id) as api:
         validate_repo_id(repo_id)
@@ -82,29 +83,14 @@ def check_account(repo_id: str) -> None:
         owner, slash, _ = repo_id.rpartition("/")
         if slash and owner not in owners:
             raise ValueError(f"the token is that of {', '.join(owners)}, not of {owner}")
-
-
-def open_repository(repo_id: str, private: bool = False) -> str:
-    """Creates the repository if it does not exist, and checks that this user may write to it.
-
-    Args:
-        repo_id: repository name, with or without the user's name and a slash in front.
-
-    Returns:
-        the full id, with the user's name.
-
-    Raises:
-        InputError: as in `check_account`.
-    """
-    with _asking_the_hub(repo_id) as api:
-        # None keeps the visibility of an existing repository; a new one is public
-        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)
-    return repo_id
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise ValueError("the token may only read; take one that may write")
 
 
 def push_to_hub(folder: Path, repo_id: str, private: bool = False) -> str:
     """Pushes a model repository in one commit, which also deletes files that only earlier pushes wrote.
+
+    A repository that does not exist is created.
 
     The examples in the pushed card use the repository's id on the Hub; manual edits of the local card and of the card
     on the Hub are kept. The local folder is only read. If the Hub does not answer, the library retries for about half
@@ -120,21 +106,22 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False) -> str:
     names = model_files(folder)
     render_card(folder)
     try:
-        whole_id = open_repository(repo_id, private)
         with _asking_the_hub(repo_id) as api, TemporaryDirectory() as temporary:
+            # None keeps the visibility of an existing repository; a new one is public
+            whole_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
             there = api.model_info(whole_id)
             on_hub = {file.rfilename for file in there.siblings}
             if "README.md" in on_hub:
                 api.hf_hub_download(whole_id, "README.md", revision=there.sha, local_dir=temporary)
             old_card = read_card(Path(temporary))
-        card = keep_edits(render_card(folder, whole_id, read_card(folder)), old_card, is_on_hub=True)
-        card = f"{card}\n{FILES.format(' '.join(names))}\n"
-        stale = on_hub & {*(recorded(FILES, old_card) or [])} - {*names}
-        operations = [CommitOperationAdd("README.md", card.encode(errors="surrogateescape"))]
-        operations += [CommitOperationAdd(name, folder / name) for name in names if name != "README.md"]
-        operations += [CommitOperationDelete(name, is_folder=False) for name in sorted(stale)]
-        about = {"commit_message": "Push the model", "parent_commit": there.sha}
-        with _asking_the_hub(repo_id) as api:  # not `upload_folder`, which may split a push into several commits
+            card = keep_edits(render_card(folder, whole_id, read_card(folder)), old_card, is_on_hub=True)
+            card = f"{card}\n{FILES.format(' '.join(names))}\n"
+            stale = on_hub & {*(recorded(FILES, old_card) or [])} - {*names}
+            operations = [CommitOperationAdd("README.md", card.encode(errors="surrogateescape"))]
+            operations += [CommitOperationAdd(name, folder / name) for name in names if name != "README.md"]
+            operations += [CommitOperationDelete(name, is_folder=False) for name in sorted(stale)]
+            about = {"commit_message": "Push the model", "parent_commit": there.sha}
+            # not `upload_folder`, which may split a push into several commits
             return api.create_commit(whole_id, operations, **about).commit_url
     except InputError as error:
         words = ["python", "-m", "pipelines.export", "push", "--pipeline", str(folder), "--repo_id", repo_id]

@@ -22,7 +22,7 @@ NEEDED_FILES = [
 ]
 
 
-def find_pipeline(name: str, revision: str | None, flag: str = "--pipeline") -> tuple[Path, str | None]:
+def find_pipeline(name: str, revision: str | None = None, flag: str = "--pipeline") -> tuple[Path, str | None]:
     """The folder of a model repository, downloaded from the Hub if it is not local, and its commit there.
 
     Args:
@@ -60,8 +60,8 @@ def weight_files(source: Path) -> list[Path]:
 
 def load_pipeline(
     source: Path,
-    dtype: str,
-    sampler: str | None,
+    dtype: str = "fp32",
+    sampler: str | None = None,
     network_class: type[ModelMixin] = CustomUNet2DModel,
     **settings: float,
 ) -> CustomUNetPipeline:

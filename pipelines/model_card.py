@@ -4,13 +4,7 @@
     training.json          facts of the training run: steps, images, time, data, hardware, held-out losses
     training_config.yaml   its resolved configuration
     samples.png            a grid of samples
-    results.json           measurements, {"results": [RESULT, ...]}, where a RESULT has
-
-        name    name in tables, such as "FID (clean)"
-        metric  identifier in the metadata, such as "fid"
-        value   a finite number, or null if it was not measured
-        std     standard deviation, and any of mode, n, n_reference, dataset, split, sampler, steps and eta, which say
-                how it was measured; other keys are ignored
+    results.json           measurements; `eval/results.py` has their format
 
 training.json, training_config.yaml, samples.png and results.json may be missing; the card then says what is not known.
 CelebA is recognised by its name in the name of the data, or by one of its crops. The text of the card is in

@@ -7,15 +7,17 @@ reconstructed from the snapshots in RUN_DIR/ema_snapshots and the checkpoints (`
 as a model repository. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C.
 """
 
+import json
 import math
 import sys
 from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 from common import InputError, Parser, check_numbers, run_command
-from pipelines.export import export_variant
+from pipelines.export import export_pipeline
 from pipelines.loading import load_pipeline
 from training.checkpoint import SNAPSHOTS, list_checkpoints, load_tensors, read_state, verify_checkpoint
 from training.post_hoc_ema import LARGEST_SIGMA_REL, STORED, combine_profiles
@@ -37,17 +39,15 @@ def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
     return found
 
 
-def reconstruct(
-    snapshots: dict[int, Path], sigma_rel: float, parameters: dict[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], float]:
+def reconstruct(snapshots: dict[int, Path], sigma_rel: float) -> tuple[dict[str, torch.Tensor], float]:
     """The average of length `sigma_rel` at the last snapshot, summed in float64, and its profile's relative error."""
     factors, error = combine_profiles([*snapshots], max(snapshots), sigma_rel)
-    sums = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in parameters.items()}
+    sums = defaultdict(float)
     for folder, row in zip(snapshots.values(), factors, strict=True):
         averages = load_tensors(folder, [*STORED])
         for stem, factor in zip(STORED, row, strict=True):
-            for name, total in sums.items():
-                total.add_(averages[stem][name].float(), alpha=factor)  # snapshots are float16
+            for name, average in averages[stem].items():
+                sums[name] += average.double() * factor  # snapshots are float16
     return {name: total.float() for name, total in sums.items()}, error
 
 
@@ -66,21 +66,24 @@ def parse_options(arguments: list[str]) -> Namespace:
 
 
 def run(options: Namespace) -> None:
-    snapshots = find_snapshots(options.run, options.step)
-    pipeline = load_pipeline(options.run / "pipeline", "fp32", None)
-    trainable = {name: parameter for name, parameter in pipeline.unet.named_parameters() if parameter.requires_grad}
-    weights, error = reconstruct(snapshots, options.sigma_rel, trainable)
-    pipeline.unet.load_state_dict(pipeline.unet.state_dict() | weights)
+    snapshots, source = find_snapshots(options.run, options.step), options.run / "pipeline"
+    pipeline = load_pipeline(source)
+    weights, error = reconstruct(snapshots, options.sigma_rel)
+    pipeline.unet.load_state_dict(weights, strict=False)  # frozen parameters have no averages
     step = max(snapshots)
     state = read_state(snapshots[step])
     sizes = (state["identity"][name] for name in ("train_batch_size", "gradient_accumulation_steps", "num_processes"))
-    facts = {
+    facts = json.loads((source / "training.json").read_text())
+    facts |= {
         "step": step,
+        "heldout": None,  # like samples and results, of the weights at the end of the run
+        "samples_step": None,
         "train_seconds": state["progress"]["train_seconds"],
         "images_seen": state["progress"]["attempts"] * math.prod(sizes),
         "post_hoc_ema": {"sigma_rel": options.sigma_rel, "num_snapshots": len(snapshots), "profile_error": error},
     }
-    export_variant(pipeline, options.run / "pipeline", options.out, facts)
+    training_config = (source / "training_config.yaml").read_text()
+    export_pipeline(pipeline, options.out, facts=facts, training_config=training_config)
     print(
         f"wrote {options.out}: step {step}, sigma_rel {options.sigma_rel:g}, from {len(snapshots)} snapshots; the"
         f" relative error of its profile is {error:.2g}"

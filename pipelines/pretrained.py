@@ -22,11 +22,11 @@ def open_pretrained(name: str, prediction_type: str, accelerator: Accelerator) -
     """
 
     def find() -> Path:
-        return find_pipeline(name, None, "--pretrained_model_name_or_path")[0]
+        return find_pipeline(name, flag="--pretrained_model_name_or_path")[0]
 
     on_main_process(accelerator, find)  # downloads once for all processes
     folder = find()
-    pipeline = load_pipeline(folder, "fp32", None)
+    pipeline = load_pipeline(folder)
     theirs = pipeline.scheduler.config["prediction_type"]
     if theirs != prediction_type:
         raise InputError(

@@ -41,7 +41,7 @@ class LoopbackHub:
         self.large: dict[str, bytes] = {}  # sha256 -> content
         self.faults: dict[str, list[int | str]] = {}
         self.refused: dict[str, tuple[int, str]] = {}
-        self.error_text = "out of order"
+        self.error_text, self.token_role = "out of order", "write"
         self.before_commit: Callable[[], object] | None = None
         self.bodies: list[bytes] = []
         self.stopped = threading.Event()
@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
     # ---- What the Hub does
 
     def who_am_i(self, body: bytes) -> None:
-        self.answer(200, {"type": "user", "name": USER, "orgs": []})
+        self.answer(200, {"name": USER, "orgs": [], "auth": {"accessToken": {"role": self.hub.token_role}}})
 
     def create(self, body: bytes) -> None:
         wish = json.loads(body)
@@ -228,7 +228,6 @@ REPO = r"([\w.-]+/[\w.-]+)"
 ROUTES = {
     r"GET /api/whoami-v2": _Handler.who_am_i,
     r"POST /api/repos/create": _Handler.create,
-    rf"GET /api/models/{REPO}/auth-check/write": _Handler.accept,
     r"POST /api/validate-yaml": _Handler.accept,
     rf"POST /api/models/{REPO}/preupload/(.+)": _Handler.preupload,
     rf"POST /{REPO}\.git/info/lfs/objects/batch": _Handler.lfs_batch,

@@ -13,7 +13,6 @@ from tiny_pipeline import quiet, sde_pipeline, tiny_pipeline
 
 from pipelines import CustomUNetPipeline
 from pipelines.applications import (
-    GREY_AND_COLOURS,
     colorize,
     decode,
     draw_given,
@@ -130,7 +129,7 @@ def test_imputation_keeps_known_channels_and_samples_the_conditional(name):
     known = torch.tensor([True, True, False]).view(1, 3, 1, 1)
     pixel = torch.tensor([0.25, 0.0, 0.3])
     image = ((pixel + 1) / 2).view(1, 3, 1, 1).expand(1, 3, 8, 8)
-    drawn = draw_given(pipe, image, known, None, 200, output_type="pt", seeds=range(24))
+    drawn = draw_given(pipe, image, lambda x: known * x, 200, output_type="pt", seeds=range(24))
     drawn = drawn.double().permute(0, 2, 3, 1).reshape(-1, 3) * 2 - 1
     torch.testing.assert_close(drawn[:, :2], pixel[:2].double().expand(len(drawn), 2), rtol=0, atol=1e-6)
     a, b, c = data.covariances[0, :2, :2], data.covariances[0, 2, :2], data.covariances[0, 2, 2]
@@ -151,8 +150,6 @@ def test_impute_and_colorize_keep_the_known_part():
     torch.testing.assert_close(painted[:, :, :, :4], image[:, :, :, :4].expand(2, -1, -1, -1), rtol=0, atol=1e-5)
     assert not torch.allclose(painted[0, :, :, 4:], painted[1, :, :, 4:], atol=0.01)
     # compare latents, because images are clipped to [0, 1]
-    basis = GREY_AND_COLOURS.double()
-    torch.testing.assert_close(basis @ basis.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
     latents = {}
     pipe.unet.register_forward_pre_hook(lambda module, inputs: latents.update(x=inputs[0]))
     colorize(pipe, image, num_inference_steps=50, seeds=[0], output_type="pt")

@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
 
+from eval.figures import labelled_grid
 from experiments import gallery
-from experiments.gallery import labelled_grid, main
+from experiments.gallery import main
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.export import export_pipeline
@@ -20,10 +21,10 @@ from training.sde import SDEScheduler
 
 def test_labelled_grid_places_every_image():
     red, green, blue, grey = (Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue", "grey"))
-    sheet = np.asarray(labelled_grid({"a": [red, green], "longer": [blue, grey]}, ["one", "two"], side=16))
-    images = [[np.asarray(image.resize((16, 16))) for image in row] for row in ((red, green), (blue, grey))]
-    assert (sheet[20:, -32:] == np.block([[[image] for image in row] for row in images])).all()
-    assert (sheet[:, :-32] < 128).any()  # the labels
+    sheet = np.asarray(labelled_grid({"a": [red, green], "longer": [blue, grey]}, ["one", "two"]))
+    images = [[np.asarray(image.resize((64, 64))) for image in row] for row in ((red, green), (blue, grey))]
+    assert (sheet[20:, -128:] == np.block([[[image] for image in row] for row in images])).all()
+    assert (sheet[:, :-128] < 128).any()  # the labels
 
 
 def arguments_of(folder: Path, scheduler, **config) -> list[str]:

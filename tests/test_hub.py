@@ -164,7 +164,7 @@ CASES = {
     "server error on commit": ({"POST .*/commit/": [500]}, "500"),
     "connection lost during commit": ({"POST .*/commit/": ["cut"]}, "disconnected|reset"),
     "file rejected": ({"PUT /lfs": [403] * 9}, "403"),
-    "no permission": ({"GET .*/auth-check/write": [403]}, "take a token that may write there"),
+    "no permission": ({"POST .*/commit/": [403]}, "take a token that may write there"),
 }
 
 
@@ -330,6 +330,10 @@ def test_trainer_checks_access_to_the_hub_before_training(hub, train_flags, tmp_
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert train_unet.main([*train_flags, "--hub_model_id", "another/faces"]) == 2
     assert "the token is that of someone, not of another" in error_line(capfd.readouterr().err)
+    hub.token_role = "read"
+    assert train_unet.main(train_flags) == 2
+    assert "the token may only read" in error_line(capfd.readouterr().err)
+    hub.token_role = "write"
     assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "runs").exists()
     assert train_unet.main([*train_flags, "--split", "nowhere"]) == 2
