@@ -3,8 +3,9 @@
     python -m experiments.bench --config configs/celeba64.yaml [--compile true] [--mixed_precision bf16] ...
 
 The flags are those of train_unet.py; precision `auto` measures float32 and bf16. A training row times updates of the
-configured objective (forward, loss, backward, clipping, optimizer, EMA) on random images on the device, a sampling row
-DDIM by our pipeline or the stock DDIMPipeline. Exit codes: 0 done, 1 out of memory, 2 bad input.
+configured objective (forward, loss, backward, clipping, optimizer, EMA) on random images on the device, and compares
+their operations per second with a matrix product in the same precision. A sampling row times DDIM by our pipeline or
+the stock DDIMPipeline. Exit codes: 0 done, 1 out of memory, 2 bad input.
 """
 
 import copy
@@ -20,6 +21,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import nn
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import run_command
 from custom_unet import CustomUNet2DModel
@@ -36,7 +38,8 @@ from training.precision import DTYPES, under_autocast
 
 NETWORKS = {"ours": CustomUNet2DModel, "diffusers": UNet2DModel}
 WARM_UP_CALLS, MEASURED_SECONDS, SAMPLING_STEPS = 3, 5.0, 10  # the first call compiles
-COLUMNS = ("task", "network", "precision", "images/s", "peak GiB")
+COLUMNS = ("task", "network", "precision", "images/s", "peak GiB", "share of the matmul rate")
+MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 def build_network(config: TrainConfig, network_class: type[nn.Module], device: torch.device) -> nn.Module:
@@ -81,8 +84,23 @@ def sampling_call(config: TrainConfig, network_class: type[nn.Module], device: t
     return draw
 
 
+def flops_per_image(config: TrainConfig) -> int:
+    """Floating-point operations of the forward and backward pass for one image, counted on the meta device."""
+    with torch.device("meta"):
+        unet = CustomUNet2DModel(**config.unet_kwargs())
+        image = torch.zeros(1, *config.image_shape)
+    with FlopCounterMode(display=False) as counter:
+        diffusion_loss(unet, config.noise_scheduler(), image, **config.loss_settings()).backward()
+    return counter.get_total_flops()
+
+
+def median_seconds(call: Callable[[], object], min_run_time: float) -> float:
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=min_run_time).median
+
+
 def measure(task: str, network_class: type[nn.Module], config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Images/s, and peak memory on a GPU."""
+    """Images/s, peak memory on a GPU, and for training the share of the rate of a product of two square matrices."""
     torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -90,11 +108,14 @@ def measure(task: str, network_class: type[nn.Module], config: TrainConfig, devi
     call = (training_update if task == "training" else sampling_call)(config, network_class, device)
     for _ in range(WARM_UP_CALLS):
         call()
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    seconds = timer.blocked_autorange(min_run_time=MEASURED_SECONDS).median
-    measured = {"images/s": config.train_batch_size / seconds}
+    measured = {"images/s": config.train_batch_size / median_seconds(call, MEASURED_SECONDS)}
     if device.type == "cuda":
         measured["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    if task == "training":
+        size = MATMUL_SIZE[device.type]
+        a, b = torch.randn(2, size, size, device=device, dtype=DTYPES[config.mixed_precision])
+        flops_per_second = 2 * size**3 / median_seconds(lambda: a @ b, 1.0)
+        measured[COLUMNS[-1]] = measured["images/s"] * flops_per_image(config) / flops_per_second
     return measured
 
 

@@ -35,6 +35,10 @@ def test_benchmark_times_the_configured_objective(name, monkeypatch):
     assert all(loss.isfinite() for loss in losses)
 
 
+def test_flops_of_the_ddim_paper_network():
+    assert bench.flops_per_image(config_of("celeba64_ddim")) == pytest.approx(144e9, rel=0.01)  # counted separately
+
+
 def test_speed_is_the_median_over_interleaved_updates(monkeypatch):
     """A fake clock advances by the cost of each update; one update is slow, as on a busy machine."""
     base = config_of("quickstart")
@@ -61,3 +65,4 @@ def test_command_measures_training_and_sampling_of_both_networks(monkeypatch, ca
     expected = [[task, name] for task in ("training", "sampling") for name in ("ours", "diffusers")]
     assert [line[:2] for line in lines[2:]] == 2 * expected
     assert all(float(line[3].replace(",", "")) > 0 for line in lines[2:])
+    assert [line[5] != "" for line in lines[2:]] == 2 * [True, True, False, False]  # share of the matmul rate
