@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from tqdm.auto import tqdm
@@ -94,8 +93,6 @@ def one_line(error: object) -> str:
 class Parser(argparse.ArgumentParser):
     """Raises InputError with a short one-line message, which never shows the Hub's token."""
 
-    hints: ClassVar[dict[str, str]] = {}  # what to do instead of an unknown flag, by its name without dashes
-
     def error(self, message):
         raise InputError(one_line(message)[:300])
 
@@ -105,10 +102,8 @@ class Parser(argparse.ArgumentParser):
             self.error(TOKEN_HINT)
         if unknown:
             flag = unknown[0].split("=")[0]
-            hint = self.hints.get(flag.removeprefix("--").replace("-", "_"))
             nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            hint = hint or (f"did you mean {nearest[0]}?" if nearest else None)
-            self.error(f"unknown flag {flag}" + (f"; {hint}" if hint else ""))
+            self.error(f"unknown flag {flag}; {f'did you mean {nearest[0]}?' if nearest else '--help lists all'}")
         return options
 
 

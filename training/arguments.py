@@ -21,27 +21,11 @@ from training.config import LIMITS, TYPES, TrainConfig, shown
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-# Flags of other scripts, most of them of diffusers' train_unconditional.py, and what to do instead
-OF_DIFFUSERS = {
-    "batch_size": "pass --train_batch_size",
-    "center_crop": "pass --crop center",
-    "data_dir": "pass --train_data_dir",
-    "enable_xformers_memory_efficient_attention": "leave it out, PyTorch's own efficient attention is always used",
-    "local_rank": "leave it out and start with accelerate launch or torchrun",
-    "logger": "pass --report_to",
-    "lr": "pass --learning_rate",
-    "model_config_name_or_path": "pass the network's options, or --pretrained_model_name_or_path for its weights",
-    "save_images_epochs": "pass --save_images_steps",
-    "save_model_epochs": "pass --checkpointing_steps",
-    "use_ema": "leave it out, an EMA is always kept and used",
-}
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 
 
 class _Parser(Parser, HfArgumentParser):
     """One flag for each option; one that may be None also takes `null`."""
-
-    hints = OF_DIFFUSERS
 
     def add_argument(self, *flags, limits: dict | None = None, **settings):
         if _is_optional(TYPES.get(flags[0].removeprefix("--"))):
