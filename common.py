@@ -102,7 +102,7 @@ class Parser(argparse.ArgumentParser):
             self.error(TOKEN_HINT)
         if unknown:
             flag = unknown[0].split("=")[0]
-            nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
             self.error(f"unknown flag {flag}; {f'did you mean {nearest[0]}?' if nearest else '--help lists all'}")
         return options
 

@@ -64,7 +64,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
         if key not in TYPES:
             if "token" in str(key).lower():
                 raise InputError(f"{path}: {TOKEN_HINT}")
-            nearest = difflib.get_close_matches(str(key), TYPES, n=1)
+            nearest = difflib.get_close_matches(str(key), TYPES, n=1, cutoff=0.7)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise InputError(f"unknown key {shown(key)} in {path}{hint}")
     given = {token.removeprefix("--").split("=")[0].replace("-", "_") for token in arguments if token.startswith("--")}
