@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 MOST_THREADS = 1024  # OpenMP aborts the process when it cannot create a thread
 NUM_SEEDS = 2**32  # torch's CPU generator takes seeds modulo this
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")  # of the Hub
 TOKEN_HINT = "the Hub's token is read from HF_TOKEN or from `hf auth login`; take it out of the arguments and files"
 
 
@@ -97,6 +99,8 @@ class Parser(argparse.ArgumentParser):
         raise InputError(one_line(message)[:300])
 
     def parse_args(self, arguments):
+        if TOKEN.search(" ".join(arguments)):
+            self.error(TOKEN_HINT)
         options, unknown = self.parse_known_args(arguments)
         if any("token" in argument.lower() or argument.startswith("hf_") for argument in unknown):
             self.error(TOKEN_HINT)

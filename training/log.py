@@ -37,7 +37,7 @@ LIBRARIES = "torch diffusers accelerate datasets".split()
 def preflight_summary(trainer) -> str:
     """A table of the run's sizes, length and memory."""
     config, data = trainer.config, trainer.data
-    num_parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
+    num_parameters = trainer.network.num_parameters()
     copies = 7 if config.post_hoc_ema else 5  # weights, gradients, two moments, EMAs
     length = "open-ended"
     if total_steps := trainer.total_steps:
@@ -274,7 +274,7 @@ def facts(trainer) -> dict:
         "train_seconds": progress.train_seconds,
         "num_processes": trainer.accelerator.num_processes,
         "num_heldout_images": trainer.data.num_heldout_images,
-        "parameters": sum(parameter.numel() for parameter in trainer.network.parameters()),
+        "parameters": trainer.network.num_parameters(),
         "objective": config.objective_settings(),
         "data": {key: value for key, value in store.description.items() if value is not None},
         "heldout": heldout,
