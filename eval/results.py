@@ -8,9 +8,8 @@ features.
 
     python -m eval.results README.md     updates each table between <!-- results: FILE FAMILY --> and <!-- end -->
 
-FILE FAMILY is `results.json quality`, `results.json cost`, `FILE.md table` for a table that another command wrote, or
-`LOG.jsonl heldout` for the held-out losses of a training. `FILE FAMILY [COLUMN; COLUMN] [ROW; ROW]` selects columns by
-heading and rows by their first cell.
+FILE FAMILY is `results.json quality`, `results.json cost`, or `FILE.md table` for a table that another command wrote.
+`FILE FAMILY [COLUMN; COLUMN] [ROW; ROW]` selects columns by heading and rows by their first cell.
 """
 
 import json
@@ -21,7 +20,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common import InputError, Parser, markdown_table, replace_file, run_command
-from training.log import heldout_table, read_log
 from training.sde import CONTINUOUS_SAMPLERS
 
 SELECTION = r"(?: \[(?P<columns>[^]]+)\](?: \[(?P<rows>[^]]+)\])?)?"
@@ -125,7 +123,6 @@ TABLES = {
     "quality": lambda path: quality_table(read_results(path)["results"]),
     "cost": lambda path: cost_table(read_results(path)["results"]),
     "table": lambda path: path.read_text().rstrip(),
-    "heldout": lambda path: heldout_table(read_log(path)),
 }
 
 

@@ -1,6 +1,5 @@
 """results.json and the tables generated from it."""
 
-import json
 import math
 from pathlib import Path
 
@@ -62,15 +61,10 @@ def test_sampler_text_lists_settings_that_are_not_defaults():
     assert sampler_text({"metric": "bits_per_dim_ode"}) is None
 
 
-def test_tables_come_from_markdown_and_log_files(tmp_path):
+def test_tables_come_from_markdown_files(tmp_path):
     (tmp_path / "guidance.md").write_text("| a |\n|---|\n| 1 |\n")
     assert table_in(tmp_path, "guidance.md", "table") == ["| a |", "|---|", "| 1 |"]
-    losses = {f"heldout_loss_q{quarter}": quarter / 8 for quarter in (1, 2, 3, 4)}
-    losses |= {"heldout_loss": 0.5, "images_per_second": 8.0}
-    records = [{"step": step, "images_seen": 16 * step, **losses} for step in (0, 10, 20)]
-    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    assert table_in(tmp_path, "log.jsonl", "heldout")[4] == "| 320 | 0.5000 | 0.1250 | 0.2500 | 0.3750 | 0.5000 |"
-    for file, family in (("nothing.md", "table"), ("log.jsonl", "cost")):
+    for file, family in (("nothing.md", "table"), ("guidance.md", "cost")):
         with pytest.raises(InputError, match=f"cannot read the {family} of {file}"):
             with_tables(marked(file, family), tmp_path)
 
@@ -93,7 +87,7 @@ def test_command_updates_a_file_or_reports_an_error(folder, capsys):
     assert "| SWD, mean | 12.35 |" in readme.read_text()
     readme.write_text(marked("results.json", "beauty"))
     assert main([str(readme)]) == 2
-    assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, cost, table, heldout\n"
+    assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, cost, table\n"
 
 
 def test_invalid_values_and_files_are_rejected(tmp_path):

@@ -23,7 +23,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from common import markdown_table, on_main_process, one_line, replace_file, unwritable
+from common import on_main_process, one_line, replace_file, unwritable
 from training.config import TrainConfig
 from training.diffusion import heldout_loss
 from training.workers import available_cores
@@ -155,19 +155,6 @@ def report_heldout_loss(trainer) -> None:
         f"step {trainer.progress.step}: held-out loss {losses['heldout_loss']:.4f}"
         f" (by quarter of the times, least noise first: {quarters})"
     )
-
-
-def heldout_table(records: list[dict]) -> str:
-    """The first, middle and last held-out loss as a Markdown table; raises ValueError if there is none."""
-    heldout = [record for record in records if "heldout_loss" in record]
-    if not heldout:
-        raise ValueError("no record has a held-out loss; train with --validation_split")
-    keys = ["heldout_loss", *(f"heldout_loss_q{q}" for q in (1, 2, 3, 4))]
-    rows = [
-        [f"{record['images_seen']:,}", *(f"{record[key]:.4f}" for key in keys)]
-        for record in (heldout[0], heldout[len(heldout) // 2], heldout[-1])
-    ]
-    return markdown_table(["images seen", "held-out loss", "q1 (least noise)", "q2", "q3", "q4"], rows)
 
 
 # ---- Sample grids
