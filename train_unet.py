@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from diffusers import DDIMScheduler
 from filelock import FileLock
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
@@ -38,7 +39,7 @@ from training import log
 from training.arguments import parse_config
 from training.checkpoint import Progress, save_checkpoint, save_snapshot, start_or_resume
 from training.config import TrainConfig
-from training.diffusion import check_noise_levels, diffusion_loss, make_sampling_scheduler
+from training.diffusion import check_noise_levels, diffusion_loss
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.post_hoc_ema import start_averages, update_averages
 from training.precision import settle_precision
@@ -109,8 +110,8 @@ class Trainer:
         # `unet` wraps `network` in autocast, torch.compile and DistributedDataParallel as configured
         self.unet, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(config, self.network))
         scheduler = self.noise_scheduler
-        if config.objective == "ddpm":
-            scheduler = make_sampling_scheduler(scheduler, config.sampler)
+        if config.objective == "ddpm" and config.sampler == "ddim":
+            scheduler = DDIMScheduler.from_config(scheduler.config)
         self.pipeline = CustomUNetPipeline(self.ema_network, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from common import InputError
@@ -60,11 +60,6 @@ def make_noise_scheduler(
             " inside (0, 1): change --beta_start, --beta_end or --ddpm_num_steps"
         )
     return scheduler
-
-
-def make_sampling_scheduler(noise_scheduler: DDPMScheduler, sampler: str) -> DDPMScheduler | DDIMScheduler:
-    """A sampler for the same forward process; `sampler` is ddpm or ddim."""
-    return {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler].from_config(noise_scheduler.config)
 
 
 def sample_positions(how: str, batch_size: int) -> Tensor:
@@ -226,7 +221,7 @@ def diffusion_loss(
 
 @torch.no_grad()
 def heldout_loss(
-    unet, scheduler, clean_images: Tensor, batch_size: int, seed: int = 0, class_labels: Tensor | None = None
+    unet, scheduler, clean_images: Tensor, batch_size: int, class_labels: Tensor | None = None
 ) -> dict[str, float]:
     """Mean squared error of the predicted noise on fixed (image, time, noise) triples.
 
@@ -236,14 +231,13 @@ def heldout_loss(
 
     Args:
         clean_images: float32 in [-1, 1], shape (N, C, H, W); N is at least 4, one for each quarter of the times.
-        seed: seed of the order and the noise.
         class_labels: int64 (N,), for a class-conditional network.
 
     Returns:
         `heldout_loss` over all triples, and `heldout_loss_q1` (smallest times) to `heldout_loss_q4` by quarter.
     """
     num_images = len(clean_images)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     positions = (torch.randperm(num_images, generator=generator) + 0.5).double() / num_images
     noise = torch.randn(clean_images.shape, generator=generator)
     device = next(unet.parameters()).device
