@@ -6,17 +6,18 @@ import hashlib
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from tqdm.auto import tqdm
 
 MOST_THREADS = 1024  # OpenMP aborts the process when it cannot create a thread
 NUM_SEEDS = 2**32  # torch's CPU generator takes seeds modulo this
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")  # of the Hub
 TOKEN_HINT = "the Hub's token is read from HF_TOKEN or from `hf auth login`; take it out of the arguments and files"
 
 
@@ -94,21 +95,19 @@ def one_line(error: object) -> str:
 class Parser(argparse.ArgumentParser):
     """Raises InputError with a short one-line message, which never shows the Hub's token."""
 
-    hints: ClassVar[dict[str, str]] = {}  # what to do instead of an unknown flag, by its name without dashes
-
     def error(self, message):
         raise InputError(one_line(message)[:300])
 
     def parse_args(self, arguments):
+        if TOKEN.search(" ".join(arguments)):
+            self.error(TOKEN_HINT)
         options, unknown = self.parse_known_args(arguments)
         if any("token" in argument.lower() or argument.startswith("hf_") for argument in unknown):
             self.error(TOKEN_HINT)
         if unknown:
             flag = unknown[0].split("=")[0]
-            hint = self.hints.get(flag.removeprefix("--").replace("-", "_"))
-            nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            hint = hint or (f"did you mean {nearest[0]}?" if nearest else None)
-            self.error(f"unknown flag {flag}" + (f"; {hint}" if hint else ""))
+            nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
+            self.error(f"unknown flag {flag}; {f'did you mean {nearest[0]}?' if nearest else '--help lists all'}")
         return options
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from diffusers import DDIMScheduler
 from filelock import FileLock
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
@@ -34,17 +35,15 @@ from pipelines import CustomUNetPipeline
 from pipelines.export import export_pipeline
 from pipelines.hub import check_account, push_to_hub
 from pipelines.pretrained import open_pretrained, take_weights
-from training import reports
+from training import log
 from training.arguments import parse_config
+from training.checkpoint import Progress, save_checkpoint, save_snapshot, start_or_resume
 from training.config import TrainConfig
-from training.diffusion import check_noise_levels, diffusion_loss, make_sampling_scheduler
-from training.log import recorded
+from training.diffusion import check_noise_levels, diffusion_loss
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.post_hoc_ema import start_averages, update_averages
 from training.precision import settle_precision
 from training.processes import Stop, build_accelerator, on_any_process
-from training.resumable import Progress, save_checkpoint, save_snapshot, start_or_resume
-from training.samples import list_grids
 from training.training_data import TrainingData
 
 logger = logging.getLogger("training")
@@ -110,8 +109,8 @@ class Trainer:
         # `unet` wraps `network` in autocast, torch.compile and DistributedDataParallel as configured
         self.unet, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(config, self.network))
         scheduler = self.noise_scheduler
-        if config.objective == "ddpm":
-            scheduler = make_sampling_scheduler(scheduler, config.sampler)
+        if config.objective == "ddpm" and config.sampler == "ddim":
+            scheduler = DDIMScheduler.from_config(scheduler.config)
         self.pipeline = CustomUNetPipeline(self.ema_network, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -178,7 +177,7 @@ class Trainer:
         progress = self.progress
         self.open_batches()
         if progress.step == 0:
-            reports.report_heldout_loss(self)
+            log.report_heldout_loss(self)
         self.stop.is_noted_only = True
         self.first_step, skipped_in_a_row = progress.step, 0
         self.losses, self.last_record = [], replace(progress)  # since the last log record
@@ -203,24 +202,24 @@ class Trainer:
         """Logs, samples, saves and measures when each is due."""
         config, step = self.config, self.progress.step
         if step % config.logging_steps == 0 or step == self.total_steps:
-            reports.record_interval(self, grad_norm, bar)
+            log.record_interval(self, grad_norm, bar)
         if step % config.validation_steps == 0:
-            reports.report_heldout_loss(self)
+            log.report_heldout_loss(self)
         if step % config.save_images_steps == 0:
-            reports.save_samples(self)
+            log.save_samples(self)
         if config.post_hoc_ema and step % config.post_hoc_ema_steps == 0:
             save_snapshot(self)  # before the checkpoint, so that a run resumed from it has every snapshot
         if step % config.checkpointing_steps == 0:
             save_checkpoint(self)
             self.export()
         if step % config.metric_steps == 0:
-            reports.report_metric(self)
+            log.report_metric(self)
 
     def report_skipped(self, grad_norm: torch.Tensor, in_a_row: int) -> None:
         """Logs a skipped update. Raises Failed after `max_nonfinite_steps` in a row."""
         step = self.progress.step + 1
         logger.info(f"step {step}: the gradient's norm is {grad_norm.item()}; update skipped")
-        reports.record(self, skipped_steps=self.progress.attempts - self.progress.step)
+        log.record(self, skipped_steps=self.progress.attempts - self.progress.step)
         if in_a_row == self.config.max_nonfinite_steps:
             raise Failed(f"{in_a_row} gradients in a row were not finite at step {step}; lower --learning_rate")
 
@@ -234,13 +233,13 @@ class Trainer:
         if is_new and step % config.checkpointing_steps:
             save_checkpoint(self)
         if is_new and is_unsignalled and step % config.validation_steps:
-            reports.report_heldout_loss(self)
+            log.report_heldout_loss(self)
         if is_new and is_unsignalled and step % config.save_images_steps:
-            reports.save_samples(self)
-        if is_new or on_main_process(self.accelerator, lambda: recorded(self.pipeline_dir, "step") != step):
+            log.save_samples(self)
+        if is_new or on_main_process(self.accelerator, lambda: log.recorded(self.pipeline_dir, "step") != step):
             self.export()  # a kill may have prevented it
         if is_new and step % config.metric_steps:
-            reports.report_metric(self)
+            log.report_metric(self)
         total = "" if self.total_steps is None else f" of {self.total_steps}"
         duration = timedelta(seconds=round(self.progress.train_seconds))
         seen = f"{self.images_seen:,} images in {duration} of training"
@@ -266,13 +265,13 @@ class Trainer:
 
     def write_pipeline(self, folder: Path, metric: dict | None = None) -> None:
         """Writes any folder, on the main process; `metric` selected the weights, see `eval/training_metric.py`."""
-        grids = list_grids(self.output_dir / "samples")
+        grids = log.list_grids(self.output_dir / "samples")
         newest = max(grids, default=None)
         try:
             export_pipeline(
                 self.pipeline,
                 folder,
-                facts=reports.facts(self) | {"samples_step": newest} | ({} if metric is None else {"metric": metric}),
+                facts=log.facts(self) | {"samples_step": newest} | ({} if metric is None else {"metric": metric}),
                 training_config=self.config.to_public_yaml(),
                 sample_grid=grids.get(newest),
             )
@@ -292,7 +291,7 @@ def run(config: TrainConfig, stop: Stop, network_class: type[CustomUNet2DModel])
     try:
         if not config.dry_run:
             start_or_resume(trainer)
-        accelerator.print(f"{trainer.config.to_yaml()}\n{reports.preflight_summary(trainer)}\n", flush=True)
+        accelerator.print(f"{trainer.config.to_yaml()}\n{log.preflight_summary(trainer)}\n", flush=True)
         trainer.dry_run() if config.dry_run else trainer.train()
         if is_pushed and stop.number is None and trainer.progress.step:
             push = partial(push_to_hub, trainer.pipeline_dir, config.hub_repo_id, config.hub_private_repo)

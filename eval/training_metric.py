@@ -15,8 +15,7 @@ from eval.inception import open_inception
 from pipelines import CustomUNetPipeline
 from training.config import TrainConfig
 from training.data import ImageStore
-from training.log import recorded
-from training.samples import SamplingStopped, stop_callback
+from training.log import SamplingStopped, recorded, stop_callback
 
 UNIPC_STEPS, HEUN_STEPS = 20, 18
 LARGEST_BATCH = 64  # images drawn at once; fewer if the training batches are smaller

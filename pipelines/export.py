@@ -43,7 +43,7 @@ def export_pipeline(
     Manual edits of the existing model card are kept.
 
     Args:
-        facts: facts of the run for `training.json`; see `facts` in `training/reports.py`.
+        facts: facts of the run for `training.json`; see `facts` in `training/log.py`.
         training_config: configuration of the run, as YAML.
         sample_grid: picture to copy to `samples.png`.
 

@@ -13,14 +13,8 @@ Several processes (`accelerate launch -m pipelines.generate`, torchrun) share th
 """
 
 import argparse
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
-
-import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from common import (
     MOST_THREADS,
@@ -36,6 +30,7 @@ from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.image_folder import fill_folder
 from pipelines.loading import DTYPES, find_pipeline, load_pipeline
+from training.processes import set_up_process
 from training.sde import CONTINUOUS_SAMPLERS
 
 # Flags for the settings of the continuous-time samplers: type and help
@@ -88,17 +83,6 @@ def check_arguments(pipeline: CustomUNetPipeline, options: argparse.Namespace) -
         pipeline.guidance(options.class_label, len(options.class_label or [0]), options.guidance_scale)
     except ValueError as error:
         raise InputError(str(error)) from error
-
-
-def set_up_process(num_cpu_threads: int | None) -> PartialState:
-    """Sets up Accelerate, and the number of threads: on the CPU, `accelerate launch` gives each process only one."""
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu, timeout=timedelta(hours=2))  # the fastest process waits for the slowest one
-    if state.device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(num_cpu_threads or max(share, 1))
-    return state
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> None:

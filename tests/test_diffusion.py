@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from common import InputError
@@ -140,17 +140,6 @@ def test_antithetic_timesteps_come_in_pairs(monkeypatch):
 def timesteps_of(positions, num_train_timesteps=1000):
     scheduler, blank = scheduler_of(num_train_timesteps=num_train_timesteps), torch.zeros(len(positions), 1, 1, 1)
     return diffusion.ddpm_regression(scheduler, blank, blank, positions).times
-
-
-@pytest.mark.parametrize(("sampler", "cls"), [("ddpm", DDPMScheduler), ("ddim", DDIMScheduler)])
-def test_sampling_scheduler_has_the_same_forward_process(sampler, cls):
-    scheduler = scheduler_of("v_prediction", "squaredcos_cap_v2", zero_snr=True)
-    other = diffusion.make_sampling_scheduler(scheduler, sampler)
-    assert type(other) is cls
-    assert torch.equal(other.alphas_cumprod, scheduler.alphas_cumprod)
-    assert other.alphas_cumprod[-1] == 0
-    other.set_timesteps(50)
-    assert other.timesteps[0] == 999
 
 
 # ---- Continuous time

@@ -1,14 +1,17 @@
-"""Facts about a run: memory and time embedding of the network, the log across kills and resumes, the device."""
+"""What a run reports: levels without the time, the log across kills and resumes, sample grids, the device."""
 
+import json
 import os
 
+import numpy as np
 import pytest
 import torch
+from tiny_pipeline import tiny_pipeline
 from tiny_training import TINY
 
 from custom_unet import CustomUNet2DModel
 from training.config import TrainConfig
-from training.log import RunLog, device_name, levels_without_time, read_log, recorded
+from training.log import device_name, draw_grid, levels_without_time, list_grids, read_log, recorded, start_log
 
 
 @pytest.mark.parametrize(
@@ -30,19 +33,12 @@ def test_levels_where_group_norm_cancels_the_time_embedding_are_found(groups, sc
 
 
 def test_records_after_the_resumed_step_and_partial_lines_are_dropped(tmp_path):
-    path = tmp_path / "log.jsonl"
-    assert read_log(path) == []
-    log = RunLog(path, step=0)
-    for step in (1, 2, 3):
-        log.write(step, loss=step / 2)
-    with path.open("a") as file:
-        file.write('{"step": 4, "lo')
-    assert [record["step"] for record in read_log(path)] == [1, 2, 3]
-    again = RunLog(path, step=2)
-    again.write(3, rate=9.0)
-    assert read_log(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "rate": 9.0}]
-    assert again.newest("loss") == {"step": 2, "loss": 1.0}
-    assert again.newest("heldout_loss") is None
+    path, records = tmp_path / "log.jsonl", [{"step": step, "loss": step / 2} for step in (1, 2, 3)]
+    assert read_log(path) == start_log(path, step=0) == []
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"step": 4, "lo')
+    assert read_log(path) == records
+    assert start_log(path, step=2) == read_log(path) == records[:2]
+    assert path.read_text().count("\n") == 2
 
 
 def test_device_name_includes_the_number_of_cores():
@@ -59,3 +55,19 @@ def test_recorded_reads_the_step_or_none_if_damaged(tmp_path):
     for damaged in ('{"step', "[]", "{}"):
         (tmp_path / "training.json").write_text(damaged)
         assert recorded(tmp_path, "step") is None
+
+
+def test_grid_shows_the_seeds_in_order():
+    pipe = tiny_pipeline()
+    grid = draw_grid(pipe, 5, lambda: False, num_inference_steps=2)
+    assert grid.size == (3 * 8 + 4 * 2, 2 * 8 + 3 * 2)  # 3 columns, 2 rows, lines of 2 pixels
+    alone = np.asarray(pipe(1, [torch.Generator().manual_seed(4)], 2).images[0])
+    fifth = np.asarray(grid)[12:20, 12:20]  # second row, second column
+    assert np.abs(fifth.astype(int) - alone).max() <= 1
+
+
+def test_list_grids_ignores_files_with_other_names(tmp_path):
+    for name in ("step-0000010.png", "step-0000005.png", "step-0000019 (copy).png", "step-best.png"):
+        (tmp_path / name).touch()
+    assert list_grids(tmp_path) == {step: tmp_path / f"step-{step:07}.png" for step in (5, 10)}
+    assert list_grids(tmp_path / "nowhere") == {}

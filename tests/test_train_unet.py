@@ -23,11 +23,10 @@ from tiny_training import TINY, assert_same_tensors, error_line, records, signal
 import train_unet
 from pipelines import CustomUNetPipeline
 from training import training_data
-from training.checkpoint import list_checkpoints
+from training.checkpoint import list_checkpoints, save_checkpoint
 from training.config import TrainConfig
+from training.log import report_heldout_loss, save_samples
 from training.processes import build_accelerator
-from training.reports import report_heldout_loss, save_samples
-from training.resumable import save_checkpoint
 
 pytest_plugins = ["tiny_training"]
 

@@ -33,9 +33,9 @@ from tiny_training import (
     wait_until,
 )
 
-from training import checkpoint, samples
+from training import checkpoint, log
+from training.checkpoint import restore, save_checkpoint
 from training.log import read_log
-from training.resumable import restore, save_checkpoint
 
 pytest_plugins = ["tiny_training"]
 ENDLESS = {"max_train_steps": 10**6, "checkpointing_steps": 10**6, "lr_scheduler": "constant"}
@@ -63,7 +63,8 @@ def rewrite(folder: Path, nan: str | None = None, **identity) -> None:
         tensors[nan] = {name: value * float("nan") for name, value in tensors[nan].items()}
     state["identity"] |= identity
     del state["identity"]["optimizer"]  # a setting that older versions did not have
-    checkpoint.save_checkpoint(folder.parent, state["progress"]["step"], tensors, state, None)
+    shutil.rmtree(folder)
+    checkpoint.write_checkpoint(folder.parent, state["progress"]["step"], tensors, state, None)
 
 
 # ---- SIGKILL and resume
@@ -188,7 +189,7 @@ def test_run_stopped_before_its_first_update_exports_no_model(start, straight, t
 
 def signal_while_sampling(number: int) -> None:
     """Sends the signal in the second step of the sampler."""
-    stop_callback, asked = samples.stop_callback, []
+    stop_callback, asked = log.stop_callback, []
 
     def stop_callback_with_signal(should_stop):
         def should_stop_with_signal():
@@ -199,7 +200,7 @@ def signal_while_sampling(number: int) -> None:
 
         return stop_callback(should_stop_with_signal)
 
-    samples.stop_callback = stop_callback_with_signal
+    log.stop_callback = stop_callback_with_signal
 
 
 @pytest.mark.parametrize(

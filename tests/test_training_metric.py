@@ -17,7 +17,7 @@ from eval import training_metric
 from eval.distances import frechet_distance, kernel_distance
 from eval.features import subset
 from pipelines import CustomUNetPipeline
-from training.reports import report_metric
+from training.log import report_metric
 
 pytest_plugins = ["tiny_training"]
 METRIC = ["--metric", "fid", "--metric_images", "20"]

@@ -19,12 +19,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train_unet
-from training.checkpoint import SNAPSHOTS, list_checkpoints
+from training.checkpoint import SNAPSHOTS, list_checkpoints, start_or_resume
 from training.config import TrainConfig
 from training.log import read_log
 from training.post_hoc_ema import STORED
 from training.processes import Stop, build_accelerator
-from training.resumable import start_or_resume
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HANG_SECONDS = 1800  # no machine is so slow: what takes longer hangs

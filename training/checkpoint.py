@@ -1,4 +1,6 @@
-"""Checkpoints that survive crashes: written to a temporary folder, checksummed, renamed into place, verified on read.
+"""Checkpoints of a training run, and resuming from them. `trainer` is a `train_unet.Trainer`.
+
+A checkpoint is written to a temporary folder, checksummed, renamed into place, and verified when it is read:
 
     OUTPUT_DIR/checkpoint-STEP/
         NAME.safetensors   tensors by name: the network, its EMA, the optimizer's moments
@@ -15,7 +17,10 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from filelock import FileLock, Timeout
@@ -23,7 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common import Failed, sha256_of
+from common import Failed, on_main_process, replace_file, sha256_of
+from training.config import LIMITS
+from training.log import LOG, list_grids, start_log
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +38,99 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 SNAPSHOTS = "ema_snapshots"
 TEMPORARY_PREFIX = ".tmp-"
-_NAME = re.compile(r"checkpoint-(\d+)")
+NAME = re.compile(r"checkpoint-(\d+)")
+PROJECT = "unet"  # project name for the trackers; TensorBoard's folder
+# Settings of the data, the optimizer and the loss that a resumed run must keep, besides those of the network
+KEPT = "train_batch_size gradient_accumulation_steps random_flip label_column label_dropout seed".split()
+KEPT += ["optimizer", "post_hoc_ema", "objective", "timestep_sampling"]
+KEPT += [name for name, limits in LIMITS.items() if "only" in limits and name != "sampler"]
+
+
+@dataclass
+class Progress:
+    """How far a run is. An update advances weights, EMA, learning rate and `step`; a skipped one only `attempts`."""
+
+    step: int = 0  # optimizer updates applied
+    attempts: int = 0  # updates attempted: the position in the data stream
+    train_seconds: float = 0.0  # time spent in updates, over all starts
+
+
+# ---- Starting or resuming a run
+
+
+def start_or_resume(trainer) -> None:
+    """Locks the output folder and restores the checkpoint to resume from, if any.
+
+    Raises Failed, before anything is changed, if the folder is in use or the checkpoint damaged or from another run.
+    """
+    folder = on_main_process(trainer.accelerator, partial(_take_output_dir, trainer))
+    if folder is not None:
+        restore(trainer, folder)
+        logger.info(f"resuming from {folder}")
+    on_main_process(trainer.accelerator, partial(_prepare_output_dir, trainer))
+    settings = {name: str(value) for name, value in asdict(trainer.config).items()}
+    trainer.accelerator.init_trackers(PROJECT, settings, tracker_options(trainer))
+
+
+def tracker_options(trainer) -> dict:
+    """Arguments with which the trackers continue: one W&B run over all starts, and each step once in TensorBoard."""
+    path = trainer.output_dir / trainer.config.logging_dir / PROJECT / "wandb_id"
+    wandb = {"dir": str(trainer.output_dir), "resume": "allow"}
+    if trainer.accelerator.is_main_process and trainer.config.report_to in ("wandb", "all"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            replace_file(path, uuid4().hex.encode())
+        wandb["id"] = path.read_text()
+    return {"wandb": wandb, "tensorboard": {"purge_step": trainer.progress.step + 1}}
+
+
+def identity(trainer) -> dict:
+    """The settings that a resumed run must share with its checkpoint, as a flat dictionary."""
+    found = trainer.unet_kwargs() | {name: getattr(trainer.config, name) for name in KEPT}
+    found |= {"num_processes": trainer.accelerator.num_processes, "label_names": trainer.data.label_names}
+    found["data_fingerprint"] = trainer.data.store.fingerprint
+    return json.loads(json.dumps(found))  # turns tuples into lists, as in the file
+
+
+def _take_output_dir(trainer) -> Path | None:
+    """On the main process, locks the folder and returns the checkpoint to resume from, if any."""
+    trainer.lock = lock_output_dir(trainer.output_dir)
+    folder = checkpoint_of(trainer.config)
+    if folder is None:
+        return None
+    saved = read_state(folder)["identity"]
+    # an older checkpoint may lack settings that did not exist yet
+    current = {name: value for name, value in identity(trainer).items() if name in saved}
+    if changes := difference(saved, current):
+        raise Failed(
+            f"{folder} belongs to another run ({changes}); restore these settings or take another --output_dir"
+        )
+    return folder
+
+
+def _prepare_output_dir(trainer) -> None:
+    """On the main process, removes outputs that the run does not build on, and starts the log and config.yaml."""
+    output_dir, step = trainer.output_dir, trainer.progress.step
+    if trainer.config.overwrite_output_dir:
+        logs, snapshots = output_dir / trainer.config.logging_dir / PROJECT, output_dir / SNAPSHOTS
+        checkpoints = [*list_checkpoints(output_dir).values(), *output_dir.glob("abandoned-checkpoint-*")]
+        for folder in (*checkpoints, snapshots, logs, trainer.best_dir):
+            shutil.rmtree(folder, ignore_errors=True)
+        (output_dir / LOG).unlink(missing_ok=True)
+    set_aside_newer(output_dir, step)
+    for grid_step, grid in list_grids(output_dir / "samples").items():
+        if grid_step > step:
+            grid.unlink()
+    trainer.records = start_log(output_dir / LOG, step)
+    again = replace(trainer.config, overwrite_output_dir=False)  # so that a run started from this file resumes
+    replace_file(output_dir / "config.yaml", again.to_yaml().encode())
+
+
+def checkpoint_of(config) -> Path | None:
+    """The checkpoint that the run of a `TrainConfig` resumes from; None for a new run. Raises Failed."""
+    if config.overwrite_output_dir:
+        return None
+    return find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
 
 
 # ---- The output folder
@@ -64,8 +163,8 @@ def lock_output_dir(output_dir: Path) -> FileLock:
 
 def list_checkpoints(output_dir: Path) -> dict[int, Path]:
     """Step -> folder of the folders named checkpoint-STEP, in ascending order; other names are ignored."""
-    folders = (path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir())
-    return dict(sorted((int(path.name.removeprefix("checkpoint-")), path) for path in folders))
+    found = {path: NAME.fullmatch(path.name) for path in output_dir.glob("checkpoint-*") if path.is_dir()}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
 
 
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
@@ -106,7 +205,32 @@ def set_aside_newer(output_dir: Path, step: int) -> None:
 # ---- Writing
 
 
-def save_checkpoint(
+def save_checkpoint(trainer) -> None:
+    """Saves the training state. Raises Failed, naming the path, if it cannot be written."""
+    tensors = {"unet": trainer.network.state_dict(), "ema_unet": trainer.ema_network.state_dict()} | trainer.averages
+    tensors["optimizer"] = optimizer_tensors(trainer.optimizer, trainer.network)
+    _write(trainer, trainer.output_dir, tensors, trainer.config.checkpoints_total_limit)
+
+
+def save_snapshot(trainer) -> None:
+    """Saves the averages of `--post_hoc_ema` in half precision; snapshots are never deleted."""
+    halves = {stem: {name: t.half() for name, t in average.items()} for stem, average in trainer.averages.items()}
+    _write(trainer, trainer.output_dir / SNAPSHOTS, halves, None)
+
+
+def _write(trainer, folder: Path, tensors: dict[str, dict[str, Tensor]], total_limit: int | None) -> None:
+    scaler = trainer.accelerator.scaler
+    state = {
+        "progress": asdict(trainer.progress),
+        "identity": identity(trainer),
+        "grad_scaler": None if scaler is None else scaler.state_dict(),
+        "mixed_precision": trainer.config.mixed_precision,
+    }
+    save = partial(write_checkpoint, folder, trainer.progress.step, tensors, state, total_limit)
+    on_main_process(trainer.accelerator, save)
+
+
+def write_checkpoint(
     output_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, total_limit: int | None
 ) -> None:
     """Writes `checkpoint-STEP` and then deletes the oldest ones beyond `total_limit` (None keeps all).
@@ -131,8 +255,6 @@ def save_checkpoint(
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*temporary.iterdir(), temporary]:
             _flush_to_disk(path)
-        if folder.exists():
-            _delete(folder)
         temporary.rename(folder)
         _flush_to_disk(output_dir)
     except (OSError, SafetensorError) as error:
@@ -140,7 +262,8 @@ def save_checkpoint(
         raise Failed(f"could not write {folder}: {error}") from error
     if total_limit is not None:
         for path in list(list_checkpoints(output_dir).values())[:-total_limit]:
-            _delete(path)
+            # renamed first, so that a crash leaves no partial folder with a checkpoint's name
+            shutil.rmtree(path.rename(path.with_name(f"{TEMPORARY_PREFIX}deleted-{path.name}")))
 
 
 def _file_entry(path: Path) -> dict:
@@ -155,12 +278,23 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _delete(folder: Path) -> None:
-    """Renames and then removes a checkpoint, so that a crash leaves no partial folder with a checkpoint's name."""
-    shutil.rmtree(folder.rename(folder.with_name(f"{TEMPORARY_PREFIX}deleted-{folder.name}")))
-
-
 # ---- Reading
+
+
+def restore(trainer, folder: Path) -> None:
+    """Restores a verified checkpoint of a run with the same identity, after reading all of it."""
+    network, averages, scaler = trainer.network, trainer.averages, trainer.accelerator.scaler
+    tensors = load_tensors(folder, ["unet", "ema_unet", "optimizer", *averages])
+    state = read_state(folder)
+    network.load_state_dict(tensors["unet"])
+    trainer.ema_network.load_state_dict(tensors["ema_unet"])
+    for name, average in averages.items():
+        for key, tensor in average.items():
+            tensor.copy_(tensors[name][key])
+    restore_optimizer(trainer.optimizer, network, tensors["optimizer"])
+    if scaler is not None and state.get("grad_scaler") is not None:
+        scaler.load_state_dict(state["grad_scaler"])
+    trainer.progress = Progress(**state["progress"])
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -184,13 +318,6 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / STATE).read_text())
 
 
-def checkpoint_of(config) -> Path | None:
-    """The checkpoint that the run of a `TrainConfig` resumes from; None for a new run. Raises Failed."""
-    if config.overwrite_output_dir:
-        return None
-    return find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
-
-
 def load_tensors(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]:
     """The tensors of the named files of a verified checkpoint, on the CPU. Raises OSError, naming a file it lacks."""
     return {name: load_file(folder / f"{name}.safetensors") for name in names}
@@ -200,9 +327,6 @@ def difference(saved: dict, current: dict) -> str:
     """The differences between two flat dictionaries, as `key: saved -> current; ...`; empty if they are equal."""
     keys = sorted({*saved, *current})
     return "; ".join(f"{k}: {saved.get(k)!r} -> {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k))
-
-
-# ---- The optimizer
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from common import InputError
@@ -60,11 +60,6 @@ def make_noise_scheduler(
             " inside (0, 1): change --beta_start, --beta_end or --ddpm_num_steps"
         )
     return scheduler
-
-
-def make_sampling_scheduler(noise_scheduler: DDPMScheduler, sampler: str) -> DDPMScheduler | DDIMScheduler:
-    """A sampler for the same forward process; `sampler` is ddpm or ddim."""
-    return {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler].from_config(noise_scheduler.config)
 
 
 def sample_positions(how: str, batch_size: int) -> Tensor:
@@ -161,18 +156,27 @@ def score_regression(
 
     Args:
         positions: quantiles of the time distribution, float64 (B,), in [0, 1).
-        likelihood_weighting: use lambda = g^2 (arXiv 2101.09258) instead of n^2.
+        likelihood_weighting: weight the squared error of the score by lambda(t) = g^2, with which the loss bounds the
+            likelihood (Song et al. 2021, arXiv 2101.09258, theorem 1), instead of n^2, the paper's choice. No effect
+            for edm and flow, whose errors of F all have weight 1 (Karras et al., section 5; arXiv 2209.03003, eq. 1).
     """
     times = scheduler.times(positions)
     alpha, n = scheduler.sde.signal_scale(times), scheduler.sde.noise_scale(times)
     c_skip, c_out, c_in, c_noise = scheduler.preconditioning(times)
     clean_share, noise_share = (1 - c_skip * alpha) / c_out, c_skip * n / c_out
+    noise_weight = (alpha * c_out / n).square()  # epsilon error = -alpha c_out / n (error of F)
+    if scheduler.config.objective in ("edm", "flow"):
+        loss_weight = torch.ones_like(times)
+    elif likelihood_weighting:
+        loss_weight = noise_weight * (scheduler.sde.diffusion(times) / n).square()  # score error = -epsilon error / n
+    else:
+        loss_weight = noise_weight
     return Regression(
         inputs=spread(c_in, noise) * scheduler.add_noise(clean_images, noise, times),
         times=c_noise.to(noise),
         target=spread(clean_share, noise) * clean_images - spread(noise_share, noise) * noise,
-        loss_weight=scheduler.loss_weight(times, likelihood_weighting).to(noise),
-        noise_weight=(alpha * c_out / n).square().to(noise),  # epsilon error = -alpha c_out / n (error of F)
+        loss_weight=loss_weight.to(noise),
+        noise_weight=noise_weight.to(noise),
     )
 
 
@@ -202,7 +206,7 @@ def diffusion_loss(
         scheduler: a diffusers scheduler or an `SDEScheduler`.
         clean_images: float32 in [-1, 1], shape (B, C, H, W).
         snr_gamma, snr_weighting: see `ddpm_regression`.
-        likelihood_weighting: see `score_regression`; has no effect for edm and flow.
+        likelihood_weighting: see `score_regression`.
         class_labels: int64 (B,), for a class-conditional network.
     """
     noise = torch.randn_like(clean_images)
@@ -217,7 +221,7 @@ def diffusion_loss(
 
 @torch.no_grad()
 def heldout_loss(
-    unet, scheduler, clean_images: Tensor, batch_size: int, seed: int = 0, class_labels: Tensor | None = None
+    unet, scheduler, clean_images: Tensor, batch_size: int, class_labels: Tensor | None = None
 ) -> dict[str, float]:
     """Mean squared error of the predicted noise on fixed (image, time, noise) triples.
 
@@ -227,14 +231,13 @@ def heldout_loss(
 
     Args:
         clean_images: float32 in [-1, 1], shape (N, C, H, W); N is at least 4, one for each quarter of the times.
-        seed: seed of the order and the noise.
         class_labels: int64 (N,), for a class-conditional network.
 
     Returns:
         `heldout_loss` over all triples, and `heldout_loss_q1` (smallest times) to `heldout_loss_q4` by quarter.
     """
     num_images = len(clean_images)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     positions = (torch.randperm(num_images, generator=generator) + 0.5).double() / num_images
     noise = torch.randn(clean_images.shape, generator=generator)
     device = next(unet.parameters()).device

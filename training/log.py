@@ -1,15 +1,70 @@
-"""Facts about a run: the records of log.jsonl, and the training.json of its model."""
+"""What a training run reports: its summary, log records, held-out losses, sample grids, metric, and its model's facts.
+
+`trainer` is a `train_unet.Trainer`.
+"""
 
 import json
+import logging
+import math
 import platform
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from tqdm.auto import tqdm
 
-from common import replace_file, unwritable
+from common import on_main_process, one_line, replace_file, unwritable
 from training.config import TrainConfig
+from training.diffusion import heldout_loss
 from training.workers import available_cores
+
+logger = logging.getLogger(__name__)
+
+LOG = "log.jsonl"  # in the output folder: one record a line
+LIBRARIES = "torch diffusers accelerate datasets".split()
+
+
+def preflight_summary(trainer) -> str:
+    """A table of the run's sizes, length and memory."""
+    config, data = trainer.config, trainer.data
+    num_parameters = trainer.network.num_parameters()
+    copies = 7 if config.post_hoc_ema else 5  # weights, gradients, two moments, EMAs
+    length = "open-ended"
+    if total_steps := trainer.total_steps:
+        epochs = total_steps * trainer.images_per_update / len(data.store)
+        length = f"{total_steps:,} updates = {epochs:.1f} epochs"
+    if config.max_train_minutes:
+        length += f", at most {config.max_train_minutes:g} minutes in this start"
+    channels, height, width = config.image_shape
+    rows = {
+        "network": f"{num_parameters:,} parameters at {height}x{width}",
+        "data": f"{data.store.description['source']}, {config.split}: {len(data.store):,} images per epoch"
+        + (", grey (--in_channels 1)" if channels == 1 else ""),
+        "held-out data": f"{data.num_heldout_images:,} images",
+        "classes": str(len(data.label_names or [])),
+        "images per update": f"{trainer.images_per_update} = {config.train_batch_size} x"
+        f" {config.gradient_accumulation_steps} accumulated x {trainer.accelerator.num_processes} processes",
+        "length": length,
+        "memory": f"{copies * 4 * num_parameters / 2**20:,.0f} MiB for weights, gradients, optimizer and EMA",
+        "device": f"{trainer.accelerator.device}, precision {config.mixed_precision}",
+        "starts at": f"step {trainer.progress.step}",
+    }
+    if without_time := levels_without_time(config):
+        rows["note"] = (
+            f"level {without_time[0]} has one channel per group, so group norm cancels the time embedding; lower"
+            " --norm_num_groups or set --resnet_time_scale_shift scale_shift"
+        )
+    return "\n".join(f"  {name:<17}  {value}" for name, value in rows.items())
 
 
 def levels_without_time(config: TrainConfig) -> list[int]:
@@ -25,39 +80,11 @@ def levels_without_time(config: TrainConfig) -> list[int]:
     ]
 
 
-# ---- During training
-
-
-class RunLog:
-    """The records of a run, in memory and as a JSON Lines file, each with the `step` it belongs to.
-
-    On opening, records beyond `step` are dropped, since their updates were lost when their process died, and so is an
-    incomplete last line.
-
-    Raises:
-        OSError: here and in `write`, naming the path, if it cannot be written; its previous content is kept.
-    """
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        self.records = [record for record in read_log(path) if record["step"] <= step]
-        replace_file(path, "".join(f"{json.dumps(record)}\n" for record in self.records).encode())
-
-    def write(self, step: int, **values) -> None:
-        self.records.append({"step": step, **values})
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.records[-1]) + "\n")
-        except OSError as error:
-            raise unwritable(self.path, error) from error
-
-    def newest(self, key: str) -> dict | None:
-        """The last record with this key; None if there is none."""
-        return next((record for record in reversed(self.records) if key in record), None)
+# ---- The log
 
 
 def read_log(path: Path) -> list[dict]:
-    """The complete records of a log; empty if the file does not exist."""
+    """The complete records of a log, each with the `step` it belongs to; empty if the file does not exist."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -67,7 +94,185 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
+def start_log(path: Path, step: int) -> list[dict]:
+    """Drops records beyond `step`, whose updates were lost with their process, and an incomplete last line.
+
+    Returns the other records. Raises OSError, naming the path, if it cannot be written; its content is kept.
+    """
+    records = [record for record in read_log(path) if record["step"] <= step]
+    replace_file(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
+    return records
+
+
+def record(trainer, **values: float) -> None:
+    """Writes one record to log.jsonl and the trackers. Raises OSError, naming the path, if it cannot be written."""
+    if not trainer.accelerator.is_main_process:
+        return
+    path, step = trainer.output_dir / LOG, trainer.progress.step
+    trainer.records.append({"step": step, "images_seen": trainer.images_seen, **values})
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(trainer.records[-1]) + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from error
+    trainer.accelerator.log(values, step=step)
+
+
+def record_interval(trainer, grad_norm: torch.Tensor, bar: tqdm) -> None:
+    """Logs the means since the last record and shows them in the progress bar."""
+    progress, before = trainer.progress, trainer.last_record
+    num_images = (progress.attempts - before.attempts) * trainer.images_per_update
+    values = {
+        "loss": trainer.accelerator.reduce(torch.stack(trainer.losses).mean(), "mean").item(),
+        "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+        "grad_norm": grad_norm.item(),
+        "images_per_second": num_images / (progress.train_seconds - before.train_seconds),
+        "skipped_steps": progress.attempts - progress.step,
+        "train_seconds": progress.train_seconds,
+    }
+    record(trainer, **values)
+    trainer.losses, trainer.last_record = [], replace(progress)
+    shown = {"loss": "loss", "lr": "learning_rate", "grad": "grad_norm", "images/s": "images_per_second"}
+    bar.set_postfix({name: f"{values[key]:.3g}" for name, key in shown.items()})
+
+
+def report_heldout_loss(trainer) -> None:
+    """Logs the held-out loss of the EMA network; does nothing without a validation split."""
+    data = trainer.data
+    if data.heldout_images is None:  # or on a process other than the main one
+        return
+    with trainer.accelerator.autocast():
+        losses = heldout_loss(
+            trainer.ema_network,
+            trainer.noise_scheduler,
+            data.heldout_images,
+            trainer.config.train_batch_size,
+            class_labels=data.heldout_labels,
+        )
+    record(trainer, **losses)
+    quarters = ", ".join(f"{losses[f'heldout_loss_q{q}']:.4f}" for q in (1, 2, 3, 4))
+    logger.info(
+        f"step {trainer.progress.step}: held-out loss {losses['heldout_loss']:.4f}"
+        f" (by quarter of the times, least noise first: {quarters})"
+    )
+
+
+# ---- Sample grids
+
+
+class SamplingStopped(RuntimeError):
+    """Sampling was abandoned because the run is stopping."""
+
+
+def draw_grid(pipeline, num_images: int, should_stop: Callable[[], bool], **settings) -> Image.Image:
+    """A square grid of the images of seeds 0 to `num_images` - 1, always from the same noise.
+
+    Args:
+        settings: further arguments of the pipeline.
+
+    Raises SamplingStopped once `should_stop`, called after each sampling step, returns True; and what the pipeline
+    raises, for example for non-finite weights.
+    """
+    settings |= {"output_type": "pt", "callback_on_step_end": stop_callback(should_stop)}
+    images = pipeline(seeds=range(num_images), **settings).images
+    return to_pil_image(make_grid(images.cpu(), nrow=math.ceil(math.sqrt(num_images)), padding=2, pad_value=1.0))
+
+
+def stop_callback(should_stop: Callable[[], bool]) -> Callable:
+    """A `callback_on_step_end` for pipelines that raises SamplingStopped once `should_stop` returns True."""
+
+    def look_for_stop(pipeline, index, timestep, tensors) -> None:
+        if should_stop():
+            raise SamplingStopped("the run is stopping")
+
+    return look_for_stop
+
+
+def list_grids(folder: Path) -> dict[int, Path]:
+    """Step -> file of the grids in a folder, in ascending order; other files are ignored."""
+    found = {path: re.fullmatch(r"step-(\d{7,})\.png", path.name) for path in folder.glob("step-*.png")}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+
+
+def save_samples(trainer) -> None:
+    """Saves a sample grid from fixed noise, one seed per image, cycling through the classes.
+
+    A failure is logged and does not end the training.
+    """
+    if not trainer.accelerator.is_main_process:
+        return
+    config, step, settings = trainer.config, trainer.progress.step, {}
+    if trainer.data.label_names is not None:
+        settings["class_labels"] = [number % len(trainer.data.label_names) for number in range(config.eval_batch_size)]
+    try:
+        with trainer.accelerator.autocast():
+            grid = draw_grid(
+                trainer.pipeline,
+                config.eval_batch_size,
+                should_stop=lambda: trainer.stop.number is not None,
+                num_inference_steps=config.ddpm_num_inference_steps,
+                **settings,
+            )
+        folder, content = trainer.output_dir / "samples", BytesIO()
+        folder.mkdir(exist_ok=True)
+        grid.save(content, "PNG")
+        replace_file(folder / f"step-{step:07d}.png", content.getvalue())
+        for tracker in trainer.accelerator.trackers:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
+    except Exception as error:  # training does not depend on samples
+        logger.info(f"step {step}: sampling failed: {one_line(error)}")
+
+
+def report_metric(trainer) -> None:
+    """Logs FID or KID of the EMA network and keeps the best weights in a folder of their own.
+
+    A failed measurement is logged and does not end the training. Raises Failed if that folder cannot be written.
+    """
+    if trainer.metric is not None:
+        on_main_process(trainer.accelerator, partial(_measure, trainer))
+
+
+def _measure(trainer) -> None:
+    metric, start = trainer.metric, f"step {trainer.progress.step}: {trainer.metric.title}"
+    try:
+        value = metric.measure(trainer.stop.is_due)
+    except Exception as error:  # training does not depend on the metric
+        logger.info(f"{start} could not be measured: {one_line(error)}")
+        return
+    logger.info(f"{start} {metric.keep_best(value, trainer.progress.step, trainer.best_dir, trainer.write_pipeline)}")
+    record(trainer, **{metric.name: value})
+
+
 # ---- The facts that are shipped with the model, in the training.json of its folder
+
+
+def facts(trainer) -> dict:
+    """The content of the model repository's `training.json`: JSON-serializable, without paths of this machine."""
+    config, progress, store = trainer.config, trainer.progress, trainer.data.store
+    heldout, measured = None, [record for record in trainer.records if "heldout_loss" in record]
+    if measured and config.validation_split is not None:
+        heldout = {k: v for k, v in measured[-1].items() if k == "step" or k.startswith("heldout_loss")}
+        heldout["split"] = config.validation_split
+    values = {
+        "step": progress.step,
+        "total_steps": trainer.total_steps,
+        "images_seen": trainer.images_seen,
+        "train_seconds": progress.train_seconds,
+        "num_processes": trainer.accelerator.num_processes,
+        "num_heldout_images": trainer.data.num_heldout_images,
+        "parameters": trainer.network.num_parameters(),
+        "objective": config.objective_settings(),
+        "data": {key: value for key, value in store.description.items() if value is not None},
+        "heldout": heldout,
+        "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": device_name(trainer.accelerator.device),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    }
+    if trainer.pretrained_facts is not None:
+        values["pretrained"] = trainer.pretrained_facts
+    return values
 
 
 def device_name(device: torch.device) -> str:

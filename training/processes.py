@@ -11,13 +11,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
     ProjectConfiguration,
     TorchDynamoPlugin,
+    parse_flag_from_env,
 )
 
 from common import InputError
@@ -65,6 +65,19 @@ class Stop:
         return self.number is not None or time.monotonic() >= self.deadline_seconds
 
 
+def set_up_process(num_cpu_threads: int | None) -> PartialState:
+    """Connects the processes of a command and, on CPUs, sets the number of threads: by default its share of the cores.
+
+    Without --cpu, `accelerate launch` gives each process only one thread.
+    """
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu, timeout=timedelta(hours=2))  # the others wait while the main process samples
+    if state.device.type == "cpu":
+        share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(num_cpu_threads or max(share, 1))
+    return state
+
+
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Raises InputError if the machine lacks what the configuration asks for, or the launcher contradicts it."""
     check_launcher(config)
@@ -72,6 +85,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise InputError("--report_to wandb, but wandb is not installed: pip install wandb")
     output_dir = Path(config.output_dir)
     try:
+        set_up_process(config.num_cpu_threads)
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
@@ -79,17 +93,13 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             # gradients are accumulated by hand; Accelerate's environment variable would divide them once more
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_plugin=TorchDynamoPlugin(backend="inductor", fullgraph=True) if config.compile else None,
-            # the other processes wait while the main one samples
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except (ValueError, ImportError) as error:
         raise InputError(f"Accelerate cannot set up this run: {error}") from error
     if accelerator.distributed_type not in SUPPORTED:
         raise InputError(f"{accelerator.distributed_type.value} is not supported; launch with --multi_gpu or --cpu")
-    if accelerator.device.type == "cpu":
-        if config.mixed_precision == "fp16":  # Accelerate would silently use float32
-            raise InputError("--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no")
-        take_cpu_threads(config)
+    if accelerator.device.type == "cpu" and config.mixed_precision == "fp16":  # Accelerate would use float32
+        raise InputError("--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no")
     return accelerator
 
 
@@ -110,12 +120,6 @@ def check_launcher(config: TrainConfig) -> None:
                 f"accelerate launch asks for {name.lower()} {asked}, the run's configuration for {value}; set it by"
                 f" {flag} of train_unet.py alone"
             )
-
-
-def take_cpu_threads(config: TrainConfig) -> None:
-    """Sets the number of threads: without --cpu, `accelerate launch` gives each process only one."""
-    share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(config.num_cpu_threads or max(share, 1))
 
 
 def on_any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -1,5 +1,5 @@
 """Diffusion in continuous time: the stochastic differential equations (SDEs) that turn images into noise and back, the
-training targets and weights, and the samplers.
+training times and network inputs, and the samplers.
 
 Models that were trained with an SDE are shipped with a copy of this file, so it depends on torch and diffusers only.
 
@@ -408,20 +408,6 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         """x_t = alpha x_0 + n epsilon (eq. 29) for times (B,), in the dtype of the images."""
         signal, noise_scale = self.sde.signal_scale(times), self.sde.noise_scale(times)
         return spread(signal, clean_images) * clean_images + spread(noise_scale, noise) * noise
-
-    def loss_weight(self, times: Tensor, likelihood_weighting: bool = False) -> Tensor:
-        """Weight (B,) of the squared error of F, whose target is (x_0 - c_skip x) / c_out.
-
-        It weights the squared error of the score by lambda(t) (eq. 7): n^2, the paper's choice, or g^2, with which the
-        loss bounds the likelihood (Song et al. 2021, arXiv 2101.09258, theorem 1). For edm and flow all weights are 1
-        (Karras et al., section 5; Liu et al., eq. 1).
-        """
-        if self.config.objective in ("edm", "flow"):
-            return torch.ones_like(times)
-        _, c_out, _, _ = self.preconditioning(times)
-        alpha, n = self.sde.signal_scale(times), self.sde.noise_scale(times)
-        weight = self.sde.diffusion(times) if likelihood_weighting else n
-        return (weight * alpha * c_out / n.square()).square()  # score error = alpha c_out (error of F) / n^2
 
     # ---- Sampling
 
