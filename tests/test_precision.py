@@ -87,6 +87,24 @@ def test_timing_uses_every_precision_and_restores_the_generator():
     assert seen == [torch.float32, torch.bfloat16] * number
 
 
+def test_old_gpus_are_timed_with_fp16(monkeypatch):
+    assert precision.half_precision(torch.device("cpu")) == "bf16"
+    for has_bf16, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bf16: has)
+        assert precision.half_precision(torch.device("cuda")) == expected
+
+
+def test_float32_that_does_not_fit_is_never_the_faster(monkeypatch):
+    def loss(unet, *arguments, **settings):
+        if unet.args[1] is torch.float32:
+            raise torch.OutOfMemoryError("out of memory")
+        return next(unet.args[0].parameters()).sum()
+
+    monkeypatch.setattr(precision, "diffusion_loss", loss)
+    seconds = precision.update_seconds(TrainConfig(**TINY), CustomUNet2DModel, torch.device("cpu"))
+    assert seconds["no"] == float("inf") > seconds["bf16"]
+
+
 def different_on_each_process() -> None:
     """Float32 is faster on the main process, bf16 on the other."""
     fast = {"0": "no", "1": "bf16"}[os.environ["RANK"]]

@@ -1,6 +1,7 @@
-"""`--mixed_precision auto`: times float32 and bf16 on this machine and uses the faster one."""
+"""`--mixed_precision auto`: times float32 and half precision on this machine and uses the faster one."""
 
 import logging
+import math
 import statistics
 import time
 from dataclasses import replace
@@ -9,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from common import on_main_process
+from common import is_out_of_memory, on_main_process
 from training.checkpoint import checkpoint_of, read_state
 from training.config import TrainConfig
 from training.diffusion import diffusion_loss
@@ -48,12 +49,18 @@ def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> Tra
     return replace(config, mixed_precision=on_main_process(state, choose))
 
 
+def half_precision(device: torch.device) -> str:
+    """bf16, or fp16 on GPUs that only emulate bf16."""
+    emulates = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "fp16" if emulates else "bf16"
+
+
 def update_seconds(config: TrainConfig, network_class: type[nn.Module], device: torch.device) -> dict[str, float]:
     """Median seconds per forward and backward pass on a batch of noise, for each precision; passes alternate.
 
     Builds its own network, without classes, and restores the random generators.
     """
-    seconds = {"no": [], "bf16": []}
+    seconds = {"no": [], half_precision(device): []}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         network = network_class(**config.unet_kwargs()).train()
         network.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
@@ -63,16 +70,23 @@ def update_seconds(config: TrainConfig, network_class: type[nn.Module], device: 
             network.compile(fullgraph=True)
         shape = (config.train_batch_size, *config.image_shape)
         images, scheduler = torch.rand(shape, device=device).mul_(2).sub_(1), config.noise_scheduler()
-        for _ in range(WARM_UP_UPDATES + TIMED_UPDATES):
+        for number in range(WARM_UP_UPDATES + TIMED_UPDATES):
             for name, times in seconds.items():
                 started_at_seconds = time.perf_counter()
                 unet = partial(under_autocast, network, DTYPES[name])
-                diffusion_loss(unet, scheduler, images, **config.loss_settings()).backward()
+                try:
+                    diffusion_loss(unet, scheduler, images, **config.loss_settings()).backward()
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error) or name != "no":
+                        raise
+                    times.append(math.inf)  # half precision may fit
+                    continue
                 network.zero_grad()
                 if device.type != "cpu":
                     torch.accelerator.synchronize()
-                times.append(time.perf_counter() - started_at_seconds)
-    return {name: statistics.median(times[WARM_UP_UPDATES:]) for name, times in seconds.items()}
+                if number >= WARM_UP_UPDATES:
+                    times.append(time.perf_counter() - started_at_seconds)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def under_autocast(network: nn.Module, dtype: torch.dtype, images: torch.Tensor, *arguments):
