@@ -92,6 +92,12 @@ def one_line(error: object) -> str:
 # ---- Arguments
 
 
+def difference(saved: dict, current: dict) -> str:
+    """The differences between two flat dictionaries, as `key: saved -> current; ...`; empty if they are equal."""
+    keys = sorted({*saved, *current})
+    return "; ".join(f"{k}: {saved.get(k)!r} -> {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k))
+
+
 class Parser(argparse.ArgumentParser):
     """Raises InputError with a short one-line message, which never shows the Hub's token."""
 

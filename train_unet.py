@@ -69,6 +69,7 @@ class Trainer:
         self.pipeline_dir, self.best_dir = self.output_dir / "pipeline", self.output_dir / "best_pipeline"
         self.lock: FileLock | None = None  # on the output folder, held by the main process
         self.progress = Progress()
+        self.records: list[dict] = []  # of log.jsonl
         self.images_per_update = (
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         )

@@ -89,7 +89,7 @@ class Evaluation:
         self.options, self.state, self.command, self.out = options, state, command, options.out
         self.network_class = network_class
         self.source, self.commit = find_pipeline(options.pipeline, options.revision)
-        self.pipeline = load_pipeline(self.source, "fp32", None, network_class).to(state.device)
+        self.pipeline = load_pipeline(self.source, network_class=network_class).to(state.device)
         unet = self.pipeline.unet.eval()
         self.network = unet if options.class_label is None else WithoutClass(unet).eval()
         self.no_ode = None

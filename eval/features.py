@@ -65,11 +65,11 @@ def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
 def read_images(paths: Sequence[Path], mode: str = "RGB") -> np.ndarray:
     """Image files of one size, as RGB or in another mode of Pillow, such as `L`; uint8 (N, C, H, W)."""
 
-    def read(path: Path) -> np.ndarray:  # (H, W, C)
+    def read(path: Path) -> np.ndarray:  # (C, H, W)
         with Image.open(path) as image:
-            return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1)
+            return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1).transpose(2, 0, 1)
 
-    return np.stack(in_threads(read, paths)).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(np.stack(in_threads(read, paths)))
 
 
 def in_threads(function: Callable, items: Iterable) -> list:
@@ -98,7 +98,7 @@ def cached_features(
     images: np.ndarray, extractor: FeatureExtractor, state: PartialState, *, batch_size: int = 64
 ) -> np.ndarray:
     """`extract_features`, or the features of the same images from the same network in the user's cache."""
-    pixels = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+    pixels = on_main_process(state, lambda: hashlib.sha256(np.ascontiguousarray(images)).hexdigest())
     key = json.dumps([extractor.name, extractor.mode, extractor.sha256, images.shape, pixels])
     path = cache_folder("train_unet_eval") / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 

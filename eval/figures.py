@@ -79,9 +79,9 @@ def plot_curves(
 
 
 def labelled_grid(rows: dict[str, list[Path | Image.Image]], columns: Sequence[str] = ()) -> Image.Image:
-    """A grid of images or image files of one size, with labels to the left of each row and above each column.
+    """A grid of images or image files with labels to the left of each row and above each column.
 
-    Small images are enlarged by an integer factor.
+    Images smaller than a cell are enlarged by an integer factor.
     """
     font, top = ImageFont.truetype(findfont("DejaVu Sans"), 13), 20 if columns else 0
     margin = 12 + max(int(font.getlength(label)) for label in rows)
@@ -97,5 +97,6 @@ def labelled_grid(rows: dict[str, list[Path | Image.Image]], columns: Sequence[s
     for i, (label, row) in enumerate(images.items()):
         draw.text((margin - 6, top + (i + 0.5) * height), label, "black", font, anchor="rm")
         for j, image in enumerate(row):
-            sheet.paste(enlarged(image, scale), (margin + j * width, top + i * height))
+            image = enlarged(image, max(1, round(height / image.height)))
+            sheet.paste(image, (margin + j * width, top + i * height))
     return sheet

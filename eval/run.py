@@ -41,6 +41,7 @@ from eval.results import quality_table, read_results, result, write_results
 from pipelines import generate
 from pipelines.custom_unet_pipeline import SAMPLERS
 from pipelines.model_card import write_card
+from training.processes import set_up_process
 from training.sde import CONTINUOUS_SAMPLERS
 
 LIBRARIES = "torch diffusers accelerate clean-fid scipy".split()
@@ -115,7 +116,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace, command: str, network_class: type[ModelMixin]) -> None:
     """Measures the requested metrics and writes results.json after each result; see `ON_ALL_PROCESSES`."""
-    state = generate.set_up_process(options.num_cpu_threads)
+    state = set_up_process(options.num_cpu_threads)
     path = options.out / "results.json"
     evaluation = Evaluation(options, state, command, network_class)
     check_metrics(evaluation)

@@ -29,6 +29,8 @@ class TrainingMetric:
     """
 
     def __init__(self, config: TrainConfig, store: ImageStore, pipeline: CustomUNetPipeline, accelerator: Accelerator):
+        if config.preserve_input_precision:
+            raise InputError("--metric needs images of 8 bits; leave out --preserve_input_precision")
         if len(store) < config.metric_images:
             raise InputError(f"{len(store)} training images are fewer than --metric_images {config.metric_images}")
         self.name, self.title, self.accelerator = config.metric, config.metric.upper(), accelerator

@@ -31,10 +31,10 @@ from eval.results import number, result, table, write_results
 from eval.swd import sliced_wasserstein
 from pipelines import CustomUNetPipeline
 from pipelines.custom_unet_pipeline import SAMPLERS
-from pipelines.generate import set_up_process
 from pipelines.loading import find_pipeline, load_pipeline, weight_files
 from training.data import ImageStore, open_image_store
 from training.log import device_name, recorded
+from training.processes import set_up_process
 from training.sde import CONTINUOUS_SAMPLERS
 
 SPLITS = ("train", "validation")  # of the synthetic faces, for judge and SWD, and for the judge's accuracy

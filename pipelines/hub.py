@@ -74,7 +74,7 @@ def check_account(repo_id: str) -> None:
 
     Raises:
         InputError: for a missing, invalid or read-only token, a name that is not allowed or belongs to another user,
-            no answer.
+            an existing repository that the token may not write to, no answer.
     """
     with _asking_the_hub(repo_id) as api:
         validate_repo_id(repo_id)
@@ -85,6 +85,9 @@ def check_account(repo_id: str) -> None:
             raise ValueError(f"the token is that of {', '.join(owners)}, not of {owner}")
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise ValueError("the token may only read; take one that may write")
+        whole_id = repo_id if slash else f"{user['name']}/{repo_id}"
+        if api.repo_exists(whole_id):
+            api.auth_check(whole_id, write=True)
 
 
 def push_to_hub(folder: Path, repo_id: str, private: bool = False) -> str:
@@ -114,14 +117,14 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False) -> str:
             if "README.md" in on_hub:
                 api.hf_hub_download(whole_id, "README.md", revision=there.sha, local_dir=temporary)
             old_card = read_card(Path(temporary))
-            card = keep_edits(render_card(folder, whole_id, read_card(folder)), old_card, is_on_hub=True)
-            card = f"{card}\n{FILES.format(' '.join(names))}\n"
-            stale = on_hub & {*(recorded(FILES, old_card) or [])} - {*names}
-            operations = [CommitOperationAdd("README.md", card.encode(errors="surrogateescape"))]
-            operations += [CommitOperationAdd(name, folder / name) for name in names if name != "README.md"]
-            operations += [CommitOperationDelete(name, is_folder=False) for name in sorted(stale)]
-            about = {"commit_message": "Push the model", "parent_commit": there.sha}
-            # not `upload_folder`, which may split a push into several commits
+        card = keep_edits(render_card(folder, whole_id, read_card(folder)), old_card, is_on_hub=True)
+        card = f"{card}\n{FILES.format(' '.join(names))}\n"
+        stale = on_hub & {*(recorded(FILES, old_card) or [])} - {*names}
+        operations = [CommitOperationAdd("README.md", card.encode(errors="surrogateescape"))]
+        operations += [CommitOperationAdd(name, folder / name) for name in names if name != "README.md"]
+        operations += [CommitOperationDelete(name, is_folder=False) for name in sorted(stale)]
+        about = {"commit_message": "Push the model", "parent_commit": there.sha}
+        with _asking_the_hub(repo_id) as api:  # not `upload_folder`, which may split a push into several commits
             return api.create_commit(whole_id, operations, **about).commit_url
     except InputError as error:
         words = ["python", "-m", "pipelines.export", "push", "--pipeline", str(folder), "--repo_id", repo_id]

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from common import (
     Failed,
     InputError,
+    difference,
     is_out_of_memory,
     make_folder,
     on_main_process,
@@ -34,7 +35,6 @@ from common import (
 from pipelines import CustomUNetPipeline
 from pipelines.applications import enlarged
 from pipelines.loading import weight_files
-from training.checkpoint import difference
 
 RECORD = "generate.json"
 CONTACT_SHEET_IMAGES, SHOWN_SIZE = 256, 192  # of the contact sheet, whose images are enlarged to about this size

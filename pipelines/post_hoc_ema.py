@@ -69,6 +69,8 @@ def run(options: Namespace) -> None:
     snapshots, source = find_snapshots(options.run, options.step), options.run / "pipeline"
     pipeline = load_pipeline(source)
     weights, error = reconstruct(snapshots, options.sigma_rel)
+    if weights.keys() != {name for name, weight in pipeline.unet.named_parameters() if weight.requires_grad}:
+        raise InputError(f"the snapshots in {options.run} are of another network than {source}")
     pipeline.unet.load_state_dict(weights, strict=False)  # frozen parameters have no averages
     step = max(snapshots)
     state = read_state(snapshots[step])

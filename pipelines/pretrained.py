@@ -6,10 +6,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from common import InputError, on_main_process
+from common import InputError, difference, on_main_process
 from pipelines import CustomUNetPipeline
 from pipelines.loading import find_pipeline, load_pipeline
-from training.checkpoint import difference
 from training.log import recorded, trained_on_celeba, training_in_all
 
 FREE = ("dropout", "sample_size")  # options in which the network may differ from the pretrained one

@@ -110,8 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
                 try:
                     return respond(self, *match.groups(), body=body)
                 except KeyError:
-                    error = {"error": "no such repository or revision"}
-                    return self.answer(404, error, {"X-Error-Code": "RevisionNotFound"})
+                    code = "RevisionNotFound" if match[1] in self.hub.commits else "RepoNotFound"
+                    return self.answer(404, {"error": "no such repository or revision"}, {"X-Error-Code": code})
         return self.answer(404, {"error": f"nothing at {path}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
@@ -228,6 +228,7 @@ REPO = r"([\w.-]+/[\w.-]+)"
 ROUTES = {
     r"GET /api/whoami-v2": _Handler.who_am_i,
     r"POST /api/repos/create": _Handler.create,
+    rf"GET /api/models/{REPO}/auth-check/write": _Handler.accept,
     r"POST /api/validate-yaml": _Handler.accept,
     rf"POST /api/models/{REPO}/preupload/(.+)": _Handler.preupload,
     rf"POST /{REPO}\.git/info/lfs/objects/batch": _Handler.lfs_batch,

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
@@ -334,6 +334,11 @@ def test_trainer_checks_access_to_the_hub_before_training(hub, train_flags, tmp_
     assert train_unet.main(train_flags) == 2
     assert "the token may only read" in error_line(capfd.readouterr().err)
     hub.token_role = "write"
+    HfApi().create_repo("tiny-faces")
+    hub.faults = {"GET .*/auth-check/write": [403]}
+    assert train_unet.main(train_flags) == 2
+    assert "take a token that may write there" in error_line(capfd.readouterr().err)
+    hub.commits.clear()
     assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "runs").exists()
     assert train_unet.main([*train_flags, "--split", "nowhere"]) == 2

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAYERS = ["common", "custom_unet", "training", "pipelines", "eval", "train_unet", "experiments"]  # from the bottom up
@@ -72,3 +73,9 @@ def test_ruff(arguments):
         [sys.executable, "-m", "ruff", *arguments, "."], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_planted_faults_fit_the_source():
+    """`python -m tests.planted_faults` can plant each of them."""
+    for fault in yaml.safe_load((REPOSITORY / "tests" / "planted_faults.yaml").read_text()):
+        assert (REPOSITORY / fault["file"]).read_text().count(fault["find"]) == 1, fault

@@ -4,12 +4,12 @@ A checkpoint is written to a temporary folder, checksummed, renamed into place, 
 
     OUTPUT_DIR/checkpoint-STEP/
         NAME.safetensors   tensors by name: the network, its EMA, the optimizer's moments
-        state.json         numbers: progress, and the settings that a resumed run must share with this one
+        state.json         progress, settings that a resumed run must share with this one, precision, gradient scaler
         manifest.json      size and SHA-256 of every other file; written last
 
 With `--post_hoc_ema`, a checkpoint also has the moving averages; their snapshots have the same format, in
 OUTPUT_DIR/ema_snapshots/checkpoint-STEP, and a new run sets them aside or deletes them together with the checkpoints.
-No random state is saved: all randomness in a step derives from (seed, step, rank). Nothing is pickled.
+No random state is saved: all randomness in an update derives from (seed, attempt, rank). Nothing is pickled.
 """
 
 import json
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common import Failed, on_main_process, replace_file, sha256_of
+from common import Failed, difference, on_main_process, replace_file, sha256_of
 from training.config import LIMITS
 from training.log import LOG, list_grids, start_log
 
@@ -321,12 +321,6 @@ def read_state(folder: Path) -> dict:
 def load_tensors(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]:
     """The tensors of the named files of a verified checkpoint, on the CPU. Raises OSError, naming a file it lacks."""
     return {name: load_file(folder / f"{name}.safetensors") for name in names}
-
-
-def difference(saved: dict, current: dict) -> str:
-    """The differences between two flat dictionaries, as `key: saved -> current; ...`; empty if they are equal."""
-    keys = sorted({*saved, *current})
-    return "; ".join(f"{k}: {saved.get(k)!r} -> {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:

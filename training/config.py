@@ -20,7 +20,7 @@ from diffusers import DDPMScheduler
 from common import MOST_THREADS, InputError, one_line
 from custom_unet import CustomUNet2DModel
 from training.diffusion import make_noise_scheduler
-from training.images import compact, height_and_width
+from training.images import CROPS, compact, height_and_width
 from training.sde import SDEScheduler
 
 OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the others take --prediction_type
@@ -62,7 +62,7 @@ class TrainConfig:
     image_column: str = option("image", "column that holds the images")
     label_column: str | None = option(None, "column of class labels, which makes the network class-conditional")
     label_dropout: float = option(0.1, "share of labels dropped, for guidance", min=0, below=1, needs="label_column")
-    crop: Literal["celeba_140", "celeba_128", "center", "none"] = option("center", "crop by name, before resizing")
+    crop: Literal[CROPS] = option("center", "crop by name, before resizing")
     resolution: list[int] = option([64], "side length of the images in pixels, or height and width", min=1, max=8192)
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
     max_images: int | None = option(None, "use only the first images of the split", min=1)
@@ -149,14 +149,15 @@ class TrainConfig:
     post_hoc_ema: bool = option(False, "keep two more averages, to choose the EMA length after training")
     post_hoc_ema_steps: int = option(1000, "updates between snapshots of these averages (float16, all kept)", min=1)
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = option(
-        "no", "autocast type; auto times float32 and bf16 at the start and takes the faster one"
+        "no",
+        "autocast type; auto times float32 and bf16 (fp16 on GPUs without bf16) at the start and takes the faster one",
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the network")
     channels_last: bool = option(False, "channels-last memory format")
     num_cpu_threads: int | None = option(None, "threads per process on a CPU", min=1, max=MOST_THREADS)
     max_nonfinite_steps: int = option(20, "stop after this many NaN or infinite gradients in a row", min=1)
-    seed: int = option(0, "seed; all randomness derives from (seed, step, rank)", min=0, max=2**63 - 1)
+    seed: int = option(0, "seed; all randomness derives from (seed, attempted update, rank)", min=0, max=2**63 - 1)
 
     # Length
     max_train_steps: int | None = option(None, "total optimizer updates; overrides num_epochs", min=1)

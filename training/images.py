@@ -47,10 +47,10 @@ def height_and_width(resolution: int | Sequence[int]) -> tuple[int, int]:
 def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int], dtype: str = "uint8") -> np.ndarray:
     """Decodes, crops and resizes one image.
 
-    The EXIF orientation is applied; broken EXIF data are ignored. Without an alpha channel, transparent
-    pixels are composited on white. Palette and CMYK images become RGB; colour profiles are ignored. Pixels of unknown
-    range (floating point, 32-bit integers) are refused, and so is PostScript, a program that Pillow would pass to
-    Ghostscript. Of several frames or pages the first one is used.
+    The EXIF orientation is applied; broken EXIF data are ignored, other damaged metadata are not. Without an alpha
+    channel, transparent pixels are composited on white. Palette and CMYK images become RGB; colour profiles are
+    ignored. Pixels of unknown range (floating point, 32-bit integers) are refused, and so is PostScript, a program
+    that Pillow would pass to Ghostscript. Of several frames or pages the first one is used.
 
     Args:
         shape: (C, H, W) with 1 channel (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
