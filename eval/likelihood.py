@@ -224,20 +224,20 @@ def ode_likelihood(
     Returns the code length of each image, float64 (N,), and the number of network evaluations, each with a
     vector-Jacobian product, averaged over the images.
     """
-    rng = np.random.default_rng(0)
+    rng, device, denoise = np.random.default_rng(0), next(unet.parameters()).device, denoiser(unet, scheduler)
     nats, evaluations = [], []
     for batch in images.cpu().split(batch_size):
         draws = [(rng.random(image.shape), rng.choice([-1.0, 1.0], image.shape)) for image in batch]
         uniform, probes = (torch.from_numpy(np.stack(values)) for values in zip(*draws, strict=True))
         points = to_float64_range(batch) + BIN_WIDTH * (uniform - 0.5)
-        log_densities, num_evaluations = log_density(unet, scheduler, points, probes[None], tolerance)
+        log_densities, num_evaluations = log_density(denoise, points, probes[None].to(device), tolerance)
         nats.append(-log_densities)
         evaluations += [num_evaluations] * len(batch)
     bits_per_dim = to_bits_per_dim(torch.cat(nats).numpy(), images[0].numel()) - math.log2(BIN_WIDTH)
     return bits_per_dim, float(np.mean(evaluations))
 
 
-def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: float) -> tuple[Tensor, int]:
+def log_density(denoise: Denoiser, points: Tensor, probes: Tensor, tolerance: float) -> tuple[Tensor, int]:
     """Log-density (nats) of points in the model's range, by the instantaneous change of variables.
 
     With y = x_t / alpha = x_0 + sigma epsilon and the noise level sigma as time, the probability-flow ODE (arXiv
@@ -256,9 +256,9 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
     noise, about log2(1 + sigma_0^2 / variance) / 2 bits/dim longer than at sigma 0.
 
     Args:
-        points: float64, shape (B, C, H, W); x_0 + sigma_0 epsilon, not scaled by alpha.
+        points: float64, shape (B, ...), on the CPU; x_0 + sigma_0 epsilon, not scaled by alpha.
         probes: vectors e whose e^T J e sum to the trace of a matrix J, in expectation or (for the D unit vectors)
-            exactly; float64, shape (K, B, C, H, W).
+            exactly; float64, shape (K, B, ...), on the network's device.
         tolerance: largest local error per step of the solver (Runge-Kutta 5(4)): the root mean square error over all
             pixel values of the batch and of log p / D. For a Gaussian with the spectrum of 32x32 images, 1e-3 takes 50
             network evaluations and errs by up to 0.002 bits/dim; 1e-5 takes 120 and errs by 0.0001.
@@ -266,16 +266,13 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
     Returns float64 log-densities (B,), and the number of network evaluations. Raises InputError if the network's
     output is not finite or the ODE cannot be solved.
     """
-    denoise = denoiser(unet, scheduler)
     sde, (first_sigma, last_sigma) = denoise.sde, denoise.sde.noise_levels
     shape, num_dims = points.shape, points[0].numel()
-    device = next(unet.parameters()).device
-    probes = probes.to(device)
 
     def flow(log_sigma: float, state: np.ndarray) -> np.ndarray:
         sigma = math.exp(log_sigma)
         noise_scale = sigma / math.sqrt(1 + sigma**2)
-        x = torch.from_numpy(state[: points.numel()]).view(shape).to(device)
+        x = torch.from_numpy(state[: points.numel()]).view(shape).to(probes.device)
         noise, divergence = _noise_and_divergence(denoise, x, sigma, probes)
         dx = noise_scale * (noise - noise_scale * x)
         dlogp = -noise_scale * (divergence - noise_scale * num_dims)
@@ -292,13 +289,13 @@ def log_density(unet, scheduler, points: Tensor, probes: Tensor, tolerance: floa
     last, change = end[: points.numel()].view(shape), end[points.numel() :] * math.sqrt(num_dims)
     last_signal = float(sde.signal_scale(torch.tensor(sde.last_time, dtype=torch.float64)))
     std = sde.prior_std * last_scale / last_signal  # of x; 1 for VP
-    log_prior = -((last / std).square().sum(dim=(1, 2, 3)) + num_dims * math.log(2 * math.pi * std**2)) / 2
+    log_prior = -((last / std).square().flatten(1).sum(1) + num_dims * math.log(2 * math.pi * std**2)) / 2
     # log_prior - change is the log-density of x at sigma_0, and x = scale point: p(point) = p(x) scale^D
     return log_prior - change + num_dims * math.log(first_scale), solution.nfev
 
 
 def _noise_and_divergence(denoise: Denoiser, x: Tensor, sigma: float, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """epsilon (B, C, H, W) at x = y / sqrt(1 + sigma^2), and its divergence in x (B,), estimated with the probes."""
+    """epsilon (B, ...) at x = y / sqrt(1 + sigma^2), and its divergence in x (B,), estimated with the probes."""
     divergence = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     with torch.enable_grad():
         x = x.clone().requires_grad_()
@@ -308,5 +305,5 @@ def _noise_and_divergence(denoise: Denoiser, x: Tensor, sigma: float, probes: Te
             raise InputError(f"the network's output is not finite (sigma {sigma:.4g}); check its weights")
         for probe in probes:
             (product,) = torch.autograd.grad(noise, x, probe, retain_graph=len(probes) > 1)
-            divergence += (product * probe).sum(dim=(1, 2, 3))
+            divergence += (product * probe).flatten(1).sum(1)
     return noise.detach(), divergence

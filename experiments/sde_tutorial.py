@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,6 +24,7 @@ from scipy.stats import ks_1samp
 from torch import Tensor
 
 from common import Parser, make_folder, run_command
+from eval.likelihood import log_density
 from eval.results import write_results
 from experiments.toys import (
     TWO_MODES,
@@ -376,44 +378,23 @@ def encoding(scores: Scores, out: Path) -> dict:
 # ---- 6. Likelihoods
 
 
-def log_likelihood(sde: SDE, score: Score, x: Tensor, tolerance: float) -> Tensor:
-    """log p(x) of points (N, D): the log-density of their codes under the prior, plus the flow's compression (eq. 39).
-
-    The divergence is the exact trace of a Jacobian; for images, it is estimated (eq. 40).
-    """
-    denoise = denoiser_of(sde, score)
-
-    def rate(state: Tensor, t: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = state[:, :-1].detach().requires_grad_()
-            velocity = denoise.pf_ode(x, t)
-            columns = range(x.shape[1])
-            gradients = [torch.autograd.grad(velocity[:, i].sum(), x, retain_graph=True)[0][:, i] for i in columns]
-        return torch.cat([velocity.detach(), sum(gradients)[:, None]], 1)
-
-    start = torch.cat([x, torch.zeros(len(x), 1, dtype=torch.float64)], 1)
-    end, _ = solvers.solve_ode(rate, start, sde.first_time, sde.last_time, tolerance)
-    code, compression = end[:, :-1], end[:, -1]
-    prior = -(code / sde.prior_std).square().sum(1) / 2 - x.shape[1] * math.log(sde.prior_std * math.sqrt(2 * math.pi))
-    return prior + compression
-
-
 def likelihood(scores: Scores, out: Path) -> dict:
-    """Compares the ODE's log-densities with the exact ones, in nats: error by tolerance, loss by the learned score.
+    """Compares `log_density` of the ODE with the exact one, in nats: error by tolerance, loss by the learned score.
 
     Where smaller tolerances no longer help, the prior differs from the noised data.
     """
     n, tolerances = POINTS // 2, [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
+    probes = torch.eye(2, dtype=torch.float64)[:, None].expand(-1, n, -1)  # for the exact divergence
     errors = {}
     for name, sde in SDES.items():
-        marginal = DATA.at(sde, at(sde.first_time))
-        x, score = marginal.sample(n, generator(13)), exact_score(DATA, sde)
-        found = [log_likelihood(sde, score, x, tolerance) for tolerance in tolerances]
+        marginal = replace(DATA, std=math.hypot(DATA.std, sde.noise_levels[0]))  # of x_0 + sigma epsilon
+        x, denoise = marginal.sample(n, generator(13)), denoiser_of(sde, exact_score(DATA, sde))
+        found = [log_density(denoise, x, probes, tolerance)[0] for tolerance in tolerances]
         errors[name] = [rms(values - marginal.log_density(x)) for values in found]
 
-    marginal = DATA.at(VP, at(VP.first_time))
+    marginal = replace(DATA, std=math.hypot(DATA.std, VP.noise_levels[0]))
     x = marginal.sample(n, generator(13))
-    exact, learned = marginal.log_density(x), log_likelihood(VP, scores["learned"], x, 1e-4)
+    exact, (learned, _) = marginal.log_density(x), log_density(denoiser_of(VP, scores["learned"]), x, probes, 1e-4)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
     for (name, values), color in zip(errors.items(), (GREEN, BLUE, ORANGE), strict=True):
         left.loglog(tolerances, values, "o-", color=color, label=name)

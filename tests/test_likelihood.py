@@ -172,7 +172,7 @@ def test_log_density_of_a_mixture_converges_with_the_tolerance(model):
     expected = smoothed_log_density(mixture(), points, denoiser(network, scheduler).sde.noise_levels[0])
     errors, evaluations = [], []
     for tolerance in (1e-3, 1e-5):
-        found, count = log_density(network, scheduler, points, exact_probes(points), tolerance)
+        found, count = log_density(denoiser(network, scheduler), points, exact_probes(points), tolerance)
         errors.append(float((found - expected).abs().max()))
         evaluations.append(count)
     assert errors[0] < 0.3
@@ -187,7 +187,7 @@ def test_log_density_is_exact_for_linear_and_zero_snr_schedules():
         abar = scheduler.alphas_cumprod.double().clamp(min=2**-24)  # as diffusers' sigma-type schedulers do
         network.set_data(CORRELATED, abar)
         points = typical_points(CORRELATED)
-        found, _ = log_density(network, scheduler, points, exact_probes(points), 1e-6)
+        found, _ = log_density(denoiser(network, scheduler), points, exact_probes(points), 1e-6)
         expected = smoothed_log_density(CORRELATED, points, network.sigmas[0])
         # x_T is not quite N(0, I): its mean and variance differ by sqrt(abar_T) and abar_T
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 + 2 * float(abar[-1].sqrt()))
@@ -237,7 +237,7 @@ def test_log_density_is_exact_for_sdes_that_end_far_from_their_prior(objective, 
     points, network = typical_points(CORRELATED), exact_sde_network(CORRELATED, scheduler)
     expected = model_log_density(CORRELATED, points, scheduler.sde)
     assert (expected - smoothed_log_density(CORRELATED, points, scheduler.sde.noise_levels[0])).abs().max() > 0.01
-    found, _ = log_density(network, scheduler, points, exact_probes(points), 1e-6)
+    found, _ = log_density(denoiser(network, scheduler), points, exact_probes(points), 1e-6)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
 
