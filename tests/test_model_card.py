@@ -139,7 +139,7 @@ def test_card_states_the_facts_of_the_run(card):
         "**Held-out loss** at step 2,500: 0.0629",
         "512 images of the split `validation`",
         "0.1895, 0.0404, 0.0175, 0.0044",
-        "drawn at step 2,500, before the step 3,000 of these weights",
+        "generated at step 2,500, while these weights are from step 3,000",
         "64 = 16 x 2 (accumulated) x 2 (processes)",
         "min-SNR, gamma 5",
         "trained on 21,803 images",
@@ -199,7 +199,11 @@ def sde_model(folder: Path, objective: str = "vp", facts: dict | None = FACTS, c
         (
             "flow",
             {"time_density": "logit_normal"},
-            ["What it reverses is rectified flow", "predicts the velocity", "| density of the times | logit-normal |"],
+            [
+                "The process that it reverses is rectified flow",
+                "predicts the velocity",
+                "| density of the times | logit-normal |",
+            ],
         ),
     ],
 )
@@ -288,10 +292,10 @@ def test_card_names_the_classes_and_shows_how_to_choose_them(tmp_path):
         "A class-conditional diffusion model",
         "Its 2 classes are the values of `Smiling`: 0: `no`, 1: `yes`.",
         "class_labels=[0, 1, 0, 1], guidance_scale=2.0",
-        "only the class can be chosen",
+        "you can choose only the class",
         "trained with `Smiling` and reproduces their judgement",
         "| labels | Smiling |",
-        "| probability that a label is left out | 0.2 |",
+        "| label dropout probability | 0.2 |",
         "ho2022classifierfree",
     ):
         assert claim in text, claim
