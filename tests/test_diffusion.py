@@ -219,9 +219,9 @@ def test_noise_levels_must_range_from_clean_images_to_pure_noise(objective, kind
         diffusion.check_noise_levels(SDEScheduler(objective=objective, prediction_type=kind, **sigmas), grey)
 
     check(sigma_min=0.041, sigma_max=8.25)
-    with pytest.raises(InputError, match=r"--sigma_max is 8.2, .* take at least 8.25"):
+    with pytest.raises(InputError, match=r"--sigma_max is 8.2, .* use at least 8.25"):
         check(sigma_max=8.2)
-    with pytest.raises(InputError, match=r"--sigma_min is 0.042, .* take at most 0.0412"):
+    with pytest.raises(InputError, match=r"--sigma_min is 0.042, .* use at most 0.0412"):
         check(sigma_min=0.042)
 
 
