@@ -260,7 +260,7 @@ def test_from_pretrained_takes_components_and_network_arguments(pipe, tmp_path):
     assert loaded.unet.dtype == torch.bfloat16
     network = UNet2DModel(**TINY)
     assert CustomUNetPipeline.from_pretrained(tmp_path, unet=network).unet is network
-    with pytest.raises(ValueError, match="takes no dropout, use_safetensors; it takes unet"):
+    with pytest.raises(ValueError, match="does not accept dropout, use_safetensors; it accepts unet"):
         CustomUNetPipeline.from_pretrained(tmp_path, dropout=0.5, use_safetensors=False)
 
 
