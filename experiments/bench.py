@@ -1,4 +1,4 @@
-"""Measures training and sampling speed on this machine: our U-Net beside UNet2DModel of diffusers.
+"""Measures the training and sampling speed of our U-Net and of diffusers' UNet2DModel on this machine.
 
     python -m experiments.bench --config configs/celeba64.yaml [--compile true] [--mixed_precision bf16] ...
 

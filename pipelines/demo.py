@@ -272,9 +272,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m pipelines.demo", description="A web page for a trained model.", allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder or Hub id of the model")
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
-    parser.add_argument(
-        "--share", action="store_true", help="create a public link through Gradio's servers, valid for a week"
-    )
+    parser.add_argument("--share", action="store_true", help="create a public link through Gradio, valid for a week")
     options = parser.parse_args(arguments)
     check_numbers(options, {"port": 1}, {"port": 65535})
     return options

@@ -96,7 +96,7 @@ def test_study_trains_evaluates_and_tabulates_every_variant(tmp_path, monkeypatc
     assert {path.name for path in out.iterdir() if path.is_file()} == files
 
     assert run_study(study, real) == 0
-    assert "2 trainings and evaluations, 2 of them done before" in capsys.readouterr().out
+    assert "2 training runs and evaluations, 2 of them already done" in capsys.readouterr().out
 
 
 # ---- Hand-written results
@@ -246,7 +246,7 @@ def study_with(**variant) -> dict:
         (study_with(network="no_head"), "other has the network no_head"),
         (study_with(flags={"learnig_rate": 1.0}), "variant other: unknown flag --learnig_rate"),
         (study_with(evaluation={"num_images": 0}), "--num_images is 0"),
-        (study_with(flags=EDM, evaluation={"sampler": "ddim"}), "objective edm cannot take ddim"),
+        (study_with(flags=EDM, evaluation={"sampler": "ddim"}), "objective edm cannot use ddim"),
         (study_with(flags={"resolution": 64}), "all need the same images"),
     ],
 )

@@ -84,7 +84,7 @@ def test_images_of_the_same_seeds_are_shown_unless_one_is_missing_or_damaged(run
     [
         (["ddim", "nowhere", "--out", "out"], "cannot read the results nowhere/results.json"),
         (["ddim", "ddpm", "--out", "out", "--titles", "one"], "there are 1 --titles for 2 folders"),
-        (["ddim", "ddpm", "--out", "out", "--titles", "one", "one"], "2 models are called one; tell them apart"),
+        (["ddim", "ddpm", "--out", "out", "--titles", "one", "one"], "2 models are called one; distinguish them"),
         (["ddim", "ddpm", "--out", "out", "--titles", "a", "b"], "have fingerprint other, those of a"),
         (["ddim", "--out", "ddim/results.json"], "--out ddim/results.json is not a folder; choose another one"),
     ],
