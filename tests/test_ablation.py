@@ -173,7 +173,7 @@ def test_changed_settings_are_rejected_and_new_variants_are_left_to_do(finished_
     for changes, folder in ({"evaluation": {}}, "evaluation"), ({"variants": fast}, "seed-0"):
         assert run_study(write_study(finished_study.parent, STUDY | changes)) == 2
         assert f"{folder} was made with other settings" in error_line(capsys.readouterr().err)
-    (finished_study.parent / "out" / "new" / "seed-6").mkdir(parents=True)  # as a kill before job.json leaves it
+    (finished_study.parent / "out" / "new" / "seed-6").mkdir(parents=True)  # as left by a kill before job.json
     write_study(finished_study.parent, STUDY | {"variants": VARIANTS | {"new": {}}, "seeds": [*SEEDS, 6]})
     new = [f"seed-{seed}" for seed in (*SEEDS, 6)]
     assert unfinished(finished_study) == {*itertools.product(VARIANTS, ["seed-6"]), *itertools.product(["new"], new)}
@@ -198,7 +198,7 @@ def test_sigterm_stops_the_processes(tmp_path, monkeypatch, capsys):
 
 
 def test_every_variant_trains_for_the_minutes_of_the_study(tmp_path, monkeypatch):
-    """30 seconds here. Measured speeds are kept; a new variant is measured together with the first one."""
+    """Here for 30 seconds. Measured speeds are kept; a new variant is measured together with the first one."""
     flags = {name: value for name, value in FLAGS.items() if name != "max_train_steps"}
     content = REAL_STUDY | {"flags": flags, "minutes": 0.5}
     variants = {"base": {}, "fast": {"flags": {"train_batch_size": 8}}, "short": {"flags": {"lr_warmup_steps": 70}}}

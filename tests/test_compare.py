@@ -59,7 +59,7 @@ def test_model_without_images_and_missing_metrics_are_tabulated(tmp_path):
     assert files_in(tmp_path) == FILES | {"comparison_errors.png"}
 
 
-def test_images_that_no_model_drew_are_not_shown(runs):
+def test_images_not_drawn_by_a_model_are_not_shown(runs):
     """They may be photographs, which must not be published."""
     for run in runs:
         next(run.glob("images/*/generate.json")).unlink()

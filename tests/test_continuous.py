@@ -211,7 +211,7 @@ def test_default_sampler_and_interpolation_depend_on_the_objective(objective, na
     torch.testing.assert_close(ends[:1], alone, rtol=0, atol=1e-4)  # no noise is added
 
 
-def test_replacing_the_scheduler_resets_the_sampler_and_back():
+def test_setting_a_scheduler_or_a_sampler_replaces_the_other():
     pipe = pipeline_of("ddpm")
     pipe.set_sampler("ode")
     assert pipe.continuous_sampler.name == "ode"

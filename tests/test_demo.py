@@ -74,7 +74,7 @@ def address(browser, folder):
                 break
         else:
             pytest.fail(f"the server did not come up: {''.join(printed)}")
-        threading.Thread(target=server.stdout.read, daemon=True).start()  # or a full pipe would block the server
+        threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe would block the server
         yield re.search(r"http://\S+", line).group().rstrip("/") + "/"
         server.kill()
 
@@ -137,7 +137,7 @@ def open_tab(page: Page, name: str) -> None:
 
 
 def picture(shown: Locator) -> Image.Image:
-    """The image file that an element of the page shows."""
+    """The image file shown by an element of the page."""
     shown.wait_for()
     return Image.open(io.BytesIO(shown.page.request.get(shown.get_attribute("src")).body()))
 
