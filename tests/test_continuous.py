@@ -170,7 +170,7 @@ def test_unsupported_arguments_raise_one_line_errors():
     learned = pipeline_of("ddpm", time_embedding_type="learned", num_train_timesteps=1000)
     mask, image = torch.ones(1, 1, 8, 8), torch.rand(1, 3, 8, 8)
     for message, call in {
-        "no sampler 'flow_euler'; there are euler_maruyama": lambda: vp.set_sampler("flow_euler"),
+        "no sampler 'flow_euler'; choose from euler_maruyama": lambda: vp.set_sampler("flow_euler"),
         "ddim takes no settings, but churn": lambda: ddpm.set_sampler("ddim", churn=0.1),
         "learned time embedding": lambda: encode(learned, image),
         "num_inference_steps is 1": lambda: vp(num_inference_steps=1),
@@ -222,7 +222,7 @@ def test_setting_a_scheduler_or_a_sampler_replaces_the_other():
     assert pipe.continuous_sampler is None
     pipe = pipeline_of("vp")
     own, pipe.scheduler = pipe.scheduler, diffusers.DDIMScheduler()
-    with pytest.raises(ValueError, match=r"DDIMScheduler does not suit .*; take set_sampler with euler_maruyama, "):
+    with pytest.raises(ValueError, match=r"DDIMScheduler does not suit .*; use set_sampler with euler_maruyama, "):
         pipe(seeds=[0], num_inference_steps=2)
     pipe.set_sampler("edm_heun")
     assert pipe.scheduler is own
