@@ -164,17 +164,17 @@ def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
     Missing speeds are measured together with the first variant's, and scaled so that its speed matches the file.
     """
     speeds, first = json.loads(path.read_text()) if path.exists() else {}, jobs[0].variant.name
-    trainings = {job.variant.name: (job.config, job.variant.network) for job in jobs}
-    missing = trainings.keys() - speeds.keys()
+    runs = {job.variant.name: (job.config, job.variant.network) for job in jobs}
+    missing = runs.keys() - speeds.keys()
     if missing:
         print(f"measuring the speed of {len(missing)} training runs side by side", flush=True)
-        found = measure_speeds({name: trainings[name] for name in trainings if name in missing or name == first})
+        found = measure_speeds({name: runs[name] for name in runs if name in missing or name == first})
         scale = speeds.get(first, found[first]) / found[first]
-        speeds |= {name: round(found[name] * scale, 2) for name in trainings if name in missing}
+        speeds |= {name: round(found[name] * scale, 2) for name in runs if name in missing}
         make_folder(path.parent)
         write_results(path, speeds)
     num_steps = {}
-    for name, (config, _) in trainings.items():
+    for name, (config, _) in runs.items():
         images_per_update = config.train_batch_size * config.gradient_accumulation_steps
         steps = round(minutes * 60 * speeds[name] / images_per_update)
         num_steps[name] = max(steps, config.lr_warmup_steps + 1)

@@ -204,10 +204,10 @@ def test_every_variant_trains_for_the_minutes_of_the_study(tmp_path, monkeypatch
     variants = {"base": {}, "fast": {"flags": {"train_batch_size": 8}}, "short": {"flags": {"lr_warmup_steps": 70}}}
     measured, done = [], []
 
-    def measure(trainings):
-        measured.append([*trainings])
+    def measure(runs):
+        measured.append([*runs])
         speeds = {"base": 32.0, "fast": 40.0, "short": 32.0, "new": 64.0}
-        return {name: speeds[name] / len(measured) for name in trainings}  # the machine is busy the second time
+        return {name: speeds[name] / len(measured) for name in runs}  # the machine is busy the second time
 
     monkeypatch.setattr(ablation, "measure_speeds", measure)
     monkeypatch.setattr(ablation, "do_all", lambda jobs, _: done.append({j.variant.name: j.config for j in jobs}))

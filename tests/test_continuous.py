@@ -178,7 +178,7 @@ def test_unsupported_arguments_raise_one_line_errors():
             num_inference_steps=2, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)}
         ),
         "no table of classes with a null class": lambda: vp(guidance_scale=2.0),
-        "trained in continuous time; take encode or": lambda: inpaint(vp, image, mask),
+        "trained in continuous time; use encode or": lambda: inpaint(vp, image, mask),
         "snr is 0": lambda: impute(vp, image, mask, snr=0),
     }.items():
         with pytest.raises(ValueError, match=message):
