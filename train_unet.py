@@ -152,7 +152,7 @@ class Trainer:
                 self.accelerator.backward(loss / config.gradient_accumulation_steps)
             mean_loss += loss.detach() / config.gradient_accumulation_steps
 
-        # 3. One NaN would ruin every weight. The averaged gradient, hence `applied`, is the same on all processes
+        # 3. One NaN would ruin every weight. All processes decide alike, from the same averaged gradient
         grad_norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.max_grad_norm)
         applied = bool(torch.isfinite(grad_norm))
 

@@ -182,7 +182,7 @@ class Evaluation:
         return {name: value for name, value in about.items() if value is not None}
 
     def about(self, n: int, setting: SamplerSetting | None = None) -> dict:
-        """How n images were drawn, by default those of the evaluation, and the n real images beside them."""
+        """How n images were drawn, by default those of the evaluation, and the n real images to compare with."""
         images = self.describe_images() if setting is None else self.describe_images(setting, n)
         return images | self.reference | {"n": n, "n_reference": n}
 

@@ -261,7 +261,7 @@ def log_density(denoise: Denoiser, points: Tensor, probes: Tensor, tolerance: fl
             exactly; float64, shape (K, B, ...), on the network's device.
         tolerance: largest local error per step of the solver (Runge-Kutta 5(4)): the root mean square error over all
             pixel values of the batch and of log p / D. For a Gaussian with the spectrum of 32x32 images, 1e-3 takes 50
-            network evaluations and errs by up to 0.002 bits/dim; 1e-5 takes 120 and errs by 0.0001.
+            network evaluations, with an error of up to 0.002 bits/dim; 1e-5 takes 120, with an error of 0.0001.
 
     Returns float64 log-densities (B,), and the number of network evaluations. Raises InputError if the network's
     output is not finite or the ODE cannot be solved.

@@ -47,7 +47,7 @@ from training.sde import CONTINUOUS_SAMPLERS
 LIBRARIES = "torch diffusers accelerate clean-fid scipy".split()
 FEWEST_IMAGES = 2048  # with fewer, the covariance of Inception's 2,048 features is singular
 NEED_IMAGES = {"swd", "colours", "features", "memorisation"}
-ON_ALL_PROCESSES = {"features", "cost"}  # the main process alone measures the other metrics
+ON_ALL_PROCESSES = {"features", "cost"}  # only the main process measures the other metrics
 ON_THE_CARD = {"swd", "features", "memorisation", "likelihood"}
 # Two results with the same name and the same values for these keys are the same measurement
 IDENTITY = "split sampler steps eta sampler_settings class_label guidance_scale n".split()

@@ -138,7 +138,7 @@ def test_features_can_be_compared_with_photographs_of_another_resolution(evaluat
 
 
 def test_two_processes_give_the_same_results_as_one(measured, inputs, tmp_path):
-    """For features and cost; the other metrics are measured by the main process alone."""
+    """For features and cost; only the main process measures the other metrics."""
     pipeline, features, real = inputs
     arguments = ["--pipeline", pipeline, "--reference", real, "--features", features, *SMALL, "--allow_few"]
     arguments += ["--metrics", "features", "cost", "--out", tmp_path / "out"]

@@ -48,8 +48,7 @@ KEPT += [name for name, limits in LIMITS.items() if "only" in limits and name !=
 
 @dataclass
 class Progress:
-    """The progress of a run. An update advances weights, EMA, learning rate, `step` and `attempts`; a skipped update
-    advances only `attempts`."""
+    """A run's progress. A skipped update advances `attempts`, but not weights, EMA, learning rate and `step`."""
 
     step: int = 0  # optimizer updates applied
     attempts: int = 0  # updates attempted: the position in the data stream

@@ -146,7 +146,7 @@ class TrainConfig:
     ema_inv_gamma: float = option(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power", above=0)
     ema_power: float = option(0.75, "EMA warm-up exponent", above=0)
     ema_max_decay: float = option(0.9999, "maximum EMA decay", min=0, below=1)
-    post_hoc_ema: bool = option(False, "keep two more EMAs, to choose the EMA length after training")
+    post_hoc_ema: bool = option(False, "keep two more weight averages, to choose the EMA length later")
     post_hoc_ema_steps: int = option(1000, "updates between snapshots of these averages (float16, all kept)", min=1)
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = option(
         "no",

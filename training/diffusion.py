@@ -118,7 +118,7 @@ def ddpm_regression(
 
     Without `snr_gamma` every weight is 1, which for epsilon is the simple loss of DDPM eq. 14. With it, the squared
     error of x_0 is weighted; ||epsilon error||^2 = snr ||x_0 error||^2 and ||v error||^2 = (snr + 1) ||x_0 error||^2
-    convert its weight into that of the prediction.
+    convert its weight into the weight of the prediction's error.
 
     Args:
         positions: quantiles of the timesteps, float64 (B,), in [0, 1).

@@ -159,7 +159,7 @@ def digest_of(files: Iterable[FolderFile]) -> str:
 
 
 def splits_of(names: list[str]) -> dict[str, str | None]:
-    """The split that each file's top-level folder, below those that all files share, names; None if it names none.
+    """The split named by each file's top-level folder, below those that all files share; None if it names none.
 
     If no folder names a split, all files belong to train.
     """

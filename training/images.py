@@ -55,7 +55,7 @@ def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int], dtype: 
     Args:
         shape: (C, H, W) with 1 channel (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
         dtype: `uint8`, to which 16-bit images are scaled, or `uint16`, to which 8-bit images are scaled. Pillow reads
-            16 bits from grey images only.
+            16 bits only from grey images.
 
     Returns:
         shape (C, H, W).

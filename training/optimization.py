@@ -109,8 +109,8 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Adam
 def learning_rate_schedule(config: TrainConfig, total_steps: int | None) -> Callable[[int], float]:
     """The learning rate as a function of the number of updates done.
 
-    It is not a scheduler object, because that counts its calls, and Accelerate calls it several times per update with
-    several processes or gradient accumulation.
+    We use no scheduler object, because it counts its calls: with several processes or gradient accumulation,
+    Accelerate calls it several times per update.
     """
     placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
     (factor,) = get_scheduler(

@@ -30,7 +30,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Stop:
-    """Context in which SIGINT and SIGTERM end the process at once before training, and request a graceful stop later.
+    """Context in which SIGINT and SIGTERM end the process at once, but during training request a graceful stop.
 
     Attributes:
         number: the first signal received; None if there was none.

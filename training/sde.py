@@ -555,7 +555,7 @@ def langevin_step(
     """One step of annealed Langevin dynamics at a noise level (algorithms 4 and 5).
 
     Args:
-        snr: r, which sets the step size, together with the norms of noise and score.
+        snr: r, which sets the step size together with the norms of noise and score.
         step_scale: alpha of the algorithm: 1 for VE, alpha_i = 1 - beta_i for VP.
         per_image: whether to use the norms of each image, so that images do not depend on each other, or their batch
             means, as in the authors' code. In many dimensions the norm of the noise hardly varies.
