@@ -295,7 +295,7 @@ def test_class_folders_become_labels(tmp_path, open_store, error_of):
     write(folder, {"train/dogs/small/5.png": 5})
     for unequal in (folder, write(tmp_path / "b", ["0.png"])):
         message = error_of(unequal, label_column="label")
-        assert "has no column 'label'; it has label (of their folders) if all images lie equally" in message
+        assert "has no column 'label'; it has label (the folder's name) if all images are at" in message
 
 
 @pytest.mark.parametrize(
