@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 MOST_THREADS = 1024  # OpenMP aborts the process when it cannot create a thread
 NUM_SEEDS = 2**32  # torch's CPU generator takes seeds modulo this
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")  # of the Hub
-TOKEN_HINT = "the Hub's token is read from HF_TOKEN or from `hf auth login`; take it out of the arguments and files"
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")  # access token of the Hub
+TOKEN_HINT = "the Hub's token is read from HF_TOKEN or from `hf auth login`; remove it from the arguments and files"
 
 
 class InputError(ValueError):
-    """A mistake of the user in an argument, a file or a setting. The message is one line; the exit code is 2."""
+    """A user error in an argument, a file or a setting. The message is one line; the exit code is 2."""
 
 
 class Failed(RuntimeError):
@@ -52,7 +52,7 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        report_error(f"out of memory; lower the batch size or take a smaller network: {error}")
+        report_error(f"out of memory; lower the batch size or use a smaller network: {error}")
         return 1
     return 0
 
@@ -61,7 +61,7 @@ def report_error(error: object) -> None:
     """Writes the error that ends the process as one line on stderr, with the rank unless it is 0."""
     rank = os.environ.get("RANK", "0")
     process = "" if rank == "0" else f"[rank {rank}] "
-    # above a progress bar; as a single write, so that the lines of several processes do not mix
+    # above a progress bar; as a single write, so that the lines of several processes do not interleave
     tqdm.write(f"{process}error: {one_line(error)}\n", file=sys.stderr, end="")
 
 
@@ -72,7 +72,7 @@ class _Terminal(logging.Handler):
 
 
 def log_to_terminal() -> None:
-    """Shows the log messages of our modules on the terminal; other processes than the main one show only warnings."""
+    """Shows the log messages of our modules on the terminal; processes other than the main one show only warnings."""
     for name in ("training", "pipelines", "eval", "experiments"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
@@ -113,7 +113,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
-            self.error(f"unknown flag {flag}; {f'did you mean {nearest[0]}?' if nearest else '--help lists all'}")
+            self.error(f"unknown flag {flag}; {f'did you mean {nearest[0]}?' if nearest else 'see --help'}")
         return options
 
 
@@ -135,7 +135,7 @@ def check_seeds(options: argparse.Namespace) -> None:
 
 
 def without_folder(argument: str) -> str:
-    """Reduces an absolute path to its last part, as /home/me/faces to `faces`, to record nothing about the machine."""
+    """Shortens an absolute path such as /home/me/faces to `faces`, so that records reveal nothing of the machine."""
     flag, equals, value = argument.rpartition("=")
     return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 

@@ -67,9 +67,9 @@ class Trainer:
         self.config, self.accelerator, self.stop = config, accelerator, stop
         self.output_dir = Path(config.output_dir)
         self.pipeline_dir, self.best_dir = self.output_dir / "pipeline", self.output_dir / "best_pipeline"
-        self.lock: FileLock | None = None  # on the output folder, held by the main process
+        self.lock: FileLock | None = None  # of the output folder; the main process holds it
         self.progress = Progress()
-        self.records: list[dict] = []  # of log.jsonl
+        self.records: list[dict] = []  # the lines of log.jsonl
         self.images_per_update = (
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         )
@@ -82,7 +82,7 @@ class Trainer:
             if config.in_channels is None:
                 config = replace(config, in_channels=pretrained.unet.config.in_channels)
         self.data = TrainingData(config, accelerator)
-        self.config = config = self.data.config  # with the channels of the images
+        self.config = config = self.data.config  # in_channels is now that of the images
         if config.objective in ("ve", "edm"):
             check_noise_levels(self.noise_scheduler, self.data.first_images(RANGE_IMAGES))
         self.build_networks(network_class, pretrained)
@@ -142,7 +142,7 @@ class Trainer:
         entropy = np.random.SeedSequence((config.seed, progress.attempts, self.accelerator.process_index))
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
-        # 2. Gradient of the mean loss, accumulated over micro-batches; processes average it at the last one
+        # 2. Gradient of the mean loss, accumulated over micro-batches and averaged over processes at the last one
         mean_loss, settings = 0.0, config.loss_settings()
         for micro_batch in range(config.gradient_accumulation_steps):
             clean_images, labels = self.data.next_batch()
@@ -152,11 +152,11 @@ class Trainer:
                 self.accelerator.backward(loss / config.gradient_accumulation_steps)
             mean_loss += loss.detach() / config.gradient_accumulation_steps
 
-        # 3. One NaN would ruin every weight; the averaged gradient is the same on all processes
+        # 3. One NaN would ruin every weight. All processes decide alike, from the same averaged gradient
         grad_norm = self.accelerator.clip_grad_norm_(self.network.parameters(), config.max_grad_norm)
         applied = bool(torch.isfinite(grad_norm))
 
-        # 4. Update of the network, then of its averages
+        # 4. Update the network, then its averages
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate_at(progress.step)
         if applied:
@@ -225,7 +225,7 @@ class Trainer:
             raise Failed(f"{in_a_row} gradients in a row were not finite at step {step}; lower --learning_rate")
 
     def finish(self) -> None:
-        """Saves, samples, exports and measures for the last time, except for what the last step has already done."""
+        """Saves, samples, exports and measures one last time, unless the last step already did."""
         step, config = self.progress.step, self.config
         if step == 0:
             logger.info("stopped before the first update: no model was written")
@@ -238,7 +238,7 @@ class Trainer:
         if is_new and is_unsignalled and step % config.save_images_steps:
             log.save_samples(self)
         if is_new or on_main_process(self.accelerator, lambda: log.recorded(self.pipeline_dir, "step") != step):
-            self.export()  # a kill may have prevented it
+            self.export()  # the process may have been killed before exporting
         if is_new and step % config.metric_steps:
             log.report_metric(self)
         total = "" if self.total_steps is None else f" of {self.total_steps}"
@@ -261,11 +261,11 @@ class Trainer:
     # ---- The model
 
     def export(self) -> None:
-        """Writes the pipeline folder. Raises Failed if that is impossible; an existing folder is left unchanged."""
+        """Writes the pipeline folder. Raises Failed if it cannot be written; an existing folder is left unchanged."""
         on_main_process(self.accelerator, partial(self.write_pipeline, self.pipeline_dir))
 
     def write_pipeline(self, folder: Path, metric: dict | None = None) -> None:
-        """Writes any folder, on the main process; `metric` selected the weights, see `eval/training_metric.py`."""
+        """Writes to any folder, on the main process; `metric` is the measurement that selected the weights, if any."""
         grids = log.list_grids(self.output_dir / "samples")
         newest = max(grids, default=None)
         try:
@@ -277,7 +277,7 @@ class Trainer:
                 sample_grid=grids.get(newest),
             )
         except (OSError, SafetensorError) as error:
-            raise Failed(f"could not write {folder}: {error}; check the disk, and the same command resumes") from error
+            raise Failed(f"could not write {folder}: {error}; check the disk and rerun to resume") from error
 
 
 def run(config: TrainConfig, stop: Stop, network_class: type[CustomUNet2DModel]) -> None:
@@ -285,7 +285,7 @@ def run(config: TrainConfig, stop: Stop, network_class: type[CustomUNet2DModel])
     config = settle_precision(config, network_class)
     accelerator = build_accelerator(config)
     is_pushed = config.push_to_hub and not config.dry_run
-    if is_pushed:  # before any long work, so that a bad name or token is found now and not at the push
+    if is_pushed:  # before any long work, so that a bad name or token is reported now rather than at the push
         on_main_process(accelerator, partial(check_account, config.hub_repo_id))
     stop.deadline_seconds = stop.started_at_seconds + 60 * (config.max_train_minutes or math.inf)
     trainer = Trainer(config, accelerator, stop, network_class)

@@ -14,9 +14,9 @@ The U is Ronneberger et al. 2015 (arXiv 1505.04597, figure 1); residual blocks, 
 those of DDPM (Ho et al. 2020, 2006.11239, appendix B); the Skip blocks, which carry a small copy of the image beside
 the features, those of NCSN++ (Song et al. 2021, 2011.13456, appendix H).
 
-Arguments, configuration keys, parameter names and shapes are those of diffusers' `UNet2DModel`, so weights go both
-ways. In the shape comments B is the batch, C channels, H and W the height and width at a level, E the width of the
-time embedding. `config` is the configuration of the whole network, the arguments of `CustomUNet2DModel`.
+Arguments, configuration keys, parameter names and shapes are those of diffusers' `UNet2DModel`, so weights are
+interchangeable. In the shape comments B is the batch, C channels, H and W the height and width at a level, E the width
+of the time embedding. `config` is the configuration of the whole network, the arguments of `CustomUNet2DModel`.
 """
 
 import math
@@ -119,9 +119,9 @@ class Upsample(nn.Module):
 
 
 class FirResample(nn.Module):
-    """Halve or double the resolution with the low-pass filter [1, 3, 3, 1] (StyleGAN2, taken over by NCSN++).
+    """Halve or double the resolution with the low-pass filter [1, 3, 3, 1] (StyleGAN2, adopted by NCSN++).
 
-    A convolution of each channel with the same kernel, transposed to go up. Going up, each output pixel meets a
+    A convolution of each channel with the same kernel, transposed to go up. Going up, each output pixel receives a
     quarter of the taps, hence the gain of 4. The taps are exact in half precision.
     """
 
@@ -142,7 +142,7 @@ class FirResample(nn.Module):
 
 
 def group_norm(channels: int, groups: int | None, eps: float) -> nn.GroupNorm:
-    """A GroupNorm. `groups` None is the rule of NCSN++: a quarter of the channels, at most 32."""
+    """A GroupNorm. With `groups` None, NCSN++'s rule: a quarter of the channels, at most 32."""
     groups = min(channels // 4, 32) if groups is None else groups
     require(
         groups > 0 and channels % groups == 0,
@@ -169,7 +169,7 @@ class CheckpointedLayer(nn.Module):
 
 
 class ResidualBlock(CheckpointedLayer):
-    """Norm, activation and convolution, twice, beside a shortcut; the time embedding enters in between.
+    """Twice norm, activation and convolution, with a shortcut; the time embedding enters between the two.
 
     It is added before the second norm or, with "scale_shift", modulates its output (Dhariwal and Nichol 2105.05233).
     `resample`, a module without parameters, changes the resolution of both branches. `ncsnpp` lets NCSN++ choose the
@@ -255,8 +255,8 @@ def rename_old_attention_weights(module: nn.Module, state_dict: dict, prefix: st
 
 
 # ------------------------------------------------------------------------------------------------------ blocks
-# A block is one level of a path. All blocks of a path are called alike: `image` is the picture that the Skip blocks
-# carry beside the features `hidden`, and the others hand on. Without attention, nn.Identity stands in its place. The
+# A block is one level of a path. All blocks of a path have the same arguments: Skip blocks process `image` beside the
+# features `hidden`, the others pass it on unchanged. Without attention, nn.Identity takes its place. The
 # innermost block does not downsample, the outermost one does not upsample.
 
 
@@ -290,7 +290,7 @@ class DownBlock(nn.Module):
 
 
 class SkipDownBlock(DownBlock):
-    """The same for NCSN++: the input image is shrunk alongside and enters the features at every level."""
+    """The same for NCSN++: a downsampled copy of the input image is added to the features at every level."""
 
     def __init__(self, in_channels, out_channels, config, downsample, attention=False):
         super().__init__(in_channels, out_channels, config, downsample=False, attention=attention, ncsnpp=True)
@@ -311,7 +311,7 @@ class SkipDownBlock(DownBlock):
 
 
 class MidBlock(nn.Module):
-    """The bottleneck: two residual blocks with attention, if wanted, in between."""
+    """The bottleneck: two residual blocks with optional attention in between."""
 
     def __init__(self, channels, config):
         super().__init__()
@@ -362,7 +362,7 @@ class UpBlock(nn.Module):
 
 
 class SkipUpBlock(nn.Module):
-    """The same for NCSN++: every level paints its share of the output image, which is enlarged alongside.
+    """The same for NCSN++: every level adds an RGB output skip to the image, which is upsampled alongside.
 
     Attention, if any, comes once, after the last residual block.
     """
@@ -372,7 +372,7 @@ class SkipUpBlock(nn.Module):
         inputs = [in_channels] + [out_channels] * config.layers_per_block
         resnets = []
         for channels, skip in zip(inputs, skip_channels, strict=True):
-            # UNet2DModel lacks parentheses here around channels + skip, if there is attention; so do its checkpoints.
+            # With attention, UNet2DModel lacks parentheses around channels + skip here; its checkpoints depend on it.
             groups_in = min(channels + skip // 4, 32) if attention else None
             resnets.append(ResidualBlock(channels + skip, out_channels, config, ncsnpp=True, groups_in=groups_in))
         self.attentions = nn.ModuleList([SelfAttention(out_channels, config, ncsnpp=True)] if attention else [])
@@ -424,7 +424,7 @@ UP_BLOCK_TYPES = {
 class CustomUNet2DModel(ModelMixin, ConfigMixin):
     """Predict an image from a noisy image and its timestep.
 
-    Args, where they say more than their name (C_i is `block_out_channels[i]`, L their number):
+    Args that need more than their name (C_i is `block_out_channels[i]`, L their number):
         sample_size: height and width in pixels (or one number for both), divisible by 2^(L-1). Only recorded: any
             input with such sides is accepted.
         center_input_sample: the input lies in [0, 1] and is stretched to [-1, 1].
@@ -435,12 +435,12 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         down_block_types, up_block_types: keys of DOWN_BLOCK_TYPES and UP_BLOCK_TYPES, from the image inwards and
             back. Blocks with "Skip" need 3-channel images.
         mid_block_type, add_attention: "UNetMidBlock2D" or None for no bottleneck; attention in it.
-        mid_block_scale_factor: its residual sums are divided by this.
+        mid_block_scale_factor: divisor of the bottleneck's residual sums.
         downsample_padding: 1, or 0 to pad right and bottom only (DDPM).
         downsample_type, upsample_type: "conv" or "resnet", how AttnDownBlock2D and AttnUpBlock2D resample.
         act_fn: a key of ACTIVATIONS.
         attention_head_dim: channels of one attention head; None for one head as wide as its level (DDPM).
-        norm_num_groups: groups of every GroupNorm but those of the Skip blocks; None only with Skip blocks alone.
+        norm_num_groups: groups of every GroupNorm but those of the Skip blocks; None only if all are Skip blocks.
         attn_norm_num_groups: those of the bottleneck's attention; None for `norm_num_groups`, or for no
             normalisation there with "scale_shift".
         resnet_time_scale_shift: "default" adds the embedding to the features, "scale_shift" modulates them.
@@ -495,7 +495,7 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         self._build_embeddings(config)
 
         self.down_blocks = nn.ModuleList()
-        skip_channels = [channels]  # a stack: what the contracting path leaves, the expanding path takes
+        skip_channels = [channels]  # a stack: the contracting path pushes, the expanding path pops
         for level, block_type in enumerate(down_block_types):
             width, downsample = block_out_channels[level], level < last_level
             self.down_blocks.append(DOWN_BLOCK_TYPES[block_type](channels, width, config, downsample))
@@ -548,7 +548,7 @@ class CustomUNet2DModel(ModelMixin, ConfigMixin):
         Args:
             sample: noisy images, (B, in_channels, H, W); H and W divisible by 2^(levels - 1).
             timestep: one for each image, (B,), or one for all. Noise levels > 0 with "fourier".
-            class_labels: (B,) numbers, or (B, E) vectors with "identity"; exactly if there is a class embedding.
+            class_labels: (B,) numbers, or (B, E) vectors with "identity"; only with a class embedding, then required.
             return_dict: False for the plain tuple `(sample,)`.
 
         Returns:
@@ -687,7 +687,7 @@ def check_levels(config) -> None:
 
 
 def check_skip_blocks(config) -> None:
-    """The image that Skip blocks carry has 3 channels and must keep step with the resolution of the features."""
+    """The image that Skip blocks carry has 3 channels and must match the resolution of the features."""
     down = ["Skip" in name for name in config.down_block_types]
     up = ["Skip" in name for name in config.up_block_types]
     valid = down[:-1] == sorted(down[:-1], reverse=True)  # the innermost block leaves the image alone
@@ -696,4 +696,4 @@ def check_skip_blocks(config) -> None:
     for name, blocks in (("in_channels", down[:-1]), ("out_channels", up[:-1])):
         require(not any(blocks) or config[name] == 3, f"{name}={config[name]!r}: must be 3 with Skip blocks")
     valid = config.norm_num_groups is not None or all(down + up)
-    require(valid, "norm_num_groups=None: only a network of Skip blocks alone chooses its groups, give a number")
+    require(valid, "norm_num_groups=None: only a network of Skip blocks alone chooses its groups: give a number")

@@ -24,7 +24,7 @@ ALPHAS_CUMPROD = ALPHAS.cumprod(0)  # abar_t, the share of the image's variance 
 
 
 class Block(nn.Module):
-    """A residual block: two convolutions beside a shortcut, and the time embedding in between."""
+    """A residual block: a shortcut past two convolutions, between which the time embedding is added."""
 
     def __init__(self, channels_in: int, channels: int):
         super().__init__()
@@ -64,7 +64,7 @@ class UNet(nn.Module):
 
 
 def training_loss(network: nn.Module, x_0: torch.Tensor) -> torch.Tensor:
-    """Algorithm 1: noise the images at random timesteps and predict the noise (eq. 14)."""
+    """Algorithm 1: add noise to the images at random timesteps and predict it (eq. 14)."""
     t, epsilon = torch.randint(T, (len(x_0),)), torch.randn_like(x_0)
     abar = ALPHAS_CUMPROD[t].view(-1, 1, 1, 1)
     x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * epsilon  # eq. 4
@@ -73,7 +73,7 @@ def training_loss(network: nn.Module, x_0: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def sample(network: nn.Module, count: int) -> torch.Tensor:
-    """Algorithm 2: from pure noise, take away a little of the predicted noise at every timestep (eq. 11)."""
+    """Algorithm 2: start from pure noise and remove some of the predicted noise at every timestep (eq. 11)."""
     x = torch.randn(count, 3, 16, 16)
     for t in reversed(range(T)):
         epsilon = network(x, torch.full((count,), t))

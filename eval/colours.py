@@ -1,7 +1,7 @@
 """Brightness, contrast and saturation of images: a check of their colours that needs no network.
 
-SWD normalises each colour channel and so overlooks a tint that a person sees at once. Here each image is reduced to
-three numbers, and a set of images to three distributions.
+SWD normalises each colour channel and therefore misses a tint that a person sees at once. Here each image is reduced
+to three numbers, and a set of images to three distributions.
 """
 
 import numpy as np

@@ -67,7 +67,7 @@ def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
     first = records[0]["reference"]
     for title, record in zip(titles, records, strict=True):
         if titles.count(title) > 1:
-            raise InputError(f"{titles.count(title)} models are called {title}; tell them apart by --titles")
+            raise InputError(f"{titles.count(title)} models are called {title}; distinguish them with --titles")
         for key in first | record["reference"]:
             here, there = record["reference"].get(key), first.get(key)
             if here != there:
@@ -80,7 +80,7 @@ def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
 def rows_of(run: Run) -> Iterator[dict]:
     """One row per sampler setting, or a single row without images; None means not measured."""
     model = run.record["model"]
-    names = dict.fromkeys((model["objective"], model["prediction_type"]))  # edm is both
+    names = dict.fromkeys((model["objective"], model["prediction_type"]))  # the same word for edm
     objective = ", ".join([*names] + ["likelihood weighting"] * model.get("likelihood_weighting", False))
     row = {"title": run.title, "objective": objective, "images_seen": model.get("images_seen")}
     row |= {metric: _newest(run.results, metric, ", held-out") for metric in ("bits_per_dim_ode", "sample_mse")}
@@ -151,7 +151,7 @@ def compare(options: Namespace) -> None:
         runs = open_runs(options.run_dirs, options.titles)
         rows = [row for run in runs for row in rows_of(run)]
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"a result lacks what is compared, or it is of another type: {error}") from error
+        raise InputError(f"a result lacks a value to compare, or the value has the wrong type: {error}") from error
     seeds, images = images_of(runs, options.num_images)
     sigmas, curves = errors_by_noise_level(runs)
     make_folder(out)

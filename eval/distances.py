@@ -37,8 +37,8 @@ def kernel_distance(
 ) -> dict:
     """KID (Binkowski et al. 2018, arXiv 1801.01401, section 4), in float64.
 
-    The unbiased estimate of MMD^2 with the kernel k(x, y) = (x^T y / D + 1)^3, over random subsets of equal size m
-    without replacement. They are drawn as in clean-fid 0.1.35, so this is its value after `np.random.seed(seed)`.
+    The unbiased estimate of MMD^2 with the kernel k(x, y) = (x^T y / D + 1)^3, averaged over random subsets of size m,
+    drawn without replacement as in clean-fid 0.1.35: the value is clean-fid's after `np.random.seed(seed)`.
 
     Args:
         features1, features2: shapes (N, D) and (M, D); the first is the reference in clean-fid.

@@ -24,7 +24,7 @@ from eval.inception import open_inception
 
 
 class Published(NamedTuple):
-    """A network on the Hub, and how it takes its images."""
+    """A network on the Hub, and the format of its input images."""
 
     network_class: type[PreTrainedModel]
     hub_id: str
@@ -83,13 +83,13 @@ def open_torchscript(path: Path, *, device: torch.device | str) -> FeatureExtrac
 
 
 def open_published(published: Published, *, device: torch.device | str) -> FeatureExtractor:
-    """Opens DINOv2 or CLIP from the Hub or its cache. No code from there is run.
+    """Opens DINOv2 or CLIP from the Hub or its cache, without running code from there.
 
     Images are resized (antialiased bicubic, rounded to uint8) and normalised as in the authors' code.
 
     DINOv2: the class token after the last norm, as in the code of Stein et al. (dgm-eval). One difference remains:
-    transformers resizes the position embeddings from 518 to 224 pixels by size, Meta's code by a factor with an offset
-    of 0.1.
+    transformers resizes the position embeddings from 518 to 224 pixels by the target size, Meta's code by a factor
+    with an offset of 0.1.
 
     CLIP: the projected image embedding divided by its norm, as in the code of Jayasumana et al.
     """

@@ -74,7 +74,7 @@ class Evaluation:
         pipeline: in fp32, for likelihoods and losses; images may be drawn in half precision.
         network: the network for likelihoods and losses; a class-conditional one predicts without a class.
         no_ode: why the network cannot predict in continuous time; None if it can.
-        noise_levels: the lowest and the highest that it knows, if it can.
+        noise_levels: if it can, the lowest and the highest noise level that it was trained with.
         sampler_setting, cost_settings: the sampler settings of the images and of the cost curve.
         generated: the images, uint8 (n, C, H, W), in seed order; set by `run` if a metric needs them.
         training, heldout: the real images, cropped and resized as in training; `heldout` may be None.
@@ -142,11 +142,11 @@ class Evaluation:
         trained_on = recorded(self.source, "data") or {}
         crop = options.crop or trained_on.get("crop")
         if crop is None:
-            raise InputError(f"{self.source} does not say what crop it was trained on; give --crop")
+            raise InputError(f"{self.source} does not record the crop that it was trained on; give --crop")
         where = "train_data_dir" if os.path.isdir(options.reference) else "dataset_name"
         data = {where: options.reference, "split": split, "crop": crop, "resolution": sides}
         data |= {"image_column": options.image_column, "in_channels": channels}
-        on_main_process(self.state, lambda: len(open_image_store(**data)))  # the others find them decoded
+        on_main_process(self.state, lambda: len(open_image_store(**data)))  # the others then find the decoded images
         store = open_image_store(**data)
         if split == options.split and trained_on.get("fingerprint") not in (None, store.fingerprint):
             print(f"note: the pixels of split {split} differ from those that the model was trained on", flush=True)
@@ -182,13 +182,13 @@ class Evaluation:
         return {name: value for name, value in about.items() if value is not None}
 
     def about(self, n: int, setting: SamplerSetting | None = None) -> dict:
-        """How n images were drawn, by default those of the evaluation, and the n real images beside them."""
+        """How n images were drawn, by default those of the evaluation, and the n real images to compare with."""
         images = self.describe_images() if setting is None else self.describe_images(setting, n)
         return images | self.reference | {"n": n, "n_reference": n}
 
     @property
     def reference(self) -> dict:
-        """Which real images are used."""
+        """Which real images were used."""
         facts = self.training.description
         keys = ("split", "crop", "resolution", "fingerprint")
         return {"dataset": facts["source"]} | {key: facts[key] for key in keys}
@@ -216,7 +216,7 @@ class Evaluation:
     def real(self, count: int) -> list[np.ndarray]:
         """Two disjoint random subsets of the training images, or one if there are not enough; uint8 (count, C, H, W).
 
-        They are always the same. The distance of the second from the first is what a perfect model would have.
+        They are always the same. The distance between the two is what a perfect model would score.
         """
         parts = (0, 1) if 2 * count <= len(self.training) else (0,)
         return [np.asarray(self.training.images[subset(len(self.training), count, part)]) for part in parts]

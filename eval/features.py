@@ -1,4 +1,4 @@
-"""Features of images: they are computed by an extractor, on all processes, and cached on disk."""
+"""Features of images, computed by an extractor on all processes and cached on disk."""
 
 import hashlib
 import io
@@ -33,7 +33,7 @@ class FeatureExtractor:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) of 1 to 4 channels -> float32 (B, D).
 
-        Raises ValueError for other images, since pixels in [-1, 1] would pass as black, and InputError for other
+        Raises ValueError for other images, since pixels in [-1, 1] would be taken for black, and InputError for other
         features.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or not 1 <= images.shape[1] <= 4:
@@ -45,7 +45,7 @@ class FeatureExtractor:
 
 
 def over_white(images: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) without the alpha channel, the last of 2 or 4: composited on white."""
+    """Composites uint8 images (B, C, H, W) on white, which drops the alpha channel, the last of 2 or 4."""
     if images.shape[1] % 2 == 1:
         return images
     colours, alpha = images[:, :-1].float(), images[:, -1:].float() / 255
@@ -58,7 +58,7 @@ def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
     Subsets with the same count and different parts, 0, 1, ..., are disjoint. Raises InputError if there are too few.
     """
     if not 1 <= count * (part + 1) <= num_images:
-        raise InputError(f"{count * (part + 1)} images are asked of {num_images}; ask for fewer (--num_images)")
+        raise InputError(f"{count * (part + 1)} of {num_images} images were requested; request fewer (--num_images)")
     return np.sort(np.random.default_rng(0).permutation(num_images)[count * part : count * (part + 1)])
 
 
@@ -104,7 +104,7 @@ def cached_features(
 
     def read() -> np.ndarray | None:
         try:
-            with np.load(path, allow_pickle=False) as file:  # checks the checksums of the zip file
+            with np.load(path, allow_pickle=False) as file:  # verifies the checksums of the zip file
                 return file["features"]
         except Exception:  # missing or damaged, for which numpy raises almost anything
             return None

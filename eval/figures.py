@@ -28,7 +28,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def plot_cost_curve(entries: list[dict], path: Path) -> None:
-    """Plots FID, or SWD without FID, against network evaluations, with one line per sampler, from `cost` results."""
+    """Plots FID (or SWD if there is no FID) against network evaluations, one line per sampler, from `cost` results."""
     metric = "fid" if any(entry["metric"] == "fid" for entry in entries) else "swd"
     entries = [entry for entry in entries if entry["metric"] == metric]
     figure, axes = plt.subplots(figsize=SIZE_INCHES)
@@ -46,7 +46,7 @@ def plot_cost_curve(entries: list[dict], path: Path) -> None:
 
 
 def plot_histograms(panels: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Plots panels side by side, by x label: histograms of the values of each set, by label, from 0."""
+    """Plots panels side by side, each with histograms of several sets of values: x label -> label -> values >= 0."""
     figure, all_axes = plt.subplots(1, len(panels), figsize=(2 + 3 * len(panels), 4), squeeze=False)
     for axes, (label, sets) in zip(all_axes[0], panels.items(), strict=True):
         edges = np.linspace(0, max(values.max() for values in sets.values()), 51)

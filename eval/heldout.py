@@ -1,7 +1,7 @@
-"""Held-out errors on fixed triples of image, noise level sigma and noise, at which all kinds of models are comparable.
+"""Held-out errors on fixed triples of image, noise level sigma and noise, which make all kinds of models comparable.
 
 The noise depends only on the noise level and on the image's index, so all models get the same noise, and appending
-images changes no noise.
+images does not change it.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from pipelines.continuous import denoiser
 
 # Covered by every model with the usual settings: ve starts at 0.02, DDPM schedules end beyond 100
 SIGMAS = tuple(float(f"{sigma:.3g}") for sigma in np.geomspace(0.02, 50, 16))
-SIGMA_UNIT = 1e-6  # noise is seeded by its noise level as a multiple of this
+SIGMA_UNIT = 1e-6  # the seed of the noise is its level in this unit
 NUM_TIMESTEPS = 20
 
 

@@ -58,7 +58,7 @@ def resize_clean(images: Tensor) -> Tensor:
 
 
 def resize_as_tensorflow(images: Tensor) -> Tensor:
-    """Resizes like `tf.image.resize_bilinear` of TensorFlow 1, which shifts the image to its upper left corner.
+    """Resizes like `tf.image.resize_bilinear` of TensorFlow 1, which shifts the image towards its upper left corner.
 
     Output pixel i samples the input at i H / 299. This is the same as repeating the last of H rows, resizing the
     H + 1 rows to 300 with aligned corners, and keeping the first 299.

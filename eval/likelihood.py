@@ -57,11 +57,11 @@ class VariationalBound(NamedTuple):
 
 
 def posterior_of(alphas_cumprod: Tensor, variance: str) -> tuple[Tensor, Tensor, Tensor]:
-    """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7, and the reverse process, at every timestep; float64, shape (T,).
+    """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7, and the reverse process at every timestep; float64, shape (T,).
 
     Returns the weight of x_0 in the posterior mean (the model's mean is the same with the predicted x_0); the
     posterior variance beta-tilde_t, 0 at timestep 0; and sigma_t^2 of the reverse process, beta-tilde_t or beta_t by
-    `variance`, one of `VARIANCES` (DDPM section 3.2), at timestep 0 beta-tilde of the next, as in the authors' code.
+    `variance`, one of `VARIANCES` (DDPM section 3.2), but beta-tilde_1 at timestep 0, as in the authors' code.
     """
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     beta = 1 - alphas_cumprod / previous
@@ -113,7 +113,7 @@ def variational_bound(
         num_evaluations: network evaluations per image; None for all T timesteps.
         variance: of the reverse process, `fixed_small` (beta-tilde) or `fixed_large` (beta).
 
-    Noise and timesteps are always the same, whatever the batch size. Raises InputError if the network's output is not
+    Noise and timesteps are fixed and do not depend on the batch size. Raises InputError if the network's output is not
     finite, or it predicts epsilon but the schedule ends at zero signal, where epsilon does not determine x_0.
     """
     alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
@@ -211,9 +211,9 @@ def ode_likelihood(
 
     and we estimate the right-hand side. With w = 2/255 its constant is log2(255/2) = 6.994; papers that spread 256
     bins over [-1, 1] use 7. Each image has one draw of u and of a probe for `log_density`, a vector of random signs
-    (Skilling-Hutchinson, arXiv 2011.13456 eq. 40), which have a smaller variance than Gaussian noise. The draws are
-    always the same, but the result depends on the batch size within the tolerance, because the images of a batch share
-    the solver's steps.
+    (Skilling-Hutchinson, arXiv 2011.13456 eq. 40), which has a smaller variance than Gaussian noise. The draws are
+    fixed, but within the tolerance the result depends on the batch size, because the images of a batch share the
+    solver's steps.
 
     Args:
         unet: in evaluation mode; it must accept fractional timesteps.
@@ -250,7 +250,7 @@ def log_density(denoise: Denoiser, points: Tensor, probes: Tensor, tolerance: fl
     up to sigma at the SDE's last time, where x_t is assumed Gaussian with the standard deviation that samplers start
     from. Between the timesteps of a DDPM network, sigma is interpolated linearly.
 
-    It starts at sigma_0, the lowest noise level that the network knows (`SDE.noise_levels`: 0.006 for the cosine
+    It starts at sigma_0, the lowest noise level of training (`SDE.noise_levels`: 0.006 for the cosine
     schedule with 1,000 timesteps, 0.010 for the linear one, 0.001 for vp and 0.02 for ve; adjacent pixel values are
     0.008 apart), so the result is the density of x_0 + sigma_0 epsilon: a valid code of a model whose images keep that
     noise, about log2(1 + sigma_0^2 / variance) / 2 bits/dim longer than at sigma 0.
@@ -261,7 +261,7 @@ def log_density(denoise: Denoiser, points: Tensor, probes: Tensor, tolerance: fl
             exactly; float64, shape (K, B, ...), on the network's device.
         tolerance: largest local error per step of the solver (Runge-Kutta 5(4)): the root mean square error over all
             pixel values of the batch and of log p / D. For a Gaussian with the spectrum of 32x32 images, 1e-3 takes 50
-            network evaluations and errs by up to 0.002 bits/dim; 1e-5 takes 120 and errs by 0.0001.
+            network evaluations, with an error of up to 0.002 bits/dim; 1e-5 takes 120, with an error of 0.0001.
 
     Returns float64 log-densities (B,), and the number of network evaluations. Raises InputError if the network's
     output is not finite or the ODE cannot be solved.

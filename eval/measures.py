@@ -1,4 +1,4 @@
-"""The metrics of an evaluation: each takes the `Evaluation`, yields its results and draws its figures."""
+"""The metrics of an evaluation. Each takes the `Evaluation`, yields its results and draws its figures."""
 
 import time
 from argparse import Namespace
@@ -25,7 +25,7 @@ from pipelines import CustomUNetPipeline
 from training.data import to_model_range
 
 PRDC = ("precision", "recall", "density", "coverage")
-COST_METRICS = ("fid", "kid")  # if the first of the networks has them, in addition to SWD and colours
+COST_METRICS = ("fid", "kid")  # measured, besides SWD and colours, if the first of the networks has them
 SWD_NAME = {"swd": "SWD, mean"}
 COLOUR_NAMES = {name: f"{name.capitalize()}, Wasserstein distance in grey levels" for name in COLOURS}
 
@@ -40,7 +40,7 @@ def check_metrics(evaluation: Evaluation) -> None:
         raise InputError(f"swd and cost need images of {SMALLEST_RESOLUTION} pixels; leave these metrics out")
     if "cost" in metrics and 2 * options.cost_images > len(evaluation.training):
         there = len(evaluation.training)
-        raise InputError(f"--cost_images {options.cost_images} needs twice as many real images; there are {there}")
+        raise InputError(f"--cost_images {options.cost_images} needs twice as many real images, but there are {there}")
 
 
 # ---- Distances between images or their features and real ones: by metric, the `value` and how it was measured

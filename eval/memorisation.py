@@ -1,4 +1,4 @@
-"""Tests whether the model copies its training images, by the nearest training images of generated and held-out images.
+"""Tests whether the model copies training images, by comparing how near generated and held-out images are to them.
 
 Held-out images come from the same distribution and cannot have been copied, so their distances to the nearest training
 images show what is normal. Inspect generated images that are nearer than that: they may be copies.

@@ -1,4 +1,4 @@
-"""results.json holds every number that a README, a report or a model card quotes; this module makes tables from it.
+"""results.json holds every number that a README, a report or a model card quotes; this module formats its tables.
 
     {"pipeline": ..., "reference": {...}, "versions": {...}, "device": ..., "results": [RESULT, ...]}
 
@@ -102,7 +102,7 @@ def quality_table(results: list[dict]) -> str:
 
 
 def cost_table(results: list[dict]) -> str:
-    """One row per sampler setting: FID and KID, or else SWD, network evaluations and seconds; of the newest n."""
+    """One row per sampler setting: FID and KID, or else SWD, network evaluations and seconds, at the latest n."""
     entries = [entry for entry in results if entry["family"] == "cost"]
     if not entries:
         raise InputError("the results have no cost curve")
@@ -143,7 +143,7 @@ def with_tables(text: str, folder: Path) -> str:
     def renewed(match: re.Match) -> str:
         path, family = folder / match["file"], match["family"]
         if family not in TABLES:
-            raise InputError(f"there is no table {family!r}; there are {', '.join(TABLES)}")
+            raise InputError(f"unknown table {family!r}; choose one of {', '.join(TABLES)}")
         try:
             lines = TABLES[family](path)
         except (OSError, ValueError) as error:

@@ -3,7 +3,7 @@
     python -m eval.run --pipeline DIR_OR_HUB_ID --reference DATA --num_images 10000 --out runs/eval/NAME
 
 DATA is a folder, a Hub id or `synthetic-faces`, cropped as in training. OUT/results.json has every value and how it
-was measured, OUT/results.md a table, OUT/*.png the figures. A second start reuses the images in OUT/images and the
+was measured, OUT/results.md a table, OUT/*.png the figures. A second run reuses the images in OUT/images and the
 features in the user's cache. `--write_card` adds the results to the model card; `python -m eval.compare` compares the
 results of several models. DDPM and SDE models are measured in the same way; the variational bound and the loss by
 timestep are only for models with discrete timesteps.
@@ -47,7 +47,7 @@ from training.sde import CONTINUOUS_SAMPLERS
 LIBRARIES = "torch diffusers accelerate clean-fid scipy".split()
 FEWEST_IMAGES = 2048  # with fewer, the covariance of Inception's 2,048 features is singular
 NEED_IMAGES = {"swd", "colours", "features", "memorisation"}
-ON_ALL_PROCESSES = {"features", "cost"}  # the main process alone measures the other metrics
+ON_ALL_PROCESSES = {"features", "cost"}  # only the main process measures the other metrics
 ON_THE_CARD = {"swd", "features", "memorisation", "likelihood"}
 # Two results with the same name and the same values for these keys are the same measurement
 IDENTITY = "split sampler steps eta sampler_settings class_label guidance_scale n".split()
@@ -59,12 +59,12 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     generate.add_drawing_flags(parser, num_images=10000, batch_size=64)
     add = parser.add_argument
     samplers = [*SAMPLERS, *CONTINUOUS_SAMPLERS]
-    add("--sampler", choices=samplers, help="default: ddim, or the model's own in continuous time")
+    add("--sampler", choices=samplers, help="default: ddim, or the model's own if trained in continuous time")
     add("--reference", required=True, help="real images: a folder, a Hub id or synthetic-faces")
     add("--split", default="train", help="split that the model was trained on (default train)")
-    add("--heldout_split", default="validation", help="split that it was not trained on; '' for none")
+    add("--heldout_split", default="validation", help="split that it was not trained on ('' for none)")
     add("--crop", help="name of the crop (default: as in training)")
-    add("--reference_resolution", type=int, help="side of the real images, for features alone")
+    add("--reference_resolution", type=int, help="side of the real images; only for features")
     add("--image_column", default="image")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
     add("--out", type=Path, required=True, help="folder for results.json and figures")
@@ -177,7 +177,7 @@ def open_record(evaluation: Evaluation, path: Path) -> dict:
         moved = {key: there.get(key) for key in now if there.get(key) != now[key]}  # from another machine or day
         results = [moved | entry for entry in there["results"]]
     elif there:
-        print(f"{path} is for other weights or real images and is replaced", flush=True)
+        print(f"{path} is for other weights or real images and will be replaced", flush=True)
     return header | {"model": evaluation.describe_model()} | now | {"results": results}
 
 

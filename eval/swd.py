@@ -5,8 +5,8 @@ Laplacian pyramid. Random 7x7 patches from every level are normalised by the mea
 colour channel over all patches of their set, and compared along random directions. Along one direction, the
 Wasserstein distance of order 1 between two sets of M patches is the mean |difference| of the sorted projections.
 
-Each set is normalised by itself, so a shift or scaling of a colour channel that is common to all its images goes
-unnoticed. Two finite sets from one distribution are not at distance 0; compare with the distance of two real sets.
+Each set is normalised separately, so a shift or scaling of a colour channel that is common to all its images goes
+unnoticed. Even two finite sets from one distribution differ; compare with the distance between two real sets.
 """
 
 import numpy as np

@@ -30,7 +30,7 @@ class TrainingMetric:
 
     def __init__(self, config: TrainConfig, store: ImageStore, pipeline: CustomUNetPipeline, accelerator: Accelerator):
         if config.preserve_input_precision:
-            raise InputError("--metric needs images of 8 bits; leave out --preserve_input_precision")
+            raise InputError("--metric needs 8-bit images; omit --preserve_input_precision")
         if len(store) < config.metric_images:
             raise InputError(f"{len(store)} training images are fewer than --metric_images {config.metric_images}")
         self.name, self.title, self.accelerator = config.metric, config.metric.upper(), accelerator
@@ -69,7 +69,7 @@ class TrainingMetric:
         return kernel_distance(self.training_features, generated, seed=0)["value"]
 
     def features(self, seeds: np.ndarray, should_stop: Callable[[], bool]) -> np.ndarray:
-        """Features of the images from B seeds, float32 (B, D); the classes take turns."""
+        """Features of the images from B seeds, float32 (B, D), cycling through the classes."""
         if should_stop():
             raise SamplingStopped("the run is stopping")
         num_classes = (self.pipeline.unet.config.num_class_embeds or 1) - 1  # the last embedding is the null class
@@ -84,9 +84,9 @@ class TrainingMetric:
         return self.extractor((images * 255).round().to(torch.uint8)).float().cpu().numpy()
 
     def keep_best(self, value: float, step: int, folder: Path, write: Callable[[Path, dict], object]) -> str:
-        """Writes the network unless the pipeline in the folder has a comparable value that is as low.
+        """Writes the network unless the pipeline in the folder has a comparable value that is at least as good.
 
-        `write` takes the folder and the measurement, for `metric` of `training.json`. Returns the values as a text.
+        `write` takes the folder and the measurement, for `metric` of `training.json`. Returns the values as text.
         """
         best = recorded(folder, "metric") or {}
         is_comparable = self.identity.items() <= best.items()

@@ -2,12 +2,12 @@
 
     python -m experiments.ablation configs/ablations/settings.yaml --data DATA --out runs/ablations/settings [--jobs 2]
 
-DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; experiments/study.py describes studies.
+DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; experiments/study.py describes the study file.
 
 OUT/ablation.md is the table, OUT/ablation.json its numbers; ablation_errors.png shows the held-out errors by noise
-level, ablation_images.png images of the same seeds. The trainings are in OUT/VARIANT/seed-S.
-In a study with equal training time, OUT/speeds.json has the images/s, measured before the first training; keep the
-machine idle for that minute. The same command resumes a study; more variants and seeds can be added. Exit codes: 0
+level, ablation_images.png images of the same seeds. The training runs are in OUT/VARIANT/seed-S.
+In a study with equal training time, OUT/speeds.json has the images/s, measured before the first run; keep the machine
+idle for that minute. The same command resumes a study; you can add variants and seeds. Exit codes: 0
 done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
 """
 
@@ -41,13 +41,13 @@ POLL_SECONDS = 0.5
 NEVER = 10**9
 IMAGES_OF_A_VARIANT = 8  # in the figure
 SHOWN_ERRORS = (0.5, 2.0)  # range of the axis, relative to the first variant
-FLAGS = {  # of every training, unless the study has others; a grid is drawn only at the end
+FLAGS = {  # of every training run, unless the study sets others; a grid is drawn only at the end
     "report_to": "none",
     "save_images_steps": NEVER,
     "eval_batch_size": 1,
     "validation_split": "validation",
 }
-METRICS = {"metrics": ["swd", "memorisation", "heldout"]}  # of every evaluation, unless the study has others
+METRICS = {"metrics": ["swd", "memorisation", "heldout"]}  # of every evaluation, unless the study sets others
 QUARTERS = ("q1", "q2", "q3", "q4")
 SCHEDULE = "objective ddpm_num_steps ddpm_beta_schedule beta_start beta_end rescale_betas_zero_snr".split()
 RESULTS = {  # key in a row: name of the result
@@ -76,7 +76,7 @@ DISTANCES = ("fid", "kid", "swd")
 MEASURED = [*RESULTS, *QUARTERS, "train_minutes"]
 
 
-# ---- Trainings and evaluations
+# ---- Training runs and evaluations
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether it has finished; raises InputError if it was begun with other settings."""
+        """Whether it has finished; raises InputError if it was started with other settings."""
         path, evaluation = self.folder / "job.json", self.folder / "evaluation"
         before = json.loads(path.read_text()) if path.exists() else {}
         for part, folder in (("training", self.folder), ("evaluation", evaluation)):
@@ -150,31 +150,31 @@ def jobs_of(
 
 
 def check_fits(config: TrainConfig, sampler: str | None, first: TrainConfig) -> None:
-    """Raises InputError if the model cannot be sampled like this, or learns other images than the first one."""
+    """Raises InputError if the sampler does not suit the model, or its images are not those of the first variant."""
     samplers = [*(SAMPLERS if config.objective == "ddpm" else ()), *continuous_samplers(config.objective)]
     if sampler not in (None, *samplers):
-        raise InputError(f"objective {config.objective} cannot take {sampler}; choose {', '.join(samplers)}")
+        raise InputError(f"objective {config.objective} cannot use {sampler}; choose {', '.join(samplers)}")
     if (config.resolution, config.crop) != (first.resolution, first.crop):
-        raise InputError("its --resolution or --crop is not the first variant's; all need the same images")
+        raise InputError("its --resolution or --crop differs from the first variant's; all need the same images")
 
 
 def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
     """The number of updates that each variant makes in this many minutes, from speeds stored in a file.
 
-    Missing speeds are measured together with the first variant's, and scaled by its speed in the file.
+    Missing speeds are measured together with the first variant's, and scaled so that its speed matches the file.
     """
     speeds, first = json.loads(path.read_text()) if path.exists() else {}, jobs[0].variant.name
-    trainings = {job.variant.name: (job.config, job.variant.network) for job in jobs}
-    missing = trainings.keys() - speeds.keys()
+    runs = {job.variant.name: (job.config, job.variant.network) for job in jobs}
+    missing = runs.keys() - speeds.keys()
     if missing:
-        print(f"measuring the speed of {len(missing)} trainings side by side", flush=True)
-        found = measure_speeds({name: trainings[name] for name in trainings if name in missing or name == first})
+        print(f"measuring the speed of {len(missing)} training runs side by side", flush=True)
+        found = measure_speeds({name: runs[name] for name in runs if name in missing or name == first})
         scale = speeds.get(first, found[first]) / found[first]
-        speeds |= {name: round(found[name] * scale, 2) for name in trainings if name in missing}
+        speeds |= {name: round(found[name] * scale, 2) for name in runs if name in missing}
         make_folder(path.parent)
         write_results(path, speeds)
     num_steps = {}
-    for name, (config, _) in trainings.items():
+    for name, (config, _) in runs.items():
         images_per_update = config.train_batch_size * config.gradient_accumulation_steps
         steps = round(minutes * 60 * speeds[name] / images_per_update)
         num_steps[name] = max(steps, config.lr_warmup_steps + 1)
@@ -189,10 +189,10 @@ def do_all(jobs: list[Job], at_once: int) -> None:
         KeyboardInterrupt: after SIGINT or SIGTERM.
     """
     left = [job for job in jobs if not job.is_done]
-    print(f"{len(jobs)} trainings and evaluations, {len(jobs) - len(left)} of them done before", flush=True)
+    print(f"{len(jobs)} training runs and evaluations, {len(jobs) - len(left)} of them already done", flush=True)
     num_threads = max(1, torch.get_num_threads() // at_once)
     running, signals = {}, []  # `running` has the task and the process of each job
-    for kind in (signal.SIGINT, signal.SIGTERM):  # an exception might strike before a process is in `running`
+    for kind in (signal.SIGINT, signal.SIGTERM):  # an exception might be raised before a process is in `running`
         signal.signal(kind, lambda number, frame: signals.append(number))
     try:
         while left or running:
@@ -229,7 +229,7 @@ def do_all(jobs: list[Job], at_once: int) -> None:
 
 
 def values_of(run: Run, has_same_timesteps: bool) -> dict:
-    """The results of one training; None for values that were not measured or do not compare."""
+    """The results of one training run; None for values that were not measured or are not comparable."""
     entries = {entry["name"]: entry for entry in run.results if entry["family"] != "cost"}
     found = {key: entries[name] for key, name in RESULTS.items() if name in entries}
     if not has_same_timesteps:
@@ -321,8 +321,8 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("study", type=Path, help="YAML file of the study")
     parser.add_argument("--data", required=True, help="images: a folder, a Hub id or synthetic-faces")
     parser.add_argument("--crop", help="name of the crop (default: from the study's configuration)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the trainings, table and figures")
-    parser.add_argument("--jobs", type=int, default=1, help="parallel trainings, which share the cores (default 1)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the training runs, table and figures")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel training runs; they share the cores (default 1)")
     options = parser.parse_args(arguments)
     check_numbers(options, {"jobs": 1}, {"jobs": 64})
     study = read_study(options.study)

@@ -6,7 +6,7 @@ Each row of FOLDER/architecture.md and .json is a level of the contracting path,
 expanding path. PyTorch counts the operations of a forward pass for one image on the meta device; a multiplication and
 an addition count as two. The receptive field is the side of the square of input pixels on which one output pixel
 depends through the convolutions. It is measured by the gradient in a narrow copy of the network without attention and
-group norm, which see the whole image. Exit codes: 0 done, 2 bad input.
+group norm, both of which see the whole image. Exit codes: 0 done, 2 bad input.
 """
 
 import sys
@@ -41,7 +41,7 @@ COLUMNS = {
 
 
 def parts_of(network: CustomUNet2DModel) -> dict[str, str]:
-    """The module names by their names in the table, in the order of the forward pass."""
+    """Names in the table -> names of the modules, in the order of the forward pass."""
     levels = range(len(network.down_blocks))
     parts = {"first convolution": "conv_in"} | {f"contracting, level {i}": f"down_blocks.{i}" for i in levels}
     parts |= {} if network.mid_block is None else {"bottleneck": "mid_block"}

@@ -1,4 +1,4 @@
-"""Measures training and sampling speed on this machine: our U-Net beside UNet2DModel of diffusers.
+"""Measures the training and sampling speed of our U-Net and of diffusers' UNet2DModel on this machine.
 
     python -m experiments.bench --config configs/celeba64.yaml [--compile true] [--mixed_precision bf16] ...
 
@@ -119,20 +119,20 @@ def measure(task: str, network_class: type[nn.Module], config: TrainConfig, devi
     return measured
 
 
-def measure_speeds(trainings: dict[str, tuple[TrainConfig, str]]) -> dict[str, float]:
+def measure_speeds(runs: dict[str, tuple[TrainConfig, str]]) -> dict[str, float]:
     """Training images/s by name: the median over 9 interleaved updates on the CPU with all threads, after 2 others.
 
     Args:
-        trainings: the configuration and the name of the network in `experiments.unet_variants`.
+        runs: the configuration and the name of the network in `experiments.unet_variants`.
     """
-    device, seconds = torch.device("cpu"), {name: [] for name in trainings}
-    updates = {name: training_update(config, VARIANTS[net], device) for name, (config, net) in trainings.items()}
+    device, seconds = torch.device("cpu"), {name: [] for name in runs}
+    updates = {name: training_update(config, VARIANTS[net], device) for name, (config, net) in runs.items()}
     for _ in range(2 + 9):
         for name, update in updates.items():
             started_at_seconds = time.perf_counter()
             update()
             seconds[name].append(time.perf_counter() - started_at_seconds)
-    return {name: trainings[name][0].train_batch_size / statistics.median(seconds[name][2:]) for name in trainings}
+    return {name: runs[name][0].train_batch_size / statistics.median(seconds[name][2:]) for name in runs}
 
 
 def run(arguments: list[str]) -> None:

@@ -95,7 +95,7 @@ def denoising(pipe: CustomUNetPipeline, out: Path) -> Picture:
 
 
 def inversion(pipe: CustomUNetPipeline, out: Path) -> Picture:
-    """Inverts images from another sampler and reconstructs them, without clipping, which cannot be inverted.
+    """Inverts images from another sampler and reconstructs them, without clipping, which is not invertible.
 
     The picture shows the reconstructions after three iterations.
     """
@@ -141,7 +141,7 @@ def conditional(pipe: CustomUNetPipeline, out: Path) -> Picture:
 
 
 def masks(height: int, width: int) -> dict[str, np.ndarray]:
-    """Masks by name, float32 (height, width), 1 where the image is to be painted."""
+    """Masks by name, float32 (height, width), 1 where the image is to be repainted."""
     regions = {name: np.zeros((height, width), np.float32) for name in ("eyes", "right half", "centre")}
     top, left = height // 4, width // 4
     regions["eyes"][top : 2 * top] = 1

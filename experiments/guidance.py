@@ -2,8 +2,8 @@
 
     python -m experiments.guidance --pipeline DIR --scales 0 1 2 4 --num_images 700 --out DIR
 
-The model must have been trained on the synthetic faces with --label_column. Scale 0 is its null class, 1 plain
-conditional sampling. A linear classifier, fitted to the pixels of the training images, judges the generated images.
+The model must have been trained on the synthetic faces with --label_column. Scale 0 samples its null class, and 1 is
+plain conditional sampling. A linear classifier, fitted to the pixels of the training images, judges the images.
 
     OUT/guidance.json   for each scale: the share of images in the requested class, SWD, evaluations, seconds
     OUT/guidance.md     the same as a table
@@ -63,7 +63,7 @@ def real_sets(store: ImageStore, names: Sequence[str], labels: Sequence[int]) ->
     for k in range(len(names)):
         count, found = labels.count(k), order[known[order] == k]
         if len(found) < 2 * count:
-            raise InputError(f"there are {len(found)} images of {names[k]!r}, not {2 * count}; use fewer --num_images")
+            raise InputError(f"there are {len(found)} images of {names[k]!r}, not {2 * count}; lower --num_images")
         chosen[0].extend(found[:count])
         chosen[1].extend(found[count : 2 * count])
     return [np.asarray(store.images[np.sort(positions)]) for positions in chosen]
@@ -129,14 +129,14 @@ def run(options: Namespace, command: str) -> None:
     if data.get("source") != "synthetic-faces" or config.get("num_class_embeds") != len(names) + 1:
         raise InputError(f"{source} was not trained on synthetic-faces with --label_column and a null class")
     if n < len(names):
-        raise InputError(f"--num_images is {n}, but there are {len(names)} classes; ask for as many")
+        raise InputError(f"--num_images is {n}, but there are {len(names)} classes; request at least as many")
     which = {"label_column": data["label_column"], "resolution": config.sample_size, "crop": "none"}
     store, others = (open_image_store(dataset_name="synthetic-faces", split=split, **which) for split in SPLITS)
     labels = [i % len(names) for i in range(n)]
     real, real_others = real_sets(store, names, labels)
     judge = fit_judge(store.images, store.labels_among(names), len(names))
     accuracy = float((judge(others.images) == others.labels_among(names)).mean())
-    make_folder(options.out)  # early: the images take long
+    make_folder(options.out)  # early, because drawing the images takes long
     about = {"swd_floor": swd(real_others, real), "seeds": f"0 to {n - 1}", "batch_size": BATCH_SIZE}
     results, shown = [], {name: [] for name in names}
     for scale in options.scales:
@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> int:
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub")
     add("--scales", required=True, nargs="+", type=float, help="guidance scales; at 0 the class has no effect")
     add("--out", required=True, type=Path, help="folder for the numbers, table and figure")
-    add("--num_images", type=int, default=256, help="images per scale; the classes take turns (default 256)")
+    add("--num_images", type=int, default=256, help="images per scale, cycling through the classes (default 256)")
     add("--scheduler", choices=[*SAMPLERS, *CONTINUOUS_SAMPLERS], help="sampler (default: the repository's own)")
     add("--num_inference_steps", type=int, default=50, dest="steps", help="default 50; ode chooses its own")
     add("--num_cpu_threads", type=int)

@@ -3,9 +3,9 @@
     python -m experiments.report_figures --out assets/report
 
 OUT/unet.png shows the modules of the network in configs/celeba32_cpu.yaml, OUT/time_embedding.png the output of its
-time_proj, OUT/forward.png synthetic faces turning into noise, OUT/schedules.png signal-to-noise ratios, and
-OUT/weights.png the loss weight that each prediction target implies, and OUT/progress.png the FID in the logs of the
-shipped model's training. Exit codes: 0 done, 2 bad input.
+time_proj, OUT/forward.png synthetic faces turning into noise, OUT/schedules.png signal-to-noise ratios,
+OUT/weights.png the loss weight that each prediction target implies, and OUT/progress.png the FID during the training
+of the shipped model. Exit codes: 0 done, 2 bad input.
 """
 
 import sys
@@ -162,7 +162,7 @@ def draw_progress(logs: Iterable[Path], path: Path) -> None:
     """Draws FID against the images seen, and the hours of training as a second axis.
 
     Args:
-        logs: of runs of which each started from the weights of the one before.
+        logs: of successive runs, each of which started from the weights of the previous one.
     """
     records = []
     for log in logs:

@@ -50,7 +50,7 @@ COLORS = (BLUE, GREEN, ORANGE, RED, PURPLE)
 ARROWS = {"angles": "xy", "scale_units": "xy", "scale": 1, "headwidth": 2.5, "headlength": 3, "headaxislength": 3}
 
 
-# The amount of computation
+# The amount of computation of the steps below
 PATHS, TRAIN_STEPS, SAMPLES, SEEDS, BUDGETS, POINTS = 20_000, 8000, 10_000, 5, (20, 50, 100, 200), 1000
 DATA, VP = eight_modes(), SDES["VP"]
 TRAINING_POINTS = DATA.sample(10_000, generator(1))
@@ -60,7 +60,7 @@ Scores = dict[str, Score]  # the exact and the learned score of DATA under VP
 
 
 def save(figure: plt.Figure, path: Path) -> dict[str, str]:
-    """Writes a figure with 128 colours, for a third of the file size, and returns its entry in the record."""
+    """Writes a figure, reduced to 128 colours and a third of the size, and returns its entry in the record."""
     figure.tight_layout()
     figure.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(figure)
@@ -298,7 +298,7 @@ def orders(scores: Scores, out: Path) -> dict:
     x, denoise = noise_source((500, 2), 8)().double(), denoiser_of(VP, score)
     exact = denoise(solve(VP, score, x, VP.last_time, VP.first_time, 1e-11)[0], first)
 
-    def error(x_0: Tensor) -> float:  # the median, because between two modes small errors grow to their distance
+    def error(x_0: Tensor) -> float:  # the median, because between two modes small errors grow large
         return float((x_0 - exact).norm(dim=1).median())
 
     steps = [20, 40, 80, 160, 320]
@@ -325,7 +325,7 @@ def orders(scores: Scores, out: Path) -> dict:
 
 
 def corrector(scores: Scores, out: Path) -> dict:
-    """Compares predictor-corrector with predictors of twice the steps, hence of as many evaluations."""
+    """Compares predictor-corrector with predictors that take twice the steps and therefore as many evaluations."""
     shape = (SAMPLES // 2, 2)
     truth = DATA.sample(shape[0], generator(9))
     chance = [sliced_wasserstein(DATA.sample(shape[0], generator(10, seed)), truth) for seed in range(SEEDS)]
@@ -361,8 +361,8 @@ def corrector(scores: Scores, out: Path) -> dict:
 
 
 def encoding(scores: Scores, out: Path) -> dict:
-    """The codes of points by the ODE (eq. 13) depend on the score, hardly on the network or the SDE (section 4.3):
-    x / alpha follows the same curves for all."""
+    """The ODE (eq. 13) encodes points into codes that depend on the score but hardly on the network or the SDE
+    (section 4.3): x / alpha follows the same curves for all."""
     x, ve = DATA.sample(POINTS, generator(12)), SDES["VE"]
 
     def codes(sde: SDE, score: Score) -> Tensor:
@@ -379,9 +379,9 @@ def encoding(scores: Scores, out: Path) -> dict:
 
 
 def likelihood(scores: Scores, out: Path) -> dict:
-    """Compares `log_density` of the ODE with the exact one, in nats: error by tolerance, loss by the learned score.
+    """Compares `log_density`, by the ODE, with the exact log-density, in nats, for the exact and the learned score.
 
-    Where smaller tolerances no longer help, the prior differs from the noised data.
+    Where a smaller tolerance no longer helps, the error comes from the prior, which differs from the noised data.
     """
     n, tolerances = POINTS // 2, [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
     probes = torch.eye(2, dtype=torch.float64)[:, None].expand(-1, n, -1)  # for the exact divergence

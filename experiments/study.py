@@ -1,10 +1,10 @@
-"""An ablation study is described by a YAML file.
+"""Reads the YAML file that describes an ablation study.
 
 config: configs/celeba32_cpu.yaml    base configuration of all variants
 flags: {max_train_steps: 500}        further flags of train_unet.py, for all variants
 minutes: 30                          instead of max_train_steps: the training time of each variant, see below
 evaluation: {num_images: 1024}       flags of eval.run; the default metrics are swd, memorisation and heldout
-seeds: [0, 1]                        seeds of the trainings
+seeds: [0, 1]                        seeds of the training runs
 variants:                            the first one is the baseline
   base: {}
   edm: {flags: {objective: edm}, evaluation: {sampler: edm_heun}}
@@ -12,7 +12,7 @@ variants:                            the first one is the baseline
 
 With `minutes`, all variants get equal time instead of equal images: the speeds of their updates are measured side by
 side, and each trains for the number of updates that it makes in that time on an otherwise idle machine. Other load
-during the trainings therefore makes no difference.
+during training therefore makes no difference.
 """
 
 from dataclasses import dataclass, field
@@ -57,7 +57,7 @@ def read_study(path: Path) -> Study:
         study = Study(**content | {"variants": variants})
         flags = {flag for part in (study, *variants) for flag in (*part.flags, *part.evaluation)}
     except (TypeError, KeyError, AttributeError) as error:  # an unknown or missing key, or a value of the wrong type
-        raise InputError(f"{path} is not a study as experiments/study.py describes it: {error}") from error
+        raise InputError(f"{path} does not have the format that experiments/study.py describes: {error}") from error
     for variant in variants:
         if variant.network not in VARIANTS:
             raise InputError(f"{variant.name} has the network {variant.network}; choose from {', '.join(VARIANTS)}")

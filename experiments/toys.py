@@ -33,7 +33,7 @@ class GaussianMixture:
     """A mixture of isotropic Gaussians with a common standard deviation.
 
     Args:
-        weights: (K,), with sum 1.
+        weights: (K,), summing to 1.
         means: (K, D), float64.
         std: with 0, this is the empirical distribution of the means, which has a density only after noise is added.
     """

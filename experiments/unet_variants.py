@@ -10,7 +10,7 @@
     no_time         no time embedding: the network does not know the noise level
     no_group_norm   no normalisation
 
-Other parts are options of the network: attention, levels, width. Exit codes: as for the two commands.
+Other parts are options of the network: attention, levels, width. Exit codes are those of the two commands.
 """
 
 import functools

@@ -25,7 +25,7 @@ class CustomUNetPipeline(shipped.CustomUNetPipeline):
         Weights are read from safetensors only, never from pickles.
 
         Args:
-            unet, scheduler: replace the repository's own.
+            unet, scheduler: replace those of the repository.
             kwargs: `KEYWORDS`.
 
         Raises:
@@ -35,7 +35,7 @@ class CustomUNetPipeline(shipped.CustomUNetPipeline):
         path, unknown = pretrained_model_name_or_path, sorted(kwargs.keys() - {*KEYWORDS})
         if unknown:
             known = ", ".join(["unet", "scheduler", *KEYWORDS])
-            raise ValueError(f"from_pretrained takes no {', '.join(unknown)}; it takes {known}")
+            raise ValueError(f"from_pretrained does not accept {', '.join(unknown)}; it accepts {known}")
         if unet is None:
             unet = CustomUNet2DModel.from_pretrained(path, subfolder="unet", use_safetensors=True, **kwargs)
         if scheduler is None:

@@ -6,7 +6,7 @@ all models: `denoising_strip` and `interpolate`.
 
 Input images are PIL images, arrays in [0, 1] of shape (B, H, W, C) or tensors in [0, 1] of shape (B, C, H, W); one for
 all seeds or one for each. `call` stands for the pipeline's arguments `seeds` or `generator` and `class_labels`. All
-functions raise ValueError for arguments that the pipeline refuses, and for images that do not have the network's shape
+functions raise ValueError for arguments that the pipeline rejects, and for images that do not have the network's shape
 or are not in [0, 1].
 """
 
@@ -36,7 +36,7 @@ from pipelines.custom_unet_pipeline import (
 )
 from training.sde import predictor_corrector, sampling_times, solve_ode
 
-# ---- The way from noise to an image
+# ---- From noise to an image
 
 
 @dataclass
@@ -71,7 +71,7 @@ class DenoisingStrip:
 
 
 def enlarged(image: Image.Image, factor: int) -> Image.Image:
-    """The image with every pixel as a square of `factor` pixels' side."""
+    """The image with every pixel enlarged to a square of `factor` x `factor` pixels."""
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
@@ -96,7 +96,7 @@ def denoising_strip(
     return DenoisingStrip([*timesteps], [*noisy, result], [*predicted, result])
 
 
-# ---- By DDIM
+# ---- With DDIM
 
 
 def interpolate(
@@ -219,7 +219,7 @@ def inpaint(
     every `jump_length`-th level. This takes about `num_inference_steps` x `num_resamples` network evaluations.
 
     Args:
-        mask: PIL image, array (H, W) or tensor (B or 1, 1, H, W); values above one half mark the part to paint.
+        mask: PIL image, array (H, W) or tensor (B or 1, 1, H, W); values above one half mark the part to repaint.
     """
     scheduler, timesteps, levels = _ddim_levels(pipe, num_inference_steps)
     painted = _mask(pipe, mask)
@@ -258,7 +258,7 @@ def repaint_walk(num_steps: int, jump_length: int, num_resamples: int) -> list[i
 
 
 def _ddim(pipe: CustomUNetPipeline) -> DDIMScheduler:
-    """A DDIM scheduler with the configuration of the pipeline's scheduler if that is DDIM, else of the trained one."""
+    """A DDIM scheduler configured like the pipeline's scheduler if that is DDIM, else like the training scheduler."""
     own = isinstance(pipe.scheduler, DDIMScheduler)
     return scheduler_like(pipe.scheduler.config if own else pipe._trained.config, DDIMScheduler)
 
@@ -266,7 +266,7 @@ def _ddim(pipe: CustomUNetPipeline) -> DDIMScheduler:
 def _ddim_levels(pipe: CustomUNetPipeline, num_inference_steps: int, eta: float = 0.0) -> tuple:
     """DDIM, its timesteps in ascending order, and abar of the clean image followed by abar of each timestep."""
     if pipe.is_continuous:
-        raise ValueError("DDIM has timesteps, but the network was trained in continuous time; take encode or impute")
+        raise ValueError("DDIM needs timesteps, but the network was trained in continuous time; use encode or impute")
     ddim = _ddim(pipe)
     type(pipe)(pipe.unet, ddim).check_inputs(num_inference_steps, eta)
     ddim.set_timesteps(num_inference_steps)
@@ -291,7 +291,7 @@ def encode(pipe: CustomUNetPipeline, image: Images, tolerance: float = 1e-3, cla
         tolerance: tolerance of the solver, see `solve_ode`.
 
     Returns:
-        float32 latents of unit variance, shape (B, C, H, W), which also suit `pipe(latents=...)`.
+        float32 latents of unit variance, shape (B, C, H, W), also suitable for `pipe(latents=...)`.
     """
     clean_images, sde = _to_model_range(pipe, image), pipe.process.sde
     x = sde.signal_scale(torch.tensor(sde.first_time, dtype=torch.float64)) * clean_images
@@ -304,7 +304,7 @@ def decode(
 ):
     """Decodes latents into images with the probability-flow ODE, the inverse of `encode`.
 
-    The images keep the noise of the first time; `pipe(latents=...)` removes it with a last evaluation.
+    The images keep the noise of the first time; `pipe(latents=...)` removes it with one more evaluation.
     """
     latents, sde = latents.to(pipe._execution_device, torch.float32), pipe.process.sde
     x = _solve(pipe, sde.prior_std * latents, sde.last_time, sde.first_time, tolerance, class_labels)
@@ -321,7 +321,7 @@ def _solve(pipe: CustomUNetPipeline, x: Tensor, start: float, end: float, tolera
 def impute(pipe: CustomUNetPipeline, image: Images, mask: Images, num_inference_steps: int = 100, **how):
     """Repaints the masked part of images by predictor-corrector sampling (arXiv 2011.13456, appendix I.2).
 
-    After each step the known part is restored, with the noise of the current time. Unlike `inpaint`, it also supports
+    After each step the known part is put back, with the noise of the current time. Unlike `inpaint`, it also supports
     networks trained in continuous time, and does not jump back.
 
     Args:
@@ -336,7 +336,7 @@ def colorize(pipe: CustomUNetPipeline, image: Images, num_inference_steps: int =
     """Colorizes grey images (arXiv 2011.13456, appendix I.2): the mean over the channels is given, as in `impute`.
 
     Args:
-        image: colours are not used.
+        image: its colours are ignored.
         how: other arguments of `draw_given`.
     """
     if pipe.unet.config.in_channels != 3:
@@ -355,7 +355,7 @@ def draw_given(
     output_type: str = "pil",
     **call,
 ):
-    """Draws images of which a part is given, by predictor-corrector sampling.
+    """Draws images given a part of them, by predictor-corrector sampling.
 
     Args:
         known_part: orthogonal projection of x (B, C, H, W) onto the given part.
@@ -393,7 +393,7 @@ def _to_model_range(pipe: CustomUNetPipeline, image: Images) -> Tensor:
 
 
 def _mask(pipe: CustomUNetPipeline, mask: Images) -> Tensor:
-    """bool (B or 1, 1, H, W), True where the image is to be painted."""
+    """bool (B or 1, 1, H, W), True where the image is to be repainted."""
     processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
     painted = processor.preprocess(mask) > 0.5
     shape = (1, *pipe.image_shape[1:])

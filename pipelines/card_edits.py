@@ -2,8 +2,8 @@
 
 A card is a list of blocks: the entries of its metadata, and its paragraphs, tables and code blocks. A comment on its
 last line has a checksum of each generated block; every other block was written by a person and stays where it is. A
-generated block that a person replaced or deleted does not come back until the model changes it; it then stands above
-the person's version. In a card without checksums everything counts as written by a person.
+generated block that a person replaced or deleted returns only when the model changes it, and then appears above the
+person's version. In a card without checksums, everything counts as written by a person.
 """
 
 import hashlib

@@ -47,8 +47,8 @@ def build_demo(pipeline: CustomUNetPipeline, name: str = "An unconditional diffu
 
 An unconditional diffusion model{", trained in continuous time" if pipeline.is_continuous else ""}: it draws images of
 {width}x{height} pixels from nothing but noise, with a network of {pipeline.unet.num_parameters() / 1e6:.1f} million
-parameters. No image that it draws is a photograph. They may be used as the licence of the model and the terms of its
-training data allow: images from a model trained on CelebA are for non-commercial research only."""
+parameters. The images are not photographs. You may use them as the licence of the model and the terms of its training
+data allow: images from a model trained on CelebA are for non-commercial research only."""
     with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(FILES_KEPT_SECONDS, FILES_KEPT_SECONDS)) as demo:
         gr.Markdown(about)
         with gr.Tab("Generate"):
@@ -86,7 +86,7 @@ class Page:
         with gr.Row():
             with gr.Column(min_width=280):
                 seed = seed_input("Seed of the first image")
-                number = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Images", info="Each image's seed is one higher.")
+                number = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Images", info="Each image uses the next seed.")
                 sampler, steps, eta = self.sampler_inputs()
                 button = gr.Button("Generate", variant="primary")
             with gr.Column(scale=3):
@@ -110,7 +110,7 @@ class Page:
                 sampler, steps, eta = self.sampler_inputs()
                 button = gr.Button("Show", variant="primary")
             with gr.Column(scale=3):
-                gr.Markdown("Above the noisy image x_t, below the image x_0 that the network predicts from it.")
+                gr.Markdown("Top: the noisy image x_t. Bottom: the image x_0 that the network predicts from it.")
                 look = {"show_label": False, "interactive": False, "buttons": ["download", "fullscreen"]}
                 strip = gr.Image(label="Strip", format="png", **look)
                 levels = gr.Markdown()
@@ -124,7 +124,7 @@ class Page:
             result = denoising_strip(pipeline, frames, steps, seeds=seeds, eta=eta)
         times = [f"{time:.3g}" if isinstance(time, float) else str(time) for time in result.timesteps]
         levels = f"From left to right: t = {', '.join(times)}, and the result."
-        with tempfile.TemporaryDirectory() as folder:  # Gradio has copied the file when it resumes after the yield
+        with tempfile.TemporaryDirectory() as folder:  # Gradio copies the file before it resumes after the yield
             path = f"{folder}/denoising.gif"
             result.save_gif(path, scale=self.factor(SHOWN_SIZE // 2), frame_milliseconds=400)
             yield result.to_image(self.factor(STRIP_SIZE)), levels, path
@@ -153,13 +153,13 @@ class Page:
     # ---- Inpainting
 
     def inpainting_tab(self) -> None:
-        image = gr.State()  # as the network takes it; the editor shows it enlarged
+        image = gr.State()  # at the network's size; the editor shows it enlarged
         canvas_size = tuple(side * self.factor(SHOWN_SIZE) for side in self.size)
         brush = gr.Brush(default_size=max(canvas_size) // 10, colors=["#ff2d95"], color_mode="fixed")
         with gr.Row():
             with gr.Column(min_width=280):
-                image_seed = seed_input("1. Take the image of a seed ...")
-                take_button = gr.Button("Take this image")
+                image_seed = seed_input("1. Use the image of a seed ...")
+                take_button = gr.Button("Use this image")
                 sources = ["upload", "clipboard"]
                 upload = gr.Image(type="pil", sources=sources, label="... or your own", height=150, buttons=[])
                 seed = seed_input("3. Seed of the first result")
@@ -169,7 +169,7 @@ class Page:
                 resamples = gr.Slider(1, 20, 5, step=1, label="Resamplings", info=info, visible=is_used)
                 button = gr.Button("Repaint", variant="primary")
             with gr.Column(scale=4):
-                label, placeholder = "2. Draw over the part to repaint", "First take an image"
+                label, placeholder = "2. Draw over the part to repaint", "First choose an image"
                 look = {"type": "pil", "format": "png", "label": label, "placeholder": placeholder, "height": 500}
                 tools = {"sources": (), "transforms": (), "layers": False, "brush": brush, "buttons": []}
                 editor = gr.ImageEditor(canvas_size=canvas_size, **look, **tools)
@@ -194,7 +194,7 @@ class Page:
 
     def inpaint(self, image, drawing, seed, number, steps, resamples, progress=PROGRESS) -> list:
         if image is None or drawing is None or drawing["background"] is None:  # the last two: the editor was cleared
-            raise error_shown("no image yet; take one from a seed or upload one")
+            raise error_shown("no image yet; generate one from a seed or upload one")
         mask, seeds = self.drawn_mask(drawing), consecutive_seeds(seed, number)
         with self.sampling() as pipeline:
             if pipeline.is_continuous:
@@ -218,7 +218,7 @@ class Page:
     def sampler_inputs(self) -> tuple[gr.Dropdown, gr.Slider, gr.Slider]:
         sampler = gr.Dropdown([*self.pipeline.samplers], value=self.own_sampler, label="Sampler")
         steps = self.steps_input()
-        info = "Randomness of DDIM: 0 none, 1 as DDPM."
+        info = "Randomness of DDIM: 0 is none, 1 is that of DDPM."
         eta = gr.Slider(0, 1, 0, step=0.05, label="eta", info=info, visible=self.own_sampler == "ddim")
         sampler.change(lambda name: gr.Slider(visible=name == "ddim"), sampler, eta)
         return sampler, steps, eta
@@ -249,7 +249,7 @@ class Page:
 
 
 def seed_input(label: str, value: int = 0) -> gr.Number:
-    """A number and a button that draws another one."""
+    """A number field and a button that draws a new number."""
     with gr.Group():
         seed = gr.Number(value, precision=0, minimum=0, maximum=MAX_SEED, label=label)
         gr.Button("Random seed", size="sm").click(lambda: random.randint(0, MAX_SEED), outputs=seed)
@@ -272,7 +272,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m pipelines.demo", description="A web page for a trained model.", allow_abbrev=False)
     parser.add_argument("--pipeline", required=True, help="folder or Hub id of the model")
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
-    parser.add_argument("--share", action="store_true", help="a public link through Gradio's servers, for a week")
+    parser.add_argument("--share", action="store_true", help="create a public link through Gradio, valid for a week")
     options = parser.parse_args(arguments)
     check_numbers(options, {"port": 1}, {"port": 65535})
     return options
@@ -290,7 +290,7 @@ def run(options: argparse.Namespace) -> None:
         # `_frontend=False`: Gradio would exit if a request to its own page took more than three seconds
         demo.launch(server_port=options.port, share=options.share, _frontend=False)
     except OSError as error:
-        raise InputError(f"port {options.port} is not available, it may be in use; take another --port") from error
+        raise InputError(f"port {options.port} is not available and may be in use; choose another --port") from error
 
 
 def main(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@
     FOLDER/samples.png                   a grid of samples
     FOLDER/results.json                  measurements, once there are any
 
-docs/hub.md tells the three ways to load it.
+docs/hub.md describes the three ways to load it.
 
     python -m pipelines.export card --pipeline DIR                    regenerate the model card
     python -m pipelines.export push --pipeline DIR --repo_id NAME     push it to the Hub
@@ -54,7 +54,7 @@ def export_pipeline(
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
         raise InputError(f"{folder} is not a model repository and would be replaced; choose another folder")
     temporary, old = (folder.with_name(f".tmp-{prefix}{folder.name}") for prefix in ("", "old-"))
-    previous_card = read_card(folder if folder.exists() else old)  # `old` is left over after a kill
+    previous_card = read_card(folder if folder.exists() else old)  # `old` remains if an earlier export was killed
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -82,7 +82,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     push = commands.add_parser("push", help="push the folder to the Hub", allow_abbrev=False)
     for command in (card, push):
         command.add_argument("--pipeline", type=Path, required=True, help="folder of the model repository")
-    push.add_argument("--repo_id", required=True, help="name on the Hub, with or without the user's name before it")
+    push.add_argument("--repo_id", required=True, help="name on the Hub, with or without the user's namespace")
     push.add_argument("--private", action="store_true", help="create a private repository")
     return parser.parse_args(arguments)
 

@@ -2,12 +2,12 @@
 
     python -m pipelines.generate --pipeline DIR_OR_HUB_ID --num_images N --seed S --scheduler NAME --steps K --out DIR
 
-    DIR/seed-0000123.png   the image of seed 123, independent of other images, batch size and number of processes,
-                           except with the sampler ode, up to its tolerance
+    DIR/seed-0000123.png   the image of seed 123, independent of other images, batch size and number of processes
+                           (with the sampler ode, only up to its tolerance)
     DIR/contact_sheet.png  the first images in order of their seeds, at most 256
     DIR/generate.json      the settings, and every start that generated images: command, versions, device, speed
 
-Running the same command again resumes where it stopped, even with a larger --num_images; other settings are refused.
+Running the same command again resumes where it stopped, even with a larger --num_images; other settings are rejected.
 Several processes (`accelerate launch -m pipelines.generate`, torchrun) share the work. Exit codes: 0 all images exist,
 1 failed, 2 bad input, 130 stopped by Ctrl-C; finished images are kept.
 """
@@ -43,7 +43,7 @@ SAMPLER_SETTINGS = {
 
 
 def add_drawing_flags(parser: Parser, **defaults: int) -> None:
-    """Adds the flags that all commands that sample from a model share; not the sampler's name."""
+    """Adds the flags shared by all commands that sample from a model, except for the sampler's name."""
     add = parser.add_argument
     add("--pipeline", required=True, help="folder of a model repository, or its id on the Hub (owner/name)")
     add("--revision", help="branch, tag or commit on the Hub")
@@ -77,7 +77,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
 
 def check_arguments(pipeline: CustomUNetPipeline, options: argparse.Namespace) -> None:
-    """Raises InputError for arguments that the pipeline would refuse."""
+    """Raises InputError for arguments that the pipeline would reject."""
     try:
         pipeline.check_inputs(options.steps, options.eta)
         pipeline.guidance(options.class_label, len(options.class_label or [0]), options.guidance_scale)

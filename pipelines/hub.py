@@ -27,7 +27,7 @@ def model_files(folder: Path) -> list[str]:
     """The files of a model repository, relative to its folder; others in the folder, such as pickles, are left out.
 
     Raises:
-        InputError: if a file is missing or broken, or if a name or a link leads out of the folder.
+        InputError: if a file is missing or broken, or if a name or a link points outside the folder.
     """
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is not a model repository: it lacks model_index.json")
@@ -36,9 +36,7 @@ def model_files(folder: Path) -> list[str]:
     for component in ("_class_name", "unet", "scheduler"):
         pair = index.get(component)
         if not (isinstance(pair, list) and len(pair) == 2 and all(str(part).isidentifier() for part in pair)):
-            raise InputError(
-                f"{folder}/model_index.json: {component} is {pair!r:.80}, not a module's name and a class's"
-            )
+            raise InputError(f"{folder}/model_index.json: {component} is {pair!r:.80}, not a module and a class name")
         if pair[0] != "diffusers":
             names.append(f"{pair[0]}.py" if component == "_class_name" else f"{component}/{pair[0]}.py")
     in_unet = [path.relative_to(folder).as_posix() for path in sorted((folder / "unet").glob("*"))]
@@ -46,14 +44,14 @@ def model_files(folder: Path) -> list[str]:
     for name in [name for name in weights if name.endswith(".json")]:
         shards = read_mapping(folder / name).get("weight_map")
         if not isinstance(shards, dict):
-            raise InputError(f"{folder}/{name} names no files of weights; export the model again")
+            raise InputError(f"{folder}/{name} lists no weight files; export the model again")
         weights += [f"unet/{shard}" for shard in shards.values()]
     names += [*weights, *(name for name in OPTIONAL if (folder / name).is_file())]
     for name in names:
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not a model repository: it lacks {name}")
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{folder}/{name} is outside the folder or a link out of it; put the file itself there")
+            raise InputError(f"{folder}/{name} resolves to a path outside the folder; put the file itself there")
     return sorted({"README.md", *names})
 
 
@@ -70,11 +68,11 @@ def _asking_the_hub(repo_id: str) -> Iterator[HfApi]:
 
 
 def check_account(repo_id: str) -> None:
-    """Checks that there is a token to write with, and that its user may own the repository; creates nothing.
+    """Checks that there is a token with write access whose user may own the repository; creates nothing.
 
     Raises:
         InputError: for a missing, invalid or read-only token, a name that is not allowed or belongs to another user,
-            an existing repository that the token may not write to, no answer.
+            an existing repository that the token may not write to, or no answer.
     """
     with _asking_the_hub(repo_id) as api:
         validate_repo_id(repo_id)
@@ -82,9 +80,9 @@ def check_account(repo_id: str) -> None:
         owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
         owner, slash, _ = repo_id.rpartition("/")
         if slash and owner not in owners:
-            raise ValueError(f"the token is that of {', '.join(owners)}, not of {owner}")
+            raise ValueError(f"the token belongs to {', '.join(owners)}, not to {owner}")
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise ValueError("the token may only read; take one that may write")
+            raise ValueError("the token is read-only; use one with write access")
         whole_id = repo_id if slash else f"{user['name']}/{repo_id}"
         if api.repo_exists(whole_id):
             api.auth_check(whole_id, write=True)
@@ -103,7 +101,7 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False) -> str:
         the URL of the commit.
 
     Raises:
-        InputError: if the folder is not valid; the Hub is not contacted then.
+        InputError: if the folder is not valid, before the Hub is contacted.
         Failed: if the push fails, with the command to retry it.
     """
     names = model_files(folder)
@@ -129,7 +127,7 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False) -> str:
     except InputError as error:
         words = ["python", "-m", "pipelines.export", "push", "--pipeline", str(folder), "--repo_id", repo_id]
         words += ["--private"] * private
-        raise Failed(f"{error}; {folder} is unchanged, push it again with: {shlex.join(words)}") from error
+        raise Failed(f"{error}; {folder} is unchanged; push it again with: {shlex.join(words)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -138,5 +136,5 @@ def _reason(error: Exception) -> str:
         error = error.__cause__
     text = one_line(error) or type(error).__name__
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        text += "; take a token that may write there, with HF_TOKEN or `hf auth login`"
+        text += "; use a token with write access there, through HF_TOKEN or `hf auth login`"
     return text.replace(get_token(), "***")[:500]

@@ -77,7 +77,7 @@ def generate_images(
                 class_labels=labels and [labels[seed % len(labels)] for seed in batch],
                 guidance_scale=options.guidance_scale,
             )
-        except Exception as error:  # an untrusted model may hold anything
+        except Exception as error:  # an untrusted model may contain anything
             if is_out_of_memory(error):
                 raise
             raise Failed(f"the model cannot be run: {one_line(error) or type(error).__name__}") from error
@@ -121,7 +121,7 @@ def fill_folder(
 
     Raises:
         InputError: if the folder holds images with other or unknown settings.
-        Failed: if the pipeline raises an error, such as for non-finite images.
+        Failed: if the pipeline raises an error, for example for non-finite images.
         OSError: if an image cannot be written, or another process is filling the folder.
     """
     lock = FileLock(options.out / ".lock")
@@ -187,7 +187,7 @@ def describe(pipeline: CustomUNetPipeline, source: Path, options: argparse.Names
 
 
 def describe_start(options: argparse.Namespace, command: str, state: PartialState) -> dict:
-    """The request of one start, and the machine and software that run it."""
+    """The options of one start, and the machine and software that run it."""
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     return {
         "command": command,
@@ -206,7 +206,7 @@ def open_record(folder: Path, description: dict) -> dict:
         images = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".png")
         if images:
             raise InputError(
-                f"{folder} holds {len(images)} PNG files, {images[0]} for one, but no {RECORD} that"
+                f"{folder} holds {len(images)} PNG files, such as {images[0]}, but no {RECORD} that"
                 " records how they were made; choose another --out"
             )
         return description | {"starts": []}

@@ -89,7 +89,7 @@ def load_pipeline(
     pipeline.unet.to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
     if sampler is None and settings:
         if pipeline.continuous_sampler is None:
-            raise InputError(f"--{min(settings)} is for a sampler in continuous time; name one with --scheduler")
+            raise InputError(f"--{min(settings)} is for continuous-time samplers; choose one with --scheduler")
         sampler = pipeline.continuous_sampler.name
     if sampler is not None:
         try:

@@ -4,9 +4,9 @@
     training.json          facts of the training run: steps, images, time, data, hardware, held-out losses
     training_config.yaml   its resolved configuration
     samples.png            a grid of samples
-    results.json           measurements; `eval/results.py` has their format
+    results.json           measurements; `eval/results.py` describes their format
 
-training.json, training_config.yaml, samples.png and results.json may be missing; the card then says what is not known.
+training.json, training_config.yaml, samples.png and results.json may be missing; the card then says what is unknown.
 CelebA is recognised by its name in the name of the data, or by one of its crops. The text of the card is in
 `model_card_template.md`, and its references are in `citations.bib`.
 """
@@ -55,7 +55,7 @@ def render_card(folder: Path, name: str | None = None, previous: str = "") -> st
         previous: an older card, whose edits are kept; see `card_edits`.
 
     Raises:
-        InputError: if a file is missing that must be there, or one cannot be read.
+        InputError: if a required file is missing, or a file cannot be read.
     """
     files = {
         "name": name or folder.resolve().name,
@@ -80,7 +80,7 @@ def render_card(folder: Path, name: str | None = None, previous: str = "") -> st
 
 
 def read_mapping(path: Path, optional: bool = False) -> dict:
-    """What a file of JSON or YAML holds, {} if it is optional and missing; raises InputError if it cannot be read."""
+    """The content of a JSON or YAML file, {} if it is optional and missing; raises InputError if it cannot be read."""
     if optional and not path.exists():
         return {}
     try:
@@ -104,7 +104,7 @@ def _read_weights(folder: Path) -> dict:
             weights["num_bytes"] += path.stat().st_size
             weights["num_parameters"] += sum(math.prod(tensor.get_shape()) for tensor in tensors)
             weights["dtype"] = tensors[0].get_dtype()
-        except (SafetensorError, OSError, IndexError) as error:  # the last one where there is no tensor
+        except (SafetensorError, OSError, IndexError) as error:  # IndexError if there is no tensor
             raise InputError(f"{path} is damaged: {error}") from error
     return weights
 

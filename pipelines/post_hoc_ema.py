@@ -1,4 +1,4 @@
-"""The model of a training run with an EMA length that is chosen after training.
+"""Exports the model of a training run with an EMA length chosen after training.
 
     python -m pipelines.post_hoc_ema --run RUN_DIR --sigma_rel 0.075 [--step S] --out DIR
 
@@ -26,7 +26,7 @@ from training.post_hoc_ema import LARGEST_SIGMA_REL, STORED, combine_profiles
 def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
     """Step -> folder of the snapshots and checkpoints of a run up to `step`, in ascending order.
 
-    Raises InputError if there is none of that step or the run kept no averages; Failed, naming a damaged one.
+    Raises InputError if there is no snapshot of that step or the run kept no averages; Failed if one is damaged.
     """
     found = dict(sorted((list_checkpoints(run / SNAPSHOTS) | list_checkpoints(run)).items()))
     if step not in (None, *found):
@@ -35,7 +35,7 @@ def find_snapshots(run: Path, step: int | None) -> dict[int, Path]:
     for folder in found.values():
         verify_checkpoint(folder)
     if not found or not read_state(found[max(found)])["identity"].get("post_hoc_ema"):
-        raise InputError(f"--run {run} has no averages to build on; train with --post_hoc_ema true")
+        raise InputError(f"--run {run} has no averages to reconstruct from; train with --post_hoc_ema true")
     return found
 
 
@@ -70,7 +70,7 @@ def run(options: Namespace) -> None:
     pipeline = load_pipeline(source)
     weights, error = reconstruct(snapshots, options.sigma_rel)
     if weights.keys() != {name for name, weight in pipeline.unet.named_parameters() if weight.requires_grad}:
-        raise InputError(f"the snapshots in {options.run} are of another network than {source}")
+        raise InputError(f"the snapshots in {options.run} are from a different network than {source}")
     pipeline.unet.load_state_dict(weights, strict=False)  # frozen parameters have no averages
     step = max(snapshots)
     state = read_state(snapshots[step])

@@ -15,7 +15,7 @@ FREE = ("dropout", "sample_size")  # options in which the network may differ fro
 
 
 def open_pretrained(name: str, prediction_type: str, accelerator: Accelerator) -> tuple[CustomUNetPipeline, dict]:
-    """The pipeline of a folder or Hub id, its total images seen and training time, and whether it saw CelebA.
+    """The pipeline in a folder or on the Hub, its total images seen and training time, and whether it saw CelebA.
 
     Raises InputError if there is no such model, or its network has another prediction type.
     """
@@ -42,5 +42,5 @@ def take_weights(name: str, pretrained: nn.Module, network: nn.Module, unet_kwar
     wanted = json.loads(json.dumps(wanted))  # turns tuples into lists
     found = json.loads(json.dumps({key: pretrained.config.get(key) for key in wanted}))
     if differs := difference(found, wanted):
-        raise InputError(f"--pretrained_model_name_or_path {name} is another network ({differs}); use its settings")
+        raise InputError(f"--pretrained_model_name_or_path {name} has another network ({differs}); use its settings")
     network.load_state_dict(pretrained.state_dict())

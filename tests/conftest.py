@@ -19,7 +19,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def shown_logs():
-    """As in the commands."""
+    """Logs to the terminal, as the commands do."""
     log_to_terminal()
 
 

@@ -19,7 +19,7 @@ class Mixture:
     covariances: Tensor
 
     def log_densities(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each weighted component, (N, K), and covariance^-1 (x - mean), (N, K, 3)."""
+        """Log-density of each weighted component, (N, K), and covariance^-1 (x - mean), (N, K, D)."""
         difference = x[:, None] - self.means
         solved = torch.einsum("kij,nkj->nki", torch.linalg.inv(self.covariances), difference)
         squares = (difference * solved).sum(-1)
@@ -64,9 +64,9 @@ def gaussian(scale: float) -> Mixture:
 
 
 class ExactDenoiser(ModelMixin, ConfigMixin):
-    """A "network" whose output is the best there is: the expectation of what it predicts, given x_t.
+    """A "network" whose output is optimal: the expectation of what it predicts, given x_t.
 
-    It keeps what it saw at each evaluation: x_t (N, 3), sqrt(abar_t) and sqrt(1 - abar_t).
+    It records its inputs at each evaluation: x_t (N, 3), sqrt(abar_t) and sqrt(1 - abar_t).
     """
 
     @register_to_config
@@ -80,7 +80,7 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
         return self
 
     def forward(self, noisy_images: Tensor, timestep: Tensor) -> SimpleNamespace:
-        timesteps = np.arange(len(self.sigmas))  # between two of them as the schedulers do it
+        timesteps = np.arange(len(self.sigmas))  # interpolated linearly, as in the schedulers
         sigma = float(np.interp(float(timestep), timesteps, self.sigmas))
         signal, noise_scale = 1 / np.sqrt(1 + sigma**2), sigma / np.sqrt(1 + sigma**2)
         x = noisy_images.double().flatten(1)

@@ -21,7 +21,7 @@ def make_scheduler(prediction_type: str = "v_prediction", **settings) -> DDPMSch
 
 
 def draw_images(data: Mixture, num_images: int, size: int = 1) -> Tensor:
-    """uint8, shape (N, 3, size, size)."""
+    """Draws uint8 images, shape (N, 3, size, size)."""
     shape = (num_images, size, size, 3)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = data.means[0] + noise @ torch.linalg.cholesky(data.covariances[0]).T
@@ -29,7 +29,7 @@ def draw_images(data: Mixture, num_images: int, size: int = 1) -> Tensor:
 
 
 class ExactGaussian(ExactDenoiser):
-    """Takes whole timesteps, one for each image."""
+    """An exact denoiser called with integer timesteps, one per image."""
 
     def set_data(self, data: Mixture, alphas_cumprod: Tensor) -> "ExactGaussian":
         self.alphas_cumprod = alphas_cumprod
@@ -48,6 +48,6 @@ class ExactGaussian(ExactDenoiser):
 
 
 def exact_network(cls, data: Mixture, scheduler: DDPMScheduler) -> ExactDenoiser:
-    """In float64 and evaluation mode."""
+    """An exact network in float64 and evaluation mode."""
     network = cls(scheduler.config.prediction_type).double().eval()
     return network.set_data(data, scheduler.alphas_cumprod.double())

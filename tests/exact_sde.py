@@ -36,7 +36,7 @@ class ExactSDENetwork(ModelMixin, ConfigMixin):
             t = {
                 "edm": lambda: (4 * c_noise).exp(),
                 "ve": lambda: sde.time_of(c_noise),
-                "flow": lambda: (c_noise / 1000).clamp(max=1 - 1e-9),  # where alpha is 0 no score tells x_0
+                "flow": lambda: (c_noise / 1000).clamp(max=1 - 1e-9),  # at alpha 0 the score does not determine x_0
             }.get(scheduler.config.objective, lambda: c_noise / 999)()
         c_skip, c_out, c_in, _ = scheduler.preconditioning(t)
         x = sample.double() / c_in
@@ -52,5 +52,5 @@ class ExactSDENetwork(ModelMixin, ConfigMixin):
 
 
 def exact_sde_network(data: Mixture, scheduler: SDEScheduler) -> ExactSDENetwork:
-    """In float64 and evaluation mode."""
+    """An exact network in float64 and evaluation mode."""
     return ExactSDENetwork().double().eval().set_data(data, scheduler)

@@ -1,4 +1,4 @@
-"""A loopback stand-in for the Hub, with the API by which models are created, pushed and loaded, and data sets read.
+"""A loopback stand-in for the Hub, with the API for creating, pushing and loading models and for reading data sets.
 
 As on the Hub, large files (`.safetensors`, `.png`) are uploaded through git LFS and the others in the commit.
 Repositories are kept in memory, every commit with all its files. `faults` makes chosen requests fail.
@@ -27,11 +27,11 @@ class LoopbackHub:
         heads: (repository id, branch) -> the number of its newest commit.
         private: ids of the private repositories.
         error_text: what the body of a failed answer says.
-        faults: pattern of "METHOD /path" -> what becomes of the next requests that match, one after another: an HTTP
-            status, "cut" to break the connection in the midst of the body, or "stall" to never answer.
+        faults: pattern of "METHOD /path" -> what happens to the next matching requests, one after another: an HTTP
+            status, "cut" to break the connection in the middle of the body, or "stall" to never answer.
         refused: pattern of "METHOD /path" -> the HTTP status and error code of every answer to such requests.
-        before_commit: called once, before the next commit is taken.
-        bodies: of all requests, as they came.
+        before_commit: called once, before the next commit is accepted.
+        bodies: the bodies of all requests, in order.
     """
 
     def __init__(self):

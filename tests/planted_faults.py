@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def is_found(copy: Path, fault: dict[str, str]) -> bool | None:
-    """Whether a test fails; None if the fault does not fit the source."""
+    """Whether a test fails; None if the fault does not match the source."""
     path = copy / fault["file"]
     source = path.read_text()
     if source.count(fault["find"]) != 1:

@@ -33,7 +33,7 @@ LAST_STEPS = 5  # after the last kill
 
 
 def start(run: Path, **changes) -> tuple[int, Path]:
-    """Starts the training in a process of its own; returns its process id and the file of its output."""
+    """Starts the training in a separate process; returns its process id and the file of its output."""
     config, output = run.with_suffix(".yaml"), run.with_suffix(".txt")
     config.write_text(yaml.safe_dump(SETTINGS | changes))
     output.write_text("")
@@ -70,8 +70,8 @@ def kill_once(run: Path, rng: random.Random) -> None:
     if rng.random() < 0.1:
         time.sleep(rng.uniform(0, 1.5))
     else:
-        wait(lambda: starting_step(output) is not None)  # it has cleared the traces of the last kill
-        # the first save of a start would leave no progress to any of them, so often a later one
+        wait(lambda: starting_step(output) is not None)  # it has removed what the last kill left
+        # killing every start in its first save would allow no progress, so the save is often a later one
         name = f"checkpoint-{newest + 2 * rng.choice((1, 2, 3))}"
         is_written, seconds = rng.choice([(run / f".tmp-{name}", 0.02), (run / name, 0.15)])
         wait(is_written.exists)

@@ -27,7 +27,7 @@ class StandInExtractor:
 
 
 def write_features(path: Path) -> Path:
-    """A TorchScript network of 6 features."""
+    """Writes a TorchScript network with 6 features."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 6, kernel_size=8, stride=8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     torch.jit.script(network.eval()).save(str(path))
@@ -44,7 +44,7 @@ def write_dinov2(folder: Path) -> Path:
 
 
 def write_clip(folder: Path) -> Path:
-    """Both towers and a pickle, as in OpenAI's repository."""
+    """Writes both towers of a network and a pickle, as in OpenAI's repository."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     vision = sizes | {"image_size": 48, "patch_size": 16, "projection_dim": 8}
@@ -57,7 +57,7 @@ def write_clip(folder: Path) -> Path:
 
 
 def draw_images(count: int, seed: int, size: int = 20, tint: float = 0.0) -> np.ndarray:
-    """uint8 (count, 3, size, size), smooth at random; a tint makes another distribution."""
+    """Draws random smooth images, uint8 (count, 3, size, size); a tint changes their distribution."""
     generator = np.random.default_rng(seed)
     coarse = np.kron(generator.random((count, 3, 5, 5)), np.ones((size // 5, size // 5)))
     fine = generator.random((count, 3, size, size))

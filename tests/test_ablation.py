@@ -96,7 +96,7 @@ def test_study_trains_evaluates_and_tabulates_every_variant(tmp_path, monkeypatc
     assert {path.name for path in out.iterdir() if path.is_file()} == files
 
     assert run_study(study, real) == 0
-    assert "2 trainings and evaluations, 2 of them done before" in capsys.readouterr().out
+    assert "2 training runs and evaluations, 2 of them already done" in capsys.readouterr().out
 
 
 # ---- Hand-written results
@@ -173,7 +173,7 @@ def test_changed_settings_are_rejected_and_new_variants_are_left_to_do(finished_
     for changes, folder in ({"evaluation": {}}, "evaluation"), ({"variants": fast}, "seed-0"):
         assert run_study(write_study(finished_study.parent, STUDY | changes)) == 2
         assert f"{folder} was made with other settings" in error_line(capsys.readouterr().err)
-    (finished_study.parent / "out" / "new" / "seed-6").mkdir(parents=True)  # as a kill before job.json leaves it
+    (finished_study.parent / "out" / "new" / "seed-6").mkdir(parents=True)  # as left by a kill before job.json
     write_study(finished_study.parent, STUDY | {"variants": VARIANTS | {"new": {}}, "seeds": [*SEEDS, 6]})
     new = [f"seed-{seed}" for seed in (*SEEDS, 6)]
     assert unfinished(finished_study) == {*itertools.product(VARIANTS, ["seed-6"]), *itertools.product(["new"], new)}
@@ -198,16 +198,16 @@ def test_sigterm_stops_the_processes(tmp_path, monkeypatch, capsys):
 
 
 def test_every_variant_trains_for_the_minutes_of_the_study(tmp_path, monkeypatch):
-    """30 seconds here. Measured speeds are kept; a new variant is measured together with the first one."""
+    """Here for 30 seconds. Measured speeds are kept; a new variant is measured together with the first one."""
     flags = {name: value for name, value in FLAGS.items() if name != "max_train_steps"}
     content = REAL_STUDY | {"flags": flags, "minutes": 0.5}
     variants = {"base": {}, "fast": {"flags": {"train_batch_size": 8}}, "short": {"flags": {"lr_warmup_steps": 70}}}
     measured, done = [], []
 
-    def measure(trainings):
-        measured.append([*trainings])
+    def measure(runs):
+        measured.append([*runs])
         speeds = {"base": 32.0, "fast": 40.0, "short": 32.0, "new": 64.0}
-        return {name: speeds[name] / len(measured) for name in trainings}  # the machine is busy the second time
+        return {name: speeds[name] / len(measured) for name in runs}  # the machine is busy the second time
 
     monkeypatch.setattr(ablation, "measure_speeds", measure)
     monkeypatch.setattr(ablation, "do_all", lambda jobs, _: done.append({j.variant.name: j.config for j in jobs}))
@@ -246,7 +246,7 @@ def study_with(**variant) -> dict:
         (study_with(network="no_head"), "other has the network no_head"),
         (study_with(flags={"learnig_rate": 1.0}), "variant other: unknown flag --learnig_rate"),
         (study_with(evaluation={"num_images": 0}), "--num_images is 0"),
-        (study_with(flags=EDM, evaluation={"sampler": "ddim"}), "objective edm cannot take ddim"),
+        (study_with(flags=EDM, evaluation={"sampler": "ddim"}), "objective edm cannot use ddim"),
         (study_with(flags={"resolution": 64}), "all need the same images"),
     ],
 )

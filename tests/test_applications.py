@@ -92,7 +92,7 @@ def test_inversion_improves_with_steps_and_converges_with_iterations(schedule):
 
 
 def test_inversion_follows_the_current_ddim_scheduler(pipe):
-    """It then matches the pipeline's sampling; with another sampler set, it uses the DDIM of the training."""
+    """It then matches the pipeline's sampling; with another sampler set, it uses DDIM as configured for training."""
     images = sample_data(pipe, 4)
     trained = invert(pipe, images, 7)
     pipe.set_sampler("unipc")

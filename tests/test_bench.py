@@ -42,7 +42,7 @@ def test_flops_of_the_ddim_paper_network():
 def test_speed_is_the_median_over_interleaved_updates(monkeypatch):
     """A fake clock advances by the cost of each update; one update is slow, as on a busy machine."""
     base = config_of("quickstart")
-    trainings = {"small": (replace(base, train_batch_size=6), "plain"), "large": (base, "no_skips")}
+    runs = {"small": (replace(base, train_batch_size=6), "plain"), "large": (base, "no_skips")}
     costs_seconds = {6: 2.0, 16: 4.0}
     now_seconds, turns = 0.0, []
 
@@ -54,7 +54,7 @@ def test_speed_is_the_median_over_interleaved_updates(monkeypatch):
 
     monkeypatch.setattr(bench, "diffusion_loss", loss)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now_seconds)
-    assert bench.measure_speeds(trainings) == {"small": 3.0, "large": 4.0}
+    assert bench.measure_speeds(runs) == {"small": 3.0, "large": 4.0}
     assert turns == [6, 16] * (len(turns) // 2)
 
 

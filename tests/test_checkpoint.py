@@ -96,7 +96,7 @@ def test_sigkill_during_save_leaves_the_previous_or_the_new_checkpoint(tmp_path,
         caplog.clear()
         lock = checkpoint.lock_output_dir(folder)
         newest.append(checkpoint.find_checkpoint(folder, "latest").name)
-        expected = [f"removing {folder / '.tmp-checkpoint-3'}, whose save was cut off"]
+        expected = [f"removing {folder / '.tmp-checkpoint-3'}, left by an interrupted save"]
         assert caplog.messages == (expected if was_cut_off else []), "nothing that is there is damaged"
         assert not list(folder.glob(".tmp-*"))
         for path in checkpoint.list_checkpoints(folder).values():

@@ -59,7 +59,7 @@ def test_model_without_images_and_missing_metrics_are_tabulated(tmp_path):
     assert files_in(tmp_path) == FILES | {"comparison_errors.png"}
 
 
-def test_images_that_no_model_drew_are_not_shown(runs):
+def test_images_not_drawn_by_a_model_are_not_shown(runs):
     """They may be photographs, which must not be published."""
     for run in runs:
         next(run.glob("images/*/generate.json")).unlink()
@@ -84,7 +84,7 @@ def test_images_of_the_same_seeds_are_shown_unless_one_is_missing_or_damaged(run
     [
         (["ddim", "nowhere", "--out", "out"], "cannot read the results nowhere/results.json"),
         (["ddim", "ddpm", "--out", "out", "--titles", "one"], "there are 1 --titles for 2 folders"),
-        (["ddim", "ddpm", "--out", "out", "--titles", "one", "one"], "2 models are called one; tell them apart"),
+        (["ddim", "ddpm", "--out", "out", "--titles", "one", "one"], "2 models are called one; distinguish them"),
         (["ddim", "ddpm", "--out", "out", "--titles", "a", "b"], "have fingerprint other, those of a"),
         (["ddim", "--out", "ddim/results.json"], "--out ddim/results.json is not a folder; choose another one"),
     ],

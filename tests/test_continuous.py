@@ -170,7 +170,7 @@ def test_unsupported_arguments_raise_one_line_errors():
     learned = pipeline_of("ddpm", time_embedding_type="learned", num_train_timesteps=1000)
     mask, image = torch.ones(1, 1, 8, 8), torch.rand(1, 3, 8, 8)
     for message, call in {
-        "no sampler 'flow_euler'; there are euler_maruyama": lambda: vp.set_sampler("flow_euler"),
+        "no sampler 'flow_euler'; choose from euler_maruyama": lambda: vp.set_sampler("flow_euler"),
         "ddim takes no settings, but churn": lambda: ddpm.set_sampler("ddim", churn=0.1),
         "learned time embedding": lambda: encode(learned, image),
         "num_inference_steps is 1": lambda: vp(num_inference_steps=1),
@@ -178,7 +178,7 @@ def test_unsupported_arguments_raise_one_line_errors():
             num_inference_steps=2, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)}
         ),
         "no table of classes with a null class": lambda: vp(guidance_scale=2.0),
-        "trained in continuous time; take encode or": lambda: inpaint(vp, image, mask),
+        "trained in continuous time; use encode or": lambda: inpaint(vp, image, mask),
         "snr is 0": lambda: impute(vp, image, mask, snr=0),
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -211,7 +211,7 @@ def test_default_sampler_and_interpolation_depend_on_the_objective(objective, na
     torch.testing.assert_close(ends[:1], alone, rtol=0, atol=1e-4)  # no noise is added
 
 
-def test_replacing_the_scheduler_resets_the_sampler_and_back():
+def test_setting_a_scheduler_or_a_sampler_replaces_the_other():
     pipe = pipeline_of("ddpm")
     pipe.set_sampler("ode")
     assert pipe.continuous_sampler.name == "ode"
@@ -222,7 +222,7 @@ def test_replacing_the_scheduler_resets_the_sampler_and_back():
     assert pipe.continuous_sampler is None
     pipe = pipeline_of("vp")
     own, pipe.scheduler = pipe.scheduler, diffusers.DDIMScheduler()
-    with pytest.raises(ValueError, match=r"DDIMScheduler does not suit .*; take set_sampler with euler_maruyama, "):
+    with pytest.raises(ValueError, match=r"DDIMScheduler does not suit .*; use set_sampler with euler_maruyama, "):
         pipe(seeds=[0], num_inference_steps=2)
     pipe.set_sampler("edm_heun")
     assert pipe.scheduler is own

@@ -265,7 +265,7 @@ def test_damaged_store_is_rebuilt(labelled, caplog, name, damage):
     images, labels, path = np.array(store.images), store.labels.tolist(), store.folder / name
     path.write_bytes(damage(path.read_bytes()))
     store = open_faces(labelled, label_column="kind")
-    assert f"{store.folder} is damaged: building it again" in caplog.text
+    assert f"{store.folder} is damaged: rebuilding it" in caplog.text
     np.testing.assert_array_equal(store.images, images)
     assert store.labels.tolist() == labels
 

@@ -74,7 +74,7 @@ def address(browser, folder):
                 break
         else:
             pytest.fail(f"the server did not come up: {''.join(printed)}")
-        threading.Thread(target=server.stdout.read, daemon=True).start()  # or a full pipe would block the server
+        threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe would block the server
         yield re.search(r"http://\S+", line).group().rstrip("/") + "/"
         server.kill()
 
@@ -137,7 +137,7 @@ def open_tab(page: Page, name: str) -> None:
 
 
 def picture(shown: Locator) -> Image.Image:
-    """The image file that an element of the page shows."""
+    """The image file shown by an element of the page."""
     shown.wait_for()
     return Image.open(io.BytesIO(shown.page.request.get(shown.get_attribute("src")).body()))
 
@@ -215,8 +215,8 @@ def test_inpainting(page, pipe, source, tmp_path):
     open_tab(page, "Inpainting")
     type_into(page, Steps=STEPS, Results=2)
     if source == "seed":
-        type_into(page, **{"1. Take the image of a seed ...": 3})
-        click(page, "Take this image")
+        type_into(page, **{"1. Use the image of a seed ...": 3})
+        click(page, "Use this image")
         (image,) = pipe(seeds=[3], num_inference_steps=STEPS).images
     else:
         pixels = np.random.default_rng(0).integers(0, 256, (30, 45, 3), dtype=np.uint8)
@@ -243,7 +243,7 @@ def test_errors_are_shown_on_the_page(page):
     click(page, "Repaint")
     expect(page.get_by_text("no image yet")).to_be_visible()
     type_into(page, Steps=STEPS)
-    click(page, "Take this image")
+    click(page, "Use this image")
     page.get_by_role("button", name="Brush Size", exact=True).wait_for()
     click(page, "Repaint")
     expect(page.get_by_text("no mask yet")).to_be_visible()
@@ -307,7 +307,7 @@ def test_sde_page_denoises_interpolates_and_inpaints(sde_pipe):
     ("flags", "message"),
     [
         (["--port", "70000"], "--port is 70000"),
-        (["--port", "TAKEN"], "is not available, it may be in use; take another --port"),
+        (["--port", "TAKEN"], "is not available and may be in use; choose another --port"),
         (["--pipeline", "no/such/folder"], "no/such/folder"),
     ],
 )

@@ -22,7 +22,7 @@ def scheduler_of(prediction_type="epsilon", beta_schedule="linear", zero_snr=Fal
 
 
 def alpha_and_n(scheduler, times):
-    """Signal and noise scale, (B, 1, 1, 1), of timesteps or by Song et al., eq. 29, with the values of appendix C."""
+    """Signal and noise scale, (B, 1, 1, 1), of timesteps, or as in Song et al., eq. 29 and appendix C."""
     t = times.view(-1, 1, 1, 1)
     if isinstance(scheduler, DDPMScheduler):
         abar = scheduler.alphas_cumprod.double()[t]
@@ -38,7 +38,7 @@ def alpha_and_n(scheduler, times):
 
 
 class OracleNetwork(torch.nn.Module):
-    """Knows image and noise, and is off by `noise_error` in epsilon; computes in float64 for the smallest times."""
+    """Knows image and noise, with an error of `noise_error` in epsilon; uses float64 because of the smallest times."""
 
     def __init__(self, scheduler, clean_images, noise, noise_error):
         super().__init__()
@@ -98,7 +98,7 @@ def images(count: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize("weighting", [None, "min", "soft_min"])
 @pytest.mark.parametrize("prediction_type", KINDS)
 def test_training_loss_matches_a_known_prediction_error(prediction_type, weighting):
-    """The noise is off by 0.1, the SNR is diffusers'. Unweighted, the errors of the three prediction types differ;
+    """The noise has an error of 0.1; the SNR is diffusers'. Unweighted, the errors of the prediction types differ;
     weighted by the error of x_0, the same prediction has the same loss whichever type expresses it."""
     scheduler, gamma = scheduler_of(prediction_type, "squaredcos_cap_v2"), 5.0
     torch.manual_seed(5)
@@ -187,7 +187,7 @@ def test_likelihood_weighting_is_g_squared_times_the_score_error(objective, kind
         "ve": (0.02 * (100 / 0.02) ** t) ** 2 * 2 * math.log(100 / 0.02),
     }[objective]
     _, n = alpha_and_n(scheduler, t)
-    expected = (g_squared * (0.1 / n.flatten()) ** 2).mean().item()  # the score is off by 0.1 / n
+    expected = (g_squared * (0.1 / n.flatten()) ** 2).mean().item()  # the score has an error of 0.1 / n
     assert loss.item() == pytest.approx(expected, rel=1e-2)
     plain, _, _ = loss_and_draws(scheduler, network, images())
     assert plain.item() == pytest.approx(0.01, rel=1e-2)
@@ -219,9 +219,9 @@ def test_noise_levels_must_range_from_clean_images_to_pure_noise(objective, kind
         diffusion.check_noise_levels(SDEScheduler(objective=objective, prediction_type=kind, **sigmas), grey)
 
     check(sigma_min=0.041, sigma_max=8.25)
-    with pytest.raises(InputError, match=r"--sigma_max is 8.2, .* take at least 8.25"):
+    with pytest.raises(InputError, match=r"--sigma_max is 8.2, .* use at least 8.25"):
         check(sigma_max=8.2)
-    with pytest.raises(InputError, match=r"--sigma_min is 0.042, .* take at most 0.0412"):
+    with pytest.raises(InputError, match=r"--sigma_min is 0.042, .* use at most 0.0412"):
         check(sigma_min=0.042)
 
 

@@ -99,7 +99,7 @@ def test_formulas_are_balanced(name):
     assert outside.count("$`") == outside.count("`$") == 0
     assert text.count("\n```") % 2 == 0
     formulas = FORMULA.findall(text) + [code for language, code in FENCE.findall(text) if language == "math"]
-    if name == NOTEBOOK:  # Jupyter delimits formulas by dollars alone
+    if name == NOTEBOOK:  # Jupyter delimits formulas with dollars only
         assert outside.count("$") % 2 == 0
         formulas = re.split(r"\$\$?", outside)[1::2]
     for formula in formulas:

@@ -138,7 +138,7 @@ def test_features_can_be_compared_with_photographs_of_another_resolution(evaluat
 
 
 def test_two_processes_give_the_same_results_as_one(measured, inputs, tmp_path):
-    """For features and cost; the other metrics are measured by the main process alone."""
+    """For features and cost; only the main process measures the other metrics."""
     pipeline, features, real = inputs
     arguments = ["--pipeline", pipeline, "--reference", real, "--features", features, *SMALL, "--allow_few"]
     arguments += ["--metrics", "features", "cost", "--out", tmp_path / "out"]
@@ -171,7 +171,7 @@ def test_two_processes_give_the_same_results_as_one(measured, inputs, tmp_path):
         (["--cost_samplers", "ddim:5:2"], "eta is 2.0"),
         (["--class_label", "1"], "no class embeddings"),
         (["--heldout_split", "", "--metrics", "memorisation"], "give --heldout_split"),
-        (["--cost_images", "30", "--metrics", "cost"], "needs twice as many real images; there are 50"),
+        (["--cost_images", "30", "--metrics", "cost"], "needs twice as many real images, but there are 50"),
         (["--num_images", "1", "--metrics", "features"], "--num_images is 1; a distance between"),
         (["--num_images", "51"], "split train has 50 images"),
         (["--pipeline", "no/where", "--write_card"], "--write_card is for a folder"),

@@ -92,7 +92,7 @@ def draw(pipe: CustomUNetPipeline) -> np.ndarray:
 
 
 def test_exported_models_load_in_a_fresh_process_elsewhere(models, tmp_path):
-    """By their own code, by AutoModel and by diffusers' classes alone, without warnings: the images are the same."""
+    """With their own code, with AutoModel and with only diffusers' classes, without warnings: the images are equal."""
     out = tmp_path / "images.npz"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -167,7 +167,7 @@ def test_reexport_replaces_the_folder_but_keeps_edits_of_the_card(pipe, tmp_path
         assert content.count(f"U-Net of {pipeline.unet.num_parameters():,} parameters".encode()) == number
 
 
-def test_folder_that_is_no_model_repository_is_not_replaced(pipe, tmp_path):
+def test_folder_that_is_not_a_model_repository_is_not_replaced(pipe, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.png").touch()
     with pytest.raises(InputError, match="not a model repository"):

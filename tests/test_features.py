@@ -67,7 +67,7 @@ def test_subsets_are_spread_out_reproducible_and_disjoint():
     parts = [subset(30, 10, part) for part in range(3)]
     assert (np.sort(np.concatenate(parts)) == np.arange(30)).all()
     for count, part in ((31, 0), (16, 1)):
-        with pytest.raises(InputError, match=f"{count * (part + 1)} images are asked of 30"):
+        with pytest.raises(InputError, match=f"{count * (part + 1)} of 30 images were requested"):
             subset(30, count, part)
 
 

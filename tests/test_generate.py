@@ -196,7 +196,7 @@ def test_foreign_images_are_rejected(generate, tmp_path):
     (out / "holiday.PNG").touch()
     code, _, error = generate()
     assert code == 2
-    assert "holds 1 PNG files, holiday.PNG for one, but no generate.json" in error
+    assert "holds 1 PNG files, such as holiday.PNG, but no generate.json" in error
     (out / "holiday.PNG").unlink()
     assert generate()[0] == 0
     assert (out / "notes.txt").read_text() == "mine"
@@ -210,7 +210,7 @@ def test_foreign_images_are_rejected(generate, tmp_path):
         (["--eta", "0.5"], "eta is 0.5"),
         (["--class_label", "0", "4"], "class_labels are [0, 4]; they must be 0 to 3"),
         (["DDPM", "--scheduler", "magic"], "'magic' (choose from"),
-        (["DDPM", "--churn", "2"], "--churn is for a sampler in continuous time; name one with --scheduler"),
+        (["DDPM", "--churn", "2"], "--churn is for continuous-time samplers; choose one with --scheduler"),
         (["DDPM", "--num_images", "0"], "--num_images is 0; it must be at least 1"),
         (["DDPM", "--batch_size", "-3"], "--batch_size is -3"),
         (["DDPM", "--seed", "-1"], "--seed is -1"),

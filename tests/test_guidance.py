@@ -106,7 +106,7 @@ def test_committed_table_follows_from_its_numbers():
     ("flags", "message"),
     [
         ("--pipeline conditional --num_images 1", "but there are 2 classes"),
-        ("--pipeline conditional --num_images 400", "not 400; use fewer --num_images"),
+        ("--pipeline conditional --num_images 400", "not 400; lower --num_images"),
         ("--pipeline of_photographs", "was not trained on synthetic-faces with --label_column"),
         ("--pipeline without_null_class", "and a null class"),
     ],

@@ -164,7 +164,7 @@ CASES = {
     "server error on commit": ({"POST .*/commit/": [500]}, "500"),
     "connection lost during commit": ({"POST .*/commit/": ["cut"]}, "disconnected|reset"),
     "file rejected": ({"PUT /lfs": [403] * 9}, "403"),
-    "no permission": ({"POST .*/commit/": [403]}, "take a token that may write there"),
+    "no permission": ({"POST .*/commit/": [403]}, "use a token with write access there"),
 }
 
 
@@ -278,7 +278,7 @@ SPOILERS = {
     "../evil": point_outside,
     "-00002-of": lambda folder: next((folder / "unet").glob("*-00002-of*")).unlink(),
     "is damaged": lambda folder: torch.save({}, next((folder / "unet").glob("*-00001-of*"))),
-    "is outside the folder or a link out of it": link_outside,
+    "resolves to a path outside the folder": link_outside,
 }
 
 
@@ -329,15 +329,15 @@ def test_trainer_checks_access_to_the_hub_before_training(hub, train_flags, tmp_
     assert "set HF_TOKEN" in error_line(capfd.readouterr().err)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert train_unet.main([*train_flags, "--hub_model_id", "another/faces"]) == 2
-    assert "the token is that of someone, not of another" in error_line(capfd.readouterr().err)
+    assert "the token belongs to someone, not to another" in error_line(capfd.readouterr().err)
     hub.token_role = "read"
     assert train_unet.main(train_flags) == 2
-    assert "the token may only read" in error_line(capfd.readouterr().err)
+    assert "the token is read-only" in error_line(capfd.readouterr().err)
     hub.token_role = "write"
     HfApi().create_repo("tiny-faces")
     hub.faults = {"GET .*/auth-check/write": [403]}
     assert train_unet.main(train_flags) == 2
-    assert "take a token that may write there" in error_line(capfd.readouterr().err)
+    assert "use a token with write access there" in error_line(capfd.readouterr().err)
     hub.commits.clear()
     assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "runs").exists()

@@ -195,7 +195,7 @@ def test_log_density_is_exact_for_linear_and_zero_snr_schedules():
 
 @pytest.mark.parametrize("data", [INDEPENDENT, CORRELATED], ids=["independent", "correlated"])
 def test_ode_likelihood_matches_the_closed_form(data):
-    """Within the error bars of the draws, and the known entropy of the data within those of images and draws."""
+    """Up to the standard error of the draws; the data's known entropy, up to that of images and draws together."""
     images, scheduler = draw_images(data, 250), make_scheduler()
     network = exact_network(ExactDenoiser, data, scheduler)
     bits, _ = ode_likelihood(network, scheduler, images.repeat(4, 1, 1, 1), tolerance=1e-5, batch_size=1000)

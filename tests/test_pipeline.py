@@ -203,22 +203,22 @@ def test_set_sampler_keeps_the_noise_schedule(pipe):
         torch.testing.assert_close(pipe.scheduler.alphas_cumprod, before)
         assert pipe.scheduler.config.prediction_type == "v_prediction"
     assert pipe.scheduler.config.timestep_spacing == "trailing"  # the samplers in between leave nothing behind
-    with pytest.raises(ValueError, match="no sampler 'dim'; there are ddpm, ddim, dpmsolver"):
+    with pytest.raises(ValueError, match="no sampler 'dim'; choose from ddpm, ddim, dpmsolver"):
         pipe.set_sampler("dim")
 
 
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (EDMEulerScheduler(), "EDMEulerScheduler does not suit this network; take set_sampler with ddpm"),
+        (EDMEulerScheduler(), "EDMEulerScheduler does not suit this network; use set_sampler with ddpm"),
         (DDIMScheduler(prediction_type="v_prediction"), "'v_prediction', the network was trained with 'epsilon'"),
-        (DDIMScheduler(beta_schedule="squaredcos_cap_v2"), "another noise schedule"),
-        (DDIMScheduler(num_train_timesteps=100), "another noise schedule"),
+        (DDIMScheduler(beta_schedule="squaredcos_cap_v2"), "does not have the noise schedule"),
+        (DDIMScheduler(num_train_timesteps=100), "does not have the noise schedule"),
         (EulerDiscreteScheduler.from_config(DDIMScheduler().config, use_karras_sigmas=True), "has use_karras_sigmas"),
         (EulerDiscreteScheduler(interpolation_type="log_linear"), "has interpolation_type log_linear"),
         (
             DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"),
-            r"take sde-dpmsolver\+\+",
+            r"use sde-dpmsolver\+\+",
         ),
     ],
 )
@@ -260,7 +260,7 @@ def test_from_pretrained_takes_components_and_network_arguments(pipe, tmp_path):
     assert loaded.unet.dtype == torch.bfloat16
     network = UNet2DModel(**TINY)
     assert CustomUNetPipeline.from_pretrained(tmp_path, unet=network).unet is network
-    with pytest.raises(ValueError, match="takes no dropout, use_safetensors; it takes unet"):
+    with pytest.raises(ValueError, match="does not accept dropout, use_safetensors; it accepts unet"):
         CustomUNetPipeline.from_pretrained(tmp_path, dropout=0.5, use_safetensors=False)
 
 

@@ -137,7 +137,7 @@ def test_checkpoints_also_serve_as_snapshots(trained, tmp_path, capsys):
     [
         (["--sigma_rel", "0.3"], "--sigma_rel is 0.3"),
         (["--sigma_rel", "0.1", "--step", "39"], "--step 39 has no snapshot"),
-        (["--sigma_rel", "0.1", "--run", "nowhere"], "no averages to build on"),
+        (["--sigma_rel", "0.1", "--run", "nowhere"], "no averages to reconstruct from"),
     ],
 )
 def test_bad_input_exits_with_code_2_and_one_line(trained, tmp_path, flags, message, capsys):

@@ -19,7 +19,7 @@ SLOW_BF16, FAST_BF16 = {"no": 0.1, "bf16": 0.2}, {"no": 0.4, "bf16": 0.2}
 
 @pytest.fixture
 def timings(monkeypatch):
-    """Sets the result of the timing, which is still run; with None, it must not be run."""
+    """Replaces the result of the timing, which still runs; with None, it must not run."""
     update_seconds = precision.update_seconds
 
     def inject(seconds: dict[str, float] | None) -> None:

@@ -87,7 +87,7 @@ def test_command_updates_a_file_or_reports_an_error(folder, capsys):
     assert "| SWD, mean | 12.35 |" in readme.read_text()
     readme.write_text(marked("results.json", "beauty"))
     assert main([str(readme)]) == 2
-    assert capsys.readouterr().err == "error: there is no table 'beauty'; there are quality, cost, table\n"
+    assert capsys.readouterr().err == "error: unknown table 'beauty'; choose one of quality, cost, table\n"
 
 
 def test_invalid_values_and_files_are_rejected(tmp_path):

@@ -78,7 +78,7 @@ def test_step_counts_need_not_divide_the_timesteps(sampler):
 def check_noise_levels(pipe: CustomUNetPipeline, sampler: str, steps: int) -> None:
     """The network's input is signal x mean + noise scale x noise, with constant or with fresh standard noise.
 
-    The samples are the mean.
+    The samples equal the mean.
     """
     result = draw(pipe, sampler, steps)
     # float32 rounding errors grow where sigma is in the thousands, as at the end of the cosine schedule

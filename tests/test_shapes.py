@@ -101,7 +101,7 @@ def test_resolution_is_one_number_or_height_and_width():
         ("--resolution 16 33", "sample_size=(16, 33)"),
         ("--resolution 16 16 16", "--resolution has 3 numbers; give one, or height and width"),
         ("--resolution 16x32", "invalid int value: '16x32'"),
-        ("--resolution 8 16 --crop celeba_140", "crop celeba_140 is a square, which 8x16 is not"),
+        ("--resolution 8 16 --crop celeba_140", "crop celeba_140 is square, but 8x16 is not"),
         ("--in_channels 5", "invalid choice: '5' (choose from 1, 2, 3, 4, None)"),
     ],
 )

@@ -98,9 +98,9 @@ def assert_pictures(images: np.ndarray, indices) -> None:
 # Folders of images: the files, the numbers of the pictures taken (in order), the report of files left out
 
 UNREADABLE = "not an image format of Pillow, by extension"
-OUTSIDE = "outside of the splits, the top-level folders train, validation and test"
+OUTSIDE = "outside the splits, the top-level folders train, validation and test"
 NAMES = b'{"file_name": "1.png"}\n{"file_name": "0.png"}'
-LINKS, UNNAMED = "a link to an image that is taken already", "not named by the metadata"
+LINKS, UNNAMED = "a link to an image that is already used", "not named by the metadata"
 FOLDERS = {
     "sorted by name": (
         ["B/2.png", "[1].png", "a b/1.png", "a-b/1.png", "a.PNG", "a/1.png", "hf:/x.png", "x*?::3.png"],
@@ -115,7 +115,7 @@ FOLDERS = {
         {"a/0.png": 0, "../c/1.png": 1, "b": "-> a", "c": "-> ../c", "d.png": "-> a/0.png"}
         | {"e": "-> nowhere", "f": "-> f", "a/g": "-> .."},
         [0, 1],
-        f"2 (a broken link), 2 (a link to a folder that it is in), 2 ({LINKS})",
+        f"2 (a broken link), 2 (a link to a folder that contains it), 2 ({LINKS})",
     ),
     "formats that `datasets` does not list": (
         {"0.qoi": encoded(0, "QOI"), "1.MPO": encoded(1), "2.pnm": encoded(2, "PPM")},
@@ -185,7 +185,7 @@ def test_images_are_taken_from_folders_and_reported(tmp_path, open_store, caplog
     taken, left_out = [*expected, *[None, ""][len(expected) :]]
     store = open_store(write(tmp_path / "faces", files))
     assert_pictures(store.images, range(len(files)) if taken is None else taken)
-    report = f", taken for split train: {len(store)}{left_out and '; left out: '}{left_out}"
+    report = f", used for split train: {len(store)}{left_out and '; left out: '}{left_out}"
     assert store.summary.endswith(report)
     caplog.clear()
     open_store(tmp_path / "faces")  # again: from the store
@@ -250,7 +250,7 @@ def test_files_beside_tables_are_reported(tmp_path, open_store):
     table([6]).to_parquet(folder / "more.parquet")  # `datasets` assigns it to no split
     store = open_store(folder)
     assert_pictures(store.images, [0])
-    assert store.summary == "data: files found: 4, read: 1; left out: 2 (not taken by `datasets`: .parquet, .png)"
+    assert store.summary == "data: files found: 4, read: 1; left out: 2 (not read by `datasets`: .parquet, .png)"
 
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary"])
@@ -295,7 +295,7 @@ def test_class_folders_become_labels(tmp_path, open_store, error_of):
     write(folder, {"train/dogs/small/5.png": 5})
     for unequal in (folder, write(tmp_path / "b", ["0.png"])):
         message = error_of(unequal, label_column="label")
-        assert "has no column 'label'; it has label (of their folders) if all images lie equally" in message
+        assert "has no column 'label'; it has label (the folder's name) if all images are at" in message
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def secret(tmp_path) -> Path:
 def test_metadata_paths_out_of_the_folder_are_rejected(tmp_path, open_store, error_of, secret, way):
     lines = f"file_name\n{way.format(secret)}\n0.png".encode()
     folder = write(tmp_path / "faces", {"0.png": 0, "metadata.csv": lines})
-    message = "secret.png): the metadata name it, but it is not among the images of the folder; fix it"
+    message = "secret.png): the metadata list it, but the folder has no such image; fix it"
     assert message in error_of(folder)
     assert_pictures(open_store(folder, skip_bad_images=True).images, [0])
 
@@ -377,7 +377,7 @@ def test_table_paths_out_of_the_data_set_are_not_read(tmp_path, open_store, erro
     parquet(folder, train=datasets.Dataset.from_dict({"image": cells}, features=features))
     message = error_of(folder)
     assert "row 1 (secret.png): its path '" in message
-    assert "leads out of the data set and is not read" in message
+    assert "is outside the data set and was not read" in message
     store = open_store(folder, skip_bad_images=True)
     assert_pictures(store.images, [0])  # a row that holds the bytes does not need its path
     assert store.description["num_skipped"] == len(ways)
@@ -389,7 +389,7 @@ def test_table_paths_out_of_the_data_set_are_not_read(tmp_path, open_store, erro
 def test_errors_for_missing_and_empty_folders_say_what_exists(tmp_path, error_of):
     folder = tmp_path / "parent"
     write(folder, ["f.zip", *(f"{name}/.0.png" for name in "abcdeg")])
-    listing = f"its nearest parent is {folder}, which holds a, b, c, d, e and 2 more"
+    listing = f"its nearest existing parent is {folder}, which holds a, b, c, d, e and 2 more"
     for missing in ("faces", "x/faces", "f.zip"):
         assert error_of(folder / missing) == f"folder not found: {folder}/{missing}; {listing}"
     assert error_of(folder / "a") == f"no images found in {folder}/a, which holds .0.png"
@@ -511,7 +511,7 @@ def test_hub_data_sets_open_online_and_offline(tmp_path, hub, open_store):
             f" connect to the Hub or give --dataset_revision {later_commit}"
         )
         for answer in answers[5:]:
-            assert answer.startswith("cannot get someone/other from the Hub and it is not cached: ")
+            assert answer.startswith("cannot download someone/other from the Hub and it is not cached: ")
             assert answer.endswith("or give --train_data_dir, or --dataset_name synthetic-faces, which needs none")
 
 
@@ -528,9 +528,9 @@ def test_hub_image_files_are_read_with_and_without_streaming(tmp_path, hub, open
     answers = ask([streamed, faces, broken], hub.address)
     assert answers[:2] == [[fingerprint, commit, 3]] * 2
     (store,) = (tmp_path / "stores").glob("*/meta.json")
-    summary = "faces: files found: 4, read: 3; left out: 1 (not taken by `datasets`: .avif)"
+    summary = "faces: files found: 4, read: 3; left out: 1 (not read by `datasets`: .avif)"
     assert json.loads(store.read_text())["summary"] == summary
-    assert answers[2].startswith("the stream of someone/broken broke off after 1 rows: ")
+    assert answers[2].startswith("the stream of someone/broken failed after 1 rows: ")
 
 
 def test_offline_load_puts_the_setting_of_datasets_back(monkeypatch, error_of):

@@ -234,7 +234,7 @@ def test_run_starts_from_the_ema_weights_of_a_pretrained_model(pretrained, make_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--block_out_channels 8 24", "is another network (block_out_channels: [8, 16] -> [8, 24])"),
+        ("--block_out_channels 8 24", "has another network (block_out_channels: [8, 16] -> [8, 24])"),
         ("--objective edm", "predicts v_prediction, this run edm"),
         ("--label_column hair_style", "num_class_embeds: None -> 8"),
     ],

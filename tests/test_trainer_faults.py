@@ -47,7 +47,7 @@ def limit_memory(num_bytes: int) -> None:
 
 
 def copy_until(straight: Path, folder: Path, step: int) -> Path:
-    """Copies the output folder as it was just after the checkpoint of this step."""
+    """Copies the output folder in its state just after the checkpoint of this step."""
     shutil.copytree(straight, folder)
     for path in (*folder.glob("checkpoint-*"), *folder.glob("ema_snapshots/checkpoint-*")):
         if int(path.name.split("-")[1]) > step:
@@ -240,7 +240,7 @@ def is_group_gone(group: int) -> bool:
 
 
 def test_signals_to_the_process_group_end_the_run_gracefully(start, tmp_path):
-    """As Ctrl-C in a terminal, which also reaches the data loader's workers."""
+    """Like Ctrl-C in a terminal, which also reaches the data loader's workers."""
     run = tmp_path / "run"
     fault = partial(signal_group_at, signal.SIGINT, "/run/log.jsonl", 2)
     job = start(run, "--dataloader_num_workers", "2", fault=fault)

@@ -96,7 +96,7 @@ def test_metric_matches_images_generated_from_the_seeds(changes, sampler, steps,
     assert f"the lowest {title} measured during training" in (trainer.best_dir / "README.md").read_text()
 
 
-def test_stop_breaks_off_the_measurement(make_trainer, stand_in, capfd):
+def test_stop_interrupts_the_measurement(make_trainer, stand_in, capfd):
     trainer = make_trainer(metric="fid", metric_images=20)
     extract = trainer.metric.extractor
     trainer.metric.extractor = lambda images: setattr(trainer.stop, "number", signal.SIGTERM) or extract(images)

@@ -24,12 +24,12 @@ def quiet(pipe: CustomUNetPipeline) -> CustomUNetPipeline:
 
 
 def tiny_pipeline(scheduler=None, seed: int = 0, **network) -> CustomUNetPipeline:
-    """By default with DDIM."""
+    """A pipeline with random weights, by default with DDIM."""
     torch.manual_seed(seed)
     return quiet(CustomUNetPipeline(CustomUNet2DModel(**TINY | network), scheduler or DDIMScheduler()))
 
 
 def sde_pipeline(objective: str, **network) -> CustomUNetPipeline:
-    """One of `SDES`."""
+    """A pipeline for one of `SDES`."""
     own, process = SDES[objective]
     return tiny_pipeline(SDEScheduler(objective=objective, **process), **own | network)

@@ -26,7 +26,7 @@ from training.post_hoc_ema import STORED
 from training.processes import Stop, build_accelerator
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-HANG_SECONDS = 1800  # no machine is so slow: what takes longer hangs
+HANG_SECONDS = 1800  # no machine is this slow: anything that takes longer hangs
 TINY = {
     "dataset_name": "synthetic-faces",
     "max_images": 50,
@@ -112,14 +112,14 @@ def make_trainer(tmp_path, cache_dir, on_cpu):
         trainer.lock.release()
 
 
-# ---- The main job in processes of its own
+# ---- The main job in separate processes
 
 
 class Run:
     """The main job in one or more processes, forked from one that has the libraries loaded."""
 
     def __init__(self, context, arguments: list[str], output: Path, fault, num_processes: int):
-        os.mkfifo(output)  # a limit on the size of files does not hold for it
+        os.mkfifo(output)  # a limit on the size of files does not apply to it
         self.output = os.fdopen(os.open(output, os.O_RDONLY | os.O_NONBLOCK))
         self.processes = []
         with socket.socket() as free:
@@ -150,7 +150,7 @@ def _main(arguments: list[str], output: Path, environment: dict[str, str], fault
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ |= {"ACCELERATE_USE_CPU": "true"} | environment
-    # as outside of tests; children of a fork server would outlive a training that is killed
+    # as outside tests; children of a fork server would outlive a training run that is killed
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     if fault is not None:
@@ -199,7 +199,7 @@ def torchrun(*command: str | Path, **environment: str) -> str:
 
 
 def act_at(action, event: str, path_part: str, count: int) -> None:
-    """Acts at the count-th operation `event` (of `sys.addaudithook`) on a path that contains a text."""
+    """Acts at the count-th operation `event` (of `sys.addaudithook`) on a path that contains `path_part`."""
     seen = 0
 
     def look(name, arguments):
@@ -226,7 +226,7 @@ def full_disk(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 
-# ---- What a run leaves
+# ---- What a run leaves behind
 
 
 def wait_until(is_so: Callable[[], object]) -> None:
@@ -237,7 +237,7 @@ def wait_until(is_so: Callable[[], object]) -> None:
 
 
 def records(output_dir: Path, key: str) -> dict[int, float]:
-    """Step -> value, of the records in the log that have it."""
+    """Step -> value, for the log records that have it."""
     return {record["step"]: record[key] for record in read_log(output_dir / "log.jsonl") if key in record}
 
 

@@ -23,7 +23,7 @@ DEFAULT_CONFIG_PATH = Path(__file__).resolve().parent.parent / "configs" / "quic
 
 
 class _Parser(Parser, HfArgumentParser):
-    """One flag for each option; one that may be None also takes `null`."""
+    """Has one flag per option; options that may be None also accept `null`."""
 
     def add_argument(self, *flags, limits: dict | None = None, **settings):
         if _is_optional(TYPES.get(flags[0].removeprefix("--"))):
@@ -40,9 +40,9 @@ class _Parser(Parser, HfArgumentParser):
 def parse_config(arguments: list[str]) -> TrainConfig:
     """Reads `[--config FILE.yaml] [--flag value ...]`; without `--config`, `configs/quickstart.yaml`.
 
-    `null` stands for no value. Each entry of the file becomes the flag of the same name, so that the same rules apply
-    to both; flags on the command line come later and win. A data set on the command line replaces the one in the file,
-    a number of epochs its number of steps, and an objective the options of other objectives.
+    `null` means no value. Each entry of the file is read as the flag of the same name, so the same rules apply to
+    both; flags on the command line override the file. A data set on the command line replaces the one in the file, a
+    number of epochs replaces its number of steps, and an objective removes the options of other objectives.
 
     Raises:
         InputError: for an unreadable file, an unknown key or flag, a bad value, an output folder that cannot be
@@ -96,7 +96,7 @@ def _flags(path: Path, key: str, value) -> list[str]:
         raise InputError(f"{key} is null in {path}; it needs a value")
     is_text = kind in (str, str | None) or typing.get_origin(kind) is Literal
     if is_text and not isinstance(value, str | None):  # such as a bare no, which YAML reads as False
-        raise InputError(f"{key} in {path} is {shown(value)}; it should be text, put it in quotes")
+        raise InputError(f"{key} in {path} is {shown(value)}; it should be text: put it in quotes")
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]
     return [f"--{key}={'null' if value is None else value}"]  # with "=", -1 is not read as a flag
@@ -119,10 +119,10 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file. Messages do not quote it, because a line may hold a secret.
+    """The mapping in a YAML file. Error messages do not quote the file, because a line may contain a secret.
 
     Raises:
-        InputError: if it cannot be read, has a duplicate key, is not a mapping or holds a token.
+        InputError: if it cannot be read, has a duplicate key, is not a mapping or contains a token.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -132,7 +132,7 @@ def read_yaml(path: Path) -> dict:
     except yaml.MarkedYAMLError as error:
         reason = f"line {error.problem_mark.line + 1}: {one_line(error.problem)}"
     except (yaml.YAMLError, ValueError):  # ValueError: not UTF-8, or a value like 2026-99-99
-        reason = "it is not YAML in UTF-8, or a value does not fit its type"
+        reason = "it is not valid YAML in UTF-8, or a value does not match its type"
     else:
         if TOKEN.search(text):
             raise InputError(f"{path}: {TOKEN_HINT}")
@@ -143,7 +143,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def check_model(config: TrainConfig) -> None:
-    """Raises InputError if the network, which it builds on the meta device, or the noise process is impossible."""
+    """Raises InputError if the network (on the meta device) or the noise process cannot be built."""
     try:
         with torch.device("meta"):
             CustomUNet2DModel(**config.unet_kwargs())

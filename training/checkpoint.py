@@ -7,8 +7,8 @@ A checkpoint is written to a temporary folder, checksummed, renamed into place, 
         state.json         progress, settings that a resumed run must share with this one, precision, gradient scaler
         manifest.json      size and SHA-256 of every other file; written last
 
-With `--post_hoc_ema`, a checkpoint also has the moving averages; their snapshots have the same format, in
-OUTPUT_DIR/ema_snapshots/checkpoint-STEP, and a new run sets them aside or deletes them together with the checkpoints.
+With `--post_hoc_ema`, a checkpoint also contains the moving averages. Their snapshots, in
+OUTPUT_DIR/ema_snapshots/checkpoint-STEP, have the same format; they are set aside or deleted with the checkpoints.
 No random state is saved: all randomness in an update derives from (seed, attempt, rank). Nothing is pickled.
 """
 
@@ -48,11 +48,11 @@ KEPT += [name for name, limits in LIMITS.items() if "only" in limits and name !=
 
 @dataclass
 class Progress:
-    """How far a run is. An update advances weights, EMA, learning rate and `step`; a skipped one only `attempts`."""
+    """A run's progress. A skipped update advances `attempts`, but not weights, EMA, learning rate and `step`."""
 
     step: int = 0  # optimizer updates applied
     attempts: int = 0  # updates attempted: the position in the data stream
-    train_seconds: float = 0.0  # time spent in updates, over all starts
+    train_seconds: float = 0.0  # time spent in updates, summed over all starts
 
 
 # ---- Starting or resuming a run
@@ -61,7 +61,7 @@ class Progress:
 def start_or_resume(trainer) -> None:
     """Locks the output folder and restores the checkpoint to resume from, if any.
 
-    Raises Failed, before anything is changed, if the folder is in use or the checkpoint damaged or from another run.
+    Raises Failed, before anything is changed, if the folder is in use or the checkpoint is damaged or of another run.
     """
     folder = on_main_process(trainer.accelerator, partial(_take_output_dir, trainer))
     if folder is not None:
@@ -73,7 +73,7 @@ def start_or_resume(trainer) -> None:
 
 
 def tracker_options(trainer) -> dict:
-    """Arguments with which the trackers continue: one W&B run over all starts, and each step once in TensorBoard."""
+    """Arguments for the trackers, so that all starts log to one W&B run and TensorBoard shows each step once."""
     path = trainer.output_dir / trainer.config.logging_dir / PROJECT / "wandb_id"
     wandb = {"dir": str(trainer.output_dir), "resume": "allow"}
     if trainer.accelerator.is_main_process and trainer.config.report_to in ("wandb", "all"):
@@ -103,7 +103,7 @@ def _take_output_dir(trainer) -> Path | None:
     current = {name: value for name, value in identity(trainer).items() if name in saved}
     if changes := difference(saved, current):
         raise Failed(
-            f"{folder} belongs to another run ({changes}); restore these settings or take another --output_dir"
+            f"{folder} belongs to another run ({changes}); restore these settings or choose another --output_dir"
         )
     return folder
 
@@ -156,21 +156,22 @@ def lock_output_dir(output_dir: Path) -> FileLock:
             (new if new.exists() else old).rename(output_dir / name)
     for leftover in (*output_dir.glob(f"{TEMPORARY_PREFIX}*"), *output_dir.glob(f"{SNAPSHOTS}/{TEMPORARY_PREFIX}*")):
         if leftover.match(f"{TEMPORARY_PREFIX}checkpoint-*"):
-            logger.info(f"removing {leftover}, whose save was cut off")
+            logger.info(f"removing {leftover}, left by an interrupted save")
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return lock
 
 
 def list_checkpoints(output_dir: Path) -> dict[int, Path]:
-    """Step -> folder of the folders named checkpoint-STEP, in ascending order; other names are ignored."""
+    """Maps each step, in ascending order, to its folder checkpoint-STEP; other names are ignored."""
     found = {path: NAME.fullmatch(path.name) for path in output_dir.glob("checkpoint-*") if path.is_dir()}
     return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
 
 
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
-    """The newest intact checkpoint (`latest`; None if there is none), logging damaged ones, or the one at a path.
+    """For `latest`, the newest intact checkpoint, or None if there are no checkpoints; otherwise the one at a path.
 
-    The path may be relative to `output_dir`. Raises Failed if its checkpoint, or every one there, is not intact.
+    Damaged checkpoints are logged. The path may be relative to `output_dir`. Raises Failed if the checkpoint at the
+    path, or every checkpoint, is damaged.
     """
     there = list_checkpoints(output_dir).values()
     if resume_from != "latest":
@@ -235,7 +236,7 @@ def write_checkpoint(
 ) -> None:
     """Writes `checkpoint-STEP` and then deletes the oldest ones beyond `total_limit` (None keeps all).
 
-    The folder gets its final name only when every byte is on disk.
+    The folder gets its final name only after every byte is on disk.
 
     Args:
         tensors: file stem -> tensors by name.
@@ -282,7 +283,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def restore(trainer, folder: Path) -> None:
-    """Restores a verified checkpoint of a run with the same identity, after reading all of it."""
+    """Restores a verified checkpoint of a run with the same identity; it is read completely first."""
     network, averages, scaler = trainer.network, trainer.averages, trainer.accelerator.scaler
     tensors = load_tensors(folder, ["unet", "ema_unet", "optimizer", *averages])
     state = read_state(folder)
@@ -298,7 +299,7 @@ def restore(trainer, folder: Path) -> None:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Compares every file with the manifest. Raises Failed, naming the first that is missing, truncated or altered."""
+    """Compares every file with the manifest. Raises Failed, naming the first missing, truncated or altered file."""
     try:
         manifest = dict(json.loads((folder / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -319,7 +320,7 @@ def read_state(folder: Path) -> dict:
 
 
 def load_tensors(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of the named files of a verified checkpoint, on the CPU. Raises OSError, naming a file it lacks."""
+    """The tensors of the named files of a verified checkpoint, on the CPU. Raises OSError, naming a missing file."""
     return {name: load_file(folder / f"{name}.safetensors") for name in names}
 
 

@@ -23,8 +23,8 @@ from training.diffusion import make_noise_scheduler
 from training.images import CROPS, compact, height_and_width
 from training.sde import SDEScheduler
 
-OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the others take --prediction_type
-LARGEST_LAST_SIGNAL = 0.05  # of the image, at time 1
+OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the others use --prediction_type
+LARGEST_LAST_SIGNAL = 0.05  # largest fraction of the image that may remain at time 1
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 BOUNDS = {"min": (ge, "at least"), "max": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
 
@@ -55,18 +55,18 @@ class TrainConfig:
     dataset_name: str | None = option(None, "Hub id of an image data set, or `synthetic-faces` (embedded)")
     dataset_config_name: str | None = option(None, "configuration of the Hub data set")
     dataset_revision: str | None = option(None, "commit, tag or branch of the Hub data set")
-    train_data_dir: str | None = option(None, "folder of images, of parquet, or written by `save_to_disk`")
+    train_data_dir: str | None = option(None, "folder of images or parquet files, or one written by `save_to_disk`")
     split: str = option("train", "split to train on")
     validation_split: str | None = option(None, "split for the held-out loss (default: no held-out loss)")
     validation_images: int = option(512, "number of images for the held-out loss", min=1, max=100_000)
     image_column: str = option("image", "column that holds the images")
     label_column: str | None = option(None, "column of class labels, which makes the network class-conditional")
     label_dropout: float = option(0.1, "share of labels dropped, for guidance", min=0, below=1, needs="label_column")
-    crop: Literal[CROPS] = option("center", "crop by name, before resizing")
+    crop: Literal[CROPS] = option("center", "crop applied before resizing")
     resolution: list[int] = option([64], "side length of the images in pixels, or height and width", min=1, max=8192)
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
     max_images: int | None = option(None, "use only the first images of the split", min=1)
-    preserve_input_precision: bool = option(False, "keep the 16 bits per pixel of grey images, which Pillow can read")
+    preserve_input_precision: bool = option(False, "keep the 16 bits per pixel of 16-bit grey images")
     skip_bad_images: bool = option(False, "skip and count unreadable images instead of failing")
     streaming: bool = option(False, "read a Hub data set as a stream; only the decoded images are kept")
     cache_dir: str | None = option(None, "folder for the decoded images")
@@ -86,7 +86,7 @@ class TrainConfig:
     upsample_type: str = option("conv", "conv or resnet")
     dropout: float = option(0.0, "dropout in the residual blocks", min=0, below=1)
     act_fn: str = option("silu", "activation")
-    attention_head_dim: int | None = option(8, "width of an attention head; null in YAML: one head")
+    attention_head_dim: int | None = option(8, "channels per attention head; null in YAML for a single head")
     norm_num_groups: int = option(32, "groups of the group norms")
     attn_norm_num_groups: int | None = option(None, "groups of the group norm in the bottleneck's attention")
     norm_eps: float = option(1e-5, "epsilon of the group norms")
@@ -94,7 +94,7 @@ class TrainConfig:
     add_attention: bool = option(True, "attention in the bottleneck")
     center_input_sample: bool = option(False, "map the input x to 2x - 1")
     time_embedding_type: str = option("positional", "positional, fourier or learned")
-    time_embedding_dim: int | None = option(None, "its width (default: 4 times the first level's)", max=2**16)
+    time_embedding_dim: int | None = option(None, "width of the embedding (default: 4 x the first level)", max=2**16)
     freq_shift: int = option(0, "frequency shift of the positional time embedding")
     flip_sin_to_cos: bool = option(True, "cosines before sines in the positional time embedding")
 
@@ -104,7 +104,7 @@ class TrainConfig:
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option(
         "v_prediction",
-        "prediction of the network; v is best in short runs; ve: score, edm: mixture, flow: velocity",
+        "what the network predicts; v is best in short runs; fixed for ve (score), edm (mixture), flow (velocity)",
         only="ddpm vp subvp",
     )
     ddpm_num_steps: int = option(1000, "timesteps T of the forward process", min=1, max=100_000, only="ddpm")
@@ -146,11 +146,11 @@ class TrainConfig:
     ema_inv_gamma: float = option(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power", above=0)
     ema_power: float = option(0.75, "EMA warm-up exponent", above=0)
     ema_max_decay: float = option(0.9999, "maximum EMA decay", min=0, below=1)
-    post_hoc_ema: bool = option(False, "keep two more averages, to choose the EMA length after training")
+    post_hoc_ema: bool = option(False, "keep two more weight averages, to choose the EMA length later")
     post_hoc_ema_steps: int = option(1000, "updates between snapshots of these averages (float16, all kept)", min=1)
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = option(
         "no",
-        "autocast type; auto times float32 and bf16 (fp16 on GPUs without bf16) at the start and takes the faster one",
+        "autocast type; auto times float32 and bf16 (fp16 on GPUs without bf16) at the start and uses the faster one",
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the network")
@@ -176,13 +176,13 @@ class TrainConfig:
     ddpm_num_inference_steps: int = option(50, "sampling steps for a sample grid", min=1, max=100_000)
     sampler: Literal["ddim", "ddpm"] = option("ddim", "sampler for grids and the exported pipeline", only="ddpm")
     metric: Literal["fid", "kid"] | None = option(None, "metric during training; the best EMA network is kept")
-    metric_images: int = option(2048, "generated and training images each", min=2, max=100_000, needs="metric")
+    metric_images: int = option(2048, "number of generated and of training images", min=2, max=100_000, needs="metric")
     metric_steps: int = option(5000, "updates between measurements of the metric", min=1, needs="metric")
     inception_path: str | None = option(None, "Inception weights file for the metric", needs="metric")
     logging_steps: int = option(10, "updates between log records", min=1)
-    logging_dir: str = option("logs", "folder of the trackers, inside output_dir")
+    logging_dir: str = option("logs", "folder for tracker logs, inside output_dir")
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option("tensorboard", "trackers besides log.jsonl")
-    dry_run: bool = option(False, "pre-flight checks and one update, then stop without writing a checkpoint")
+    dry_run: bool = option(False, "run the pre-flight checks and one update, then stop without writing a checkpoint")
     push_to_hub: bool = option(False, "push the pipeline folder to the Hub when the run ends normally")
     hub_model_id: str | None = option(None, "Hub repository (default: output_dir's name)", needs="push_to_hub")
     hub_private_repo: bool = option(False, "create a private repository", needs="push_to_hub")
@@ -199,9 +199,9 @@ class TrainConfig:
             if value == DEFAULTS[name]:
                 continue
             if self.objective not in objectives.split():
-                raise InputError(f"--{name} is {value}, which means nothing to --objective {self.objective}; omit it")
+                raise InputError(f"--{name} {value} has no effect with --objective {self.objective}; omit it")
             if needed and getattr(self, needed) in (None, False):
-                raise InputError(f"--{name} is {value}, which means nothing without --{needed}; give both or neither")
+                raise InputError(f"--{name} {value} has no effect without --{needed}; give both or neither")
         sides = height_and_width(self.resolution)
         if len(sides) > 2:
             raise InputError(f"--resolution has {len(sides)} numbers; give one, or height and width")
@@ -212,7 +212,7 @@ class TrainConfig:
 
     def _check_combinations(self) -> None:
         if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise InputError("give either --dataset_name or --train_data_dir, exactly one of them")
+            raise InputError("give exactly one of --dataset_name and --train_data_dir")
         train, heldout = ("validation" if split == "valid" else split for split in (self.split, self.validation_split))
         if train == heldout:
             raise InputError(f"--validation_split {self.split} is trained on, so it is not held out; choose another")
@@ -222,7 +222,7 @@ class TrainConfig:
         is_on_hub = self.train_data_dir is None and self.dataset_name != "synthetic-faces"
         for name in ("streaming", "dataset_revision"):
             if getattr(self, name) and not is_on_hub:
-                raise InputError(f"--{name} is for data sets on the Hub; leave it out")
+                raise InputError(f"--{name} is for data sets on the Hub; omit it")
         signal = math.exp(-(self.sde_beta_min + self.sde_beta_max) / 4)
         if self.objective in ("vp", "subvp") and signal > LARGEST_LAST_SIGNAL:
             raise InputError(
@@ -230,20 +230,20 @@ class TrainConfig:
                 f" image at time 1; it must be at most {LARGEST_LAST_SIGNAL}"
             )
         if self.beta_start > self.beta_end:
-            raise InputError(f"--beta_start {self.beta_start} exceeds --beta_end {self.beta_end}; betas must rise")
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":  # pure noise tells nothing of the image
+            raise InputError(f"--beta_start {self.beta_start} must not exceed --beta_end {self.beta_end}")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":  # pure noise does not determine x_0
             raise InputError("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, not epsilon")
         if self.rescale_betas_zero_snr and self.snr_gamma is not None:
-            raise InputError("--snr_gamma gives the last timestep of --rescale_betas_zero_snr the weight 0; give one")
+            raise InputError("--snr_gamma gives the last timestep of --rescale_betas_zero_snr weight 0; use only one")
         if self.objective == "ddpm" and self.ddpm_num_inference_steps > self.ddpm_num_steps:
-            raise InputError(f"--ddpm_num_inference_steps exceeds the {self.ddpm_num_steps} of --ddpm_num_steps")
+            raise InputError(f"--ddpm_num_inference_steps exceeds --ddpm_num_steps {self.ddpm_num_steps}")
         has_last_step = self.max_train_steps is not None or self.num_epochs is not None
         if not has_last_step and self.max_train_minutes is None:
             raise InputError("the run has no length: give --max_train_steps, --num_epochs or --max_train_minutes")
-        if not has_last_step and self.lr_scheduler in ("linear", "cosine"):  # they end at the last step
+        if not has_last_step and self.lr_scheduler in ("linear", "cosine"):  # which end at the last step
             raise InputError(f"--lr_scheduler {self.lr_scheduler} needs --max_train_steps or --num_epochs")
         if self.overwrite_output_dir and self.resume_from_checkpoint != "latest":
-            raise InputError("--overwrite_output_dir deletes checkpoints; leave out --resume_from_checkpoint")
+            raise InputError("--overwrite_output_dir deletes checkpoints; omit --resume_from_checkpoint")
 
     def noise_scheduler(self) -> DDPMScheduler | SDEScheduler:
         """The noise process of this run. Raises ValueError if these settings do not define one."""
@@ -256,7 +256,7 @@ class TrainConfig:
             prediction_type=OWN_PREDICTION.get(self.objective, self.prediction_type),
             beta_min=self.sde_beta_min,
             beta_max=self.sde_beta_max,
-            clip_sample=self.objective != "flow",  # for flow, x_0 errs by no more than the velocity
+            clip_sample=self.objective != "flow",  # for flow, the error of x_0 is at most that of the velocity
             **{name: getattr(self, name) for name in same},
         )
 
@@ -304,7 +304,7 @@ class TrainConfig:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, default_flow_style=None, width=119)
 
     def to_public_yaml(self) -> str:
-        """`to_yaml` for the model repository: reveals nothing about this machine, and does not push when reused.
+        """`to_yaml` for the model repository: it reveals nothing about this machine and does not push when reused.
 
         Only the last part of each path is kept, so `--train_data_dir` must be given again.
         """
@@ -323,7 +323,7 @@ class TrainConfig:
         if name is None or not os.path.isdir(name):
             return name
         folder = Path(name).resolve()
-        # every run names its model folders the same: use the name of the run
+        # model folders have the same name in every run: use the name of the run
         return folder.parent.name if folder.name in ("pipeline", "best_pipeline") else folder.name
 
     @property
@@ -339,7 +339,7 @@ UNET_OPTIONS = [name for name in inspect.signature(CustomUNet2DModel.__init__).p
 
 
 def _check_value(name: str, value: float | str, limits: dict) -> None:
-    """Raises InputError for an empty text and for a number that is not finite or out of range."""
+    """Raises InputError for an empty string, and for a number that is not finite or is out of range."""
     if value == "":
         raise InputError(f"--{name} is empty")
     for bound, (is_met, words) in BOUNDS.items():

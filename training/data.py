@@ -38,7 +38,7 @@ class ImageStore:
     """Decoded images of one split, in a folder written by `open_image_store`.
 
     Attributes:
-        images: uint8 or uint16, shape (N, C, H, W), mapped from the disk, read-only.
+        images: uint8 or uint16, shape (N, C, H, W), memory-mapped, read-only.
         labels: class number of each image, int64, shape (N,); None without a label column.
         summary: how many files were found, used and left out, and why; None if the source does not report it.
         fingerprint: hex digest of the pixels and labels, the same on every machine.
@@ -80,7 +80,7 @@ class ImageStore:
         return self.images[indices], None if self.labels is None else self.labels[indices]
 
     def labels_among(self, names: Sequence[str]) -> np.ndarray:
-        """The labels as positions in `names`, the classes of another split; InputError if one of ours is not there."""
+        """The labels as indices into `names`, the classes of another split; InputError if one of ours is missing."""
         split, column, own_names = (self.description[key] for key in ("split", "label_column", "label_names"))
         for name in own_names:
             if name not in names:
@@ -112,7 +112,7 @@ def open_image_store(
 
     Args:
         resolution: R or (H, W).
-        in_channels: see `decode_image`; None for 1 if the decoded pixels of all images are grey, else 3.
+        in_channels: see `decode_image`; None means 1 if the decoded pixels of all images are grey, else 3.
         preserve_input_precision: whether to decode to uint16 instead of uint8.
         cache_dir: folder of the stores; by default in the user's cache.
         skip_bad_images: leave out unreadable images and count them in the description.
@@ -125,7 +125,7 @@ def open_image_store(
         raise InputError(f"unknown crop {crop!r}; choose one of {', '.join(CROPS)}")
     height, width = height_and_width(resolution)
     if crop.startswith("celeba") and height != width:
-        raise InputError(f"crop {crop} is a square, which {height}x{width} is not; choose center or none")
+        raise InputError(f"crop {crop} is square, but {height}x{width} is not; choose center or none")
     root = cache_folder("train_unet", cache_dir)
     name, revision = which.get("dataset_name"), which.get("dataset_revision")
     source = find_source(**which, last_commit=partial(_last_commit, root, name, revision))
@@ -156,7 +156,7 @@ def _open_or_build(root: Path, source: Source, facts: dict) -> ImageStore:
 
 
 def _store_folder(root: Path, facts: dict) -> Path:
-    """Named by a digest of the facts, but not of the name by which a commit was requested."""
+    """The folder of a store, named by a digest of its facts without the name by which a commit was requested."""
     key = [VERSION, facts | {"requested_revision": None}]
     return root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -184,7 +184,7 @@ def _open_if_intact(folder: Path) -> ImageStore | None:
         store = ImageStore(folder)
         if store.digest() == store.fingerprint:
             return store
-    logger.info("the image store %s is damaged: building it again", folder)
+    logger.info("the image store %s is damaged: rebuilding it", folder)
     shutil.rmtree(folder, ignore_errors=True)
     return None
 
@@ -255,7 +255,7 @@ def _classes(source: Source, kept: list[int]) -> dict:
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Removes folders left by killed builders; judges by age, because a builder may run on another machine."""
+    """Removes folders left by killed builders, recognised by age because a builder may run on another machine."""
     for leftover in root.glob(".tmp-*"):
         with contextlib.suppress(FileNotFoundError):  # its builder has just finished
             if max(path.stat().st_mtime for path in (leftover, *leftover.iterdir())) < time.time() - STALE_SECONDS:
@@ -285,8 +285,8 @@ def shuffled_batches(
 
     Position p of the global stream is image permutation_e[p - e N] with e = p // N, for N images. Batch k of all W
     processes together covers positions k B W to (k + 1) B W, where B is the batch size of one process; rank r gets the
-    r-th part. So batches may span epochs, every image occurs once per epoch, and starting at batch k, `start_batch`,
-    reads no earlier data.
+    r-th part. Batches may therefore span epochs, every image occurs once per epoch, and starting at batch k,
+    `start_batch`, reads no earlier data.
     """
 
     @lru_cache(maxsize=2)  # a batch may reach into the next epoch

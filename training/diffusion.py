@@ -1,7 +1,7 @@
 """The training loss and the held-out loss of all objectives, with DDPM's noise schedule, targets and loss weights.
 
 The scheduler defines the noise process: a diffusers scheduler in discrete timesteps, or an `SDEScheduler` in
-continuous time. Both turn a batch of images, noise and positions u in [0, 1) into a `Regression`: the network's
+continuous time. For both, a batch of images, noise and positions u in [0, 1) becomes a `Regression`: the network's
 inputs, targets and weights. A position is a quantile of the time distribution; DDPM's timestep is floor(u T).
 
 Notation (Ho et al. 2020, arXiv 2006.11239; abar is `alphas_cumprod`):
@@ -80,7 +80,7 @@ def sample_positions(how: str, batch_size: int) -> Tensor:
 
 
 def _uniform(count: int) -> Tensor:
-    """Midpoints of the 2^24 float32 random steps: never 0, symmetric, and never on a timestep boundary."""
+    """Random midpoints of 2^24 equal intervals: never 0, symmetric, and never on a timestep boundary."""
     return torch.rand(count).double() + 2**-25
 
 
@@ -118,7 +118,7 @@ def ddpm_regression(
 
     Without `snr_gamma` every weight is 1, which for epsilon is the simple loss of DDPM eq. 14. With it, the squared
     error of x_0 is weighted; ||epsilon error||^2 = snr ||x_0 error||^2 and ||v error||^2 = (snr + 1) ||x_0 error||^2
-    convert this weight to one of the prediction.
+    convert its weight into the weight of the prediction's error.
 
     Args:
         positions: quantiles of the timesteps, float64 (B,), in [0, 1).
@@ -152,13 +152,13 @@ def score_regression(
     The network F learns (x_0 - c_skip x) / c_out from c_in x at the time c_noise (Karras et al. 2022, arXiv
     2206.00364, eq. 7 and 8). With x = alpha x_0 + n epsilon the target is
     (1 - c_skip alpha) / c_out x_0 - c_skip n / c_out epsilon. In this form the cancellation happens between the
-    float64 coefficients and not between float32 images.
+    float64 coefficients rather than between float32 images.
 
     Args:
         positions: quantiles of the time distribution, float64 (B,), in [0, 1).
-        likelihood_weighting: weight the squared error of the score by lambda(t) = g^2, with which the loss bounds the
+        likelihood_weighting: weight the squared error of the score by lambda(t) = g^2, for which the loss bounds the
             likelihood (Song et al. 2021, arXiv 2101.09258, theorem 1), instead of n^2, the paper's choice. No effect
-            for edm and flow, whose errors of F all have weight 1 (Karras et al., section 5; arXiv 2209.03003, eq. 1).
+            on edm and flow, which weight every error of F by 1 (Karras et al., section 5; arXiv 2209.03003, eq. 1).
     """
     times = scheduler.times(positions)
     alpha, n = scheduler.sde.signal_scale(times), scheduler.sde.noise_scale(times)
@@ -181,7 +181,7 @@ def score_regression(
 
 
 def drop_labels(class_labels: Tensor, null_class: int, probability: float) -> Tensor:
-    """Replaces each of the labels (B,) by the null class with a probability, using the global random generator.
+    """Replaces each label (B,) by the null class with this probability, using the global random generator.
 
     One network then learns the conditional and the unconditional model (Ho & Salimans 2022, arXiv 2207.12598, alg. 1).
     """
@@ -199,7 +199,7 @@ def diffusion_loss(
     likelihood_weighting: bool = False,
     class_labels: Tensor | None = None,
 ) -> Tensor:
-    """The training objective on one batch, a float32 scalar; noise and times are from the global random generator.
+    """The training objective on one batch, a float32 scalar; noise and times come from the global random generator.
 
     Args:
         unet: called as `unet(inputs, times, class_labels).sample`, under the caller's autocast, if any.
@@ -269,7 +269,7 @@ def check_noise_levels(scheduler: SDEScheduler, clean_images: Iterable[Tensor]) 
     least, most = LEAST_SIGMA_MAX * rms, MOST_SIGMA_MIN * rms
     if sde.sigma_max < least:
         raise InputError(
-            f"--sigma_max is {sde.sigma_max:g}, too little to hide these images; take at least {least:.3g}"
+            f"--sigma_max is {sde.sigma_max:g}, too little to hide these images; use at least {least:.3g}"
         )
     if sde.sigma_min > most:
-        raise InputError(f"--sigma_min is {sde.sigma_min:g}, visible noise on these images; take at most {most:.3g}")
+        raise InputError(f"--sigma_min is {sde.sigma_min:g}, visible noise on these images; use at most {most:.3g}")

@@ -31,8 +31,8 @@ METADATA_READERS = {
         encoding="utf-8-sig",
         keep_default_na=False,
         na_values=[""],
-        index_col=False,  # commas at the ends of rows make no index
-        dtype_backend="numpy_nullable",  # integers stay integers beside missing ones
+        index_col=False,  # trailing commas do not create an index
+        dtype_backend="numpy_nullable",  # integers stay integers in columns with missing values
     ),
     "metadata.jsonl": partial(pandas.read_json, lines=True, dtype=False, dtype_backend="numpy_nullable"),
     "metadata.parquet": partial(pandas.read_parquet, dtype_backend="numpy_nullable"),
@@ -43,7 +43,7 @@ SPLITS = {  # the names of their folders, as in `datasets`
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF_FOLDER = {folder: split for split, folders in SPLITS.items() for folder in folders}
-# Each identifies a folder that this repository wrote: a run, a model, generated images, decoded images
+# Each marks a folder written by this repository: a run, a model, generated images, decoded images
 OWN_FILES = {"log.jsonl", "model_index.json", "generate.json", "images.uint8", "images.uint16"}
 
 
@@ -51,7 +51,7 @@ class FolderFile(NamedTuple):
     """A file in a folder, or in a zip archive in it.
 
     Attributes:
-        name: relative to the folder, with slashes; bytes that are not UTF-8 as `\\xNN`. Files in an archive are named
+        name: relative to the folder, with slashes; non-UTF-8 bytes become `\\xNN`. Files in an archive are named
             as if the archive were a folder without `.zip`.
         path: path on the disk; for a file in an archive, that of the archive.
         real_path: the path with links resolved.
@@ -79,7 +79,7 @@ class FolderFile(NamedTuple):
 
     @property
     def is_hidden(self) -> bool:
-        """Whether it or a folder starts with a dot, or a folder with __, as macOS and Python create them."""
+        """Whether its name or a folder's starts with a dot, or a folder's with __, as created by macOS and Python."""
         *folders, base = self.name.split("/")
         return base.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
 
@@ -102,8 +102,8 @@ def _open_archive(path: str, process_id: int) -> zipfile.ZipFile:
 def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
     """All files below a folder and in its zip archives, sorted, and how many entries are left out, by reason.
 
-    Links are followed, so a real file may occur several times. Left out are hidden files, folders that this repository
-    has written, and the files of an archive that has been unpacked beside it.
+    Links are followed, so a real file may occur several times. Hidden files, folders that this repository has written,
+    and the files of an archive that has been unpacked beside it are left out.
 
     Raises:
         InputError: if an archive is damaged.
@@ -111,7 +111,7 @@ def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
     """
     files, left_out = [], Counter()
     folders = [(str(folder), "", (os.path.realpath(folder),))]
-    for path, prefix, real_paths in folders:  # the list grows on the way
+    for path, prefix, real_paths in folders:  # the loop extends the list
         with os.scandir(path) as scan:
             entries = list(scan)
         if prefix and OWN_FILES & {entry.name for entry in entries}:
@@ -129,7 +129,7 @@ def list_files(folder: Path) -> tuple[list[FolderFile], Counter]:
             if stat.S_ISREG(status.st_mode):
                 files.append(FolderFile(name, entry.path, real_path, status.st_size, status.st_mtime_ns))
             elif real_path in real_paths:
-                left_out["a link to a folder that it is in"] += 1
+                left_out["a link to a folder that contains it"] += 1
             elif stat.S_ISDIR(status.st_mode):
                 folders.append((entry.path, f"{name}/", (*real_paths, real_path)))
     archives = [file for file in files if file.extension == ".zip" and not file.is_hidden]
@@ -159,7 +159,7 @@ def digest_of(files: Iterable[FolderFile]) -> str:
 
 
 def splits_of(names: list[str]) -> dict[str, str | None]:
-    """The split of each file, named by its top-level folder below those that all files share; None if it names none.
+    """The split named by each file's top-level folder, below those that all files share; None if it names none.
 
     If no folder names a split, all files belong to train.
     """
@@ -231,9 +231,9 @@ class FolderImages:
         left_out.update(
             {
                 f"not an image format of Pillow, by extension: {extensions(others)}": len(others),
-                "outside of the splits, the top-level folders train, validation and test": counts[None],
+                "outside the splits, the top-level folders train, validation and test": counts[None],
                 "in another split": len(images) - counts[None] - counts[self.split],
-                "a link to an image that is taken already": len(self.files) - len(real_files),
+                "a link to an image that is already used": len(self.files) - len(real_files),
             }
         )
         self.names, rows = sorted(real_files.values()), read_metadata(tables)
@@ -247,7 +247,7 @@ class FolderImages:
         self.num_images = len(self.names)
         self.identity = {"source": folder.name, "revision": digest_of(files), "split": split, "max_images": max_images}
         self.identity["label_column"] = label_column
-        taken = f"taken for split {self.split}: {self.num_images:,}"
+        taken = f"used for split {self.split}: {self.num_images:,}"
         self.summary = describe_files(self.name, len(files), taken, left_out)
 
     def _labels(self, rows: pandas.DataFrame) -> list | None:
@@ -259,7 +259,7 @@ class FolderImages:
             return values.where(values.notna(), None).tolist()
         depths = {name.count("/") for name in self.names}
         if column != "label" or depths == {0} or len(depths) > 1:
-            columns = [*rows.columns[1:], "label (of their folders) if all images lie equally deep in folders"]
+            columns = [*rows.columns[1:], "label (the folder's name) if all images are at the same depth"]
             raise no_column(self.name, column, columns)
         return [name.split("/")[-2] for name in self.names]
 
@@ -274,7 +274,7 @@ class FolderImages:
 
     def _read(self, name: str) -> bytes:
         if name not in self.files:
-            raise BadImage("the metadata name it, but it is not among the images of the folder")
+            raise BadImage("the metadata list it, but the folder has no such image")
         return self.files[name].read()
 
 
@@ -282,7 +282,7 @@ class FolderImages:
 
 
 def pick_split(source: str, split: str, splits: Iterable[str]) -> str:
-    """The name under which a source has a split: `valid` and `validation` mean the same."""
+    """The source's own name for a split: `valid` and `validation` mean the same."""
     for name in (split, "valid" if split == "validation" else split):
         if name in splits:
             return name

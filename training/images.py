@@ -16,10 +16,10 @@ _CELEBA_WIDTH, _CELEBA_HEIGHT = 178, 218
 _CELEBA_BOXES = {"celeba_140": (19, 39, 159, 179), "celeba_128": (25, 57, 153, 185)}
 
 Image.init()
-# Without formats that Pillow recognises but cannot decode, or that are programs which it would run (EPS)
+# Excludes formats that Pillow recognises but cannot decode, and EPS, whose programs it would run
 FORMATS = [kind for kind in Image.ID if kind not in {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}]
 
-# Image generators write workflows into their PNG files that exceed Pillow's limit for a text of 1 MiB
+# Image generators embed workflows in PNG files as texts longer than Pillow's limit of 1 MiB
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
@@ -28,7 +28,7 @@ class BadImage(ValueError):
 
 
 class Format(NamedTuple):
-    """What images are decoded to, the arguments of `decode_image`; `shape` is (C, H, W)."""
+    """The format that images are decoded to, as arguments of `decode_image`; `shape` is (C, H, W)."""
 
     crop: str
     shape: tuple[int, int, int]
@@ -49,13 +49,13 @@ def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int], dtype: 
 
     The EXIF orientation is applied; broken EXIF data are ignored, other damaged metadata are not. Without an alpha
     channel, transparent pixels are composited on white. Palette and CMYK images become RGB; colour profiles are
-    ignored. Pixels of unknown range (floating point, 32-bit integers) are refused, and so is PostScript, a program
-    that Pillow would pass to Ghostscript. Of several frames or pages the first one is used.
+    ignored. Pixels of unknown range (floating point, 32-bit integers) are rejected, as is PostScript, a program that
+    Pillow would pass to Ghostscript. The first of several frames or pages is used.
 
     Args:
         shape: (C, H, W) with 1 channel (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
         dtype: `uint8`, to which 16-bit images are scaled, or `uint16`, to which 8-bit images are scaled. Pillow reads
-            only grey images with 16 bits.
+            16 bits only from grey images.
 
     Returns:
         shape (C, H, W).
@@ -65,7 +65,7 @@ def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int], dtype: 
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about odd metadata, which are not used, at every image
+            warnings.simplefilter("ignore")  # for every image, Pillow warns about odd metadata, which we do not use
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # more than Image.MAX_IMAGE_PIXELS
             image = Image.open(io.BytesIO(encoded), formats=FORMATS)
             image.load()
@@ -75,7 +75,7 @@ def decode_image(encoded: bytes, crop: str, shape: tuple[int, int, int], dtype: 
     except BadImage:
         raise
     except UnidentifiedImageError as error:
-        raise BadImage(f"no image in its {len(encoded)} bytes") from error
+        raise BadImage(f"its {len(encoded)} bytes are not an image") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others on damaged files
         raise BadImage(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from error
     return crop_and_resize(image, crop, shape, dtype)
@@ -131,10 +131,10 @@ def _to_standard_mode(image: Image.Image, has_alpha: bool, dtype: str) -> Image.
     """RGB, or RGBA if `has_alpha`; for 16-bit grey values and uint16 without alpha, F."""
     if image.mode == "F":
         raise BadImage("its pixels are floating-point numbers, of unknown range")
-    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these have 16 bits, which Pillow widens
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these have 16 bits, which Pillow widens to 32
         raise BadImage("its pixels are signed or 32-bit integers, of unknown range; convert them to 8 or 16 bits")
     if image.mode in ("P", "PA") and image.palette is None:
-        raise BadImage("its pixels are numbers of colours, but there is no palette")
+        raise BadImage("its pixels are palette indices, but there is no palette")
     if image.mode.startswith("I"):
         values = np.asarray(image).clip(0, 65535).astype(np.uint32)
         if dtype == "uint16" and not has_alpha:

@@ -30,7 +30,7 @@ from training.workers import available_cores
 
 logger = logging.getLogger(__name__)
 
-LOG = "log.jsonl"  # in the output folder: one record a line
+LOG = "log.jsonl"  # in the output folder: one record per line
 LIBRARIES = "torch diffusers accelerate datasets".split()
 
 
@@ -170,7 +170,7 @@ def draw_grid(pipeline, num_images: int, should_stop: Callable[[], bool], **sett
     Args:
         settings: further arguments of the pipeline.
 
-    Raises SamplingStopped once `should_stop`, called after each sampling step, returns True; and what the pipeline
+    Raises SamplingStopped once `should_stop`, called after each sampling step, returns True; and whatever the pipeline
     raises, for example for non-finite weights.
     """
     settings |= {"output_type": "pt", "callback_on_step_end": stop_callback(should_stop)}
@@ -189,7 +189,7 @@ def stop_callback(should_stop: Callable[[], bool]) -> Callable:
 
 
 def list_grids(folder: Path) -> dict[int, Path]:
-    """Step -> file of the grids in a folder, in ascending order; other files are ignored."""
+    """Maps each step, in ascending order, to its grid in a folder; other files are ignored."""
     found = {path: re.fullmatch(r"step-(\d{7,})\.png", path.name) for path in folder.glob("step-*.png")}
     return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
 
@@ -225,7 +225,7 @@ def save_samples(trainer) -> None:
 
 
 def report_metric(trainer) -> None:
-    """Logs FID or KID of the EMA network and keeps the best weights in a folder of their own.
+    """Logs FID or KID of the EMA network and keeps the best weights in a separate folder.
 
     A failed measurement is logged and does not end the training. Raises Failed if that folder cannot be written.
     """
@@ -288,7 +288,7 @@ def device_name(device: torch.device) -> str:
 
 
 def recorded(folder: Path, key: str):
-    """An entry of a model repository's `training.json`, such as `step`; None if it is missing or the file damaged."""
+    """An entry of a model repository's `training.json`, such as `step`; None if it is missing or unreadable."""
     try:
         return json.loads((folder / "training.json").read_text())[key]
     except (OSError, ValueError, KeyError, TypeError):
@@ -296,7 +296,7 @@ def recorded(folder: Path, key: str):
 
 
 def trained_on_celeba(facts: dict) -> bool:
-    """Whether a model with these facts, or one that it started from, was trained on CelebA, judged by names."""
+    """Whether a model with these facts, or one that it started from, was trained on CelebA, judging by names."""
     data, before = facts.get("data") or {}, facts.get("pretrained") or {}
     names_celeba = "celeba" in str(data.get("source")).lower() or str(data.get("crop")).startswith("celeba")
     return names_celeba or bool(before.get("celeba"))

@@ -62,9 +62,9 @@ class Muon(torch.optim.AdamW):
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Brings all singular values near 1 (0.7 to 1.2) by a Newton-Schulz iteration.
 
-    The usual iteration X <- P X with P = a + b X X^T + c (X X^T)^2 takes bf16, where each step corrects the rounding
-    of the one before. In other precisions only the small Gram matrix X X^T is iterated, as P X X^T P, and X is
-    multiplied once by the product of all P, which takes half the time.
+    In bf16 we use the standard iteration X <- P X with P = a + b X X^T + c (X X^T)^2, in which each step corrects the
+    rounding errors of the previous one. In other precisions we iterate only on the small Gram matrix X X^T, as
+    P X X^T P, and multiply X once by the product of all P, which takes half the time.
 
     Args:
         matrices: shape (N, rows, columns), at any scale.
@@ -109,8 +109,8 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Adam
 def learning_rate_schedule(config: TrainConfig, total_steps: int | None) -> Callable[[int], float]:
     """The learning rate as a function of the number of updates done.
 
-    Not a scheduler object, which counts its calls: with several processes or gradient accumulation, Accelerate calls
-    it several times per update.
+    We use no scheduler object, because it counts its calls: with several processes or gradient accumulation,
+    Accelerate calls it several times per update.
     """
     placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
     (factor,) = get_scheduler(

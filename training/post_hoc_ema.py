@@ -1,7 +1,7 @@
 """Post-hoc EMA: moving averages of the weights whose length is chosen after training.
 
-Karras et al. 2024 (EDM2, arXiv 2312.02696), section 3 and appendix C. The average after t updates gives the weights
-theta_s after update s a weight that is a power function of s:
+Karras et al. 2024 (EDM2, arXiv 2312.02696), section 3 and appendix C. The average after t updates weights
+theta_s, the parameters after update s, by a power of s:
 
     p(s) = (gamma + 1) s^gamma / t^(gamma + 1)  on [0, t]             its profile
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))           its length: standard deviation of p over t

@@ -25,7 +25,7 @@ WARM_UP_UPDATES, TIMED_UPDATES = 2, 5
 def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> TrainConfig:
     """The configuration with `auto` replaced by a precision, which the main process chooses for all processes.
 
-    A resumed run keeps the precision of its checkpoint; a new run takes the faster one. Call this before building the
+    A resumed run keeps the precision of its checkpoint; a new run uses the faster one. Call this before building the
     `Accelerator`, whose precision cannot be changed. Raises Failed if there are checkpoints but none is intact.
     """
     if config.mixed_precision != "auto":
@@ -56,7 +56,7 @@ def half_precision(device: torch.device) -> str:
 
 
 def update_seconds(config: TrainConfig, network_class: type[nn.Module], device: torch.device) -> dict[str, float]:
-    """Median seconds per forward and backward pass on a batch of noise, for each precision; passes alternate.
+    """Median seconds per forward and backward pass on a batch of noise, for each precision; the precisions alternate.
 
     Builds its own network, without classes, and restores the random generators.
     """

@@ -24,17 +24,17 @@ from common import InputError
 from training.config import TrainConfig
 from training.workers import available_cores
 
-# Other types shard the network over the processes; checkpoints are written by one process that has all of it.
+# Other types shard the network over the processes; here, one process with the whole network writes checkpoints.
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Stop:
-    """Context in which SIGINT and SIGTERM end the process at once until training begins, then stop it gracefully.
+    """Context in which SIGINT and SIGTERM end the process at once, but during training request a graceful stop.
 
     Attributes:
         number: the first signal received; None if there was none.
-        is_noted_only: set when training begins: from then on training polls `is_due`.
+        is_noted_only: set when training begins; from then on, signals are only noted and training polls `is_due`.
         deadline_seconds: `time.monotonic()` at which training stops gracefully.
     """
 
@@ -45,7 +45,7 @@ class Stop:
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        # `accelerate launch` forwards no signals, so its death sends one. Any other parent, such as a shell, may end.
+        # `accelerate launch` forwards no signals, so we request one at its death. Other parents (a shell) may end.
         if sys.platform.startswith("linux") and "ACCELERATE_MIXED_PRECISION" in os.environ:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         return self
@@ -90,7 +90,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / config.logging_dir)),
-            # gradients are accumulated by hand; Accelerate's environment variable would divide them once more
+            # we accumulate gradients ourselves; Accelerate's environment variable would divide them again
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_plugin=TorchDynamoPlugin(backend="inductor", fullgraph=True) if config.compile else None,
         )
@@ -99,7 +99,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.distributed_type not in SUPPORTED:
         raise InputError(f"{accelerator.distributed_type.value} is not supported; launch with --multi_gpu or --cpu")
     if accelerator.device.type == "cpu" and config.mixed_precision == "fp16":  # Accelerate would use float32
-        raise InputError("--mixed_precision fp16 needs a GPU, and this run is on the CPU; take bf16 or no")
+        raise InputError("--mixed_precision fp16 needs a GPU, but this run is on the CPU; use bf16 or no")
     return accelerator
 
 
@@ -117,8 +117,8 @@ def check_launcher(config: TrainConfig) -> None:
         asked = os.environ.get(f"ACCELERATE_{name}", default).lower()
         if asked not in (default, str(value)):
             raise InputError(
-                f"accelerate launch asks for {name.lower()} {asked}, the run's configuration for {value}; set it by"
-                f" {flag} of train_unet.py alone"
+                f"accelerate launch asks for {name.lower()} {asked}, the run's configuration for {value}; set only"
+                f" {flag} of train_unet.py"
             )
 
 

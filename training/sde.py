@@ -1,7 +1,7 @@
 """Diffusion in continuous time: the stochastic differential equations (SDEs) that turn images into noise and back, the
 training times and network inputs, and the samplers.
 
-Models that were trained with an SDE are shipped with a copy of this file, so it depends on torch and diffusers only.
+Models that were trained with an SDE are shipped with a copy of this file, so it depends only on torch and diffusers.
 
 Notation (Song et al. 2021, arXiv 2011.13456; equation numbers are theirs unless another paper is named):
 
@@ -105,7 +105,7 @@ class _SigmaSDE(SDE):
 
     def __post_init__(self):
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"sigma_min {self.sigma_min} and sigma_max {self.sigma_max} must be positive and rise")
+            raise ValueError(f"sigma_min {self.sigma_min} must be positive and below sigma_max {self.sigma_max}")
 
     def drift(self, t):
         return torch.zeros_like(t)
@@ -147,11 +147,11 @@ class _BetaSDE(SDE):
 
     beta_min: float = 0.1
     beta_max: float = 20.0
-    first_time = 1e-5  # as in the paper: the score is unbounded towards 0
+    first_time = 1e-5  # as in the paper: the score diverges as t approaches 0
 
     def __post_init__(self):
         if not 0 < self.beta_min <= self.beta_max < math.inf:
-            raise ValueError(f"beta_min {self.beta_min} and beta_max {self.beta_max} must be positive and not fall")
+            raise ValueError(f"beta_min {self.beta_min} must be positive and at most beta_max {self.beta_max}")
 
     def beta(self, t: Tensor) -> Tensor:
         return self.beta_min + t * (self.beta_max - self.beta_min)
@@ -283,7 +283,7 @@ def clean_image_coefficients(
 class Denoiser:
     """A network's prediction of E[x_0 | x_t = x], called with x (B, ...) and one time for the batch.
 
-    It takes the time and not sigma, which is infinite at time 1 of rectified flow, where its samplers start.
+    It takes the time rather than sigma, which is infinite at time 1 of rectified flow, where its samplers start.
     """
 
     sde: SDE
@@ -295,7 +295,7 @@ class Denoiser:
     def of_noise_level(self, y: Tensor, sigma: Tensor | float) -> Tensor:
         """E[x_0 | y] for y = x_0 + sigma epsilon, which is x_t / alpha at some time of every SDE."""
         t = self.sde.time_of(torch.as_tensor(sigma, dtype=torch.float64))
-        t = t.clamp(self.sde.first_time, self.sde.last_time)  # in case rounding put it outside
+        t = t.clamp(self.sde.first_time, self.sde.last_time)  # rounding may have put it outside
         return self(self.sde.signal_scale(t) * y, t)
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
@@ -309,7 +309,7 @@ class Denoiser:
 
 class ContinuousSampler(NamedTuple):
     name: str  # one of `CONTINUOUS_SAMPLERS`
-    settings: dict[str, float]  # all of them
+    settings: dict[str, float]  # including those with default values
 
 
 def continuous_samplers(objective: str) -> tuple[str, ...]:
@@ -332,7 +332,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             paper.
         time_density: density of the training times of flow: uniform, or logit_normal, with ln(t / (1 - t)) ~ N(0, 1)
             (Esser et al. 2024, arXiv 2403.03206, section 3.1).
-        clip_sample, clip_sample_range: whether, and to which size, samplers clip the predicted x_0; see DDPMScheduler.
+        clip_sample, clip_sample_range: whether, and at what size, samplers clip the predicted x_0; see DDPMScheduler.
 
     Raises:
         ValueError: for a noise schedule that defines no SDE, or a prediction type that does not suit the objective.
@@ -422,14 +422,14 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
     def sampler(self, name: str, **settings: float) -> ContinuousSampler:
         """One of `samplers`, with settings that replace its defaults.
 
-        `churn` defaults to 10 for a network that predicts the score of unscaled x: such a network errs at large sigma,
-        and without fresh noise its errors add up.
+        `churn` defaults to 10 for a network that predicts the score of unscaled x: it is inaccurate at large sigma,
+        and without fresh noise its errors accumulate.
 
         Raises:
             ValueError: for a sampler that does not suit the model, or a setting that is unknown or out of range.
         """
         if name not in self.samplers:
-            raise ValueError(f"there is no sampler {name!r}; there are {', '.join(self.samplers)}")
+            raise ValueError(f"there is no sampler {name!r}; choose from {', '.join(self.samplers)}")
         known = CONTINUOUS_SAMPLERS[name]
         unknown = sorted(settings.keys() - known.keys())
         if unknown:
@@ -470,7 +470,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         Args:
             model_output: the network, called with x (B, C, H, W) and c_noise, () or (B,).
             bound: x_0 is clipped to [-bound, bound]. The true expectation lies there, so clipping only reduces the
-                error. It matters at large sigma, where an error of epsilon becomes one of sigma times its size in x_0.
+                error. This matters at large sigma: the error of x_0 is sigma times the error of epsilon.
             tell: called after each evaluation with t, x and x_0.
         """
 
@@ -514,7 +514,7 @@ def spread(values: Tensor, x: Tensor) -> Tensor:
 
 # ---- The samplers (equations and algorithms are those of Song et al. 2021 unless another paper is named)
 #
-# `x` is a draw from the prior, and the times fall from the last one of the SDE to the first. Every sampler returns the
+# `x` is drawn from the prior, and the times decrease from the SDE's last time to its first. Every sampler returns the
 # expectation of x_0 at the first time, which removes the remaining noise (appendix G).
 
 
@@ -543,7 +543,7 @@ def transition(sde: SDE, early: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reverse_diffusion_step(denoise: Denoiser, x: Tensor, now: Tensor, later: Tensor, noise: Tensor | None) -> Tensor:
-    """One step of the reverse diffusion sampler, which discretizes like the forward process (eq. 46)."""
+    """One step of the reverse diffusion sampler, which is discretized like the forward process (eq. 46)."""
     a, v = transition(denoise.sde, later, now)
     x = (2 - a) * x + v * denoise.score(x, now)
     return x if noise is None else x + v.sqrt() * noise
@@ -555,7 +555,7 @@ def langevin_step(
     """One step of annealed Langevin dynamics at a noise level (algorithms 4 and 5).
 
     Args:
-        snr: r, which with the norms of noise and score sets the step size.
+        snr: r, which sets the step size together with the norms of noise and score.
         step_scale: alpha of the algorithm: 1 for VE, alpha_i = 1 - beta_i for VP.
         per_image: whether to use the norms of each image, so that images do not depend on each other, or their batch
             means, as in the authors' code. In many dimensions the norm of the noise hardly varies.
@@ -582,7 +582,7 @@ def predictor_corrector(
 
     Args:
         snr, per_image: see `langevin_step`.
-        impose: called with x and its time after each step; returns x with the known values put in.
+        impose: called with x and its time after each step; returns x with the known values restored.
     """
     last = len(times) - 2
     for i, (now, later) in enumerate(itertools.pairwise(times)):
@@ -672,7 +672,7 @@ def solve_ode(
         x at the end, and the number of evaluations.
 
     Raises:
-        ValueError: if the step becomes too small, values are not finite, or it takes too many evaluations.
+        ValueError: if the step becomes too small, values are not finite, or too many evaluations are needed.
     """
     x, t, sign = x.double(), start, math.copysign(1.0, end - start)
     first = rate(x, torch.tensor(t, dtype=torch.float64))

@@ -2,7 +2,7 @@
 
 A source has `name`, `split`, `label_column`, `num_images` (None if unknown before reading), `identity`
 (JSON-serializable: determines the images), and `decode`, which yields the pixels of each image, or why there are none.
-After that `labels` holds, if there is a `label_column`, the class of each image: a number if `label_names` is known,
+After decoding, if there is a `label_column`, `labels` has the class of each image: a number if `label_names` is known,
 otherwise a string, integer or bool. `summary` says how many files were found, used and left out, and why (None if the
 source does not report it).
 """
@@ -128,7 +128,7 @@ class HuggingFaceImages:
                 self.labels.append(row.get(self.label_column))
         except (OSError, HTTPError, ValueError) as error:
             num_done = len(self.labels)
-            raise InputError(f"the stream of {self.name} broke off after {num_done} rows: {_reason(error)}") from error
+            raise InputError(f"the stream of {self.name} failed after {num_done} rows: {_reason(error)}") from error
 
     def _decode_part(self, rows: datasets.Dataset, to: Format, part: slice) -> list[np.ndarray | str]:
         cells = rows[part][self.image_column]
@@ -149,7 +149,7 @@ class HuggingFaceImages:
         if path is None:
             raise BadImage("no image")
         if not self._may_read(path):
-            raise BadImage(f"its path {path!r:.80} leads out of the data set and is not read")
+            raise BadImage(f"its path {path!r:.80} is outside the data set and was not read")
         if "://" in path:
             with fsspec.open(path, "rb") as file:
                 return file.read()
@@ -181,13 +181,13 @@ class HuggingFaceImages:
             return self._with_columns(self._load())
         except InputError:
             raise
-        except Exception as error:  # `datasets` raises many kinds for data that are missing or damaged
+        except Exception as error:  # `datasets` raises many kinds of errors for missing or damaged data
             if self.is_local:
                 raise InputError(f"no readable data set in {_listing(Path(self.name))}: {_reason(error)}") from error
             if self.found is not None:
                 raise InputError(f"cannot read {self.name}: {_reason(error)}") from error
             raise InputError(
-                f"cannot get {self.name} from the Hub and it is not cached: {_reason(error)}; check the network,"
+                f"cannot download {self.name} from the Hub and it is not cached: {_reason(error)}; check the network,"
                 f" or give --train_data_dir, or --dataset_name {SYNTHETIC_FACES}, which needs none"
             ) from error
         finally:
@@ -234,7 +234,7 @@ class HuggingFaceImages:
         root = f"{self.name}/" if self.is_local else f"@{self.revision}/"
         taken = {file.partition(root)[2] for files in data_files.values() for file in files}
         left_out = {*self.found} - taken - {"README.md", ".gitattributes"}
-        counts = Counter({f"not taken by `datasets`: {extensions(left_out)}": len(left_out)})
+        counts = Counter({f"not read by `datasets`: {extensions(left_out)}": len(left_out)})
         self.summary = describe_files(self.name, len(self.found), f"read: {len(taken):,}", counts)
 
 
@@ -280,11 +280,11 @@ def find_source(
             return HuggingFaceImages(dataset_name, last_commit() or dataset_revision, *names, found=None)
         found = [file.rfilename for file in info.siblings or ()]
         return HuggingFaceImages(dataset_name, info.sha, *names, found)
-    # absolute, because some names mean something else to `datasets`, such as `parquet`
+    # absolute, because some names, such as `parquet`, mean something else to `datasets`
     folder = Path(os.path.abspath(os.path.expanduser(train_data_dir)))
     if not folder.is_dir():
         nearest = next(parent for parent in folder.parents if parent.is_dir())
-        raise InputError(f"folder not found: {folder}; its nearest parent is {_listing(nearest)}")
+        raise InputError(f"folder not found: {folder}; its nearest existing parent is {_listing(nearest)}")
     files, left_out = list_files(folder)
     if not files:
         raise InputError(f"no images found in {_listing(folder)}")
@@ -304,12 +304,12 @@ def _ask_the_hub(name: str, revision: str | None) -> DatasetInfo | None:
             " gated data set there, and log in with `hf auth login`"
         ) from error
     except (OSError, HTTPError) as error:
-        logger.info("no answer from the Hub, using what is cached of %s: %s", name, _reason(error))
+        logger.info("no answer from the Hub; using the cached copy of %s: %s", name, _reason(error))
         return None
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # it only says that there is a cause
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # its own message gives no reason
         error = error.__cause__ or error
     return one_line(error)[:300] or type(error).__name__
 

@@ -1,9 +1,9 @@
 """Synthetic faces: the embedded data set, drawn procedurally from known factors.
 
 A face is a pure function of `index` and `seed`: `Philox(key=(index, seed))` gives one uniform number per factor
-(`face_factors`), and the factors give the picture (`draw_faces`). All factors are independent; the tables below list
-their ranges, classes and odds. Pixels use only operations that IEEE 754 rounds exactly (+ - * / sqrt, min, max), all
-elementwise, so a face has the same pixels in any batch and on any machine.
+(`face_factors`), and the factors determine the picture (`draw_faces`). All factors are independent; the tables below
+list their ranges, classes and odds. Pixels use only operations that IEEE 754 rounds exactly (+ - * / sqrt, min, max),
+all elementwise, so a face has the same pixels in any batch and on any machine.
 
 Shapes are signed distance fields (Inigo Quilez, https://iquilezles.org/articles/distfunctions2d), negative inside, in
 head units: origin between the eyes and the nose, x to the right, y down, crown near -1 and chin near +1.
@@ -253,7 +253,7 @@ def place(f, resolution):
 
 
 def outline(f):
-    """Distances to the outlines of the head and of the hair, each on its own."""
+    """Distances to the outlines of the head and of the hair, separately."""
     skull = ellipse(f.head, (0.0, -0.12), (f.face_width, 0.86))
     jaw = ellipse(f.head, (0.04 * f.yaw, 0.38), (f.face_width * f.jaw_width, f.chin_length))
     f.head_outline = smooth_union(skull, jaw, 0.2)
@@ -285,7 +285,7 @@ def ears(f):
 
 
 def head(f):
-    skin = mix(f.skin, f.shade, 0.4 + 2.0 * f.head_outline)  # darker towards its rim
+    skin = mix(f.skin, f.shade, 0.4 + 2.0 * f.head_outline)  # darker towards the outline
     paint(f, f.head_outline, lit(skin, f, f.head))
     cheeks = np.maximum(ellipse(f.mirrored, (0.42, 0.38), (0.18, 0.14)), f.head_outline + 0.1)
     paint(f, cheeks, f.skin * rgb((1.0, 0.68, 0.66)), 0.65 * f.blush, softness=0.2)

@@ -22,7 +22,7 @@ class TrainingData:
         config: configuration of the run, with the `in_channels` of the images.
         store: the training images.
         label_names: of the classes; None without labels.
-        heldout_images: float32 (N, C, H, W) in [-1, 1], on the main process alone; None without a validation split.
+        heldout_images: float32 (N, C, H, W) in [-1, 1], only on the main process; None without a validation split.
         heldout_labels: int64 (N,); None without labels.
         num_heldout_images: N, on every process.
 
@@ -40,7 +40,7 @@ class TrainingData:
         images_per_update = config.train_batch_size * accumulated * num_processes
         if images_per_update > len(self.store):
             raise InputError(
-                f"{len(self.store)} images are fewer than the {images_per_update} of one update"
+                f"{len(self.store)} images are fewer than the {images_per_update} per update"
                 f" ({config.train_batch_size} x {accumulated} accumulated x {num_processes} processes); lower"
                 " --train_batch_size"
             )

@@ -20,12 +20,12 @@ def available_cores() -> int:
     return os.cpu_count()
 
 
-def _as_it_is(item):
+def _identity(item):
     return item
 
 
-def load_batches(dataset, num_workers: int, order: Iterable | None = None, convert: Callable = _as_it_is) -> Iterator:
-    """Yields `convert(dataset[i])` for each i of `order`, by default 0 to the last, loaded by a `DataLoader`.
+def load_batches(dataset, num_workers: int, order: Iterable | None = None, convert: Callable = _identity) -> Iterator:
+    """Yields `convert(dataset[i])` for each i in `order`, by default 0 to the last, loaded by a `DataLoader`.
 
     Results should be NumPy arrays: tensors would go through /dev/shm, which is small in a container, and those that do
     not fit are lost. The workers ignore SIGINT and SIGTERM; a signal to the whole process group, such as Ctrl-C, also

@@ -135,7 +135,7 @@ class CustomUNetPipeline(DiffusionPipeline):
         """
         if name not in self.samplers:
             why = "; the network was trained in continuous time" if name in SAMPLERS else ""
-            raise ValueError(f"there is no sampler {name!r}{why}; there are {', '.join(self.samplers)}")
+            raise ValueError(f"there is no sampler {name!r}{why}; choose from {', '.join(self.samplers)}")
         if name not in SAMPLERS:
             self.scheduler = self.process if self.is_continuous else self.scheduler
             self._continuous = self.process.sampler(name, **settings), self.scheduler
@@ -224,7 +224,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             scheduler = scheduler_like(scheduler.config, type(scheduler), prediction_type=step_type)
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
         if isinstance(scheduler, diffusers.EulerAncestralDiscreteScheduler):
-            scheduler.sigmas = scheduler.sigmas.double()  # float32 can give it the square root of less than 0
+            scheduler.sigmas = scheduler.sigmas.double()  # in float32 it may take the square root of a negative number
         has_generator = "generator" in inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator} if has_generator else {}
 
@@ -361,19 +361,19 @@ class CustomUNetPipeline(DiffusionPipeline):
         """Raises ValueError unless the scheduler, of discrete timesteps, matches the network's training."""
         scheduler, name = self.scheduler, type(self.scheduler).__name__
         if self.is_continuous or not isinstance(scheduler, SUITABLE):
-            raise ValueError(f"{name} does not suit this network; take set_sampler with {', '.join(self.samplers)}")
+            raise ValueError(f"{name} does not suit this network; use set_sampler with {', '.join(self.samplers)}")
         kind, trained_kind = scheduler.config.prediction_type, self._trained.config.prediction_type
         if kind != trained_kind:
             raise ValueError(f"{name} has prediction_type {kind!r}, the network was trained with {trained_kind!r}")
         known, new = self._trained.alphas_cumprod.cpu(), scheduler.alphas_cumprod.cpu()
         # some schedulers keep the last one above 0
         if known.shape != new.shape or not torch.allclose(known, new, rtol=0, atol=1e-4):
-            raise ValueError(f"{name} has another noise schedule than the network was trained with; take set_sampler")
+            raise ValueError(f"{name} does not have the noise schedule of the network's training; use set_sampler")
         for option, usual in USUAL.items():
             if scheduler.config.get(option, usual) not in (usual, None):
                 raise ValueError(f"{name} has {option} {scheduler.config[option]}, which is not supported here")
         if scheduler.config.get("algorithm_type") == "sde-dpmsolver":
-            raise ValueError(f"{name} has algorithm_type sde-dpmsolver; take sde-dpmsolver++")
+            raise ValueError(f"{name} has algorithm_type sde-dpmsolver; use sde-dpmsolver++")
         if isinstance(scheduler, SIGMA_TYPE):
             check_fractional_timesteps(self.unet)
 
