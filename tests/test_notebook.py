@@ -56,4 +56,4 @@ def test_outputs_come_from_a_clean_run():
     assert sum("image/png" in output.get("data", {}) for output in outputs) > 12
     text = re.sub(r'"image/png": ".*"', "", NOTEBOOK.read_text(encoding="utf-8"))
     assert not re.search(r"Warning|Traceback|/(home|tmp|root|work|usr)/", text)
-    assert NOTEBOOK.stat().st_size < 1.5e6
+    assert NOTEBOOK.stat().st_size < 2.5e6
