@@ -5,7 +5,7 @@
 OUT/unet.png shows the modules of the network in configs/celeba32_cpu.yaml, OUT/time_embedding.png the output of its
 time_proj, OUT/forward.png synthetic faces turning into noise, OUT/schedules.png signal-to-noise ratios,
 OUT/weights.png the loss weight that each prediction target implies, and OUT/progress.png the FID during the training
-of the shipped model. Exit codes: 0 done, 2 bad input.
+of the shipped model and after it. Exit codes: 0 done, 2 bad input.
 """
 
 import sys
@@ -33,7 +33,7 @@ from training.synthetic_faces import render_faces
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DRAWN_CONFIG = REPOSITORY / "configs" / "celeba32_cpu.yaml"
-DRAWN_LOGS = [REPOSITORY / "samples" / "celeba64" / f"log_{part}.jsonl" for part in (1, 2, 3)]
+DRAWN_LOGS = [REPOSITORY / "samples" / "celeba64" / f"log_{part}.jsonl" for part in (1, 2, 3, 4)]
 SCHEDULES = {"linear": DDPMScheduler(), "cosine": DDPMScheduler(beta_schedule="squaredcos_cap_v2")}
 SHOWN_TIMESTEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 SNR_GAMMA = 5.0
