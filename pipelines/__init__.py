@@ -49,7 +49,7 @@ class CustomUNetPipeline(shipped.CustomUNetPipeline):
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        return super().samplers if self.is_continuous else (*shipped.SAMPLERS, *continuous_samplers("ddpm"))
+        return super().samplers if self.is_continuous else (*super().samplers, *continuous_samplers("ddpm"))
 
     @property
     def process(self) -> SDEScheduler:

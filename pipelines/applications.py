@@ -116,9 +116,9 @@ def interpolate(
         num_images: number of images including both ends, at least 2.
     """
     start, end = (x if isinstance(x, Tensor) else pipe.draw_noise(1, generators([x])) for x in (start, end))
-    deterministic = type(pipe)(pipe.unet, pipe.scheduler if pipe.is_continuous else _ddim(pipe))
+    deterministic = type(pipe)(pipe.unet, pipe.process) if pipe.is_continuous else _with_ddim(pipe)
     if pipe.is_continuous:
-        name = pipe.scheduler.default_sampler.name
+        name = pipe.process.default_sampler.name
         deterministic.set_sampler(name, **({"churn": 0.0} if name == "edm_heun" else {}))
     deterministic.progress_bar = pipe.progress_bar
     latents = slerp(start, end.to(start), torch.linspace(0, 1, num_images))
@@ -257,18 +257,21 @@ def repaint_walk(num_steps: int, jump_length: int, num_resamples: int) -> list[i
     return walk
 
 
-def _ddim(pipe: CustomUNetPipeline) -> DDIMScheduler:
-    """A DDIM scheduler configured like the pipeline's scheduler if that is DDIM, else like the training scheduler."""
-    own = isinstance(pipe.scheduler, DDIMScheduler)
-    return scheduler_like(pipe.scheduler.config if own else pipe._trained.config, DDIMScheduler)
+def _with_ddim(pipe: CustomUNetPipeline) -> CustomUNetPipeline:
+    """The pipeline with DDIM, configured like its scheduler if that is DDIM, else like the training scheduler."""
+    like = pipe.scheduler if isinstance(pipe.scheduler, DDIMScheduler) else pipe._trained
+    pipe = type(pipe)(pipe.unet, pipe._trained)
+    pipe.scheduler = scheduler_like(like.config, DDIMScheduler)
+    return pipe
 
 
 def _ddim_levels(pipe: CustomUNetPipeline, num_inference_steps: int, eta: float = 0.0) -> tuple:
     """DDIM, its timesteps in ascending order, and abar of the clean image followed by abar of each timestep."""
     if pipe.is_continuous:
         raise ValueError("DDIM needs timesteps, but the network was trained in continuous time; use encode or impute")
-    ddim = _ddim(pipe)
-    type(pipe)(pipe.unet, ddim).check_inputs(num_inference_steps, eta)
+    pipe = _with_ddim(pipe)
+    pipe.check_inputs(num_inference_steps, eta)
+    ddim = pipe.scheduler
     ddim.set_timesteps(num_inference_steps)
     timesteps = ddim.timesteps.tolist()
     return ddim, timesteps[::-1], noise_levels(ddim, timesteps)[::-1]
@@ -277,7 +280,7 @@ def _ddim_levels(pipe: CustomUNetPipeline, num_inference_steps: int, eta: float 
 def _predict(pipe: CustomUNetPipeline, latents: Tensor, timestep: int, level: float, guidance: Guidance):
     """The network's prediction of x_0 and epsilon at abar `level`."""
     model_output = guidance.model_output(pipe.unet, latents, torch.tensor(timestep, device=latents.device))
-    return clean_images_and_noise(pipe.scheduler.config.prediction_type, model_output, latents, *scales(level))
+    return clean_images_and_noise(pipe._trained.config.prediction_type, model_output, latents, *scales(level))
 
 
 # ---- In continuous time

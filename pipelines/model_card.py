@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from common import InputError, one_line
 from pipelines.card_edits import keep_edits
-from pipelines.custom_unet_pipeline import SAMPLERS
+from pipelines.custom_unet_pipeline import discrete_samplers
 from training.images import height_and_width
 from training.log import trained_on_celeba
 from training.sde import SDEScheduler, continuous_samplers
@@ -132,7 +132,7 @@ def _derived(name: str, unet: dict, scheduler: dict, facts: dict, config: dict, 
         "is_square": len({*height_and_width(size)}) == 1,
         "channels": unet.get("in_channels"),
         "is_grey": unet.get("in_channels") in (1, 2),
-        "sampler_names": continuous_samplers(sde["objective"]) if sde else tuple(SAMPLERS),
+        "sampler_names": continuous_samplers(sde["objective"]) if sde else discrete_samplers(scheduler),
         "columns": [key for key in SETTINGS if any(result.get(key) is not None for result in results)],
         "bibtex": {key: entry for entry, key in entries},
     }

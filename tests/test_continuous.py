@@ -11,7 +11,7 @@ from exact_denoiser import Mixture, mixture
 from exact_sde import ExactSDENetwork
 from tiny_pipeline import quiet, sde_pipeline, tiny_pipeline
 
-from pipelines import CustomUNetPipeline
+from pipelines import CustomUNetPipeline, custom_unet_pipeline
 from pipelines.applications import (
     colorize,
     decode,
@@ -226,6 +226,17 @@ def test_setting_a_scheduler_or_a_sampler_replaces_the_other():
         pipe(seeds=[0], num_inference_steps=2)
     pipe.set_sampler("edm_heun")
     assert pipe.scheduler is own
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "vp"])
+def test_saving_warns_that_the_choice_of_a_continuous_sampler_is_lost(objective, tmp_path, monkeypatch):
+    pipe, warnings = pipeline_of(objective), []
+    monkeypatch.setattr(custom_unet_pipeline.logger, "warning", warnings.append)
+    pipe.save_pretrained(tmp_path)
+    assert warnings == []
+    pipe.set_sampler("ode")
+    pipe.save_pretrained(tmp_path)
+    assert warnings == ["The sampler ode is not saved: call set_sampler again after loading."]
 
 
 @pytest.mark.parametrize(

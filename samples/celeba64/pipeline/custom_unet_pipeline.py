@@ -22,8 +22,11 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+logger = logging.get_logger(__name__)
 
 # Samplers by name: class and settings. The multistep solvers use trailing spacing, because with leading spacing and
 # many steps they start far from the last timestep.
@@ -83,6 +86,9 @@ class CustomUNetPipeline(DiffusionPipeline):
 
         diffusers alone would write the module paths of this process and not copy the code.
         """
+        sampler = self.continuous_sampler
+        if sampler != getattr(self.scheduler, "default_sampler", None):
+            logger.warning(f"The sampler {sampler.name} is not saved: call set_sampler again after loading.")
         super().save_config(save_directory, **kwargs)
         folder = Path(save_directory)
         unet = getattr(self.unet, "_orig_mod", self.unet)  # unwraps torch.compile
@@ -114,7 +120,7 @@ class CustomUNetPipeline(DiffusionPipeline):
     @property
     def samplers(self) -> tuple[str, ...]:
         """The names that `set_sampler` accepts for this model."""
-        return self.process.samplers if self.is_continuous else tuple(SAMPLERS)
+        return self.process.samplers if self.is_continuous else discrete_samplers(self._trained.config)
 
     @property
     def continuous_sampler(self):
@@ -134,7 +140,7 @@ class CustomUNetPipeline(DiffusionPipeline):
             ValueError: if the model has no such sampler, or the sampler no such setting.
         """
         if name not in self.samplers:
-            why = "; the network was trained in continuous time" if name in SAMPLERS else ""
+            why = "; the network was trained in continuous time" if self.is_continuous and name in SAMPLERS else ""
             raise ValueError(f"there is no sampler {name!r}{why}; choose from {', '.join(self.samplers)}")
         if name not in SAMPLERS:
             self.scheduler = self.process if self.is_continuous else self.scheduler
@@ -376,6 +382,11 @@ class CustomUNetPipeline(DiffusionPipeline):
             raise ValueError(f"{name} has algorithm_type sde-dpmsolver; use sde-dpmsolver++")
         if isinstance(scheduler, SIGMA_TYPE):
             check_fractional_timesteps(self.unet)
+
+
+def discrete_samplers(config) -> tuple[str, ...]:
+    """The names of the `SAMPLERS` for a scheduler's noise schedule; DEIS does not support zero terminal SNR."""
+    return tuple(name for name in SAMPLERS if name != "deis" or not config.get("rescale_betas_zero_snr"))
 
 
 def check_fractional_timesteps(unet) -> None:
