@@ -106,7 +106,7 @@ def _load_network(folder: Path, dtype: torch.dtype, network_class: type[ModelMix
     logger.setLevel(logging.ERROR)
     try:
         unet, found = network_class.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     finally:
         logger.setLevel(level)

@@ -112,6 +112,8 @@ def _read_weights(folder: Path) -> dict:
 def _derived(name: str, unet: dict, scheduler: dict, facts: dict, config: dict, results: list, **_) -> dict:
     """What the template and the metadata need besides the files themselves."""
     data, dataset_id, size = facts.get("data", {}), config.get("dataset_name"), unet["sample_size"]
+    # a folder of photographs may have this name as well
+    is_synthetic = data.get("source") == "synthetic-faces" and not config.get("train_data_dir")
     sde = {}
     if scheduler["_class_name"] == SDEScheduler.__name__:
         process = SDEScheduler.from_config(scheduler)
@@ -124,7 +126,8 @@ def _derived(name: str, unet: dict, scheduler: dict, facts: dict, config: dict, 
         "dataset_id": None if dataset_id == "synthetic-faces" else dataset_id,
         "is_celeba": trained_on_celeba(facts),
         "data_are_celeba": trained_on_celeba({"data": data}),
-        "is_synthetic": data.get("source") == "synthetic-faces",
+        "is_synthetic": is_synthetic,
+        "is_only_synthetic": is_synthetic and not facts.get("pretrained"),
         "sde": sde,  # empty unless it was trained in continuous time
         "is_flow": sde.get("objective") == "flow",
         "num_classes": max((unet.get("num_class_embeds") or 1) - 1, 0),  # the last embedding is the null class
@@ -146,7 +149,7 @@ def _cell(value) -> str:
 
 def _metadata(**model) -> ModelCardData:
     is_celeba, is_synthetic = model["is_celeba"], model["is_synthetic"]
-    licence = {"license": "apache-2.0"} if is_synthetic else {}
+    licence = {"license": "apache-2.0"} if model["is_only_synthetic"] else {}
     if is_celeba:
         licence = {"license": "other", "license_name": "celeba-agreement", "license_link": CELEBA_PAGE}
     kind = ["score-based", "sde"] if model["sde"] else ["ddpm", "ddim"]

@@ -264,7 +264,7 @@ def test_euler_ancestral_draws_finite_images_for_every_number_of_steps(v_pipe):
 def test_from_pretrained_takes_components_and_network_arguments(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
-    loaded = CustomUNetPipeline.from_pretrained(tmp_path, scheduler=scheduler, torch_dtype=torch.bfloat16)
+    loaded = CustomUNetPipeline.from_pretrained(tmp_path, scheduler=scheduler, dtype=torch.bfloat16)
     assert loaded.scheduler is scheduler
     assert type(loaded.unet) is CustomUNet2DModel
     assert loaded.unet.dtype == torch.bfloat16
