@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, SchedulerMixin
 from diffusers.image_processor import PipelineImageInput as Images
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
@@ -116,7 +116,7 @@ def interpolate(
         num_images: number of images including both ends, at least 2.
     """
     start, end = (x if isinstance(x, Tensor) else pipe.draw_noise(1, generators([x])) for x in (start, end))
-    deterministic = type(pipe)(pipe.unet, pipe.process) if pipe.is_continuous else _with_ddim(pipe)
+    deterministic = _with_scheduler(pipe, pipe.scheduler if pipe.is_continuous else _ddim(pipe))
     if pipe.is_continuous:
         name = pipe.process.default_sampler.name
         deterministic.set_sampler(name, **({"churn": 0.0} if name == "edm_heun" else {}))
@@ -257,21 +257,25 @@ def repaint_walk(num_steps: int, jump_length: int, num_resamples: int) -> list[i
     return walk
 
 
-def _with_ddim(pipe: CustomUNetPipeline) -> CustomUNetPipeline:
-    """The pipeline with DDIM, configured like its scheduler if that is DDIM, else like the training scheduler."""
-    like = pipe.scheduler if isinstance(pipe.scheduler, DDIMScheduler) else pipe._trained
-    pipe = type(pipe)(pipe.unet, pipe._trained)
-    pipe.scheduler = scheduler_like(like.config, DDIMScheduler)
-    return pipe
+def _ddim(pipe: CustomUNetPipeline) -> DDIMScheduler:
+    """A DDIM scheduler configured like the pipeline's scheduler if that is DDIM, else like the training scheduler."""
+    own = isinstance(pipe.scheduler, DDIMScheduler)
+    return scheduler_like(pipe.scheduler.config if own else pipe._trained.config, DDIMScheduler)
+
+
+def _with_scheduler(pipe: CustomUNetPipeline, scheduler: SchedulerMixin) -> CustomUNetPipeline:
+    """The pipeline with another scheduler, which must suit the training scheduler as always."""
+    other = type(pipe)(pipe.unet, pipe._trained)
+    other.scheduler = scheduler
+    return other
 
 
 def _ddim_levels(pipe: CustomUNetPipeline, num_inference_steps: int, eta: float = 0.0) -> tuple:
     """DDIM, its timesteps in ascending order, and abar of the clean image followed by abar of each timestep."""
     if pipe.is_continuous:
         raise ValueError("DDIM needs timesteps, but the network was trained in continuous time; use encode or impute")
-    pipe = _with_ddim(pipe)
-    pipe.check_inputs(num_inference_steps, eta)
-    ddim = pipe.scheduler
+    ddim = _ddim(pipe)
+    _with_scheduler(pipe, ddim).check_inputs(num_inference_steps, eta)
     ddim.set_timesteps(num_inference_steps)
     timesteps = ddim.timesteps.tolist()
     return ddim, timesteps[::-1], noise_levels(ddim, timesteps)[::-1]

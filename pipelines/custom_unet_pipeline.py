@@ -114,8 +114,8 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     @property
     def process(self):
-        """The `SDEScheduler` of the SDE that continuous-time samplers reverse; None if there is none."""
-        return next((part for part in (self.scheduler, self._trained) if hasattr(part, "sde")), None)
+        """The `SDEScheduler` that the network was trained with; None if it was trained with discrete timesteps."""
+        return self._trained if self.is_continuous else None
 
     @property
     def samplers(self) -> tuple[str, ...]:
@@ -143,7 +143,8 @@ class CustomUNetPipeline(DiffusionPipeline):
             why = "; the network was trained in continuous time" if self.is_continuous and name in SAMPLERS else ""
             raise ValueError(f"there is no sampler {name!r}{why}; choose from {', '.join(self.samplers)}")
         if name not in SAMPLERS:
-            self.scheduler = self.process if self.is_continuous else self.scheduler
+            if self.is_continuous and not hasattr(self.scheduler, "sde"):
+                self.scheduler = self._trained
             self._continuous = self.process.sampler(name, **settings), self.scheduler
             return
         if settings:
@@ -356,6 +357,8 @@ class CustomUNetPipeline(DiffusionPipeline):
         if eta > 0 and (sampler is not None or not isinstance(scheduler, diffusers.DDIMScheduler)):
             raise ValueError(f"eta is {eta}; only the sampler ddim takes it")
         if sampler is not None:
+            if hasattr(scheduler, "sde") and scheduler.sde != self.process.sde:
+                raise ValueError("the scheduler does not have the SDE of the network's training; use from_config")
             self.process.num_evaluations(sampler, num_inference_steps)  # raises ValueError for a number out of range
             return
         self._check_scheduler()

@@ -230,10 +230,8 @@ def test_set_sampler_keeps_the_noise_schedule(pipe):
 )
 def test_unsuitable_schedulers_are_rejected(pipe, scheduler, message):
     pipe.scheduler = scheduler
-    calls = [lambda: pipe(num_inference_steps=50)]
-    if isinstance(scheduler, DDIMScheduler):
-        calls += [lambda: invert(pipe, torch.zeros(1, 3, 8, 8)), lambda: interpolate(pipe, 0, 1)]
-    for call in calls:
+    with_ddim = [lambda: invert(pipe, torch.zeros(1, 3, 8, 8)), lambda: interpolate(pipe, 0, 1)]
+    for call in (lambda: pipe(num_inference_steps=50), *(with_ddim * isinstance(scheduler, DDIMScheduler))):
         with pytest.raises(ValueError, match=message):
             call()
 

@@ -225,6 +225,7 @@ class EDMSDE(_SigmaSDE):
         return sigma
 
 
+@dataclass(frozen=True)
 class FlowSDE(SDE):
     """The SDE with the marginals of rectified flow: alpha = 1 - t and n = t (Liu et al. 2022, arXiv 2209.03003; Lipman
     et al. 2022, arXiv 2210.02747; time as in Esser et al. 2024, arXiv 2403.03206, 0 for images and 1 for noise).
