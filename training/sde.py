@@ -427,10 +427,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         and without fresh noise its errors accumulate.
 
         Raises:
-            ValueError: for a sampler that does not suit the model, or a setting that is unknown or out of range.
+            ValueError: for a setting that is unknown or out of range.
         """
-        if name not in self.samplers:
-            raise ValueError(f"there is no sampler {name!r}; choose from {', '.join(self.samplers)}")
         known = CONTINUOUS_SAMPLERS[name]
         unknown = sorted(settings.keys() - known.keys())
         if unknown:
