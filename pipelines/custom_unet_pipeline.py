@@ -26,7 +26,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("diffusers.custom_unet_pipeline")  # obeys diffusers.logging.set_verbosity
 
 # Samplers by name: class and settings. The multistep solvers use trailing spacing, because with leading spacing and
 # many steps they start far from the last timestep.
@@ -73,6 +73,8 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
+        if unet.config.sample_size is None:
+            raise ValueError("the network's sample_size is None; it must be the height and width of its images")
         self.register_modules(unet=unet, scheduler=scheduler)
         # The scheduler the network was trained with; other samplers are built from its configuration and must match it
         self._trained = scheduler

@@ -79,9 +79,6 @@ def load_pipeline(
     try:
         unet = _load_network(part_folder(source, "unet"), DTYPES[dtype], network_class)
         pipeline = CustomUNetPipeline.from_pretrained(source, unet=unet)
-        sides = pipeline.image_shape[1:]
-        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            raise InputError(f"sample_size of its network is {unet.config.sample_size!r:.80}; it must be in pixels")
     except Exception as error:  # with damaged files, the libraries raise almost anything
         reason = one_line(error) or type(error).__name__
         raise InputError(f"{source} could not be loaded: {reason}") from error
