@@ -9,7 +9,7 @@ from training.sde import SDEScheduler, continuous_samplers
 
 SCHEDULERS = {cls.__name__: cls for cls in (*shipped.SUITABLE, SDEScheduler)}
 KEYWORDS = "cache_dir force_download local_files_only proxies revision token".split()  # of the Hub
-KEYWORDS += "device_map low_cpu_mem_usage torch_dtype variant".split()  # of the network
+KEYWORDS += "device_map dtype low_cpu_mem_usage torch_dtype variant".split()  # of the network
 
 
 class CustomUNetPipeline(shipped.CustomUNetPipeline):
@@ -49,7 +49,7 @@ class CustomUNetPipeline(shipped.CustomUNetPipeline):
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        return super().samplers if self.is_continuous else (*shipped.SAMPLERS, *continuous_samplers("ddpm"))
+        return super().samplers if self.is_continuous else (*super().samplers, *continuous_samplers("ddpm"))
 
     @property
     def process(self) -> SDEScheduler:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, SchedulerMixin
 from diffusers.image_processor import PipelineImageInput as Images
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
@@ -116,9 +116,9 @@ def interpolate(
         num_images: number of images including both ends, at least 2.
     """
     start, end = (x if isinstance(x, Tensor) else pipe.draw_noise(1, generators([x])) for x in (start, end))
-    deterministic = type(pipe)(pipe.unet, pipe.scheduler if pipe.is_continuous else _ddim(pipe))
+    deterministic = _with_scheduler(pipe, pipe.scheduler if pipe.is_continuous else _ddim(pipe))
     if pipe.is_continuous:
-        name = pipe.scheduler.default_sampler.name
+        name = pipe.process.default_sampler.name
         deterministic.set_sampler(name, **({"churn": 0.0} if name == "edm_heun" else {}))
     deterministic.progress_bar = pipe.progress_bar
     latents = slerp(start, end.to(start), torch.linspace(0, 1, num_images))
@@ -263,12 +263,19 @@ def _ddim(pipe: CustomUNetPipeline) -> DDIMScheduler:
     return scheduler_like(pipe.scheduler.config if own else pipe._trained.config, DDIMScheduler)
 
 
+def _with_scheduler(pipe: CustomUNetPipeline, scheduler: SchedulerMixin) -> CustomUNetPipeline:
+    """The pipeline with another scheduler, which must suit the training scheduler as always."""
+    other = type(pipe)(pipe.unet, pipe._trained)
+    other.scheduler = scheduler
+    return other
+
+
 def _ddim_levels(pipe: CustomUNetPipeline, num_inference_steps: int, eta: float = 0.0) -> tuple:
     """DDIM, its timesteps in ascending order, and abar of the clean image followed by abar of each timestep."""
     if pipe.is_continuous:
         raise ValueError("DDIM needs timesteps, but the network was trained in continuous time; use encode or impute")
     ddim = _ddim(pipe)
-    type(pipe)(pipe.unet, ddim).check_inputs(num_inference_steps, eta)
+    _with_scheduler(pipe, ddim).check_inputs(num_inference_steps, eta)
     ddim.set_timesteps(num_inference_steps)
     timesteps = ddim.timesteps.tolist()
     return ddim, timesteps[::-1], noise_levels(ddim, timesteps)[::-1]
@@ -277,7 +284,7 @@ def _ddim_levels(pipe: CustomUNetPipeline, num_inference_steps: int, eta: float 
 def _predict(pipe: CustomUNetPipeline, latents: Tensor, timestep: int, level: float, guidance: Guidance):
     """The network's prediction of x_0 and epsilon at abar `level`."""
     model_output = guidance.model_output(pipe.unet, latents, torch.tensor(timestep, device=latents.device))
-    return clean_images_and_noise(pipe.scheduler.config.prediction_type, model_output, latents, *scales(level))
+    return clean_images_and_noise(pipe._trained.config.prediction_type, model_output, latents, *scales(level))
 
 
 # ---- In continuous time

@@ -45,8 +45,8 @@ def build_demo(pipeline: CustomUNetPipeline, name: str = "An unconditional diffu
     width, height = page.size
     about = f"""# {name}
 
-An unconditional diffusion model{", trained in continuous time" if pipeline.is_continuous else ""}: it draws images of
-{width}x{height} pixels from nothing but noise, with a network of {pipeline.unet.num_parameters() / 1e6:.1f} million
+An unconditional diffusion model{", trained in continuous time" if pipeline.is_continuous else ""}: it generates images
+of {width}x{height} pixels from pure noise with a network of {pipeline.unet.num_parameters() / 1e6:.1f} million
 parameters. The images are not photographs. You may use them as the licence of the model and the terms of its training
 data allow: images from a model trained on CelebA are for non-commercial research only."""
     with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(FILES_KEPT_SECONDS, FILES_KEPT_SECONDS)) as demo:
@@ -165,7 +165,8 @@ class Page:
                 seed = seed_input("3. Seed of the first result")
                 number = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Results")
                 steps = self.steps_input()
-                info, is_used = "More blend better with the rest but take longer.", not self.pipeline.is_continuous
+                info = "More resampling blends the results in better but takes longer."
+                is_used = not self.pipeline.is_continuous
                 resamples = gr.Slider(1, 20, 5, step=1, label="Resamplings", info=info, visible=is_used)
                 button = gr.Button("Repaint", variant="primary")
             with gr.Column(scale=4):

@@ -79,9 +79,6 @@ def load_pipeline(
     try:
         unet = _load_network(part_folder(source, "unet"), DTYPES[dtype], network_class)
         pipeline = CustomUNetPipeline.from_pretrained(source, unet=unet)
-        sides = pipeline.image_shape[1:]
-        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            raise InputError(f"sample_size of its network is {unet.config.sample_size!r:.80}; it must be in pixels")
     except Exception as error:  # with damaged files, the libraries raise almost anything
         reason = one_line(error) or type(error).__name__
         raise InputError(f"{source} could not be loaded: {reason}") from error
@@ -106,7 +103,7 @@ def _load_network(folder: Path, dtype: torch.dtype, network_class: type[ModelMix
     logger.setLevel(logging.ERROR)
     try:
         unet, found = network_class.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     finally:
         logger.setLevel(level)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from common import InputError, one_line
 from pipelines.card_edits import keep_edits
-from pipelines.custom_unet_pipeline import SAMPLERS
+from pipelines.custom_unet_pipeline import discrete_samplers
 from training.images import height_and_width
 from training.log import trained_on_celeba
 from training.sde import SDEScheduler, continuous_samplers
@@ -112,6 +112,8 @@ def _read_weights(folder: Path) -> dict:
 def _derived(name: str, unet: dict, scheduler: dict, facts: dict, config: dict, results: list, **_) -> dict:
     """What the template and the metadata need besides the files themselves."""
     data, dataset_id, size = facts.get("data", {}), config.get("dataset_name"), unet["sample_size"]
+    # a folder of photographs may have this name as well
+    is_synthetic = data.get("source") == "synthetic-faces" and not config.get("train_data_dir")
     sde = {}
     if scheduler["_class_name"] == SDEScheduler.__name__:
         process = SDEScheduler.from_config(scheduler)
@@ -124,7 +126,8 @@ def _derived(name: str, unet: dict, scheduler: dict, facts: dict, config: dict, 
         "dataset_id": None if dataset_id == "synthetic-faces" else dataset_id,
         "is_celeba": trained_on_celeba(facts),
         "data_are_celeba": trained_on_celeba({"data": data}),
-        "is_synthetic": data.get("source") == "synthetic-faces",
+        "is_synthetic": is_synthetic,
+        "is_only_synthetic": is_synthetic and not facts.get("pretrained"),
         "sde": sde,  # empty unless it was trained in continuous time
         "is_flow": sde.get("objective") == "flow",
         "num_classes": max((unet.get("num_class_embeds") or 1) - 1, 0),  # the last embedding is the null class
@@ -132,7 +135,7 @@ def _derived(name: str, unet: dict, scheduler: dict, facts: dict, config: dict, 
         "is_square": len({*height_and_width(size)}) == 1,
         "channels": unet.get("in_channels"),
         "is_grey": unet.get("in_channels") in (1, 2),
-        "sampler_names": continuous_samplers(sde["objective"]) if sde else tuple(SAMPLERS),
+        "sampler_names": continuous_samplers(sde["objective"]) if sde else discrete_samplers(scheduler),
         "columns": [key for key in SETTINGS if any(result.get(key) is not None for result in results)],
         "bibtex": {key: entry for entry, key in entries},
     }
@@ -146,7 +149,7 @@ def _cell(value) -> str:
 
 def _metadata(**model) -> ModelCardData:
     is_celeba, is_synthetic = model["is_celeba"], model["is_synthetic"]
-    licence = {"license": "apache-2.0"} if is_synthetic else {}
+    licence = {"license": "apache-2.0"} if model["is_only_synthetic"] else {}
     if is_celeba:
         licence = {"license": "other", "license_name": "celeba-agreement", "license_link": CELEBA_PAGE}
     kind = ["score-based", "sde"] if model["sde"] else ["ddpm", "ddim"]

@@ -11,7 +11,7 @@ from exact_denoiser import Mixture, mixture
 from exact_sde import ExactSDENetwork
 from tiny_pipeline import quiet, sde_pipeline, tiny_pipeline
 
-from pipelines import CustomUNetPipeline
+from pipelines import CustomUNetPipeline, custom_unet_pipeline
 from pipelines.applications import (
     colorize,
     decode,
@@ -190,7 +190,7 @@ def test_clip_sample_clips_every_predicted_image():
     largest, name = {}, "pred_original_sample"
     for clip in (True, False):
         pipe, seen = pipeline_of("vp"), []
-        pipe.scheduler = SDEScheduler(objective="vp", clip_sample=clip)
+        pipe.scheduler = SDEScheduler.from_config(pipe.scheduler.config, clip_sample=clip)
         callback = {"callback_on_step_end": lambda *args, seen=seen: seen.append(args[-1][name])}
         callback["callback_on_step_end_tensor_inputs"] = [name]
         pipe(seeds=[0], num_inference_steps=4, output_type="pt", **callback)
@@ -226,6 +226,21 @@ def test_setting_a_scheduler_or_a_sampler_replaces_the_other():
         pipe(seeds=[0], num_inference_steps=2)
     pipe.set_sampler("edm_heun")
     assert pipe.scheduler is own
+    for other in (pipe, pipeline_of("ddpm"), pipeline_of("flow")):
+        other.scheduler = SDEScheduler(objective="vp")
+        with pytest.raises(ValueError, match="does not have the SDE of the network's training"):
+            other(seeds=[0], num_inference_steps=2)
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "vp"])
+def test_saving_warns_that_the_choice_of_a_continuous_sampler_is_lost(objective, tmp_path, monkeypatch):
+    pipe, warnings = pipeline_of(objective), []
+    monkeypatch.setattr(custom_unet_pipeline.logger, "warning", warnings.append)
+    pipe.save_pretrained(tmp_path)
+    assert warnings == []
+    pipe.set_sampler("ode")
+    pipe.save_pretrained(tmp_path)
+    assert warnings == ["The sampler ode is not saved: call set_sampler again after loading."]
 
 
 @pytest.mark.parametrize(

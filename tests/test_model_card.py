@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import ModelCard
 from tiny_network import TINY
@@ -40,6 +40,7 @@ FACTS = {
     "date": "2026-11-23",
 }
 CELEBA = {"name": "faces", "images_seen": 9, "train_seconds": 1.0, "celeba": True}  # where a model may have started
+CATS = CELEBA | {"name": "cats", "celeba": False}
 RESULTS = [
     {"name": "FID (clean)", "metric": "fid", "value": 12.345, "mode": "clean", "n": 10_000, "sampler": "DDIM"}
     | {"steps": 50, "eta": 0.0},
@@ -107,6 +108,7 @@ def test_metadata_round_trips_through_huggingface_hub(card):
         (data(crop="center", source="CelebA-HQ"), "other", "identify anybody"),
         (data(crop="none", source="synthetic-faces"), "apache-2.0", "procedural faces"),
         (data(crop="center", source="cats"), None, "no licence is claimed"),
+        (data(crop="none", source="synthetic-faces") | {"pretrained": CATS}, None, "of the weights that it started"),
         (data(crop="center", source="cats") | {"pretrained": CELEBA}, "other", "a local folder named `cats`"),
         (None, None, "no record of the training"),
     ],
@@ -146,6 +148,8 @@ def test_card_states_the_facts_of_the_run(card):
     ):
         assert fact in " ".join(text.split()), fact
     assert "somebody" not in text
+    photographs = data(source="synthetic-faces", crop="center")
+    assert card(photographs, config(train_data_dir="synthetic-faces")).data.license is None
     assert text.startswith("\n# my-faces\n")
 
 
@@ -174,8 +178,10 @@ def test_card_has_no_placeholders_and_only_relevant_citations(card):
 def test_loading_instructions_match_the_name_and_the_sampler(card, tmp_path):
     assert "revision=commit" in card(name="someone/faces-8").text
     assert "revision" not in card().text
-    folder = export_pipeline(tiny_pipeline(DDPMScheduler()), tmp_path / "ddpm")
-    assert "from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel" in (folder / "README.md").read_text()
+    for scheduler, stock in ((DDPMScheduler(), "DDPM"), (EulerDiscreteScheduler(), "DDIM")):
+        folder = export_pipeline(tiny_pipeline(scheduler), tmp_path / stock)
+        example = f"from diffusers import {stock}Pipeline, {stock}Scheduler, UNet2DModel"
+        assert example in (folder / "README.md").read_text()
 
 
 # Continuous-time and class-conditional models

@@ -19,7 +19,7 @@ from tiny_pipeline import quiet, tiny_pipeline
 
 from custom_unet import CustomUNet2DModel
 from pipelines import CustomUNetPipeline, custom_unet_pipeline
-from pipelines.applications import invert
+from pipelines.applications import interpolate, invert
 from pipelines.custom_unet_pipeline import SAMPLERS
 from training.sde import continuous_samplers
 
@@ -205,6 +205,12 @@ def test_set_sampler_keeps_the_noise_schedule(pipe):
     assert pipe.scheduler.config.timestep_spacing == "trailing"  # the samplers in between leave nothing behind
     with pytest.raises(ValueError, match="no sampler 'dim'; choose from ddpm, ddim, dpmsolver"):
         pipe.set_sampler("dim")
+    zero_snr = CustomUNetPipeline(pipe.unet, DDIMScheduler(prediction_type="sample", rescale_betas_zero_snr=True))
+    for name in zero_snr.samplers:
+        zero_snr.set_sampler(name)
+        zero_snr.check_inputs(num_inference_steps=5)
+    with pytest.raises(ValueError, match="no sampler 'deis'; choose from ddpm"):
+        zero_snr.set_sampler("deis")
 
 
 @pytest.mark.parametrize(
@@ -224,8 +230,10 @@ def test_set_sampler_keeps_the_noise_schedule(pipe):
 )
 def test_unsuitable_schedulers_are_rejected(pipe, scheduler, message):
     pipe.scheduler = scheduler
-    with pytest.raises(ValueError, match=message):
-        pipe(num_inference_steps=50)
+    with_ddim = [lambda: invert(pipe, torch.zeros(1, 3, 8, 8)), lambda: interpolate(pipe, 0, 1)]
+    for call in (lambda: pipe(num_inference_steps=50), *(with_ddim * isinstance(scheduler, DDIMScheduler))):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_suitable_schedulers_may_be_assigned_directly(v_pipe):
@@ -254,7 +262,7 @@ def test_euler_ancestral_draws_finite_images_for_every_number_of_steps(v_pipe):
 def test_from_pretrained_takes_components_and_network_arguments(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
-    loaded = CustomUNetPipeline.from_pretrained(tmp_path, scheduler=scheduler, torch_dtype=torch.bfloat16)
+    loaded = CustomUNetPipeline.from_pretrained(tmp_path, scheduler=scheduler, dtype=torch.bfloat16)
     assert loaded.scheduler is scheduler
     assert type(loaded.unet) is CustomUNet2DModel
     assert loaded.unet.dtype == torch.bfloat16

@@ -225,6 +225,7 @@ class EDMSDE(_SigmaSDE):
         return sigma
 
 
+@dataclass(frozen=True)
 class FlowSDE(SDE):
     """The SDE with the marginals of rectified flow: alpha = 1 - t and n = t (Liu et al. 2022, arXiv 2209.03003; Lipman
     et al. 2022, arXiv 2210.02747; time as in Esser et al. 2024, arXiv 2403.03206, 0 for images and 1 for noise).
@@ -426,10 +427,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         and without fresh noise its errors accumulate.
 
         Raises:
-            ValueError: for a sampler that does not suit the model, or a setting that is unknown or out of range.
+            ValueError: for a setting that is unknown or out of range.
         """
-        if name not in self.samplers:
-            raise ValueError(f"there is no sampler {name!r}; choose from {', '.join(self.samplers)}")
         known = CONTINUOUS_SAMPLERS[name]
         unknown = sorted(settings.keys() - known.keys())
         if unknown:

@@ -22,8 +22,11 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+logger = logging.get_logger("diffusers.custom_unet_pipeline")  # obeys diffusers.logging.set_verbosity
 
 # Samplers by name: class and settings. The multistep solvers use trailing spacing, because with leading spacing and
 # many steps they start far from the last timestep.
@@ -70,6 +73,8 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
+        if unet.config.sample_size is None:
+            raise ValueError("the network's sample_size is None; it must be the height and width of its images")
         self.register_modules(unet=unet, scheduler=scheduler)
         # The scheduler the network was trained with; other samplers are built from its configuration and must match it
         self._trained = scheduler
@@ -83,6 +88,9 @@ class CustomUNetPipeline(DiffusionPipeline):
 
         diffusers alone would write the module paths of this process and not copy the code.
         """
+        sampler = self.continuous_sampler
+        if sampler != getattr(self.scheduler, "default_sampler", None):
+            logger.warning(f"The sampler {sampler.name} is not saved: call set_sampler again after loading.")
         super().save_config(save_directory, **kwargs)
         folder = Path(save_directory)
         unet = getattr(self.unet, "_orig_mod", self.unet)  # unwraps torch.compile
@@ -108,13 +116,13 @@ class CustomUNetPipeline(DiffusionPipeline):
 
     @property
     def process(self):
-        """The `SDEScheduler` of the SDE that continuous-time samplers reverse; None if there is none."""
-        return next((part for part in (self.scheduler, self._trained) if hasattr(part, "sde")), None)
+        """The `SDEScheduler` that the network was trained with; None if it was trained with discrete timesteps."""
+        return self._trained if self.is_continuous else None
 
     @property
     def samplers(self) -> tuple[str, ...]:
         """The names that `set_sampler` accepts for this model."""
-        return self.process.samplers if self.is_continuous else tuple(SAMPLERS)
+        return self.process.samplers if self.is_continuous else discrete_samplers(self._trained.config)
 
     @property
     def continuous_sampler(self):
@@ -134,10 +142,11 @@ class CustomUNetPipeline(DiffusionPipeline):
             ValueError: if the model has no such sampler, or the sampler no such setting.
         """
         if name not in self.samplers:
-            why = "; the network was trained in continuous time" if name in SAMPLERS else ""
+            why = "; the network was trained in continuous time" if self.is_continuous and name in SAMPLERS else ""
             raise ValueError(f"there is no sampler {name!r}{why}; choose from {', '.join(self.samplers)}")
         if name not in SAMPLERS:
-            self.scheduler = self.process if self.is_continuous else self.scheduler
+            if self.is_continuous and not hasattr(self.scheduler, "sde"):
+                self.scheduler = self._trained
             self._continuous = self.process.sampler(name, **settings), self.scheduler
             return
         if settings:
@@ -350,6 +359,8 @@ class CustomUNetPipeline(DiffusionPipeline):
         if eta > 0 and (sampler is not None or not isinstance(scheduler, diffusers.DDIMScheduler)):
             raise ValueError(f"eta is {eta}; only the sampler ddim takes it")
         if sampler is not None:
+            if hasattr(scheduler, "sde") and scheduler.sde != self.process.sde:
+                raise ValueError("the scheduler does not have the SDE of the network's training; use from_config")
             self.process.num_evaluations(sampler, num_inference_steps)  # raises ValueError for a number out of range
             return
         self._check_scheduler()
@@ -376,6 +387,11 @@ class CustomUNetPipeline(DiffusionPipeline):
             raise ValueError(f"{name} has algorithm_type sde-dpmsolver; use sde-dpmsolver++")
         if isinstance(scheduler, SIGMA_TYPE):
             check_fractional_timesteps(self.unet)
+
+
+def discrete_samplers(config) -> tuple[str, ...]:
+    """The names of the `SAMPLERS` for a scheduler's noise schedule; DEIS does not support zero terminal SNR."""
+    return tuple(name for name in SAMPLERS if name != "deis" or not config.get("rescale_betas_zero_snr"))
 
 
 def check_fractional_timesteps(unet) -> None:
