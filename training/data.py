@@ -240,10 +240,10 @@ def _classes(source: Source, kept: list[int]) -> dict:
     labels = [source.labels[row] for row in kept]
     for row, label in zip(kept, labels, strict=True):
         is_unknown = label is None or (source.label_names is not None and label == -1)  # -1 in `datasets`
-        if is_unknown or not isinstance(label, (int, str)):
+        if is_unknown or not isinstance(label, (int, str)) or type(label) is not type(labels[0]):
             raise InputError(
                 f"the column {source.label_column!r} of {source.name} holds {label!r:.80} in row {row}; labels are"
-                " class numbers, integers, strings or booleans: correct it or leave out --label_column"
+                " class numbers, or all integers, all strings or all booleans: correct it or leave out --label_column"
             )
     if source.label_names is not None:
         return {"labels": labels, "label_names": source.label_names}
