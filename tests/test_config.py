@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from common import InputError
 from custom_unet import CustomUNet2DModel
 from training.arguments import parse_config
-from training.config import UNET_OPTIONS
+from training.config import PATHS, UNET_OPTIONS
 from training.log import levels_without_time
 from training.processes import check_launcher
 
@@ -90,9 +90,8 @@ def test_flags_of_length_and_objective_replace_entries_of_the_file(parse):
 def test_home_folder_is_expanded_in_every_path(parse, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "own.yaml").write_text(BASE)
-    config = parse_config(["--config=~/own.yaml", "--output_dir=~/out", "--pretrained_model_name_or_path=~/model"])
-    assert config.output_dir == f"{tmp_path}/out"
-    assert config.pretrained_model_name_or_path == f"{tmp_path}/model"
+    config = parse_config(["--config=~/own.yaml", "--metric=fid", *(f"--{name}=~/{name}" for name in PATHS)])
+    assert {name: getattr(config, name) for name in PATHS} == {name: f"{tmp_path}/{name}" for name in PATHS}
 
 
 def test_public_configuration_has_no_local_paths(parse, tmp_path):
@@ -173,6 +172,7 @@ def test_network_options_match_diffusers(parse):
         (BASE + "learning_rat: 1\n", "config.yaml; did you mean learning_rate?"),
         (BASE + "max_train_steps: 20\n", "duplicate key"),
         (BASE + "mixed_precision: no\n", "is False; it should be text: put it in quotes"),
+        (BASE + "learning_rate: [1.0e-3, 2.0e-3]\n", "learning_rate in "),
         ("max_train_steps: 1\n", "exactly one"),
         ("dataset_name: synthetic-faces\n", "no length"),
         ("dataset_name: synthetic-faces\nmax_train_minutes: 5\n", "--lr_scheduler cosine needs"),
