@@ -5,6 +5,7 @@ import importlib.machinery
 import json
 import math
 import re
+import shutil
 import signal
 import sys
 from functools import partial
@@ -73,14 +74,20 @@ def test_trackers_continue_after_a_stop(train, tmp_path, monkeypatch):
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", ["tensorboard", "wandb"])
+    heldout = {"validation_split": "validation", "validation_images": 4}
     for name, checkpoint in (("run", "latest"), ("run", tmp_path / "run" / "checkpoint-6"), ("other", "latest")):
-        train(tmp_path / name, "--report_to", "all", "--resume_from_checkpoint", checkpoint)
-    first, second, other = calls
-    assert first == second
+        train(tmp_path / name, "--report_to", "all", "--resume_from_checkpoint", checkpoint, **heldout)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["resume_from_checkpoint"] == "latest"
+    for path in list_checkpoints(tmp_path / "run").values():  # so that the run starts again
+        shutil.rmtree(path)
+    train(tmp_path / "run", "--report_to", "all", **heldout)
+    first, second, other, again = calls
+    assert first == second == again
     assert (first["dir"], first["resume"]) == (str(tmp_path / "run"), "allow")
     assert first["id"] != other["id"]
-    events = EventAccumulator(str(tmp_path / "run" / "logs" / "unet")).Reload().Scalars("loss")
-    assert [event.step for event in events] == [*range(1, 10)]
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "unet")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [*range(1, 10)]
+    assert [event.step for event in events.Scalars("heldout_loss")] == [0, 9]
 
 
 KILLS = {  # flags, processes, the step whose record is not written, the checkpoints at that time

@@ -81,7 +81,8 @@ def tracker_options(trainer) -> dict:
         if not path.exists():
             replace_file(path, uuid4().hex.encode())
         wandb["id"] = path.read_text()
-    return {"wandb": wandb, "tensorboard": {"purge_step": trainer.progress.step + 1}}
+    step = trainer.progress.step
+    return {"wandb": wandb, "tensorboard": {"purge_step": step + 1 if step else 0}}
 
 
 def identity(trainer) -> dict:
@@ -116,13 +117,13 @@ def _prepare_output_dir(trainer) -> None:
         checkpoints = [*list_checkpoints(output_dir).values(), *output_dir.glob("abandoned-checkpoint-*")]
         for folder in (*checkpoints, snapshots, logs, trainer.best_dir):
             shutil.rmtree(folder, ignore_errors=True)
-        (output_dir / LOG).unlink(missing_ok=True)
     set_aside_newer(output_dir, step)
     for grid_step, grid in list_grids(output_dir / "samples").items():
         if grid_step > step:
             grid.unlink()
     trainer.records = start_log(output_dir / LOG, step)
-    again = replace(trainer.config, overwrite_output_dir=False)  # so that a run started from this file resumes
+    # so that a run started from this file resumes
+    again = replace(trainer.config, overwrite_output_dir=False, resume_from_checkpoint="latest")
     replace_file(output_dir / "config.yaml", again.to_yaml().encode())
 
 

@@ -97,9 +97,10 @@ def read_log(path: Path) -> list[dict]:
 def start_log(path: Path, step: int) -> list[dict]:
     """Drops records beyond `step`, whose updates were lost with their process, and an incomplete last line.
 
-    Returns the other records. Raises OSError, naming the path, if it cannot be written; its content is kept.
+    At step 0, drops all records. Returns the others. Raises OSError, naming the path, if it cannot be written; its
+    content is kept.
     """
-    records = [record for record in read_log(path) if record["step"] <= step]
+    records = [record for record in read_log(path) if record["step"] <= step] if step else []
     replace_file(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
     return records
 
