@@ -204,11 +204,12 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
         ("--label_dropout 0.2", "--label_column"),
         ("--overwrite_output_dir --resume_from_checkpoint runs/checkpoint-3", "deletes checkpoints"),
         # specific to an objective
-        ("--sigma_min 1", "--sigma_min 1.0 has no effect with --objective ddpm"),
+        ("--sigma_min 0.03", "--sigma_min 0.03 has no effect with --objective ddpm"),
         (f"{FLOW} --snr_gamma 5", "--snr_gamma 5.0 has no effect with --objective flow"),
         ("--time_embedding_type fourier", "ddpm needs --time_embedding_type positional or learned"),
         ("--objective ve", "ve needs --time_embedding_type fourier"),
-        (f"{EDM} --sigma_max 0.001", "sigma_min 0.002 must be positive and below sigma_max 0.001"),
+        (f"{EDM} --sigma_max 5", "--sigma_max is 5.0; it must be at least 10"),
+        (f"{VE} --sigma_min 0.1", "--sigma_min is 0.1; it must be at most 0.05"),
     ],
 )
 def test_bad_options_raise_one_line_errors(parse, flags, message):

@@ -161,7 +161,6 @@ def test_dry_run_shows_sizes_and_memory_and_writes_nothing(train, tmp_path):
         ("--validation_split validation --validation_images 3", "3 held-out images"),
         ("--train_batch_size 51", "50 images are fewer"),
         ("--mixed_precision fp16", "fp16 needs a GPU"),
-        ("--objective edm --sigma_max 5", "--sigma_max is 5, too little"),
         ("--label_column mouth", "glasses"),
     ],
 )

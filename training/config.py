@@ -121,8 +121,14 @@ class TrainConfig:
     likelihood_weighting: bool = option(False, "weight the loss by g^2, not n^2", only="vp subvp ve")
     sde_beta_min: float = option(0.1, "beta at time 0", above=0, only="vp subvp")
     sde_beta_max: float = option(20.0, "beta at time 1", above=0, max=100, only="vp subvp")
-    sigma_min: float | None = option(None, "lowest noise level (ve: 0.02, edm: 0.002)", min=1e-5, only="ve edm")
-    sigma_max: float | None = option(None, "highest noise level (ve: 100, edm: 80)", above=0, max=1e6, only="ve edm")
+    # from nearly clean images to nearly pure noise: at sigma_max, the divergence from the prior is at most
+    # (rms / sigma_max)^2 / 2 per dimension, where rms, the root mean square of the pixels in [-1, 1], is about 0.5
+    sigma_min: float | None = option(
+        None, "lowest noise level; null: 0.02 for ve, 0.002 for edm", min=1e-5, max=0.05, only="ve edm"
+    )
+    sigma_max: float | None = option(
+        None, "highest noise level; null: 100 for ve, 80 for edm", min=10, max=1e6, only="ve edm"
+    )
     sigma_data: float = option(0.5, "standard deviation of pixels in [-1, 1]", min=1e-3, max=1e3, only="edm")
     noise_mean: float = option(-1.2, "mean of ln(sigma) in training", only="edm")
     noise_std: float = option(1.2, "standard deviation of ln(sigma) in training", above=0, max=100, only="edm")
