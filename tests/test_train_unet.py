@@ -275,9 +275,8 @@ def test_labels_reach_the_network_and_are_dropped_at_the_given_rate(make_trainer
 
 
 def test_heldout_loss_uses_true_labels_and_grids_cycle_through_classes(make_trainer, capfd):
-    trainer = make_trainer(
-        label_column="glasses", validation_split="validation", validation_images=20, objective="edm", eval_batch_size=5
-    )
+    changes = {"validation_split": "validation", "validation_images": 20, "objective": "edm", "eval_batch_size": 5}
+    trainer = make_trainer(label_column="glasses", in_channels=4, report_to="tensorboard", **changes)
     store = trainer.data.open_store("validation", 20)
     seen = labels_seen_by(trainer.ema_network, lambda: report_heldout_loss(trainer))
     assert torch.equal(seen, torch.from_numpy(store.labels.copy()))

@@ -220,7 +220,7 @@ def save_samples(trainer) -> None:
         replace_file(folder / f"step-{step:07d}.png", content.getvalue())
         for tracker in trainer.accelerator.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
+            tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, **options)
     except Exception as error:  # training does not depend on samples
         logger.info(f"step {step}: sampling failed: {one_line(error)}")
 
