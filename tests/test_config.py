@@ -189,7 +189,7 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
         ("--use_ema", "unknown flag --use_ema; see --help"),
         ("--streaming true", "for data sets on the Hub"),
         (f"--output_dir {__file__}/run", "--output_dir"),
-        ("--objective vp --sde_beta_max 5", "leave 0.279 of the image at time 1"),
+        ("--objective vp --sde_beta_max 5", "--sde_beta_max is 5.0; it must be at least 12"),
         ("--dropout 1.5", "below 1"),
         ("--norm_num_groups 5", "5 groups do not divide"),
         ("--act_fn elu", "'elu' is not supported"),

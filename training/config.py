@@ -24,7 +24,6 @@ from training.images import CROPS, compact, height_and_width
 from training.sde import SDEScheduler
 
 OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the others use --prediction_type
-LARGEST_LAST_SIGNAL = 0.05  # largest fraction of the image that may remain at time 1
 PATHS = "train_data_dir cache_dir pretrained_model_name_or_path inception_path".split()
 PATHS += ["output_dir", "resume_from_checkpoint"]
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -120,7 +119,8 @@ class TrainConfig:
     )
     likelihood_weighting: bool = option(False, "weight the loss by g^2, not n^2", only="vp subvp ve")
     sde_beta_min: float = option(0.1, "beta at time 0", above=0, only="vp subvp")
-    sde_beta_max: float = option(20.0, "beta at time 1", above=0, max=100, only="vp subvp")
+    # exp(-(beta_min + beta_max) / 4), at most 0.05 of the image, remains at time 1
+    sde_beta_max: float = option(20.0, "beta at time 1", min=12, max=100, only="vp subvp")
     # from nearly clean images to nearly pure noise: at sigma_max, the divergence from the prior is at most
     # (rms / sigma_max)^2 / 2 per dimension, where rms, the root mean square of the pixels in [-1, 1], is about 0.5
     sigma_min: float | None = option(
@@ -231,12 +231,6 @@ class TrainConfig:
         for name in ("streaming", "dataset_revision"):
             if getattr(self, name) and not is_on_hub:
                 raise InputError(f"--{name} is for data sets on the Hub; omit it")
-        signal = math.exp(-(self.sde_beta_min + self.sde_beta_max) / 4)
-        if self.objective in ("vp", "subvp") and signal > LARGEST_LAST_SIGNAL:
-            raise InputError(
-                f"--sde_beta_min {self.sde_beta_min} and --sde_beta_max {self.sde_beta_max} leave {signal:.3g} of the"
-                f" image at time 1; it must be at most {LARGEST_LAST_SIGNAL}"
-            )
         if self.beta_start > self.beta_end:
             raise InputError(f"--beta_start {self.beta_start} must not exceed --beta_end {self.beta_end}")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":  # pure noise does not determine x_0

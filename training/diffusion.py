@@ -80,12 +80,6 @@ def _uniform(count: int) -> Tensor:
     return torch.rand(count).double() + 2**-25
 
 
-def signal_and_noise_scale(scheduler, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(abar_t) and sqrt(1 - abar_t) of DDPM eq. 4, float32, shape (B, 1, 1, 1)."""
-    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps].view(-1, 1, 1, 1)
-    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-
-
 def per_image_mse(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error per image in float32: (B, C, H, W), (B, C, H, W) -> (B,)."""
     return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
@@ -123,7 +117,8 @@ def ddpm_regression(
             et al. 2024, arXiv 2401.11605).
     """
     timesteps = (positions * scheduler.config.num_train_timesteps).long().to(clean_images.device)
-    signal, sigma = signal_and_noise_scale(scheduler, timesteps)  # (B, 1, 1, 1)
+    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+    signal, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
     snr = (signal / sigma).square().flatten()  # (B,)
     if scheduler.config.prediction_type == "epsilon":
         target, error_ratio, noise_weight = noise, snr, torch.ones_like(snr)
