@@ -293,9 +293,9 @@ def test_class_folders_become_labels(tmp_path, open_store, error_of):
         assert store.labels.tolist() == labels
         assert store.description["label_names"] == ["cats", "dogs"]
     write(folder, {"train/dogs/small/5.png": 5})
-    for unequal in (folder, write(tmp_path / "b", ["0.png"])):
+    for unequal in (folder, write(tmp_path / "b", ["0.png"]), write(tmp_path / "c", ["train/0.png", "val/1.png"])):
         message = error_of(unequal, label_column="label")
-        assert "has no column 'label'; it has label (the folder's name) if all images are at" in message
+        assert "has no column 'label'; it has label (the folder's name) if all images are in class" in message
 
 
 @pytest.mark.parametrize(
