@@ -210,8 +210,8 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_run_starts_from_the_ema_weights_of_a_pretrained_model(pretrained, make_trainer):
-    """Only the first start loads them, and the exported model records where they came from."""
+def test_run_starts_from_the_ema_weights_of_a_pretrained_model(pretrained, make_trainer, tmp_path):
+    """Only the first start needs them, and the exported model records where they came from."""
     name = {"pretrained_model_name_or_path": str(pretrained.pipeline_dir)}
     other = {"dropout": 0.2, "resolution": 16, "seed": 5}
     run = make_trainer(**name, **other)
@@ -223,8 +223,10 @@ def test_run_starts_from_the_ema_weights_of_a_pretrained_model(pretrained, make_
     save_checkpoint(run)
     run.export()
     run.lock.release()
+    pretrained.pipeline_dir.rename(tmp_path / "moved")
     again = make_trainer(**name, **other, output_dir=run.config.output_dir)
     assert again.progress.step == 2
+    assert again.pretrained_facts == run.pretrained_facts
     assert same_weights(again.network, run.network)
 
     record = json.loads((run.pipeline_dir / "training.json").read_text())

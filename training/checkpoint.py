@@ -4,7 +4,8 @@ A checkpoint is written to a temporary folder, checksummed, renamed into place, 
 
     OUTPUT_DIR/checkpoint-STEP/
         NAME.safetensors   tensors by name: the network, its EMA, the optimizer's moments
-        state.json         progress, settings that a resumed run must share with this one, precision, gradient scaler
+        state.json         progress, settings that a resumed run must share with this one, precision, gradient scaler,
+                           facts of the pretrained model
         manifest.json      size and SHA-256 of every other file; written last
 
 With `--post_hoc_ema`, a checkpoint also contains the moving averages. Their snapshots, in
@@ -134,6 +135,12 @@ def checkpoint_of(config) -> Path | None:
     return find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
 
 
+def saved_state(config) -> dict | None:
+    """The state of that checkpoint, or None. Raises Failed."""
+    folder = checkpoint_of(config)
+    return None if folder is None else read_state(folder)
+
+
 # ---- The output folder
 
 
@@ -227,6 +234,7 @@ def _write(trainer, folder: Path, tensors: dict[str, dict[str, Tensor]], total_l
         "identity": identity(trainer),
         "grad_scaler": None if scaler is None else scaler.state_dict(),
         "mixed_precision": trainer.config.mixed_precision,
+        "pretrained": trainer.pretrained_facts,
     }
     save = partial(write_checkpoint, folder, trainer.progress.step, tensors, state, total_limit)
     on_main_process(trainer.accelerator, save)
@@ -297,6 +305,7 @@ def restore(trainer, folder: Path) -> None:
     if scaler is not None and state.get("grad_scaler") is not None:
         scaler.load_state_dict(state["grad_scaler"])
     trainer.progress = Progress(**state["progress"])
+    trainer.pretrained_facts = state.get("pretrained", trainer.pretrained_facts)
 
 
 def verify_checkpoint(folder: Path) -> None:

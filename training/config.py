@@ -62,7 +62,7 @@ class TrainConfig:
     validation_images: int = option(512, "number of images for the held-out loss", min=1, max=100_000)
     image_column: str = option("image", "column that holds the images")
     label_column: str | None = option(None, "column of class labels, which makes the network class-conditional")
-    label_dropout: float = option(0.1, "share of labels dropped, for guidance", min=0, below=1, needs="label_column")
+    label_dropout: float = option(0.1, "fraction of labels dropped for guidance", min=0, below=1, needs="label_column")
     crop: Literal[CROPS] = option("center", "crop applied before resizing")
     resolution: list[int] = option([64], "side length of the images in pixels, or height and width", min=1, max=8192)
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
@@ -170,7 +170,7 @@ class TrainConfig:
     # Length
     max_train_steps: int | None = option(None, "total optimizer updates; overrides num_epochs", min=1)
     num_epochs: float | None = option(None, "total passes over the data", above=0)
-    max_train_minutes: float | None = option(None, "time budget of this start, then checkpoint and export", above=0)
+    max_train_minutes: float | None = option(None, "time budget of this launch, then checkpoint and export", above=0)
 
     # Output
     output_dir: str = option("runs/unet", "folder for checkpoints, samples, logs and the pipeline")

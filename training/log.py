@@ -44,7 +44,7 @@ def preflight_summary(trainer) -> str:
         epochs = total_steps * trainer.images_per_update / len(data.store)
         length = f"{total_steps:,} updates = {epochs:.1f} epochs"
     if config.max_train_minutes:
-        length += f", at most {config.max_train_minutes:g} minutes in this start"
+        length += f", at most {config.max_train_minutes:g} minutes in this launch"
     channels, height, width = config.image_shape
     rows = {
         "network": f"{num_parameters:,} parameters at {height}x{width}",
