@@ -37,9 +37,9 @@ from pipelines.hub import check_account, push_to_hub
 from pipelines.pretrained import open_pretrained, take_weights
 from training import log
 from training.arguments import parse_config
-from training.checkpoint import Progress, save_checkpoint, save_snapshot, start_or_resume
+from training.checkpoint import Progress, save_checkpoint, save_snapshot, saved_state, start_or_resume
 from training.config import TrainConfig
-from training.diffusion import check_noise_levels, diffusion_loss
+from training.diffusion import diffusion_loss
 from training.optimization import build_optimizer, ema_decay, learning_rate_schedule, update_ema
 from training.post_hoc_ema import start_averages, update_averages
 from training.precision import settle_precision
@@ -47,8 +47,6 @@ from training.processes import Stop, build_accelerator, on_any_process
 from training.training_data import TrainingData
 
 logger = logging.getLogger("training")
-
-RANGE_IMAGES = 1000  # images that the noise levels are checked against
 
 
 class Trainer:
@@ -76,15 +74,19 @@ class Trainer:
         self.noise_scheduler = config.noise_scheduler()
         pretrained, self.pretrained_facts = None, None
         if config.pretrained_model_name_or_path is not None:
-            prediction_type = self.noise_scheduler.config["prediction_type"]
-            pretrained, history = open_pretrained(config.pretrained_model_name_or_path, prediction_type, accelerator)
-            self.pretrained_facts = {"name": config.pretrained_name, **history}
-            if config.in_channels is None:
-                config = replace(config, in_channels=pretrained.unet.config.in_channels)
+            saved = on_main_process(accelerator, partial(saved_state, config))
+            if saved is not None and "pretrained" in saved:  # not in an older checkpoint
+                in_channels = saved["identity"]["in_channels"]
+            else:
+                prediction_type = self.noise_scheduler.config["prediction_type"]
+                pretrained, history = open_pretrained(
+                    config.pretrained_model_name_or_path, prediction_type, accelerator
+                )
+                self.pretrained_facts = {"name": config.pretrained_name, **history}
+                in_channels = pretrained.unet.config.in_channels
+            config = replace(config, in_channels=config.in_channels or in_channels)
         self.data = TrainingData(config, accelerator)
         self.config = config = self.data.config  # in_channels is now that of the images
-        if config.objective in ("ve", "edm"):
-            check_noise_levels(self.noise_scheduler, self.data.first_images(RANGE_IMAGES))
         self.build_networks(network_class, pretrained)
         self.metric = TrainingMetric(config, self.data.store, self.pipeline, accelerator) if config.metric else None
         self.total_steps = config.max_train_steps

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from common import InputError
 from custom_unet import CustomUNet2DModel
 from training.arguments import parse_config
-from training.config import UNET_OPTIONS
+from training.config import PATHS, UNET_OPTIONS
 from training.log import levels_without_time
 from training.processes import check_launcher
 
@@ -90,9 +90,8 @@ def test_flags_of_length_and_objective_replace_entries_of_the_file(parse):
 def test_home_folder_is_expanded_in_every_path(parse, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "own.yaml").write_text(BASE)
-    config = parse_config(["--config=~/own.yaml", "--output_dir=~/out", "--pretrained_model_name_or_path=~/model"])
-    assert config.output_dir == f"{tmp_path}/out"
-    assert config.pretrained_model_name_or_path == f"{tmp_path}/model"
+    config = parse_config(["--config=~/own.yaml", "--metric=fid", *(f"--{name}=~/{name}" for name in PATHS)])
+    assert {name: getattr(config, name) for name in PATHS} == {name: f"{tmp_path}/{name}" for name in PATHS}
 
 
 def test_public_configuration_has_no_local_paths(parse, tmp_path):
@@ -173,6 +172,7 @@ def test_network_options_match_diffusers(parse):
         (BASE + "learning_rat: 1\n", "config.yaml; did you mean learning_rate?"),
         (BASE + "max_train_steps: 20\n", "duplicate key"),
         (BASE + "mixed_precision: no\n", "is False; it should be text: put it in quotes"),
+        (BASE + "learning_rate: [1.0e-3, 2.0e-3]\n", "learning_rate in "),
         ("max_train_steps: 1\n", "exactly one"),
         ("dataset_name: synthetic-faces\n", "no length"),
         ("dataset_name: synthetic-faces\nmax_train_minutes: 5\n", "--lr_scheduler cosine needs"),
@@ -189,7 +189,7 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
         ("--use_ema", "unknown flag --use_ema; see --help"),
         ("--streaming true", "for data sets on the Hub"),
         (f"--output_dir {__file__}/run", "--output_dir"),
-        ("--objective vp --sde_beta_max 5", "leave 0.279 of the image at time 1"),
+        ("--objective vp --sde_beta_max 5", "--sde_beta_max is 5.0; it must be at least 12"),
         ("--dropout 1.5", "below 1"),
         ("--norm_num_groups 5", "5 groups do not divide"),
         ("--act_fn elu", "'elu' is not supported"),
@@ -204,11 +204,12 @@ def test_bad_files_raise_one_line_errors(parse, yaml_text, message):
         ("--label_dropout 0.2", "--label_column"),
         ("--overwrite_output_dir --resume_from_checkpoint runs/checkpoint-3", "deletes checkpoints"),
         # specific to an objective
-        ("--sigma_min 1", "--sigma_min 1.0 has no effect with --objective ddpm"),
+        ("--sigma_min 0.03", "--sigma_min 0.03 has no effect with --objective ddpm"),
         (f"{FLOW} --snr_gamma 5", "--snr_gamma 5.0 has no effect with --objective flow"),
         ("--time_embedding_type fourier", "ddpm needs --time_embedding_type positional or learned"),
         ("--objective ve", "ve needs --time_embedding_type fourier"),
-        (f"{EDM} --sigma_max 0.001", "sigma_min 0.002 must be positive and below sigma_max 0.001"),
+        (f"{EDM} --sigma_max 5", "--sigma_max is 5.0; it must be at least 10"),
+        (f"{VE} --sigma_min 0.1", "--sigma_min is 0.1; it must be at most 0.05"),
     ],
 )
 def test_bad_options_raise_one_line_errors(parse, flags, message):

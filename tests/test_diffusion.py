@@ -7,7 +7,6 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from common import InputError
 from training import diffusion
 from training.diffusion import diffusion_loss, heldout_loss, sample_positions, score_regression
 from training.sde import SDEScheduler
@@ -209,20 +208,6 @@ def test_target_and_noisy_image_combine_to_the_clean_image(objective, kind):
         assert value.dtype == torch.float32
         assert torch.isfinite(value).all()
         torch.testing.assert_close(value.double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("objective", "kind"), [("ve", "score"), ("edm", "edm")])
-def test_noise_levels_must_range_from_clean_images_to_pure_noise(objective, kind):
-    grey = [torch.full((3, 4, 4), -0.3), torch.full((3, 4, 4), 0.5)]  # root mean square 0.412
-
-    def check(**sigmas):
-        diffusion.check_noise_levels(SDEScheduler(objective=objective, prediction_type=kind, **sigmas), grey)
-
-    check(sigma_min=0.041, sigma_max=8.25)
-    with pytest.raises(InputError, match=r"--sigma_max is 8.2, .* use at least 8.25"):
-        check(sigma_max=8.2)
-    with pytest.raises(InputError, match=r"--sigma_min is 0.042, .* use at most 0.0412"):
-        check(sigma_min=0.042)
 
 
 # ---- The held-out loss of all objectives

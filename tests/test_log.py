@@ -33,12 +33,13 @@ def test_levels_where_group_norm_cancels_the_time_embedding_are_found(groups, sc
 
 
 def test_records_after_the_resumed_step_and_partial_lines_are_dropped(tmp_path):
-    path, records = tmp_path / "log.jsonl", [{"step": step, "loss": step / 2} for step in (1, 2, 3)]
+    path, records = tmp_path / "log.jsonl", [{"step": step, "loss": step / 2} for step in (0, 1, 2, 3)]
     assert read_log(path) == start_log(path, step=0) == []
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"step": 4, "lo')
     assert read_log(path) == records
-    assert start_log(path, step=2) == read_log(path) == records[:2]
-    assert path.read_text().count("\n") == 2
+    assert start_log(path, step=2) == read_log(path) == records[:3]
+    assert path.read_text().count("\n") == 3
+    assert start_log(path, step=0) == read_log(path) == []
 
 
 def test_device_name_includes_the_number_of_cores():

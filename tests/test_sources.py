@@ -293,9 +293,9 @@ def test_class_folders_become_labels(tmp_path, open_store, error_of):
         assert store.labels.tolist() == labels
         assert store.description["label_names"] == ["cats", "dogs"]
     write(folder, {"train/dogs/small/5.png": 5})
-    for unequal in (folder, write(tmp_path / "b", ["0.png"])):
+    for unequal in (folder, write(tmp_path / "b", ["0.png"]), write(tmp_path / "c", ["train/0.png", "val/1.png"])):
         message = error_of(unequal, label_column="label")
-        assert "has no column 'label'; it has label (the folder's name) if all images are at" in message
+        assert "has no column 'label'; it has label (the folder's name) if all images are in class" in message
 
 
 @pytest.mark.parametrize(
@@ -315,6 +315,13 @@ def test_metadata_columns_become_labels(tmp_path, open_store, error_of, table, c
     assert f"has no column 'x'; it has {column}, " in error_of(folder, label_column="x")
 
 
+@pytest.mark.parametrize("labels", [("1", '"a"'), ("true", "2")])
+def test_labels_of_several_types_are_rejected(tmp_path, error_of, labels):
+    lines = [f'{{"file_name": "{row}.png", "kind": {label}}}\n' for row, label in enumerate(labels)]
+    folder = write(tmp_path / "faces", {"0.png": 0, "1.png": 1, "metadata.jsonl": "".join(lines).encode()})
+    assert error_of(folder, label_column="kind").startswith(f"the column 'kind' of {folder} holds ")
+
+
 def test_labels_of_skipped_images_are_skipped(tmp_path, open_store):
     lines = b"file_name,kind\n0.png,a\n1.png,only here\n2.png,b\n"
     folder = write(tmp_path / "data", {"0.png": 0, "1.png": b"text", "2.png": 2, "metadata.csv": lines})
@@ -326,7 +333,7 @@ def test_labels_of_skipped_images_are_skipped(tmp_path, open_store):
 @pytest.mark.parametrize(
     ("values", "feature", "message"),
     [
-        (["a", None, "b"], datasets.Value("string"), "holds None in row 1; labels are class numbers, integers, "),
+        (["a", None, "b"], datasets.Value("string"), "holds None in row 1; labels are class numbers, or all "),
         ([0, 1, -1], datasets.ClassLabel(names=["a", "b"]), "holds -1 in row 2; labels are "),
         ([1.5, 2, 3], datasets.Value("float32"), "holds 1.5 in row 0; labels are "),
     ],

@@ -94,6 +94,8 @@ def _flags(path: Path, key: str, value) -> list[str]:
     kind = TYPES[key]
     if value is None and not _is_optional(kind):
         raise InputError(f"{key} is null in {path}; it needs a value")
+    if isinstance(value, list) and typing.get_origin(kind) is not list:
+        raise InputError(f"{key} in {path} is a list; it takes one value")
     is_text = kind in (str, str | None) or typing.get_origin(kind) is Literal
     if is_text and not isinstance(value, str | None):  # such as a bare no, which YAML reads as False
         raise InputError(f"{key} in {path} is {shown(value)}; it should be text: put it in quotes")

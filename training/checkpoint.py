@@ -4,7 +4,8 @@ A checkpoint is written to a temporary folder, checksummed, renamed into place, 
 
     OUTPUT_DIR/checkpoint-STEP/
         NAME.safetensors   tensors by name: the network, its EMA, the optimizer's moments
-        state.json         progress, settings that a resumed run must share with this one, precision, gradient scaler
+        state.json         progress, settings that a resumed run must share with this one, precision, gradient scaler,
+                           facts of the pretrained model
         manifest.json      size and SHA-256 of every other file; written last
 
 With `--post_hoc_ema`, a checkpoint also contains the moving averages. Their snapshots, in
@@ -81,7 +82,8 @@ def tracker_options(trainer) -> dict:
         if not path.exists():
             replace_file(path, uuid4().hex.encode())
         wandb["id"] = path.read_text()
-    return {"wandb": wandb, "tensorboard": {"purge_step": trainer.progress.step + 1}}
+    step = trainer.progress.step
+    return {"wandb": wandb, "tensorboard": {"purge_step": step + 1 if step else 0}}
 
 
 def identity(trainer) -> dict:
@@ -116,13 +118,13 @@ def _prepare_output_dir(trainer) -> None:
         checkpoints = [*list_checkpoints(output_dir).values(), *output_dir.glob("abandoned-checkpoint-*")]
         for folder in (*checkpoints, snapshots, logs, trainer.best_dir):
             shutil.rmtree(folder, ignore_errors=True)
-        (output_dir / LOG).unlink(missing_ok=True)
     set_aside_newer(output_dir, step)
     for grid_step, grid in list_grids(output_dir / "samples").items():
         if grid_step > step:
             grid.unlink()
     trainer.records = start_log(output_dir / LOG, step)
-    again = replace(trainer.config, overwrite_output_dir=False)  # so that a run started from this file resumes
+    # so that a run started from this file resumes
+    again = replace(trainer.config, overwrite_output_dir=False, resume_from_checkpoint="latest")
     replace_file(output_dir / "config.yaml", again.to_yaml().encode())
 
 
@@ -131,6 +133,12 @@ def checkpoint_of(config) -> Path | None:
     if config.overwrite_output_dir:
         return None
     return find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
+
+
+def saved_state(config) -> dict | None:
+    """The state of that checkpoint, or None. Raises Failed."""
+    folder = checkpoint_of(config)
+    return None if folder is None else read_state(folder)
 
 
 # ---- The output folder
@@ -226,6 +234,7 @@ def _write(trainer, folder: Path, tensors: dict[str, dict[str, Tensor]], total_l
         "identity": identity(trainer),
         "grad_scaler": None if scaler is None else scaler.state_dict(),
         "mixed_precision": trainer.config.mixed_precision,
+        "pretrained": trainer.pretrained_facts,
     }
     save = partial(write_checkpoint, folder, trainer.progress.step, tensors, state, total_limit)
     on_main_process(trainer.accelerator, save)
@@ -296,6 +305,7 @@ def restore(trainer, folder: Path) -> None:
     if scaler is not None and state.get("grad_scaler") is not None:
         scaler.load_state_dict(state["grad_scaler"])
     trainer.progress = Progress(**state["progress"])
+    trainer.pretrained_facts = state.get("pretrained", trainer.pretrained_facts)
 
 
 def verify_checkpoint(folder: Path) -> None:

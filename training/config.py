@@ -24,7 +24,8 @@ from training.images import CROPS, compact, height_and_width
 from training.sde import SDEScheduler
 
 OWN_PREDICTION = {"ve": "score", "edm": "edm", "flow": "flow_prediction"}  # the others use --prediction_type
-LARGEST_LAST_SIGNAL = 0.05  # largest fraction of the image that may remain at time 1
+PATHS = "train_data_dir cache_dir pretrained_model_name_or_path inception_path".split()
+PATHS += ["output_dir", "resume_from_checkpoint"]
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 BOUNDS = {"min": (ge, "at least"), "max": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
 
@@ -57,11 +58,11 @@ class TrainConfig:
     dataset_revision: str | None = option(None, "commit, tag or branch of the Hub data set")
     train_data_dir: str | None = option(None, "folder of images or parquet files, or one written by `save_to_disk`")
     split: str = option("train", "split to train on")
-    validation_split: str | None = option(None, "split for the held-out loss (default: no held-out loss)")
+    validation_split: str | None = option(None, "split for the held-out loss; without one, there is none")
     validation_images: int = option(512, "number of images for the held-out loss", min=1, max=100_000)
     image_column: str = option("image", "column that holds the images")
     label_column: str | None = option(None, "column of class labels, which makes the network class-conditional")
-    label_dropout: float = option(0.1, "share of labels dropped, for guidance", min=0, below=1, needs="label_column")
+    label_dropout: float = option(0.1, "fraction of labels dropped for guidance", min=0, below=1, needs="label_column")
     crop: Literal[CROPS] = option("center", "crop applied before resizing")
     resolution: list[int] = option([64], "side length of the images in pixels, or height and width", min=1, max=8192)
     random_flip: bool = option(False, "flip images horizontally with probability 1/2")
@@ -73,7 +74,7 @@ class TrainConfig:
     dataloader_num_workers: int = option(0, "worker processes of the data loader", min=0, max=256)
 
     # Network: the constructor arguments of UNet2DModel; sample_size is the resolution, out_channels are in_channels
-    in_channels: Literal[1, 2, 3, 4] | None = option(None, "1 grey, 3 RGB, 2 or 4 with alpha (default: 1 or 3)")
+    in_channels: Literal[1, 2, 3, 4] | None = option(None, "1 grey, 3 RGB, 2 or 4 with alpha; null: 1 or 3")
     pretrained_model_name_or_path: str | None = option(None, "model folder or Hub id whose weights start a new run")
     down_block_types: list[str] = option(["DownBlock2D", *["AttnDownBlock2D"] * 3], "contracting path, top to bottom")
     mid_block_type: str | None = option("UNetMidBlock2D", "the bottleneck")
@@ -86,7 +87,7 @@ class TrainConfig:
     upsample_type: str = option("conv", "conv or resnet")
     dropout: float = option(0.0, "dropout in the residual blocks", min=0, below=1)
     act_fn: str = option("silu", "activation")
-    attention_head_dim: int | None = option(8, "channels per attention head; null in YAML for a single head")
+    attention_head_dim: int | None = option(8, "channels per attention head; null for a single head")
     norm_num_groups: int = option(32, "groups of the group norms")
     attn_norm_num_groups: int | None = option(None, "groups of the group norm in the bottleneck's attention")
     norm_eps: float = option(1e-5, "epsilon of the group norms")
@@ -94,7 +95,7 @@ class TrainConfig:
     add_attention: bool = option(True, "attention in the bottleneck")
     center_input_sample: bool = option(False, "map the input x to 2x - 1")
     time_embedding_type: str = option("positional", "positional, fourier or learned")
-    time_embedding_dim: int | None = option(None, "width of the embedding (default: 4 x the first level)", max=2**16)
+    time_embedding_dim: int | None = option(None, "width of the embedding; null: 4 x the first level", max=2**16)
     freq_shift: int = option(0, "frequency shift of the positional time embedding")
     flip_sin_to_cos: bool = option(True, "cosines before sines in the positional time embedding")
 
@@ -118,9 +119,16 @@ class TrainConfig:
     )
     likelihood_weighting: bool = option(False, "weight the loss by g^2, not n^2", only="vp subvp ve")
     sde_beta_min: float = option(0.1, "beta at time 0", above=0, only="vp subvp")
-    sde_beta_max: float = option(20.0, "beta at time 1", above=0, max=100, only="vp subvp")
-    sigma_min: float | None = option(None, "lowest noise level (ve: 0.02, edm: 0.002)", min=1e-5, only="ve edm")
-    sigma_max: float | None = option(None, "highest noise level (ve: 100, edm: 80)", above=0, max=1e6, only="ve edm")
+    # exp(-(beta_min + beta_max) / 4), at most 0.05 of the image, remains at time 1
+    sde_beta_max: float = option(20.0, "beta at time 1", min=12, max=100, only="vp subvp")
+    # from nearly clean images to nearly pure noise: at sigma_max, the divergence from the prior is at most
+    # (rms / sigma_max)^2 / 2 per dimension, where rms, the root mean square of the pixels in [-1, 1], is about 0.5
+    sigma_min: float | None = option(
+        None, "lowest noise level; null: 0.02 for ve, 0.002 for edm", min=1e-5, max=0.05, only="ve edm"
+    )
+    sigma_max: float | None = option(
+        None, "highest noise level; null: 100 for ve, 80 for edm", min=10, max=1e6, only="ve edm"
+    )
     sigma_data: float = option(0.5, "standard deviation of pixels in [-1, 1]", min=1e-3, max=1e3, only="edm")
     noise_mean: float = option(-1.2, "mean of ln(sigma) in training", only="edm")
     noise_std: float = option(1.2, "standard deviation of ln(sigma) in training", above=0, max=100, only="edm")
@@ -162,14 +170,14 @@ class TrainConfig:
     # Length
     max_train_steps: int | None = option(None, "total optimizer updates; overrides num_epochs", min=1)
     num_epochs: float | None = option(None, "total passes over the data", above=0)
-    max_train_minutes: float | None = option(None, "time budget of this start, then checkpoint and export", above=0)
+    max_train_minutes: float | None = option(None, "time budget of this launch, then checkpoint and export", above=0)
 
     # Output
     output_dir: str = option("runs/unet", "folder for checkpoints, samples, logs and the pipeline")
     overwrite_output_dir: bool = option(False, "delete the outputs of an earlier run in output_dir")
     resume_from_checkpoint: str = option("latest", "latest (a new run if there is none) or a checkpoint's path")
     checkpointing_steps: int = option(500, "updates between checkpoints; each also exports the pipeline folder", min=1)
-    checkpoints_total_limit: int | None = option(2, "newest checkpoints to keep; null in YAML keeps all", min=1)
+    checkpoints_total_limit: int | None = option(2, "newest checkpoints to keep; null keeps all", min=1)
     validation_steps: int = option(500, "updates between held-out losses", min=1)
     save_images_steps: int = option(500, "updates between sample grids", min=1)
     eval_batch_size: int = option(16, "images in a sample grid", min=1, max=4096)
@@ -184,11 +192,11 @@ class TrainConfig:
     report_to: Literal["tensorboard", "wandb", "all", "none"] = option("tensorboard", "trackers besides log.jsonl")
     dry_run: bool = option(False, "run the pre-flight checks and one update, then stop without writing a checkpoint")
     push_to_hub: bool = option(False, "push the pipeline folder to the Hub when the run ends normally")
-    hub_model_id: str | None = option(None, "Hub repository (default: output_dir's name)", needs="push_to_hub")
+    hub_model_id: str | None = option(None, "Hub repository; null: output_dir's name", needs="push_to_hub")
     hub_private_repo: bool = option(False, "create a private repository", needs="push_to_hub")
 
     def __post_init__(self):
-        for name in ("output_dir", "pretrained_model_name_or_path", "resume_from_checkpoint"):
+        for name in PATHS:
             value = getattr(self, name)
             setattr(self, name, value and os.path.expanduser(value))
         for name, limits in LIMITS.items():
@@ -223,12 +231,6 @@ class TrainConfig:
         for name in ("streaming", "dataset_revision"):
             if getattr(self, name) and not is_on_hub:
                 raise InputError(f"--{name} is for data sets on the Hub; omit it")
-        signal = math.exp(-(self.sde_beta_min + self.sde_beta_max) / 4)
-        if self.objective in ("vp", "subvp") and signal > LARGEST_LAST_SIGNAL:
-            raise InputError(
-                f"--sde_beta_min {self.sde_beta_min} and --sde_beta_max {self.sde_beta_max} leave {signal:.3g} of the"
-                f" image at time 1; it must be at most {LARGEST_LAST_SIGNAL}"
-            )
         if self.beta_start > self.beta_end:
             raise InputError(f"--beta_start {self.beta_start} must not exceed --beta_end {self.beta_end}")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":  # pure noise does not determine x_0

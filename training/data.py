@@ -46,8 +46,8 @@ class ImageStore:
             with labels also label_names, the names of the classes in the order of their numbers.
     """
 
-    def __init__(self, folder: Path, max_images: int | None = None):
-        self.folder, self.max_images = folder, max_images
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.description = json.loads((folder / META).read_text())
         self.summary: str | None = self.description.pop("summary")
         self.fingerprint: str = self.description["fingerprint"]
@@ -55,14 +55,10 @@ class ImageStore:
         self.images = np.memmap(folder / PIXELS.format(dtype), dtype, "r", shape=shape)
         labels = self.description.pop("labels")
         self.labels = None if labels is None else np.array(labels, np.int64)
-        if max_images is not None:  # the first images of a store without labels
-            self.images = self.images[:max_images]
-            self.description |= {"max_images": max_images, "num_images": len(self.images)}
-            self.fingerprint = self.description["fingerprint"] = self.digest()
 
     def __reduce__(self):
         """Pickles the folder, not the pixels, for spawned processes."""
-        return ImageStore, (self.folder, self.max_images)
+        return ImageStore, (self.folder,)
 
     def digest(self) -> str:
         """The fingerprint, recomputed from the data on disk."""
@@ -146,19 +142,13 @@ def open_image_store(
 
 
 def _open_or_build(root: Path, source: Source, facts: dict) -> ImageStore:
-    """Opens the store with these facts, or part of the whole split's store; builds it if there is neither."""
-    if facts["max_images"] is not None and source.label_column is None and not facts["skip_bad_images"]:
-        whole = _open_if_intact(_store_folder(root, facts | {"max_images": None}))
-        if whole is not None:
-            return ImageStore(whole.folder, facts["max_images"])
-    folder = _store_folder(root, facts)
-    return _open_if_intact(folder) or _build(folder, source, facts)
+    """Opens the store with these facts, or builds it.
 
-
-def _store_folder(root: Path, facts: dict) -> Path:
-    """The folder of a store, named by a digest of its facts without the name by which a commit was requested."""
+    Its folder is named by a digest of the facts without the name by which a commit was requested.
+    """
     key = [VERSION, facts | {"requested_revision": None}]
-    return root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return _open_if_intact(folder) or _build(folder, source, facts)
 
 
 def _image_shape(facts: dict) -> tuple[int, int, int]:
@@ -240,10 +230,10 @@ def _classes(source: Source, kept: list[int]) -> dict:
     labels = [source.labels[row] for row in kept]
     for row, label in zip(kept, labels, strict=True):
         is_unknown = label is None or (source.label_names is not None and label == -1)  # -1 in `datasets`
-        if is_unknown or not isinstance(label, (int, str)):
+        if is_unknown or not isinstance(label, (int, str)) or type(label) is not type(labels[0]):
             raise InputError(
                 f"the column {source.label_column!r} of {source.name} holds {label!r:.80} in row {row}; labels are"
-                " class numbers, integers, strings or booleans: correct it or leave out --label_column"
+                " class numbers, or all integers, all strings or all booleans: correct it or leave out --label_column"
             )
     if source.label_names is not None:
         return {"labels": labels, "label_names": source.label_names}

@@ -14,17 +14,13 @@ The scheduler alone owns betas and abar; everything here reads them from it. Ima
 the times and coefficients of an SDE are float64 and on the CPU.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from common import InputError
 from training.sde import SDEScheduler, spread
-
-LEAST_SIGMA_MAX, MOST_SIGMA_MIN = 20.0, 0.1  # in units of the root mean square of the pixel values
 
 
 def make_noise_scheduler(
@@ -84,12 +80,6 @@ def _uniform(count: int) -> Tensor:
     return torch.rand(count).double() + 2**-25
 
 
-def signal_and_noise_scale(scheduler, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(abar_t) and sqrt(1 - abar_t) of DDPM eq. 4, float32, shape (B, 1, 1, 1)."""
-    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps].view(-1, 1, 1, 1)
-    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-
-
 def per_image_mse(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error per image in float32: (B, C, H, W), (B, C, H, W) -> (B,)."""
     return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
@@ -127,7 +117,8 @@ def ddpm_regression(
             et al. 2024, arXiv 2401.11605).
     """
     timesteps = (positions * scheduler.config.num_train_timesteps).long().to(clean_images.device)
-    signal, sigma = signal_and_noise_scale(scheduler, timesteps)  # (B, 1, 1, 1)
+    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+    signal, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
     snr = (signal / sigma).square().flatten()  # (B,)
     if scheduler.config.prediction_type == "epsilon":
         target, error_ratio, noise_weight = noise, snr, torch.ones_like(snr)
@@ -252,24 +243,3 @@ def heldout_loss(
     quarter = (4 * positions).long()
     result = {"heldout_loss": losses.mean().item()}
     return result | {f"heldout_loss_q{q + 1}": losses[quarter == q].mean().item() for q in range(4)}
-
-
-def check_noise_levels(scheduler: SDEScheduler, clean_images: Iterable[Tensor]) -> None:
-    """Raises InputError unless the noise levels of ve or edm reach from nearly clean images to nearly pure noise.
-
-    With the bound on sigma_max, the divergence of the last marginal from the prior is at most (rms / sigma_max)^2 / 2
-    = 0.00125 per dimension.
-
-    Args:
-        clean_images: at least one image in [-1, 1], of any shape.
-    """
-    sde = scheduler.sde
-    squares = [image.square().mean().item() for image in clean_images]
-    rms = (sum(squares) / len(squares)) ** 0.5
-    least, most = LEAST_SIGMA_MAX * rms, MOST_SIGMA_MIN * rms
-    if sde.sigma_max < least:
-        raise InputError(
-            f"--sigma_max is {sde.sigma_max:g}, too little to hide these images; use at least {least:.3g}"
-        )
-    if sde.sigma_min > most:
-        raise InputError(f"--sigma_min is {sde.sigma_min:g}, visible noise on these images; use at most {most:.3g}")

@@ -257,11 +257,13 @@ class FolderImages:
         if column in rows.columns[1:]:
             values = rows[column].astype(object)
             return values.where(values.notna(), None).tolist()
-        depths = {name.count("/") for name in self.names}
-        if column != "label" or depths == {0} or len(depths) > 1:
-            columns = [*rows.columns[1:], "label (the folder's name) if all images are at the same depth"]
+        folders = [f"/{name}".split("/")[-2] for name in self.names]
+        is_equally_deep = len({name.count("/") for name in self.names}) == 1
+        no_classes = {folder.lower() for folder in folders} <= {"", *SPLIT_OF_FOLDER}
+        if column != "label" or no_classes or not is_equally_deep:
+            columns = [*rows.columns[1:], "label (the folder's name) if all images are in class folders, equally deep"]
             raise no_column(self.name, column, columns)
-        return [name.split("/")[-2] for name in self.names]
+        return folders
 
     def decode(self, to: Format) -> Iterator[np.ndarray | str]:
         yield from on_all_cores(partial(self._decode_part, to), self.num_images)

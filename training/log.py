@@ -44,7 +44,7 @@ def preflight_summary(trainer) -> str:
         epochs = total_steps * trainer.images_per_update / len(data.store)
         length = f"{total_steps:,} updates = {epochs:.1f} epochs"
     if config.max_train_minutes:
-        length += f", at most {config.max_train_minutes:g} minutes in this start"
+        length += f", at most {config.max_train_minutes:g} minutes in this launch"
     channels, height, width = config.image_shape
     rows = {
         "network": f"{num_parameters:,} parameters at {height}x{width}",
@@ -97,9 +97,10 @@ def read_log(path: Path) -> list[dict]:
 def start_log(path: Path, step: int) -> list[dict]:
     """Drops records beyond `step`, whose updates were lost with their process, and an incomplete last line.
 
-    Returns the other records. Raises OSError, naming the path, if it cannot be written; its content is kept.
+    At step 0, drops all records. Returns the others. Raises OSError, naming the path, if it cannot be written; its
+    content is kept.
     """
-    records = [record for record in read_log(path) if record["step"] <= step]
+    records = [record for record in read_log(path) if record["step"] <= step] if step else []
     replace_file(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
     return records
 
@@ -219,7 +220,7 @@ def save_samples(trainer) -> None:
         replace_file(folder / f"step-{step:07d}.png", content.getvalue())
         for tracker in trainer.accelerator.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **options)
+            tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, **options)
     except Exception as error:  # training does not depend on samples
         logger.info(f"step {step}: sampling failed: {one_line(error)}")
 

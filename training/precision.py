@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common import is_out_of_memory, on_main_process
-from training.checkpoint import checkpoint_of, read_state
+from training.checkpoint import saved_state
 from training.config import TrainConfig
 from training.diffusion import diffusion_loss
 from training.processes import set_up_process
@@ -33,11 +33,10 @@ def settle_precision(config: TrainConfig, network_class: type[nn.Module]) -> Tra
     state = set_up_process(config.num_cpu_threads)
 
     def choose() -> str:
-        folder = checkpoint_of(config)
-        if folder is not None:
-            recorded = read_state(folder)["mixed_precision"]
-            logger.info("--mixed_precision auto: %s, as in the checkpoint", recorded)
-            return recorded
+        saved = saved_state(config)
+        if saved is not None:
+            logger.info("--mixed_precision auto: %s, as in the checkpoint", saved["mixed_precision"])
+            return saved["mixed_precision"]
         seconds = update_seconds(config, network_class, state.device)
         fastest = min(seconds, key=seconds.get)
         told = " against ".join(

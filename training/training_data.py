@@ -1,7 +1,6 @@
 """The data of a run: batches of training images, and the images of the held-out loss."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -66,10 +65,6 @@ class TrainingData:
             self.heldout_labels = torch.from_numpy(store.labels_among(self.label_names))
         if self.accelerator.is_main_process:
             self.heldout_images = to_model_range(torch.tensor(store.images))
-
-    def first_images(self, count: int) -> Iterator[torch.Tensor]:
-        """The first `count` training images, each float32 (C, H, W) in [-1, 1]."""
-        return (to_model_range(torch.tensor(image)) for image in self.store.images[:count])
 
     def open_batches(self, start_batch: int) -> None:
         """Opens this process's endless stream of batches at batch number `start_batch`; see `load_batches`."""
