@@ -46,8 +46,8 @@ class ImageStore:
             with labels also label_names, the names of the classes in the order of their numbers.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, max_images: int | None = None):
+        self.folder, self.max_images = folder, max_images
         self.description = json.loads((folder / META).read_text())
         self.summary: str | None = self.description.pop("summary")
         self.fingerprint: str = self.description["fingerprint"]
@@ -55,10 +55,14 @@ class ImageStore:
         self.images = np.memmap(folder / PIXELS.format(dtype), dtype, "r", shape=shape)
         labels = self.description.pop("labels")
         self.labels = None if labels is None else np.array(labels, np.int64)
+        if max_images is not None:  # the first images of a store without labels
+            self.images = self.images[:max_images]
+            self.description |= {"max_images": max_images, "num_images": len(self.images)}
+            self.fingerprint = self.description["fingerprint"] = self.digest()
 
     def __reduce__(self):
         """Pickles the folder, not the pixels, for spawned processes."""
-        return ImageStore, (self.folder,)
+        return ImageStore, (self.folder, self.max_images)
 
     def digest(self) -> str:
         """The fingerprint, recomputed from the data on disk."""
@@ -142,13 +146,19 @@ def open_image_store(
 
 
 def _open_or_build(root: Path, source: Source, facts: dict) -> ImageStore:
-    """Opens the store with these facts, or builds it.
-
-    Its folder is named by a digest of the facts without the name by which a commit was requested.
-    """
-    key = [VERSION, facts | {"requested_revision": None}]
-    folder = root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    """Opens the store with these facts, or part of the whole split's store; builds it if there is neither."""
+    if facts["max_images"] is not None and source.label_column is None and not facts["skip_bad_images"]:
+        whole = _open_if_intact(_store_folder(root, facts | {"max_images": None}))
+        if whole is not None:
+            return ImageStore(whole.folder, facts["max_images"])
+    folder = _store_folder(root, facts)
     return _open_if_intact(folder) or _build(folder, source, facts)
+
+
+def _store_folder(root: Path, facts: dict) -> Path:
+    """The folder of a store, named by a digest of its facts without the name by which a commit was requested."""
+    key = [VERSION, facts | {"requested_revision": None}]
+    return root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _image_shape(facts: dict) -> tuple[int, int, int]:
