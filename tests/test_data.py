@@ -84,7 +84,7 @@ def test_reopening_a_store_does_not_decode_again(faces, monkeypatch):
     assert second.fingerprint == first.fingerprint
     few = open_faces(faces, max_images=3)
     assert few.fingerprint == hashlib.sha256(first.images[:3]).hexdigest()[:16] == few.description["fingerprint"]
-    assert (len(few), few.description["num_images"]) == (3, 3)
+    assert (len(few), few.description["num_images"], few.summary) == (3, 3, None)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(few)).images, first.images[:3])
     for other in ({"crop": "center"}, {"resolution": 4}, {"skip_bad_images": True}):
         with pytest.raises(AssertionError, match="decoded again"):  # these need other stores

@@ -56,7 +56,7 @@ class ImageStore:
         labels = self.description.pop("labels")
         self.labels = None if labels is None else np.array(labels, np.int64)
         if max_images is not None:  # the first images of a store without labels
-            self.images = self.images[:max_images]
+            self.images, self.summary = self.images[:max_images], None  # the summary is of the whole split
             self.description |= {"max_images": max_images, "num_images": len(self.images)}
             self.fingerprint = self.description["fingerprint"] = self.digest()
 
