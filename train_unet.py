@@ -32,7 +32,7 @@ from common import Failed, on_main_process, run_command
 from custom_unet import CustomUNet2DModel
 from eval.training_metric import TrainingMetric
 from pipelines import CustomUNetPipeline
-from pipelines.export import export_pipeline
+from pipelines.export import check_replaceable, export_pipeline
 from pipelines.hub import check_account, push_to_hub
 from pipelines.pretrained import open_pretrained, take_weights
 from training import log
@@ -284,6 +284,7 @@ class Trainer:
 
 def run(config: TrainConfig, stop: Stop, network_class: type[CustomUNet2DModel]) -> None:
     """Trains as configured."""
+    check_replaceable(Path(config.output_dir) / "pipeline")
     config = settle_precision(config, network_class)
     accelerator = build_accelerator(config)
     is_pushed = config.push_to_hub and not config.dry_run

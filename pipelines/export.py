@@ -30,6 +30,12 @@ from pipelines.hub import model_files, push_to_hub
 from pipelines.model_card import read_card, write_card
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raises InputError if the folder holds something other than a model repository."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
+        raise InputError(f"{folder} is not a model repository and would be replaced; choose another folder")
+
+
 def export_pipeline(
     pipeline: CustomUNetPipeline,
     folder: Path,
@@ -51,8 +57,7 @@ def export_pipeline(
         InputError: if the folder holds something other than a model repository.
         OSError: if the folder cannot be written; an existing one is left unchanged.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
-        raise InputError(f"{folder} is not a model repository and would be replaced; choose another folder")
+    check_replaceable(folder)
     temporary, old = (folder.with_name(f".tmp-{prefix}{folder.name}") for prefix in ("", "old-"))
     previous_card = read_card(folder if folder.exists() else old)  # `old` remains if an earlier export was killed
     for leftover in (temporary, old):

@@ -169,6 +169,13 @@ def test_bad_input_exits_with_code_2_and_one_line(flags, message, train, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_pipeline_folder_with_other_files_is_refused_before_training(train, tmp_path):
+    (tmp_path / "run" / "pipeline").mkdir(parents=True)
+    (tmp_path / "run" / "pipeline" / "notes.txt").touch()
+    assert "not a model repository" in error_line(train(tmp_path / "run", code=2))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["pipeline"]
+
+
 def test_a_folder_of_images_is_enough_to_train(tmp_path, cache_dir, on_cpu, capfd):
     """The quickstart configuration is used, without its data set and its validation split."""
     (tmp_path / "faces").mkdir()
