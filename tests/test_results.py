@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from common import InputError
-from eval.results import main, number, quality_table, read_results, result, sampler_text, with_tables, write_results
+from eval.results import (
+    cost_table,
+    main,
+    number,
+    quality_table,
+    read_results,
+    result,
+    sampler_text,
+    with_tables,
+    write_results,
+)
 
 COST = {"floor": 1.5, "n": 1000, "network_evaluations": 50, "seconds_per_image": 0.5}
 RESULTS = [
@@ -52,6 +62,13 @@ def test_cost_table_lists_samplers_and_the_floor(folder):
         "| real against real, n = 1,000 | 1.5 |  |  |",
     ]
     assert table_in(folder, "results.json", "cost") == lines
+
+
+def test_cost_table_keeps_feature_spaces_apart():
+    values = {"FID (clean)": 20.0, "FD-DINOv2": 900.0}
+    found = cost_table([result("cost", name, "fid", value, sampler="ode", **COST) for name, value in values.items()])
+    assert found.startswith("| sampler | FID | FD-DINOv2 |")
+    assert "| ode | 20 | 900 | 50 | 0.5 |" in found
 
 
 def test_sampler_text_lists_settings_that_are_not_defaults():
