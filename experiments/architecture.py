@@ -95,7 +95,7 @@ def receptive_fields(config: TrainConfig) -> dict[str, int]:
         nn.init.constant_(parameter, 1 / max(1, parameter[0].numel()))
     outputs, side = outputs_of(network), 16 * 2 ** (levels - 1)
     while True:
-        image = torch.ones(1, 3, side, side, dtype=torch.float64, requires_grad=True)
+        image = torch.ones(1, config.image_shape[0], side, side, dtype=torch.float64, requires_grad=True)
         network(image, torch.ones(1, dtype=torch.float64))
         fields = {}
         for part, output in outputs.items():
