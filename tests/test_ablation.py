@@ -241,6 +241,9 @@ def study_with(**variant) -> dict:
     [
         ("", "is not a mapping"),
         (REAL_STUDY | {"variant": {}}, "unexpected keyword argument 'variant'"),
+        (REAL_STUDY | {"seeds": 3}, "must be an iterable, not int"),
+        (study_with(flags=["compile"]), "'list' object is not a mapping"),
+        (REAL_STUDY | {"variants": {}}, "it needs variants, seeds"),
         (study_with(flags={"seed": 1}), "the command itself sets seed"),
         (REAL_STUDY | {"minutes": 1}, "the command itself sets max_train_steps"),
         (study_with(network="no_head"), "other has the network no_head"),
