@@ -93,9 +93,10 @@ def receptive_fields(config: TrainConfig) -> dict[str, int]:
     remove_layers(network, nn.GroupNorm, SelfAttention)
     for parameter in network.parameters():
         nn.init.constant_(parameter, 1 / max(1, parameter[0].numel()))
-    outputs, side = outputs_of(network), 16 * 2 ** (levels - 1)
+    height = 2 ** (levels - 1)  # the lowest possible: the field's width does not depend on it
+    outputs, side = outputs_of(network), 16 * height
     while True:
-        image = torch.ones(1, config.image_shape[0], side, side, dtype=torch.float64, requires_grad=True)
+        image = torch.ones(1, config.image_shape[0], height, side, dtype=torch.float64, requires_grad=True)
         network(image, torch.ones(1, dtype=torch.float64))
         fields = {}
         for part, output in outputs.items():
