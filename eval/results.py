@@ -166,7 +166,7 @@ def main(arguments: list[str]) -> int:
 
     def renew() -> None:
         path = parser.parse_args(arguments).file
-        path.write_text(with_tables(path.read_text(), path.parent))
+        replace_file(path, with_tables(path.read_text(), path.parent).encode())
 
     return run_command(renew)
 
