@@ -30,12 +30,12 @@ NARROW, NARROW_NCSNPP = 4, 32  # channels; NCSN++ needs more for its groups
 ATTENTION_OPERATORS = ("bmm", "baddbmm", "scaled_dot_product")
 COLUMNS = {
     "part": "part",
-    "side": "pixels a side",
+    "side": "resolution",
     "channels": "channels",
     "parameters": "parameters",
     "gflop": "GFLOP",
     "share": "share",
-    "attention_share": "share of it in attention between pixels",
+    "attention_share": "attention's share of it, without projections",
     "receptive_field": "receptive field",
 }
 
