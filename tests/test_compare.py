@@ -62,8 +62,7 @@ def test_model_without_images_and_missing_metrics_are_tabulated(tmp_path):
 def test_results_of_other_heldout_images_are_rejected(tmp_path, capsys):
     record = json.loads((SAMPLES / "evaluation" / "results.json").read_text().replace('"validation"', '"test"'))
     write_results(tmp_path / "results.json", record)
-    folders = [str(SAMPLES / "heldout_control"), str(tmp_path)]
-    assert main([*folders, "--titles", "a", "b", "--out", str(tmp_path / "out")]) == 2
+    assert main([str(SAMPLES / "heldout_control"), str(tmp_path), "--titles", "a", "b", "--out", str(tmp_path)]) == 2
     assert "the held-out images are from the splits test, validation" in error_line(capsys.readouterr().err)
 
 

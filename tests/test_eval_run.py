@@ -138,8 +138,7 @@ def test_features_can_be_compared_with_photographs_of_another_resolution(evaluat
     assert (fid["value"], fid["resolution"]) == (pytest.approx(expected, rel=1e-3), 8)
 
 
-def test_features_of_a_network_from_the_hub_are_measured(evaluate, inputs, tmp_path, monkeypatch):
-    """Its name has a slash."""
+def test_names_of_networks_may_have_a_slash(evaluate, inputs, tmp_path, monkeypatch):
     network = dataclasses.replace(open_extractor(str(inputs[1])), name="owner/network")
     monkeypatch.setattr("eval.evaluation.open_extractor", lambda name, **_: network)
     assert evaluate(tmp_path, "--metrics", "features", "memorisation") == 0
