@@ -74,6 +74,10 @@ def open_runs(folders: list[Path], titles: list[str] | None) -> list[Run]:
                 differ = f"the real images of {title} have {key} {here}, those of {titles[0]} {there}"
                 raise InputError(f"{differ}; evaluate both with the same images")
     measured = [[entry for entry in record["results"] if entry["value"] is not None] for record in records]
+    heldout = [entry for results in measured for entry in results if entry["name"].endswith(", held-out")]
+    splits = sorted({entry.get("split", "") for entry in heldout})
+    if len(splits) > 1:
+        raise InputError(f"the held-out images are from the splits {', '.join(splits)}; evaluate with the same images")
     return [Run(*run) for run in zip(folders, titles, records, measured, strict=True)]
 
 

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from common import InputError, on_main_process, replace_file
@@ -65,11 +66,11 @@ def subset(num_images: int, count: int, part: int = 0) -> np.ndarray:
 def read_images(paths: Sequence[Path], mode: str = "RGB") -> np.ndarray:
     """Image files of one size, as RGB or in another mode of Pillow, such as `L`; uint8 (N, C, H, W)."""
 
-    def read(path: Path) -> np.ndarray:  # (C, H, W)
+    def read(path: Path) -> Tensor:  # (C, H, W)
         with Image.open(path) as image:
-            return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1).transpose(2, 0, 1)
+            return pil_to_tensor(image.convert(mode))
 
-    return np.ascontiguousarray(np.stack(in_threads(read, paths)))
+    return torch.stack(in_threads(read, paths)).numpy()
 
 
 def in_threads(function: Callable, items: Iterable) -> list:

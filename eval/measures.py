@@ -168,7 +168,7 @@ def _memorisation_results(
     report = memorisation(*sets, duplicate_distance=facts.get("duplicate_distance", 0.0))
     unit, where = features or "grey levels", f", {features}" if features else ""
     distances = {"generated": report.distances, "held-out": report.heldout_distances}
-    figure = evaluation.out / (f"memorisation_{features}.png" if features else "memorisation.png")
+    figure = evaluation.out / (f"memorisation_{Path(features).name}.png" if features else "memorisation.png")
     plot_histograms({f"distance to the nearest training image, {unit}": distances}, figure)
     about = evaluation.about(len(sets[0])) | facts | {"mirrored_too": features is None, "n_reference": len(sets[2])}
     about |= {"n_heldout": len(report.heldout_distances), "heldout_duplicates_left_out": report.num_heldout_duplicates}

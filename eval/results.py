@@ -102,19 +102,23 @@ def quality_table(results: list[dict]) -> str:
 
 
 def cost_table(results: list[dict]) -> str:
-    """One row per sampler setting: FID and KID, or else SWD, network evaluations and seconds, at the latest n."""
+    """One row per sampler setting: FID and KID, or else SWD, network evaluations and seconds, at the latest n.
+
+    Each feature space has its own columns.
+    """
     entries = [entry for entry in results if entry["family"] == "cost"]
     if not entries:
         raise InputError("the results have no cost curve")
-    n, rows = entries[-1]["n"], {}
+    n, rows, names = entries[-1]["n"], {}, {"fid": {}, "kid": {}, "swd": {}}
     floors = {"sampler": f"real against real, n = {number(n)}"}
     for entry in entries:
         if entry["n"] == n:
             row = rows.setdefault(sampler_text(entry), entry | {"sampler": sampler_text(entry)})
-            row[entry["metric"]] = value_text(entry)
-            floors[entry["metric"]] = entry.get("floor")
-    metrics = [metric for metric in ("fid", "kid") if metric in floors] or ["swd"]
-    columns = {"sampler": "sampler"} | {metric: metric.upper() for metric in metrics}
+            row[entry["name"]] = value_text(entry)
+            floors[entry["name"]] = entry.get("floor")
+            name = entry["name"].removesuffix(" (clean)").removesuffix(", mean")
+            names.setdefault(entry["metric"], {})[entry["name"]] = name
+    columns = {"sampler": "sampler"} | (names["fid"] | names["kid"] or names["swd"])
     columns |= {"network_evaluations": "network evaluations", "seconds_per_image": "seconds per image"}
     return table([*rows.values(), floors], columns)
 
@@ -162,7 +166,7 @@ def main(arguments: list[str]) -> int:
 
     def renew() -> None:
         path = parser.parse_args(arguments).file
-        path.write_text(with_tables(path.read_text(), path.parent))
+        replace_file(path, with_tables(path.read_text(), path.parent).encode())
 
     return run_command(renew)
 

@@ -35,7 +35,7 @@ def sliced_wasserstein(
         num_patches_per_image, num_projections: by default as in the paper (128, with 16,384 images) and its code.
 
     Returns the distance by the level's height, see `pyramid_heights`; the last level is the low-pass image, the others
-    are differences. It is NaN if all patches of a set have one value in a channel.
+    are differences.
     """
     distances, (num_images, channels, *sides) = {}, images1.shape
     for level, height in enumerate(pyramid_heights(*sides)):
@@ -86,6 +86,8 @@ def _blur(images: Tensor) -> Tensor:
 def normalised_patches(images: np.ndarray, level: int, corners: Tensor) -> np.ndarray:
     """Patches (N P, 49 C) from one pyramid level; each channel has mean 0 and standard deviation 1 over all patches.
 
+    A channel with one value in all patches, such as the alpha of opaque images, becomes 0.
+
     Args:
         corners: shape (N, P, 2), y and x of the patches' upper left corners at this level.
     """
@@ -99,7 +101,8 @@ def normalised_patches(images: np.ndarray, level: int, corners: Tensor) -> np.nd
         y, x = corners[start : start + BATCH_SIZE].unbind(-1)  # (B, P) each
         patches[start : start + BATCH_SIZE] = windows[torch.arange(len(batch))[:, None], :, y, x]  # (B, P, C, 7, 7)
     variance, mean = torch.var_mean(patches, dim=(0, 1, 3, 4), correction=0, keepdim=True)
-    return patches.sub_(mean).div_(variance.sqrt()).reshape(num_images * num_patches, -1).numpy()
+    std = variance.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return patches.sub_(mean).div_(std).reshape(num_images * num_patches, -1).numpy()
 
 
 def random_directions(count: int, num_dimensions: int, generator: np.random.Generator) -> np.ndarray:

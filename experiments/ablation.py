@@ -6,9 +6,9 @@ DATA is a folder of CelebA, its id on the Hub or `synthetic-faces`; experiments/
 
 OUT/ablation.md is the table, OUT/ablation.json its numbers; ablation_errors.png shows the held-out errors by noise
 level, ablation_images.png images of the same seeds. The training runs are in OUT/VARIANT/seed-S.
-In a study with equal training time, OUT/speeds.json has the images/s, measured before the first run; keep the machine
-idle for that minute. The same command resumes a study; you can add variants and seeds. Exit codes: 0
-done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
+In a study with equal training time, OUT/speeds.json has the images/s, measured before the first run, and the settings
+they are for; keep the machine idle for that minute. The same command resumes a study; you can add variants and seeds.
+Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped (Ctrl-C or SIGTERM).
 """
 
 import itertools
@@ -161,18 +161,23 @@ def check_fits(config: TrainConfig, sampler: str | None, first: TrainConfig) -> 
 def updates_in(minutes: float, jobs: list[Job], path: Path) -> dict[str, int]:
     """The number of updates that each variant makes in this many minutes, from speeds stored in a file.
 
-    Missing speeds are measured together with the first variant's, and scaled so that its speed matches the file.
+    Each speed in the file is for certain settings. Missing ones are measured together with the first variant's, and
+    scaled so that its speed matches the file.
     """
-    speeds, first = json.loads(path.read_text()) if path.exists() else {}, jobs[0].variant.name
+    stored, first = json.loads(path.read_text()) if path.exists() else [], jobs[0].variant.name
     runs = {job.variant.name: (job.config, job.variant.network) for job in jobs}
+    any_run = {"seed": None, "train_data_dir": None, "dataset_name": None, "max_train_steps": None}
+    settings = {job.variant.name: job.record["training"] | any_run for job in jobs}
+    speeds = {entry["name"]: entry["speed"] for entry in stored if entry["settings"] == settings.get(entry["name"])}
     missing = runs.keys() - speeds.keys()
     if missing:
         print(f"measuring the speed of {len(missing)} training runs side by side", flush=True)
         found = measure_speeds({name: runs[name] for name in runs if name in missing or name == first})
         scale = speeds.get(first, found[first]) / found[first]
         speeds |= {name: round(found[name] * scale, 2) for name in runs if name in missing}
+        new = [{"name": name, "speed": speeds[name], "settings": settings[name]} for name in runs if name in missing]
         make_folder(path.parent)
-        write_results(path, speeds)
+        write_results(path, stored + new)
     num_steps = {}
     for name, (config, _) in runs.items():
         images_per_update = config.train_batch_size * config.gradient_accumulation_steps

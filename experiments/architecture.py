@@ -30,12 +30,12 @@ NARROW, NARROW_NCSNPP = 4, 32  # channels; NCSN++ needs more for its groups
 ATTENTION_OPERATORS = ("bmm", "baddbmm", "scaled_dot_product")
 COLUMNS = {
     "part": "part",
-    "side": "pixels a side",
+    "side": "resolution",
     "channels": "channels",
     "parameters": "parameters",
     "gflop": "GFLOP",
     "share": "share",
-    "attention_share": "share of it in attention between pixels",
+    "attention_share": "attention's share of it, without projections",
     "receptive_field": "receptive field",
 }
 
@@ -93,9 +93,10 @@ def receptive_fields(config: TrainConfig) -> dict[str, int]:
     remove_layers(network, nn.GroupNorm, SelfAttention)
     for parameter in network.parameters():
         nn.init.constant_(parameter, 1 / max(1, parameter[0].numel()))
-    outputs, side = outputs_of(network), 16 * 2 ** (levels - 1)
+    height = 2 ** (levels - 1)  # the lowest possible: the field's width does not depend on it
+    outputs, side = outputs_of(network), 16 * height
     while True:
-        image = torch.ones(1, 3, side, side, dtype=torch.float64, requires_grad=True)
+        image = torch.ones(1, config.image_shape[0], height, side, dtype=torch.float64, requires_grad=True)
         network(image, torch.ones(1, dtype=torch.float64))
         fields = {}
         for part, output in outputs.items():

@@ -42,7 +42,7 @@ from experiments.toys import (
     train,
 )
 from training import sde as solvers
-from training.sde import SDE, VESDE, VPSDE, Denoiser, SubVPSDE
+from training.sde import SDE, VESDE, VPSDE, Denoiser, SubVPSDE, rms
 
 SDES: dict[str, SDE] = {"VE": VESDE(0.01, 10.0), "VP": VPSDE(), "sub-VP": SubVPSDE()}
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2166ac", "#e08214", "#1b7837", "#b2182b", "#762a83", "#777777"
@@ -71,10 +71,6 @@ def save(figure: plt.Figure, path: Path) -> dict[str, str]:
 def finish(axes: plt.Axes, **legend) -> None:
     axes.grid(alpha=0.3)
     axes.legend(**legend)
-
-
-def rms(difference: Tensor) -> float:
-    return float(difference.square().mean().sqrt())
 
 
 # ---- 1. Data become noise: the forward SDE

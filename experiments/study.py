@@ -1,10 +1,10 @@
 """Reads the YAML file that describes an ablation study.
 
-config: configs/celeba32_cpu.yaml    base configuration of all variants
+config: configs/celeba32_cpu.yaml    base configuration of all variants, relative to the current folder
 flags: {max_train_steps: 500}        further flags of train_unet.py, for all variants
 minutes: 30                          instead of max_train_steps: the training time of each variant, see below
 evaluation: {num_images: 1024}       flags of eval.run; the default metrics are swd, memorisation and heldout
-seeds: [0, 1]                        seeds of the training runs
+seeds: [0, 1]                        seeds of the training runs (default [0])
 variants:                            the first one is the baseline
   base: {}
   edm: {flags: {objective: edm}, evaluation: {sampler: edm_heun}}
@@ -43,19 +43,22 @@ class Study:
 
     config: str
     variants: list[Variant]  # the first one is the baseline
+    seeds: list[int]
     flags: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
     minutes: float | None = None  # training time per variant at full speed
-    seeds: list[int] = field(default_factory=lambda: [0])
 
 
 def read_study(path: Path) -> Study:
     """Reads a study. Raises InputError if the file cannot be read or does not follow the format above."""
     content = read_yaml(path)
     try:
-        variants = [Variant(name, **(changes or {})) for name, changes in content["variants"].items()]
-        study = Study(**content | {"variants": variants})
-        flags = {flag for part in (study, *variants) for flag in (*part.flags, *part.evaluation)}
+        variants = [Variant(str(name), **(changes or {})) for name, changes in content["variants"].items()]
+        checked = {"config": str(content["config"]), "variants": variants, "seeds": [*content.get("seeds", [0])]}
+        study = Study(**content | checked)
+        flags = {flag for part in (study, *variants) for flag in {**part.flags, **part.evaluation}}
+        if not (variants and study.seeds) or (study.minutes is not None and study.minutes <= 0):
+            raise TypeError("it needs variants, seeds and a positive number of minutes")
     except (TypeError, KeyError, AttributeError) as error:  # an unknown or missing key, or a value of the wrong type
         raise InputError(f"{path} does not have the format that experiments/study.py describes: {error}") from error
     for variant in variants:

@@ -198,7 +198,7 @@ def test_sigterm_stops_the_processes(tmp_path, monkeypatch, capsys):
 
 
 def test_every_variant_trains_for_the_minutes_of_the_study(tmp_path, monkeypatch):
-    """Here for 30 seconds. Measured speeds are kept; a new variant is measured together with the first one."""
+    """Here for 30 seconds. Measured speeds are kept; new and changed variants are measured with the first one."""
     flags = {name: value for name, value in FLAGS.items() if name != "max_train_steps"}
     content = REAL_STUDY | {"flags": flags, "minutes": 0.5}
     variants = {"base": {}, "fast": {"flags": {"train_batch_size": 8}}, "short": {"flags": {"lr_warmup_steps": 70}}}
@@ -212,12 +212,13 @@ def test_every_variant_trains_for_the_minutes_of_the_study(tmp_path, monkeypatch
     monkeypatch.setattr(ablation, "measure_speeds", measure)
     monkeypatch.setattr(ablation, "do_all", lambda jobs, _: done.append({j.variant.name: j.config for j in jobs}))
     monkeypatch.setattr(ablation, "write_study", lambda *arguments: None)
-    for more in ({}, {"new": {}}):
+    for more in ({}, {"new": {}}, {"new": {}, "fast": {"flags": {"train_batch_size": 4}}}):
         assert run_study(write_study(tmp_path, content | {"variants": variants | more})) == 0
-    assert measured == [["base", "fast", "short"], ["base", "new"]]
+    assert measured == [["base", "fast", "short"], ["base", "new"], ["base", "fast"]]
     steps = {"base": 60, "fast": 150, "short": 71}  # longer than the warm-up
     assert {name: config.max_train_steps for name, config in done[0].items()} == steps
     assert {name: config.max_train_steps for name, config in done[1].items()} == steps | {"new": 120}
+    assert done[2]["fast"].max_train_steps == 300
 
 
 # ---- Failures and rejected inputs
@@ -241,6 +242,9 @@ def study_with(**variant) -> dict:
     [
         ("", "is not a mapping"),
         (REAL_STUDY | {"variant": {}}, "unexpected keyword argument 'variant'"),
+        (REAL_STUDY | {"seeds": 3}, "must be an iterable, not int"),
+        (study_with(flags=["compile"]), "'list' object is not a mapping"),
+        (REAL_STUDY | {"variants": {}}, "it needs variants, seeds"),
         (study_with(flags={"seed": 1}), "the command itself sets seed"),
         (REAL_STUDY | {"minutes": 1}, "the command itself sets max_train_steps"),
         (study_with(network="no_head"), "other has the network no_head"),

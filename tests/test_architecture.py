@@ -22,7 +22,7 @@ def test_receptive_fields_of_the_contracting_path_follow_the_recursion(config, l
     """A k-pixel kernel whose taps are j input pixels apart adds (k - 1) j; stride 2 doubles j."""
     blocks = {"down_block_types": ["DownBlock2D"] * levels, "up_block_types": ["UpBlock2D"] * levels}
     blocks |= {"block_out_channels": [32] * levels, "layers_per_block": layers}
-    fields = receptive_fields(dataclasses.replace(config, **blocks))
+    fields = receptive_fields(dataclasses.replace(config, in_channels=1, **blocks))
     field, jump = 3, 1  # conv_in
     for level in range(levels):
         field += 2 * layers * 2 * jump  # two convolutions in each residual block

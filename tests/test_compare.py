@@ -59,6 +59,13 @@ def test_model_without_images_and_missing_metrics_are_tabulated(tmp_path):
     assert files_in(tmp_path) == FILES | {"comparison_errors.png"}
 
 
+def test_results_of_other_heldout_images_are_rejected(tmp_path, capsys):
+    record = json.loads((SAMPLES / "evaluation" / "results.json").read_text().replace('"validation"', '"test"'))
+    write_results(tmp_path / "results.json", record)
+    assert main([str(SAMPLES / "heldout_control"), str(tmp_path), "--titles", "a", "b", "--out", str(tmp_path)]) == 2
+    assert "the held-out images are from the splits test, validation" in error_line(capsys.readouterr().err)
+
+
 def test_images_not_drawn_by_a_model_are_not_shown(runs):
     """They may be photographs, which must not be published."""
     for run in runs:

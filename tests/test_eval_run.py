@@ -1,6 +1,7 @@
 """The complete evaluation of tiny models through the command."""
 
 import argparse
+import dataclasses
 import json
 import re
 import shutil
@@ -135,6 +136,13 @@ def test_features_can_be_compared_with_photographs_of_another_resolution(evaluat
     expected = frechet_distance(*(open_extractor(str(inputs[1]))(images).numpy() for images in sets))
     fid = next(entry for entry in results(tmp_path) if entry["metric"] == "fid")
     assert (fid["value"], fid["resolution"]) == (pytest.approx(expected, rel=1e-3), 8)
+
+
+def test_names_of_networks_may_have_a_slash(evaluate, inputs, tmp_path, monkeypatch):
+    network = dataclasses.replace(open_extractor(str(inputs[1])), name="owner/network")
+    monkeypatch.setattr("eval.evaluation.open_extractor", lambda name, **_: network)
+    assert evaluate(tmp_path, "--metrics", "features", "memorisation") == 0
+    assert (tmp_path / "memorisation_network.png").exists()
 
 
 def test_two_processes_give_the_same_results_as_one(measured, inputs, tmp_path):

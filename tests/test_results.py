@@ -54,6 +54,14 @@ def test_cost_table_lists_samplers_and_the_floor(folder):
     assert table_in(folder, "results.json", "cost") == lines
 
 
+def test_cost_table_keeps_feature_spaces_apart(tmp_path):
+    found = {"FID (clean)": 20.0, "FD-DINOv2": 900.0}
+    found = [result("cost", name, "fid", value, sampler="ode", **COST) for name, value in found.items()]
+    write_results(tmp_path / "results.json", {"results": found})
+    lines = table_in(tmp_path, "results.json", "cost [sampler; FID; FD-DINOv2]")
+    assert lines[2:] == ["| ode | 20 | 900 |", "| real against real, n = 1,000 | 1.5 | 1.5 |"]
+
+
 def test_sampler_text_lists_settings_that_are_not_defaults():
     own = {"churn": 5.0, "churn_min": 0.0}  # older results have settings that no longer exist
     entry = {"sampler": "edm_heun", "steps": 9, "sampler_settings": own, "class_label": [0, 2], "guidance_scale": 2.0}

@@ -95,3 +95,5 @@ def test_distance_of_two_real_sets_falls_with_more_images(faces):
     assert all(0 < floor[level] < few[level] for level in (32, 16))
     assert sliced_wasserstein(blurred(faces)[128:], faces[:128], **FEW)[32] > 2 * floor[32]
     assert max(sliced_wasserstein(faces[:1], faces[:1], **FEW).values()) == 0
+    black = sliced_wasserstein(np.zeros_like(faces[:128]), faces[:128], **FEW)
+    assert all(black[level] > 5 * floor[level] for level in (32, 16))  # and not NaN
