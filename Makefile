@@ -23,7 +23,7 @@ quickstart: setup
 	@echo "The faces: $$(ls runs/quickstart/samples/*.png | tail -n 1)"
 
 faces: setup
-	$(BIN)/python -m pipelines.generate --pipeline samples/celeba64/pipeline --num_images 64 --scheduler unipc --steps 20 --out runs/faces
+	$(BIN)/python -m pipelines.generate --pipeline samples/celeba64/pipeline --num_images 64 --scheduler dpmpp_2m --steps 20 --out runs/faces
 	@echo "The faces: runs/faces/contact_sheet.png"
 
 test: setup

@@ -17,7 +17,7 @@ from training.config import TrainConfig
 from training.data import ImageStore
 from training.log import SamplingStopped, recorded, stop_callback
 
-UNIPC_STEPS, HEUN_STEPS = 20, 18
+STEPS, HEUN_STEPS = 20, 18
 LARGEST_BATCH = 64  # images drawn at once; fewer if the training batches are smaller
 
 
@@ -39,7 +39,9 @@ class TrainingMetric:
         if not config.dry_run:
             images = store.images[subset(len(store), config.metric_images)]
             self.training_features = cached_features(images, self.extractor, PartialState())
-        sampler, steps = "unipc", min(UNIPC_STEPS, config.ddpm_num_steps)
+        sampler, steps = "dpmpp_2m", STEPS
+        if config.time_embedding_type == "learned":  # the network takes the timesteps of training only
+            sampler, steps = "unipc", min(STEPS, config.ddpm_num_steps)
         if pipeline.is_continuous:
             sampler, steps = pipeline.scheduler.default_sampler.name, HEUN_STEPS
         self.pipeline = CustomUNetPipeline(pipeline.unet, pipeline.scheduler)  # the given pipeline keeps its sampler

@@ -37,13 +37,13 @@ from pipelines.loading import find_pipeline, load_pipeline
 
 SEEDS = list(range(8))
 STEPS = (5, 50)
-SHEET_SAMPLERS, SHEET_STEPS, SHEET_SEEDS = ("ddpm", "ddim", "dpmsolver++2m", "unipc"), (5, 10, 20, 50, 250), range(16)
+SHEET_SAMPLERS, SHEET_STEPS, SHEET_SEEDS = ("ddpm", "ddim", "unipc", "dpmpp_2m"), (5, 10, 20, 50, 250), range(16)
 INVERSION_STEPS = (10, 20, 50, 100)
 FIXED_POINT_ITERATIONS = (1, 2, 3, 5)
 PAINTED_SEEDS = range(6)
 LEVELS = (200, 400, 600, 800)
 CONTINUOUS_STEPS = {"euler_maruyama": 200, "reverse_diffusion": 200, "predictor_corrector": 100}
-CONTINUOUS_STEPS |= {"edm_heun": 18, "ode": 2}
+CONTINUOUS_STEPS |= {"edm_heun": 18, "dpmpp_2m": 20, "ode": 2}
 
 
 # Each function below returns a picture: its rows by label, its column labels, and the settings to record

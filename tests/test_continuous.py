@@ -40,6 +40,7 @@ SCHEDULERS = {
 }
 N = 4000
 STEPS = {"euler_maruyama": 200, "reverse_diffusion": 200, "ode": 10, "edm_heun": 40, "flow_euler": 80, "flow_heun": 20}
+STEPS["dpmpp_2m"] = 40
 
 
 def exact_pipeline(name: str, size: int = 1) -> CustomUNetPipeline:
@@ -69,7 +70,7 @@ def last_clean_images(pipe: CustomUNetPipeline, steps: int, num_images: int = N,
 @pytest.mark.parametrize(
     ("name", "sampler"),
     [
-        *itertools.product(SCHEDULERS, ["edm_heun", "ode"]),
+        *itertools.product(SCHEDULERS, ["edm_heun", "dpmpp_2m", "ode"]),
         *itertools.product(["vp", "ve", "edm", "flow", "ddpm cosine v"], ["euler_maruyama", "reverse_diffusion"]),
         *itertools.product(["flow"], ["flow_euler", "flow_heun"]),
     ],

@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).with_name("golden.json")
 SHIPPED = REPOSITORY / "samples" / "celeba32_cpu" / "pipeline"
 
 DISCRETE = "ddpm ddim dpmsolver++2m dpmsolver++3m unipc euler euler_ancestral deis".split()
-CONTINUOUS = "euler_maruyama reverse_diffusion predictor_corrector ode edm_heun".split()
+CONTINUOUS = "euler_maruyama reverse_diffusion predictor_corrector ode edm_heun dpmpp_2m".split()
 SAMPLERS = {"vp": CONTINUOUS, "ve": CONTINUOUS, "edm": CONTINUOUS, "flow": [*CONTINUOUS, "flow_euler", "flow_heun"]}
 
 QUIET = "--report_to none --logging_steps 1 --num_cpu_threads 1 --mixed_precision no --save_images_steps 1000".split()

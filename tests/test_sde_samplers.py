@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, ScoreSdeVeScheduler
+from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, ScoreSdeVeScheduler
 from exact_denoiser import mixture
 from scipy.integrate import solve_ivp
 from test_sde import SDES
@@ -15,6 +15,8 @@ from training.sde import (
     VESDE,
     Denoiser,
     FlowSDE,
+    SDEScheduler,
+    dpmpp_2m,
     edm_heun,
     euler_maruyama,
     karras_sigmas,
@@ -76,10 +78,10 @@ def test_churn_matches_algorithm_2():
     torch.testing.assert_close(found, torch.full((2, 3), expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("method", "order"), [("edm_heun", 2), ("flow_heun", 2), ("flow_euler", 1)])
+@pytest.mark.parametrize(("method", "order"), [("edm_heun", 2), ("dpmpp_2m", 2), ("flow_heun", 2), ("flow_euler", 1)])
 def test_halving_the_step_size_divides_the_error_by_2_to_the_order(method, order):
     """For a Gaussian N(0, 1/4), whose ODE conserves x / std."""
-    sde = EDMSDE(0.002, 10.0) if method == "edm_heun" else FlowSDE()
+    sde = FlowSDE() if "flow" in method else EDMSDE(0.002, 10.0)
 
     def clean(x, t):
         alpha, n = sde.signal_scale(t), sde.noise_scale(t)
@@ -87,14 +89,28 @@ def test_halving_the_step_size_divides_the_error_by_2_to_the_order(method, order
 
     x, errors = torch.tensor([[1.5]], dtype=torch.float64), []
     for steps in (40, 80, 160):
-        if method == "edm_heun":
-            end = edm_heun(Denoiser(sde, clean), 10 * x, karras_sigmas(steps, 0.002, 10.0), lambda: None)
+        if "flow" not in method:
+            start = (Denoiser(sde, clean), 10 * x, karras_sigmas(steps, 0.002, 10.0))
+            end = dpmpp_2m(*start) if method == "dpmpp_2m" else edm_heun(*start, lambda: None)
             errors.append(float((end - 10 * x * math.sqrt(0.25 / (0.25 + 100))).abs()))
         else:
             end = straight_flow(Denoiser(sde, clean), x, steps, heun=method == "flow_heun")
             errors.append(float((end - 0.5 * x).abs()))
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.2)
     assert errors[1] / errors[2] == pytest.approx(2**order, rel=0.2)
+
+
+def test_dpmpp_2m_matches_diffusers_edm_scheduler():
+    scheduler = EDMDPMSolverMultistepScheduler(sigma_min=0.002, sigma_max=80.0, lower_order_final=False)
+    scheduler.set_timesteps(7)
+    start = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    denoise = Denoiser(EDMSDE(0.002, 80.0), lambda y, sigma: torch.tanh(2 * y / (1 + sigma**2)))
+    theirs = 80 * start
+    for sigma, t in zip(scheduler.sigmas.double(), scheduler.timesteps, strict=False):
+        c_skip, c_out, *_ = SDEScheduler(objective="edm", prediction_type="edm").preconditioning(sigma)
+        theirs = scheduler.step((denoise(theirs, sigma) - c_skip * theirs) / c_out, t, theirs).prev_sample
+    ours = dpmpp_2m(denoise, 80 * start, scheduler.sigmas.double())
+    torch.testing.assert_close(ours, theirs.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_ode_solver_matches_scipys_rk45():

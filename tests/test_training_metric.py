@@ -59,7 +59,8 @@ def stand_in(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "sampler", "steps"),
     [
-        ({"metric": "fid", "ddpm_num_steps": 15, "rescale_betas_zero_snr": True}, "unipc", 15),
+        ({"metric": "fid", "rescale_betas_zero_snr": True}, "dpmpp_2m", 20),
+        ({"metric": "fid", "ddpm_num_steps": 15, "time_embedding_type": "learned"}, "unipc", 15),
         ({"metric": "kid", "objective": "edm", "label_column": "eye_colour"}, "edm_heun", 18),  # with classes
     ],
 )
