@@ -46,7 +46,7 @@ def test_command_draws_the_pictures_and_records_their_settings(tmp_path, monkeyp
     assert record.keys() == names
     assert {row.split(",")[0] for row in record["samplers"]["rows"]} == {*SAMPLERS}
     pipe = CustomUNetPipeline.from_pretrained(tmp_path / "model")
-    pipe.set_sampler("unipc")
+    pipe.set_sampler("dpmpp_2m")
     expected = pipe(seeds=[15], num_inference_steps=3).images[0].resize((64, 64), Image.Resampling.NEAREST)
     assert (np.asarray(Image.open(out / "contact_sheets.png"))[-64:, -64:] == np.asarray(expected)).all()
     rows = json.loads((out / "inversion.json").read_text())["reconstructions"]
