@@ -28,7 +28,8 @@ from training.log import recorded, training_in_all
 from training.sde import CONTINUOUS_SAMPLERS
 
 COST_SAMPLERS = "unipc:10 unipc:20 dpmsolver++2m:20 ddim:20 ddim:50 ddpm:100".split()
-COST_SAMPLERS_IN_CONTINUOUS_TIME = "edm_heun:9 edm_heun:18 predictor_corrector:100 euler_maruyama:100 ode".split()
+COST_SAMPLERS_IN_CONTINUOUS_TIME = "dpmpp_2m:20 edm_heun:9 edm_heun:18 ode".split()
+COST_SAMPLERS_IN_CONTINUOUS_TIME += ["predictor_corrector:100", "euler_maruyama:100"]
 IMAGES = "images"  # subfolder of an evaluation, with one folder per sampler setting
 
 

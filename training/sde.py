@@ -499,7 +499,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             return straight_flow(denoise, latents, num_steps, heun=name == "flow_heun")
         if name in ("edm_heun", "dpmpp_2m"):
             low, high = sde.noise_levels
-            # noise levels below 0.03 would take steps from the others: dpmpp_2m is meant for few steps, and FID rises
+            # dpmpp_2m is meant for few steps, and noise levels below 0.03 would take steps from the others
             least = 0.03 if name == "dpmpp_2m" else 0.002
             # schedules reach up to sigma = 20,000; at 4 sqrt(D) an image in [-1, 1] is already invisible
             sigmas = karras_sigmas(num_steps, max(low, least), min(high, 4 * math.sqrt(x[0].numel())))
