@@ -27,7 +27,7 @@ from training.images import CHANNELS
 from training.log import recorded, training_in_all
 from training.sde import CONTINUOUS_SAMPLERS
 
-COST_SAMPLERS = "unipc:10 unipc:20 dpmsolver++2m:20 ddim:20 ddim:50 ddpm:100".split()
+COST_SAMPLERS = "dpmpp_2m:10 dpmpp_2m:20 unipc:10 unipc:20 ddim:20 ddim:50 ddpm:100".split()
 COST_SAMPLERS_IN_CONTINUOUS_TIME = "dpmpp_2m:20 edm_heun:9 edm_heun:18 ode".split()
 COST_SAMPLERS_IN_CONTINUOUS_TIME += ["predictor_corrector:100", "euler_maruyama:100"]
 IMAGES = "images"  # subfolder of an evaluation, with one folder per sampler setting
@@ -117,7 +117,8 @@ class Evaluation:
         self.sampler_setting = SamplerSetting(sampler, options.steps, options.eta)
         self.cost_settings = []
         if "cost" in options.metrics:
-            self.cost_settings = options.cost_samplers or [parse_sampler(text) for text in usual]
+            usual = [s for s in map(parse_sampler, usual) if s.sampler in SAMPLERS or self.no_ode is None]
+            self.cost_settings = options.cost_samplers or usual
         samplers = dict.fromkeys([sampler, *(setting.sampler for setting in self.cost_settings)])
         taken = {name for sampler in samplers for name in CONTINUOUS_SAMPLERS.get(sampler, ())}
         for name in generate.SAMPLER_SETTINGS:

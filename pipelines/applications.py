@@ -162,6 +162,8 @@ def invert(
         float32 latents of shape (B, C, H, W), for `pipe(latents=...)` with `DDIMScheduler`. Clipping in the sampler
         loses information: for an accurate reconstruction set `clip_sample=False` in its configuration.
     """
+    if num_fixed_point_iterations < 1:
+        raise ValueError(f"num_fixed_point_iterations is {num_fixed_point_iterations}; it must be at least 1")
     _, timesteps, levels = _ddim_levels(pipe, num_inference_steps)
     latents = _to_model_range(pipe, image)
     guidance = pipe.guidance(class_labels, len(latents))

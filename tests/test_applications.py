@@ -89,6 +89,8 @@ def test_inversion_improves_with_steps_and_converges_with_iterations(schedule):
     by_iterations = [reconstruction_error(pipe, images, 40, iterations) for iterations in (1, 5, 20)]
     assert by_iterations[0] > 5 * by_iterations[1]
     assert by_iterations[2] < 2e-4
+    with pytest.raises(ValueError, match="num_fixed_point_iterations is 0"):
+        invert(pipe, images, 40, 0)
 
 
 def test_inversion_follows_the_current_ddim_scheduler(pipe):

@@ -10,18 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import DDIMScheduler
 from PIL import Image
 from stand_in_networks import write_features
 from tiny_pipeline import tiny_pipeline
 from tiny_training import error_line, torchrun
 
+from custom_unet import CustomUNet2DModel
 from eval.distances import frechet_distance
 from eval.encoders import open_extractor
-from eval.evaluation import WithoutClass, parse_sampler
+from eval.evaluation import Evaluation, SamplerSetting, WithoutClass, parse_sampler
 from eval.features import read_images, subset
 from eval.results import result
-from eval.run import keep, main
+from eval.run import keep, main, parse_options
 from pipelines.export import export_pipeline
 from training.data import open_image_store
 from training.sde import SDEScheduler
@@ -328,3 +330,15 @@ def test_unsupported_metrics_are_not_measured(evaluate, tmp_path, case):
     assert len(missing) == 2 * len(metrics)
     assert {entry["metric"] for entry in missing} == metrics
     assert all(case in entry["reason"] for entry in missing)
+
+
+@pytest.mark.parametrize("embedding", ["positional", "learned"])
+def test_default_cost_curve_has_only_samplers_that_the_network_supports(inputs, evaluate, tmp_path, embedding):
+    _, features, real = inputs
+    network = {"time_embedding_type": embedding, "num_train_timesteps": 1000}
+    files = {"pipeline": export(tmp_path / "model", DDIMScheduler(), **network), "reference": real, "out": tmp_path}
+    flags = [f"--{name}={path}" for name, path in (files | {"features": features}).items()]
+    options = parse_options([*flags, "--metrics=cost", "--cost_images=4", "--num_images=4", "--allow_few"])
+    settings = Evaluation(options, PartialState(), "", CustomUNet2DModel).cost_settings
+    assert (SamplerSetting("dpmpp_2m", 20) in settings) == (embedding == "positional")
+    assert SamplerSetting("unipc", 20) in settings

@@ -155,6 +155,8 @@ def test_callbacks_see_every_step_and_may_change_it(pipe):
     images = pipe(seeds=[1], num_inference_steps=4, output_type="pt", callback_on_step_end=watch, **inputs).images
     assert calls == [(i, t, {"latents", "pred_original_sample"}) for i, t in enumerate([750, 500, 250, 0])]
     assert (images == 0.5).all()
+    with pytest.raises(ValueError, match="choose from latents, noisy_images, pred_original_sample"):
+        pipe(seeds=[1], callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["noise"])
 
 
 def test_class_labels_reach_the_network():
@@ -182,6 +184,7 @@ def test_class_labels_reach_the_network():
         ({"seeds": [1], "generator": generators(1)}, "either seeds or generator"),
         ({"seeds": [1, 2**32]}, "they must be whole numbers from 0 to 4294967295"),
         ({"seeds": [0.7]}, "seeds are 0.7 to 0.7"),
+        ({"seeds": []}, "there are 0 images to generate"),
         ({"latents": torch.zeros(2, 3, 8, 8), "seeds": [1]}, r"it must be \(1, 3, 8, 8\)"),
         ({"num_inference_steps": 0}, "1 to 1000"),
         ({"num_inference_steps": 1001}, "1 to 1000"),

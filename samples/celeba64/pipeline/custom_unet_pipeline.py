@@ -222,6 +222,8 @@ class CustomUNetPipeline(DiffusionPipeline):
         """Calls the caller's callback and returns its result."""
         if callback is None:
             return {}
+        if not set(names) <= set(tensors):
+            raise ValueError(f"callback_on_step_end_tensor_inputs are {names}; choose from {', '.join(tensors)}")
         return callback(self, index, timestep, {name: tensors[name].float() for name in names}) or {}
 
     def _reverse_timesteps(self, latents, num_inference_steps, eta, draw_noise, generator, guidance, tell) -> Tensor:
@@ -316,6 +318,8 @@ class CustomUNetPipeline(DiffusionPipeline):
             generator = generators(seeds)
         if batch_size is None:
             batch_size = len(next((x for x in (generator, latents) if isinstance(x, (list, Tensor))), [None]))
+        if batch_size < 1:
+            raise ValueError(f"there are {batch_size} images to generate; there must be at least 1")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for {batch_size} images; give one for each image")
         shape = (batch_size, *self.image_shape)
