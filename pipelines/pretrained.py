@@ -1,10 +1,12 @@
-"""Pretrained models as the starting point of a training run."""
+"""Pretrained models as the starting point of a training run, possibly of a deeper network."""
 
 import json
+import re
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from common import InputError, difference, on_main_process
 from pipelines import CustomUNetPipeline
@@ -12,6 +14,7 @@ from pipelines.loading import find_pipeline, load_pipeline
 from training.log import recorded, trained_on_celeba, training_in_all
 
 FREE = ("dropout", "sample_size")  # options in which the network may differ from the pretrained one
+LAYER = re.compile(r"(?P<start>(?P<path>down|up)_blocks\.\d+\.(resnets|attentions)\.)(?P<index>\d+)\.")
 
 
 def open_pretrained(name: str, prediction_type: str, accelerator: Accelerator) -> tuple[CustomUNetPipeline, dict]:
@@ -37,10 +40,47 @@ def open_pretrained(name: str, prediction_type: str, accelerator: Accelerator) -
 
 
 def take_weights(name: str, pretrained: nn.Module, network: nn.Module, unet_kwargs: dict) -> None:
-    """Copies the pretrained weights. Raises InputError if the networks differ in more than dropout and resolution."""
+    """Copies the pretrained weights.
+
+    The network may have more `layers_per_block`, unless it has the skip blocks of NCSN++: it then starts as the same
+    function. Raises InputError if it differs in anything else but dropout and resolution.
+    """
     wanted = {"num_class_embeds": None} | {key: value for key, value in unet_kwargs.items() if key not in FREE}
     wanted = json.loads(json.dumps(wanted))  # turns tuples into lists
     found = json.loads(json.dumps({key: pretrained.config.get(key) for key in wanted}))
+    old, new = found["layers_per_block"], wanted["layers_per_block"]
+    if new > old and not any("Skip" in block for block in wanted["down_block_types"] + wanted["up_block_types"]):
+        del found["layers_per_block"], wanted["layers_per_block"]
     if differs := difference(found, wanted):
         raise InputError(f"--pretrained_model_name_or_path {name} has another network ({differs}); use its settings")
-    network.load_state_dict(pretrained.state_dict())
+    network.load_state_dict(deepened(pretrained.state_dict(), network.state_dict(), old, new))
+
+
+def deepened(
+    weights: dict[str, Tensor], initial: dict[str, Tensor], old_layers: int, new_layers: int
+) -> dict[str, Tensor]:
+    """The weights of a network with more layers (residual blocks, with their attention) per level.
+
+    A new layer is the identity at first, because its last operation is multiplied by zero. In the expanding path its
+    shortcut drops the skip connection, and it follows the first layer, so that the others keep their skips.
+
+    Args:
+        weights: of the network with `old_layers` per level.
+        initial: of the network with `new_layers`, as initialized.
+    """
+    found, added = {}, new_layers - old_layers
+    for name, values in initial.items():
+        layer, origin = LAYER.match(name), name
+        if layer:
+            index = int(layer["index"])
+            if index >= old_layers if layer["path"] == "down" else 1 <= index <= added:
+                if ".conv2." in name or ".to_out." in name or ".conv_shortcut." in name:
+                    values = torch.zeros_like(values)
+                if name.endswith("conv_shortcut.weight"):
+                    values.diagonal().fill_(1)
+                found[name] = values
+                continue
+            if layer["path"] == "up" and index > added:
+                origin = f"{layer['start']}{index - added}.{name[layer.end() :]}"
+        found[name] = weights[origin]
+    return found

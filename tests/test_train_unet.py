@@ -19,10 +19,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_pipeline import tiny_pipeline
 from tiny_training import TINY, assert_same_tensors, error_line, records, signal_at
 
 import train_unet
 from pipelines import CustomUNetPipeline
+from pipelines.pretrained import take_weights
 from training import training_data
 from training.checkpoint import list_checkpoints, save_checkpoint
 from training.config import TrainConfig
@@ -244,6 +246,15 @@ def test_run_starts_from_the_ema_weights_of_a_pretrained_model(pretrained, make_
     assert public["pretrained_model_name_or_path"] == "run0"
     third = make_trainer(pretrained_model_name_or_path=str(run.pipeline_dir), **other)
     assert third.pretrained_facts["images_seen"] == 28 + 28
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 4)])
+def test_deeper_network_starts_as_the_same_function(old, new):
+    shallow, deep = (tiny_pipeline(layers_per_block=layers).unet.eval() for layers in (old, new))
+    take_weights("shallow", shallow, deep, {**deep.config})
+    inputs = torch.randn(2, 3, 8, 8), torch.tensor([5, 700])
+    torch.testing.assert_close(deep(*inputs).sample, shallow(*inputs).sample)
+    assert len([*deep.parameters()]) > len([*shallow.parameters()])
 
 
 @pytest.mark.parametrize(
