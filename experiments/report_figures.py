@@ -33,7 +33,7 @@ from training.synthetic_faces import render_faces
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DRAWN_CONFIG = REPOSITORY / "configs" / "celeba32_cpu.yaml"
-DRAWN_LOGS = [REPOSITORY / "samples" / "celeba64" / f"log_{part}.jsonl" for part in (1, 2, 3, 4)]
+DRAWN_LOGS = [REPOSITORY / "samples" / "celeba64" / f"log_{part}.jsonl" for part in (1, 2, 3, 4, 5)]
 SCHEDULES = {"linear": DDPMScheduler(), "cosine": DDPMScheduler(beta_schedule="squaredcos_cap_v2")}
 SHOWN_TIMESTEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 SNR_GAMMA = 5.0
